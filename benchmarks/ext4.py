@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from benchmarks.servers import BenchmarkError, run
+from benchmarks.commands import BenchmarkError, run
 
 DETACH_SECONDS: Final = 10.0
 TREE_BYTES: Final = 32 << 20

@@ -15,12 +15,12 @@ created by QEMU's tools.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from benchmarks.servers import run
+from benchmarks.commands import run
+from benchmarks.pagecache import evict_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,36 +188,3 @@ def _convert(source: Path, target: Path) -> None:
 def _create_over(below: Path, path: Path) -> None:
     # A relative name, which is resolved from the overlay's directory.
     run("qemu-img", "create", "-q", "-f", "qed", "-b", below.name, "-F", "qed", str(path))
-
-
-def cache_file(path: Path) -> None:
-    """Bring a file into the host's page cache, in single pages.
-
-    After a plain read the kernel may keep it in large folios of up to 2 MiB, and a write of
-    4 KiB into such a folio takes ten times as long, which would dominate the measurement.
-    """
-    with path.open("rb", buffering=0) as file:
-        # WILLNEED reads single pages; the read afterwards waits for them.
-        for start in range(0, path.stat().st_size, _CHUNK_BYTES):
-            os.posix_fadvise(file.fileno(), start, _CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
-            while file.tell() < start + _CHUNK_BYTES and file.read(_CHUNK_BYTES):
-                pass
-
-
-def sync_file(path: Path) -> None:
-    """Write a file back to the host's disk, so that no later measurement waits for it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def evict_file(path: Path) -> None:
-    """Evict a file from the host's page cache."""
-    sync_file(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from benchmarks.cells import MIB, Fio
+from benchmarks.commands import BenchmarkError, WrongDataError, run
 from benchmarks.reader import MARKER, WRONG_PREFIX
-from benchmarks.servers import BenchmarkError, WrongDataError, run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,7 +1,7 @@
 """A disk mounted by the command, and the resources that its process uses.
 
-As in `benchmarks.servers`, no code here accesses the disk itself, so that a server that
-hangs does not block the measurement.
+As `benchmarks.commands` explains, no code here accesses the disk itself, so that a server
+that hangs does not block the measurement.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from benchmarks.servers import BenchmarkError, run
+from benchmarks.commands import BenchmarkError, run
+from benchmarks.cputime import cpu_time
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,20 +59,6 @@ def usage(pid: int) -> Usage:
     )
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process in seconds.
-
-    Raises:
-        BenchmarkError: It has ended.
-    """
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        msg = f"process {pid}: the server has ended by itself"
-        raise BenchmarkError(msg) from None
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def wait_until_idle(pid: int, timeout_seconds: float = 120.0) -> None:
     """Return when a process uses no CPU time any more.
 
@@ -79,10 +66,10 @@ def wait_until_idle(pid: int, timeout_seconds: float = 120.0) -> None:
         BenchmarkError: It has ended, or is still busy after ``timeout_seconds``.
     """
     end = time.monotonic() + timeout_seconds
-    before = cpu_seconds(pid)
+    before = cpu_time(pid)
     while time.monotonic() < end:
         time.sleep(IDLE_SECONDS)
-        now = cpu_seconds(pid)
+        now = cpu_time(pid)
         if now == before:
             return
         before = now

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.plot import Mark, Row, draw_rows
-from benchmarks.servers import BenchmarkError, System, run
 from benchmarks.targets import CHAIN_COST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from benchmarks.cells import Cell
+    from benchmarks.servers import System
 
 TITLES: Final[Mapping[System, str]] = {
     "qedfuse": "qedfuse",
@@ -190,37 +187,3 @@ def plot(path: Path, outcomes: Iterable[Outcome]) -> None:
         rows.append(Row(outcome.cell.title, marks))
     legend = [("qedfuse / QEMU", "#2471a3"), ("qedfuse / baseline", "#d68910")]
     draw_rows(path, "Speed ratios; a bar is the target", legend, rows)
-
-
-def facts(directory: Path, qedfuse: str, settings: str) -> dict[str, str]:
-    """Describe the machine, the versions and the settings of a measurement."""
-    cpu = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
-    filesystem = run("findmnt", "-n", "-o", "FSTYPE,OPTIONS", "--target", str(directory)).strip()
-    return {
-        "processor": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores",
-        "memory": f"{int(memory[1]) / (1 << 20):.1f} GiB" if memory else "unknown",
-        "kernel": platform.release(),
-        "file system of the host": " ".join(filesystem.split()),
-        "versions": ", ".join(_versions(qedfuse)),
-        "settings": settings,
-    }
-
-
-def _versions(qedfuse: str) -> Iterable[str]:
-    for command in (
-        (qedfuse, "--version"),
-        ("qemu-storage-daemon", "--version"),
-        ("fio", "--version"),
-        ("pkg-config", "--modversion", "fuse3"),
-    ):
-        try:
-            line = run(*command).splitlines()[0]
-        except (BenchmarkError, OSError, IndexError):
-            line = "unknown"
-        yield f"libfuse {line}" if command[0] == "pkg-config" else line
-    yield f"Python {platform.python_version()}"
-
-
-def _text(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8")

@@ -9,9 +9,11 @@ from typing import Final
 
 from benchmarks import loads
 from benchmarks.cells import Cell, Fio
+from benchmarks.commands import BenchmarkError, WrongDataError
 from benchmarks.ext4 import FileSystem, make_tree
-from benchmarks.images import CONSUMED_STAGES, Images, cache_file, evict_file, sync_file
-from benchmarks.servers import BenchmarkError, Programs, Server, System, WrongDataError
+from benchmarks.images import CONSUMED_STAGES, Images
+from benchmarks.pagecache import cache_file, evict_file, sync_file
+from benchmarks.servers import Programs, Server, System
 
 
 @dataclass(frozen=True)

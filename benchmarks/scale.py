@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import trio
 
-from benchmarks.images import sync_file
+from benchmarks.commands import BenchmarkError, WrongDataError, run
+from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program, usage, wait_until_idle
+from benchmarks.pagecache import sync_file
 from benchmarks.probe import BLOCK_BYTES, stamp
 from benchmarks.reader import WRONG_PREFIX
-from benchmarks.report import facts, number
-from benchmarks.servers import BenchmarkError, WrongDataError, run
+from benchmarks.report import number
 from benchmarks.sparse import GEOMETRY, build
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions

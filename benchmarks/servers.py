@@ -1,21 +1,16 @@
-"""The systems that are measured, each serving one disk: qedfuse, QEMU and the baseline.
-
-A process that uses the disk of a server that hangs is blocked in the kernel.  Therefore this
-process never accesses a disk itself: `run` starts a program, and abandons it after a
-timeout; `Server.stop` then ends the server, which unblocks the program.
-"""
+"""The systems that are measured, each serving one disk: qedfuse, QEMU and the baseline."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from benchmarks.commands import BenchmarkError, run
 from qedfuse.mount.system.mounttable import find_mount
 
 System: TypeAlias = Literal["qedfuse", "qemu", "baseline", "single"]
@@ -24,48 +19,6 @@ System: TypeAlias = Literal["qedfuse", "qemu", "baseline", "single"]
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
 READ_AHEAD_KIB: Final = 1024
-
-
-class BenchmarkError(Exception):
-    """A measurement failed; the message is one line that says what and where."""
-
-
-class WrongDataError(BenchmarkError):
-    """A disk has other content than was written to it."""
-
-
-def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
-    """Run a program with ``text`` as its input, and return its output.
-
-    Raises:
-        BenchmarkError: It failed, or did not end within ``seconds`` and was killed.
-    """
-    environment = {**os.environ, "LC_ALL": "C"}
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        output, errors = child.communicate(text, timeout=seconds)
-    except BaseException as error:
-        # Without waiting: it may be blocked in the kernel until the server ends.
-        os.killpg(child.pid, signal.SIGKILL)
-        if isinstance(error, subprocess.TimeoutExpired):
-            msg = f"{command[0]}: found no end after {seconds:.0f} s"
-            raise BenchmarkError(msg) from None
-        raise
-    if child.returncode:
-        text = errors.strip() or output.strip() or "no output"
-        # The last line that is not indented; indented lines only add advice.
-        line = [line for line in text.splitlines() if line[:1].strip()][-1]
-        msg = f"{command[0]}: exit code {child.returncode}: {line}"
-        raise BenchmarkError(msg)
-    return output
 
 
 class Programs(NamedTuple):

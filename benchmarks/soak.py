@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from benchmarks.commands import BenchmarkError, WrongDataError, run
+from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program, usage
 from benchmarks.reader import MARKER
-from benchmarks.report import facts
-from benchmarks.servers import BenchmarkError, WrongDataError, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

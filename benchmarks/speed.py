@@ -29,13 +29,16 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Final, NoReturn, get_args
 
 from benchmarks.cells import Cell, Fio
+from benchmarks.commands import BenchmarkError, run
 from benchmarks.images import Images
-from benchmarks.report import Outcome, as_json, facts, markdown, number, plot
+from benchmarks.machine import facts
+from benchmarks.report import Outcome, as_json, markdown, number, plot
+from benchmarks.rounds import rotated_orders
 from benchmarks.runner import Environment, Runner
-from benchmarks.servers import BenchmarkError, Programs, System, run
+from benchmarks.servers import Programs, System
 from benchmarks.targets import CELLS, select_cells
 from qedfuse.mount.system.mounttable import read_mounts
 
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
 ROUNDS, SECONDS, SIZE_MIB = 5, 2.0, 1024
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE_MIB = 3, 0.4, 256
 ROOT: Final = Path(__file__).resolve().parents[1]
-
-T = TypeVar("T")
 
 
 def compile_baseline(directory: Path) -> str:
@@ -65,15 +66,6 @@ def compile_baseline(directory: Path) -> str:
 def systems_of(cell: Cell) -> list[System]:
     """Return the systems that are measured in a cell."""
     return [system for system in get_args(System) if system != "single" or cell.stage == "chain"]
-
-
-def rotated_orders(systems: Sequence[T], rounds: int) -> list[list[T]]:
-    """Return an order for each round; the first of a round is the last of the next one."""
-    orders = []
-    for number_ in range(rounds):
-        first = number_ % len(systems)
-        orders.append([*systems[first:], *systems[:first]])
-    return orders
 
 
 def run_cell(

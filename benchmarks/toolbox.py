@@ -31,10 +31,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks.images import cache_file, evict_file, sync_file
-from benchmarks.report import facts, number
-from benchmarks.servers import BenchmarkError, run
-from benchmarks.speed import rotated_orders
+from benchmarks.commands import BenchmarkError, run
+from benchmarks.machine import facts
+from benchmarks.pagecache import cache_file, evict_file, sync_file
+from benchmarks.report import number
+from benchmarks.rounds import rotated_orders
 from benchmarks.toolfiles import Files
 from benchmarks.tooltasks import (
     LEAKS_CODE,

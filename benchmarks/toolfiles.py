@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from benchmarks.servers import run
+from benchmarks.commands import run
 from benchmarks.sparse import GEOMETRY, build
 
 if TYPE_CHECKING:

@@ -26,12 +26,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from benchmarks.commands import BenchmarkError, run
 from benchmarks.ext4 import FileSystem
-from benchmarks.images import evict_file, sync_file
+from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program, wait_until_idle
-from benchmarks.report import facts, number
+from benchmarks.pagecache import evict_file, sync_file
+from benchmarks.report import number
 from benchmarks.scale import ROOT
-from benchmarks.servers import BenchmarkError, run
 from benchmarks.sparse import GEOMETRY, build
 from qedfuse.hostio.systemcalls import fallocate
 

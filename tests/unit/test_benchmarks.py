@@ -10,10 +10,11 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import reader, report
+from benchmarks.commands import run
 from benchmarks.images import CLUSTER_BYTES, Images
 from benchmarks.report import Outcome
-from benchmarks.servers import run
-from benchmarks.speed import rotated_orders, systems_of
+from benchmarks.rounds import rotated_orders
+from benchmarks.speed import systems_of
 from benchmarks.targets import CELLS, select_cells
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from benchmarks.commands import run
 from benchmarks.launch import launch
-from benchmarks.servers import run
+from benchmarks.rounds import rotated_orders
 from benchmarks.sparse import build
-from benchmarks.speed import rotated_orders
 from benchmarks.toolbox import map_lines, same_maps
 from benchmarks.toolfiles import CLUSTER_BYTES, MAX_RUN_CLUSTERS, OVERLAY_COUNT, Files, runs
 from benchmarks.tooltasks import MAX_MEMORY_BYTES, MIB, TASKS, Outcome, as_json, markdown
