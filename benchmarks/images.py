@@ -3,6 +3,7 @@
 A stage is the state of the disk before a load:
 
 - ``full``: every cluster is allocated and holds its own random data.
+- ``part``: the same, with a quarter of the size; up to four such disks differ in content.
 - ``empty``: nothing is allocated.
 - ``overlay``: nothing is allocated, over a backing file that is full.
 - ``hole``: 10 GiB, of which only the last cluster is allocated.
@@ -20,14 +21,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from benchmarks.commands import run
-from benchmarks.pagecache import evict_file
+from benchmarks.pagecache import evict_file, sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from benchmarks.cells import Stage
-    from benchmarks.servers import System
+    from benchmarks.systems import System
 
 CLUSTER_BYTES: Final = 65536
 HOLE_BYTES: Final = 10 << 30
@@ -36,20 +37,30 @@ OVERLAY_FRACTION: Final = 8
 """Each overlay of the chain holds one in 8 clusters."""
 CONSUMED_STAGES: Final = frozenset({"empty", "overlay"})
 """Stages that a load changes into another one, so that each measurement needs a new image."""
+PART_COUNT: Final = 4
+"""The number of disks of the stage ``part``, whose contents follow each other in ``full``."""
 _CHUNK_BYTES: Final = 16 << 20
 
 
 class Images:
-    """Creates images below ``directory``; their disks have ``size`` bytes, except for ``hole``."""
+    """Creates images below ``directory``.
+
+    Their disks have ``size`` bytes, except for ``hole`` and ``part``.
+    """
 
     def __init__(self, directory: Path, size: int) -> None:
         self._directory = directory
         self._size = size
 
-    def expected(self, stage: Stage) -> Path | None:
-        """Return a flat file with the content of the disk before the load; None if all zeros."""
+    def expected(self, stage: Stage, number: int = 0) -> Path | None:
+        """Return a flat file with the content of the disk before the load; None if all zeros.
+
+        ``number`` is that of one of several disks, counted from 0.
+        """
         if stage == "empty":
             return None
+        if stage == "part":
+            return self._part(number)
         if stage == "chain":
             self._chain()
             return self._directory / "chain.expected"
@@ -69,10 +80,14 @@ class Images:
                     file.write(random.bytes(length))
         return path
 
-    def make(self, stage: Stage, system: System) -> Path:
-        """Return the image of a system; it is a new one each time for a consumed stage."""
+    def make(self, stage: Stage, system: System, number: int = 0) -> Path:
+        """Return the image of a system; it is a new one each time for a consumed stage.
+
+        ``number`` is that of one of several images, counted from 0.
+        """
         flat = system == "baseline"
-        path = self._directory / f"{stage}-{system}.{'flat' if flat else 'qed'}"
+        name = f"{stage}-{system}-{number}" if number else f"{stage}-{system}"
+        path = self._directory / f"{name}.{'flat' if flat else 'qed'}"
         if path.exists() and stage not in CONSUMED_STAGES:
             return path
         if stage == "empty":
@@ -87,7 +102,7 @@ class Images:
             self._chain()
             self._copy(self._link(OVERLAY_COUNT), path)
         else:
-            source = self.expected(stage)
+            source = self.expected(stage, number)
             assert source is not None
             if flat:
                 self._copy(source, path)
@@ -95,6 +110,15 @@ class Images:
                 _convert(source, path)
         # So that all images get into the page cache in the same way; see `cache_file`.
         evict_file(path)
+        return path
+
+    def copy(self, stage: Stage, system: System) -> Path:
+        """Return a new copy of an image; its pages are in the page cache, and clean."""
+        source = self.make(stage, system)
+        path = source.with_stem(f"{source.stem}-copy")
+        path.unlink(missing_ok=True)
+        self._copy(source, path)
+        sync_file(path)
         return path
 
     def files(self, stage: Stage, image: Path) -> list[Path]:
@@ -109,12 +133,27 @@ class Images:
 
     def disk_bytes(self, stage: Stage) -> int:
         """Return the size of the disk in bytes."""
-        return HOLE_BYTES if stage == "hole" else self._size
+        if stage == "hole":
+            return HOLE_BYTES
+        return self._size // PART_COUNT if stage == "part" else self._size
 
     def drop(self, stage: Stage) -> None:
         """Delete the images of a stage."""
         for path in self._directory.glob(f"{stage}-*"):
             path.unlink()
+
+    def _part(self, number: int) -> Path:
+        """Return the flat file of one of the smaller disks."""
+        path = self._directory / f"part.expected-{number}"
+        if not path.exists():
+            full = self.expected("full")
+            assert full is not None
+            length = self.disk_bytes("part")
+            with full.open("rb") as source, path.open("wb") as target:
+                source.seek(number * length)
+                for chunk in _chunk_lengths(length):
+                    target.write(source.read(chunk))
+        return path
 
     def _base(self) -> Path:
         """Return a full QED image that no load writes to."""

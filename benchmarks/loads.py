@@ -5,69 +5,119 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from benchmarks.cells import MIB, Fio
+from benchmarks.cells import MIB
 from benchmarks.commands import BenchmarkError, WrongDataError, run
 from benchmarks.reader import MARKER, WRONG_PREFIX
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from benchmarks.cells import Fio
 
 SLACK_SECONDS: Final = 60.0
 """How much longer than expected a load may take before it is killed."""
 CHECK_SECONDS: Final = 300.0
 """How long the verification of a whole disk may take."""
+FILL_SECONDS: Final = 10.0
+"""How long the first pass over an area should take at most, before `TIME_FACTOR`."""
 TIME_FACTOR: Final = 5
 """How much more time a load with a limit in bytes gets, so that slow systems reach it."""
 
 
 class Result(NamedTuple):
-    """The result of a measurement: a figure in the cell's unit, and the number of writes."""
+    """The result of a measurement.
+
+    Attributes:
+        figure: The figure in the cell's unit.
+        requests: The number of the program's reads and writes; 0 if it is unknown.
+        moved: The number of bytes that were read and written.
+        writes: The number of writes to each disk.
+    """
 
     figure: float
-    writes: int = 0
+    requests: int = 0
+    moved: int = 0
+    writes: tuple[int, ...] = (0,)
 
 
-def measure_fio(load: Fio, file: Path, seconds: float, unit: str, size: int) -> Result:
-    """Run fio on an existing file of ``size`` bytes.
+def measure_fio(
+    loads: Sequence[Fio], files: Sequence[Path], seconds: float, unit: str, size: int
+) -> Result:
+    """Run fio's loads concurrently, each on an existing file of ``size`` bytes.
+
+    The figure is their sum.
 
     Raises:
         BenchmarkError: It failed, or took far too long.
     """
-    runtime = seconds * (TIME_FACTOR if load.max_bytes else 1)
-    command = [
-        *("fio", "--name=cell", f"--filename={str(file).replace(':', chr(92) + ':')}"),
+    runtime = seconds * (TIME_FACTOR if any(load.max_bytes for load in loads) else 1)
+    command = ["fio", "--output-format=json", f"--runtime={round(runtime * 1000)}ms"]
+    for number, (load, file) in enumerate(zip(loads, files, strict=True)):
+        command += [f"--name=disk{number}", *_job_options(load, file, size)]
+    output = run(*command, seconds=runtime + SLACK_SECONDS)
+    return parse_fio(output, unit)
+
+
+def _job_options(load: Fio, file: Path, size: int) -> list[str]:
+    """Return the options of one load."""
+    options = [
+        f"--filename={str(file).replace(':', chr(92) + ':')}",
         *(f"--rw={load.pattern}", f"--bs={load.block}", f"--direct={load.direct:d}"),
-        *(f"--iodepth={load.depth}", f"--numjobs={load.processes}", "--group_reporting"),
+        *(f"--iodepth={load.depth}", f"--numjobs={load.processes}"),
+        # The processes of a load are reported together, those of another one separately.
+        *("--group_reporting", "--new_group"),
         f"--ioengine={'libaio' if load.depth > 1 else 'psync'}",
         # fio must neither change the length of the file nor drop its cache.
         *("--allow_file_create=0", "--fallocate=none", "--invalidate=0"),
-        *(f"--runtime={round(runtime * 1000)}ms", "--output-format=json"),
-        f"--size={min(load.max_bytes, size)}" if load.max_bytes else "--time_based",
     ]
+    if load.max_bytes:
+        options.append(f"--size={min(load.max_bytes, size)}")
+    else:
+        options += [f"--size={min(load.area or size, size)}", "--time_based"]
     if load.fsync:
-        command.append("--fsync=1")
+        options.append("--fsync=1")
     if load.fsync_at_end:
-        command.append("--end_fsync=1")
+        options.append("--end_fsync=1")
     if load.writes:
         # Each request contains its offset, so that the disk can be verified afterwards.
         pattern = f'--verify_pattern=%o"{MARKER.decode()}"'
-        command += ["--verify=pattern", pattern, "--do_verify=0"]
-    job = _job(run(*command, seconds=runtime + SLACK_SECONDS))
-    sides = [job[side] for side in ("read", "write")]
-    figure = sum(side["iops"] if unit == "IOPS" else side["bw_bytes"] / MIB for side in sides)
-    return Result(figure, job["write"]["total_ios"])
+        options += ["--verify=pattern", pattern, "--do_verify=0", "--verify_state_save=0"]
+    return options
 
 
-def _job(output: str) -> dict[str, Any]:
-    """Return fio's results for its only group of processes."""
+def parse_fio(output: str, unit: str) -> Result:
+    """Return the result in fio's JSON, which has an object for each load.
+
+    Raises:
+        BenchmarkError: A load has failed.
+    """
     # fio may print plain text before the JSON.
-    job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
-    if job["error"]:
-        msg = f"fio: found error {job['error']}, expected none"
-        raise BenchmarkError(msg)
-    return job
+    jobs: list[dict[str, Any]] = json.loads(output[output.index("{") :])["jobs"]
+    for job in jobs:
+        if job["error"]:
+            msg = f"fio: found error {job['error']}, expected none"
+            raise BenchmarkError(msg)
+    sides = [job[side] for job in jobs for side in ("read", "write")]
+    return Result(
+        sum(side["iops"] if unit == "IOPS" else side["bw_bytes"] / MIB for side in sides),
+        sum(side["total_ios"] for side in sides),
+        sum(side["io_bytes"] for side in sides),
+        tuple(job["write"]["total_ios"] for job in jobs),
+    )
+
+
+def fill_area(load: Fio, file: Path) -> int:
+    """Write each block of a load's area once, with its requests; return the number of writes.
+
+    Raises:
+        BenchmarkError: It failed, or took far too long.
+    """
+    once = replace(load, max_bytes=load.area)
+    return measure_fio([once], [file], FILL_SECONDS, "IOPS", load.area).writes[0]
 
 
 def verified_writes(file: Path) -> None:
@@ -79,7 +129,8 @@ def verified_writes(file: Path) -> None:
     run(
         *("fio", "--name=verify", f"--filename={file}", "--rw=randwrite", "--bs=4k"),
         *("--size=16m", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c"),
-        *("--verify_fatal=1", "--allow_file_create=0", "--fallocate=none"),
+        *("--verify_fatal=1", "--verify_state_save=0"),
+        *("--allow_file_create=0", "--fallocate=none"),
         seconds=2 * SLACK_SECONDS,
     )
 
@@ -107,21 +158,33 @@ def read(word: str, disk: Path, *arguments: str) -> float:
     return float(output)
 
 
+def copy_disk(disk: Path, target: Path, size: int) -> Result:
+    """Copy a disk of ``size`` bytes to a file with cp; the result is in seconds."""
+    start = time.monotonic()
+    run("cp", str(disk), str(target), seconds=2 * SLACK_SECONDS)
+    return Result(time.monotonic() - start, moved=size)
+
+
 def copy_and_sync(tree: Path, target: Path) -> Result:
     """Copy a source tree into a file system and sync it; the result is in seconds."""
     start = time.monotonic()
     run("cp", "-a", str(tree), str(target), seconds=2 * SLACK_SECONDS)
     run("sync", "--file-system", str(target), seconds=2 * SLACK_SECONDS)
-    return Result(time.monotonic() - start)
+    return Result(time.monotonic() - start, moved=_file_bytes(tree))
 
 
-def read_with_tar(target: Path) -> Result:
-    """Read a directory with tar; the result is in seconds."""
+def read_with_tar(target: Path, tree: Path) -> Result:
+    """Read a copy of a source tree with tar; the result is in seconds."""
     start = time.monotonic()
     # Through a pipe: with /dev/null as its output tar does not read the files.
     script = 'set -o pipefail; tar -cf - -C "$1" . | cat >/dev/null'
     run("bash", "-c", script, "bash", str(target), seconds=2 * SLACK_SECONDS)
-    return Result(time.monotonic() - start)
+    return Result(time.monotonic() - start, moved=_file_bytes(tree))
+
+
+def _file_bytes(tree: Path) -> int:
+    """Return the sum of the sizes of the files in a directory."""
+    return sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
 
 
 def same_trees(one: Path, other: Path) -> None:

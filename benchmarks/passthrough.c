@@ -1,6 +1,6 @@
-/* The baseline: a pass-through file system for a single file, to measure FUSE itself.
+/* The baseline: a pass-through file system for flat files, to measure FUSE itself.
  *
- *     passthrough FILE MOUNTPOINT        serves MOUNTPOINT/disk.raw until unmounted
+ *     passthrough FILE... MOUNTPOINT     serves MOUNTPOINT/disk0.raw, ... until unmounted
  *
  * It avoids all costs that a server can avoid: it uses libfuse's low-level interface, no
  * path lookups, requests of up to 1 MiB, the kernel's write-back cache, names and attributes
@@ -25,17 +25,23 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-enum { DISK_INODE = 2, MAX_REQUEST_BYTES = 1 << 20 };
+enum { FIRST_INODE = 2, MAX_FILES = 16, MAX_REQUEST_BYTES = 1 << 20 };
 
 static const double FOREVER = 86400.0;
-static const char NAME[] = "disk.raw";
+static const char NAME[] = "disk%d.raw";
 
-static int file;
+static int files[MAX_FILES];
+static int file_count;
 static _Thread_local char *answer; /* MAX_REQUEST_BYTES, allocated by a thread's first read */
+
+static int descriptor(fuse_ino_t inode)
+{
+    return files[inode - FIRST_INODE];
+}
 
 static void describe(fuse_ino_t inode, struct stat *what)
 {
-    if (fstat(file, what) != 0)
+    if (fstat(inode == FUSE_ROOT_ID ? files[0] : descriptor(inode), what) != 0)
         memset(what, 0, sizeof *what);
     what->st_ino = inode;
     if (inode == FUSE_ROOT_ID) {
@@ -61,15 +67,20 @@ static void on_init(void *data, struct fuse_conn_info *connection)
 
 static void on_lookup(fuse_req_t request, fuse_ino_t parent, const char *name)
 {
-    struct fuse_entry_param entry = {
-        .ino = DISK_INODE, .attr_timeout = FOREVER, .entry_timeout = FOREVER};
+    struct fuse_entry_param entry = {.attr_timeout = FOREVER, .entry_timeout = FOREVER};
+    char known[32];
+    int number;
 
-    if (parent != FUSE_ROOT_ID || strcmp(name, NAME) != 0) {
-        fuse_reply_err(request, ENOENT);
-        return;
+    for (number = 0; parent == FUSE_ROOT_ID && number < file_count; number++) {
+        snprintf(known, sizeof known, NAME, number);
+        if (strcmp(name, known) == 0) {
+            entry.ino = FIRST_INODE + number;
+            describe(entry.ino, &entry.attr);
+            fuse_reply_entry(request, &entry);
+            return;
+        }
     }
-    describe(DISK_INODE, &entry.attr);
-    fuse_reply_entry(request, &entry);
+    fuse_reply_err(request, ENOENT);
 }
 
 static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
@@ -93,7 +104,7 @@ static void on_setattr(fuse_req_t request, fuse_ino_t inode, struct stat *wanted
 
 static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
-    if (inode != DISK_INODE) {
+    if (inode == FUSE_ROOT_ID) {
         fuse_reply_err(request, EISDIR);
         return;
     }
@@ -105,18 +116,22 @@ static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info 
 static void on_readdir(fuse_req_t request, fuse_ino_t inode, size_t capacity, off_t from,
                        struct fuse_file_info *info)
 {
-    char entry[256];
+    char entries[MAX_FILES * 64], name[32];
     struct stat what;
-    size_t size;
+    size_t size, total = 0;
 
     (void)info;
-    if (inode != FUSE_ROOT_ID || from > 0) {
-        fuse_reply_buf(request, NULL, 0);
-        return;
+    if (capacity > sizeof entries)
+        capacity = sizeof entries;
+    for (; inode == FUSE_ROOT_ID && from < file_count; from++) {
+        snprintf(name, sizeof name, NAME, (int)from);
+        describe(FIRST_INODE + from, &what);
+        size = fuse_add_direntry(request, entries + total, capacity - total, name, &what, from + 1);
+        if (size > capacity - total)
+            break; /* it did not fit and was not written */
+        total += size;
     }
-    describe(DISK_INODE, &what);
-    size = fuse_add_direntry(request, entry, sizeof entry, NAME, &what, 1);
-    fuse_reply_buf(request, entry, size <= capacity ? size : 0);
+    fuse_reply_buf(request, entries, total);
 }
 
 static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t offset,
@@ -124,13 +139,14 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
 {
     ssize_t done;
 
-    (void)inode;
     (void)info;
     if (answer == NULL && (answer = aligned_alloc(4096, MAX_REQUEST_BYTES)) == NULL) {
         fuse_reply_err(request, ENOMEM);
         return;
     }
-    done = pread(file, answer, size < MAX_REQUEST_BYTES ? size : MAX_REQUEST_BYTES, offset);
+    if (size > MAX_REQUEST_BYTES)
+        size = MAX_REQUEST_BYTES;
+    done = pread(descriptor(inode), answer, size, offset);
     if (done < 0)
         fuse_reply_err(request, errno);
     else
@@ -140,9 +156,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
 static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t size,
                      off_t offset, struct fuse_file_info *info)
 {
-    ssize_t done = pwrite(file, data, size, offset);
+    ssize_t done = pwrite(descriptor(inode), data, size, offset);
 
-    (void)inode;
     (void)info;
     if (done < 0)
         fuse_reply_err(request, errno);
@@ -153,26 +168,23 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
 static void on_fsync(fuse_req_t request, fuse_ino_t inode, int data_only,
                      struct fuse_file_info *info)
 {
-    (void)inode;
     (void)data_only;
     (void)info;
-    fuse_reply_err(request, fdatasync(file) == 0 ? 0 : errno);
+    fuse_reply_err(request, fdatasync(descriptor(inode)) == 0 ? 0 : errno);
 }
 
 static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset,
                          off_t length, struct fuse_file_info *info)
 {
-    (void)inode;
     (void)info;
-    fuse_reply_err(request, fallocate(file, mode, offset, length) == 0 ? 0 : errno);
+    fuse_reply_err(request, fallocate(descriptor(inode), mode, offset, length) == 0 ? 0 : errno);
 }
 
 static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whence,
                      struct fuse_file_info *info)
 {
-    off_t found = lseek(file, offset, whence);
+    off_t found = lseek(descriptor(inode), offset, whence);
 
-    (void)inode;
     (void)info;
     if (found < 0)
         fuse_reply_err(request, errno);
@@ -185,7 +197,7 @@ static void on_statfs(fuse_req_t request, fuse_ino_t inode)
     struct statvfs what;
 
     (void)inode;
-    if (fstatvfs(file, &what) != 0)
+    if (fstatvfs(files[0], &what) != 0)
         fuse_reply_err(request, errno);
     else
         fuse_reply_statfs(request, &what);
@@ -215,20 +227,22 @@ int main(int count, char **words)
     struct fuse_session *session;
     int code = 1;
 
-    if (count != 3) {
-        fprintf(stderr, "usage: passthrough FILE MOUNTPOINT\n");
+    if (count < 3 || count > MAX_FILES + 2) {
+        fprintf(stderr, "usage: passthrough FILE... MOUNTPOINT (up to %d files)\n", MAX_FILES);
         return 1;
     }
-    file = open(words[1], O_RDWR | O_CLOEXEC);
-    if (file < 0) {
-        perror(words[1]);
-        return 1;
+    for (file_count = 0; file_count < count - 2; file_count++) {
+        files[file_count] = open(words[1 + file_count], O_RDWR | O_CLOEXEC);
+        if (files[file_count] < 0) {
+            perror(words[1 + file_count]);
+            return 1;
+        }
     }
     session = fuse_session_new(&arguments, &operations, sizeof operations, NULL);
     if (session == NULL)
         return 1;
     if (fuse_set_signal_handlers(session) == 0) {
-        if (fuse_session_mount(session, words[2]) == 0) {
+        if (fuse_session_mount(session, words[count - 1]) == 0) {
             if (threads != NULL && strcmp(threads, "many") == 0)
                 code = fuse_session_loop_mt(session, NULL);
             else

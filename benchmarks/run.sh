@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs what the measurements need, then measures qedfuse, QEMU and a baseline:
 #
-#   benchmarks/run.sh                   every cell, in about half an hour
-#   benchmarks/run.sh --quick           every cell, in about five minutes
+#   benchmarks/run.sh                   every cell, in about an hour
+#   benchmarks/run.sh --quick           every cell, in about ten minutes
 #   benchmarks/run.sh --cells 1m        the cells whose names contain "1m"
+#   benchmarks/run.sh --peer-root DIR   the QEMU in DIR, another Debian's root, as well
 #
 # Arguments are passed to benchmarks/speed.py; --help lists them.  QEDFUSE names the program
 # to measure, if it is not that of this checkout.

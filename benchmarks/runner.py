@@ -1,19 +1,24 @@
-"""A runner: sets up a cell for one system, measures it repeatedly, and verifies the disk."""
+"""A runner: sets up a cell for one system, measures it repeatedly, and verifies the disks."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from benchmarks import loads
 from benchmarks.cells import Cell, Fio
 from benchmarks.commands import BenchmarkError, WrongDataError
+from benchmarks.cputime import cpu_time
 from benchmarks.ext4 import FileSystem, make_tree
 from benchmarks.images import CONSUMED_STAGES, Images
-from benchmarks.pagecache import cache_file, evict_file, sync_file
-from benchmarks.servers import Programs, Server, System
+from benchmarks.pagecache import ContinuousWriteBack, cache_file, evict_file, sync_file
+from benchmarks.servers import Server
+
+if TYPE_CHECKING:
+    from benchmarks.cputime import CpuTime
+    from benchmarks.systems import Programs, System
 
 
 @dataclass(frozen=True)
@@ -34,55 +39,74 @@ class Environment:
 
 
 class Runner:
-    """Runs a cell on a system; `finish` or `abort` must be called in the end.
-
-    Attributes:
-        system: The system.
-        wrong: A description of wrong content, once the disk has been verified.
-    """
+    """Runs a cell on a system; `finish` or `abort` must be called in the end."""
 
     def __init__(self, system: System, cell: Cell, environment: Environment) -> None:
-        self.system: Final = system
+        self._system: Final = system
         self._cell = cell
         self._environment = environment
         # A file system that is kept over all rounds needs no new image each time.
-        self._fresh = cell.stage in CONSUMED_STAGES and (not cell.loop or cell.load == "copy")
+        consumed = cell.stage in CONSUMED_STAGES and (not cell.loop or cell.load == "copy")
+        self._fresh = consumed or cell.pages == "clean"
         size = environment.images.disk_bytes(cell.stage)
         # A file on a file system leaves space for metadata and for the tree.
         self._size = size // 4 if cell.loop else size
+        self._images: list[Path] = []
         self._server: Server | None = None
         self._file_system: FileSystem | None = None
-        self._writes = 0
+        self._writes = [0] * cell.disks
         self._warmed = False
-        self.wrong = ""
 
-    def measure(self, *, last: bool) -> float:
-        """Measure once and return the figure; verify the disk after the ``last`` time.
+    def measure(self) -> tuple[loads.Result, CpuTime]:
+        """Measure once; return the result and the CPU time that the server used for it.
 
         Raises:
             BenchmarkError: It failed.
         """
         if self._server is None:
+            self._make_images()
             self._start()
+            if self._cell.loop:
+                self._attach(make=True)
         server = self._server
         assert server is not None
         self._arrange_caches(server)
-        result = self._load(server)
-        self._writes = result.writes if self._fresh else max(self._writes, result.writes)
-        if last:
-            try:
-                self._check(server)
-            except WrongDataError as error:
-                self.wrong = str(error)
-            except BenchmarkError as error:
-                if self._file_system is None:
-                    raise
-                # The file system cannot be read: the disk below it has wrong content.
-                self.wrong = str(error)
+        with self._page_state(server):
+            before = cpu_time(server.pid)
+            result = self._load(server)
+            used = cpu_time(server.pid).minus(before)
+        for number, writes in enumerate(result.writes):
+            self._writes[number] = max(0 if self._fresh else self._writes[number], writes)
         if self._fresh:
             self.finish()
-        sync_file(server.image)
-        return result.figure
+        for image in self._images:
+            sync_file(image)
+        return result, used
+
+    def verify(self) -> None:
+        """Verify the disks after the last measurement; do nothing if there was none.
+
+        Raises:
+            WrongDataError: The content is wrong.
+            BenchmarkError: It cannot be read.
+        """
+        if not self._images:
+            return
+        if self._server is None:
+            self._start()
+            if self._cell.loop:
+                self._attach(make=False)
+        server = self._server
+        assert server is not None
+        try:
+            self._check(server)
+        except WrongDataError:
+            raise
+        except BenchmarkError as error:
+            if self._file_system is None:
+                raise
+            # The file system cannot be read: the disk below it has wrong content.
+            raise WrongDataError(str(error)) from error
 
     def finish(self) -> None:
         """Unmount, so that the image holds everything.
@@ -114,69 +138,108 @@ class Runner:
             self._file_system.abandon()
         self._server = self._file_system = None
 
-    def _start(self) -> None:
-        """Start the server, and prepare the file system if the cell has one."""
-        environment, cell = self._environment, self._cell
-        image = environment.images.make(cell.stage, self.system)
+    def _make_images(self) -> None:
+        """Create the images, unless earlier measurements have left them in the right state."""
+        cell, images = self._cell, self._environment.images
+        if cell.pages == "clean":
+            self._images = [images.copy(cell.stage, self._system)]
+            return
+        self._images = [images.make(cell.stage, self._system, n) for n in range(cell.disks)]
         if cell.cold != "host":
             # Before the server reads the files, after which the kernel would read ahead.
-            for file in environment.images.files(cell.stage, image):
-                cache_file(file)
+            for image in self._images:
+                for file in images.files(cell.stage, image):
+                    cache_file(file)
+
+    def _start(self) -> None:
+        """Start the server."""
+        environment = self._environment
         self._server = Server(
-            environment.programs, self.system, image, environment.directory, threads=cell.parallel
+            environment.programs,
+            self._system,
+            self._images,
+            environment.directory,
+            threads=self._cell.parallel,
         )
-        if cell.loop:
-            self._file_system = FileSystem(
-                self._server.disk,
-                environment.directory / f"{self.system}.ext4",
-                direct=cell.loop == "direct",
-                read_only=cell.load == "tar",
-            )
+
+    def _attach(self, *, make: bool) -> None:
+        """Attach a file system on the disk, which is made, and filled for the load, or exists."""
+        cell, environment = self._cell, self._environment
+        assert self._server is not None
+        self._file_system = FileSystem(
+            self._server.disks[0],
+            environment.directory / f"{self._system}.ext4",
+            direct=cell.loop == "direct",
+            read_only=cell.load == "tar",
+        )
+        if make:
             self._file_system.make()
             if cell.load == "tar":
                 loads.copy_and_sync(make_tree(environment.directory), self._file_system.root)
             elif isinstance(cell.load, Fio):
                 loads.lay_out(self._file_system.root / "file", self._size)
             self._file_system.detach()
-            self._file_system.attach()
+        self._file_system.attach()
 
     def _arrange_caches(self, server: Server) -> None:
         """Fill or empty the page caches as the cell requires."""
         cell = self._cell
         if self._file_system is not None and cell.load == "tar":
             self._file_system.detach()
-            loads.read("drop-cache", server.disk)
+            loads.read("drop-cache", server.disks[0])
             self._file_system.attach()
         if cell.cold:
-            loads.read("drop-cache", server.disk)
-        for file in self._environment.images.files(cell.stage, server.image):
-            if cell.cold == "host":
-                evict_file(file)
-            else:
-                cache_file(file)
+            for disk in server.disks:
+                loads.read("drop-cache", disk)
+        for image in server.images:
+            for file in self._environment.images.files(cell.stage, image):
+                if cell.cold == "host":
+                    evict_file(file)
+                else:
+                    cache_file(file)
         if cell.cold == "host":
             with suppress(PermissionError):  # the files' data has been evicted already
                 Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
         if cell.warm and not self._warmed:
-            everything = Fio("read", 1 << 20, direct=False, max_bytes=1 << 40)
-            loads.measure_fio(everything, server.disk, 60, "MiB/s", self._size)
+            everything = Fio("read", 1 << 20, direct=False, max_bytes=self._size)
+            loads.measure_fio([everything], server.disks, 60, "MiB/s", self._size)
             self._warmed = True
+
+    def _page_state(self, server: Server) -> ContinuousWriteBack | nullcontext[None]:
+        """Bring the image's pages into the state of the cell; return what keeps them in it."""
+        cell = self._cell
+        if cell.pages in {"dirty", "under write-back"}:
+            self._writes[0] = max(self._writes[0], loads.fill_area(cell.fio[0], server.disks[0]))
+        return (
+            ContinuousWriteBack(server.images)
+            if cell.pages == "under write-back"
+            else nullcontext()
+        )
 
     def _load(self, server: Server) -> loads.Result:
         """Run the load and return its result."""
         cell, environment = self._cell, self._environment
+        if cell.fio:
+            disks = server.disks
+            if self._file_system is not None:
+                disks = [self._file_system.root / "file"]
+            return loads.measure_fio(cell.fio, disks, environment.seconds, cell.unit, self._size)
         if cell.load == "walk":
-            return loads.Result(loads.read("walk", server.disk, str(environment.seconds)))
-        if isinstance(cell.load, Fio):
-            file = server.disk if self._file_system is None else self._file_system.root / "file"
-            return loads.measure_fio(cell.load, file, environment.seconds, cell.unit, self._size)
+            return loads.Result(loads.read("walk", server.disks[0], str(environment.seconds)))
+        if cell.load == "cp":
+            target = environment.directory / "copy"
+            try:
+                return loads.copy_disk(server.disks[0], target, self._size)
+            finally:
+                target.unlink(missing_ok=True)
         assert self._file_system is not None
+        tree = make_tree(environment.directory)
         if cell.load == "copy":
-            return loads.copy_and_sync(make_tree(environment.directory), self._file_system.root)
-        return loads.read_with_tar(self._file_system.root / "tree")
+            return loads.copy_and_sync(tree, self._file_system.root)
+        return loads.read_with_tar(self._file_system.root / "tree", tree)
 
     def _check(self, server: Server) -> None:
-        """Verify the whole disk, or the files on it.
+        """Verify the whole disks, or the files on the file system.
 
         Raises:
             WrongDataError: The content is wrong.
@@ -189,14 +252,16 @@ class Runner:
                 return
             # The comparison must read the image, not a cache.
             self._file_system.detach()
-            loads.read("drop-cache", server.disk)
+            loads.read("drop-cache", server.disks[0])
             self._file_system.attach()
             loads.same_trees(make_tree(environment.directory), self._file_system.root / "tree")
             return
-        expected = environment.images.expected(cell.stage)
-        block = cell.load.block if isinstance(cell.load, Fio) and cell.load.writes else 0
-        found = loads.read("check", server.disk, str(expected or "-"), str(block))
-        wanted = min(self._writes, self._size // block) if block else 0
-        if found < wanted:
-            msg = f"{server.disk}: found {found:.0f} blocks as written, expected {wanted}"
-            raise WrongDataError(msg)
+        for number, disk in enumerate(server.disks):
+            expected = environment.images.expected(cell.stage, number)
+            load = cell.fio[number] if cell.fio and cell.fio[number].writes else None
+            block = load.block if load else 0
+            found = loads.read("check", disk, str(expected or "-"), str(block))
+            wanted = load.min_changed(self._writes[number], self._size) if load else 0
+            if found < wanted:
+                msg = f"{disk}: found {found:.0f} blocks as written, expected {wanted}"
+                raise WrongDataError(msg)

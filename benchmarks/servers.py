@@ -1,76 +1,73 @@
-"""The systems that are measured, each serving one disk: qedfuse, QEMU and the baseline."""
+"""A server that serves the disks of some images until it is stopped."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from benchmarks.commands import BenchmarkError, run
+from benchmarks.systems import PEERS, service
 from qedfuse.mount.system.mounttable import find_mount
 
-System: TypeAlias = Literal["qedfuse", "qemu", "baseline", "single"]
-"""``single`` is qedfuse on a single image with the content of the chain."""
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.systems import Programs, System
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
 READ_AHEAD_KIB: Final = 1024
 
 
-class Programs(NamedTuple):
-    """The paths of the measured programs, except QEMU's, which are found on the PATH."""
-
-    qedfuse: str
-    baseline: str
-
-
 class Server:
-    """Serves one disk until `stop`; ``disk`` is its flat file.
+    """Serves the disks of some images until `stop`.
 
-    ``threads`` makes the baseline use many threads instead of one.
+    Attributes:
+        system: The system.
+        images: The images.
+        disks: Their disks, in the same order.
+        pid: The process.
     """
 
     def __init__(
         self,
         programs: Programs,
         system: System,
-        image: Path,
+        images: Sequence[Path],
         directory: Path,
         *,
         threads: bool = False,
     ) -> None:
+        """Start the server; ``threads`` makes the baseline use many threads instead of one.
+
+        Raises:
+            BenchmarkError: It does not start.
+        """
         self.system: Final = system
-        self.image: Final = image
+        self.images: Final = images
         self._programs = programs
-        self._mountpoint: Final = directory / f"{system}.mnt"
-        environment = dict(os.environ)
-        if system == "qemu":
-            self._mountpoint.touch()
-            self.disk = self._mountpoint
-            command = _qemu_command(image, self._mountpoint)
-        elif system == "baseline":
-            self._mountpoint.mkdir()
-            self.disk = self._mountpoint / "disk.raw"
-            command = [programs.baseline, str(image), str(self._mountpoint)]
-            environment["THREADS"] = "many" if threads else "one"
-        else:
-            self._mountpoint.mkdir()
-            self.disk = self._mountpoint / f"{image.stem}.raw"
-            command = [programs.qedfuse, str(image), str(self._mountpoint), "-f"]
+        self._service: Final = service(programs, system, images, directory, threads=threads)
+        self.disks: Final = self._service.disks
+        for mountpoint in self._service.mountpoints:
+            if self._service.mounts_files:
+                mountpoint.touch()
+            else:
+                mountpoint.mkdir()
         self._log = directory / f"{system}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                self._service.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env={**os.environ, **self._service.variables},
                 start_new_session=True,
             )
+        self.pid: Final = self._process.pid
         try:
             self._wait_until_there(directory.stat().st_dev)
         except BaseException:
@@ -78,21 +75,24 @@ class Server:
             raise
 
     def _wait_until_there(self, host: int) -> None:
-        """Return when the disk can be used; ``host`` is the device number of the directory.
+        """Return when all disks can be used; ``host`` is the device number of the directory.
 
         Raises:
             BenchmarkError: The server has ended, or has not mounted in time.
         """
         end = time.monotonic() + START_SECONDS
+        missing = list(self._service.mountpoints)
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 msg = f"{self.system}: the server ended by itself: {self._last_words()}"
                 raise BenchmarkError(msg)
             # Read from the mount table, because accessing the file system may block.
-            device = _mounted_at(self._mountpoint)
-            if device is not None and device != host:
+            while missing and (device := _mounted_at(missing[0])) not in {None, host}:
+                assert device is not None
                 if self.system == "baseline":
                     _raise_read_ahead(device)
+                missing.pop(0)
+            if not missing:
                 return
             time.sleep(0.02)
         msg = f"{self.system}: found no mount after {START_SECONDS:.0f} s: {self._last_words()}"
@@ -112,12 +112,13 @@ class Server:
             if self._process.poll() is not None:
                 msg = f"{self.system}: the server ended by itself: {self._last_words()}"
                 raise BenchmarkError(msg)
-            if self.system == "qemu":
+            mountpoint = str(self._service.mountpoints[0])
+            if self.system in PEERS:
                 self._process.terminate()
             elif self.system == "baseline":
-                run("fusermount3", "-u", str(self._mountpoint), seconds=STOP_SECONDS)
+                run("fusermount3", "-u", mountpoint, seconds=STOP_SECONDS)
             else:
-                run(self._programs.qedfuse, "umount", str(self._mountpoint), seconds=STOP_SECONDS)
+                run(self._programs.qedfuse, "umount", mountpoint, seconds=STOP_SECONDS)
             try:
                 code = self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -130,37 +131,19 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """Kill the server in any state, and remove its mountpoint."""
+        """Kill the server in any state, and remove its mountpoints."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        with suppress(BenchmarkError):
-            if _mounted_at(self._mountpoint) is not None:
-                run("fusermount3", "-u", "-z", str(self._mountpoint), seconds=10)
-        with suppress(OSError):
-            if self.system == "qemu":
-                self._mountpoint.unlink()
-            else:
-                self._mountpoint.rmdir()
-
-
-def _qemu_command(image: Path, mountpoint: Path) -> list[str]:
-    """Return QEMU's command line, with its defaults for whatever concerns speed."""
-    file = {"driver": "file", "filename": str(image)}
-    node = {"driver": "qed", "node-name": "disk", "file": file}
-    export = {
-        "type": "fuse",
-        "id": "export",
-        "node-name": "disk",
-        "mountpoint": str(mountpoint),
-        "writable": True,
-        "growable": False,
-    }
-    return [
-        "qemu-storage-daemon",
-        *("--blockdev", json.dumps(node)),
-        *("--export", json.dumps(export)),
-    ]
+        for mountpoint in self._service.mountpoints:
+            with suppress(BenchmarkError):
+                if _mounted_at(mountpoint) is not None:
+                    run("fusermount3", "-u", "-z", str(mountpoint), seconds=10)
+            with suppress(OSError):
+                if self._service.mounts_files:
+                    mountpoint.unlink()
+                else:
+                    mountpoint.rmdir()
 
 
 def _mounted_at(path: Path) -> int | None:

@@ -1,14 +1,18 @@
 """Measure the speed of a disk through qedfuse, QEMU's own FUSE export, and plain FUSE.
 
-    benchmarks/run.sh                     every cell, in about half an hour
-    benchmarks/run.sh --quick             every cell, in about five minutes
+    benchmarks/run.sh                     every cell, in about an hour
+    benchmarks/run.sh --quick             every cell, in about ten minutes
     benchmarks/run.sh --cells randread    the cells whose names contain "randread"
 
 The system "qedfuse" is the command qedfuse; "qemu" is qemu-storage-daemon with a writable
-FUSE export of an image with the same content; "baseline" is benchmarks/passthrough.c on a
-flat file with that content.  They are measured in alternation, in another order each round.
-The result is the median of the rounds and the ratio of two medians; a ratio above one means
-that qedfuse is faster.  After the last round the content of each disk is verified.
+FUSE export of an image with the same content; "qemu-root" is the same program of another
+version, from the root directory that --peer-root names; "baseline" is
+benchmarks/passthrough.c on a flat file with that content.  They are measured in alternation,
+in another order each round.  A cell is repeated until the distance between the quartiles of
+each system's figures is less than 15 % of their median.  The result is the median of the
+rounds and the ratio of two medians; a ratio above one means that qedfuse is faster.  A target
+for QEMU is a target for the faster one.  After the last round the content of each disk is
+verified.  A second table has the CPU time that the servers used.
 
 The exit code is 1 if a measurement failed or a byte was wrong, and the table is printed
 nevertheless.  Missed targets, which depend on the machine, and QEMU's failures and wrong
@@ -31,21 +35,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, get_args
 
-from benchmarks.cells import Cell, Fio
+from benchmarks.catalogue import CELLS, select_cells
 from benchmarks.commands import BenchmarkError, run
+from benchmarks.comparison import Comparison, systems_of
 from benchmarks.images import Images
-from benchmarks.machine import facts
-from benchmarks.report import Outcome, as_json, markdown, number, plot
-from benchmarks.rounds import rotated_orders
-from benchmarks.runner import Environment, Runner
-from benchmarks.servers import Programs, System
-from benchmarks.targets import CELLS, select_cells
+from benchmarks.machine import facts, peer_titles
+from benchmarks.peerroot import storage_daemon
+from benchmarks.report import as_json, markdown, mean_line, number, plot
+from benchmarks.rounds import RoundLimits
+from benchmarks.runner import Environment
+from benchmarks.systems import TITLES, Programs, System
 from qedfuse.mount.system.mounttable import read_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROUNDS, SECONDS, SIZE_MIB = 5, 2.0, 1024
+    from benchmarks.outcome import Outcome
+
+ROUNDS, MAX_ROUNDS, SECONDS, SIZE_MIB = 5, 10, 2.0, 1024
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE_MIB = 3, 0.4, 256
 ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -63,60 +70,17 @@ def compile_baseline(directory: Path) -> str:
     return program
 
 
-def systems_of(cell: Cell) -> list[System]:
-    """Return the systems that are measured in a cell."""
-    return [system for system in get_args(System) if system != "single" or cell.stage == "chain"]
-
-
-def run_cell(
-    cell: Cell, systems: Sequence[System], environment: Environment, rounds: int
-) -> Outcome:
-    """Measure a cell on all systems; one that fails starts anew in the next round."""
-    outcome = Outcome(cell)
-    runners = {system: Runner(system, cell, environment) for system in systems}
-    try:
-        for step, order in enumerate(rotated_orders(systems, rounds), 1):
-            for system in order:
-                if not _measure_once(runners[system], outcome, last=step == rounds):
-                    runners[system].abort()
-                    runners[system] = Runner(system, cell, environment)
-        for system, runner in runners.items():
-            try:
-                runner.finish()
-            except BenchmarkError as error:
-                outcome.fail(system, f"failed: {error}")
-    finally:
-        for runner in runners.values():
-            runner.abort()
-    if cell.stage != "full" or (isinstance(cell.load, Fio) and cell.load.writes):
-        environment.images.drop(cell.stage)
-    return outcome
-
-
-def _measure_once(runner: Runner, outcome: Outcome, *, last: bool) -> bool:
-    """Measure once and record the figure; return False if that failed."""
-    system = runner.system
-    try:
-        figure = runner.measure(last=last)
-    except BenchmarkError as error:
-        outcome.fail(system, f"failed: {error}")
-        return False
-    outcome.figures.setdefault(system, []).append(figure)
-    if runner.wrong:
-        outcome.fail(system, f"wrong data: {runner.wrong}")
-    return True
-
-
 def _line(outcome: Outcome) -> str:
     """Return the result of a cell as a line."""
     parts = [f"{system} {number(outcome.median(system) or 0)}" for system in outcome.figures]
-    parts.append(outcome.cell.unit)
+    parts.append(f"{outcome.cell.unit} in {outcome.rounds} rounds, spread {outcome.spread:.0%}")
     for other in get_args(System):
         ratio = outcome.ratio(other)
         if other != "qedfuse" and ratio is not None:
             parts.append(f"qedfuse/{other} {ratio:.2f}")
     parts += [f"MISSED: {what}" for what in outcome.missed()]
     parts += [f"NOTE: {what}" for what in outcome.remarks]
+    parts += [f"DETAIL: {what}" for what in outcome.details]
     parts += [f"FAILED: {what}" for what in outcome.failures]
     return f"{outcome.cell.name}: {'  '.join(parts)}"
 
@@ -124,11 +88,9 @@ def _line(outcome: Outcome) -> str:
 def _list() -> None:
     """Print the cells and their targets."""
     for cell in CELLS:
-        targets = [f"QEMU x {cell.qemu_target:g}" if cell.qemu_target is not None else ""]
-        targets.append(
-            f"baseline x {cell.baseline_target:g}" if cell.baseline_target is not None else ""
-        )
-        print(f"{cell.name:24} {targets[0]:10} {targets[1]:14} {cell.title}")
+        target = cell.baseline_target
+        baseline = f"baseline x {target:g}" if target is not None else ""
+        print(f"{cell.name:26} QEMU x {cell.peer_target:<4g} {baseline:15} {cell.title}")
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -144,15 +106,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show the cells and their targets")
     parser.add_argument("--cells", metavar="REGEX", help="only the cells with such names")
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds, small disks")
-    parser.add_argument("--rounds", type=int, help=f"of each cell ({ROUNDS})")
+    parser.add_argument("--rounds", type=int, help=f"of each cell, at least ({ROUNDS})")
+    parser.add_argument(
+        "--max-rounds",
+        type=int,
+        help=f"of a cell whose figures vary ({MAX_ROUNDS}; with --quick the same as --rounds)",
+    )
     parser.add_argument("--seconds", type=float, help=f"of each measurement ({SECONDS:g})")
     parser.add_argument("--size", type=int, help=f"of a disk, in MiB ({SIZE_MIB})")
     parser.add_argument(
         "--systems",
-        default="qedfuse,qemu,baseline,single",
-        help="some of qedfuse, qemu, baseline, single (qedfuse on one image, beside the chain)",
+        default=",".join(get_args(System)),
+        help=f"some of {', '.join(get_args(System))} (qedfuse on one image, beside the chain)",
     )
-    parser.add_argument("--dir", type=Path, default=ROOT, help="where 20 GiB are free")
+    parser.add_argument(
+        "--peer-root",
+        type=Path,
+        metavar="DIR",
+        help="measure the qemu-storage-daemon of this root directory too (Debian 13's, say)",
+    )
+    parser.add_argument("--dir", type=Path, default=ROOT, help="where 30 GiB are free")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios")
@@ -177,7 +150,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("run.sh: interrupted")
     table = markdown(outcomes, about)
-    print("\n" + table)
+    print(f"\n{table}\n{mean_line(outcomes)}")
     if arguments.markdown:
         arguments.markdown.write_text(table, encoding="utf-8")
     if arguments.json:
@@ -189,6 +162,24 @@ def main() -> None:
         sys.exit(1)
 
 
+def round_limits(rounds: int | None, most: int | None, *, quick: bool) -> RoundLimits:
+    """Return the limits from the options, each of which may be missing."""
+    least = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+    return RoundLimits(least, max(least, most or (least if quick else MAX_ROUNDS)))
+
+
+def _peers(root: Path | None) -> dict[System, Sequence[str]]:
+    """Return the commands of QEMU's programs.
+
+    Raises:
+        BenchmarkError: There is none in ``root``.
+    """
+    peers: dict[System, Sequence[str]] = {"qemu": ["qemu-storage-daemon"]}
+    if root is not None:
+        peers["qemu-root"] = storage_daemon(root)
+    return peers
+
+
 def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, str]]:
     """Measure the selected cells; return their results, and a description of the machine.
 
@@ -197,26 +188,29 @@ def _measure(arguments: argparse.Namespace) -> tuple[list[Outcome], dict[str, st
         ValueError: No cell is selected.
     """
     cells = select_cells(arguments.cells)
-    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    limits = round_limits(arguments.rounds, arguments.max_rounds, quick=arguments.quick)
     seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)
     size = arguments.size or (QUICK_SIZE_MIB if arguments.quick else SIZE_MIB)
     qedfuse = os.environ.get("QEDFUSE") or str(Path(sys.executable).with_name("qedfuse"))
-    wanted = arguments.systems.split(",")
+    peers = _peers(arguments.peer_root)
+    titles = {**TITLES, **peer_titles(peers)}
+    wanted = set(arguments.systems.split(",")) & {"qedfuse", "baseline", "single", *peers}
     start = time.monotonic()
     outcomes: list[Outcome] = []
     directory = Path(tempfile.mkdtemp(prefix="qedfuse-speed-", dir=arguments.dir))
     try:
+        rounds = f"{limits.least} to {limits.most}" if limits.most > limits.least else limits.least
         settings = f"{rounds} rounds of {seconds:g} s, disks of {size} MiB"
-        about = facts(directory, qedfuse, settings)
-        programs = Programs(qedfuse, compile_baseline(directory))
+        about = facts(directory, qedfuse, settings, peers.values())
+        programs = Programs(qedfuse, compile_baseline(directory), peers)
         environment = Environment(directory, Images(directory, size << 20), programs, seconds)
+        comparison = Comparison(environment, titles, limits)
         for cell in cells:
             if cell.loop and os.geteuid() != 0:
                 print(f"{cell.name}: skipped, because only root can attach loop devices")
                 continue
-            systems = [system for system in systems_of(cell) if system in wanted]
             began = time.monotonic()
-            outcomes.append(run_cell(cell, systems, environment, rounds))
+            outcomes.append(comparison.run_cell(cell, systems_of(cell, wanted)))
             print(f"{_line(outcomes[-1])}  ({time.monotonic() - began:.0f} s)", flush=True)
     finally:
         _remove(directory)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from benchmarks.report import number, spread
+from benchmarks.report import number, with_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -154,7 +154,7 @@ def markdown(outcomes: Iterable[Outcome], about: Mapping[str, str]) -> str:
     for outcome in outcomes:
         task = outcome.task
         shown = [
-            spread(outcome.seconds[system]) if outcome.seconds.get(system) else ""
+            with_range(outcome.seconds[system]) if outcome.seconds.get(system) else ""
             for system in ("qedimg", "qemu-img")
         ]
         ratio = f"{outcome.ratio:.2f}" if outcome.ratio is not None else ""
