@@ -14,6 +14,7 @@ import pytest
 
 from qedfuse.mount.commands import umount
 from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
+from qedfuse.mount.system import mountcopies
 from qedfuse.mount.system.mountcopies import find_copies
 from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_qedfuse_mount, read_mounts
 from tests.support import qemu
@@ -35,6 +36,13 @@ if child == 0:
 os.chroot(sys.argv[1])
 print(child, flush=True)
 os.waitpid(child, 0)
+"""
+
+_COPIES: Final = """
+import sys
+from qedfuse.mount.system.mountcopies import find_copies
+for copy in find_copies(sys.argv[1]):
+    print(copy.path, copy.pid)
 """
 
 
@@ -102,6 +110,77 @@ def test_a_bind_mount_is_reported_and_waited_for(image: Path, tmp_path: Path) ->
         clean_up(shared)
     line = f"{mount.mountpoint}: unmounted here, but still mounted at {shared}/bind; "
     assert lines == [line + f"process {mount.process.pid} goes on until no mount is left"]
+
+
+GROUPS: Final = {
+    "shared": (1, 0),
+    "slave": (0, 1),
+    "shared slave": (2, 1),
+    "slave of the slave": (0, 2),
+    "private": (0, 0),
+}
+"""Kinds of mounts by propagation, each with its peer group and the group of its master."""
+
+
+@pytest.mark.parametrize(
+    ("own", "reported"),
+    [
+        ("shared", {"private"}),
+        ("slave", set(GROUPS)),
+        ("shared slave", {"shared", "slave", "private"}),
+        ("slave of the slave", set(GROUPS)),
+        ("private", set(GROUPS)),
+    ],
+)
+def test_only_mounts_that_the_unmount_does_not_reach_are_reported(
+    own: str, reported: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unmount reaches the peers, the slaves and their slaves, and never the master."""
+    kinds = (own, *GROUPS)
+
+    def table(process: int | None = None) -> list[MountEntry]:
+        number = process or 0
+        kind = kinds[number]
+        return [MountEntry(number, 1, "0:42", kind, FUSE_TYPE, "x", 0, *GROUPS[kind])]
+
+    monkeypatch.setattr(mountcopies, "read_mounts", table)
+    monkeypatch.setattr(mountcopies, "_namespace_and_root", lambda process: (process, ""))
+    monkeypatch.setattr(os, "listdir", lambda _path: [str(pid) for pid in range(1, len(kinds))])
+    first, *others = find_copies("0:42")
+    assert (first.path, first.pid) == (own, None)
+    assert {copy.path for copy in others} == reported
+
+
+def test_the_master_of_a_slave_is_reported(image: Path, tmp_path: Path) -> None:
+    """In a namespace of slaves, the mount in the first namespace is reported as a copy."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    subprocess.run(["mount", "--bind", shared, shared], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", shared], check=True)
+        with front(image, shared / "mnt") as mount:
+            device = find_qedfuse_mount(str(mount.mountpoint)).device
+            done = subprocess.run(
+                [
+                    "unshare",
+                    "--mount",
+                    "--propagation=slave",
+                    sys.executable,
+                    "-c",
+                    _COPIES,
+                    device,
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            mount.process.terminate()
+            assert mount.finish()[0] == 0
+    finally:
+        clean_up(shared)
+    own, *others = done.stdout.splitlines()
+    assert own == f"{mount.mountpoint} None"
+    assert [line.rpartition(" ")[0] for line in others] == [str(mount.mountpoint)]
 
 
 def test_a_signal_logs_the_copy_and_a_second_one_ends_the_mount(

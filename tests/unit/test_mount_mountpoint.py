@@ -21,6 +21,8 @@ TABLE = r"""
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 40 22 0:42 / /mnt/a\040b rw,nosuid - fuse.qedfuse /x\054y.qed rw,user_id=1000,group_id=5
 41 22 0:43 / /mnt/c rw - fuse.qedfuse x rw
+42 22 0:44 / /mnt/d rw master:3 - fuse.qedfuse x rw
+43 22 0:45 / /mnt/e rw shared:5 master:4 propagate_from:2 - fuse.qedfuse x rw
 broken
 """
 
@@ -31,6 +33,8 @@ def test_the_mount_table_is_read() -> None:
         MountEntry(22, 1, "8:1", "/", "ext4", "/dev/sda1", 0, 1),
         MountEntry(40, 22, "0:42", "/mnt/a b", "fuse.qedfuse", "/x,y.qed", 1000),
         MountEntry(41, 22, "0:43", "/mnt/c", "fuse.qedfuse", "x", 0),
+        MountEntry(42, 22, "0:44", "/mnt/d", "fuse.qedfuse", "x", 0, 0, 3),
+        MountEntry(43, 22, "0:45", "/mnt/e", "fuse.qedfuse", "x", 0, 5, 4),
     ]
 
 

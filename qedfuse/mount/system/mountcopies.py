@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _MAX_LISTED_COPIES: Final = 5
 """Maximum number of mounts that `describe_copies` lists; further ones are only counted."""
@@ -47,8 +50,8 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
     The mounts that the caller sees come first.  Each further mount is listed with the process
     that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
 
-    - mounts in other namespaces with the same `MountEntry.peer_group` as a mount that the caller
-      sees, because the kernel normally unmounts them together,
+    - mounts in other namespaces to which the unmount of a mount that the caller sees propagates:
+      those of the same `MountEntry.peer_group`, and the slaves of this group and their slaves,
     - mounts that are visible only to processes that the caller may not inspect,
     - mounts that no process sees below its root directory.
 
@@ -64,7 +67,7 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
     own = _mounts(device, None, original)
     copies = [MountCopy(entry.path) for entry in own]
     mount_ids = {entry.mount_id for entry in own}
-    own_groups = {entry.peer_group for entry in own if entry.peer_group}
+    others = []
     seen = {_namespace_and_root("self")}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):  # noqa: PTH208
         visible = _namespace_and_root(str(pid))
@@ -72,10 +75,32 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
             continue
         seen.add(visible)
         for entry in _mounts(device, pid, original):
-            if entry.mount_id not in mount_ids and entry.peer_group not in own_groups:
+            if entry.mount_id not in mount_ids:
                 mount_ids.add(entry.mount_id)
-                copies.append(MountCopy(entry.path, pid, _command(pid)))
+                others.append((entry, pid))
+    reached = _reached_groups(own, [entry for entry, _pid in others])
+    copies += (
+        MountCopy(entry.path, pid, _command(pid))
+        for entry, pid in others
+        if reached.isdisjoint((entry.peer_group, entry.master))
+    )
     return copies
+
+
+def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> set[int]:
+    """Return the peer groups to which unmounts of the mounts ``own`` propagate.
+
+    Args:
+        own: The mounts that the caller sees.
+        others: Further mounts of the same file system.
+    """
+    reached = {entry.peer_group for entry in own} - {0}
+    while True:
+        # A slave can be in a peer group of its own, to which the slave passes the unmounts on.
+        slaves = {entry.peer_group for entry in others if entry.master in reached}
+        if slaves <= reached | {0}:
+            return reached
+        reached |= slaves - {0}
 
 
 def describe_copies(device: str, original: MountEntry | None = None) -> str | None:

@@ -31,8 +31,9 @@ class MountEntry:
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column SOURCE of findmnt(8).
         owner: The user who mounted a FUSE file system; 0 for any other file system.
-        peer_group: The peer group of the mount (``shared`` in mount_namespaces(7)).  If the mount
-            has none, the group whose unmounts reach the mount (``master``); 0 without both.
+        peer_group: The peer group of the mount (``shared`` in mount_namespaces(7)); 0 if none.
+        master: The peer group of which the mount is a slave (``master``); 0 if none.  Unmounts
+            propagate from that group to the mount, but not from the mount to that group.
     """
 
     mount_id: int
@@ -43,6 +44,7 @@ class MountEntry:
     source: str
     owner: int
     peer_group: int = 0
+    master: int = 0
 
 
 def _unescape(field: str) -> str:
@@ -63,11 +65,11 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
         fields, tail = front.split(" "), back.split(" ")
         if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004  the fields that are used
             owner = re.search(r"(?:^|,)user_id=([0-9]+)", tail[2])
-            group = re.search(r" (?:shared|master):([0-9]+)", front)
+            groups = dict(re.findall(r" (shared|master):([0-9]+)", front))
             yield MountEntry(
                 *(int(fields[0]), int(fields[1]), fields[2], _unescape(fields[4])),
                 *(_unescape(tail[0]), _unescape(tail[1]), int(owner[1]) if owner else 0),
-                int(group[1]) if group else 0,
+                *(int(groups.get("shared", 0)), int(groups.get("master", 0))),
             )
 
 
