@@ -10,15 +10,16 @@ import stat
 import subprocess
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from tests.support import qemu
+from tests.support.disks import header_of
 from tests.support.mounted import front, mounted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 DISK_BYTES = (8 << 20) + 512
@@ -254,6 +255,49 @@ def test_growable(image: Path, tmp_path: Path) -> None:
     content = qemu.content(image)
     assert content[DISK_BYTES * 3 : DISK_BYTES * 3 + 70000] == b"n" * 70000
     assert not any(content[DISK_BYTES : DISK_BYTES * 3])
+    assert qemu.check(image).code == 0
+
+
+def write_last(disk: Path, end: int) -> None:
+    """Write the last byte before an end, durably."""
+    with opened(disk) as fd:
+        assert os.pwrite(fd, b"\0", end - 1) == 1
+        os.fsync(fd)
+
+
+def run_with_end(*command: str) -> Callable[[Path, int], object]:
+    """Return a function that runs a command with an end and a disk as its last words."""
+    return lambda disk, end: subprocess.run([*command, str(end), disk], check=True)
+
+
+GROWTH: Final[dict[str, Callable[[Path, int], object]]] = {
+    "truncate(2)": os.truncate,
+    "truncate -s": run_with_end("truncate", "-s"),
+    "fallocate -l": run_with_end("fallocate", "-l"),
+    "write": write_last,
+}
+"""The ways in which a disk grows to an end."""
+
+
+@pytest.mark.parametrize("options", ["growable", "growable,direct_io", "growable,truncate=zero"])
+def test_growth_is_rounded_up_to_whole_sectors(image: Path, tmp_path: Path, options: str) -> None:
+    """Each way of growth to a part of a sector takes in the whole sector, and logs no error."""
+    with front("-o", options, image, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "vm.raw"
+        sectors = DISK_BYTES // 512
+        for name, grow in GROWTH.items():
+            for rest in (1, 511, 512):
+                grow(disk, 512 * sectors + rest)
+                sectors += 1
+                assert header_of(image.read_bytes()[:64]).image_size == 512 * sectors, name
+                if "truncate" in name:
+                    assert disk.stat().st_size == 512 * sectors
+        mount.process.terminate()
+        code, log = mount.finish()
+    assert code == 0
+    assert log.count("\n") == 1, log  # the line about the end
+    assert qemu.info(image)["virtual-size"] == 512 * sectors
+    assert qemu.content(image)[DISK_BYTES:] == bytes(512 * sectors - DISK_BYTES)
     assert qemu.check(image).code == 0
 
 

@@ -14,7 +14,6 @@ from pyfuse3 import FUSEError
 from qedfuse.mount.fuse.attributes import Attributes, set_times
 from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
 from qedfuse.mount.fuse.requesterrors import RequestErrors, answered
-from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,23 +107,8 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
-        """Grow a disk to ``end`` bytes, rounded up to whole sectors.
-
-        If the disk is that large already, nothing is done, because another request may have grown
-        the disk while the caller waited.
-
-        Raises:
-            FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
-                the size.
-            QedError: The disk could not be changed.
-        """
-        if not self.growable:
-            raise FUSEError(errno.ENOSPC)
-        size = -(-end // SECTOR) * SECTOR
-        if size > exported.disk.header.geometry.max_image_size:
-            raise FUSEError(errno.EFBIG)
-        if size > exported.disk.size:
-            await exported.disk.resize(size)
+        """Grow a disk to ``end`` bytes, rounded up to whole sectors (`Truncation.grow`)."""
+        await self._truncation.grow(exported, end)
 
     def _is_root(self, inode: int) -> bool:
         """Return whether an inode is that of the directory; False if the mountpoint is a file."""

@@ -6,7 +6,8 @@ request with O_TRUNC, so `qedfuse.mount.fuse.fuseinit` removes this feature.)  F
 kernel sends a SETATTR request with the new size.
 
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
-refused otherwise.
+refused otherwise.  A disk has whole sectors, so the size is rounded up, as after a write or an
+fallocate(2) past the end, and the reply gives the size that the disk has then.
 
 By default a request with a smaller size is refused.  A program that copies into an empty file need
 not write zeros.  So if the request succeeded and did nothing, old bytes would remain on the disk.
@@ -39,6 +40,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from pyfuse3 import FUSEError
+
+from qedfuse.ondisk.constants import SECTOR
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -76,8 +79,7 @@ class Truncation:
 
         Raises:
             FUSEError: EPERM, the options do not allow this size, or `SizeFixup` has caused the
-                request and the disk has grown since; EFBIG, the tables cannot address the size.
-            UsageError: The disk would have to grow to a size that is no multiple of 512.
+                request and the disk has grown since; EFBIG, as in `grow`.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
@@ -92,10 +94,27 @@ class Truncation:
             return await self._zero_from(exported, size)
         if size < disk.size or not self._options.growable:
             raise FUSEError(errno.EPERM)
-        if size > disk.header.geometry.max_image_size:
-            raise FUSEError(errno.EFBIG)
-        await disk.resize(size)
+        await self.grow(exported, size)
         return True
+
+    async def grow(self, exported: ExportedDisk, end: int) -> None:
+        """Grow a disk to ``end`` bytes, rounded up to whole sectors.
+
+        If the disk is that large already, nothing is done, because another request may have grown
+        the disk while the caller waited.
+
+        Raises:
+            FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
+                the size.
+            QedError: The disk could not be changed.
+        """
+        if not self._options.growable:
+            raise FUSEError(errno.ENOSPC)
+        size = -(-end // SECTOR) * SECTOR
+        if size > exported.disk.header.geometry.max_image_size:
+            raise FUSEError(errno.EFBIG)
+        if size > exported.disk.size:
+            await exported.disk.resize(size)
 
     async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
         """Zero a disk from guest offset ``start`` to its end; keep its size.
