@@ -93,6 +93,9 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     exception is raised to the caller.  Either is also added to the mount record, if there is one.
     After this function has returned or raised, the process ignores signals.
 
+    The caller must not have a second thread, which would not be protected from memory pressure, and
+    which the launderer would lack.
+
     Args:
         request: The arguments of the mount.
         ready: Called when the disks can be used.  Not called for a fake mount.

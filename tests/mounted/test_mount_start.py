@@ -12,7 +12,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -611,3 +611,44 @@ def test_a_server_is_protected_while_memory_is_short_or_says_so_once(
         logged += mount.unprotected
     prefix = f"qedfuse: {tmp_path / 'mnt'}: {UNPROTECTED}: "
     assert [line.startswith(prefix) for line in logged] == [True] * (not permitted)
+
+
+COUNTED_THREADS: Final = """
+import os, sys
+os.environ.update({environment})
+from qedfuse.mount.fuse import launderer
+from qedfuse.mount.process import memorypressure
+
+def counted(function):
+    def count_and_call(*arguments):
+        print("threads:", len(os.listdir("/proc/self/task")), file=sys.stderr)
+        return function(*arguments)
+    return count_and_call
+
+memorypressure.protect_from_memory_pressure = counted(memorypressure.protect_from_memory_pressure)
+launderer.Launderer.__init__ = counted(launderer.Launderer.__init__)
+"""
+NUMERIC_THREADS: Final = ("OPENBLAS", "GOTO", "OMP", "MKL", "BLIS")
+"""The libraries that numpy can load, by the names in their variables for the number of threads."""
+
+
+def test_numpy_starts_no_thread_before_the_protection_and_the_launderer(
+    image: Path, tmp_path: Path
+) -> None:
+    """The server has one thread when it is protected and forks, whatever the environment says."""
+    wanted = {f"{name}_NUM_THREADS": "4" for name in NUMERIC_THREADS}
+    program = "import os, numpy; print(len(os.listdir('/proc/self/task')))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment(), **wanted},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if done.stdout == "1\n":
+        pytest.skip("numpy starts no threads on this machine")
+    prelude = COUNTED_THREADS.format(environment=wanted)
+    with front(image, tmp_path / "mnt", prelude=prelude) as mount:
+        assert [mount.read_line() for _ in range(2)] == ["threads: 1\n"] * 2
+        mount.process.terminate()
+        assert mount.finish()[0] == 0
