@@ -14,19 +14,27 @@ from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
-"""Maximum number of worker threads that change one file concurrently.  The kernel lets only one
+"""Maximum number of threads that change one file concurrently.  The kernel lets only one
 of them change the file at a time, so more threads would only wait, and could not serve reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
 """Maximum time from the end of one slow write to the beginning of the next for which throttling
 is assumed; also how long the assumption lasts after the last slow write, unless a fast write
 ends the assumption earlier.  A slow write says nothing about a write that begins later than this,
 because each pause of a throttled writer lasts at most 200 ms in the kernel."""
+
+
+async def acquire(semaphore: trio.Semaphore) -> None:
+    """Decrement a semaphore; if it is positive, without letting other tasks run."""
+    try:
+        semaphore.acquire_nowait()
+    except trio.WouldBlock:
+        await semaphore.acquire()
 
 
 class InodeLock:
@@ -75,9 +83,12 @@ class InodeLock:
             await self._waiting.park()
 
     async def in_thread(
-        self, function: Callable[[*Args], T], *args: *Args, is_short_write: bool = False
+        self,
+        function: Callable[[*Args], Awaitable[T]],
+        *args: *Args,
+        is_short_write: bool = False,
     ) -> T:
-        """Run ``function``, which takes the inode's lock, in a worker thread; return its result.
+        """Await ``function``, which makes a change of the file in a thread; return its result.
 
         The error that ``function`` raises is raised here.  ``is_short_write`` says whether
         ``function`` is a short write, for whose end `wait_for_short_writes` waits.
@@ -88,8 +99,11 @@ class InodeLock:
         elif self._waiting:
             self._waiting.unpark_all()
         try:
-            async with self._threads:
-                return await trio.to_thread.run_sync(function, *args)
+            await acquire(self._threads)
+            try:
+                return await function(*args)
+            finally:
+                self._threads.release()
         finally:
             self.contention -= 1
             if is_short_write:

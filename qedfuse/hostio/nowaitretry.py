@@ -1,5 +1,7 @@
 """Retrying reads that the host's page cache cannot answer yet, but soon will.
 
+This is for reads that threads of trio make; native threads cost less, and need no retries.
+
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
 the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
 about 100 microseconds, which is also what a round trip to a worker thread costs.  So the read

@@ -1,4 +1,4 @@
-"""A regular file of the host, whose calls run in the event loop or in a worker thread."""
+"""A regular file of the host, whose calls run in the event loop or in a thread."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import errno
 import os
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.hostio.inlinepolicy import InlinePolicy
-from qedfuse.hostio.inodelock import InodeLock
+from qedfuse.hostio.inodelock import InodeLock, acquire
 from qedfuse.hostio.nowaitretry import NowaitRetry
+from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.regular import open_regular, status_of
 from qedfuse.hostio.sparse import seek
-from qedfuse.hostio.systemcalls import (
-    FALLOC_KEEP_SIZE,
-    FALLOC_PUNCH_HOLE,
-    fallocate,
-    read_all,
-    write_all,
-)
+from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, write_all
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable
 
+    from qedfuse.hostio.hostcalls import HostCalls
     from qedfuse.hostio.hostfile import Buffer
 
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
 
 _NOWAIT: Final = os.RWF_NOWAIT
 _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
@@ -40,17 +36,22 @@ _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 not support the flag."""
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of fallocate(2) on a file system that does not support the mode."""
+_MAX_READS: Final = 28
+"""Maximum number of reads and datasyncs of one file that wait in threads.  With the 4 changes that
+`InodeLock` permits, a file on a disk that does not answer occupies 32 of the 128 native threads."""
 
 
 class PosixFile:
     """A `HostFile` for a regular file, implemented with system calls.
 
     The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other
-    reads go to a worker thread, so that the event loop can serve other requests.  Before that
-    they may be retried for a moment (`NowaitRetry`).
+    reads go to a thread (`HostCalls`), so that the event loop can serve other requests.  After
+    some reads that were not in the page cache, the event loop no longer looks there first
+    (`ReadPolicy`).  If only threads of trio are available, it looks there repeatedly for a
+    moment instead (`NowaitRetry`).
 
-    The event loop itself changes the file only while no worker thread changes it and the
-    kernel does not throttle short writes (`InodeLock`, `InlinePolicy`).
+    The event loop itself changes the file only while no thread changes it and the kernel does
+    not throttle short writes (`InodeLock`, `InlinePolicy`).
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -61,7 +62,9 @@ class PosixFile:
         self.writable = writable
         self.can_punch = True
         self._can_reserve = True
-        self._supports_nowait = True
+        self._reads = ReadPolicy()
+        self._missed_offset = -1  # of the last `try_read`, if its data was not in the page cache
+        self._read_slots = trio.Semaphore(_MAX_READS)
         self._retry = NowaitRetry()
         self._inode = InodeLock()
         self._policy = InlinePolicy(self._inode)
@@ -95,31 +98,25 @@ class PosixFile:
 
         These are all bytes of the view, or fewer if the file ends before.
         """
-        done = self._read_cached(offset, view)
-        if done is None and self._supports_nowait:
-            error: HostError | None = None
-
-            def attempt() -> bool:
-                nonlocal done, error
-                try:
-                    done = self._read_cached(offset, view)
-                except HostError as failed:
-                    error = failed
-                return done is not None or error is not None
-
-            async def in_thread() -> None:
-                nonlocal done
-                done = await self._in_thread("read", read_all, self.fd, offset, view, 0)
-
-            await self._retry.wait(attempt, in_thread)
-            if error is not None:
-                raise error
-        if done is not None and done == len(view):
-            return done
-        # Read what is missing in a worker thread.  If some bytes have been read, the page cache
-        # holds only a part of the range, or the file ends within the range.  Only a blocking
-        # read can distinguish the two.
-        return await self._in_thread("read", read_all, self.fd, offset, view, done or 0)
+        done: int | None = None
+        tries = self._reads.is_inline
+        if tries:
+            # Do not look again for what `try_read` has not found a moment ago.
+            if offset != self._missed_offset:
+                done = self._read_cached(offset, view)
+                if done == len(view):
+                    return done
+                tries = self._reads.is_inline
+            self._missed_offset = -1
+        calls = host_calls()
+        if calls.retries_reads:
+            if done is None and tries:
+                return await self._read_retrying(calls, offset, view)
+            return await self._read_rest(calls, offset, view, done or 0)
+        if tries:
+            self._reads.record_inline_miss()
+            return await self._read_rest(calls, offset, view, done or 0)
+        return await self._read_direct(calls, offset, view)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:
         """Read from the page cache; return how many bytes were read, perhaps not all of the view.
@@ -131,25 +128,91 @@ class PosixFile:
             HostError: The host refused.
         """
         try:
-            return os.preadv(self.fd, (view,), offset, _NOWAIT) if self._supports_nowait else None
+            done = os.preadv(self.fd, (view,), offset, _NOWAIT)
         except OSError as error:
             if error.errno not in _NOT_CACHED:
                 raise self._failed(error, "read") from error
             # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP.  So do not use
             # the flag again.
-            self._supports_nowait = error.errno != errno.EOPNOTSUPP
+            if error.errno == errno.EOPNOTSUPP:
+                self._reads.disable_inline()
             return None
+        if done == len(view):
+            self._reads.misses = 0
+        return done
+
+    async def _read_rest(self, calls: HostCalls, offset: int, view: memoryview, done: int) -> int:
+        """Fill ``view`` from byte ``done`` on in a thread; return how many bytes it then has.
+
+        If some bytes have been read, the page cache holds only a part of the range, or the file
+        ends within the range.  Only a blocking read can distinguish the two.
+        """
+        rest = view[done:] if done else view
+        count, _ = await self._read_in_thread(calls, offset + done, rest)
+        return done + count
+
+    async def _read_direct(self, calls: HostCalls, offset: int, view: memoryview) -> int:
+        """Read in a thread without having looked in the page cache; return how many bytes."""
+        count, seconds = await self._read_in_thread(calls, offset, view)
+        self._reads.record_direct_read(count, seconds)
+        return count
+
+    async def _read_retrying(self, calls: HostCalls, offset: int, view: memoryview) -> int:
+        """Read data that was not in the page cache a moment ago; return how many bytes."""
+        done: int | None = None
+        error: HostError | None = None
+
+        def attempt() -> bool:
+            nonlocal done, error
+            try:
+                done = self._read_cached(offset, view)
+            except HostError as failed:
+                error = failed
+            return done is not None or error is not None
+
+        async def in_thread() -> None:
+            nonlocal done
+            done = (await self._read_in_thread(calls, offset, view))[0]
+
+        await self._retry.wait(attempt, in_thread)
+        if error is not None:
+            raise error
+        if done is not None and done == len(view):
+            return done
+        return await self._read_rest(calls, offset, view, done or 0)
+
+    async def _read_in_thread(
+        self, calls: HostCalls, offset: int, view: memoryview
+    ) -> tuple[int, float]:
+        """Read in a thread; return the number of bytes and the seconds that the call took."""
+        await acquire(self._read_slots)
+        try:
+            return await calls.read(self.fd, offset, view)
+        except OSError as error:
+            raise self._failed(error, "read") from error
+        finally:
+            self._read_slots.release()
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block or fails, or if the file ends before the view
-        is full.  The content of ``view`` is undefined then.
+        Returns False if the read would block, is not tried because the last ones would have
+        blocked, or fails, or if the file ends before the view is full.  The content of ``view``
+        is undefined then.
         """
-        try:
-            return os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view)
-        except OSError:
+        reads = self._reads
+        if not reads.is_inline:
             return False
+        try:
+            if os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view):
+                if reads.misses:
+                    reads.misses = 0
+                return True
+        except BlockingIOError:
+            self._missed_offset = offset
+        except OSError:
+            pass
+        return False
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
@@ -179,8 +242,11 @@ class PosixFile:
             except OSError as error:
                 raise self._failed(error, "write") from error
         else:
-            seconds = await self._change_in_thread(
-                "write", write_all, self.fd, offset, parts, is_short_write=is_short
+            seconds = await self._checked(
+                "write",
+                self._inode.in_thread(
+                    host_calls().write, self.fd, offset, parts, is_short_write=is_short
+                ),
             )
         self._record_write(length, seconds)
 
@@ -201,7 +267,7 @@ class PosixFile:
             return
         self._policy.begin_datasync()
         since = time.perf_counter()
-        await self._in_thread("datasync", os.fdatasync, self.fd)
+        await self._checked("datasync", self._datasync_in_thread())
         self._policy.record_datasync(time.perf_counter() - since, is_inline=False)
 
     def _datasync_inline(self) -> bool:
@@ -218,6 +284,14 @@ class PosixFile:
             raise self._failed(error, "datasync") from error
         self._policy.record_datasync(time.perf_counter() - since, is_inline=True)
         return True
+
+    async def _datasync_in_thread(self) -> None:
+        """Call fdatasync(2) in a thread."""
+        await acquire(self._read_slots)
+        try:
+            await host_calls().datasync(self.fd)
+        finally:
+            self._read_slots.release()
 
     def try_grow(self, size: int) -> bool:
         """Make the file ``size`` bytes long without blocking; return whether that succeeded.
@@ -236,7 +310,8 @@ class PosixFile:
 
     async def truncate(self, size: int) -> None:
         """Make the file ``size`` bytes long; added bytes read as zeros."""
-        await self._change_in_thread("truncate", os.ftruncate, self.fd, size)
+        change = self._inode.in_thread(host_calls().truncate, self.fd, size)
+        await self._checked("truncate", change)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Return the space of ``ranges`` to the host, each given as offset and length.
@@ -257,18 +332,14 @@ class PosixFile:
 
     async def _fallocate(self, action: str, mode: int, *ranges: tuple[int, int]) -> bool:
         """Call fallocate(2) for each range; return whether the file system supports the mode."""
+        change = self._inode.in_thread(host_calls().fallocate, self.fd, mode, *ranges)
         try:
-            await self._change_in_thread(action, self._fallocate_all, mode, ranges)
+            await self._checked(action, change)
         except HostError as error:
             if error.errno in _UNSUPPORTED:
                 return False
             raise
         return True
-
-    def _fallocate_all(self, mode: int, ranges: tuple[tuple[int, int], ...]) -> None:
-        """Call fallocate(2) for each range; runs in a worker thread."""
-        for offset, length in ranges:
-            fallocate(self.fd, mode, offset, length)
 
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows."""
@@ -284,7 +355,7 @@ class PosixFile:
     async def _seek(self, offset: int, whence: int) -> int | None:
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
-        This runs in a worker thread while there is contention for the inode's lock, because
+        This runs in a thread of trio while there is contention for the inode's lock, because
         some file systems take this lock in lseek(2).
         """
         if offset > MAX_OFFSET:
@@ -330,7 +401,7 @@ class PosixFile:
         if self._inode.recheck_free():
             set_times()
         else:
-            await self._inode.in_thread(set_times)
+            await self._inode.in_thread(trio.to_thread.run_sync, set_times)
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.
@@ -344,30 +415,13 @@ class PosixFile:
     def _failed(self, error: OSError, action: str) -> HostError:
         return HostError.from_os(error, self.name, action)
 
-    async def _change_in_thread(
-        self,
-        action: str,
-        function: Callable[[*Args], T],
-        *args: *Args,
-        is_short_write: bool = False,
-    ) -> T:
-        """Run in a worker thread a system call that takes the inode's lock to change the file.
+    async def _checked(self, action: str, call: Awaitable[T]) -> T:
+        """Await a call; return its result.
 
         Raises:
             HostError: The host refused; the message says that ``action`` failed.
         """
         try:
-            return await self._inode.in_thread(function, *args, is_short_write=is_short_write)
-        except OSError as error:
-            raise self._failed(error, action) from error
-
-    async def _in_thread(self, action: str, function: Callable[[*Args], T], *args: *Args) -> T:
-        """Run in a worker thread a system call that may wait for the disk.
-
-        Raises:
-            HostError: The host refused; the message says that ``action`` failed.
-        """
-        try:
-            return await trio.to_thread.run_sync(function, *args)
+            return await call
         except OSError as error:
             raise self._failed(error, action) from error

@@ -72,12 +72,12 @@ def fsync_path(path: str) -> None:
         os.close(fd)
 
 
-def read_all(fd: int, offset: int, view: memoryview, done: int) -> int:
-    """Fill ``view``, whose first ``done`` bytes are filled; return how many bytes are filled then.
+def read_all(fd: int, offset: int, view: memoryview) -> int:
+    """Fill ``view`` from a file offset on; return how many of its bytes are filled then.
 
-    The result is the length of the view, or less if the file ends earlier.  ``offset`` is the
-    file offset of the first byte of the view, and not of byte ``done``.
+    These are all bytes of the view, or fewer if the file ends before.
     """
+    done = 0
     while done < len(view):
         count = os.preadv(fd, (view[done:],), offset + done)
         if not count:

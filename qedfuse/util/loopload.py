@@ -36,7 +36,7 @@ class LoopLoad:
         self._threads = threads
 
     def has_threads(self) -> bool:
-        """Return whether a worker thread is running.
+        """Return whether a thread of trio is running.
 
         If so, no task may poll, so that the event loop can sleep.  A task that polls would not
         notice that the thread has finished, and a busy loop would starve the thread of the GIL.

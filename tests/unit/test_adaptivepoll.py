@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
 from qedfuse.hostio.nowaitretry import MAX_RETRY_SECONDS, NowaitRetry
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.adaptivepoll import AdaptivePoll
@@ -21,6 +22,12 @@ from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _calls_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls in threads of Python: only their reads are retried, and tests replace them."""
+    monkeypatch.setenv(HOST_CALLS_VARIABLE, "threads")
 
 
 def test_polling_begins_when_it_would_have_paid_and_ends_when_it_does_not() -> None:

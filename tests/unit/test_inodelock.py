@@ -18,7 +18,8 @@ import trio.testing
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
-from qedfuse.hostio import inlinepolicy, inodelock, posixfile, systemcalls
+from qedfuse.hostio import inlinepolicy, inodelock, systemcalls, threadcalls
+from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
 from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CLUSTER: Final = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def _calls_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls in threads of Python, because these tests replace the system calls there."""
+    monkeypatch.setenv(HOST_CALLS_VARIABLE, "threads")
 
 
 class InodeLock:
@@ -44,7 +51,7 @@ class InodeLock:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replace the calls of `posixfile`."""
+        """Replace the calls of `PosixFile` and of `ThreadCalls`."""
         self._lock = threading.Lock()
         self._loop = threading.get_ident()
         self.turns = 5
@@ -54,7 +61,7 @@ class InodeLock:
         for name in ("pwrite", "pwritev", "ftruncate", "lseek", "utime"):
             monkeypatch.setattr(os, name, self._locked(name, getattr(os, name)))
         monkeypatch.setattr(
-            posixfile, "fallocate", self._locked("fallocate", systemcalls.fallocate)
+            threadcalls, "fallocate", self._locked("fallocate", systemcalls.fallocate)
         )
 
     def _locked(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,19 +195,20 @@ async def test_a_waiter_for_short_writes_is_not_starved(event: str) -> None:
     short, cut = threading.Event(), threading.Event()
     woken: list[int] = []
 
-    async def wait() -> None:
+    async def wait_for_others() -> None:
         await lock.wait_for_short_writes()
         woken.append(lock.contention)
 
     async with trio.open_nursery() as nursery:
         try:
-            nursery.start_soon(partial(lock.in_thread, short.wait, is_short_write=True))
+            wait = partial(trio.to_thread.run_sync, short.wait)
+            nursery.start_soon(partial(lock.in_thread, wait, is_short_write=True))
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(wait)
+            nursery.start_soon(wait_for_others)
             await trio.testing.wait_all_tasks_blocked()
             assert not woken
             if event == "cut":
-                nursery.start_soon(partial(lock.in_thread, cut.wait))
+                nursery.start_soon(lock.in_thread, partial(trio.to_thread.run_sync, cut.wait))
             elif event == "throttled":
                 lock.record_slow_write(0.01)
                 lock.record_slow_write(0.01)

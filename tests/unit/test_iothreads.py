@@ -295,7 +295,7 @@ def test_a_call_needs_no_gil(tmp_path: Path) -> None:
 
 
 def test_the_eventfd_is_readable_while_calls_wait_to_be_collected(tmp_path: Path) -> None:
-    """The eventfd, `has_finished` and `pending` show what is to be collected."""
+    """The eventfd, `has_finished` and `pending` show whether calls are finished."""
     threads = make(1)
     with opened(tmp_path / "file", b"0123") as fd, pipe() as (reader, writer):
         assert not is_readable(threads.fileno())
@@ -595,7 +595,7 @@ def test_a_pool_with_calls_in_flight_is_freed_without_waiting(tmp_path: Path) ->
         threads.submit_read(fd, 0, done, tag)
         threads.submit_read(reader, -1, flying, None)
         threads.submit_write(fd, 0, (queued,), tag)
-        assert is_readable(fileno, WAIT_SECONDS)
+        wait_until(lambda: is_reading(reader))
         del threads
         gc.collect()
         assert sys.getrefcount(tag) == references

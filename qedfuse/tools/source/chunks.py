@@ -245,7 +245,7 @@ def _read(view: memoryview, segment: Segment, name: str) -> None:
         HostError: The host refused, or the file ends before the end of the segment.
     """
     try:
-        done = read_all(segment.descriptor, segment.offset, view, 0)
+        done = read_all(segment.descriptor, segment.offset, view)
     except OSError as error:
         raise HostError.from_os(error, name, "read") from error
     if done < segment.length:

@@ -1,0 +1,94 @@
+"""Calls on the host's files that may block, as async functions.
+
+While such a call waits for the host's disk, or for the lock of an inode, the event loop serves
+other requests.  A thread makes the call: a native thread (`NativeCalls`), or a thread of trio
+(`ThreadCalls`) if the C extension for native threads was not built.  With the environment variable
+``QEDFUSE_HOST_CALLS`` set to ``threads`` the extension is not used.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
+from qedfuse.hostio.threadcalls import ThreadCalls
+
+if TYPE_CHECKING:
+    from qedfuse.hostio.hostfile import Buffer
+
+HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
+"""Name of the environment variable; its only value with a meaning is ``threads``."""
+
+
+class HostCalls(Protocol):
+    """Makes calls on open descriptors of regular files, for the tasks of one event loop.
+
+    Each async method returns when the call has ended, also if the task is cancelled meanwhile.
+    A task that is cancelled already makes no call.  Offsets, lengths and sizes are in bytes.
+
+    Raises:
+        OSError: The kernel refused, or there is no thread that could make the call.
+    """
+
+    @property
+    def retries_reads(self) -> bool:
+        """Whether a read costs so much that the page cache should be tried again before it."""
+
+    @property
+    def resuming(self) -> int:
+        """How many tasks `deliver` has made runnable that have not run yet."""
+
+    def has_finished(self) -> bool:
+        """Return whether calls are finished that `deliver` has not delivered."""
+
+    def deliver(self) -> None:
+        """Resume the tasks whose calls are finished.
+
+        A task that keeps the event loop from sleeping should call this.  When the event loop
+        would sleep, the calls are delivered anyway.
+        """
+
+    async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
+        """Fill ``view`` from a file offset, as far as the file reaches.
+
+        Returns:
+            The number of bytes, which is less than asked for only where the file ends, and the
+            seconds that the system call took.
+        """
+
+    async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
+        """Write all of ``parts`` from a file offset on; return the system call's seconds."""
+
+    async def datasync(self, fd: int) -> None:
+        """Call fdatasync(2)."""
+
+    async def truncate(self, fd: int, size: int) -> None:
+        """Call ftruncate(2)."""
+
+    async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
+        """Change how ranges of a file are stored (fallocate(2)), up to the first error.
+
+        Each range is an offset and a length.
+        """
+
+
+_calls: Final = trio.lowlevel.RunVar[HostCalls]("host_calls")
+
+
+def host_calls() -> HostCalls:
+    """Return the object that makes the calls of the current event loop."""
+    try:
+        return _calls.get()
+    except LookupError:
+        calls = make_host_calls(os.environ.get(HOST_CALLS_VARIABLE))
+        _calls.set(calls)
+        return calls
+
+
+def make_host_calls(choice: str | None) -> HostCalls:
+    """Return calls of trio's threads if ``choice`` is "threads", otherwise the best available."""
+    threads = None if choice == "threads" else make_io_threads()
+    return ThreadCalls() if threads is None else NativeCalls(threads)

@@ -1,0 +1,140 @@
+"""Calls on the host's files that may block, made by native threads without the GIL.
+
+The threads belong to a C extension (`_iothreads.c`).  A round trip to one of them costs less than
+half of one to a thread of trio, and neither waits for the GIL nor takes it from the event loop.
+The extension is optional; without it `qedfuse.hostio.threadcalls` makes the calls.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import outcome
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from qedfuse.hostio._iothreads import IoThreads
+    from qedfuse.hostio.hostfile import Buffer
+
+    Tag: TypeAlias = trio.lowlevel.Task | Callable[[int, int], object]
+    """The task that a finished call resumes, or the function that it calls."""
+
+_log = logging.getLogger(__name__)
+
+_MAX_THREADS: Final = 128
+"""Maximum number of native threads; `PosixFile` limits how many of them one file occupies."""
+
+
+def make_io_threads() -> IoThreads[Tag] | None:
+    """Return a pool of native threads, none of which exists yet; None without the extension.
+
+    Raises:
+        OSError: The host refused an eventfd.
+    """
+    try:
+        extension = importlib.import_module("qedfuse.hostio._iothreads")
+    except ImportError:
+        return None
+    return extension.IoThreads(_MAX_THREADS)  # type: ignore[no-any-return]
+
+
+class NativeCalls:
+    """Makes calls in the threads of the extension; see `HostCalls` for the methods.
+
+    A task that makes a call sleeps until the call is finished and `deliver` resumes the task.  A
+    cancelled task sleeps until then as well, because the thread uses the task's buffer.
+
+    Attributes:
+        resuming: How many tasks `deliver` has made runnable that have not run yet.
+    """
+
+    retries_reads = False
+
+    def __init__(self, threads: IoThreads[Tag]) -> None:
+        """Serve the tasks of the current event loop with ``threads``."""
+        self._threads = threads
+        self.has_finished = threads.has_finished
+        """Return whether calls are finished that have not been delivered."""
+        self.resuming = 0
+        trio.lowlevel.spawn_system_task(self._deliver_always)
+
+    async def _deliver_always(self) -> None:
+        """Deliver what is finished when the event loop would sleep otherwise."""
+        while True:
+            await trio.lowlevel.wait_readable(self._threads.fileno())
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Resume the tasks whose calls are finished."""
+        for tag, result, nanoseconds in self._threads.finished():
+            if isinstance(tag, trio.lowlevel.Task):
+                self.resuming += 1
+                trio.lowlevel.reschedule(tag, outcome.Value((result, nanoseconds)))
+                continue
+            try:
+                tag(result, nanoseconds)
+            except Exception:  # noqa: BLE001  the other calls must be delivered all the same
+                _log.exception("internal error: the function at the end of a host call failed")
+
+    # A KeyboardInterrupt between submitting a call and falling asleep would leave a call whose
+    # end resumes a task that sleeps elsewhere.
+
+    @trio.lowlevel.enable_ki_protection
+    async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
+        """Fill ``view``; return the number of bytes and the seconds that the call took."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._threads.submit_read(fd, offset, view, trio.lowlevel.current_task())
+        return await self._finish()
+
+    @trio.lowlevel.enable_ki_protection
+    async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
+        """Write all of ``parts``; return how many seconds that took."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._threads.submit_write(fd, offset, parts, trio.lowlevel.current_task())
+        return (await self._finish())[1]
+
+    @trio.lowlevel.enable_ki_protection
+    async def datasync(self, fd: int) -> None:
+        """Call fdatasync(2)."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._threads.submit_datasync(fd, trio.lowlevel.current_task())
+        await self._finish()
+
+    @trio.lowlevel.enable_ki_protection
+    async def truncate(self, fd: int, size: int) -> None:
+        """Call ftruncate(2)."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._threads.submit_truncate(fd, size, trio.lowlevel.current_task())
+        await self._finish()
+
+    @trio.lowlevel.enable_ki_protection
+    async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
+        """Change how ranges of a file are stored (fallocate(2))."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        for offset, length in ranges:
+            self._threads.submit_fallocate(fd, mode, offset, length, trio.lowlevel.current_task())
+            await self._finish()
+
+    async def _finish(self) -> tuple[int, float]:
+        """Sleep until the call of this task is delivered; return its result and its seconds.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        finished: Any = await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
+        self.resuming -= 1
+        result, nanoseconds = finished
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result, nanoseconds / 1e9
+
+
+def _refuse_to_abort(_: object) -> trio.lowlevel.Abort:
+    """Let a task that is cancelled sleep on."""
+    return trio.lowlevel.Abort.FAILED

@@ -1,0 +1,64 @@
+"""Calls on the host's files that may block, made by trio's worker threads.
+
+This is the implementation of `qedfuse.hostio.hostcalls.HostCalls` for an installation without the
+C extension of `qedfuse.hostio.nativecalls`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.hostio.systemcalls import fallocate, read_all, write_all
+
+if TYPE_CHECKING:
+    from qedfuse.hostio.hostfile import Buffer
+
+
+class ThreadCalls:
+    """Makes calls in the threads of `trio.to_thread`; see `HostCalls` for the methods."""
+
+    retries_reads = True
+    resuming = 0
+
+    def has_finished(self) -> bool:
+        """Return False: trio itself resumes the tasks."""
+        return False
+
+    def deliver(self) -> None:
+        """Do nothing: trio itself resumes the tasks."""
+
+    async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
+        """Fill ``view``; return the number of bytes and the seconds that the call took."""
+        return await trio.to_thread.run_sync(_read, fd, offset, view)
+
+    async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
+        """Write all of ``parts``; return how many seconds that took."""
+        return await trio.to_thread.run_sync(write_all, fd, offset, parts)
+
+    async def datasync(self, fd: int) -> None:
+        """Call fdatasync(2)."""
+        await trio.to_thread.run_sync(os.fdatasync, fd)
+
+    async def truncate(self, fd: int, size: int) -> None:
+        """Call ftruncate(2)."""
+        await trio.to_thread.run_sync(os.ftruncate, fd, size)
+
+    async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
+        """Change how ranges of a file are stored (fallocate(2))."""
+        await trio.to_thread.run_sync(_fallocate, fd, mode, ranges)
+
+
+def _read(fd: int, offset: int, view: memoryview) -> tuple[int, float]:
+    """Call `read_all`; return the number of bytes and how many seconds that took."""
+    since = time.perf_counter()
+    return read_all(fd, offset, view), time.perf_counter() - since
+
+
+def _fallocate(fd: int, mode: int, ranges: tuple[tuple[int, int], ...]) -> None:
+    """Call fallocate(2) for each range."""
+    for offset, length in ranges:
+        fallocate(fd, mode, offset, length)
