@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from qedfuse.hostio.threadcalls import ThreadCalls
 from qedfuse.mount.fuse.scheduler import (
     MAX_BURST,
     MAX_BURST_BESIDE_OTHERS,
@@ -223,6 +224,90 @@ async def test_no_polling_while_a_thread_is_running(pipe: tuple[int, int]) -> No
                 trio.to_thread.current_default_thread_limiter().release()
     assert scheduler.statistics.slept == 1
     assert scheduler._adaptive_poll.seconds, "a wait beside other work was recorded"
+
+
+class FinishedCalls(ThreadCalls):
+    """Calls of which a test says when they are finished; their tasks wait for `delivered`.
+
+    Attributes:
+        finished: How many calls are finished and not delivered.
+        resuming: How many tasks were made runnable and have not run.
+        ended: How many tasks have run.
+    """
+
+    def __init__(self) -> None:
+        """Start without calls."""
+        self.finished = self.resuming = self.ended = 0
+        self._waiting: list[trio.lowlevel.Task] = []
+
+    def has_finished(self) -> bool:
+        """Return whether there are finished calls."""
+        return self.finished > 0
+
+    def deliver(self) -> None:
+        """Resume one task for each finished call."""
+        for _ in range(self.finished):
+            self.resuming += 1
+            trio.lowlevel.reschedule(self._waiting.pop())
+        self.finished = 0
+
+    async def wait(self) -> None:
+        """Wait for the end of one call."""
+        self._waiting.append(trio.lowlevel.current_task())
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        self.resuming -= 1
+        self.ended += 1
+
+
+@pytest.mark.parametrize("count", [1, 5])
+async def test_tasks_whose_calls_finish_during_a_poll_run_at_once(
+    pipe: tuple[int, int], count: int
+) -> None:
+    """A finished call ends the poll, its task runs, and then the poll continues."""
+    calls = FinishedCalls()
+    readings = 0
+
+    class Finisher(Clock):
+        """A clock that ends the calls while the task polls, and then sends a request."""
+
+        def __call__(self) -> float:
+            """Finish the calls at the third reading; send the request once the tasks have run."""
+            nonlocal readings
+            readings += 1
+            if readings == 3:
+                calls.finished = count
+            assert readings <= 3 or calls.ended == count, "polled while a task could run"
+            if readings == 6:
+                os.write(pipe[1], b"x")
+            return super().__call__()
+
+    scheduler = Scheduler(POLL_SECONDS, Finisher(step=1e-6), calls)
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(calls.wait)
+        await wait_all_tasks_blocked()
+        with trio.fail_after(5):
+            await scheduler.wait_readable(pipe[0])
+        assert calls.ended == count
+    assert readings >= 6
+    assert (scheduler.statistics.slept, scheduler.statistics.polled) == (0, 1)
+
+
+async def test_a_burst_of_requests_delivers_finished_calls(pipe: tuple[int, int]) -> None:
+    """While requests keep coming, tasks whose calls have finished become runnable."""
+    os.write(pipe[1], b"x")
+    calls = FinishedCalls()
+    scheduler = Scheduler(POLL_SECONDS, Clock(), calls)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(calls.wait)
+        await wait_all_tasks_blocked()
+        calls.finished = 1
+        await scheduler.wait_readable(pipe[0])
+        assert (calls.finished, calls.resuming, calls.ended) == (0, 1, 0)
+        for _ in range(MAX_BURST_BESIDE_OTHERS):
+            await scheduler.wait_readable(pipe[0])
+        assert (calls.resuming, calls.ended) == (0, 1)
 
 
 @pytest.mark.parametrize("asleep", [True, False])

@@ -19,9 +19,13 @@ request, the event loop sleeps, so an idle server uses no processor time.
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
 other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
-descriptor is polled only once.  The event loop is needed while a worker thread is running,
+descriptor is polled only once.  The event loop is needed while a thread of trio is running,
 because only trio notices the end of the thread, and while another task polls for a read of the
 host's file.
+
+A finished call of a native thread (`HostCalls.has_finished`) is noticed here as well: its task
+runs before the next request that has to be waited for, and before the event loop would sleep.
+So the descriptor is polled also while native threads are running.
 """
 
 from __future__ import annotations
@@ -37,11 +41,14 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
+from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from qedfuse.hostio.hostcalls import HostCalls
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ MAX_BURST: Final = 64
 """Maximum number of requests that are taken in a row before all other tasks run."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
-"""Maximum number of requests that are taken in a row while a worker thread is running, or while
+"""Maximum number of requests that are taken in a row while a thread of trio is running, or while
 another task polls for a read of the host's file."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
@@ -136,18 +143,21 @@ class Scheduler:
         self,
         poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
+        calls: HostCalls | None = None,
     ) -> None:
         """Make a scheduler for the event loop that runs now; it has not waited for a request yet.
 
         Args:
             poll_seconds: Maximum time to poll before the event loop sleeps; 0 to poll only once.
             clock: Returns the time in seconds.
+            calls: The calls whose end is noticed; None for those of the current event loop.
         """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
         self._load = loop_load()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
         self._clock = clock
+        self._calls = host_calls() if calls is None else calls
         self._poller = select.poll()
         self._fd = -1
         self._closing = False
@@ -169,15 +179,22 @@ class Scheduler:
         if self._poller.poll(0):
             statistics.ready += 1
             self._burst += 1
+            if self._calls.has_finished():
+                # The tasks run when this one waits, at the latest after the burst.
+                self._calls.deliver()
             if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
                 await self._run_other_tasks()
             return
         since = self._clock()
         await self._run_other_tasks()
-        if self._adaptive_poll.seconds and self._poll(since + self._adaptive_poll.seconds):
-            statistics.polled += 1
-            self._adaptive_poll.record(0.0, slept=False)
-            return
+        if self._adaptive_poll.seconds:
+            end = since + self._adaptive_poll.seconds
+            while not (found := self._poll(end)) and self._calls.has_finished():
+                await self._run_other_tasks()
+            if found:
+                statistics.polled += 1
+                self._adaptive_poll.record(0.0, slept=False)
+                return
         if self._closing:
             raise trio.ClosedResourceError
         statistics.slept += 1
@@ -197,10 +214,10 @@ class Scheduler:
 
         Returns:
             True if a request has arrived.  False if the time is over, if the event loop is
-            needed for other work, or if the mount ends.
+            needed for other work, if a call has finished, or if the mount ends.
         """
-        poll, clock = self._poller.poll, self._clock
-        while not (self._is_loop_needed() or self._closing):
+        poll, clock, has_finished = self._poller.poll, self._clock, self._calls.has_finished
+        while not (self._is_loop_needed() or self._closing or has_finished()):
             if poll(0):
                 return True
             if clock() >= end:
@@ -211,16 +228,21 @@ class Scheduler:
     def _is_loop_needed(self) -> bool:
         """Return whether the event loop is needed for other work, which polling would delay.
 
-        A worker thread is running, whose end only the event loop notices, or another task polls
-        for a read of the host's file.
+        A thread of trio is running, whose end only the event loop notices, another task polls
+        for a read of the host's file, or tasks can run whose calls have finished.
         """
-        return self._load.polled_reads > 0 or self._load.has_threads()
+        return self._load.polled_reads > 0 or self._calls.resuming > 0 or self._load.has_threads()
 
     async def _run_other_tasks(self) -> None:
-        """Let all other runnable tasks run once."""
+        """Let all other runnable tasks run, those whose calls have finished included."""
         self._burst = 0
         self.statistics.yields += 1
+        if self._calls.has_finished():
+            self._calls.deliver()
         await trio.lowlevel.checkpoint()
+        # trio may run this task before others that became runnable at the same time.
+        while self._calls.resuming:
+            await trio.lowlevel.checkpoint()
 
     def has_request(self) -> bool:
         """Return whether the kernel has a request that no task has taken yet.
