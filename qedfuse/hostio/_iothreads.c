@@ -8,7 +8,7 @@
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a call with an answer has two
  * owners at its end (see below).  Everything that threads share is in struct pool, under one
- * mutex, except for two counters that Python reads without it.
+ * mutex, except for two counters, which are read without the mutex.
  *
  * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", whose
  * pointer is a
@@ -99,7 +99,7 @@ struct pool {
     int notifiers;             /* threads that are writing to the eventfd */
     int is_notified;           /* a thread has written to the eventfd, or is about to */
     int max_threads, threads;
-    int coming;                /* threads that will look at the queue without being woken */
+    int coming;                /* threads that will look at the queue without a further wake-up */
     int64_t idle_nanoseconds;  /* how long a thread waits for a job before it ends */
     struct sleeper *sleepers;  /* the last that fell asleep is on top */
     struct list queue;         /* submitted, in their order */
@@ -110,7 +110,7 @@ struct pool {
     atomic_int stop;           /* is_closed, for a thread between two system calls */
 };
 
-/* Counts how often this process was forked since it began, seen from the child. */
+/* How many forks lie between the process that loaded this module and this process. */
 static unsigned long forks;
 
 static void count_fork(void)
@@ -178,8 +178,8 @@ static void skip(struct job *job, size_t count)
     }
 }
 
-/* Read or write all parts of a job; return the number of bytes, or -errno.  A read may end before,
- * at the end of the file.  If the pool is freed meanwhile, the descriptor may belong to another
+/* Read or write all parts of a job; return the number of bytes, or -errno.  A read ends early at
+ * the end of the file.  If the pool is freed meanwhile, the descriptor may belong to another
  * file after the present system call, so no other call follows. */
 static int64_t transfer(struct pool *pool, struct job *job)
 {
@@ -298,8 +298,8 @@ static void run(struct pool *pool, struct job *job)
     append(&pool->done, job);
     atomic_fetch_add(&pool->done_count, 1);
     if (answer != NULL) {
-        /* The answer comes before the eventfd: the kernel waits for it, and the event loop may
-         * have collected the job before it would sleep. */
+        /* Answer before writing to the eventfd, because the kernel waits for the answer.
+         * Meanwhile the event loop may collect the job, and then nothing is written. */
         pthread_mutex_unlock(&pool->mutex);
         answer->call(answer, data, (long long)result);
         pthread_mutex_lock(&pool->mutex);
@@ -401,8 +401,8 @@ static void withdraw(struct pool *pool, struct job *job)
     atomic_fetch_sub(&pool->pending, 1);
 }
 
-/* Queue a job, and wake or create a thread unless one is coming that will take the job.  Return 0,
- * or an errno if there is no thread at all; the job is not queued then.  The caller gets the
+/* Queue a job, and wake or create a thread unless a coming thread will take the job.  Return 0, or
+ * an errno if there is no thread at all; the job is not queued then.  The caller gets the
  * garbage of the pool in any case. */
 static int queue(struct pool *pool, struct job *job, struct list *garbage)
 {
@@ -718,7 +718,7 @@ static PyObject *get_threads(PyObject *self, PyObject *unused)
     return PyLong_FromLong(threads);
 }
 
-/* Give jobs that could not be reported back to the list, before all others. */
+/* Put jobs that could not be reported at the beginning of the list of finished jobs. */
 static void put_back(struct pool *pool, struct list jobs)
 {
     struct job *job;
@@ -764,8 +764,9 @@ static PyObject *finished(PyObject *self, PyObject *unused)
     (void)unused;
     if (pool == NULL)
         return NULL;
-    /* The eventfd is read first: a thread writes to it after it has filled the empty list, so a
-     * write that this read misses makes the eventfd readable once more, for nothing. */
+    /* Read the eventfd before taking the list.  If a thread writes to the eventfd in between, the
+     * event loop wakes once more, without a job.  In the other order, the read could take the
+     * notification of a job that is still on the list. */
     length = read(pool->eventfd, &count, sizeof count);
     (void)length; /* fails if nothing has been written */
     pthread_mutex_lock(&pool->mutex);

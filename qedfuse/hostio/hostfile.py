@@ -17,8 +17,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 class HostFile(Protocol):
     """A file of the host, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    When the host refuses, each method raises `HostError` (`NoSpaceError` for a full file
-    system) unless its docstring names another error; a ``try_`` method returns False.
+    If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
+    (`NoSpaceError` for a full file system), unless its docstring says otherwise.
     Nothing is certain to be durable before `datasync` has returned.
 
     Attributes:

@@ -118,8 +118,10 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
 
     Raises:
         ImageInUseError: Another opener holds a conflicting lock; the message names its
-            process if the kernel reveals it.  No lock is held then.
-        HostError: The kernel refused for another reason; no lock is held then.
+            process if the kernel reveals it.
+        HostError: The kernel refused for another reason.
+
+    After any error no lock of ``mode`` is held.
     """
     byte = mode.taken[0]
     try:

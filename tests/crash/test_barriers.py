@@ -142,14 +142,14 @@ def sealed_late(saboteur: Saboteur) -> None:
 
 def taken_for_never_written(saboteur: Saboteur) -> None:
     """Take clusters that are used again for new ones, which read as zeros."""
-    grow_over = SpaceManager._grow_over
+    grow_over = SpaceManager._hand_out_and_grow
 
     async def never_written(self: SpaceManager, first: int, count: int) -> Run:
         run = await grow_over(self, first, count)
         saboteur.strikes += not run.never_written
         return run._replace(never_written=True)
 
-    saboteur.replace(SpaceManager, "_grow_over", never_written)
+    saboteur.replace(SpaceManager, "_hand_out_and_grow", never_written)
 
 
 def unwatched_scan(saboteur: Saboteur) -> None:

@@ -44,9 +44,8 @@ async def create_image(
         size: Size of the disk in bytes; may be 0.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file that the image stores: absolute, or relative to
-            the directory of the image.  The backing file is not opened.  None or empty for
-            no backing file.
+        backing: Name of the backing file that the image stores, see `backing_path`.  The
+            backing file is not opened.  None or empty for no backing file.
         backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
             Has no effect without a backing file.
         overwrite: Whether to replace an existing file, which fails if another process has

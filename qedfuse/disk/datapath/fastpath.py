@@ -1,8 +1,8 @@
 """The fast path of a request whose tables and data are in memory, so that it need not wait.
 
-Most requests need nothing else.  On the slow path, with extents and tasks, such a request
-would cost several times as much time as its access to the host's file.  No other task runs
-between the lookup and the read or write, so the fast path needs neither locks nor `Epochs`.
+Most requests are of this kind.  On the slow path, with extents and tasks, each would cost several
+times as much time as its access to the host's file.  No other task runs between the lookup and the
+read or write, so the fast path needs neither locks nor `Epochs`.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
 up.  The caller then starts the request again on the slow path, which waits, or reports the

@@ -131,9 +131,9 @@ async def open_bases(
 
 @contextmanager
 def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Close, at the end of the ``with`` block, the files of all layers that are in the list then.
+    """At the end of the ``with`` block, close the files of the layers that are still in the list.
 
-    Yields the list itself.  The block may add layers, and may remove layers, which stay open.
+    Yields the list itself, to which the block may add layers.  Removed layers are not closed.
     """
     try:
         yield layers

@@ -9,7 +9,7 @@ image:
                            one run in one layer, is bad, or would need too many entries
     ZEROS                  the cluster reads as zeros; there is no data to read
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
-                           file offsets are multiples of 4096, and ``depth + 2`` is smaller
+                           file offsets are multiples of 4096; ``depth + 2`` is below 4096
 
 The arrays are kept in the store of the table cache.  They are evicted like slices of tables,
 and made again when they are needed.

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
 """Length of the first lookup of a search; each further lookup may be twice as long as the one
-before it.  In most cases the result is near ``start``, so a short lookup finds it.  A longer lookup
-would return more extents, and so take longer."""
+before it.  The result is mostly near the start of the search, where a short lookup finds it and
+returns few extents."""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:

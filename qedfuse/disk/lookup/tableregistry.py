@@ -157,7 +157,7 @@ class TableRegistry:
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
         # If this program has the image open for reading only, another program may let the file
-        # grow meanwhile.  So entries are compared with the present end of the file then.
+        # grow meanwhile.  So entries are then compared with the present end of the file.
         end = self._end_at_open if self._file.writable else self._file.size()
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))

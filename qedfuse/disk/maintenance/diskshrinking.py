@@ -84,8 +84,7 @@ class DiskShrinking:
         data.
 
         Raises:
-            UsageError: There is data past ``size``.  The message has the guest offset of the first
-                byte of it.
+            UsageError: There is data past ``size``; the message has the guest offset.
             CorruptImageError: The entry of the cluster in which ``size`` lies is bad.
             HostError: The host cannot read the image.
         """

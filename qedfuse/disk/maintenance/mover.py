@@ -208,8 +208,8 @@ class Mover:
         """
         file, at = self._layer.file, 0
         while at < length:
-            # Reads and writes that are done inline are no checkpoints.  Without this checkpoint
-            # a deadline would have no effect during a sequence of such reads and writes.
+            # Reads and writes that need not wait are no checkpoints.  Without this checkpoint a
+            # deadline would have no effect during a sequence of such reads and writes.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)
             if data is None:

@@ -87,17 +87,17 @@ class DirectReclaim:
             await self._writeback.barrier()
         else:
             # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
-            # The running cycle, or an earlier one, makes durable the tables that dropped the
-            # sealed clusters, unless the cycle fails.  So no further cycle is needed.  Requests
-            # that still used these clusters may have ended since the last `Reclaim.run`.
+            # The running cycle, or an earlier one, has taken the tables that dropped the sealed
+            # clusters, so no further cycle is begun.  Requests that still used these clusters
+            # may have ended since the last `Reclaim.run`.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch, because this method may wait until all requests
-        that are in an epoch now have ended, the caller included (deadlock).
+        The caller must not be in an epoch (`Epochs`): this method may wait for all requests in
+        an epoch, so such a caller would wait for itself.
 
         Returns:
             Whether clusters may have become free, so that the caller should try again; other

@@ -250,8 +250,8 @@ class FreeMap:
     def tail_start(self, end: int, used: int) -> int:
         """Return the lowest cluster with at most ``used`` used clusters from there to ``end``.
 
-        ``end`` itself does not count.  A used cluster is one that is not free.  Returns 0 if at
-        most ``used`` clusters before ``end`` are used in all.
+        ``end`` itself does not count.  A used cluster is one that is not free.  Returns 0 if the
+        whole file below ``end`` has at most ``used`` used clusters.
         """
         position, left = end + self.shift, used
         while position > self.shift:

@@ -1,4 +1,4 @@
-"""Operations on all L2 tables of an image: find those that hold data, mark their clusters.
+"""Operations on all L2 tables of an image: which hold data, and which clusters they occupy.
 
 An L1 table can be 1 GiB long and point to 134 million tables, all of them holes of a sparse
 file.  So these functions process arrays of tables instead of single tables, and let other

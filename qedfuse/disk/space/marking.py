@@ -37,8 +37,8 @@ class Marking:
     def __init__(self, empty: FreeMap, name: str) -> None:
         """Mark and record nothing yet.
 
-        ``empty`` is an empty map, whose block borders the maps here get; ``name`` is the file's
-        name for errors.
+        The maps here are made like ``empty``, an empty map; ``name`` is the file's name in
+        messages.
         """
         self._name = name
         self.active = False

@@ -138,8 +138,8 @@ class OwnerBitmap:
         Some of them may have an owner already.  Clusters past the end of the file are ignored.
 
         Raises:
-            NeedsCheckError: As for `claim`; here clusters of the range that have an owner
-                already count twice.
+            NeedsCheckError: As for `claim`, but a cluster of the range that has an owner counts
+                twice.
         """
         last = min(last, self.clusters)
         if first >= last:
@@ -148,8 +148,8 @@ class OwnerBitmap:
             self._check_limit(last - first)
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
-        # Set whole bytes of the bitmap in large steps, because a header can claim 2^32
-        # clusters.
+        # A header can claim 2^31 clusters.  To bound the memory, whole bytes of the bitmap are set
+        # without a list of their clusters, and the bits that were set before are counted in steps.
         begin, end = min(-(-first // 8), last // 8), last // 8
         if begin * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))
@@ -182,7 +182,7 @@ class OwnerBitmap:
         return runs
 
     def owned(self, first: int, count: int) -> int:
-        """Return one bit for each of ``count`` clusters from ``first`` on, set if it has an owner.
+        """Return which of ``count`` clusters have an owner: bit i stands for ``first`` + i.
 
         ``first`` may be negative; clusters outside the file have no owner.
         """

@@ -55,7 +55,7 @@ class Quarantine:
     """
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
-        """Hold no cluster yet; ``empty`` is an empty map, whose block borders all maps here get."""
+        """Hold no cluster yet; all maps here are made like ``empty``, an empty map."""
         self._epochs = epochs
         self._unsealed = empty.empty_like()
         # Unsealed clusters that are not in `_unsealed` yet: see `retire_many`.

@@ -132,7 +132,7 @@ class Reclaim:
         """Whether there are clusters to free, cut off or punch.
 
         False until the scan has ended, and also afterwards if the scan could not read the
-        tables.  Clusters in quarantine count also if `run` can free them only after the next
+        tables.  Clusters in quarantine count even if `run` can free them only after the next
         write-back cycle.
         """
         allocator = self._allocator
@@ -168,11 +168,11 @@ class Reclaim:
             self._punching = True
 
     def distrust_below(self, end: int) -> None:
-        """Never free a cluster below the file offset ``end`` that loses its reference.
+        """Never free the clusters below the file offset ``end`` when they lose their reference.
 
         The scan calls this for a damaged image, in which a second entry may refer to the same
-        cluster.  Such clusters leave the quarantine and are then neither used again nor
-        returned to the host.
+        cluster.  These clusters leave the quarantine, but are neither used again nor returned
+        to the host.
         """
         self._untrusted_end = end
 

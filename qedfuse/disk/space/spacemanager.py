@@ -55,7 +55,7 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.
 
-        Returns None also if the chosen run has fewer clusters, even if other clusters are free.
+        Returns None also if the chosen run has fewer clusters, even if a longer run is free.
         After None, nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
@@ -74,8 +74,8 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must not be in an epoch (`Epochs`), because this method may wait until all
-        requests that are in an epoch now have ended, the caller included (deadlock).
+        The caller must not be in an epoch (`Epochs`): this method may wait for all requests in
+        an epoch, so such a caller would wait for itself.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -87,7 +87,7 @@ class SpaceManager:
         found = self._choose(clusters)
         while found is None and await self._source.wait_for_free_clusters():
             found = self._choose(clusters)
-        return await self._grow_over(*(found or self._allocator.choose_any()))
+        return await self._hand_out_and_grow(*(found or self._allocator.choose_any()))
 
     async def allocate_table(self) -> Run:
         """Hand out the clusters of a new table: within the bound if possible, else at the end.
@@ -104,9 +104,9 @@ class SpaceManager:
             found = self._allocator.choose_table()
         if found is None:
             return await self.allocate_table_at_end()
-        return await self._grow_over(found, self._free.table)
+        return await self._hand_out_and_grow(found, self._free.table)
 
-    # For compaction, which does not increase the number of clusters in use
+    # Without making clusters free first: compaction frees as many clusters as it allocates
 
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
@@ -115,7 +115,7 @@ class SpaceManager:
             NoSpaceError: The file cannot grow any more.
             HostError: The host refused to grow the file.
         """
-        return await self._grow_over(
+        return await self._hand_out_and_grow(
             self._allocator.end >> self._allocator.cluster_bits, self._free.table
         )
 
@@ -126,7 +126,7 @@ class SpaceManager:
             HostError: The host refused to grow the file.
         """
         found = self._free.take(clusters)
-        return found and await self._grow_over(*found)
+        return found and await self._hand_out_and_grow(*found)
 
     async def allocate_from(self, first: int, clusters: int) -> Run:
         """Hand out a run of at most ``clusters`` clusters at or past the cluster ``first``.
@@ -139,9 +139,10 @@ class SpaceManager:
             HostError: The host refused to grow the file.
         """
         end = self._allocator.end >> self._allocator.cluster_bits
-        return await self._grow_over(*(self._free.take_from(first, clusters) or (end, clusters)))
+        found = self._free.take_from(first, clusters) or (end, clusters)
+        return await self._hand_out_and_grow(*found)
 
-    async def _grow_over(self, first: int, count: int) -> Run:
+    async def _hand_out_and_grow(self, first: int, count: int) -> Run:
         """Hand out clusters that were just chosen, and grow the file if it is too short for them.
 
         The caller must not have awaited anything since the clusters were chosen.  If this
@@ -159,8 +160,8 @@ class SpaceManager:
         # same clusters.
         self._hand_out(run)
         try:
-            # The file may be too short also for clusters that were free: a run is freed if
-            # the file could not grow for it.
+            # Even a cluster that was free may lie past the end of the file, because a run for
+            # which the file could not grow is freed.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

@@ -110,9 +110,9 @@ class NeedCheck:
         await self._flusher.flush()
         if self._layer.damaged:
             # For example, an entry may have pointed past the end of the file, and the file may
-            # have grown over the target of this entry since.  Such an entry would look valid to
-            # the next program that opens the image, and this program would not know that the
-            # image is damaged.  So if the bit is set, it stays set, to demand a check.
+            # have grown over the target of this entry since.  To the next program that opens the
+            # image, the entry would look valid.  So if the bit is set, it stays set, to demand a
+            # check.
             return not self._header_store.value.need_check
         if self._changes_under_way or (
             self._header_store.persisted and not self._header_store.value.need_check

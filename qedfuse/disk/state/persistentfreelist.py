@@ -135,11 +135,10 @@ class PersistentFreeList:
         The caller must have made everything else durable, and must ensure that no other task
         uses the image.
 
-        Nothing is written if no list is wanted, or if the list in the file is still valid.
-        Nothing is written either if the tables or the file's end do not allow a list
-        (`_at_rest`), if not all free clusters are known, or if there are none or too many.  If
-        the list cannot be written, a warning is logged; the image is sound without a list, and
-        the next open scans.
+        Nothing is written if no list is wanted, if the list in the file is still valid, if the
+        tables or the file's end do not allow a list (`_at_rest`), if not all free clusters are
+        known, or if there are none or too many.  If the list cannot be written, a warning is
+        logged; the image is sound without a list, and the next open scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.

@@ -5,11 +5,12 @@ caller passes a barrier, when the new header is durable.  Until then, and if the
 memory holds the old header.  So a change that was reported as failed does not come back with
 a later write of the header.
 
-A write that failed may have reached the file in part or in full.  Therefore the old header is
-written again immediately, and the next change writes the header once more.  The next change
-alone would not suffice: if the disk has become read-only, no change follows, and the next
-open could find, for example, a size that was reported as refused.  After a failed datasync
-a power failure may leave either of the two headers in the file, and either is safe.
+A write that failed may have changed the file nonetheless.  Therefore the old header is written
+again immediately, and the next change writes the header once more.  The next change alone would
+not suffice: if the disk has become read-only, no change follows, and the next open could find,
+for example, a size that was reported as refused.  If the host's power fails after a failed
+datasync, either header may be in the file.  This cannot be prevented, but up to the smaller size
+the content of the disk is the same with both.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ class HeaderStore:
     Attributes:
         value: The header after the last change that succeeded.
         persisted: Whether the file is known to hold ``value``.  False while a change is being
-            written, and from a failed change until the next change that succeeds.
+            written, and after a failed change until another change has succeeded.
     """
 
     def __init__(self, file: HostFile, header: Header) -> None:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # The former bytes between the header and the end of its sector, from a change with a
-        # trailer until a change has succeeded; empty at other times.  If a change fails, the
-        # next write of the header restores these bytes.
+        # While a change with a trailer runs: the previous bytes between the header and the end
+        # of its sector.  If the change fails, they are kept until a change has succeeded, and
+        # each write of the header without a trailer restores them.  Empty at other times.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True

@@ -30,7 +30,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 
     Args:
         path: The file or block device.
-        expected: What the message about a foreign format says that was expected, in the words
+        expected: The end of the message about a foreign format: what was expected, in the words
             of the user's options.  The default is for the source of a copy.
 
     Raises:

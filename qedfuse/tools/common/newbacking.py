@@ -29,9 +29,8 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
 
     Args:
         image: The file that will name the backing file; this file need not exist.
-        backing: Name of the backing file, absolute or relative to the image's directory.
-        directory: Directory to which names after ``file:`` are relative; empty for the
-            working directory.
+        backing: Name of the backing file, see `backing_path`.
+        directory: The working directory, as for `backing_path`.
 
     Raises:
         BackingError: The image is the backing file, or is among the files of its chain.
@@ -57,7 +56,7 @@ def size_and_format(
 
     Args:
         image: Path of the new image.
-        backing: Name of the backing file, absolute or relative to the image's directory.
+        backing: Name of the backing file, see `backing_path`.
         wanted: Format of the backing file; None accepts only QED.
 
     Raises:

@@ -47,8 +47,8 @@ class Comparison:
             only with ``strict``.  ``content``: the bytes at ``offset``.  ``allocation``: at
             ``offset`` only one disk stores data, and before ``offset`` the content is equal;
             only with ``strict``.  None if the disks are identical.
-        offset: Guest offset of the first difference in bytes; None if the disks are
-            identical or ``reason`` is the size.
+        offset: Guest offset in bytes of the first difference; None if the disks are identical
+            or ``reason`` is ``size``.
         sizes: Sizes of the two disks in bytes.
     """
 

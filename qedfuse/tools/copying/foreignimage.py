@@ -171,7 +171,7 @@ async def _run(command: list[str], image: str) -> str | None:
 
     Args:
         command: Path of qemu-img, and the arguments.
-        image: Temporary path of the image, which is removed from the reason.
+        image: Temporary path of the image; this path is removed from the reason.
 
     Raises:
         HostError: The host cannot run qemu-img.

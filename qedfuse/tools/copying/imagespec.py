@@ -39,9 +39,8 @@ class ImageSpec:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
         cluster_size: Bytes in a cluster of a QED image.
         table_size: Clusters in a table of a QED image.
-        backing: Name of the backing file of a new QED image, absolute or relative to the
-            image's directory; None for no backing file.  Only clusters that differ from the
-            backing file are written.
+        backing: Name of the backing file of a new QED image, see `backing_path`; None for no
+            backing file.  Only clusters that differ from the backing file are written.
         backing_format: Format of the backing file; None accepts only QED.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.

@@ -71,8 +71,7 @@ def create(
             file; None is refused with ``unsafe``, and without a backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file, absolute or relative to the image's directory; None
-            for no backing file.
+        backing: Name of the backing file, see `backing_path`; None for no backing file.
         backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
             is refused if a backing file is named.
         unsafe: Do not open the backing file, which then need not exist.

@@ -66,8 +66,8 @@ async def rebase(
 
     Args:
         path: The image.
-        backing: Name of the new backing file, absolute or relative to the image's directory;
-            None or empty to remove the backing file.
+        backing: Name of the new backing file, see `backing_path`; None or empty to remove the
+            backing file.
         backing_format: Format of the new backing file; None accepts only QED, and is refused
             with ``unsafe`` unless the backing file is removed.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the

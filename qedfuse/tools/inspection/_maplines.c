@@ -1,4 +1,7 @@
-/* Writes the extents that a slice of an L2 table describes, in the formats of qemu-img map.
+/* Formats the extents that a slice of an L2 table describes, as qemu-img map does.
+ *
+ * The last extent of a slice may continue in the next slice.  This pending extent is kept in
+ * `pending`, and gets its line when a later call finds its end.
  *
  * This module only handles valid entries.  If an entry of the slice may be invalid, `lines`
  * returns None and leaves the pending extent unchanged.  The caller must then map the rest of the
@@ -15,8 +18,9 @@
 #define MAX_JSON_CHARS 192  /* maximum length of a line of JSON */
 
 /* A range of the disk, in bytes, of which all clusters are unallocated, or zero clusters, or data
- * at contiguous offsets of the file.  `value` is the table entry of the first cluster.  An extent
- * of length 0 means that no extent has begun. */
+ * at contiguous offsets of the file.  `value` is the table entry of the first cluster: 0 if
+ * unallocated, 1 for a zero cluster, else the offset.  A length of 0 means that no extent has
+ * begun. */
 struct extent {
     uint64_t start, length, value;
 };
@@ -118,6 +122,7 @@ static int overlaps_table(const struct extent *data, const uint64_t *tables, siz
     return first && tables[first - 1] + table_bytes > data->value;
 }
 
+/* See `methods` for the arguments and the result. */
 static PyObject *lines(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -170,8 +175,7 @@ static PyObject *lines(PyObject *module, PyObject *args)
             index++;
         }
     }
-    /* The last extent has no line yet, because it may continue in the next slice.  Its entries are
-     * checked here, because all entries of this slice must be valid. */
+    /* The pending extent gets no line yet, but its entries must be valid, too. */
     if (valid && current.value > 1)
         valid = !overlaps_table(&current, tables.buf, (size_t)tables.len / 8, table_bytes);
     if (valid) {

@@ -118,7 +118,7 @@ class Dump:
         return header
 
     async def l1(self) -> AsyncGenerator[EntryRange, None]:
-        """Yield the ranges of the entries of the L1 table that are not 0.
+        """Yield the ranges of those entries of the L1 table that are not 0.
 
         Entries past the end of the file are left out.
 

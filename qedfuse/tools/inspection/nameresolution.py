@@ -81,10 +81,9 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
 def _resolve(name: str, directory: str) -> tuple[str, bool]:
     """Resolve a name to an absolute path, and look up nothing outside of ``directory``.
 
-    The name is followed component by component, symbolic links included, as long as the
-    components lead into ``directory``, or to ``directory`` itself or a directory above it, of
-    which the path is known.  From the first component that leads elsewhere on, the rest is only
-    normalized, without I/O.
+    A component that leads into ``directory`` is looked up, and followed if it is a symbolic
+    link.  A component that leads to ``directory`` itself, or to a directory above it, needs no
+    lookup.  The first component that leads elsewhere, and all after it, are only normalized.
 
     Args:
         name: The name, a path that may be absolute.

@@ -1,9 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if the extents show that it is zeros, on both disks if there are two.  Nor
-need a range be read that both disks store as the same bytes of the same file.  Such a range is left
-out of the chunks, unless it is too short to be worth a second chunk, or the caller wants all ranges
-(``include_zeros``).
+A range need not be read if the extents show that it is zeros, on both disks if there are two.  The
+same is true of a range that both disks store as the same bytes of the same file.  Such ranges are
+left out of the chunks, unless they are too short to be worth a second chunk, or the caller wants
+all ranges (``include_zeros``).
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ class Chunker:
                 ends at a multiple of this size or at the end of the disk.
             max_chunk_bytes: Maximum length of a chunk, a multiple of ``block_size``; no chunk
                 crosses a multiple of this length.
-            base: Another disk to read beside ``source``; None for no other disk.  A long range that
-                both disks store as the same bytes of the same file is in no chunk.
+            base: Another disk to read beside ``source``; None for no other disk.
             include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
                 both disks share.
         """

@@ -115,8 +115,8 @@ class QedRunReader:
 
         If the entries begin with a hole of the file that is at least `_MAX_TABLE_READ_BYTES`
         long, or covers all entries of the range, nothing is read.  The entries in the hole are
-        0, so they become an `UNALLOCATED` run.  So do entries past the end of the file: another
-        program may cut the file while it is read.
+        0, so they become an `UNALLOCATED` run.  Entries past the end of the file, which another
+        program may cut meanwhile, count as 0, too.
 
         Args:
             table_offset: File offset of the table.
