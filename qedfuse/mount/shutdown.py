@@ -104,7 +104,7 @@ class Shutdown:
         If the file system is mounted elsewhere as well, `pyfuse3.main` goes on, and the other
         mounts are logged.
         """
-        is_reported = False
+        is_flushed = is_failure_logged = False
         while True:
             all_closed = self._disks.all_closed_event()
             try:
@@ -119,7 +119,8 @@ class Shutdown:
                     pyfuse3.terminate()
                     return
             except BusyError:
-                if not is_reported:
+                if not is_flushed:
+                    is_flushed = True
                     durable = await self._flush()
                     _log.warning(
                         "%s: %s: still in use: %s; the mount goes on until the last close; a "
@@ -129,9 +130,9 @@ class Shutdown:
                         "everything is durable now" if durable else "not everything is durable",
                     )
             except _FAILURES as error:
-                if not is_reported:
+                if not is_failure_logged:
+                    is_failure_logged = True
                     _log.warning("%s: %s", signal_name, error)
-            is_reported = True
             with trio.move_on_after(_RETRY_SECONDS):
                 await all_closed.wait()
         await self._report_copies(signal_name)

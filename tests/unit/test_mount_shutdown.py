@@ -24,7 +24,7 @@ from tests.support.disks import build_image, inspect_image, opened, pattern
 from tests.support.hostfiles import FailingFile, MemoryFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from trio.testing import MockClock
 
@@ -73,10 +73,16 @@ class Kernel:
 
 
 async def end_while_in_use(
-    monkeypatch: pytest.MonkeyPatch, *disks: object, kernel: Kernel | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    *disks: object,
+    kernel: Kernel | None = None,
+    before: Sequence[Exception] = (),
 ) -> None:
-    """Signal a mount of some disks that is in use until everything has been flushed."""
-    busy = [BusyError("in use")]
+    """Signal a mount of some disks that is in use until everything has been flushed.
+
+    The first attempts to unmount fail with the exceptions ``before``.
+    """
+    busy = [BusyError("in use"), *reversed(before)]
     flushed, flush = trio.Event(), Shutdown._flush
 
     def unmount(_mountpoint: str) -> None:
@@ -98,7 +104,8 @@ async def end_while_in_use(
         exports = export(*disks)
         laundering = cast("Laundering | None", kernel)
         Shutdown(exports, laundering, "/mnt", "0:99", nursery).receive("SIGTERM")
-        await flushed.wait()
+        with trio.fail_after(60):
+            await flushed.wait()
         for exported in exports:
             exports.handle_closed(exported, writer=True)
     assert not busy
@@ -112,6 +119,21 @@ async def test_durable(monkeypatch: pytest.MonkeyPatch) -> None:
         await disk.write(0, pattern(CLUSTER, 1))
         assert file.counts["datasync"] == 0
         await end_while_in_use(monkeypatch, disk)
+        assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("SIGTERM: [Errno 24] Too many open files")
+@pytest.mark.expect_log("SIGTERM: still in use: everything is durable now; the mount goes on")
+async def test_durable_after_a_failed_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+) -> None:
+    """A mount that is in use is flushed also if an attempt to unmount failed before."""
+    file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    async with opened(file) as disk:
+        await disk.write(0, pattern(CLUSTER, 1))
+        lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)) for _ in range(2)]
+        await end_while_in_use(monkeypatch, disk, before=lack)
         assert file.counts["datasync"] == 1
 
 
