@@ -247,8 +247,8 @@ class DiskFile(io.RawIOBase):
             self._check_writable()
             done = 0
             # `Disk.write` raises for a range that begins at or past the end, and cuts off a
-            # range that crosses the end.  Only the first call may raise for this reason: the
-            # bytes of the calls before have been written, and must be counted.
+            # range that crosses the end.  Only the first call may raise for this reason, because
+            # the bytes that earlier calls have written must be counted.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)
@@ -279,7 +279,7 @@ class DiskFile(io.RawIOBase):
             return wanted
 
     def flush(self) -> None:
-        """Make everything durable that has been written; do nothing if opened with ``rb``.
+        """Make durable everything that has been written; do nothing if opened with ``rb``.
 
         Raises:
             ValueError: The file is closed.

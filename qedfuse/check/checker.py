@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MIN_SUSPICIOUS_LEAKS: Final = 16
-"""If more clusters than this are leaked, and more than twice the number of allocated clusters, a
-note says that the header may be wrong."""
+"""A note says that the header may be wrong, if more clusters than this are leaked, and more than
+twice as many as are allocated."""
 
 _MAX_RUNS_SHOWN: Final = 3
 """Maximum number of runs of leaked clusters that the message about leaked clusters lists."""

@@ -48,9 +48,9 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
             the result for such an image is None.
 
     Returns:
-        The header, the file's length in bytes, and a report without errors and leaks.  None if
-        the extension cannot be used, or if the image may have an error or a leak, has a free list,
-        has a length that is not a multiple of the cluster size, is too large, or cannot be read.
+        The header, the file's length in bytes, and a report without errors or leaks.  None in any
+        other case, for example if the image has a free list, is too large for the fast check, or
+        cannot be read.
     """
     # The extension does not convert the entries of tables, which are little-endian.
     if _sweep is None or sys.byteorder != "little":
@@ -71,7 +71,8 @@ def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckRep
         sweep: The function of the extension.
 
     Raises:
-        QedError: The header is invalid or cannot be read.
+        QedError: The header is invalid, or the file's attributes cannot be read.
+        OSError: The header cannot be read.
     """
     header, size = read_header_of(fd, name)
     geometry = header.geometry

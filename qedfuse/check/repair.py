@@ -5,7 +5,7 @@ What is done for each kind of damage, and why:
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
 - If two L1 entries point to tables that overlap in the file, the later table moves to a copy,
-  unless the earlier table moves already because it overlaps a third table.  If two L1 entries point
+  unless the earlier table itself moves because it overlaps a third table.  If two L1 entries point
   to the same table, the entry with the higher guest offset gets a copy of the table.  After that,
   two tables refer to the same data clusters, so these clusters are copied as in the first case.
 - If a cluster is both data and part of an L2 table, the table moves to a copy and the data stays.

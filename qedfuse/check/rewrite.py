@@ -179,7 +179,7 @@ class Rewriter:
             self._has_pending = False
 
     def set_avoided(self, clusters: Values) -> None:
-        """Exclude clusters from all later allocations, and no longer those of an earlier call.
+        """Exclude clusters from all later allocations.
 
         The array ``clusters`` has their file offsets in ascending order.
         """

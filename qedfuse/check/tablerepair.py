@@ -46,8 +46,7 @@ class TableRepair:
         # no owner, because they are copies, and each copy gets exactly one entry.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset after the repair, and the file offset at
-        # which it is read.  The latter is the old offset in a dry run, because a dry run makes
-        # no copies.
+        # which it is read.  A dry run makes no copies, so it reads each table at its old offset.
         self._tables: list[tuple[int, int, int]] = []
         # Old file offsets of the tables that move because they overlap data, ascending.
         self._moved_from = np.empty(0, np.uint64)
@@ -167,8 +166,8 @@ class TableRepair:
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.
 
-        Of two tables that overlap each other, the one that is earlier in the file does not move for
-        this reason.  If both are at the same file offset, the one with the lower L1 index does not.
+        The earlier of two tables that overlap each other does not move for this reason.  If both
+        are at the same file offset, the one with the lower L1 index counts as the earlier one.
 
         `_moved_from` is set to the offsets of the tables that move because of data.
         """

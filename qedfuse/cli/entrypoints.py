@@ -1,7 +1,7 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
-Before an entry point loads the program, it restores the default action of SIGINT.  Then Ctrl-C
-while modules are loaded ends the process without a traceback.
+Before an entry point loads the program, it restores the default action of SIGINT.  So while modules
+are loaded, Ctrl-C ends the process without a traceback.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class MountOptions:
         allow_root: Besides the user who mounts, root may access the mount.
         uid: Owner of the disks and of their directory; None for the user who mounts.
         gid: Group of the disks and of their directory; None for the group of the user who mounts.
-        umask: Permission bits that the disks (otherwise 0666) and their directory (otherwise
-            0555) lack; None for the bits of group and others.
+        umask: Permission bits that are removed from 0666 for the disks and from 0555 for their
+            directory; None to remove all bits of group and others.
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.

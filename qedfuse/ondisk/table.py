@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SLICE_BYTES: Final = 1 << 16
-"""Length of a slice: the unit in which tables are read, cached and written, in bytes."""
+"""Maximum length in bytes of a slice, the unit in which tables are read, cached and written."""
 
 _ENTRIES_PER_STEP: Final = 1024
 """How many entries `runs` compares in one step with `_UNALLOCATED_STEP`."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter.  Polling is disabled after at most this number of waits in
-a row that are a little too long, because each of them lowers the counter by 1."""
+"""Maximum of the confidence counter.  Each wait that is a little too long lowers the counter by 1.
+So polling is disabled after at most this number of such waits in a row."""
 _RESET_FACTOR: Final = 8
-"""A wait that takes more than this number of times the poll's length resets the confidence to
-0, because the earlier waits no longer predict the next one."""
+"""A wait longer than the poll's length times this factor resets the confidence to 0, because the
+earlier waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  So a wait during which the task slept counts as short
-enough to poll for if it took at most the poll's length times this factor."""
+"""A task that sleeps notices the event late.  So after such a wait the limit for "short enough" is
+the poll's length times this factor."""
 
 
 class AdaptivePoll:

@@ -1,4 +1,4 @@
-"""Background tasks that run for the length of an ``async with`` block."""
+"""Tasks that run beside an ``async with`` block."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _PROGRESS_INTERVAL_SECONDS: Final = 0.1
 async def background_tasks() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that raises a single error without an exception group.
 
+    The end of the block waits for the tasks.  If they do not end by themselves, the caller must
+    cancel the nursery's ``cancel_scope``.
+
     trio wraps every error that leaves a nursery in an exception group, because several tasks
     may fail concurrently.  Callers of a function that uses a nursery internally do not expect
-    a group.  So a single error, which is the usual case, is raised alone.  Several errors are
-    still raised as a group.
+    a group.  So only several errors are raised as a group.
     """
     try:
         async with trio.open_nursery() as nursery:
@@ -34,6 +36,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     except BaseExceptionGroup as group:
         if len(group.exceptions) > 1:
             raise
+        # "from" keeps the error's own cause; without it a traceback would also show the group.
         raise group.exceptions[0] from group.exceptions[0].__cause__
 
 

@@ -120,7 +120,9 @@ class Command:
     exit_codes: Mapping[int, str] = field(default_factory=dict)
 
     def completions(self) -> list[tuple[Operand, Value]]:
-        """Return the operands up to the first that repeats, each with the value that completes it.
+        """Return the operands, each with the value that completes it.
+
+        No operand after one that repeats is returned.
 
         An optional operand of the kind "free" is completed like the next operand, because the
         next operand takes its position if the optional one is omitted.

@@ -122,8 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
     """Return the result of the fast check, or None if the full check is needed.
 
-    The full check is needed to repair and to undo, and for an image that may have an error or a
-    leak or has a free list.
+    The full check is needed to repair, to undo, and if the fast check gives up.
     """
     if arguments.repair is not None or arguments.undo is not None:
         return None
@@ -249,8 +248,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space.  Fewer clusters may be leaked after it, because a table
-        # that was invalid can refer to some of them.
+        # A repair of errors frees no space.  `leaks_fixed` may be positive nonetheless, because
+        # clusters that seemed leaked can belong to a table that was invalid.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(

@@ -26,7 +26,7 @@ _recorder: Final = _Recorder()
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Print messages of the library to stderr from now on, from the level WARNING upwards.
+    """From now on print messages of the library to stderr, if their level is at least WARNING.
 
     With ``verbose`` the lowest level is INFO, and with ``quiet`` it is ERROR.
     """

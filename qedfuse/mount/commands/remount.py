@@ -6,7 +6,7 @@ For writing, the server needs other locks, a check of each image, and the kernel
 and all three are decided when the mount begins.
 
 With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
-with which the mount began.  So a remount that would change the flag is refused then.
+with which the mount began.  So with ``direct_io`` a remount cannot change this flag.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def remount(
         msg = f"{shown}: cannot remount: found no record of the process that serves the mount"
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
-    # The record also has the unknown options with which the user mounted by ``-s``.
+    # The record also has unknown options, if the user mounted with ``-s``.
     old = parse_options(found.record.options, sloppy=True)
     _refuse_changes(shown, old, flags, others, sloppy=sloppy)
     if fake:
@@ -110,8 +110,8 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
     """Split options into mount flags and others; drop ``remount`` and `_KERNEL_FUSE_OPTIONS`.
 
     Returns:
-        The mount flags after all options, where a later option overrides an earlier one,
-        always with `_ALWAYS_SET`; and the other options.
+        The mount flags that the options set, and those of `_ALWAYS_SET`; and the other options.
+        A later option overrides an earlier one.
     """
     flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []

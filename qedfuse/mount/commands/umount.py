@@ -74,9 +74,9 @@ def unmount_and_wait(
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        UnmountFailedError: The process does not answer, or its end cannot be waited for; in both
-            cases the mount is still there.  Or the process has failed or was killed, has not ended
-            in time, or has no record by which to find it.
+        UnmountFailedError: The process does not answer, has failed, was killed, has not ended in
+            time, cannot be waited for, or has no record by which to find it.  The message says
+            whether the mount is still there.
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
@@ -104,8 +104,8 @@ def unmount_and_wait(
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
             # The mount may have hidden the directory of the record until now.  If there is no
-            # record even now, the process has removed its record, because the process has ended
-            # without a failure.
+            # record even now, normally the process has ended without a failure, and has removed its
+            # record.
             with _explained(f"{shown}: unmounted, but the process may still be writing"):
                 found = find_record(entry.device, entry.owner)
                 if found is None:

@@ -66,9 +66,9 @@ class Attributes:
     def for_reply(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk for a reply, and note that the kernel may cache them.
 
-        The caller must send the attributes next, and must neither wait nor raise an error before.
-        Otherwise ``exported.blocks`` would be a value that the kernel does not have, and a wrong
-        value that the kernel has cached would stay there.
+        The caller must send the attributes next, and must not wait or raise an error before that.
+        Otherwise ``exported.blocks`` would be a value that the kernel does not have, and
+        the server would not invalidate a wrong value that the kernel has cached.
         """
         attributes = self.of_disk(exported)
         exported.blocks = attributes.st_blocks

@@ -38,10 +38,10 @@ class ExportedDisk:
             if the kernel has none cached.
         read_only: Whether this disk is read-only in a writable mount, because its image is a
             backing file of another disk of the mount.  False in a read-only mount.
-        overrun: Whether a write from the kernel's cache, which began before the end of the disk,
-            went past the end, and the error has not been reported to a writer yet.
-        fixup_size: The size in bytes by which `SizeFixup` is replacing the size that the kernel
-            has cached of the file; -1 while `SizeFixup` does not work on the file.
+        overrun: Whether a write from the kernel's cache began before the end of the disk and went
+            past it, and no writer has got the error yet.
+        fixup_size: The size in bytes to which `SizeFixup` is setting the size that the kernel has
+            cached of the file; -1 while `SizeFixup` does not work on the file.
     """
 
     disk: Disk
@@ -87,7 +87,7 @@ class ExportedDisks:
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Count a handle as closed; if no handle of any disk is left, set the event.
 
-        The event is the one that `all_closed_event` returns before this call.
+        The event is the one that `all_closed_event` returned before this call.
 
         Args:
             exported: The disk of the handle.
@@ -100,10 +100,10 @@ class ExportedDisks:
             self._all_closed = trio.Event()
 
     def all_closed_event(self) -> trio.Event:
-        """Return an event that is set when the last open handle of all disks is closed next.
+        """Return an event that is set the next time that the last open handle is closed.
 
-        If no handle is open now, the event is still not set.  It is set only after a handle has
-        been opened and all handles have been closed again.
+        If no handle of any disk is open now, the event is set only after a handle has been opened
+        and all handles have been closed again.
         """
         return self._all_closed
 

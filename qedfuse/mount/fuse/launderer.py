@@ -13,7 +13,7 @@ the write(2) returns.  Then the launderer ends, and the connection ends with it.
 
 The launderer is forked before the mount exists, and executes no program, because the files of
 the interpreter may lie under the mountpoint.  A server that started a program after mounting
-could wait for a reply of its own.  The launderer sleeps until the server sends it the
+could wait for its own reply.  The launderer sleeps until the server sends it the
 connection.
 """
 

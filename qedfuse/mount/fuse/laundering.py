@@ -138,8 +138,8 @@ class Laundering:
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
             while self._unread_answers:
-                # The launderer answers a notification also if the task that sent it was
-                # cancelled.  Such an answer is read and ignored.
+                # The launderer has answered, or will answer, a notification whose task was
+                # cancelled.  This answer is read and ignored.
                 answer = await self._socket.recv(ANSWER.size)
                 self._unread_answers -= 1
             await self._socket.send(message)

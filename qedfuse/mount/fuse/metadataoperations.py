@@ -229,7 +229,7 @@ class MetadataOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # Only here it is certain that the attributes are sent, and not an error instead.
+        # Only now is it certain that the attributes are sent, and no error in their place.
         for exported, blocks in sent:
             exported.blocks = blocks
 

@@ -1,11 +1,11 @@
 """Correcting the size of a disk that the kernel has cached.
 
 With the write-back cache the kernel ignores the size in most replies, and its cached size can
-become wrong in two ways.  A buffered write past the end increases the cached size.  Later the
-server refuses the dirty pages past the end, but the kernel keeps the wrong size.  After an
-fallocate(2) that has grown the disk and then failed, the cached size is too small.  With the
-write-back cache the kernel takes over a size only from the reply to a truncation.  So the server
-truncates its own file, through the mount, to the size that the disk has.
+become wrong in two ways.  First, a buffered write past the end increases the cached size.  Later
+the server refuses the dirty pages past the end, but the kernel keeps the wrong size.  Second, after
+an fallocate(2) that has grown the disk and then failed, the cached size is too small.  In both
+cases the kernel takes over a size only from the reply to a truncation.  So the server truncates its
+own file, through the mount, to the size that the disk has.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
 ``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over
@@ -92,8 +92,8 @@ class SizeFixup:
         Raises:
             OSError: The file is not accessible, or its size or permissions cannot be set.
         """
-        # The file is opened with O_PATH, because the close of an ordinary descriptor would get
-        # the error of a failed writeback, and the writer would not get it any more.
+        # The file is opened with O_PATH, because the close of an ordinary descriptor would take
+        # the error of a failed writeback, which the writer must get.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             status = os.fstat(fd)

@@ -1,9 +1,8 @@
 """truncate(2) and open(2) with O_TRUNC on a disk, which never becomes smaller.
 
 For an open with O_TRUNC the kernel sends an open request without O_TRUNC, and then a SETATTR
-request with the size 0.  (With the feature FUSE_ATOMIC_O_TRUNC the kernel would send only an open
-request with O_TRUNC, so `qedfuse.mount.fuse.fuseinit` removes this feature.)  For truncate(2) the
-kernel sends a SETATTR request with the new size.
+request with the size 0, because `qedfuse.mount.fuse.fuseinit` removes the feature
+FUSE_ATOMIC_O_TRUNC.  For truncate(2) the kernel sends a SETATTR request with the new size.
 
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
 refused otherwise.  A disk has whole sectors, so the size is rounded up, as after a write or an

@@ -49,10 +49,9 @@ def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager
     """Open the disk for the image at ``path``; the end of the block closes the disk.
 
     Returns:
-        A context manager for the disk.  With the option ``snapshot`` the disk is that of a
-        temporary overlay of the image, with the option ``overlay`` that of the named overlay, and
-        otherwise that of the image itself.  Entering the block raises QedError if the disk cannot
-        be opened or an overlay cannot be made.
+        A context manager for the disk of a temporary overlay of the image (``snapshot``), of the
+        overlay that the user named (``overlay``), or of the image itself.  Entering the block
+        raises QedError if the disk cannot be opened or an overlay cannot be made.
     """
     if options.snapshot:
         return _open_snapshot(path, options)

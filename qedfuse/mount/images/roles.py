@@ -39,9 +39,9 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
             two sources are the same file.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
-        return set()  # the sources are opened read-only in any case
+        return set()
     if options.backing.mode == "none":
-        return set()  # sources with a backing file are refused when they are opened
+        return set()
     by_identity = _by_identity(sources)
     overlays: dict[Source, list[Source]] = {}
     for source in sources:

@@ -103,7 +103,7 @@ def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
         os.kill(child, signal.SIGTERM)
         raise KeyboardInterrupt
 
-    # A signal that is ignored stays ignored and is not forwarded, such as SIGHUP under nohup(1).
+    # A signal that is ignored, such as SIGHUP under nohup(1), stays ignored and is not forwarded.
     forwarded = [
         number for number in _FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     ]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-This time is shorter than the time without changes after which a disk clears NEED_CHECK and flushes
-once more.  So the heap of an idle server is trimmed at least once after the last change."""
+After a longer time than this, an idle disk clears NEED_CHECK and is flushed once more.  So the heap
+of an idle server is trimmed at least once after the last change."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)

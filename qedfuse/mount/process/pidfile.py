@@ -119,7 +119,7 @@ class PidFile:
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
-                # There is no file, so the reason is that no new file could be made.
+                # There is no file to overwrite, so the error is that no new file could be made.
                 raise error from None
 
     @staticmethod

@@ -120,9 +120,8 @@ def describe_copies(device: str, original: MountEntry | None = None) -> str | No
 def _namespace_and_root(process: str) -> tuple[str, str]:
     """Return the mount namespace and the root directory of a process.
 
-    Processes with the same result see the same mounts.  If the process has ended, or the caller
-    may not read the two links below /proc, the result has ``process`` in place of the namespace,
-    and so differs from the result for every other process.
+    Processes with the same result see the same mounts.  If the two links below /proc cannot be
+    read, no other process has the same result.
     """
     try:
         # The links are read and not followed, because the target of the second one may be a

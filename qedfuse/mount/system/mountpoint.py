@@ -85,10 +85,10 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         True if the mountpoint is a directory, and False if it is a regular file.
 
     Raises:
-        MountpointError: The path is missing or cannot be accessed, has a stale mount or another
-            mount of qedfuse, is neither a directory nor a regular file, is a regular file
-            although ``disks`` is not 1, is or lies in /proc or /sys, or is or contains a file
-            that the server or libfuse needs.
+        MountpointError: The path is missing or cannot be accessed, has a mount of qedfuse that is
+            in use or stale, or is neither a directory nor a regular file.  Or it is a regular
+            file although ``disks`` is not 1, is or lies in /proc or /sys, or is or contains a
+            file that the server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)

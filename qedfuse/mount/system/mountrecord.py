@@ -353,9 +353,9 @@ def _take(path: Path, user: int) -> MountRecord | None:
     try:
         record = _read(fd, path.name, user)
         if record is not None:
-            # The file is removed through the descriptor of its directory.  If root removed the
-            # file by its path, ``user`` could put a link in place of a directory in the path, and
-            # so make root remove a file in another directory.
+            # The file is removed through the descriptor of its directory.  If root used the path
+            # of the file, ``user`` could put a link in place of a directory in the path, and so
+            # make root remove a file in another directory.
             with contextlib.suppress(OSError):
                 os.unlink(path.name, dir_fd=fd)
         return record

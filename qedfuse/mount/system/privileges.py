@@ -32,7 +32,7 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 
     Args:
         for_others: Whether ``allow_other`` or ``allow_root`` is set.
-        user: The user who mounts; None for the caller.
+        user: The user id of the user who mounts; None for the user of this process.
 
     Raises:
         PrivilegeError: The FUSE device is missing or cannot be opened.  Or an ordinary user
