@@ -73,9 +73,9 @@ def fsync_path(path: str) -> None:
 
 
 def read_all(fd: int, offset: int, view: memoryview) -> int:
-    """Fill ``view`` from a file offset on; return how many of its bytes are filled then.
+    """Fill ``view`` from a file offset; return how many bytes were read.
 
-    These are all bytes of the view, or fewer if the file ends before.
+    The result is less than the length of the view only if the file ends earlier.
     """
     done = 0
     while done < len(view):

@@ -99,8 +99,7 @@ class Discard:
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Deallocate whole clusters, and leave unallocated and zero clusters unchanged.
 
-        Unlike `discard` this creates no zero clusters where the base shows already, and it
-        also works past the end of the disk.
+        Unlike `discard`, this also works past the end of the disk.
 
         Args:
             start: Guest offset at a cluster boundary.

@@ -203,7 +203,7 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
 async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
     """Return whether a base is a QED image rather than raw.
 
-    If the user has given a format, the format decides.  If not, the base is raw if the header of
+    If the user has given a format, the format decides.  Otherwise the base is raw if the header of
     the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  In all other cases the
     base's magic decides.  Headers can forbid probing because a guest that writes to a raw disk can
     put any magic there.

@@ -6,7 +6,8 @@ however long the chain is.  The result is an array with one code for each cluste
 image:
 
     MIXED                  the cluster must be looked up layer by layer in each read: it is not
-                           one run in one layer, is bad, or would need too many entries
+                           one run in one layer, is bad, or has too many entries
+                           (`_MAX_ENTRIES_PER_SLICE`)
     ZEROS                  the cluster reads as zeros; there is no data to read
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096; ``depth + 2`` is below 4096

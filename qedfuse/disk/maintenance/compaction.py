@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Maximum number of clusters in use past the target of one pass.  Their owners are found together,
-which takes up to 32 MiB of memory."""
+"""Maximum number of clusters in use past the target of one pass of `Compaction._shorten`.  Their
+owners are found together, which takes up to 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
 """Maximum number of L2 tables in an image that is compacted; with clusters and tables of the

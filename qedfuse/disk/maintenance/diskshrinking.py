@@ -79,9 +79,8 @@ class DiskShrinking:
     async def refuse_data(self, size: int) -> None:
         """Raise if the image itself, without its bases, holds data past ``size``.
 
-        In the cluster in which ``size`` lies, only bytes that are not zero count as data.  In
-        the clusters after that one, every allocated cluster and every bad entry counts as
-        data.
+        In the cluster in which ``size`` lies, only bytes that are not zero count as data.  Past
+        that cluster, every allocated cluster and every bad entry counts as data.
 
         Raises:
             UsageError: There is data past ``size``; the message has the guest offset.

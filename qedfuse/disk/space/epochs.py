@@ -3,8 +3,8 @@
 A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile
 such a cluster may lose its reference.  The requests that began before that moment may still
 read or write the cluster, so it may be used again only when all of them have ended.  Requests
-that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam);
-read-copy-update calls the time until those requests have ended the grace period.
+that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam).  In
+read-copy-update the time until those requests have ended is called the grace period.
 
 Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
 """

@@ -72,7 +72,7 @@ class Marking:
         The caller must mark the slices in ascending order of their file offsets.
         """
         # Ignore clusters past the end that the file had when the scan began: they were
-        # handed out since, and the scan looks only for clusters that were free then.
+        # added since, and the scan looks only for clusters that were free then.
         clusters = clusters[clusters < self.owners.clusters]
         # A cluster that had an owner when the scan began is not handed out again before the
         # scan ends.  So a second reference to it means that two owners claim the cluster.

@@ -6,7 +6,7 @@ Two things could go wrong if a cluster were used again immediately.  A crash cou
 the old table, and the former owner would find another owner's data in the cluster, or zeros.
 And a request that looked up the cluster before it lost its reference may still be reading or
 writing it.  So a cluster stays in quarantine until the table that dropped it is durable, and
-until all requests have ended that began before the cluster was sealed (`Epochs`).
+until no request is left that began before the cluster was sealed (`Epochs`).
 
 Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
 that have lost their reference up to that moment: they become a batch, with the epoch that
@@ -132,7 +132,7 @@ class Quarantine:
         return None
 
     async def wait_drained(self) -> None:
-        """Wait until all requests have ended that may use a cluster of the present batches.
+        """Wait until no request is left that may use a cluster of the present batches.
 
         The caller must not be in an epoch: see `Epochs.wait`.
         """

@@ -187,7 +187,7 @@ class Reclaim:
             self._writeback.wake()
 
     async def wait_idle(self) -> None:
-        """Wait until all calls of `run` that began before this call have ended."""
+        """Wait for the end of all calls of `run` that began before this call."""
         async with self._lock:
             pass
 

@@ -8,7 +8,7 @@ that a crash of this or another program leaked.  Requests change the tables duri
 If the image has a valid free list, the scan is postponed until a table is about to change.
 The scan then decides which of the listed clusters are free.  Valid checksums do not prove
 that the list is true: a cluster to which an entry refers must not be handed out, cut off or
-punched because an untrusted image lists it as free.
+punched, even if an untrusted image lists it as free.
 """
 
 from __future__ import annotations

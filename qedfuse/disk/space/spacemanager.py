@@ -1,4 +1,4 @@
-"""Handing out clusters to requests, waiting for free clusters and the file's growth if needed.
+"""Handing out clusters, after waiting for free clusters or for the file's growth if needed.
 
 `Allocator` chooses the clusters, `FileLength` grows the file, and `DirectReclaim` frees
 clusters where the file would otherwise grow or exceed its bound.

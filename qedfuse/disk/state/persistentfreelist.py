@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 class PersistentFreeList:
-    """Ensures that the list in the file is invalid or right at any moment.
+    """Ensures that at any moment the list in the file is invalid or right.
 
     Attributes:
         wanted: Whether a clean close writes a list; final when `open` has returned.

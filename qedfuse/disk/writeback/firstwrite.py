@@ -67,9 +67,9 @@ class FirstWriteGuard:
             async with self._first:
                 # All writers wait for the lock while the first writer withdraws the claims.
                 # Not even data may change before the claims are durably withdrawn, because
-                # power may fail at any time after the change.  After such a failure the autoclear
-                # bits must be clear in the file, to show the program that uses them that the
-                # image has changed, and the free list must be invalid.
+                # power may fail at any time after the change.  After such a failure the free list
+                # must be invalid, and no autoclear bit may claim that only programs that know
+                # the bit have changed the image.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

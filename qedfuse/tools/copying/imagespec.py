@@ -87,8 +87,7 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     """Open the backing file of a new image as a source; close the source after the block.
 
     Args:
-        image: Path of the new image.  A relative name of the backing file is relative to the
-            directory of this path.
+        image: Path of the new image, as for `backing_path`.
         spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 

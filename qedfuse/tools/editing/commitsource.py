@@ -50,7 +50,7 @@ class CommitSource(Protocol):
         """
 
     async def read(self, start: int, length: int) -> Buffer:
-        """Read a range of the disk that is stored as data.
+        """Read a range that is stored as data.
 
         Raises:
             HostError: The host cannot read a file.

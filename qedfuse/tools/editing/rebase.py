@@ -146,9 +146,8 @@ async def _new_chain(
     # bytes decide.
     policy = replace(options.backing, trusted=base, format=None)
     with open_image_file(disk.path, None) as image:
-        # With `image`, `open_bases` detects a chain that leads back to the image before it
-        # locks the image as a base.  That lock would conflict with the lock of the open disk,
-        # and the message would be "in use".
+        # `image` lets `open_bases` detect a loop before it locks the image as a base.  That lock
+        # would conflict with the lock of the open disk, and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,
