@@ -24,6 +24,8 @@ CHECK_SECONDS: Final = 300.0
 """How long the verification of a whole disk may take."""
 FILL_SECONDS: Final = 10.0
 """How long the first pass over an area should take at most, before `TIME_FACTOR`."""
+SEEKS_PER_WALK: Final = 2
+"""How often `benchmarks.reader` calls lseek for a walk over the disk with one hole."""
 TIME_FACTOR: Final = 5
 """How much more time a load with a limit in bytes gets, so that slow systems reach it."""
 
@@ -33,7 +35,7 @@ class Result(NamedTuple):
 
     Attributes:
         figure: The figure in the cell's unit.
-        requests: The number of the program's reads and writes; 0 if it is unknown.
+        requests: The number of the program's reads, writes and seeks; 0 if it is unknown.
         moved: The number of bytes that were read and written.
         writes: The number of writes to each disk.
     """
@@ -158,6 +160,27 @@ def read(word: str, disk: Path, *arguments: str) -> float:
     return float(output)
 
 
+def walk(disk: Path, seconds: float) -> Result:
+    """Find all holes of a disk repeatedly; the result is in walks per second.
+
+    Raises:
+        BenchmarkError: It failed, or took far too long.
+        WrongDataError: The holes are elsewhere.
+    """
+    rate = read("walk", disk, str(seconds))
+    return Result(rate, requests=round(rate * seconds) * SEEKS_PER_WALK)
+
+
+def sync_file_system(target: Path) -> None:
+    """Write back everything that is dirty in the file system of a path."""
+    run("sync", "--file-system", str(target), seconds=2 * SLACK_SECONDS)
+
+
+def sync_disk(disk: Path) -> None:
+    """Call fsync on a disk."""
+    run("sync", str(disk), seconds=2 * SLACK_SECONDS)
+
+
 def copy_disk(disk: Path, target: Path, size: int) -> Result:
     """Copy a disk of ``size`` bytes to a file with cp; the result is in seconds."""
     start = time.monotonic()
@@ -169,7 +192,7 @@ def copy_and_sync(tree: Path, target: Path) -> Result:
     """Copy a source tree into a file system and sync it; the result is in seconds."""
     start = time.monotonic()
     run("cp", "-a", str(tree), str(target), seconds=2 * SLACK_SECONDS)
-    run("sync", "--file-system", str(target), seconds=2 * SLACK_SECONDS)
+    sync_file_system(target)
     return Result(time.monotonic() - start, moved=_file_bytes(tree))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the measurements need, then measures qedfuse, QEMU and a baseline:
 #
-#   benchmarks/run.sh                   every cell, in about an hour
+#   benchmarks/run.sh                   every cell, in one to two hours
 #   benchmarks/run.sh --quick           every cell, in about ten minutes
 #   benchmarks/run.sh --cells 1m        the cells whose names contain "1m"
 #   benchmarks/run.sh --peer-root DIR   the QEMU in DIR, another Debian's root, as well

@@ -79,6 +79,8 @@ class Runner:
             self._writes[number] = max(0 if self._fresh else self._writes[number], writes)
         if self._fresh:
             self.finish()
+        else:
+            self._sync(server)
         for image in self._images:
             sync_file(image)
         return result, used
@@ -94,18 +96,18 @@ class Runner:
             return
         if self._server is None:
             self._start()
-            if self._cell.loop:
-                self._attach(make=False)
         server = self._server
         assert server is not None
         try:
+            if self._cell.loop and self._file_system is None:
+                self._attach(make=False)
             self._check(server)
         except WrongDataError:
             raise
         except BenchmarkError as error:
             if self._file_system is None:
                 raise
-            # The file system cannot be read: the disk below it has wrong content.
+            # The file system cannot be mounted or read: the disk has wrong content.
             raise WrongDataError(str(error)) from error
 
     def finish(self) -> None:
@@ -225,7 +227,7 @@ class Runner:
                 disks = [self._file_system.root / "file"]
             return loads.measure_fio(cell.fio, disks, environment.seconds, cell.unit, self._size)
         if cell.load == "walk":
-            return loads.Result(loads.read("walk", server.disks[0], str(environment.seconds)))
+            return loads.walk(server.disks[0], environment.seconds)
         if cell.load == "cp":
             target = environment.directory / "copy"
             try:
@@ -237,6 +239,17 @@ class Runner:
         if cell.load == "copy":
             return loads.copy_and_sync(tree, self._file_system.root)
         return loads.read_with_tar(self._file_system.root / "tree", tree)
+
+    def _sync(self, server: Server) -> None:
+        """Write back what is dirty in the caches of the file system and of the mount.
+
+        Otherwise the kernel would do so while another system is measured.
+        """
+        if self._file_system is not None:
+            loads.sync_file_system(self._file_system.root)
+        if self._file_system is not None or self._cell.writes:
+            for disk in server.disks:
+                loads.sync_disk(disk)
 
     def _check(self, server: Server) -> None:
         """Verify the whole disks, or the files on the file system.

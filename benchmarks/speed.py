@@ -1,6 +1,6 @@
 """Measure the speed of a disk through qedfuse, QEMU's own FUSE export, and plain FUSE.
 
-    benchmarks/run.sh                     every cell, in about an hour
+    benchmarks/run.sh                     every cell, in one to two hours
     benchmarks/run.sh --quick             every cell, in about ten minutes
     benchmarks/run.sh --cells randread    the cells whose names contain "randread"
 

@@ -18,7 +18,6 @@ from benchmarks.cputime import CpuTime
 from benchmarks.images import CLUSTER_BYTES, PART_COUNT, Images
 from benchmarks.loads import Result
 from benchmarks.outcome import Outcome, mean_ratio
-from benchmarks.rounds import rotated_orders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -237,17 +236,6 @@ def test_targets() -> None:
 def test_blocks_that_writes_change(load: Fio, writes: int, changed: int) -> None:
     """More writes than blocks change each block once, a mixed load fewer than half of them."""
     assert load.min_changed(writes, 65536) == changed
-
-
-def test_each_system_runs_first_in_turn() -> None:
-    """In as many rounds as there are systems, each system runs once at each position."""
-    orders = rotated_orders(["qedfuse", "qemu", "baseline"], 3)
-    assert orders == [
-        ["qedfuse", "qemu", "baseline"],
-        ["qemu", "baseline", "qedfuse"],
-        ["baseline", "qedfuse", "qemu"],
-    ]
-    assert len(rotated_orders(["qedfuse"], 5)) == 5
 
 
 def test_one_image_takes_part_beside_the_chain_only() -> None:

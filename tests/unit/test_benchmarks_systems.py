@@ -1,4 +1,4 @@
-"""What the benchmarks start and read: commands, versions, CPU times, fio's results, rounds."""
+"""What the benchmarks start and read: commands, versions, CPU times and fio's results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import loads, machine, pagecache, speed
+from benchmarks import loads, machine, pagecache
 from benchmarks.commands import BenchmarkError
 from benchmarks.cputime import CpuTime, cpu_time, parse_stat
 from benchmarks.peerroot import storage_daemon
-from benchmarks.rounds import MAX_SPREAD, RoundLimits, spread
 from benchmarks.systems import Programs, service
 
 if TYPE_CHECKING:
@@ -56,38 +55,6 @@ def test_cpu_time_of_no_process() -> None:
     child.wait()
     with pytest.raises(BenchmarkError, match="has ended by itself"):
         cpu_time(child.pid)
-
-
-# --- rounds -----------------------------------------------------------------------------
-
-
-def test_spread_ignores_the_extremes() -> None:
-    """The spread is the distance between the quartiles, as a part of the median."""
-    assert spread([100, 90, 110, 1, 1000]) == pytest.approx(0.2)
-    assert spread([100, 100]) == 0
-    assert spread([5]) == spread([]) == spread([0, 0]) == 0
-
-
-def test_rounds_until_the_spread_is_small() -> None:
-    """A cell gets more rounds while any system's figures vary, up to the limit."""
-    limits = RoundLimits(3, 5)
-    steady, varying = [100.0, 101, 102], [100.0, 200, 300]
-    assert spread(steady) < MAX_SPREAD < spread(varying)
-    assert not limits.is_enough(2, [steady])
-    assert limits.is_enough(3, [steady, steady])
-    assert not limits.is_enough(3, [steady, varying])
-    assert not limits.is_enough(4, [varying, steady])
-    assert limits.is_enough(5, [varying])
-    assert limits.is_enough(3, [])
-
-
-def test_limits_from_options() -> None:
-    """A quick run has no more rounds than the least; an option can only raise the limit."""
-    assert speed.round_limits(None, None, quick=False) == (5, 10)
-    assert speed.round_limits(None, None, quick=True) == (3, 3)
-    assert speed.round_limits(None, 6, quick=True) == (3, 6)
-    assert speed.round_limits(12, None, quick=False) == (12, 12)
-    assert speed.round_limits(4, 2, quick=False) == (4, 4)
 
 
 # --- fio --------------------------------------------------------------------------------
