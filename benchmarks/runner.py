@@ -70,11 +70,15 @@ class Runner:
                 self._attach(make=True)
         server = self._server
         assert server is not None
-        self._arrange_caches(server)
-        with self._page_state(server):
-            before = cpu_time(server.pid)
-            result = self._load(server)
-            used = cpu_time(server.pid).minus(before)
+        try:
+            self._arrange_caches(server)
+            with self._page_state(server):
+                before = cpu_time(server.pid)
+                result = self._load(server)
+                used = cpu_time(server.pid).minus(before)
+        except BenchmarkError:
+            server.check()  # its end explains a failure of the load
+            raise
         for number, writes in enumerate(result.writes):
             self._writes[number] = max(0 if self._fresh else self._writes[number], writes)
         if self._fresh:

@@ -83,9 +83,7 @@ class Server:
         end = time.monotonic() + START_SECONDS
         missing = list(self._service.mountpoints)
         while time.monotonic() < end:
-            if self._process.poll() is not None:
-                msg = f"{self.system}: the server ended by itself: {self._last_words()}"
-                raise BenchmarkError(msg)
+            self.check()
             # Read from the mount table, because accessing the file system may block.
             while missing and (device := _mounted_at(missing[0])) not in {None, host}:
                 assert device is not None
@@ -98,6 +96,16 @@ class Server:
         msg = f"{self.system}: found no mount after {START_SECONDS:.0f} s: {self._last_words()}"
         raise BenchmarkError(msg)
 
+    def check(self) -> None:
+        """Do nothing, if the server still runs.
+
+        Raises:
+            BenchmarkError: It has ended; the message has the last line of its output.
+        """
+        if self._process.poll() is not None:
+            msg = f"{self.system}: the server ended by itself: {self._last_words()}"
+            raise BenchmarkError(msg)
+
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
@@ -109,9 +117,7 @@ class Server:
             BenchmarkError: The server failed, or had to be killed.
         """
         try:
-            if self._process.poll() is not None:
-                msg = f"{self.system}: the server ended by itself: {self._last_words()}"
-                raise BenchmarkError(msg)
+            self.check()
             mountpoint = str(self._service.mountpoints[0])
             if self.system in PEERS:
                 self._process.terminate()
