@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]:
     """Yield a note for each value of a header field that is valid, but unusual.
 
-    QEMU accepts such a value, but does not leave it in an image that it has created and closed.
+    QEMU accepts such a value, but leaves none in an image that QEMU has created and closed.
     A further note says that the length of the file is not a multiple of the cluster size.
 
     Args:

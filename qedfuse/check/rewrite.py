@@ -54,9 +54,9 @@ class Rewriter:
     async def write_need_check(self, *, need_check: bool) -> None:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
-        The same write drops the persistent free list, because a repair does not update the list,
-        and clears unknown autoclear bits.  After it, the descriptor of the list is erased; this
-        second write is not durable yet.
+        The same write clears unknown autoclear bits, and drops the persistent free list, because a
+        repair does not update the list.  If there is a list, a second write erases its descriptor;
+        this write is not durable yet.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))

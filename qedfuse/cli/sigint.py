@@ -15,8 +15,8 @@ def sigint_default() -> None:
     A program must call this function before it loads modules.  A program whose work is done may
     call the function again, so that Ctrl-C raises nothing while the interpreter shuts down.  If
     SIGINT is ignored, as in a background job of a shell script, or has a handler of the program,
-    nothing changes.  Before the first call, while the interpreter starts (some hundredths of a
-    second), Ctrl-C still prints a traceback.
+    nothing changes.  Before the first call, while the interpreter starts, Ctrl-C still prints a
+    traceback.
     """
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -72,8 +72,8 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
             disks can be used; None to write no such file.
-        fake: Whether to mount nothing, but to check the arguments, and to open and close the
-            disks.  The privileges of the user are not checked then.
+        fake: Whether only to check the arguments, and to open and close the disks, without a
+            mount.  The privileges of the user are not checked then.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
     """
@@ -93,8 +93,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     exception is raised to the caller.  Either is also added to the mount record, if there is one.
     After this function has returned or raised, the process ignores signals.
 
-    The caller must not have a second thread, which would not be protected from memory pressure, and
-    which the launderer would lack.
+    The caller must not have a second thread.  Such a thread would not be protected from memory
+    pressure, and the launderer would lack it.
 
     Args:
         request: The arguments of the mount.
@@ -248,8 +248,7 @@ class _Session:
         """Open one disk for each source; the caller closes the disks by closing ``stack``.
 
         Raises:
-            QedError: An image cannot be opened.  The disks that were opened before are in
-                ``stack``.
+            QedError: An image cannot be opened; ``stack`` has the disks of earlier sources.
         """
         options = self._request.options
         disks = []

@@ -113,8 +113,7 @@ class Shutdown:
                     # pages to this server.
                     await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
                     break
-                # Another process has detached the mount (a lazy unmount), or another mount
-                # covers it.
+                # Another process has detached the mount, or another mount covers it.
                 if not self._disks.open_handles:
                     pyfuse3.terminate()
                     return

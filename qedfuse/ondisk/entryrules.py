@@ -93,11 +93,11 @@ class EntryRules:
         return bad if bad.any() else None
 
     def all_valid(self, offsets: Values) -> bool:
-        """Return True if a fast check shows that all ``offsets`` are valid.
+        """Return True if a quick test shows that all ``offsets`` are valid.
 
         False means that the slower `valid_mask` must decide.  Almost all entries are valid, and
-        the fast check shows this for most of them.  The caller must pass at least one offset,
-        and no markers.
+        the test shows this for most of them.  The caller must pass at least one offset, and no
+        markers.
         """
         limits = self.limits
         lowest = int(offsets.min())

@@ -13,8 +13,8 @@ A portal ends in one of these ways:
 - A portal that is still open when the program ends is closed by a watcher thread.  The
   watcher waits until all threads of the program have ended, the main thread included;
   daemon threads and the threads of portals do not count.  Python waits for the portal's
-  thread before it exits.  (``atexit`` would be too late: since Python 3.12 its functions
-  cannot start threads, and closing a file may need a thread to wait for the disk.)
+  thread before it exits.  ``atexit`` would be too late, because since Python 3.12 its functions
+  cannot start threads, and closing a file may need a thread to wait for the disk.
 
 After ``os.fork`` the child process has no portal thread, so every call fails immediately there.
 In the parent process the portal stays open.
@@ -239,8 +239,8 @@ class _Watcher:
     def _run(self) -> None:
         """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
-        # Wait for all threads that Python itself waits for (all but daemons), because they may
-        # still use a portal.  The threads of portals are left out: they end only when closed.
+        # Wait for all threads but daemons, as Python itself does, because they may still use a
+        # portal.  The threads of portals are left out: they end only when closed.
         while users := [
             thread
             for thread in threading.enumerate()

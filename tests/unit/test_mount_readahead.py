@@ -63,7 +63,7 @@ def test_a_refusal_names_the_command_for_root(tmp_path: Path, setting: Path) -> 
     assert set_readahead(DEVICE, 4 << 20, tmp_path) == (
         f"the kernel reads ahead 65536 KiB, expected 4096 KiB: {setting}: "
         f"{os.strerror(errno.EACCES)} "
-        f"(as root: echo 4096 > {setting}; files that are open keep the old length)"
+        f"(as root: echo 4096 > {setting}; open files keep the old length)"
     )
 
 

@@ -69,13 +69,13 @@ def mount(arguments: Arguments) -> int:
         Returns the exit code.
         """
         # Without this variable OpenBLAS, which numpy loads, starts a thread per core as soon as it
-        # is loaded.  A value of the user is replaced, because `run_session` must run before there
-        # is a second thread.  qedfuse needs no function of OpenBLAS.  The variable takes precedence
-        # over OMP_NUM_THREADS and GOTO_NUM_THREADS, and the other libraries that numpy can load in
-        # its place (MKL, BLIS) start no thread before the first long calculation.
+        # is loaded.  A value of the user is replaced, because `run_session` must be called before
+        # there is a second thread.  The variable takes precedence over OMP_NUM_THREADS and
+        # GOTO_NUM_THREADS.  Other libraries that numpy can load in place of OpenBLAS (MKL, BLIS)
+        # start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # This module is imported after the fork, because it loads numpy, which may start threads,
-        # and a thread does not survive a fork.
+        # This module loads numpy, so it is imported after the variable is set, and after the fork,
+        # which a thread of numpy would not survive.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_uncaught()

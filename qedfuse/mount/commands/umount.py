@@ -288,7 +288,7 @@ class ServerProcess:
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
-    """Raise an error if a process that has ended has left its record; remove the record.
+    """Raise an error if the process, which has ended, has left its record; remove the record.
 
     Raises:
         UnmountFailedError: There is a record, so the process has failed or was killed.  A process

@@ -28,8 +28,7 @@ static PyObject *try_read;
 static PyObject *try_write;
 static PyObject *try_fsync;
 
-/* Calls function(handle, offset, last), and consumes the reference to last.  Returns NULL, with
- * no exception set, if it raises. */
+/* Calls function(handle, offset, last).  Returns NULL, with no exception set, if it raises. */
 static PyObject *call(PyObject *function, uint64_t handle, off_t offset, PyObject *last)
 {
     PyObject *arguments[4] = {NULL, PyLong_FromUnsignedLongLong(handle),

@@ -40,8 +40,8 @@ class ExportedDisk:
             backing file of another disk of the mount.  False in a read-only mount.
         overrun: Whether a write from the kernel's cache began before the end of the disk and went
             past it, and no writer has got the error yet.
-        fixup_size: The size in bytes to which `SizeFixup` is setting the size that the kernel has
-            cached of the file; -1 while `SizeFixup` does not work on the file.
+        fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
+            the file; -1 while `SizeFixup` does not work on the file.
     """
 
     disk: Disk
@@ -108,7 +108,7 @@ class ExportedDisks:
         return self._all_closed
 
     def stop_compacting(self) -> None:
-        """End the compaction of all disks; clusters that were moved already stay moved.
+        """End the compaction of all disks; clusters that have been moved stay moved.
 
         A compaction that begins later moves no cluster.
         """

@@ -56,8 +56,8 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Size of the buffer for a request or a reply.  The buffer is larger than libfuse's own, because
-the kernel refuses a read(2) whose buffer could not hold every request."""
+"""Size of the buffer for a request or a reply.  The kernel refuses a read(2) whose buffer could not
+hold every request."""
 
 MAX_BACKGROUND: Final = 64
 """Maximum number of background requests that the kernel may have in flight.

@@ -1,4 +1,4 @@
-"""Making the kernel write back and drop the pages that it has cached of a range of a disk.
+"""Making the kernel write back and drop its cached pages of a range of a disk.
 
 The kernel drops the pages of a range when it gets the notification FUSE_NOTIFY_INVAL_INODE
 (struct fuse_notify_inval_inode_out).  Before the kernel drops a dirty page, it writes the page
@@ -32,8 +32,7 @@ _log = logging.getLogger(__name__)
 _INVALIDATE: Final = struct.Struct("=IiQQqq")
 _NOTIFY_INVAL_INODE: Final = 2
 _TO_LAST_PAGE: Final = 0
-"""The length in a notification for a range that ends with the last page that the kernel has
-cached of the file."""
+"""The length in a notification for a range that ends with the last cached page of a file."""
 
 _MAX_DROP_SECONDS: Final = 1.0
 """Maximum time that `Laundering.try_drop_pages` waits for the kernel to drop the pages."""
@@ -70,7 +69,7 @@ class Laundering:
         self._request_poll.register(fuse_connection, select.POLLIN)
 
     async def launder(self, exported: ExportedDisk, start: int = 0, end: int | None = None) -> bool:
-        """Make the kernel write back and drop the pages that it has cached of a range.
+        """Make the kernel write back and drop its cached pages of a range.
 
         Args:
             exported: The disk.
@@ -90,7 +89,7 @@ class Laundering:
         return error_number in {0, errno.ENOENT} and await self._wait_for_writes(exported)
 
     async def try_drop_pages(self, exported: ExportedDisk) -> bool:
-        """Make the kernel drop all pages that it has cached of a disk; give up after a second.
+        """Make the kernel drop all its cached pages of a disk; give up after a second.
 
         The time is limited because the caller may be about to reply to a truncation.  Before
         this reply the kernel cannot drop a dirty page, so without a limit the caller and the

@@ -188,7 +188,7 @@ def _inode_of(args: Sequence[object]) -> int:
 def _shown(args: Sequence[object]) -> str:
     """Return the arguments of a request as a text for the log.
 
-    Only numbers and bytes are shown; in place of long bytes, their number is shown.
+    Only numbers and bytes are shown; in place of long bytes, their length is shown.
     """
     return str(
         tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > _MAX_SHOWN_BYTES

@@ -1,4 +1,4 @@
-"""Correcting the size of a disk that the kernel has cached.
+"""Correcting the kernel's cached size of a disk.
 
 With the write-back cache the kernel ignores the size in most replies, and its cached size can
 become wrong in two ways.  First, a buffered write past the end increases the cached size.  Later
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class SizeFixup:
-    """Corrects sizes that the kernel has cached, in the background and one disk at a time."""
+    """Corrects the kernel's cached sizes, in the background and one disk at a time."""
 
     def __init__(self, directory: str) -> None:
         """Correct the sizes of files in the mount on ``directory``, once `run` is called."""
@@ -80,7 +80,7 @@ class SizeFixup:
                 exported.fixup_size = -1
 
     def _correct(self, path: bytes, st_dev: int, size: int) -> None:
-        """Make the kernel replace the size that it has cached of a file of the mount.
+        """Make the kernel replace its cached size of a file of the mount.
 
         If the path leads to a file of another file system, nothing is changed.
 

@@ -5,8 +5,8 @@ request with the size 0, because `qedfuse.mount.fuse.fuseinit` removes the featu
 FUSE_ATOMIC_O_TRUNC.  For truncate(2) the kernel sends a SETATTR request with the new size.
 
 A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
-refused otherwise.  A disk has whole sectors, so the size is rounded up, as after a write or an
-fallocate(2) past the end, and the reply gives the size that the disk has then.
+refused otherwise.  A disk has whole sectors, so the size is rounded up, as for a write or an
+fallocate(2) past the end.  The reply gives the rounded size.
 
 By default a request with a smaller size is refused.  A program that copies into an empty file need
 not write zeros.  So if the request succeeded and did nothing, old bytes would remain on the disk.
@@ -26,8 +26,8 @@ can make pages dirty.  Two cases remain:
   reply gives the size that the disk still has.
 - If a page is dirty, the kernel cannot drop all pages before the reply.  Then the reply gives
   the requested size, which makes the kernel drop all pages past this size without writing the
-  dirty ones back.  The attributes in this reply expire immediately.  So when a program asks for
-  the size next, or reads past the requested size, the kernel requests the attributes and gets
+  dirty ones back.  The attributes in this reply expire immediately.  So when a program next asks
+  for the size, or reads past the requested size, the kernel requests the attributes and gets
   the real size.  `SizeFixup` causes such a request right after the reply, in case no program
   does.
 """
@@ -61,9 +61,8 @@ class Truncation:
 
         Args:
             options: The options of the mount.
-            try_drop_pages: Makes the kernel drop the pages that it has cached of a disk
-                (`Laundering.try_drop_pages`); returns False if the kernel may not have dropped
-                all of them.
+            try_drop_pages: Makes the kernel drop all its cached pages of a disk; returns False if
+                some may be left (`Laundering.try_drop_pages`).
         """
         self._options = options
         self._try_drop_pages = try_drop_pages
@@ -99,8 +98,8 @@ class Truncation:
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        If the disk is that large already, nothing is done, because another request may have grown
-        the disk while the caller waited.
+        Nothing is done if the disk is that large already.  Another request may have grown the disk
+        while the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address

@@ -2,7 +2,7 @@
 
 To free memory the kernel writes dirty pages back.  If the pages belong to a mounted disk, their
 writeback needs the serving process.  If this process waits for free memory at the same time, or
-is throttled because it dirties pages, the kernel and the process wait for each other (deadlock).
+is throttled because it dirties pages, the kernel and the process wait for each other forever.
 ``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path.  The
 kernel then allocates memory for the process without starting I/O (``GFP_NOIO``), and throttles
 the process by the state of the host's own disk only.  The flag belongs to a thread, and new

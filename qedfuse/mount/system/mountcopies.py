@@ -50,8 +50,8 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
     The mounts that the caller sees come first.  Each further mount is listed with the process
     that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
 
-    - mounts in other namespaces to which the unmount of a mount that the caller sees propagates:
-      those of the same `MountEntry.peer_group`, and the slaves of this group and their slaves,
+    - mounts in other namespaces that the kernel unmounts together with a mount that the caller
+      sees: those of the same `MountEntry.peer_group`, the slaves of this group, and their slaves,
     - mounts that are visible only to processes that the caller may not inspect,
     - mounts that no process sees below its root directory.
 

@@ -19,8 +19,7 @@ _SERVER_PATHS: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 """Paths that the server looks up while it answers requests.
 
 The server's own mount must not cover these paths, because the server would wait for its own
-reply.  All of them lie below /, so a mount on / is refused as well.  Besides, a mount on / would
-not be visible, and unmounting / makes the root file system read-only."""
+reply.  All of them lie below /, so a mount on / is refused as well."""
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
 """Paths that libfuse needs after the kernel has mounted and before the server answers requests.
 

@@ -82,6 +82,6 @@ def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | Non
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
         return (
             f"the kernel reads ahead {found}, expected {wanted_kib} KiB: {path}: {reason} "
-            f"(as root: echo {wanted_kib} > {path}; files that are open keep the old length)"
+            f"(as root: echo {wanted_kib} > {path}; open files keep the old length)"
         )
     return None
