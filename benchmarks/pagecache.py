@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _CHUNK_BYTES: Final = 16 << 20
-_WRITE_BACK_PAUSE_SECONDS: Final = 0.005
+_WRITE_BACK_PAUSE_SECONDS: Final = 0.001
 _SYNC_FILE_RANGE_WRITE: Final = 2
 """Start the write-back of dirty pages without waiting for it; see sync_file_range(2)."""
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
@@ -58,7 +58,9 @@ def evict_file(path: Path) -> None:
 
 
 def start_write_back(descriptor: int) -> None:
-    """Start the write-back of all dirty pages of a file, without waiting for its end.
+    """Start the write-back of all dirty pages of a file.
+
+    It waits only for space in the queue of the host's disk, not for the end.
 
     Raises:
         OSError: The kernel refuses it.
@@ -72,8 +74,8 @@ def start_write_back(descriptor: int) -> None:
 class ContinuousWriteBack:
     """Keeps the dirty pages of files under write-back, as a context manager.
 
-    The pages that are dirty at its start are under write-back when it is entered; those that
-    become dirty later follow within a few milliseconds.
+    The write-back of pages that become dirty starts within a few milliseconds, in a thread:
+    for many pages, starting it takes nearly as long as the write-back itself.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -82,13 +84,7 @@ class ContinuousWriteBack:
         self._thread = Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
-        """Start the write-back.
-
-        Raises:
-            OSError: The kernel refuses it.
-        """
-        for descriptor in self._descriptors:
-            start_write_back(descriptor)
+        """Begin to start the write-back of dirty pages."""
         self._thread.start()
         return self
 

@@ -89,8 +89,10 @@ def _rates(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
             )
         mark = ""
         if remarks:
-            notes.append("; ".join(remarks))
-            mark = f" [{len(notes)}]"
+            note = "; ".join(remarks)
+            if note not in notes:
+                notes.append(note)
+            mark = f" [{notes.index(note) + 1}]"
         ratios = [
             *(_peer_ratio(outcome), f"{cell.peer_target:g}"),
             *(_ratio(outcome.ratio("baseline")), _target(cell.baseline_target)),

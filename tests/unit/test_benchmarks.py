@@ -145,6 +145,18 @@ def test_markdown_has_a_row_for_each_cell() -> None:
     assert "\n1. qedfuse: it broke; " in text
 
 
+def test_equal_notes_are_printed_once() -> None:
+    """Rows with the same note share its number."""
+    rows = [outcome(RATE, [1], [1], [1]) for _ in range(3)]
+    rows[0].fail("qemu", "failed", "offset 0")
+    rows[1].fail("baseline", "failed", "no end")
+    rows[2].fail("qemu", "failed", "offset 1")
+    text = report.markdown(rows, {})
+    assert text.count(f"| {RATE.title} [1] |") == 2
+    assert text.count(f"| {RATE.title} [2] |") == 1
+    assert "\n1. QEMU 7.2 failed\n2. baseline failed: no end\n" in text
+
+
 def test_markdown_names_the_faster_peer() -> None:
     """With two QEMUs each has a column, and the ratio names the one that it is against."""
     text = report.markdown([outcome(RATE, [9], [2], [10], [3]), outcome(RATE, [9], [3], [10])], {})
