@@ -94,7 +94,7 @@ make_venv() {
 install_project() {
     make_venv
     local extra=${1:-} wanted stamp
-    wanted=$(find "$root/qedfuse" -name "*.c" -print0 | sort -z |
+    wanted=$(find "$root/qedfuse" -name "*.[ch]" -print0 | sort -z |
         xargs -0 cat "$root/pyproject.toml" "$root/setup.py" | sha256sum)
     for stamp in "$venv/.installed-test" "$venv/.installed${extra:+-$extra}"; do
         [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0

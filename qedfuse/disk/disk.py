@@ -150,6 +150,41 @@ class Disk:
         """
         return self._fast_path.try_read(start, length)
 
+    def try_start_read(
+        self,
+        start: int,
+        length: int,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read that `try_read` could not make; return whether that was done.
+
+        A read is started if its tables are in memory and its data is one run in one file.  The
+        arguments are those of `HostFile.try_start_read`, with a guest range.
+
+        Raises:
+            OSError: There is no thread.  ``ended`` is not called.
+        """
+        location = self._fast_path.locate(start, length)
+        if location is None:
+            return False
+        file, offset = location
+        epoch = self._epochs.enter()
+
+        def leave(result: int) -> None:
+            self._epochs.leave(epoch)
+            ended(result)
+
+        is_started = False
+        try:
+            is_started = file.try_start_read(
+                offset, memoryview(bytearray(length)), take_answer, leave
+            )
+        finally:
+            if not is_started:
+                self._epochs.leave(epoch)
+        return is_started
+
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.
 

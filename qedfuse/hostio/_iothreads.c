@@ -45,16 +45,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "_iothreads.h"
+
 #define STACK_BYTES (128u << 10) /* of each thread */
 #define MAX_THREADS 1024         /* maximum of the argument max_threads */
 #define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
 #define MAX_PARTS 1024           /* maximum number of buffers in one pwritev(2): IOV_MAX */
 
 #define NANOSECONDS INT64_C(1000000000) /* in a second */
-
-struct answer {
-    void (*call)(struct answer *self, const void *data, long long result);
-};
 
 enum kind { READ, WRITE, DATASYNC, TRUNCATE, FALLOCATE };
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -45,6 +46,30 @@ class HostFile(Protocol):
 
         Returns False if the read would block or fails, or if the file ends before the view
         is full.  The content of ``view`` is undefined then.
+        """
+
+    def try_start_read(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read of ``view`` whose thread answers by itself; return whether that was done.
+
+        A read is started only if `try_read` has not found its data in memory, or would not look.
+
+        Args:
+            offset: File offset.
+            view: The buffer, which belongs to the read until ``ended`` is called.
+            take_answer: Called once, if the read is started; returns a capsule for
+                ``_iothreads.c``, whose answer the thread calls at the end of the read.
+            ended: Called once in the event loop, if ``take_answer`` was called and returned,
+                with the number of bytes read, or a negative errno.  The answer may be running
+                still.
+
+        Raises:
+            OSError: There is no thread.  ``ended`` is not called.
         """
 
     def can_write_inline(self, length: int) -> bool:

@@ -19,6 +19,7 @@ import trio
 from qedfuse.errors import QedError
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.attach import attach
+from qedfuse.mount.fuse.datarequests import DataRequests
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import negotiate_init
 from qedfuse.mount.fuse.laundering import Laundering
@@ -169,9 +170,10 @@ class Server:
             heap_trimmer = HeapTrimmer()
             for exported in self._disks:
                 exported.disk.when_flushed(partial(_after_flush, exported, heap_trimmer))
+            requests = DataRequests(operations, extraops.defer_read, nursery)
             extraops_failure = extraops.serve(
                 FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
-                None if operations.debug else operations.fast,
+                None if operations.debug else requests,
             )
             if extraops_failure is not None:
                 _log.warning(
@@ -191,6 +193,9 @@ class Server:
                 self._log_limits(readahead_failure, protection_failure)
                 await pyfuse3.main(min_tasks=_MIN_TASKS)
             finally:
+                with trio.CancelScope(shield=True):
+                    # The threads use the descriptors of the disks, which the caller closes.
+                    await requests.drain()
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
             nursery.cancel_scope.cancel()

@@ -137,6 +137,10 @@ class MemoryFile:
         view[:] = data
         return True
 
+    def try_start_read(self, *_: object) -> bool:
+        """Return False: there are no threads here."""
+        return False
+
     def can_write_inline(self, _length: int) -> bool:
         """Return whether a write would be made without a thread."""
         return self.in_page_cache
@@ -526,6 +530,10 @@ class FailingFile:
         return await self.inner.pread_into(offset, view)
 
     def try_read(self, *_: object) -> bool:
+        """Return False, so that the caller reads by `pread`, which can fail and be held up."""
+        return False
+
+    def try_start_read(self, *_: object) -> bool:
         """Return False, so that the caller reads by `pread`, which can fail and be held up."""
         return False
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 import struct
 import weakref
 from typing import TYPE_CHECKING
@@ -22,10 +25,16 @@ from tests.support.fusewire import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qedfuse.hostio._iothreads import IoThreads
+    from qedfuse.mount.fuse._extraops import PendingRead
 
 pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._load_error}"
 )
+
+iothreads = pytest.importorskip("qedfuse.hostio._iothreads", reason="the extension was not built")
 
 HANDLE = (1 << 62) + 5
 OFFSET = 1 << 45
@@ -175,3 +184,148 @@ def test_a_table_without_the_operations_stays_as_it_is() -> None:
         wire.close()
     assert calls == [5]
     assert wire.answers == []
+
+
+class DeferredReads:
+    """Defers every read, and keeps what answers it.
+
+    Attributes:
+        pending: What answers the reads, oldest first.
+    """
+
+    def __init__(self) -> None:
+        """Start without reads."""
+        self.pending: list[PendingRead] = []
+
+    def __call__(self, *_arguments: int) -> None:
+        """Defer the read that is being handled."""
+        self.pending.append(extraops.defer_read())
+
+
+@pytest.fixture
+def reads(pyfuse3: Pyfuse3) -> Iterator[DeferredReads]:
+    """Defer all reads of the session."""
+    assert not pyfuse3.calls
+    deferred = DeferredReads()
+    serve(read=deferred)
+    yield deferred
+    deferred.pending.clear()
+
+
+def finish(threads: IoThreads[str], count: int = 1) -> list[int]:
+    """Wait until ``count`` calls have finished and their answers have returned."""
+    results: list[int] = []
+    while len(results) < count:
+        select.select([threads.fileno()], [], [])
+        results += [result for _, result, _ in threads.finished()]
+    while threads.pending():
+        os.sched_yield()
+    return results
+
+
+def test_a_deferred_read_is_answered_by_the_thread_that_reads(
+    pyfuse3: Pyfuse3, reads: DeferredReads, tmp_path: Path
+) -> None:
+    """A deferred read is answered by a native thread, and pyfuse3 does not get it."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    number = pyfuse3.read(8)
+    threads: IoThreads[str] = iothreads.IoThreads(1)
+    with path.open("rb") as file:
+        view = memoryview(bytearray(8))
+        threads.submit_read(file.fileno(), 1, view, "tag", answer=reads.pending[0].capsule())
+        assert finish(threads) == [8]
+    assert pyfuse3.wire.answers == [(number, 0, b"12345678")]
+    assert pyfuse3.calls == []
+    reads.pending.clear()
+    assert len(pyfuse3.wire.answers) == 1, "it was answered once"
+
+
+def test_a_short_read_is_left_to_the_event_loop(
+    pyfuse3: Pyfuse3, reads: DeferredReads, tmp_path: Path
+) -> None:
+    """If a thread reads fewer bytes, or fails, it does not answer, and the event loop can."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    first, second = pyfuse3.read(8), pyfuse3.read(8)
+    threads: IoThreads[str] = iothreads.IoThreads(1)
+    short, failed = reads.pending
+    with path.open("rb") as file, path.open("ab") as unreadable:
+        for fd, pending in ((file.fileno(), short), (unreadable.fileno(), failed)):
+            threads.submit_read(fd, 5, memoryview(bytearray(8)), "", answer=pending.capsule())
+        assert finish(threads, 2) == [5, -errno.EBADF]
+    assert pyfuse3.wire.answers == []
+    short.data(b"slow path")
+    failed.error(errno.EIO)
+    for pending in reads.pending:
+        pending.error(errno.ENOENT)
+        pending.data(b"again")
+    assert pyfuse3.wire.answers == [(first, 0, b"slow path"), (second, -errno.EIO, b"")]
+
+
+def test_a_deferred_read_that_is_freed_is_answered_with_eintr(
+    pyfuse3: Pyfuse3, reads: DeferredReads
+) -> None:
+    """A deferred read whose objects are freed without an answer fails with EINTR."""
+    number = pyfuse3.read(8)
+    capsule = reads.pending[0].capsule()
+    reads.pending.clear()
+    assert pyfuse3.wire.answers == [], "the capsule keeps it"
+    del capsule
+    assert pyfuse3.wire.answers == [(number, -errno.EINTR, b"")]
+
+
+@pytest.mark.parametrize("by", ["thread", "event loop"])
+def test_a_deferred_read_outlives_its_session(
+    by: str, pyfuse3: Pyfuse3, reads: DeferredReads, tmp_path: Path
+) -> None:
+    """After the end of its session a deferred read is not answered, by whomever."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    pyfuse3.read(8)
+    pending = reads.pending.pop()
+    extraops.end()
+    if by == "thread":
+        threads: IoThreads[str] = iothreads.IoThreads(1)
+        with path.open("rb") as file:
+            view = memoryview(bytearray(8))
+            threads.submit_read(file.fileno(), 0, view, "", answer=pending.capsule())
+            assert finish(threads) == [8]
+    else:
+        pending.data(b"late")
+    del pending
+    assert pyfuse3.wire.answers == []
+
+
+def test_a_function_that_defers_a_read_and_raises_has_deferred_it(pyfuse3: Pyfuse3) -> None:
+    """A read that was deferred does not go to pyfuse3, whatever the function does after that."""
+    kept: list[PendingRead] = []
+
+    def defer_and_raise(*_arguments: int) -> memoryview:
+        kept.append(extraops.defer_read())
+        msg = "no"
+        raise ValueError(msg)
+
+    serve(read=defer_and_raise)
+    number = pyfuse3.read(8)
+    assert (pyfuse3.calls, pyfuse3.wire.answers) == ([], [])
+    kept.pop().data(b"x")
+    assert pyfuse3.wire.answers == [(number, 0, b"x")]
+
+
+def test_only_a_read_that_is_being_handled_can_be_deferred(pyfuse3: Pyfuse3) -> None:
+    """Outside of a read, and a second time in the same read, there is nothing to defer."""
+    errors: list[str] = []
+
+    def defer_twice(*_arguments: int) -> None:
+        pending = extraops.defer_read()
+        with pytest.raises(RuntimeError, match="no read is being handled"):
+            extraops.defer_read()
+        pending.data(b"x")
+        errors.append("second")
+
+    with pytest.raises(RuntimeError, match="no read is being handled"):
+        extraops.defer_read()
+    serve(read=defer_twice)
+    pyfuse3.read(8)
+    assert errors == ["second"]

@@ -18,12 +18,45 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
 static int in_session;           /* whether a session exists that was made by this module */
 static unsigned long generation; /* number of the session; counts up when it begins and ends */
+
+/* --- the session ------------------------------------------------------------------- */
+
+/* Held for reading while a thread without the GIL answers, and for writing to end the session. */
+static pthread_rwlock_t session_lock = PTHREAD_RWLOCK_INITIALIZER;
+
+unsigned long session_number(void)
+{
+    return generation;
+}
+
+int lock_session(unsigned long number)
+{
+    pthread_rwlock_rdlock(&session_lock);
+    if (number == generation)
+        return 1;
+    pthread_rwlock_unlock(&session_lock);
+    return 0;
+}
+
+void unlock_session(void)
+{
+    pthread_rwlock_unlock(&session_lock);
+}
+
+/* Make all requests invalid that have not been answered. */
+static void forget_requests(void)
+{
+    pthread_rwlock_wrlock(&session_lock);
+    generation++;
+    pthread_rwlock_unlock(&session_lock);
+}
 
 /* --- Request objects --------------------------------------------------------------- */
 
@@ -202,7 +235,7 @@ static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
 {
     free(copy); /* libfuse has copied the table */
     in_session = session != NULL;
-    generation++;
+    forget_requests();
     return session;
 }
 
@@ -261,7 +294,7 @@ static PyObject *end(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     in_session = 0;
-    generation++;
+    forget_requests();
     Py_RETURN_NONE;
 }
 
@@ -269,6 +302,8 @@ static PyMethodDef module_methods[] = {
     {"set_handler", set_handler, METH_O, "Set the function that gets the requests; None for none."},
     {"set_data_handlers", set_data_handlers, METH_VARARGS,
      "Set the functions that try to answer read, write and fsync; None for none."},
+    {"defer_read", defer_read, METH_NOARGS,
+     "Return a PendingRead, which must answer the read that is being handled."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
     {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
     {NULL, NULL, 0, NULL},
@@ -285,7 +320,7 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL)
+    if (request_type == NULL || make_pending_read_type())
         return NULL;
     return PyModule_Create(&module_definition);
 }

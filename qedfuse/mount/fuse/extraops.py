@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-    from qedfuse.mount.fuse._extraops import Request
-    from qedfuse.mount.fuse.fastrequests import FastRequests
+    from qedfuse.mount.fuse._extraops import PendingRead, Request
+    from qedfuse.mount.fuse.datarequests import DataRequests
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
     """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
@@ -49,11 +49,11 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _load_error = _load()
 
 
-def serve(handler: Handler, fast: FastRequests | None) -> str | None:
-    """Pass requests of the session to ``handler`` and ``fast`` from now on.
+def serve(handler: Handler, requests: DataRequests | None) -> str | None:
+    """Pass requests of the session to ``handler`` and ``requests`` from now on.
 
-    ``handler`` gets fallocate and lseek.  ``fast`` gets read, write and fsync first, and pyfuse3
-    gets those that ``fast`` does not answer; None if pyfuse3 must get all.
+    ``handler`` gets fallocate and lseek.  ``requests`` gets read, write and fsync, and pyfuse3
+    gets those that ``requests`` does not answer; None if pyfuse3 must get all.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why the kernel gets
@@ -64,9 +64,20 @@ def serve(handler: Handler, fast: FastRequests | None) -> str | None:
     if not _extension.hooked():
         return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
-    if fast is not None:
-        _extension.set_data_handlers(fast.read, fast.write, fast.fsync)
+    if requests is not None:
+        _extension.set_data_handlers(requests.read, requests.write, requests.fsync)
     return None
+
+
+def defer_read() -> PendingRead:
+    """Return what answers the read that is being handled; pyfuse3 does not get that read.
+
+    The caller must be a function that `serve` has set, in a call for a read.
+    """
+    if _extension is None:
+        msg = "the extension is not loaded"
+        raise RuntimeError(msg)
+    return _extension.defer_read()  # type: ignore[no-any-return]
 
 
 def end() -> None:

@@ -1,7 +1,7 @@
 """Requests about data that need not wait: read, write and fsync, answered in one step.
 
-`_dataops.c` calls these methods for each request, and passes the request to pyfuse3 if a method
-does not answer it.  Without the extension `Operations` calls them.
+With the extension `DataRequests` calls these methods for each request, and without it
+`Operations`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class FastRequests:
         """Answer requests to ``disks``, which are mapped by inode number."""
         self._disks = disks
 
+    def disk_of(self, handle: int) -> ExportedDisk | None:
+        """Return the disk of a handle; None if its reads and writes take the slow path."""
+        return self._disks.get(handle & _MASK)
+
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
         """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
 
         Returns None also for a read that is empty or goes past the end of the disk.  The next
         call of a method may overwrite the returned view.
         """
-        exported = self._disks.get(handle & _MASK)
+        exported = self.disk_of(handle)
         return None if exported is None else exported.disk.try_read(offset, size)
 
     def write(self, handle: int, offset: int, data: Buffer) -> bool:
@@ -49,7 +53,7 @@ class FastRequests:
         Returns False if the write would wait or fails, goes past the end of the disk, or must be
         durable before the reply.  No reference to ``data`` is kept.
         """
-        exported = self._disks.get(handle & _MASK)
+        exported = self.disk_of(handle)
         return exported is not None and exported.disk.try_write(offset, data)
 
     def fsync(self, handle: int) -> bool:

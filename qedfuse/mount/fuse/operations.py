@@ -99,7 +99,7 @@ class Operations(MetadataOperations):
         """Return ``size`` bytes from guest offset ``off``; fewer only at the end of the disk.
 
         At or past the end, no bytes are returned.  If a read would wait or must be logged, the
-        slow path (`_read`) answers the request.
+        slow path (`read_slowly`) answers the request.
 
         Raises:
             FUSEError: The read has failed; the errno is that of the error of the disk.
@@ -112,7 +112,7 @@ class Operations(MetadataOperations):
             if content is not None:
                 # pyfuse3 accepts any buffer, although its type hints say bytes.
                 return content  # type: ignore[return-value]
-        return await self._read(fh, off, size)
+        return await self.read_slowly(fh, off, size)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write ``buf`` at guest offset ``off``; return how many bytes were written.
@@ -134,8 +134,12 @@ class Operations(MetadataOperations):
         return await self._write(fh, off, buf)
 
     @answered
-    async def _read(self, fh: int, off: int, size: int) -> bytes:
-        """Read for `read`, on the slow path, which may wait."""
+    async def read_slowly(self, fh: int, off: int, size: int) -> bytes:
+        """Return what `read` does, on the slow path, which may wait.
+
+        Raises:
+            FUSEError: The disk could not be read.
+        """
         return await self.disk_of(fh).disk.read(off, size)  # type: ignore[return-value]
 
     @answered

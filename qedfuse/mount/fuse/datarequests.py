@@ -1,0 +1,130 @@
+"""Reads, writes and fsyncs as the extension passes them, before pyfuse3 gets them.
+
+A read that must wait for the host's disk is *deferred*: a native thread reads the data and answers
+the kernel, without the event loop and without a task of pyfuse3.  All other requests that must
+wait, and those that fail, are left to pyfuse3 and `Operations`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+from pyfuse3 import FUSEError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.mount.fuse._extraops import PendingRead
+    from qedfuse.mount.fuse.operations import Operations
+
+
+class DataRequests:
+    """Answers the requests that `_dataops.c` passes; see `FastRequests` for the results."""
+
+    def __init__(
+        self, operations: Operations, defer_read: Callable[[], PendingRead], nursery: trio.Nursery
+    ) -> None:
+        """Serve the disks of ``operations``.
+
+        Args:
+            operations: The handlers of the requests of the mount.
+            defer_read: Returns an object that answers the read which is being handled.
+            nursery: Runs the tasks that answer a deferred read if its thread could not.
+        """
+        self._disk_of = operations.fast.disk_of
+        self._operations = operations
+        self._nursery = nursery
+        self._defer_read = defer_read
+        self._deferred = 0  # reads that a thread is reading for
+        self._drained = trio.Event()
+        self.write = operations.fast.write
+        self.fsync = operations.fast.fsync
+
+    def read(self, handle: int, offset: int, size: int) -> memoryview | None:
+        """Read ``size`` bytes at guest offset ``offset``, or defer the read.
+
+        Returns None, and has not deferred the read, if pyfuse3 must get it.
+        """
+        exported = self._disk_of(handle)
+        if exported is None:
+            return None
+        content = exported.disk.try_read(offset, size)
+        if content is None:
+            read = _DeferredRead(self, handle, offset, size)
+            try:
+                exported.disk.try_start_read(offset, size, read.take_answer, read.ended)
+            except Exception:
+                if not read.is_taken:
+                    raise
+                read.ended(-1)
+        return content
+
+    async def drain(self) -> None:
+        """Wait until no thread reads for a deferred read any more.
+
+        The caller must ensure that no request arrives meanwhile.
+        """
+        while self._deferred:
+            await self._drained.wait()
+
+    def take_read(self) -> PendingRead:
+        """Take the read that is being handled away from pyfuse3; return what answers it."""
+        pending = self._defer_read()
+        self._deferred += 1
+        return pending
+
+    def read_ended(self, read: _DeferredRead, pending: PendingRead | None) -> None:
+        """Note that no thread reads for ``read`` any more.
+
+        ``pending`` must still be answered; None if the thread has answered.
+        """
+        self._deferred -= 1
+        if not self._deferred:
+            self._drained.set()
+            self._drained = trio.Event()
+        if pending is not None:
+            self._nursery.start_soon(self._answer, read, pending)
+
+    async def _answer(self, read: _DeferredRead, pending: PendingRead) -> None:
+        """Answer a read on the slow path, which reports the error."""
+        try:
+            content = await self._operations.read_slowly(read.handle, read.offset, read.size)
+        except FUSEError as error:
+            pending.error(error.errno)
+        else:
+            pending.data(content)
+
+
+class _DeferredRead:
+    """A read, from the attempt to defer it to its answer.
+
+    Attributes:
+        handle: The file handle.
+        offset: Guest offset.
+        size: Number of bytes.
+        pending: What answers the read; None while the read is not deferred.
+    """
+
+    __slots__ = ("_requests", "handle", "offset", "pending", "size")
+
+    def __init__(self, requests: DataRequests, handle: int, offset: int, size: int) -> None:
+        self._requests = requests
+        self.handle = handle
+        self.offset = offset
+        self.size = size
+        self.pending: PendingRead | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the read has been deferred."""
+        return self.pending is not None
+
+    def take_answer(self) -> object:
+        """Defer the read; return the capsule with which a thread answers it."""
+        self.pending = self._requests.take_read()
+        return self.pending.capsule()
+
+    def ended(self, result: int) -> None:
+        """Note how many bytes the thread has read, or its negative errno."""
+        self._requests.read_ended(self, None if result == self.size else self.pending)
