@@ -150,6 +150,15 @@ class Disk:
         """
         return self._fast_path.try_read(start, length)
 
+    def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
+        """Return where a range is stored, as a descriptor and a file offset, without waiting.
+
+        Returns None if the range is not known to be one run in one file; see `FastPath.locate`.
+        The result is valid until the caller awaits something.
+        """
+        location = self._fast_path.locate(start, length)
+        return None if location is None else (location[0].fileno(), location[1])
+
     def try_start_read(
         self,
         start: int,

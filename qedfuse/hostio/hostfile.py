@@ -32,6 +32,9 @@ class HostFile(Protocol):
     writable: bool
     can_punch: bool
 
+    def fileno(self) -> int:
+        """Return the descriptor of the file; -1 if the file is not one of the operating system."""
+
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
 

@@ -85,6 +85,10 @@ class PosixFile:
         fd = open_regular(path, access, dir_fd=dir_fd)
         return cls(fd, path, writable=writable)
 
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self.fd
+
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
         buffer = bytearray(length)

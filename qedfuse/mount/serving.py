@@ -170,7 +170,9 @@ class Server:
             heap_trimmer = HeapTrimmer()
             for exported in self._disks:
                 exported.disk.when_flushed(partial(_after_flush, exported, heap_trimmer))
-            requests = DataRequests(operations, extraops.defer_read, nursery)
+            requests = DataRequests(
+                operations, extraops.reply_from_file, extraops.defer_read, nursery
+            )
             extraops_failure = extraops.serve(
                 FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
                 None if operations.debug else requests,

@@ -116,6 +116,10 @@ class MemoryFile:
     async def _leave(self) -> None:
         """End a call whose effect is in the file."""
 
+    def fileno(self) -> int:
+        """Return -1: there is no descriptor."""
+        return -1
+
     async def pread(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes, or fewer if the file ends before."""
         await self._enter("read")
@@ -516,6 +520,10 @@ class FailingFile:
         self.struck[action] += 1
         error = OSError(fault.errno, os.strerror(fault.errno))
         raise HostError.from_os(error, self.name, action)
+
+    def fileno(self) -> int:
+        """Return -1, so that every read is a call."""
+        return -1
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read, or fail."""

@@ -7,7 +7,7 @@ import os
 import select
 import struct
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import pytest
 
@@ -329,3 +329,31 @@ def test_only_a_read_that_is_being_handled_can_be_deferred(pyfuse3: Pyfuse3) -> 
     serve(read=defer_twice)
     pyfuse3.read(8)
     assert errors == ["second"]
+
+
+@pytest.fixture
+def cached_file(tmp_path: Path) -> Iterator[BinaryIO]:
+    """Return an open file of 128 KiB whose pages are in the page cache."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 17))
+    with path.open("r+b") as file:
+        yield file
+
+
+def test_a_reply_from_a_file_is_made_only_if_nothing_waits(
+    pyfuse3: Pyfuse3, cached_file: BinaryIO
+) -> None:
+    """A read past the end of the file, or of pages that are not cached, is not answered."""
+    results: list[bool] = []
+    fd = cached_file.fileno()
+
+    def read(_handle: int, _offset: int, size: int) -> memoryview:
+        results.append(extraops.reply_from_file(fd, (1 << 17) - size + 1))
+        return memoryview(b"copied")
+
+    serve(read=read)
+    number = pyfuse3.read(1 << 16)
+    assert results == [False]
+    assert pyfuse3.wire.answers == [(number, 0, b"copied")]
+    with pytest.raises(RuntimeError, match="no read is being handled"):
+        extraops.reply_from_file(fd, 0)

@@ -64,6 +64,10 @@ class Disk:
         """Return the content, if it is in memory."""
         return self.content
 
+    def try_locate(self, start: int, _length: int) -> tuple[int, int]:
+        """Return a descriptor, and an offset in its file."""
+        return (5, start + 65536)
+
     def try_start_read(
         self,
         _start: int,
@@ -89,6 +93,8 @@ class Mount:
         pending: What answers the deferred reads, oldest first.
         slow_reads: The reads that reached the slow path.
         error: What the slow path raises.
+        is_cached: Whether the page cache holds the data, so that a reply from a file succeeds.
+        replied: The descriptor and the file offset of each attempt to reply from a file.
         requests: The object under test.
     """
 
@@ -98,12 +104,20 @@ class Mount:
         self.pending: list[Pending] = []
         self.slow_reads: list[tuple[int, int, int]] = []
         self.error: FUSEError | None = None
+        self.is_cached = True
+        self.replied: list[tuple[int, int]] = []
         exported = SimpleNamespace(disk=self.disk)
         fast = SimpleNamespace(
             disk_of=lambda handle: exported if handle == HANDLE else None, write=None, fsync=None
         )
         operations = SimpleNamespace(fast=fast, read_slowly=self._read_slowly)
-        self.requests = DataRequests(cast("Any", operations), cast("Any", self._defer), nursery)
+        self.requests = DataRequests(
+            cast("Any", operations), self._reply_from_file, cast("Any", self._defer), nursery
+        )
+
+    def _reply_from_file(self, fd: int, offset: int) -> bool:
+        self.replied.append((fd, offset))
+        return self.is_cached
 
     def _defer(self) -> Pending:
         self.pending.append(Pending())
@@ -191,3 +205,26 @@ async def test_draining_waits_for_the_threads(nursery: trio.Nursery) -> None:
         ended(4)
     await wait_all_tasks_blocked()
     assert drained.is_set()
+
+
+@pytest.mark.parametrize("size", [1 << 15, 1 << 19])
+async def test_a_long_read_is_answered_from_the_page_cache(
+    size: int, nursery: trio.Nursery
+) -> None:
+    """A read of 32 KiB to 512 KiB is answered from the file, if its data is in the page cache."""
+    mount = Mount(nursery)
+    mount.disk.content = memoryview(b"data")
+    assert mount.requests.read(HANDLE, 4096, size) is None
+    assert mount.replied == [(5, 69632)]
+    mount.is_cached = False
+    assert mount.requests.read(HANDLE, 4096, size) == b"data"
+    assert mount.pending == []
+
+
+@pytest.mark.parametrize("size", [(1 << 15) - 1, (1 << 19) + 1])
+async def test_other_reads_are_copied(size: int, nursery: trio.Nursery) -> None:
+    """A shorter or longer read is not answered from the file."""
+    mount = Mount(nursery)
+    mount.disk.content = memoryview(b"data")
+    assert mount.requests.read(HANDLE, 4096, size) == b"data"
+    assert mount.replied == []

@@ -6,6 +6,9 @@
  * table (_extraops.c): it calls a Python function that tries to answer, and passes the request
  * to pyfuse3's own operation if the function does not answer it.
  *
+ * A function may also let reply_from_file() answer a read.  Then the kernel passes the pages of
+ * the host's file on (splice(2)), and copies them once instead of twice.
+ *
  * A function may also defer a read: it calls defer_read(), and the PendingRead that it gets
  * answers later.  A thread of the pool in hostio/_iothreads.c can do that without the GIL.
  *
@@ -18,6 +21,9 @@
 
 #include <errno.h>
 #include <stddef.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "../../hostio/_iothreads.h"
 
@@ -26,7 +32,10 @@ typedef void (*write_operation)(fuse_req_t, fuse_ino_t, const char *, size_t, of
                                 struct fuse_file_info *);
 typedef void (*fsync_operation)(fuse_req_t, fuse_ino_t, int, struct fuse_file_info *);
 
+typedef void (*init_operation)(void *, struct fuse_conn_info *);
+
 /* pyfuse3's own operations. */
+static init_operation pyfuse3_init;
 static read_operation pyfuse3_read;
 static write_operation pyfuse3_write;
 static fsync_operation pyfuse3_fsync;
@@ -56,7 +65,7 @@ typedef struct {
 
 static PyTypeObject *pending_read_type;
 
-/* The read that is being handled: NULL if there is none, or if it has been deferred. */
+/* The read that is being handled: NULL if there is none, or if it was answered or deferred. */
 static fuse_req_t read_request;
 static size_t read_size;
 
@@ -188,6 +197,74 @@ int make_pending_read_type(void)
     return pending_read_type == NULL ? -1 : 0;
 }
 
+/* --- replies from a file ------------------------------------------------------------- */
+
+/* cachestat(2), which the headers of Debian 12 lack. */
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+
+struct page_range {
+    uint64_t offset, length;
+};
+
+struct page_counts {
+    uint64_t cached, dirty, writeback, evicted, recently_evicted;
+};
+
+static int can_splice; /* whether libfuse was told to splice in this session */
+
+/* Return whether the file reaches past a range, and the page cache holds all of the range, so that
+ * nothing waits for the disk. */
+static int is_cached(int fd, off_t offset, size_t size)
+{
+    struct page_range range = {(uint64_t)offset, size};
+    struct page_counts counts;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t pages = ((uint64_t)offset + size - 1) / page - (uint64_t)offset / page + 1;
+    struct stat status;
+
+    if (fstat(fd, &status) || (uint64_t)status.st_size < (uint64_t)offset + size)
+        return 0;
+    if (syscall(SYS_cachestat, fd, &range, &counts, 0)) {
+        if (errno == ENOSYS) /* before Linux 6.5 */
+            can_splice = 0;
+        return 0;
+    }
+    return counts.cached == pages;
+}
+
+PyObject *reply_from_file(PyObject *module, PyObject *args)
+{
+    struct fuse_bufvec pages = FUSE_BUFVEC_INIT(read_size);
+    long long offset;
+    int fd;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iL", &fd, &offset))
+        return NULL;
+    if (read_request == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
+        return NULL;
+    }
+    if (!can_splice || !read_size || !is_cached(fd, (off_t)offset, read_size))
+        Py_RETURN_FALSE;
+    pages.buf[0].flags = FUSE_BUF_IS_FD | FUSE_BUF_FD_SEEK;
+    pages.buf[0].fd = fd;
+    pages.buf[0].pos = (off_t)offset;
+    fuse_reply_data(read_request, &pages, 0);
+    read_request = NULL;
+    Py_RETURN_TRUE;
+}
+
+static void on_init(void *data, struct fuse_conn_info *connection)
+{
+    pyfuse3_init(data, connection);
+    can_splice = (connection->capable & FUSE_CAP_SPLICE_WRITE) != 0;
+    if (can_splice)
+        connection->want |= FUSE_CAP_SPLICE_WRITE;
+}
+
 /* --- the operations ------------------------------------------------------------------ */
 
 /* Calls function(handle, offset, last).  Returns NULL, with no exception set, if it raises. */
@@ -220,7 +297,7 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
         read_request = request;
         read_size = size;
         result = call(try_read, info->fh, offset, last);
-        answered = read_request == NULL; /* the PendingRead answers, whatever has happened */
+        answered = read_request == NULL; /* or the PendingRead answers, whatever has happened */
         read_request = NULL;
     }
     if (!answered && result != NULL && result != Py_None) {
@@ -284,6 +361,11 @@ void replace_data_operations(struct fuse_lowlevel_ops *table)
 {
     if (table->read == NULL || table->write == NULL || table->fsync == NULL)
         return;
+    can_splice = 0;
+    if (table->init != NULL) {
+        pyfuse3_init = table->init;
+        table->init = on_init;
+    }
     pyfuse3_read = table->read;
     pyfuse3_write = table->write;
     pyfuse3_fsync = table->fsync;

@@ -304,6 +304,8 @@ static PyMethodDef module_methods[] = {
      "Set the functions that try to answer read, write and fsync; None for none."},
     {"defer_read", defer_read, METH_NOARGS,
      "Return a PendingRead, which must answer the read that is being handled."},
+    {"reply_from_file", reply_from_file, METH_VARARGS,
+     "Answer the read that is being handled from a file, if that waits for nothing."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
     {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
     {NULL, NULL, 0, NULL},

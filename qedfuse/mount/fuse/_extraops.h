@@ -31,6 +31,9 @@ PyObject *set_data_handlers(PyObject *module, PyObject *args);
 /* Returns a PendingRead for the read that is being handled (_dataops.c). */
 PyObject *defer_read(PyObject *module, PyObject *unused);
 
+/* Tries to answer the read that is being handled with the pages of a file (_dataops.c). */
+PyObject *reply_from_file(PyObject *module, PyObject *args);
+
 /* Makes the type of deferred reads; returns 0, or -1 with an exception (_dataops.c). */
 int make_pending_read_type(void);
 

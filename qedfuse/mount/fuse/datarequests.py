@@ -1,16 +1,24 @@
 """Reads, writes and fsyncs as the extension passes them, before pyfuse3 gets them.
 
-A read that must wait for the host's disk is *deferred*: a native thread reads the data and answers
-the kernel, without the event loop and without a task of pyfuse3.  All other requests that must
-wait, and those that fail, are left to pyfuse3 and `Operations`.
+A long read whose data is in the host's page cache is answered from there, without a copy into
+this process.  A read that must wait for the host's disk is *deferred*: a native thread reads the
+data and answers the kernel, without the event loop and without a task of pyfuse3.  All other
+requests that must wait, and those that fail, are left to pyfuse3 and `Operations`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 from pyfuse3 import FUSEError
+
+_MIN_SPLICE_BYTES: Final = 1 << 15
+"""Minimum length of a read that is answered from the page cache.  For shorter ones a copy costs
+less."""
+_MAX_SPLICE_BYTES: Final = 1 << 19
+"""Maximum length of such a read.  The reply must fit into a pipe, whose size the kernel limits to
+1 MiB for most processes."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,18 +31,25 @@ class DataRequests:
     """Answers the requests that `_dataops.c` passes; see `FastRequests` for the results."""
 
     def __init__(
-        self, operations: Operations, defer_read: Callable[[], PendingRead], nursery: trio.Nursery
+        self,
+        operations: Operations,
+        reply_from_file: Callable[[int, int], bool],
+        defer_read: Callable[[], PendingRead],
+        nursery: trio.Nursery,
     ) -> None:
         """Serve the disks of ``operations``.
 
         Args:
             operations: The handlers of the requests of the mount.
+            reply_from_file: Answers the read that is being handled with the bytes at an offset of
+                a descriptor, and returns True; returns False if that would wait.
             defer_read: Returns an object that answers the read which is being handled.
             nursery: Runs the tasks that answer a deferred read if its thread could not.
         """
         self._disk_of = operations.fast.disk_of
         self._operations = operations
         self._nursery = nursery
+        self._reply_from_file = reply_from_file
         self._defer_read = defer_read
         self._deferred = 0  # reads that a thread is reading for
         self._drained = trio.Event()
@@ -42,13 +57,19 @@ class DataRequests:
         self.fsync = operations.fast.fsync
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
-        """Read ``size`` bytes at guest offset ``offset``, or defer the read.
+        """Answer a read of ``size`` bytes at guest offset ``offset``.
 
-        Returns None, and has not deferred the read, if pyfuse3 must get it.
+        Returns:
+            The bytes to answer with.  None if the read is answered or deferred, or if pyfuse3
+            must get it; the extension knows which.
         """
         exported = self._disk_of(handle)
         if exported is None:
             return None
+        if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
+            location = exported.disk.try_locate(offset, size)
+            if location is not None and self._reply_from_file(*location):
+                return None
         content = exported.disk.try_read(offset, size)
         if content is None:
             read = _DeferredRead(self, handle, offset, size)

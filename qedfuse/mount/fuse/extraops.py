@@ -69,15 +69,33 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
     return None
 
 
+def reply_from_file(fd: int, offset: int) -> bool:
+    """Answer the read that is being handled with the bytes at an offset of a descriptor.
+
+    Returns False, and has not answered, if the bytes are not all in the host's page cache, or if
+    the kernel or libfuse cannot pass them on.  For the caller see `defer_read`.
+    """
+    return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
+
+
 def defer_read() -> PendingRead:
     """Return what answers the read that is being handled; pyfuse3 does not get that read.
 
     The caller must be a function that `serve` has set, in a call for a read.
     """
+    return _loaded().defer_read()  # type: ignore[no-any-return]
+
+
+def _loaded() -> ModuleType:
+    """Return the extension.
+
+    Raises:
+        RuntimeError: The extension is not loaded.
+    """
     if _extension is None:
         msg = "the extension is not loaded"
         raise RuntimeError(msg)
-    return _extension.defer_read()  # type: ignore[no-any-return]
+    return _extension
 
 
 def end() -> None:
