@@ -17,6 +17,8 @@ from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
 from qedfuse.hostio.threadcalls import ThreadCalls
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.hostio.hostfile import Buffer
 
 HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
@@ -38,6 +40,10 @@ class HostCalls(Protocol):
         """Whether a read costs so much that the page cache should be tried again before it."""
 
     @property
+    def can_start_reads(self) -> bool:
+        """Whether `start_read` can be used."""
+
+    @property
     def resuming(self) -> int:
         """How many tasks `deliver` has made runnable that have not run yet."""
 
@@ -49,6 +55,25 @@ class HostCalls(Protocol):
 
         A task that keeps the event loop from sleeping should call this.  When the event loop
         would sleep, the calls are delivered anyway.
+        """
+
+    def start_read(
+        self,
+        fd: int,
+        offset: int,
+        view: memoryview,
+        answer: object,
+        ended: Callable[[int, int], object],
+    ) -> None:
+        """Start a read whose thread answers by itself.
+
+        Args:
+            fd: The descriptor, which must stay open until ``ended`` is called.
+            offset: File offset.
+            view: The buffer, which must stay unchanged until the answer has been given.
+            answer: A capsule with the answer, as ``_iothreads.c`` describes it.
+            ended: Called in the event loop with the number of bytes read, or a negative errno,
+                and with the nanoseconds that the system call took.
         """
 
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:

@@ -55,6 +55,7 @@ class NativeCalls:
     """
 
     retries_reads = False
+    can_start_reads = True
 
     def __init__(self, threads: IoThreads[Tag]) -> None:
         """Serve the tasks of the current event loop with ``threads``."""
@@ -81,6 +82,17 @@ class NativeCalls:
                 tag(result, nanoseconds)
             except Exception:  # noqa: BLE001  the other calls must be delivered all the same
                 _log.exception("internal error: the function at the end of a host call failed")
+
+    def start_read(
+        self,
+        fd: int,
+        offset: int,
+        view: memoryview,
+        answer: object,
+        ended: Callable[[int, int], object],
+    ) -> None:
+        """Start a read whose thread answers by itself; see `HostCalls`."""
+        self._threads.submit_read(fd, offset, view, ended, answer)
 
     # A KeyboardInterrupt between submitting a call and falling asleep would leave a call whose
     # end resumes a task that sleeps elsewhere.

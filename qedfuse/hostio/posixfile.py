@@ -23,7 +23,7 @@ from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from qedfuse.hostio.hostcalls import HostCalls
     from qedfuse.hostio.hostfile import Buffer
@@ -217,6 +217,43 @@ class PosixFile:
         except OSError:
             pass
         return False
+
+    def try_start_read(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read in a native thread, which answers by itself; see `HostFile`.
+
+        Returns False also if there are no native threads, or if this file occupies as many as it
+        may.
+        """
+        calls = host_calls()
+        reads, slots = self._reads, self._read_slots
+        if not calls.can_start_reads or not slots.value:
+            return False
+        is_miss = reads.is_inline
+        if is_miss:
+            if offset != self._missed_offset:
+                return False
+            self._missed_offset = -1
+            reads.record_inline_miss()
+        slots.acquire_nowait()
+
+        def finish(result: int, nanoseconds: int) -> None:
+            slots.release()
+            if result >= 0 and not is_miss:
+                reads.record_direct_read(result, nanoseconds / 1e9)
+            ended(result)
+
+        try:
+            calls.start_read(self.fd, offset, view, take_answer(), finish)
+        except BaseException:
+            slots.release()
+            raise
+        return True
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.

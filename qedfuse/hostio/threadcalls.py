@@ -22,6 +22,7 @@ class ThreadCalls:
     """Makes calls in the threads of `trio.to_thread`; see `HostCalls` for the methods."""
 
     retries_reads = True
+    can_start_reads = False
     resuming = 0
 
     def has_finished(self) -> bool:
@@ -30,6 +31,14 @@ class ThreadCalls:
 
     def deliver(self) -> None:
         """Do nothing: trio itself resumes the tasks."""
+
+    def start_read(self, *_: object) -> None:
+        """Refuse: a thread of trio cannot answer by itself.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError
 
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
         """Fill ``view``; return the number of bytes and the seconds that the call took."""

@@ -212,7 +212,7 @@ struct page_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-static int can_splice; /* whether libfuse was told to splice in this session */
+static int can_splice; /* whether libfuse may splice in this session */
 
 /* Return whether the file reaches past a range, and the page cache holds all of the range, so that
  * nothing waits for the disk. */

@@ -189,7 +189,7 @@ class Scheduler:
         await self._run_other_tasks()
         if self._adaptive_poll.seconds:
             end = since + self._adaptive_poll.seconds
-            while not (found := self._poll(end)) and self._calls.has_finished():
+            while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:
                 statistics.polled += 1
@@ -214,10 +214,13 @@ class Scheduler:
 
         Returns:
             True if a request has arrived.  False if the time is over, if the event loop is
-            needed for other work, if a call has finished, or if the mount ends.
+            needed for other work, such as a task whose call has finished, or if the mount ends.
         """
         poll, clock, has_finished = self._poller.poll, self._clock, self._calls.has_finished
-        while not (self._is_loop_needed() or self._closing or has_finished()):
+        while not (self._is_loop_needed() or self._closing):
+            if has_finished():
+                self._calls.deliver()  # perhaps no task waits for these calls
+                continue
             if poll(0):
                 return True
             if clock() >= end:
