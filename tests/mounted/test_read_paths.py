@@ -1,0 +1,123 @@
+"""Reads that a mount answers in special ways: from the page cache, and by a native thread."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from tests.support import qemu
+from tests.support.mounted import front
+
+DISK_BYTES: Final = 16 << 20
+
+
+def make_image(directory: Path) -> tuple[list[Path], bytes]:
+    """Make an overlay that holds every third MiB of its disk; return the chain and the content."""
+    base, overlay = directory / "base.qed", directory / "disk.qed"
+    content = bytearray(random.Random("base").randbytes(DISK_BYTES))
+    raw = directory / "raw"
+    raw.write_bytes(content)
+    qemu.run("qemu-img", "convert", "-f", "raw", "-O", "qed", raw, base)
+    raw.unlink()
+    qemu.create(overlay, backing=base)
+    for start in range(0, DISK_BYTES, 3 << 20):
+        value = 1 + (start >> 20)
+        content[start : start + (1 << 20)] = bytes([value]) * (1 << 20)
+        qemu.io(overlay, f"write -P {value} {start} 1M")
+    return [overlay, base], bytes(content)
+
+
+def read_direct(fd: int, offset: int, length: int) -> bytes:
+    """Read with O_DIRECT, so that the kernel sends the request to the server as it is."""
+    with mmap.mmap(-1, length) as buffer:
+        count = os.preadv(fd, [buffer], offset)
+        return buffer[:count]
+
+
+def drop_pages(*paths: Path) -> None:
+    """Drop the pages of files from the host's page cache."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def pipes(pid: int) -> int:
+    """Return how many ends of pipes a process has open."""
+    return sum(
+        os.readlink(link).startswith("pipe:")  # noqa: PTH115  Path refuses such targets
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def native_threads(pid: int) -> int:
+    """Return how many native threads for host I/O a process has."""
+    names = (task / "comm" for task in Path(f"/proc/{pid}/task").iterdir())
+    return sum(name.read_text() == "qedfuse-io\n" for name in names)
+
+
+def test_long_reads_are_passed_on_from_the_page_cache(tmp_path: Path) -> None:
+    """Reads of all lengths, within a run and across runs, return the content of the chain."""
+    paths, content = make_image(tmp_path)
+    for path in paths:
+        path.read_bytes()
+    chance = random.Random(1)
+    with front(paths[0], tmp_path / "mnt") as mount:
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
+        before = pipes(mount.process.pid)
+        for length in (4096, 16384, 32768, 65536, 1 << 18, 1 << 19, (1 << 19) + 4096, 1 << 20):
+            for _ in range(12):
+                offset = chance.randrange((DISK_BYTES - length) // 4096 + 1) * 4096
+                assert read_direct(fd, offset, length) == content[offset : offset + length]
+        assert read_direct(fd, DISK_BYTES - 4096, 65536) == content[-4096:]
+        assert pipes(mount.process.pid) > before, "libfuse has a pipe for its replies"
+        os.close(fd)
+
+
+def test_cold_reads_are_answered_by_native_threads(tmp_path: Path) -> None:
+    """Concurrent reads whose data is not in the host's page cache return the content."""
+    paths, content = make_image(tmp_path)
+    with front(paths[0], tmp_path / "mnt") as mount, ThreadPoolExecutor(16) as pool:
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
+        assert native_threads(mount.process.pid) == 0
+
+        def read(number: int) -> bool:
+            chance = random.Random(number)
+            offset = chance.randrange(DISK_BYTES // 4096 - 4) * 4096
+            length = chance.choice((4096, 16384))
+            return read_direct(fd, offset, length) == content[offset : offset + length]
+
+        for turn in range(4):
+            drop_pages(*paths)
+            assert all(pool.map(read, range(turn * 1000, turn * 1000 + 500)))
+        assert native_threads(mount.process.pid) > 0
+        os.close(fd)
+
+
+def test_a_cold_read_past_the_end_of_a_file_that_was_cut_fails(tmp_path: Path) -> None:
+    """If another program has cut the image, a read fails with EIO, and returns no zeros."""
+    paths, content = make_image(tmp_path)
+    with front("-r", paths[0], tmp_path / "mnt") as mount:
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
+        assert read_direct(fd, 0, 4096) == content[:4096]
+        os.truncate(paths[1], 1 << 20)
+        drop_pages(*paths)
+        failures: list[int | None] = []
+        for offset in range(1 << 21, 3 << 20, 1 << 16):
+            for length in (4096, 65536):
+                try:
+                    read_direct(fd, offset, length)
+                except OSError as error:
+                    failures.append(error.errno)
+        assert failures == [errno.EIO] * 32
+        assert read_direct(fd, 0, 4096) == content[:4096]
+        os.close(fd)
+        mount.signal(signal.SIGTERM)
+        assert "expected" in mount.finish()[1]
