@@ -34,7 +34,7 @@ def make_image(directory: Path) -> tuple[list[Path], bytes]:
 
 
 def read_direct(fd: int, offset: int, length: int) -> bytes:
-    """Read with O_DIRECT, so that the kernel sends the request to the server as it is."""
+    """Read with O_DIRECT, so that the kernel sends one request of this length to the server."""
     with mmap.mmap(-1, length) as buffer:
         count = os.preadv(fd, [buffer], offset)
         return buffer[:count]
