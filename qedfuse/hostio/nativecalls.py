@@ -17,6 +17,7 @@ import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
     from typing import TypeAlias
 
     from qedfuse.hostio._iothreads import IoThreads
@@ -31,17 +32,28 @@ _MAX_THREADS: Final = 128
 """Maximum number of native threads; `PosixFile` limits how many of them one file occupies."""
 
 
+def _load() -> ModuleType | None:
+    """Load the extension; return None if it was not built."""
+    try:
+        return importlib.import_module("qedfuse.hostio._iothreads")
+    except ImportError:
+        return None
+
+
+# Loaded with this module: a mount may cover the files of this program, and then a server that
+# opened one of them would wait for itself.
+_extension = _load()
+
+
 def make_io_threads() -> IoThreads[Tag] | None:
     """Return a pool of native threads, none of which exists yet; None without the extension.
 
     Raises:
         OSError: The host refused an eventfd.
     """
-    try:
-        extension = importlib.import_module("qedfuse.hostio._iothreads")
-    except ImportError:
+    if _extension is None:
         return None
-    return extension.IoThreads(_MAX_THREADS)  # type: ignore[no-any-return]
+    return _extension.IoThreads(_MAX_THREADS)  # type: ignore[no-any-return]
 
 
 class NativeCalls:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.hostio import posixfile, systemcalls
+from qedfuse.hostio import systemcalls, threadcalls
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
 from tests.support.disks import header_of
@@ -211,7 +211,8 @@ def test_a_full_host_leaves_nothing_behind(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(fd, mode, offset, length)
 
-    monkeypatch.setattr(posixfile, "fallocate", full)
+    monkeypatch.setenv("QEDFUSE_HOST_CALLS", "threads")
+    monkeypatch.setattr(threadcalls, "fallocate", full)
     code = main(["create", "-q", "--force", "--preallocate", "full", str(path), "100M"])
     assert code == 1
     said = capsys.readouterr().err

@@ -9,7 +9,6 @@ import errno
 import math
 import os
 import signal
-import sys
 import threading
 from contextlib import closing, contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.errors import HostError
-from qedfuse.hostio import posixfile
+from qedfuse.hostio import nativecalls, posixfile
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE, HostCalls, host_calls, make_host_calls
 from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
 from qedfuse.hostio.posixfile import PosixFile
@@ -199,7 +198,7 @@ def test_an_event_loop_has_one_object_for_its_calls(monkeypatch: pytest.MonkeyPa
 
 async def test_calls_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extension threads of trio make the calls."""
-    monkeypatch.setitem(sys.modules, "qedfuse.hostio._iothreads", None)
+    monkeypatch.setattr(nativecalls, "_extension", None)
     assert type(make_host_calls(None)) is ThreadCalls
 
 
@@ -223,11 +222,9 @@ async def test_finished_calls_are_delivered_early_by_a_busy_task(tmp_path: Path)
             while calls._threads.pending() < 2:
                 await trio.lowlevel.checkpoint()
             # Without a checkpoint trio cannot notice the end of the calls.
-            delivered = 0
-            while delivered + len(ended) < 2:
+            while calls.resuming + len(ended) < 2:
                 if calls.has_finished():
                     calls.deliver()
-                    delivered = calls.resuming
             assert not calls.has_finished()
             while calls.resuming:
                 await trio.lowlevel.checkpoint()
