@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,19 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def _delete_partitions(device: str) -> None:
+    """Remove all partitions of a device.
+
+    A program of another test, which looks at all block devices, may have a partition open for a
+    moment, and then the kernel refuses.
+    """
+    name = Path(device).name
+    end = time.monotonic() + 60
+    while any(Path("/sys/class/block").glob(f"{name}p*")):
+        done = subprocess.run(["partx", "--delete", device], capture_output=True, check=False)
+        assert not done.returncode or time.monotonic() < end, done.stderr
+
+
 @contextmanager
 def loop_device(path: Path, *options: str) -> Iterator[str]:
     """Attach a file to a loop device for the block; yield the path of the device."""
@@ -33,7 +47,7 @@ def loop_device(path: Path, *options: str) -> Iterator[str]:
         yield device
     finally:
         if by_hand:
-            run("partx", "--delete", device)
+            _delete_partitions(device)
         run("losetup", "--detach", device)
 
 
