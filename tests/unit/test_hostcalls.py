@@ -219,7 +219,7 @@ async def test_finished_calls_are_delivered_early_by_a_busy_task(tmp_path: Path)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, 1)
             nursery.start_soon(read, 2)
-            while calls._threads.pending() < 2:
+            while calls._threads.pending() + calls.resuming + len(ended) < 2:
                 await trio.lowlevel.checkpoint()
             # Without a checkpoint trio cannot notice the end of the calls.
             while calls.resuming + len(ended) < 2:
