@@ -295,12 +295,21 @@ class PosixFile:
         """Make all earlier writes and the file's length durable, if that takes little time.
 
         Returns:
-            False, and nothing has been done, if a worker thread must do it.
+            False, and nothing has been done, if a thread must do it.
 
         Raises:
             HostError: The host refused.
         """
-        return self._policy.can_datasync_inline() and self._datasync_inline()
+        if not self._policy.can_datasync_inline():
+            return False
+        self._policy.begin_datasync()
+        since = time.perf_counter()
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise self._failed(error, "datasync") from error
+        self._policy.record_datasync(time.perf_counter() - since, is_inline=True)
+        return True
 
     async def datasync(self) -> None:
         """Make all earlier writes and the file's length durable (fdatasync(2))."""
@@ -310,21 +319,6 @@ class PosixFile:
         since = time.perf_counter()
         await self._checked("datasync", self._datasync_in_thread())
         self._policy.record_datasync(time.perf_counter() - since, is_inline=False)
-
-    def _datasync_inline(self) -> bool:
-        """Call fdatasync(2) in the event loop; return True.
-
-        Raises:
-            HostError: The host refused.
-        """
-        self._policy.begin_datasync()
-        since = time.perf_counter()
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            raise self._failed(error, "datasync") from error
-        self._policy.record_datasync(time.perf_counter() - since, is_inline=True)
-        return True
 
     async def _datasync_in_thread(self) -> None:
         """Call fdatasync(2) in a thread."""
