@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,9 +25,10 @@ from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.threadcalls import ThreadCalls
+from tests.support.descriptors import opened, pipe
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from qedfuse.hostio._iothreads import IoThreads
@@ -47,28 +48,6 @@ def native() -> IoThreads[Tag]:
     threads = make_io_threads()
     assert threads is not None
     return threads
-
-
-@contextmanager
-def pipe() -> Iterator[tuple[int, int]]:
-    """Open a pipe; both ends are closed at the end."""
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            os.close(end)
-
-
-@contextmanager
-def opened(path: Path, content: bytes = b"") -> Iterator[int]:
-    """Open a new file for reading and writing."""
-    path.write_bytes(content)
-    fd = os.open(path, os.O_RDWR)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 # --- both implementations -------------------------------------------------------------------

@@ -17,16 +17,17 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from tests.support.descriptors import opened, pipe
+
 iothreads = pytest.importorskip("qedfuse.hostio._iothreads", reason="the extension was not built")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from qedfuse.hostio._iothreads import IoThreads
 
@@ -108,28 +109,6 @@ def is_held(buffer: bytearray) -> bool:
         return True
     del buffer[-1]
     return False
-
-
-@contextmanager
-def pipe() -> Iterator[tuple[int, int]]:
-    """Open a pipe; both ends are closed at the end."""
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            os.close(end)
-
-
-@contextmanager
-def opened(path: Path, content: bytes | bytearray = b"") -> Iterator[int]:
-    """Open a new file for reading and writing."""
-    path.write_bytes(content)
-    fd = os.open(path, os.O_RDWR)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def pool_threads() -> dict[str, dict[str, str]]:
