@@ -1,7 +1,8 @@
-"""Requests about data that need not wait: read, write and fsync, answered in one step.
+"""Answers read, write and fsync requests in one step, if they need not wait.
 
-With the extension `DataRequests` calls these methods for each request, and without it
-`Operations`.
+With the extension `DataRequests` calls these methods first.  `Operations` also tries `read` and
+`write`: without the extension pyfuse3 passes it every request, and with the extension this reports
+the error of a request whose first attempt has raised.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 _MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
-"""The bits of a handle by which `FastRequests` looks up the disk.
+"""The bits of a handle by which `FastRequests.read` and `write` look up the disk.
 
 The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
-handle with `HANDLE_SYNC`, and the requests on such a handle take the slow path."""
+handle with `HANDLE_SYNC`, and its reads and writes take the slow path."""
 
 
 class FastRequests:
@@ -57,7 +58,7 @@ class FastRequests:
         return exported is not None and exported.disk.try_write(offset, data)
 
     def fsync(self, handle: int) -> bool:
-        """Make all writes that have ended durable; return False if that would wait or fails.
+        """Make durable all writes that have ended; return False if that would wait or fails.
 
         Returns False also if the disk has lost writes, so that an error must be reported.
         """
