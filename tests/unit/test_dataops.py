@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qedfuse.hostio._iothreads import IoThreads
-    from qedfuse.mount.fuse._extraops import PendingRead
+    from qedfuse.mount.fuse._extraops import Request
 
 pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._load_error}"
@@ -195,7 +195,7 @@ class DeferredReads:
 
     def __init__(self) -> None:
         """Start without reads."""
-        self.pending: list[PendingRead] = []
+        self.pending: list[Request] = []
 
     def __call__(self, *_arguments: int) -> None:
         """Defer the read that is being handled."""
@@ -299,7 +299,7 @@ def test_a_deferred_read_outlives_its_session(
 
 def test_a_function_that_defers_a_read_and_raises_has_deferred_it(pyfuse3: Pyfuse3) -> None:
     """A read that was deferred does not go to pyfuse3, whatever the function does after that."""
-    kept: list[PendingRead] = []
+    kept: list[Request] = []
 
     def defer_and_raise(*_arguments: int) -> memoryview:
         kept.append(extraops.defer_read())

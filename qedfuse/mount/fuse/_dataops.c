@@ -9,7 +9,7 @@
  * A function may also let reply_from_file() answer a read.  Then the kernel passes the pages of
  * the host's file on (splice(2)), and copies them once instead of twice.
  *
- * A function may also defer a read: it calls defer_read(), and the PendingRead that it gets
+ * A function may also defer a read: it calls defer_read(), and the Request that it gets
  * answers later.  A thread of the pool in hostio/_iothreads.c can do that without the GIL.
  *
  * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  A function
@@ -20,12 +20,9 @@
 #include "_extraops.h"
 
 #include <errno.h>
-#include <stddef.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "../../hostio/_iothreads.h"
 
 typedef void (*read_operation)(fuse_req_t, fuse_ino_t, size_t, off_t, struct fuse_file_info *);
 typedef void (*write_operation)(fuse_req_t, fuse_ino_t, const char *, size_t, off_t,
@@ -45,46 +42,15 @@ static PyObject *try_read;
 static PyObject *try_write;
 static PyObject *try_fsync;
 
-/* --- deferred reads ------------------------------------------------------------------ */
-
-/*
- * A read that is answered after its operation has returned.
- *
- * `complete` is called by a thread without the GIL, at the end of a call that reads the data.  If
- * all bytes were read, `complete` answers.  Otherwise it leaves the object alone, and the event
- * loop, which gets the same result, must answer.  So there is never a doubt who answers, and only
- * one thread at a time uses `request`.
- */
-typedef struct {
-    PyObject_HEAD
-    struct answer answer;
-    fuse_req_t request; /* NULL once it has been answered */
-    unsigned long session;
-    size_t size;
-} PendingRead;
-
-static PyTypeObject *pending_read_type;
-
 /* The read that is being handled: NULL if there is none, or if it was answered or deferred. */
 static fuse_req_t read_request;
 static size_t read_size;
 
-static void complete(struct answer *answer, const void *data, long long result)
-{
-    PendingRead *self = (PendingRead *)((char *)answer - offsetof(PendingRead, answer));
-
-    if (result < 0 || (size_t)result != self->size)
-        return;
-    if (lock_session(self->session)) {
-        fuse_reply_buf(self->request, data, self->size);
-        unlock_session();
-    }
-    self->request = NULL;
-}
+/* --- deferred reads ------------------------------------------------------------------ */
 
 PyObject *defer_read(PyObject *module, PyObject *unused)
 {
-    PendingRead *self;
+    PyObject *made;
 
     (void)module;
     (void)unused;
@@ -92,109 +58,10 @@ PyObject *defer_read(PyObject *module, PyObject *unused)
         PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
         return NULL;
     }
-    self = PyObject_New(PendingRead, pending_read_type);
-    if (self == NULL)
-        return NULL;
-    self->answer.call = complete;
-    self->request = read_request;
-    self->session = session_number();
-    self->size = read_size;
-    read_request = NULL;
-    return (PyObject *)self;
-}
-
-/* Returns the request, which the caller must answer; NULL if that must not be done any more. */
-static fuse_req_t take_read(PendingRead *self)
-{
-    fuse_req_t request = self->request;
-
-    self->request = NULL;
-    return self->session == session_number() ? request : NULL;
-}
-
-static void release_capsule(PyObject *capsule)
-{
-    Py_DECREF((PyObject *)PyCapsule_GetContext(capsule));
-}
-
-static PyObject *pending_capsule(PyObject *self, PyObject *unused)
-{
-    PyObject *capsule = PyCapsule_New(&((PendingRead *)self)->answer, "qedfuse.answer",
-                                      release_capsule);
-
-    (void)unused;
-    if (capsule != NULL && PyCapsule_SetContext(capsule, Py_NewRef(self)) != 0) {
-        Py_DECREF(self);
-        PyCapsule_SetDestructor(capsule, NULL);
-        Py_CLEAR(capsule);
-    }
-    return capsule;
-}
-
-static PyObject *pending_data(PyObject *self, PyObject *object)
-{
-    Py_buffer data;
-    fuse_req_t request;
-
-    if (PyObject_GetBuffer(object, &data, PyBUF_SIMPLE))
-        return NULL;
-    request = take_read((PendingRead *)self);
-    if (request != NULL)
-        fuse_reply_buf(request, data.buf, (size_t)data.len);
-    PyBuffer_Release(&data);
-    Py_RETURN_NONE;
-}
-
-static PyObject *pending_error(PyObject *self, PyObject *number)
-{
-    long value = PyLong_AsLong(number);
-    fuse_req_t request;
-
-    if (value == -1 && PyErr_Occurred())
-        return NULL;
-    request = take_read((PendingRead *)self);
-    if (request != NULL)
-        fuse_reply_err(request, (int)value);
-    Py_RETURN_NONE;
-}
-
-static void pending_free(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    fuse_req_t request = take_read((PendingRead *)self);
-
-    if (request != NULL)
-        fuse_reply_err(request, EINTR);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyMethodDef pending_methods[] = {
-    {"capsule", pending_capsule, METH_NOARGS,
-     "Return a capsule that lets a thread of IoThreads answer."},
-    {"data", pending_data, METH_O, "Answer with the bytes of a buffer."},
-    {"error", pending_error, METH_O, "Answer with an errno."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot pending_slots[] = {
-    {Py_tp_dealloc, pending_free},
-    {Py_tp_methods, pending_methods},
-    {Py_tp_doc, "A read of the kernel that is answered later, once."},
-    {0, NULL},
-};
-
-static PyType_Spec pending_spec = {
-    .name = "qedfuse.mount.fuse._extraops.PendingRead",
-    .basicsize = sizeof(PendingRead),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = pending_slots,
-};
-
-int make_pending_read_type(void)
-{
-    pending_read_type = (PyTypeObject *)PyType_FromSpec(&pending_spec);
-    return pending_read_type == NULL ? -1 : 0;
+    made = new_request(read_request, read_size);
+    if (made != NULL)
+        read_request = NULL;
+    return made;
 }
 
 /* --- replies from a file ------------------------------------------------------------- */
@@ -297,7 +164,7 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
         read_request = request;
         read_size = size;
         result = call(try_read, info->fh, offset, last);
-        answered = read_request == NULL; /* or the PendingRead answers, whatever has happened */
+        answered = read_request == NULL; /* or the Request answers, whatever has happened */
         read_request = NULL;
     }
     if (!answered && result != NULL && result != Py_None) {

@@ -4,8 +4,8 @@
  * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
  * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines the function
  * to which pyfuse3 passes that table (symbol interposition).  So this module is called first:
- * it copies the table, sets the two operations, and calls libfuse's own function with the
- * copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
+ * it copies the table, sets the two operations, replaces others (_dataops.c), and calls libfuse's
+ * own function with the copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
  *
  * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
  * operation makes a `Request` object of the call, passes it to the handler that Python has set,
@@ -19,8 +19,11 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "../../hostio/_iothreads.h"
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
 static int in_session;           /* whether a session exists that was made by this module */
@@ -30,25 +33,6 @@ static unsigned long generation; /* number of the session; counts up when it beg
 
 /* Held for reading while a thread without the GIL answers, and for writing to end the session. */
 static pthread_rwlock_t session_lock = PTHREAD_RWLOCK_INITIALIZER;
-
-unsigned long session_number(void)
-{
-    return generation;
-}
-
-int lock_session(unsigned long number)
-{
-    pthread_rwlock_rdlock(&session_lock);
-    if (number == generation)
-        return 1;
-    pthread_rwlock_unlock(&session_lock);
-    return 0;
-}
-
-void unlock_session(void)
-{
-    pthread_rwlock_unlock(&session_lock);
-}
 
 /* Make all requests invalid that have not been answered. */
 static void forget_requests(void)
@@ -60,11 +44,48 @@ static void forget_requests(void)
 
 /* --- Request objects --------------------------------------------------------------- */
 
+/*
+ * A request is answered by the event loop, or by a thread without the GIL to which its capsule was
+ * passed, at the end of a call that reads the data.  If all bytes were read, the thread answers.
+ * Otherwise it leaves the object alone, and the event loop, which gets the same result, must
+ * answer.  So there is never a doubt who answers, and only one thread at a time uses `request`.
+ */
 typedef struct {
     PyObject_HEAD
-    fuse_req_t request; /* NULL once it has been answered */
+    struct answer answer; /* for the thread */
+    fuse_req_t request;   /* NULL once it has been answered */
     unsigned long generation; /* of the session from which the request came */
+    size_t size;          /* of a read; otherwise 0 */
 } Request;
+
+static PyTypeObject *request_type;
+
+/* Answers a read from a thread without the GIL, if all of its bytes were read. */
+static void complete_read(struct answer *answer, const void *data, long long result)
+{
+    Request *self = (Request *)((char *)answer - offsetof(Request, answer));
+
+    if (result < 0 || (size_t)result != self->size)
+        return;
+    pthread_rwlock_rdlock(&session_lock);
+    if (self->generation == generation)
+        fuse_reply_buf(self->request, data, self->size);
+    pthread_rwlock_unlock(&session_lock);
+    self->request = NULL;
+}
+
+PyObject *new_request(fuse_req_t request, size_t size)
+{
+    Request *self = PyObject_New(Request, request_type);
+
+    if (self == NULL)
+        return NULL;
+    self->answer.call = complete_read;
+    self->request = request;
+    self->generation = generation;
+    self->size = size;
+    return (PyObject *)self;
+}
 
 /* Returns the request, which the caller must answer; NULL if it was answered or its session has
  * ended. */
@@ -103,6 +124,39 @@ static PyObject *request_offset(PyObject *self, PyObject *offset)
     Py_RETURN_NONE;
 }
 
+static PyObject *request_data(PyObject *self, PyObject *object)
+{
+    Py_buffer data;
+    fuse_req_t request;
+
+    if (PyObject_GetBuffer(object, &data, PyBUF_SIMPLE))
+        return NULL;
+    request = take_request((Request *)self);
+    if (request != NULL)
+        fuse_reply_buf(request, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    Py_RETURN_NONE;
+}
+
+static void release_capsule(PyObject *capsule)
+{
+    Py_DECREF((PyObject *)PyCapsule_GetContext(capsule));
+}
+
+static PyObject *request_capsule(PyObject *self, PyObject *unused)
+{
+    PyObject *capsule = PyCapsule_New(&((Request *)self)->answer, "qedfuse.answer",
+                                      release_capsule);
+
+    (void)unused;
+    if (capsule != NULL && PyCapsule_SetContext(capsule, Py_NewRef(self)) != 0) {
+        Py_DECREF(self);
+        PyCapsule_SetDestructor(capsule, NULL);
+        Py_CLEAR(capsule);
+    }
+    return capsule;
+}
+
 static void request_free(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -117,6 +171,9 @@ static void request_free(PyObject *self)
 static PyMethodDef request_methods[] = {
     {"error", request_error, METH_O, "Answer with an errno; 0 is success."},
     {"offset", request_offset, METH_O, "Answer lseek(2) with an offset in bytes."},
+    {"data", request_data, METH_O, "Answer a read with the bytes of a buffer."},
+    {"capsule", request_capsule, METH_NOARGS,
+     "Return a capsule that lets a thread of IoThreads answer a read."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -134,28 +191,22 @@ static PyType_Spec request_spec = {
     .slots = request_slots,
 };
 
-static PyTypeObject *request_type;
-
 /* Calls handler(request, operation, uid, inode, mode, start, length). */
 static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t inode, int mode,
                       off_t start, off_t length)
 {
     PyGILState_STATE state = PyGILState_Ensure();
-    Request *self = PyObject_New(Request, request_type);
+    PyObject *self = new_request(request, 0);
     PyObject *result = NULL;
 
-    if (self == NULL) {
+    if (self == NULL)
         fuse_reply_err(request, ENOMEM);
-    } else {
-        self->request = request;
-        self->generation = generation;
-        if (handler == NULL)
-            PyErr_SetString(PyExc_RuntimeError, "no handler is set");
-        else
-            result = PyObject_CallFunction(
-                handler, "OsIKiLL", self, operation, (unsigned int)fuse_req_ctx(request)->uid,
-                (unsigned long long)inode, mode, (long long)start, (long long)length);
-    }
+    else if (handler == NULL)
+        PyErr_SetString(PyExc_RuntimeError, "no handler is set");
+    else
+        result = PyObject_CallFunction(
+            handler, "OsIKiLL", self, operation, (unsigned int)fuse_req_ctx(request)->uid,
+            (unsigned long long)inode, mode, (long long)start, (long long)length);
     if (result == NULL)
         PyErr_WriteUnraisable(handler);
     Py_XDECREF(result);
@@ -303,7 +354,7 @@ static PyMethodDef module_methods[] = {
     {"set_data_handlers", set_data_handlers, METH_VARARGS,
      "Set the functions that try to answer read, write and fsync; None for none."},
     {"defer_read", defer_read, METH_NOARGS,
-     "Return a PendingRead, which must answer the read that is being handled."},
+     "Return a Request, which must answer the read that is being handled."},
     {"reply_from_file", reply_from_file, METH_VARARGS,
      "Answer the read that is being handled from a file, if that waits for nothing."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
@@ -314,7 +365,7 @@ static PyMethodDef module_methods[] = {
 static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "qedfuse.mount.fuse._extraops",
-    .m_doc = "fallocate(2) and lseek(2) for a file system on pyfuse3.",
+    .m_doc = "Requests that pyfuse3 lacks, or that need not pass through pyfuse3.",
     .m_size = -1,
     .m_methods = module_methods,
 };
@@ -322,7 +373,7 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL || make_pending_read_type())
+    if (request_type == NULL)
         return NULL;
     return PyModule_Create(&module_definition);
 }

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Final
 import trio
 from pyfuse3 import FUSEError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.mount.fuse._extraops import Request
+    from qedfuse.mount.fuse.operations import Operations
+
 _MIN_SPLICE_BYTES: Final = 1 << 15
 """Minimum length of a read that is answered from the page cache.  For shorter ones a copy costs
 less."""
 _MAX_SPLICE_BYTES: Final = 1 << 19
 """Maximum length of such a read.  The reply must fit into a pipe, whose size the kernel limits to
 1 MiB for most processes."""
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from qedfuse.mount.fuse._extraops import PendingRead
-    from qedfuse.mount.fuse.operations import Operations
 
 
 class DataRequests:
@@ -34,7 +34,7 @@ class DataRequests:
         self,
         operations: Operations,
         reply_from_file: Callable[[int, int], bool],
-        defer_read: Callable[[], PendingRead],
+        defer_read: Callable[[], Request],
         nursery: trio.Nursery,
     ) -> None:
         """Serve the disks of ``operations``.
@@ -89,13 +89,13 @@ class DataRequests:
         while self._deferred:
             await self._drained.wait()
 
-    def take_read(self) -> PendingRead:
+    def take_read(self) -> Request:
         """Take the read that is being handled away from pyfuse3; return what answers it."""
         pending = self._defer_read()
         self._deferred += 1
         return pending
 
-    def read_ended(self, read: _DeferredRead, pending: PendingRead | None) -> None:
+    def read_ended(self, read: _DeferredRead, pending: Request | None) -> None:
         """Note that no thread reads for ``read`` any more.
 
         ``pending`` must still be answered; None if the thread has answered.
@@ -107,7 +107,7 @@ class DataRequests:
         if pending is not None:
             self._nursery.start_soon(self._answer, read, pending)
 
-    async def _answer(self, read: _DeferredRead, pending: PendingRead) -> None:
+    async def _answer(self, read: _DeferredRead, pending: Request) -> None:
         """Answer a read on the slow path, which reports the error."""
         try:
             content = await self._operations.read_slowly(read.handle, read.offset, read.size)
@@ -134,7 +134,7 @@ class _DeferredRead:
         self.handle = handle
         self.offset = offset
         self.size = size
-        self.pending: PendingRead | None = None
+        self.pending: Request | None = None
 
     @property
     def is_taken(self) -> bool:

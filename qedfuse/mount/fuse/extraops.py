@@ -1,9 +1,12 @@
-"""Loading of the C extension that adds fallocate(2) and lseek(2), which pyfuse3 lacks.
+"""Loading of the C extension beside pyfuse3, and the passing of requests from it.
+
+The extension adds fallocate(2) and lseek(2), which pyfuse3 lacks, and lets `DataRequests` answer
+reads, writes and fsyncs before pyfuse3 gets them.
 
 The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so the
 extension must be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this
-module first.  If the extension was not built or cannot be loaded, the mount works without these
-two requests.
+module first.  If the extension was not built or cannot be loaded, the mount works without
+fallocate and lseek, and pyfuse3 gets all other requests.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-    from qedfuse.mount.fuse._extraops import PendingRead, Request
+    from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.datarequests import DataRequests
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
@@ -78,7 +81,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
 
-def defer_read() -> PendingRead:
+def defer_read() -> Request:
     """Return what answers the read that is being handled; pyfuse3 does not get that read.
 
     The caller must be a function that `serve` has set, in a call for a read.
