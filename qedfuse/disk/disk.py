@@ -542,6 +542,14 @@ class Disk:
         """
         return self._file.stat()
 
+    def stored_blocks(self) -> int:
+        """Return the ``st_blocks`` of the image file, in units of 512 bytes.
+
+        Raises:
+            HostError: The host refused.
+        """
+        return self._file.stored_blocks()
+
     def statvfs(self) -> os.statvfs_result:
         """Return the statistics of the host's file system that holds the image.
 

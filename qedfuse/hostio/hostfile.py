@@ -136,8 +136,14 @@ class HostFile(Protocol):
     def size(self) -> int:
         """Return the file's length in bytes."""
 
+    def stored_blocks(self) -> int:
+        """Return the file's ``st_blocks``, in units of 512 bytes, without reading its times."""
+
     def stat(self) -> os.stat_result:
-        """Return the file's attributes (fstat(2))."""
+        """Return the file's attributes (fstat(2)).
+
+        While the file is in use, reading the times slows down its changes; see `size_and_blocks`.
+        """
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system that holds the file (statvfs(3)).

@@ -18,7 +18,12 @@ from qedfuse.hostio.nowaitretry import NowaitRetry
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.regular import open_regular, status_of
 from qedfuse.hostio.sparse import seek
-from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, write_all
+from qedfuse.hostio.systemcalls import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    size_and_blocks,
+    write_all,
+)
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.text import printable
 
@@ -408,7 +413,21 @@ class PosixFile:
         Raises:
             HostError: The host refused.
         """
-        return self.stat().st_size
+        return self._size_and_blocks()[0]
+
+    def stored_blocks(self) -> int:
+        """Return the file's ``st_blocks``, in units of 512 bytes, without reading its times.
+
+        Raises:
+            HostError: The host refused.
+        """
+        return self._size_and_blocks()[1]
+
+    def _size_and_blocks(self) -> tuple[int, int]:
+        try:
+            return size_and_blocks(self.fd)
+        except OSError as error:
+            raise self._failed(error, "stat") from error
 
     def stat(self) -> os.stat_result:
         """Return the file's attributes (fstat(2)).

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +18,7 @@ import trio
 from qedfuse.errors import QedError
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.attach import attach
+from qedfuse.mount.fuse.blocksinvalidator import BlocksInvalidator
 from qedfuse.mount.fuse.datarequests import DataRequests
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import negotiate_init
@@ -42,7 +42,7 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
-    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.launderer import Launderer
     from qedfuse.mount.options import MountOptions
     from qedfuse.mount.process.announcement import Announcement
@@ -169,7 +169,9 @@ class Server:
                 nursery.start_soon(self._size_fixup.run, entry.device)
             heap_trimmer = HeapTrimmer()
             for exported in self._disks:
-                exported.disk.when_flushed(partial(_after_flush, exported, heap_trimmer))
+                invalidator = BlocksInvalidator(exported)
+                nursery.start_soon(invalidator.run)
+                exported.disk.when_flushed(partial(_after_flush, invalidator, heap_trimmer))
             requests = DataRequests(
                 operations, extraops.reply_from_file, extraops.defer_read, nursery
             )
@@ -221,18 +223,10 @@ class Server:
             _log.log(level, "%s: %s", shown, protection_failure)
 
 
-def _after_flush(exported: ExportedDisk, trim_heap: HeapTrimmer) -> None:
+def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None:
     """Trim the heap, and make the kernel forget a wrong ``st_blocks``; called after each flush."""
     trim_heap()
-    _invalidate_blocks(exported)
-
-
-def _invalidate_blocks(exported: ExportedDisk) -> None:
-    """Make the kernel request the attributes again, if it has cached a wrong ``st_blocks``."""
-    if exported.blocks >= 0 and exported.disk.fstat().st_blocks != exported.blocks:
-        exported.blocks = -1
-        with suppress(OSError):  # the kernel may have forgotten the inode
-            pyfuse3.invalidate_inode(exported.inode, attr_only=True)
+    invalidator.flushed()
 
 
 def _undo_mount(mount: MountEntry) -> None:

@@ -232,6 +232,10 @@ class MemoryFile:
         """Return the length of the file in bytes."""
         return len(self.content)
 
+    def stored_blocks(self) -> int:
+        """Return a fixed number of blocks."""
+        return 0
+
     def stat(self) -> os.stat_result:
         """Return fixed attributes with the file's present length."""
         return os.stat_result((0o100644, 1, 1, 1, 0, 0, len(self.content), 0, 0, 0))
@@ -605,6 +609,10 @@ class FailingFile:
     def size(self) -> int:
         """Return the length of ``inner``."""
         return self.inner.size()
+
+    def stored_blocks(self) -> int:
+        """Return the blocks of ``inner``."""
+        return self.inner.stored_blocks()
 
     def stat(self) -> os.stat_result:
         """Return the attributes of ``inner``."""

@@ -18,6 +18,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
 from qedfuse.mount.fuse import fuseinit
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
+from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
@@ -26,7 +27,6 @@ from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.options import MountOptions
-from qedfuse.mount.serving import _invalidate_blocks
 from tests.support import qemu
 
 if TYPE_CHECKING:
@@ -263,6 +263,11 @@ class Stored:
         """Take up some blocks."""
         self.blocks: int | None = blocks
 
+    def stored_blocks(self) -> int:
+        """Return the blocks of the image file."""
+        assert self.blocks is not None
+        return self.blocks
+
     def fstat(self) -> SimpleNamespace:
         """Return the status of the image file."""
         if self.blocks is None:
@@ -300,10 +305,13 @@ async def test_a_refused_setattr_does_not_hide_a_wrong_st_blocks(
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await handlers.setattr(2, wrong, to_set(name), None, context())
     assert caught.value.errno == errno.EPERM
-    _invalidate_blocks(exported)
+    now = 0.0
+    invalidator = BlocksInvalidator(exported, lambda: now)
+    invalidator.flushed()
     assert forgotten == [2]
     await handlers.getattr(2, context())
-    _invalidate_blocks(exported)
+    now = MIN_INTERVAL_SECONDS
+    invalidator.flushed()
     assert forgotten == [2]
 
 

@@ -1,0 +1,72 @@
+"""Making the kernel forget a wrong ``st_blocks`` of a disk after a flush.
+
+The kernel caches the attributes of a disk (`Attributes`).  Only ``st_blocks`` changes without a
+request of the kernel: when the image file gets or loses space on the host.  After each
+invalidation the kernel requests all attributes before it does anything else with the disk, and
+the server reads the times of the image file (see `size_and_blocks` for the price).  So a program
+that calls fsync(2) thousands of times a second must not cause as many invalidations.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import pyfuse3
+import trio
+
+from qedfuse.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk
+
+MIN_INTERVAL_SECONDS: Final = 0.1
+"""Minimum time between two checks of one disk; also how long du(1) may show a wrong size after a
+flush that soon follows another."""
+
+
+class BlocksInvalidator:
+    """Compares the kernel's ``st_blocks`` of one disk with that of the image file after flushes."""
+
+    def __init__(self, exported: ExportedDisk, clock: Callable[[], float] = time.monotonic) -> None:
+        """Watch ``exported``; ``clock`` returns the time in seconds."""
+        self._exported = exported
+        self._clock = clock
+        self._checked_at = float("-inf")
+        self._deferred = trio.Event()
+
+    def flushed(self) -> None:
+        """Note that a flush has ended: check now, or let `run` check if the last check was recent.
+
+        Does nothing if the kernel has no ``st_blocks`` cached.
+        """
+        if self._exported.blocks < 0:
+            return
+        if self._clock() - self._checked_at >= MIN_INTERVAL_SECONDS:
+            self._check()
+        else:
+            self._deferred.set()
+
+    async def run(self) -> None:
+        """Make the checks that `flushed` has deferred; a background task, which never returns."""
+        while True:
+            await self._deferred.wait()
+            await trio.sleep(MIN_INTERVAL_SECONDS)
+            self._deferred = trio.Event()
+            self._check()
+
+    def _check(self) -> None:
+        """Invalidate the attributes that the kernel has cached, if ``st_blocks`` is wrong."""
+        exported = self._exported
+        self._checked_at = self._clock()
+        try:
+            blocks = exported.disk.stored_blocks()
+        except HostError:
+            return  # the kernel keeps the old value, as for a disk that is not flushed
+        if exported.blocks not in {-1, blocks}:
+            exported.blocks = -1
+            with suppress(OSError):  # the kernel may have forgotten the inode
+                pyfuse3.invalidate_inode(exported.inode, attr_only=True)
