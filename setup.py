@@ -29,7 +29,11 @@ setup(
     ext_modules=[
         Extension(
             "qedfuse.mount.fuse._extraops",
-            ["qedfuse/mount/fuse/_extraops.c", "qedfuse/mount/fuse/_dataops.c"],
+            [
+                "qedfuse/mount/fuse/_extraops.c",
+                "qedfuse/mount/fuse/_dataops.c",
+                "qedfuse/mount/fuse/_burst.c",
+            ],
             depends=["qedfuse/mount/fuse/_extraops.h", "qedfuse/hostio/_iothreads.h"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],
             extra_link_args=[*libfuse("--libs"), "-ldl"],

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import struct
+from contextlib import suppress
 from typing import Final
 
 import pytest
@@ -31,6 +33,9 @@ SLOTS: Final = 44
 
 Writer = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
+)
+Reader = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
 )
 Operation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
 
@@ -67,7 +72,7 @@ class Vector(ctypes.Structure):
 class InOut(ctypes.Structure):
     """struct fuse_custom_io."""
 
-    _fields_ = (("writev", Writer), ("read", Writer), ("others", ctypes.c_void_p * 2))
+    _fields_ = (("writev", Writer), ("read", Reader), ("others", ctypes.c_void_p * 2))
 
 
 class Wire:
@@ -98,13 +103,17 @@ class Wire:
         self._open = True
         self._library = library
         self._writer = Writer(self._collect)
-        io = InOut(self._writer, self._writer)
+        self._reader = Reader(self._receive)
+        io = InOut(self._writer, self._reader)
         library.fuse_pkgversion.restype = ctypes.c_char_p
         version = [int(part) for part in library.fuse_pkgversion().split(b".")[:2]]
         size = [ctypes.c_size_t(ctypes.sizeof(io))] if version >= [3, 17] else []
-        # The descriptor is not used; libfuse closes it at the end.
-        unused = os.open(os.devnull, os.O_RDWR)
-        done = library.fuse_session_custom_io(self._session, ctypes.byref(io), *size, unused)
+        # Each packet in this socket is a request that the kernel has.  libfuse closes the end
+        # that it gets.
+        self._queue, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        done = library.fuse_session_custom_io(
+            *(self._session, ctypes.byref(io), *size, device.detach())
+        )
         assert done == 0
         self._number = 0
         self.send(INIT, struct.pack("=IIII", 7, 38, 65536, 0))
@@ -118,15 +127,40 @@ class Wire:
         self.answers.append((number, error, said[16:]))
         return len(said)
 
-    def send(self, operation: int, body: bytes) -> int:
-        """Pass a request of user 7 on inode 5 to libfuse; return its number."""
+    def _receive(self, fd: int, buffer: int, size: int, _data: object) -> int:
+        """Take a request that `queue` has put into the socket."""
+        said = os.read(fd, size)
+        ctypes.memmove(buffer, said, len(said))
+        return len(said)
+
+    def _request(self, operation: int, body: bytes) -> bytes:
+        """Return a request of user 7 on inode 5, with a new number."""
         self._number += 1
         length = 40 + len(body)
-        said = struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
+        return struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
+
+    def send(self, operation: int, body: bytes) -> int:
+        """Pass a request to libfuse, as the event loop does; return its number."""
+        said = self._request(operation, body)
         self._library.fuse_session_process_buf(
-            self._session, ctypes.byref(Buffer(length, 0, said, -1, 0))
+            self._session, ctypes.byref(Buffer(len(said), 0, said, -1, 0))
         )
         return self._number
+
+    def queue(self, operation: int, body: bytes) -> int:
+        """Let the kernel have a request that no task has taken yet; return its number."""
+        self._queue.send(self._request(operation, body))
+        return self._number
+
+    def queued(self) -> int:
+        """Return how many requests of `queue` were not taken, and forget them."""
+        count = 0
+        with socket.socket(fileno=os.dup(self._library.fuse_session_fd(self._session))) as device:
+            device.settimeout(0)
+            with suppress(BlockingIOError):
+                while device.recv(1 << 16):
+                    count += 1
+        return count
 
     def fallocate(self) -> int:
         """Send a request to punch a hole of 8192 bytes at 4096."""
@@ -136,4 +170,5 @@ class Wire:
         """End the session, as pyfuse3 does after the extension was detached."""
         if self._open:
             self._library.fuse_session_destroy(self._session)
+            self._queue.close()
             self._open = False

@@ -153,6 +153,21 @@ async def test_a_request_that_is_there_is_taken_without_a_checkpoint(
     assert scheduler.statistics.yields == 3
 
 
+async def test_requests_that_the_extension_has_taken_count_as_taken_in_a_row(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit `MAX_BURST` covers the requests that the extension has taken itself."""
+    os.write(pipe[1], b"x")
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.burst_requests", lambda: 7)
+    scheduler = Scheduler(POLL_SECONDS, Clock())
+    for _ in range(MAX_BURST // 8 - 1):
+        await scheduler.wait_readable(pipe[0])
+    assert scheduler.statistics.yields == 0
+    await scheduler.wait_readable(pipe[0])
+    assert scheduler.statistics.yields == 1
+    assert scheduler.statistics.ready == MAX_BURST
+
+
 async def test_other_tasks_run_more_often_while_a_thread_is_running(pipe: tuple[int, int]) -> None:
     """Another request waits for the thread, so bursts are shorter."""
     os.write(pipe[1], b"x")

@@ -20,6 +20,7 @@
 #include "_extraops.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -89,9 +90,11 @@ static int is_cached(int fd, off_t offset, size_t size)
     struct page_counts counts;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t pages = ((uint64_t)offset + size - 1) / page - (uint64_t)offset / page + 1;
-    struct stat status;
+    struct statx status;
 
-    if (fstat(fd, &status) || (uint64_t)status.st_size < (uint64_t)offset + size)
+    /* Not fstat(), because it reads the times; see size_and_blocks() in hostio/systemcalls.py. */
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status) ||
+        status.stx_size < (uint64_t)offset + size)
         return 0;
     if (syscall(SYS_cachestat, fd, &range, &counts, 0)) {
         if (errno == ENOSYS) /* before Linux 6.5 */
@@ -178,7 +181,9 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
     }
     Py_XDECREF(last);
     Py_XDECREF(result);
-    if (!answered)
+    if (answered)
+        take_more();
+    else
         pyfuse3_read(request, inode, size, offset, info);
     PyGILState_Release(state);
 }
@@ -198,10 +203,12 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     answered = result == Py_True;
     Py_XDECREF(result);
     Py_XDECREF(view);
-    if (answered)
+    if (answered) {
         fuse_reply_write(request, size);
-    else
+        take_more();
+    } else {
         pyfuse3_write(request, inode, data, size, offset, info);
+    }
     PyGILState_Release(state);
 }
 
@@ -217,10 +224,12 @@ static void on_fsync(fuse_req_t request, fuse_ino_t inode, int datasync,
         PyErr_Clear();
     Py_XDECREF(handle);
     Py_XDECREF(result);
-    if (answered)
+    if (answered) {
         fuse_reply_err(request, 0);
-    else
+        take_more();
+    } else {
         pyfuse3_fsync(request, inode, datasync, info);
+    }
     PyGILState_Release(state);
 }
 

@@ -211,6 +211,7 @@ static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t i
         PyErr_WriteUnraisable(handler);
     Py_XDECREF(result);
     Py_XDECREF(self); /* frees an object to which the handler has kept no reference */
+    take_more();
     PyGILState_Release(state);
 }
 
@@ -287,6 +288,7 @@ static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
     free(copy); /* libfuse has copied the table */
     in_session = session != NULL;
     forget_requests();
+    begin_bursts(session);
     return session;
 }
 
@@ -346,6 +348,7 @@ static PyObject *end(PyObject *module, PyObject *unused)
     (void)unused;
     in_session = 0;
     forget_requests();
+    end_bursts();
     Py_RETURN_NONE;
 }
 
@@ -357,6 +360,8 @@ static PyMethodDef module_methods[] = {
      "Return a Request, which must answer the read that is being handled."},
     {"reply_from_file", reply_from_file, METH_VARARGS,
      "Answer the read that is being handled from a file, if that waits for nothing."},
+    {"burst_requests", burst_requests, METH_NOARGS,
+     "Return how many requests were taken in bursts since the last call."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
     {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
     {NULL, NULL, 0, NULL},

@@ -28,4 +28,17 @@ PyObject *defer_read(PyObject *module, PyObject *unused);
 /* Tries to answer the read that is being handled with the pages of a file (_dataops.c). */
 PyObject *reply_from_file(PyObject *module, PyObject *args);
 
+/* Takes requests of a session in bursts from now on (_burst.c). */
+void begin_bursts(void *session);
+
+/* Takes no more requests, and frees the memory (_burst.c). */
+void end_bursts(void);
+
+/* Takes the requests that the kernel has, up to a limit.  The caller must hold the GIL, and must
+ * have answered the request that is being handled, or must have made its Request (_burst.c). */
+void take_more(void);
+
+/* Returns how many requests were taken in bursts since the last call (_burst.c). */
+PyObject *burst_requests(PyObject *module, PyObject *unused);
+
 #endif

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +99,17 @@ def _loaded() -> ModuleType:
         msg = "the extension is not loaded"
         raise RuntimeError(msg)
     return _extension
+
+
+def _no_requests() -> int:
+    """Return how many requests were taken in bursts: without the extension there are none."""
+    return 0
+
+
+burst_requests: Final[Callable[[], int]] = (
+    _no_requests if _extension is None else _extension.burst_requests
+)
+"""Returns how many requests the extension has taken since the last call (`_burst.c`)."""
 
 
 def end() -> None:

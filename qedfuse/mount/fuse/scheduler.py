@@ -42,6 +42,7 @@ import pyfuse3
 import trio
 
 from qedfuse.hostio.hostcalls import host_calls
+from qedfuse.mount.fuse.extraops import burst_requests
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
 
@@ -177,8 +178,9 @@ class Scheduler:
             self._poller.register(fd, select.POLLIN)
         statistics = self.statistics
         if self._poller.poll(0):
-            statistics.ready += 1
-            self._burst += 1
+            taken = 1 + burst_requests()
+            statistics.ready += taken
+            self._burst += taken
             if self._calls.has_finished():
                 # The tasks run when this one waits, at the latest after the burst.
                 self._calls.deliver()

@@ -1,0 +1,76 @@
+/*
+ * Bursts: requests that the kernel already has are taken without going back to pyfuse3's loop.
+ *
+ * Between two requests pyfuse3's loop takes and releases a lock, and polls for the next request.
+ * That costs as much as a short request itself.  So an operation that has answered its request
+ * takes the next one here, from within pyfuse3's call of fuse_session_process_buf().
+ *
+ * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
+ * coroutine to run, and can keep only one.  It also ends after MAX_REQUESTS, because no task of
+ * the event loop runs meanwhile; the scheduler counts these requests (burst_requests()).
+ */
+
+#include "_extraops.h"
+
+#include <poll.h>
+#include <stdlib.h>
+
+/* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
+#define MAX_REQUESTS 7
+
+static struct fuse_session *session; /* NULL before the first session and after the last */
+static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
+static int in_burst;
+static int answered;        /* whether the request just taken was answered or deferred */
+static unsigned long taken; /* requests taken in bursts since the last call of burst_requests() */
+
+void begin_bursts(void *made)
+{
+    session = made;
+}
+
+void end_bursts(void)
+{
+    session = NULL;
+    taken = 0;
+    free(buffer.mem);
+    buffer = (struct fuse_buf){0};
+}
+
+void take_more(void)
+{
+    struct pollfd device = {.events = POLLIN};
+    int count;
+
+    if (in_burst) {
+        answered = 1;
+        return;
+    }
+    if (session == NULL)
+        return;
+    device.fd = fuse_session_fd(session);
+    in_burst = 1;
+    for (count = 0; count < MAX_REQUESTS; count++) {
+        /* Whatever prevents taking a request, pyfuse3's loop meets it too, and handles it. */
+        if (poll(&device, 1, 0) != 1 || device.revents != POLLIN)
+            break;
+        if (fuse_session_receive_buf(session, &buffer) <= 0)
+            break;
+        answered = 0;
+        taken++;
+        fuse_session_process_buf(session, &buffer);
+        if (!answered)
+            break;
+    }
+    in_burst = 0;
+}
+
+PyObject *burst_requests(PyObject *module, PyObject *unused)
+{
+    unsigned long count = taken;
+
+    (void)module;
+    (void)unused;
+    taken = 0;
+    return PyLong_FromUnsignedLong(count);
+}
