@@ -224,6 +224,7 @@ async def test_bad_runs() -> None:
     good = leaked_runs(content)
     clusters = len(content) // CLUSTER
     top = (1 << 64) - 1
+    inside = f"expected at least one cluster, from cluster 1 to before cluster {clusters - 1}"
     cases: list[tuple[list[tuple[int, int]], str]] = [
         ([*good[1::-1], *good[2:]], "runs that ascend"),
         ([good[0], *good], "runs that ascend"),
@@ -233,8 +234,11 @@ async def test_bad_runs() -> None:
         ([*good, (clusters - 1, 2)], "the file's last"),
         ([*good, (good[-1][0] + 1, top)], "the file's last"),
         ([*good, (top, 2)], "the file's last"),
-        ([(0, 1), *good], "the file's last"),
-        ([*good[:-1], (good[-1][0], 0)], "the file's last"),
+        ([(0, 1), *good], f"found 1 clusters from cluster 0 on, {inside}"),
+        (
+            [*good[:-1], (good[-1][0], 0)],
+            f"found 0 clusters from cluster {good[-1][0]} on, {inside}",
+        ),
         ([(1, 1), *good], "found the L1 table at 4096 among the free clusters"),
         ([(2, 1), *good], "found an L2 table at 8192 among the free clusters"),
     ]

@@ -81,7 +81,7 @@ class Scan:
         self._running = trio.Lock()
         self._due = trio.Event()
         self._due.set()
-        self._listed = self._holding_list = allocator.free.empty_like()
+        self._listed = self._list_clusters = allocator.free.empty_like()
         self.finished = trio.Event()
 
     def begin(self) -> None:
@@ -91,16 +91,16 @@ class Scan:
         self._end = self._allocator.end
         self._marking.begin(self._end >> self._allocator.cluster_bits)
 
-    def postpone(self, listed: FreeMap, holding_list: FreeMap) -> None:
+    def postpone(self, listed: FreeMap, list_clusters: FreeMap) -> None:
         """Postpone the scan until `before_table_change` or `run` is called.
 
         Args:
             listed: The clusters that the free list names.  They are not used before the
                 scan has found that no entry refers to them.
-            holding_list: The clusters among ``listed`` that hold the list itself.  All other
+            list_clusters: The clusters among ``listed`` that hold the list itself.  All other
                 listed clusters are holes of the host's file.
         """
-        self._listed, self._holding_list = listed, holding_list
+        self._listed, self._list_clusters = listed, list_clusters
         self._due = trio.Event()
 
     @property
@@ -238,7 +238,7 @@ class Scan:
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged
             if found:
-                allocator.adopt_block(block, found, listed & ~self._holding_list.bits(block))
+                allocator.adopt_block(block, found, listed & ~self._list_clusters.bits(block))
             listed_in_use += (listed & owned & unchanged).bit_count()
             if allocator.free.count >= MAX_FREE_CLUSTERS:
                 break

@@ -57,12 +57,12 @@ class FreeList:
     Attributes:
         runs: One row for each run of free clusters, ascending: the index of its first cluster,
             and how many clusters it has.
-        holding_clusters: The indices of the clusters that hold the list, ascending.
+        list_cluster_indices: The indices of the clusters that hold the list, ascending.
         descriptor: The content of the descriptor's sector.
     """
 
     runs: Runs
-    holding_clusters: Values
+    list_cluster_indices: Values
     descriptor: bytes
 
     @property
@@ -129,9 +129,9 @@ class _Reader:
             refuse("runs", "a wrong checksum", "the checksum in the descriptor")
         self._check_runs(runs, descriptor)
         await self._check_tables(runs)
-        holding_clusters = np.array(offsets, np.uint64) >> np.uint64(self._bits)
-        found = FreeList(runs, holding_clusters, bytes(sector))
-        listed = found.contains(found.holding_clusters)
+        list_cluster_indices = np.array(offsets, np.uint64) >> np.uint64(self._bits)
+        found = FreeList(runs, list_cluster_indices, bytes(sector))
+        listed = found.contains(found.list_cluster_indices)
         if not listed.all():
             stray = offsets[int(np.argmin(listed))]
             refuse("list cluster", f"the cluster at {stray}, not listed as free", "a free cluster")
@@ -202,8 +202,8 @@ class _Reader:
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
         """Validate that the runs ascend, do not touch, and end before the last cluster.
 
-        Also validates their total length, and that neither the header nor the L1 table lies in
-        any of them.
+        Also validates their total length, that none is empty, and that neither the header nor
+        the L1 table lies in any of them.
 
         Raises:
             BadListError: One of these conditions is not met.
@@ -215,11 +215,14 @@ class _Reader:
         # off before the list was written.
         inside = first < np.uint64(self._clusters)
         inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
-        inside &= (first >= self._header.header_end >> self._bits) & (count > 0)
+        header_clusters = self._header.header_end >> self._bits
+        inside &= (first >= header_clusters) & (count > 0)
         if not inside.all():
-            self._refuse_first(
-                runs, ~inside, f"a run before cluster {self._clusters - 1}, the file's last"
+            expected = (
+                f"at least one cluster, from cluster {header_clusters} to before cluster "
+                f"{self._clusters - 1}, the file's last"
             )
+            self._refuse_first(runs, ~inside, expected)
         apart = first[1:] > first[:-1] + count[:-1]
         if not apart.all():
             expected = "runs that ascend and do not touch each other"

@@ -35,8 +35,8 @@ class DescriptorEraser:
     """Erases the descriptor of the list that an image had when it was opened.
 
     Attributes:
-        erased: Whether no descriptor needs to be erased, either because the image had no list
-            when it was opened, or because `erase` has succeeded.
+        has_descriptor: Whether a descriptor is left to be erased: the image had a list when it
+            was opened, and `erase` has not succeeded yet.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class DescriptorEraser:
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
-        self.erased = not header_store.value.free_list
+        self.has_descriptor = header_store.value.free_list
 
     async def erase(self) -> None:
-        """Erase the descriptor; do nothing if `erased` is True.
+        """Erase the descriptor; do nothing if `has_descriptor` is False.
 
         The caller must have cleared the header's bit durably.  The erasing itself need not be
         made durable, because without the bit no program reads a descriptor that a crash has
@@ -58,10 +58,10 @@ class DescriptorEraser:
         Raises:
             HostError: The host refused.
         """
-        if not self.erased:
+        if self.has_descriptor:
             await erase_descriptor(self._file, self._header_store.value)
             self._writeback.note_write()
-            self.erased = True
+            self.has_descriptor = False
 
 
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:

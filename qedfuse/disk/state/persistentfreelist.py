@@ -5,15 +5,19 @@ allocator.  The list in the file is made invalid before the first modification, 
 crash never leaves a valid list with clusters that are in use.  If there is no valid list, the
 next open scans the tables.  A clean close writes a list again, if the options say so.
 
-    opening          read and validate the list; if valid, the scan is postponed
-    first write      clear the bit -> datasync, then anything may change
-    tables change    scan; clusters that no table refers to are free, whatever the list says
-    close            all tables durable, NEED_CHECK clear ->
-                     list and descriptor -> datasync -> set the bit -> datasync
+A feature bit in the header says that the image has a valid list.  A descriptor in the header's
+cluster says where the list is.
 
-If no cluster was allocated or freed while the image was open, the list still contains exactly
-the free clusters.  Then no scan is needed.  If the first write has erased the descriptor, the
-close writes the old descriptor back.
+    opening             read and validate the list; if it is valid and wanted, postpone the scan
+    first write         clear the bit -> datasync -> erase the descriptor,
+                        then anything may change
+    first table change  scan; from then on only the result of the scan counts
+    close               all tables durable, NEED_CHECK clear ->
+                        list and descriptor -> datasync -> set the bit -> datasync
+
+If no table was changed, the list still contains exactly the free clusters, and no scan is needed.
+If there was a first write nevertheless, for example because data was overwritten in place, the
+close writes the old descriptor back and sets the bit again.
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ class PersistentFreeList:
         self._scan = scan
         self._option = options.free_list
         self._found: FreeList | None = None
-        self.wanted = self._option == "on" or (self._option == "keep" and not eraser.erased)
+        self.wanted = self._option == "on" or (self._option == "keep" and eraser.has_descriptor)
 
     async def open(self) -> None:
         """Read the list of the image, or make it invalid if it is bad or not wanted.
@@ -102,7 +106,7 @@ class PersistentFreeList:
         header = self._header_store.value
         if self._option == "on":
             await refuse_occupied_descriptor(self._file, header)
-        if self._eraser.erased:
+        if not self._eraser.has_descriptor:
             return
         self.wanted = self.wanted and not backing_name_covers_descriptor(header)
         try:
@@ -119,10 +123,10 @@ class PersistentFreeList:
         """Postpone the scan until it is needed, and pass the clusters of a valid list to it."""
         self._found = found
         listed = self._allocator.free.empty_like()
-        holding_list = listed.empty_like()
-        holding_list.add_many(found.holding_clusters)
+        list_clusters = listed.empty_like()
+        list_clusters.add_many(found.list_cluster_indices)
         await add_runs(listed, found.runs)
-        self._scan.postpone(listed, holding_list)
+        self._scan.postpone(listed, list_clusters)
 
     @property
     def needs_scan(self) -> bool:
@@ -143,7 +147,7 @@ class PersistentFreeList:
         Raises:
             HostError: A datasync failed, or the header could not be written.
         """
-        if not self.wanted or not self._eraser.erased or not self._at_rest():
+        if not self.wanted or self._eraser.has_descriptor or not self._at_rest():
             return
         unchanged = self._found if self._scan.is_postponed else None
         runs = None if unchanged else self._free_runs()

@@ -65,5 +65,5 @@ async def describe_free_list(path: str, *, lock: LockMode | None = LockMode.READ
             runs=len(found.runs),
             clusters=found.clusters,
             bytes=found.clusters * header.cluster_size,
-            list_clusters=len(found.holding_clusters),
+            list_clusters=len(found.list_cluster_indices),
         )
