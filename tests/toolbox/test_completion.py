@@ -134,7 +134,7 @@ def test_line(complete: Complete, line: str, expected: set[str]) -> None:
 def test_mount_options(complete: Complete) -> None:
     """All words of -o are offered, each once or with each of its values."""
     words = {word.rpartition(",")[2].split("=")[0] for word in complete("qedfuse -o ")}
-    assert words == programs.mount_words().keys()
+    assert words == programs.mount_option_values().keys()
 
 
 def test_mount_options_after_a_comma(complete: Complete) -> None:

@@ -92,11 +92,11 @@ def test_the_qedfuse_page_is_complete(made: dict[str, str], tmp_path: Path) -> N
     page = tmp_path / "qedfuse.8"
     page.write_text(made[PAGES[1]], encoding="utf-8")
     text = rendered(page)
-    for words, meaning in programs.option_words():
+    for words, meaning in programs.mount_option_help():
         assert f"{words} {meaning}" in text
-    words_on_page = re.findall(r"\w+", " ".join(words for words, _ in programs.option_words()))
+    words_on_page = re.findall(r"\w+", " ".join(words for words, _ in programs.mount_option_help()))
     words_on_page += ["nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"]
-    assert set(programs.mount_words()) <= set(words_on_page)
+    assert set(programs.mount_option_values()) <= set(words_on_page)
     for code, meaning in programs.exit_codes():
         assert f"{code} {meaning}" in text
     flags = [flag for option in programs.qedfuse().commands[0].options for flag in option.flags]
@@ -113,7 +113,7 @@ def test_listed_mount_options_are_accepted() -> None:
         "overlay": "x",
         "backing_dir": "x",
     }
-    for word, choices in programs.mount_words().items():
+    for word, choices in programs.mount_option_values().items():
         value = "" if choices is None else f"={(*choices, numbers.get(word, '65536'))[0]}"
         if word == "poll":
             value = "=off"

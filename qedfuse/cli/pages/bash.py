@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.cli.pages.programs import mount_words
+from qedfuse.cli.pages.programs import mount_option_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -162,7 +162,7 @@ def _tables(program: Program) -> Iterator[str]:
     cases += [case for command in program.commands for case in _operands(command)]
     note = "$1: the command, and the number of operands before this one."
     yield from _function("operand", "$1", note, cases)
-    words = {} if needs_command else mount_words()
+    words = {} if needs_command else mount_option_values()
     every = " ".join(word if choice is None else f"{word}=" for word, choice in words.items())
     yield from ("_PROGRAM_mount_words() {", f"    values='{every}'", "}", "")
     cases = [(word, " ".join(choices)) for word, choices in words.items() if choices]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.cli.pages.programs import mount_words
+from qedfuse.cli.pages.programs import mount_option_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,7 @@ def _mount_words() -> Iterator[str]:
     An option without a value is the word ``name``, and an option with any value is the word
     ``name=``.  An option with fixed values is one word ``name=value`` for each value.
     """
-    for word, choices in mount_words().items():
+    for word, choices in mount_option_values().items():
         if choices is None:
             yield word
         else:

@@ -113,7 +113,7 @@ def _qedfuse() -> Iterator[str]:
         yield from _option(option)
     yield ".SH MOUNT OPTIONS"
     yield from roff.paragraphs(prose.QEDFUSE_OPTIONS)
-    for words, meaning in programs.option_words():
+    for words, meaning in programs.mount_option_help():
         yield from roff.item(roff.bold(words), meaning)
     kernel = "nosuid, nodev, noexec, noatime, sync, dirsync"
     yield from roff.item(roff.bold(kernel), "as for every mount; see mount(8)")

@@ -1,4 +1,4 @@
-"""The models of qedimg, made from its parsers, and of qedfuse, made from its help."""
+"""Models of the command lines of qedimg, from its parsers, and of qedfuse, from its help."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def qedimg() -> Program:
                 operands=operands_of(parser),
                 description=module.DESCRIPTION,
                 example=module.EXAMPLE,
+                # The page lists the usual codes only once, for all commands.
                 exit_codes={} if codes is qedimg_main.EXIT_CODES else codes,
             )
         )
@@ -57,7 +58,7 @@ def qedfuse() -> Program:
     return Program("qedfuse", (mount, umount))
 
 
-def option_words() -> list[tuple[str, str]]:
+def mount_option_help() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
     An entry may describe several options, such as ``ro, rw``.  The last line, about options of
@@ -81,7 +82,7 @@ def exit_codes() -> list[tuple[int, str]]:
     ]
 
 
-def mount_words() -> dict[str, tuple[str, ...] | None]:
+def mount_option_values() -> dict[str, tuple[str, ...] | None]:
     """Return the possible values of each option of ``-o``, by the name of the option.
 
     The entry is None for an option without a value, and empty for an option with any value.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.cli.pages.programs import mount_words
+from qedfuse.cli.pages.programs import mount_option_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ def _mount_options(program: str) -> Iterator[str]:
     """Yield the lines of the function that completes the value of ``-o``."""
     yield f"_{program}_mount_options() {{"
     yield "    _values -s , option \\"
-    words = list(mount_words().items())
+    words = list(mount_option_values().items())
     for number, (word, choices) in enumerate(words, 1):
         if choices is None:
             spec = word

@@ -24,8 +24,8 @@ List the extents of a disk, those of its bases included: which ranges are data, 
 holes, and where in which file they are stored.  The text lists only data.  The JSON
 lists all extents, with qemu-img's keys.
 
-If a table entry points nowhere, the content of its range is unknown.  The JSON lists
-such a range with "present" true and "zero" and "data" false, and the exit code is 13."""
+If a table entry points nowhere, the content of its range is unknown, and the exit code
+is 13.  The JSON lists such a range with "present" true and "zero" and "data" false."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
 """The beginning of the output, by the value of ``--output``."""
