@@ -1,8 +1,8 @@
 """Writing a large file without filling the page cache (write-behind).
 
 Written ranges are sent to the host's disk while the file is still being written, so that
-the fsync(2) at the end has little left to wait for.  Their pages are then dropped from the
-page cache, so that the file does not evict the memory of other programs and files.
+the fsync(2) at the end has little left to wait for.  The pages of older ranges are dropped from
+the page cache, so that the file does not evict the memory of other programs and files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Minimum throughput of the disk with ``waits=False``; for a slower disk the rest of the work is
-left to the kernel."""
+"""Minimum number of bytes sent per second spent in sync_file_range(2), with ``waits=False``.
+
+The call only starts the writing, and takes long only if the disk's request queue is full.  So if
+fewer bytes are sent per second, the disk is slow, and the rest of the work is left to the kernel.
+"""
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
 """Errors of sync_file_range(2) for a file that does not support the call."""
@@ -51,7 +54,7 @@ class WriteBehind:
         self._in_flight_bytes = 0
         self._waits = waits
         self._sent_bytes = 0
-        self._seconds = 0.0
+        self._sending_seconds = 0.0
         self._usable = True
 
     def wrote(self, offset: int, length: int) -> None:
@@ -76,11 +79,11 @@ class WriteBehind:
         self._sync(offset, length, SYNC_START)
         with self._lock:
             self._sent_bytes += length
-            self._seconds += perf_counter() - since
+            self._sending_seconds += perf_counter() - since
             if (
                 not self._waits
                 and self._sent_bytes > _MAX_IN_FLIGHT_BYTES
-                and self._sent_bytes < _MIN_BYTES_PER_SECOND * self._seconds
+                and self._sent_bytes < _MIN_BYTES_PER_SECOND * self._sending_seconds
             ):
                 self._usable = False
             self._in_flight.append((offset, length))

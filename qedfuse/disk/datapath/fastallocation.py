@@ -87,16 +87,19 @@ class FastAllocation:
         # Read the base, and find out whether the write would block, before the allocation.
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.
-        shown = (
+        # write all of it.  `_fill` may still fail: only the allocation shows whether the run
+        # was never written, and if not, the write is longer.
+        base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
-        if shown is None or not self._layer.file.can_write_inline(length if shown else len(data)):
+        if base_bytes is None or not self._layer.file.can_write_inline(
+            length if base_bytes else len(data)
+        ):
             return False
         run = self._space.try_allocate(count)
         if run is None:
             return False
-        if not self._fill(run, start - run_start, data, shown):
+        if not self._fill(run, start - run_start, data, base_bytes):
             self._space.release(run)
             return False
         offset = run.offset
@@ -126,13 +129,15 @@ class FastAllocation:
             return None if code == MIXED else 0
         # Do not copy the base past the end of the disk: if another program later grew the disk
         # without zeroing those bytes, the guest would read them.
-        shown = min(length, self._layer.size - start)
+        base_bytes = min(length, self._layer.size - start)
         depth, offset = data_location(code)
         if length > len(self._buffer):
             return None
-        return shown if self._files[depth].try_read(offset, self._buffer[:shown]) else None
+        return (
+            base_bytes if self._files[depth].try_read(offset, self._buffer[:base_bytes]) else None
+        )
 
-    def _fill(self, run: Run, inside: int, data: Buffer, shown: int) -> bool:
+    def _fill(self, run: Run, inside: int, data: Buffer, base_bytes: int) -> bool:
         """Fill a run with ``data`` and the bytes around it; False if that would block or fails.
 
         If it returns False, the content of the run is undefined.
@@ -141,17 +146,17 @@ class FastAllocation:
             run: The run of new clusters.
             inside: Offset in bytes of ``data`` within the run.
             data: The guest's data.
-            shown: How many bytes at the beginning of the buffer are data of the base.  The
+            base_bytes: How many bytes at the beginning of the buffer are data of the base.  The
                 run gets these bytes, then zeros, except where it gets ``data``.
         """
         write = self._layer.file.try_write
         if len(data) == run.length:
             return write(run.offset, data)
-        if run.never_written and not shown:
+        if run.never_written and not base_bytes:
             return write(run.offset + inside, data)
         if run.length > len(self._buffer):
             return False
         whole = self._buffer[: run.length]
-        whole[shown:] = bytes(run.length - shown)
+        whole[base_bytes:] = bytes(run.length - base_bytes)
         whole[inside : inside + len(data)] = data
         return write(run.offset, whole)

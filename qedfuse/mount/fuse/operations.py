@@ -147,10 +147,10 @@ class Operations(MetadataOperations):
         """Write for `write`, on the slow path, which may wait and can grow the disk.
 
         Raises:
-            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow; an
-                O_DIRECT write fails also if it only ends past the end, although the part before
-                the end is written.  EFBIG, the tables cannot address a disk of the necessary
-                size.  Any other errno is that of an error of the disk.
+            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow; on a
+                handle with `HANDLE_DIRECT` a write fails also if it only ends past the end,
+                although the part before the end is written.  EFBIG, the tables cannot address a
+                disk of the necessary size.  Any other errno is that of an error of the disk.
         """
         exported = self.disk_of(fh)
         end = off + len(buf)
@@ -187,7 +187,8 @@ class Operations(MetadataOperations):
             exported: The disk.
             start: Guest offset of the write.
             end: Guest offset of the end of the write, more than the size of the disk.
-            direct: Whether the write comes from an O_DIRECT handle, not from the kernel's cache.
+            direct: Whether the handle has `HANDLE_DIRECT`, so the write does not come from the
+                kernel's cache.
 
         Raises:
             FUSEError: EFBIG, the tables cannot address a disk of the necessary size.

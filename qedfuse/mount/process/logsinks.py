@@ -83,7 +83,7 @@ class StderrHandler(DroppingHandler):
             # A terminal that is writable may block after fewer bytes than a pipe.  So the terminal
             # is opened again with O_NONBLOCK.  The flag belongs to the new open file description,
             # and does not affect the shell, which shares the original open file description.  If
-            # the terminal cannot be opened again, it is polled like a pipe.
+            # the terminal cannot be opened again, polling alone must suffice, as for a pipe.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             with suppress(OSError):
                 self._reopened = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -171,6 +171,8 @@ class SystemLogHandler(DroppingHandler):
 
 def _connect(path: str) -> socket.socket:
     """Return a non-blocking connection to the socket of a log daemon.
+
+    If the socket is not a datagram socket, it must be a stream socket.
 
     Raises:
         OSError: The socket cannot be connected now, for example because no daemon listens.

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class CommitSource(Protocol):
-    """A disk whose stored ranges are written into a base; all other ranges read as the base."""
+    """A disk whose stored ranges are written into a base; all other ranges read as the base.
+
+    The disk is examined in batches, each of the same number of clusters except the last.
+    """
 
     @property
     def size(self) -> int:

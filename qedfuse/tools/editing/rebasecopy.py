@@ -47,7 +47,7 @@ class RebaseCopy:
         self._data_at = [-1] * len(self._bases)
         """For each chain in `_bases` the guest offset of the data that was found last.
 
-        -1 before the first search; the size of the disk if no data follows.
+        -1 before the first search; the size of the image's disk if no data follows.
         """
         self._cluster_size = disk.header.geometry.cluster_size
         self._step_bytes = max(_COMPARE_CHUNK_BYTES, self._cluster_size)
@@ -86,9 +86,14 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        The search begins at ``start``, the beginning of a cluster.  If no data follows within
-        the disk, the result is the end of the last whole cluster of the disk, or ``start`` if
-        that is later.  So the caller may compare a partial last cluster that holds no data.
+        The search begins at ``start``, the beginning of a cluster.  Bad table entries count as
+        data.  If no data follows in any base, the result is the end of the last whole cluster
+        of the disk, or ``start`` if that is later; so the caller may compare a partial last
+        cluster that holds no data.  If a base is longer than the disk, the result may lie past
+        the end of the disk.
+
+        Raises:
+            HostError: The host cannot read a table or a base.
         """
         for index, chain in enumerate(self._bases):
             # The chain is searched only if the data found last lies before ``start``.  If
