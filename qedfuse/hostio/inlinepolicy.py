@@ -50,7 +50,7 @@ class InlinePolicy:
     def is_short(self, length: int) -> bool:
         """Return whether a write of ``length`` bytes counts as short.
 
-        A short write is expected to take less time than a round trip to a worker thread.
+        The event loop makes a short write itself unless the write might wait for the inode's lock.
         """
         return length <= INLINE_WRITE_BYTES or (
             length <= MAX_INLINE_WRITE_BYTES and self._long_writes.seconds > 0

@@ -51,9 +51,9 @@ class DescriptorEraser:
     async def erase(self) -> None:
         """Erase the descriptor; do nothing if `has_descriptor` is False.
 
-        The caller must have cleared the header's bit durably.  The erasing itself need not be
-        made durable, because without the bit no program reads a descriptor that a crash has
-        left (see `erase_descriptor`).
+        The caller must have durably cleared the header's bit for the list.  The erasing itself
+        need not be made durable, because without the bit no program reads a descriptor that a
+        crash has left (see `erase_descriptor`).
 
         Raises:
             HostError: The host refused.
@@ -92,9 +92,9 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
 async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     """Write a list and its descriptor.
 
-    The caller must set the header's bit only after a datasync that covers all these writes.
-    The order among these writes does not matter, because no program reads the list while the
-    bit is clear.
+    The caller must set the header's bit for the list only after a datasync that covers all these
+    writes.  The order among these writes does not matter, because no program reads the list while
+    the bit is clear.
 
     The list does not make the file longer, because it lies in the lowest free clusters.  There
     are always enough free clusters: each run has at least one, and a list cluster holds many

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class NeedCheck:
-    """Sets the bit of one image before its tables change, and clears it when they are durable."""
+    """Sets NEED_CHECK before the tables of one image change; clears it when they are durable."""
 
     def __init__(
         self,

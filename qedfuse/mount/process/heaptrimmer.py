@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-After a longer time than this, an idle disk clears NEED_CHECK and is flushed once more.  So the heap
-of an idle server is trimmed at least once after the last change."""
+If tables were changed, an idle disk by default clears NEED_CHECK after a longer time than this, and
+is flushed once more.  So the heap is then trimmed at least once after the last change."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -32,7 +32,7 @@ class HeapTrimmer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Make a trimmer whose first call trims; ``clock`` returns seconds, at least 0."""
         self._clock = clock
-        self._due = 0.0
+        self._next_trim_time = 0.0
 
     def __call__(self) -> None:
         """Trim the heap, unless it was trimmed less than `MIN_INTERVAL_SECONDS` ago.
@@ -41,6 +41,6 @@ class HeapTrimmer:
         memory has become free, such as after a flush.
         """
         now = self._clock()
-        if now >= self._due and _malloc_trim is not None:
-            self._due = now + MIN_INTERVAL_SECONDS
+        if now >= self._next_trim_time and _malloc_trim is not None:
+            self._next_trim_time = now + MIN_INTERVAL_SECONDS
             _malloc_trim(0)
