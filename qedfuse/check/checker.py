@@ -92,8 +92,8 @@ class _Checker:
         self._findings = FindingCollector()
         for note in header_notes(header, size, file.name):
             self._findings.add(note)
-        self._allocated = 0
-        self._fragmented = 0
+        self._allocated_clusters = 0
+        self._fragmented_clusters = 0
 
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
@@ -202,7 +202,7 @@ class _Checker:
                 code = Code.DUPLICATE_CLUSTER
                 self._report_entries(code, label, first, values, duplicates, cluster_size, start)
                 self._report_listed_entries(label, first, values, refers, start)
-                self._allocated += len(where)
+                self._allocated_clusters += len(where)
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
@@ -217,8 +217,8 @@ class _Checker:
             The file offset right after the last cluster in ``values``.
         """
         size = np.uint64(self._geometry.cluster_size)
-        self._fragmented += int(np.count_nonzero(values[1:] - values[:-1] != size))
-        self._fragmented += next_offset > 0 and int(values[0]) != next_offset
+        self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))
+        self._fragmented_clusters += next_offset > 0 and int(values[0]) != next_offset
         return int(values[-1]) + int(size)
 
     def _report_listed_entries(
@@ -322,17 +322,18 @@ class _Checker:
                 f"to, expected none (the first: {shown})"
             )
             self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
-        if leaked > max(_MIN_SUSPICIOUS_LEAKS, 2 * self._allocated):
+        if leaked > max(_MIN_SUSPICIOUS_LEAKS, 2 * self._allocated_clusters):
             text = (
-                f"{self._file.name}: found {leaked} clusters leaked and {self._allocated} in use: "
+                f"{self._file.name}: found {leaked} clusters leaked and "
+                f"{self._allocated_clusters} in use: "
                 f"header field cluster_size ({self._geometry.cluster_size}) may be wrong"
             )
             self._findings.add(Finding(Code.MOSTLY_LEAKED, text))
         return CheckReport(
             findings=tuple(self._findings.findings),
             counts=dict(self._findings.counts),
-            allocated_clusters=self._allocated,
+            allocated_clusters=self._allocated_clusters,
             file_clusters=self._clusters,
             listed_clusters=None if self._free_list is None else self._free_list.clusters,
-            fragmented_clusters=self._fragmented,
+            fragmented_clusters=self._fragmented_clusters,
         )

@@ -72,9 +72,9 @@ def record_packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     async def recorded(
         self: TableCompaction, most: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        before = counter.moved
+        before = counter.moved_clusters
         await pack(self, most, counter, within_bound=within_bound)
-        packs.append(counter.moved - before)
+        packs.append(counter.moved_clusters - before)
 
     monkeypatch.setattr(TableCompaction, "_pack", recorded)
     return packs

@@ -219,9 +219,13 @@ class Discard:
         """Deallocate clusters whose entries lie in one slice; see `_deallocate`."""
         geometry = self._layer.geometry
         async with self._write_path.allocating.hold(start, end):
-            shown = await self._clusters_shown(start, end) if hide else []
+            base_data_clusters = await self._base_data_clusters(start, end) if hide else []
             kinds = await self._kinds(start, end)
-            if not (shown or (data and Kind.DATA in kinds) or (clear and Kind.ZERO in kinds)):
+            if not (
+                base_data_clusters
+                or (data and Kind.DATA in kinds)
+                or (clear and Kind.ZERO in kinds)
+            ):
                 return
             async with self._needcheck.changing():
                 table = await self._table_writer.ensure_table(geometry.l1_index(start))
@@ -234,7 +238,7 @@ class Discard:
                 tables = self._layer.tables
                 # The difference between an index in the slice and the number of its cluster.
                 delta = index % tables.slice_entries - (start >> geometry.cluster_bits)
-                for cluster in shown:
+                for cluster in base_data_clusters:
                     if slice_.entries[cluster + delta] == UNALLOCATED:
                         tables.fill(slice_, cluster + delta, 1, ZERO)
                 self._writeback.note_write()
@@ -298,7 +302,7 @@ class Discard:
             elif clear and value == ZERO:
                 tables.fill(slice_, index, count, UNALLOCATED)
 
-    async def _clusters_shown(self, start: int, end: int) -> list[int]:
+    async def _base_data_clusters(self, start: int, end: int) -> list[int]:
         """Return the numbers of the unallocated clusters of a range where the base has data.
 
         A bad entry of the base counts as data.

@@ -137,7 +137,7 @@ class Compaction:
             self._layer.mark_damaged()
         finally:
             self._scope = None
-        return counter.moved
+        return counter.moved_clusters
 
     def stop(self) -> None:
         """End the running compaction, if any; later compactions end before they move a cluster.
@@ -159,7 +159,7 @@ class Compaction:
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))
         while self._allocator.free.count:
-            before = counter.moved
+            before = counter.moved_clusters
             pass_moves = _MAX_MOVES_PER_PASS
             if max_moves is not None:
                 pass_moves = min(pass_moves, max_moves - before)
@@ -167,5 +167,5 @@ class Compaction:
                 pass_moves, max_moves, counter, within_bound=within_bound
             )
             await self._data.move(target, counter, limited=max_moves is not None)
-            if counter.moved == before:
+            if counter.moved_clusters == before:
                 break

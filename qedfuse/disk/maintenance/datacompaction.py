@@ -28,7 +28,7 @@ class MoveCounter:
     """Counts the clusters that one compaction has moved, and reports the progress.
 
     Attributes:
-        moved: How many clusters have been moved.
+        moved_clusters: How many clusters have been moved.
     """
 
     def __init__(self, progress: Progress | None, cluster_bits: int) -> None:
@@ -37,23 +37,23 @@ class MoveCounter:
         ``progress`` is called with the number of bytes that have been moved, and with the
         number that will probably be moved in all.  None to report nothing.
         """
-        self.moved = 0
+        self.moved_clusters = 0
         self._progress = progress
         self._bits = cluster_bits
-        self._expected = 0
+        self._expected_clusters = 0
 
     def expect(self, clusters: int) -> None:
         """Set how many clusters the whole compaction will probably move."""
-        self._expected = clusters
+        self._expected_clusters = clusters
 
     def add(self, clusters: int) -> None:
         """Count ``clusters`` as moved, and report the progress."""
-        self.moved += clusters
+        self.moved_clusters += clusters
         if self._progress is not None:
             # The number of moves can exceed the expected one, because a data cluster that
             # gives way to a table may move twice.
-            total = max(self._expected, self.moved)
-            self._progress(self.moved << self._bits, total << self._bits)
+            total = max(self._expected_clusters, self.moved_clusters)
+            self._progress(self.moved_clusters << self._bits, total << self._bits)
 
 
 class DataCompaction:

@@ -103,7 +103,7 @@ class TableCompaction:
                 if max_moves is not None:
                     # Packing has used up moves, and the data that gave way may lie past the
                     # target.  So fewer clusters past the target may move than before.
-                    target = max(target, self._data.target(max_moves - counter.moved))
+                    target = max(target, self._data.target(max_moves - counter.moved_clusters))
                 break
             self._allocator.claim(slot, self._table_size)
             await self._mover.move_table(tables[table], table, slot)
@@ -146,7 +146,7 @@ class TableCompaction:
         # that overlaps a slot moves twice, but no data has to give way where it lies, except past
         # the last slot.
         moves = 2 * (last - first) + size
-        is_affordable = max_moves is None or counter.moved + moves <= max_moves
+        is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:
             log.debug("%s: not compacted further: tables cannot move", self._layer.file.name)
             return

@@ -76,7 +76,7 @@ class Scan:
         self._reclaim = reclaim
         self._marking = marking
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._end = 0
+        self._end_at_begin = 0
         self._has_bad_entries = False
         self._running = trio.Lock()
         self._due = trio.Event()
@@ -88,8 +88,8 @@ class Scan:
         """Note which tables and clusters the image has, and start recording its changes."""
         self._tables = self._layer.l2_tables
         self._has_bad_entries = self._layer.damaged
-        self._end = self._allocator.end
-        self._marking.begin(self._end >> self._allocator.cluster_bits)
+        self._end_at_begin = self._allocator.end
+        self._marking.begin(self._end_at_begin >> self._allocator.cluster_bits)
 
     def postpone(self, listed: FreeMap, list_clusters: FreeMap) -> None:
         """Postpone the scan until `before_table_change` or `run` is called.
@@ -215,7 +215,7 @@ class Scan:
         """Give the allocator the clusters without an owner that did not change during the scan."""
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
-        if allocator.end == self._end:
+        if allocator.end == self._end_at_begin:
             # No cluster was added at the end of the file since the scan began, so the free
             # clusters past the last used one can be cut off.
             last = max(marking.owners.end(), marking.changed.end())
@@ -257,7 +257,7 @@ class Scan:
         The content of a cluster that seems to be free may belong to a damaged entry, so a
         repair may need it.
         """
-        self._reclaim.distrust_below(self._end)
+        self._reclaim.distrust_below(self._end_at_begin)
         what = "table entries that point to nowhere"
         if self._marking.duplicates:
             what = f"{self._marking.duplicates} references to clusters that have another owner"

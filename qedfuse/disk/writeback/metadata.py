@@ -88,10 +88,10 @@ class MetadataWriteback:
         self._file = file
         self._tables = tables
         self._observer = observer
-        # `_written` counts the changes of the file and the tables so far.  `_durable` is the
-        # value of that counter up to which the changes are known to be durable.
-        self._written = 0
-        self._durable = 0
+        # `_changes` counts the changes of the file and the tables so far.  `_durable_changes` is
+        # the value of that counter up to which the changes are known to be durable.
+        self._changes = 0
+        self._durable_changes = 0
         # `_waiting` is the cycle that begins next, which callers may still join.
         self._running: _Cycle | None = None
         self._waiting: _Cycle | None = None
@@ -102,7 +102,7 @@ class MetadataWriteback:
 
     def note_write(self) -> None:
         """Note that the file, or a table in memory, was changed, so that a cycle has to run."""
-        self._written += 1
+        self._changes += 1
         self._activity.set()
 
     def wake(self) -> None:
@@ -164,7 +164,7 @@ class MetadataWriteback:
             or self._tables.dirty_bytes
         ):
             return False
-        if self._written == self._durable:
+        if self._changes == self._durable_changes:
             return True
         # This is a cycle without tables (see `_cycle`).  It awaits nothing, so the counter and
         # what the observer notes describe the same moment.
@@ -177,7 +177,7 @@ class MetadataWriteback:
         self.cycles += 1
         self._datasyncs += 1
         self._observer.cycle_began()
-        self._durable = self._written
+        self._durable_changes = self._changes
         self._observer.cycle_durable()
         return True
 
@@ -193,7 +193,7 @@ class MetadataWriteback:
                 after a cycle that was ended by an unforeseen exception.
         """
         self._check()
-        if self._written == self._durable:
+        if self._changes == self._durable_changes:
             return
         # A running cycle may have begun before the caller's write, and then does not cover that
         # write.  So wait for the cycle that begins next, and run it if no other caller will.
@@ -207,7 +207,7 @@ class MetadataWriteback:
                 with trio.CancelScope(shield=True):
                     await previous.done.wait()
             self._waiting = None
-            if self._written == self._durable and self.failure is None:
+            if self._changes == self._durable_changes and self.failure is None:
                 # The previous cycle has made everything durable, also the writes of all
                 # callers that wait for the new cycle.  So the new cycle need not run.
                 mine.error = None
@@ -254,7 +254,7 @@ class MetadataWriteback:
         # There must be no await from here to `cycle_began`, because the counter, the dirty
         # slices and what the observer notes must describe the same moment.  Otherwise a change
         # could count as durable without having been written.
-        target = self._written
+        target = self._changes
         l2, l1 = self._tables.take_dirty()
         self._observer.cycle_began()
         # 1. Data, zeroed new tables, the file's length, and NEED_CHECK in the header: all
@@ -274,7 +274,7 @@ class MetadataWriteback:
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
-        self._durable = max(self._durable, target)
+        self._durable_changes = max(self._durable_changes, target)
         # From here on no table in the file refers to the clusters whose references the cycle
         # has removed.  So the observer may begin to release these clusters (D5).
         self._observer.cycle_durable()

@@ -45,7 +45,7 @@ class PidFile:
         """
         self.path = os.path.realpath(path)
         self._is_written = False
-        self._shown = printable(path)
+        self._printable_path = printable(path)
         directory, self._name = os.path.split(self.path)
         flags = os.O_PATH | os.O_CLOEXEC
         try:
@@ -69,7 +69,7 @@ class PidFile:
                 flags if self._is_special else flags | os.O_DIRECTORY,
             )
         except OSError as error:
-            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+            raise HostError.from_os(error, self._printable_path, _CANNOT_WRITE) from error
 
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
@@ -89,9 +89,9 @@ class PidFile:
                 self._replace()
         except OSError as error:
             if error.errno == errno.ENXIO and stat.S_ISFIFO(os.fstat(self._handle).st_mode):
-                msg = f"{self._shown}: {_CANNOT_WRITE}: found a FIFO without a reader"
+                msg = f"{self._printable_path}: {_CANNOT_WRITE}: found a FIFO without a reader"
                 raise HostError(msg, errno.ENXIO) from error
-            raise HostError.from_os(error, self._shown, _CANNOT_WRITE) from error
+            raise HostError.from_os(error, self._printable_path, _CANNOT_WRITE) from error
         self._is_written = True
 
     def _replace(self) -> None:

@@ -86,7 +86,7 @@ async def compare(
     search = _Search(longer, shorter)
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
     chunker = Chunker(longer, _BLOCK_BYTES, _COMPARE_CHUNK_BYTES, base=shorter)
-    report_progress = (lambda: progress(search.done, longer.size)) if progress else None
+    report_progress = (lambda: progress(search.progress_offset, longer.size)) if progress else None
     async with (
         periodic_progress(report_progress),
         aclosing(extent_batches(longer, _BLOCK_BYTES, shorter)) as batches,
@@ -95,14 +95,14 @@ async def compare(
             extents, other_extents = batch.extents, batch.base_extents
             allocation = _allocation_difference(extents, other_extents) if strict else None
             await pool.run(search.limit(chunker.chunks(batch), allocation))
-            content = search.found
+            content = search.lowest_difference
             if content is not None and (allocation is None or content < allocation):
                 return Comparison(identical=False, reason="content", offset=content, sizes=sizes)
             if allocation is not None:
                 return Comparison(
                     identical=False, reason="allocation", offset=allocation, sizes=sizes
                 )
-            search.done = batch.end
+            search.progress_offset = batch.end
     return Comparison(identical=True, reason=None, offset=None, sizes=sizes)
 
 
@@ -131,17 +131,17 @@ class _Search:
     """The search for the first difference, in several threads.
 
     Attributes:
-        found: Lowest guest offset of a difference found so far; None if none was found.
-        done: Guest offset up to which the disks count as compared in reports of progress: the
-            start of the chunk that was begun last, or the end of the last batch.
+        lowest_difference: Guest offset of the lowest difference found so far; None if none was.
+        progress_offset: Guest offset up to which the disks count as compared in reports of
+            progress: the start of the chunk that was begun last, or the end of the last batch.
     """
 
     def __init__(self, one: Source, other: Source) -> None:
         """Prepare a search in two disks."""
         self._names = one.name, other.name
         self._lock = threading.Lock()
-        self.found: int | None = None
-        self.done = 0
+        self.lowest_difference: int | None = None
+        self.progress_offset = 0
 
     def limit(self, chunks: Iterator[Chunk], end: int | None) -> Iterator[Chunk]:
         """Yield chunks until a difference is found, or a chunk begins past ``end``.
@@ -151,9 +151,9 @@ class _Search:
             end: Guest offset past which no chunk is begun; None for no limit.
         """
         for chunk in chunks:
-            if self.found is not None or (end is not None and chunk.start > end):
+            if self.lowest_difference is not None or (end is not None and chunk.start > end):
                 return
-            self.done = chunk.start
+            self.progress_offset = chunk.start
             yield chunk
 
     def worker(self) -> Callable[[Chunk, Ticket], None]:
@@ -175,7 +175,11 @@ class _Search:
                 # at a lower offset.  From now on `limit` yields no chunk.  No lower difference
                 # is missed, because chunks are yielded in ascending order, so all chunks that
                 # are not yielded yet lie past this offset.
-                self.found = offset if self.found is None else min(self.found, offset)
+                self.lowest_difference = (
+                    offset
+                    if self.lowest_difference is None
+                    else min(self.lowest_difference, offset)
+                )
 
         return compare_chunk
 

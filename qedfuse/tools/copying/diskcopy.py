@@ -90,7 +90,7 @@ class DiskCopy:
         self._write_behind = write_behind
         self._progress = progress
         self.data_bytes = 0
-        self._done = 0
+        self._copied_end = 0
         self._chunk_bytes = max(target.max_chunk_bytes, target.block_size)
 
     async def run(self, streams: int) -> None:
@@ -136,12 +136,12 @@ class DiskCopy:
                             target, chunk, content[: chunk.length], base_content
                         )
             await finish_target(target, source.size)
-            self._done = source.size
+            self._copied_end = source.size
 
     def _report_progress(self) -> None:
         """Call the progress callback; do nothing if the caller passed none."""
         if self._progress is not None:
-            self._progress(self._done, self._source.size)
+            self._progress(self._copied_end, self._source.size)
 
     def _buffers(self) -> tuple[Bytes, Bytes]:
         """Return two new buffers for one worker: for the source, and for the base.
@@ -212,7 +212,7 @@ class DiskCopy:
             data: Mask of the blocks of the chunk that were written as data.
         """
         self.data_bytes += masked_bytes(data, self._target.block_size, chunk.length)
-        self._done = chunk.start + chunk.length
+        self._copied_end = chunk.start + chunk.length
 
     def _read(self, chunk: Chunk, content: Bytes, base_content: Bytes) -> tuple[Mask, Mask]:
         """Read a chunk of the source and the same range of the base; for a worker thread.

@@ -48,7 +48,7 @@ class Backup:
         self.complete = False
         self._image = image
         self._file: BinaryIO | None = None
-        self._ranges = 0
+        self._saved_ranges = 0
 
     def __enter__(self) -> Self:
         """Use the backup in a ``with`` block, which closes it."""
@@ -87,7 +87,7 @@ class Backup:
                 self._file = self._create()
                 self._file.write(FIRST_LINE + b"\n")
             self._file.write(b"%d %s %s\n" % (offset, old.hex().encode(), new.hex().encode()))
-            self._ranges += 1
+            self._saved_ranges += 1
 
     def finish(self, before: int, after: int) -> None:
         """Complete the backup and make the backup durable; do nothing if no range was saved.
@@ -104,7 +104,7 @@ class Backup:
         with self._host_errors():
             if self._file is not None:
                 self._file.write(
-                    b"%s %d %d %d\n" % (LAST_LINE_KEYWORD, self._ranges, before, after)
+                    b"%s %d %d %d\n" % (LAST_LINE_KEYWORD, self._saved_ranges, before, after)
                 )
                 self._file.flush()
                 os.fsync(self._file.fileno())
