@@ -55,8 +55,8 @@ class Rewriter:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
-        repair does not update the list.  If there is a list, a second write erases its descriptor;
-        this write is not durable yet.
+        repair does not update the list.  If there is a list, `erase_descriptor` follows, whose
+        write is not durable yet.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))

@@ -71,7 +71,7 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear the bit.  That is a modification of the image, for
+                # `NeedCheck.run` will clear NEED_CHECK.  That is a modification of the image, for
                 # which `NeedCheck.run` does not prepare the image, so prepare it now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)

@@ -76,7 +76,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled with the bytes at an offset of a descriptor.
 
     Returns False, and has not answered, if the bytes are not all in the host's page cache, or if
-    the kernel or libfuse cannot pass them on.  For the caller see `defer_read`.
+    the kernel or libfuse cannot pass them on.  The caller must be one that may call `defer_read`.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
