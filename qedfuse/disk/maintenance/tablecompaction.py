@@ -101,7 +101,7 @@ class TableCompaction:
             if slot is None or slot + self._table_size > target:
                 await self._pack(max_moves, counter, within_bound=within_bound)
                 if max_moves is not None:
-                    # Packing has used up moves, and the data that gave way may lie past the
+                    # `_pack` has used up moves, and the data that gave way may lie past the
                     # target.  So fewer clusters past the target may move than before.
                     target = max(target, self._data.target(max_moves - counter.moved_clusters))
                 break

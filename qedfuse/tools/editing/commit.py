@@ -15,6 +15,9 @@ moment:
    order, and an interruption may leave some of them unchanged.  The overlay's tables and their
    space are released last.
 
+If the base lies further down the chain, the overlay and the images between it and the base count
+as one overlay in steps 1 to 3, and step 4 is left out.
+
 The base itself reads differently as soon as the first byte has been written to it.  This is the
 purpose of a commit, but it corrupts all other overlays over the same base.
 """
