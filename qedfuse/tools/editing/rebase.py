@@ -4,7 +4,7 @@ Where the overlay stores nothing itself, it reads as its base.  So the content o
 first copied into the overlay, wherever the overlay stores nothing and the new base differs.
 During the copy the overlay still names the old base.  After the copy the overlay reads the same
 over either base.  When the copy is durable, the name of the base in the overlay changes in one
-step.  An unsafe rebase changes only the name, so the content may change.
+step.  An unsafe rebase changes only the name and the format, so the content may change.
 """
 
 from __future__ import annotations
