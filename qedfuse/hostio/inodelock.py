@@ -50,13 +50,18 @@ class InodeLock:
 
     Attributes:
         contention: How many calls in threads hold the lock or wait for it, plus one while
-            the kernel is assumed to throttle short writes.
+            the kernel is assumed to throttle short writes, plus one if a server answers.
         is_throttled: Whether the kernel is assumed to throttle short writes.
     """
 
-    def __init__(self) -> None:
-        """Start without contention."""
-        self.contention = 0
+    def __init__(self, *, has_server: bool = False) -> None:
+        """Start without calls in threads.
+
+        Args:
+            has_server: Whether calls on the file wait for a server (`waits_for_server`).  Then
+                there is always contention, because the server may stop answering at any time.
+        """
+        self.contention = int(has_server)
         self.is_throttled = False
         self._short_writes = 0  # how many of the calls in threads are short writes
         self._waiting = trio.lowlevel.ParkingLot()  # tasks in `wait_for_short_writes`

@@ -22,6 +22,7 @@ from qedfuse.hostio.systemcalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     size_and_blocks,
+    waits_for_server,
     write_all,
 )
 from qedfuse.ondisk.constants import MAX_OFFSET
@@ -56,7 +57,8 @@ class PosixFile:
     moment instead (`NowaitRetry`).
 
     The event loop itself changes the file only while no thread changes it and the kernel does
-    not throttle short writes (`InodeLock`, `InlinePolicy`).
+    not throttle short writes (`InodeLock`, `InlinePolicy`); and never if the file is on a file
+    system that sends requests to a server (`waits_for_server`).
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -71,7 +73,7 @@ class PosixFile:
         self._missed_offset = -1  # of the last `try_read`, if its data was not in the page cache
         self._read_slots = trio.Semaphore(_MAX_READS)
         self._retry = NowaitRetry()
-        self._inode = InodeLock()
+        self._inode = InodeLock(has_server=waits_for_server(fd))
         self._policy = InlinePolicy(self._inode)
         self._is_short = self._policy.is_short
         self._record_write = self._policy.record_write

@@ -1,7 +1,6 @@
 """System calls on files, as functions that may block, and that raise `OSError` on failure.
 
-`fallocate`, `sync_file_range` and `size_and_blocks` call the C library, because Python lacks these
-calls.  `read_all`
+Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
 and `write_all` repeat preadv(2) and pwritev(2), which may transfer only a part of the data.
 """
 
@@ -11,6 +10,7 @@ import ctypes
 import errno
 import os
 import struct
+import sys
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +31,24 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_SIZE_AND_BLOCKS: Final = 0x600
 _STATX: Final = struct.Struct("=40xQQ200x")
 """Flags of statx(2), and where its result has the length and the blocks of a file."""
+
+_SERVER_MAGICS: Final = frozenset(
+    {
+        0x65735546,  # FUSE, virtiofs included
+        0x6969,  # NFS
+        0xFF534D42,  # CIFS
+        0xFE534D42,  # SMB2
+        0x01021997,  # 9P
+        0x00C36400,  # Ceph
+        0x5346414F,  # AFS
+        0x6B414653,  # AFS of the kernel
+        0x73757245,  # Coda
+        0x0BD00BD0,  # Lustre
+    }
+)
+"""The ``f_type`` of file systems that send requests to a server (linux/magic.h)."""
+_STATFS_BYTES: Final = 256
+"""More than struct statfs has; ``f_type``, a long, is its first field."""
 
 _MAX_PARTS: Final = 1024
 """Maximum number of buffers in one call of pwritev(2) (IOV_MAX)."""
@@ -68,6 +86,19 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
         return size, blocks
     status = os.fstat(fd)  # an old C library, or a sandbox that does not know statx(2)
     return status.st_size, status.st_blocks
+
+
+def waits_for_server(fd: int) -> bool:
+    """Return whether a call on an open file may wait for a server, for an unlimited time.
+
+    The server is another process or another machine (FUSE, NFS).  Returns False if the kernel does
+    not say which file system it is.
+    """
+    result = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(fd, result):
+        return False
+    magic = result.raw[: ctypes.sizeof(ctypes.c_long)]
+    return int.from_bytes(magic, sys.byteorder) in _SERVER_MAGICS
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

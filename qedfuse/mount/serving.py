@@ -54,6 +54,10 @@ _log = logging.getLogger(__name__)
 _MIN_TASKS: Final = 16
 """Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
 tasks for requests, and starting a task costs as much as answering several requests."""
+_MAX_TASKS: Final = 1000
+"""Maximum number of tasks of pyfuse3, of which each waits for one request on the slow path.  If a
+host file does not answer, the tasks of its requests wait, and requests of other disks need further
+tasks.  pyfuse3's own limit is 99."""
 
 
 class Server:
@@ -128,7 +132,10 @@ class Server:
             entry = find_new_mount(mountpoint, mounts_before, connection)
             refuse_to_cover(entry)
             with scheduled(self._options.poll_seconds):
-                await negotiate_init(connection, readahead_bytes(self._options.readahead))
+                await negotiate_init(
+                    *(connection, readahead_bytes(self._options.readahead)),
+                    disks=len(self._disks.by_inode),
+                )
                 return await self._serve(entry, signals, announcement, protection_failure)
         finally:
             extraops.end()
@@ -195,7 +202,7 @@ class Server:
                 announcement.ready()
                 self._is_ready = True
                 self._log_limits(readahead_failure, protection_failure)
-                await pyfuse3.main(min_tasks=_MIN_TASKS)
+                await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
                     # The threads use the descriptors of the disks, which the caller closes.

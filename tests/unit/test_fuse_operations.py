@@ -126,6 +126,13 @@ def test_the_init_reply_of_libfuse_is_completed(readahead: int | None, found: in
     assert (changed[:16], changed[44:]) == (REPLY[:16], REPLY[44:])
 
 
+@pytest.mark.parametrize(("disks", "background"), [(1, 64), (2, 128), (100, 1024)])
+def test_each_disk_adds_background_requests(disks: int, background: int) -> None:
+    """The kernel counts the requests of all disks together, so the limit grows with the disks."""
+    changed = patch_reply(REPLY, None, disks)
+    assert struct.unpack_from("=HH", changed, 32) == (background, background * 3 // 4)
+
+
 def test_an_init_reply_with_an_error_is_unchanged() -> None:
     """An error, and the reply to a kernel too old or too new, have no such fields."""
     for reply in (struct.pack("=IiQ", 16, -errno.EPROTO, 2), REPLY[:24]):

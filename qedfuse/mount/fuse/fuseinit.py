@@ -59,14 +59,15 @@ _MAX_MESSAGE_BYTES: Final = 1 << 20
 """Size of the buffer for a request or a reply.  The kernel refuses a read(2) whose buffer could not
 hold every request."""
 
-MAX_BACKGROUND: Final = 64
-"""Maximum number of background requests that the kernel may have in flight.
+BACKGROUND_PER_DISK: Final = 64
+"""Maximum number of background requests that the kernel may have in flight, for each disk.
 
 With a larger number, the requests of a program that makes few requests would wait longer behind
-those of other programs.  Twice the number was not faster when it was measured."""
-_CONGESTION_THRESHOLD: Final = MAX_BACKGROUND * 3 // 4
-"""Minimum number of background requests in flight at which the kernel regards the mount as
-congested.  The kernel's default is also three quarters of ``max_background``."""
+those of other programs.  Twice the number was not faster when it was measured.  But the kernel
+counts the requests of all disks together, and the requests of a disk whose image does not answer
+must not use up the requests of the others."""
+_MAX_BACKGROUND: Final = 1024
+"""Maximum of ``max_background``, for a mount with many disks."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
@@ -106,7 +107,7 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
     return bytes(changed)
 
 
-def patch_reply(message: bytes, readahead: int | None) -> bytes:
+def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
     """Return libfuse's INIT reply with the three values that this module adds.
 
     A reply that is too short for these values, such as an error, is returned unchanged.
@@ -115,22 +116,27 @@ def patch_reply(message: bytes, readahead: int | None) -> bytes:
         message: The reply.
         readahead: Maximum read-ahead in bytes; if the value in the reply is lower, that value
             stays.  None for the value in the reply.
+        disks: Number of disks of the mount.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
         return message
     changed = bytearray(message)
     fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
     major, minor, offered, flags, _, _, max_write, _ = fields
+    background = min(disks * BACKGROUND_PER_DISK, _MAX_BACKGROUND)
+    # The kernel regards the mount as congested from three quarters of the maximum on, as by
+    # default.
+    congestion_threshold = background * 3 // 4
     _INIT_OUT.pack_into(
         changed,
         _OUT_HEADER.size,
         *(major, minor, offered if readahead is None else min(offered, readahead), flags),
-        *(MAX_BACKGROUND, _CONGESTION_THRESHOLD, max_write, TIME_GRANULARITY_NS),
+        *(background, congestion_threshold, max_write, TIME_GRANULARITY_NS),
     )
     return bytes(changed)
 
 
-async def negotiate_init(fd: int, readahead: int | None = None) -> None:
+async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) -> None:
     """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
     The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  When
@@ -140,6 +146,7 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
         fd: The descriptor of libfuse's connection to the kernel.
         readahead: Maximum read-ahead in bytes, as in `patch_reply`; None for the value that the
             kernel offers.
+        disks: Number of disks of the mount.
 
     Raises:
         FuseError: The first request is no INIT request, or a message cannot be passed on.  The
@@ -160,7 +167,7 @@ async def negotiate_init(fd: int, readahead: int | None = None) -> None:
             # socket, can be read.  They must end before ``fd`` is the device again, because the
             # event loop would go on waiting for the socket.
             nursery.cancel_scope.cancel()
-        os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead))
+        os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead, disks))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         msg = f"{FUSE_DEVICE}: cannot negotiate FUSE_INIT with the kernel: {reason}"
