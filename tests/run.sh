@@ -3,18 +3,11 @@
 # Most tests run on all processors.  With arguments, which are passed to pytest, all run in one
 # process:  tests/run.sh -k header
 set -eu
-# shellcheck source=examples/setup.sh
-. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+# shellcheck source=tests/shared.sh
+. "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
 cd "$root"
 
-install_packages "${runtime_needs[@]}" \
-    qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
-    findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck \
-    mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
-    groff=groff-base mandoc=mandoc zsh=zsh fish=fish
-install_project test
-check_fuse
-[ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
+install_for_tests
 
 say "Lint"
 shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/*.sh tests/vm/*.sh tests/vm/init .ci/run
@@ -36,4 +29,5 @@ say "Tests"
 # A process that has no test left takes some from the longest queue of the others (worksteal).
 "$venv/bin/python" -m pytest --numprocesses "$(nproc)" --dist worksteal --ignore tests/mounted
 # Some of these tests change what all mounts of the machine share, such as the mode of /dev/fuse.
-exec "$venv/bin/python" -m pytest tests/mounted
+"$venv/bin/python" -m pytest tests/mounted
+tests/sanitize.sh -s

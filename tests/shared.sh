@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# What the scripts of the tests share; source it, do not run it.
+# shellcheck source=examples/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+
+# install_for_tests: install all that the tests need.
+install_for_tests() {
+    install_packages "${runtime_needs[@]}" \
+        qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
+        findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck \
+        mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
+        groff=groff-base mandoc=mandoc zsh=zsh fish=fish
+    install_project test
+    check_fuse
+    [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
+}
+
+# make_copy DIR VARIABLE=VALUE...: copy this tree to DIR, and install the copy into DIR/.venv.
+# The variables are those of the build, such as CC and CFLAGS.  All packages except qedfuse are
+# those of $venv.
+make_copy() {
+    local copy=$1 packages log=$1.log
+    shift
+    mkdir "$copy"
+    tar -C "$root" -c --exclude=./.git --exclude=./.venv --exclude='./.*_cache' --exclude=./.hypothesis \
+        --exclude=./build --exclude='*.so' --exclude=__pycache__ --exclude='*.egg-info' . |
+        tar -C "$copy" -x
+    "$venv/bin/python" -m venv --without-pip "$copy/.venv"
+    packages=$("$copy/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$packages/shared.pth"
+    if ! env "$@" "$copy/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --no-deps -e "$copy" >"$log" 2>&1; then
+        cat "$log" >&2
+        die "pip could not install the copy in $copy"
+    fi
+}
