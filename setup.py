@@ -33,6 +33,7 @@ setup(
                 "qedfuse/mount/fuse/_extraops.c",
                 "qedfuse/mount/fuse/_dataops.c",
                 "qedfuse/mount/fuse/_burst.c",
+                "qedfuse/mount/fuse/_cachedread.c",
             ],
             depends=["qedfuse/mount/fuse/_extraops.h", "qedfuse/hostio/_iothreads.h"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],

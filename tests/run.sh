@@ -16,7 +16,7 @@ read -r -a flags < <(pkg-config --cflags fuse3)
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
     -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     qedfuse/mount/fuse/_extraops.c qedfuse/mount/fuse/_dataops.c \
-    qedfuse/mount/fuse/_burst.c
+    qedfuse/mount/fuse/_burst.c qedfuse/mount/fuse/_cachedread.c
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror \
     -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     qedfuse/check/_sweep.c qedfuse/tools/inspection/_maplines.c qedfuse/hostio/_iothreads.c

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
+    from qedfuse.disk.datapath.fastpath import ReadTables
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.disk.lookup.layer import Layer
@@ -149,6 +150,10 @@ class Disk:
         method or of `try_write` may overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
+
+    def read_tables(self) -> ReadTables | None:
+        """Return the objects by which the mount's extension reads; see `FastPath.read_tables`."""
+        return self._fast_path.read_tables()
 
     def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
         """Return where a range is stored, as a descriptor and a file offset, without waiting.

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from qedfuse.hostio.readpolicy import ReadPolicy
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
@@ -31,6 +33,10 @@ class HostFile(Protocol):
     name: str
     writable: bool
     can_punch: bool
+
+    @property
+    def read_policy(self) -> ReadPolicy | None:
+        """What decides whether the event loop tries a read; None if only `try_read` knows."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""

@@ -69,7 +69,7 @@ class PosixFile:
         self.writable = writable
         self.can_punch = True
         self._can_reserve = True
-        self._reads = ReadPolicy()
+        self.read_policy = ReadPolicy()
         self._missed_offset = -1  # of the last `try_read`, if its data was not in the page cache
         self._read_slots = trio.Semaphore(_MAX_READS)
         self._retry = NowaitRetry()
@@ -110,14 +110,14 @@ class PosixFile:
         These are all bytes of the view, or fewer if the file ends before.
         """
         done: int | None = None
-        tries = self._reads.is_inline
+        tries = self.read_policy.is_inline
         if tries:
             # Do not look again for what `try_read` has not found a moment ago.
             if offset != self._missed_offset:
                 done = self._read_cached(offset, view)
                 if done == len(view):
                     return done
-                tries = self._reads.is_inline
+                tries = self.read_policy.is_inline
             self._missed_offset = -1
         calls = host_calls()
         if calls.retries_reads:
@@ -125,7 +125,7 @@ class PosixFile:
                 return await self._read_retrying(calls, offset, view)
             return await self._read_rest(calls, offset, view, done or 0)
         if tries:
-            self._reads.record_inline_miss()
+            self.read_policy.record_inline_miss()
             return await self._read_rest(calls, offset, view, done or 0)
         return await self._read_direct(calls, offset, view)
 
@@ -146,10 +146,10 @@ class PosixFile:
             # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP.  So do not use
             # the flag again.
             if error.errno == errno.EOPNOTSUPP:
-                self._reads.disable_inline()
+                self.read_policy.disable_inline()
             return None
         if done == len(view):
-            self._reads.misses = 0
+            self.read_policy.misses = 0
         return done
 
     async def _read_rest(self, calls: HostCalls, offset: int, view: memoryview, done: int) -> int:
@@ -165,7 +165,7 @@ class PosixFile:
     async def _read_direct(self, calls: HostCalls, offset: int, view: memoryview) -> int:
         """Read in a thread without having looked in the page cache; return how many bytes."""
         count, seconds = await self._read_in_thread(calls, offset, view)
-        self._reads.record_direct_read(count, seconds)
+        self.read_policy.record_direct_read(count, seconds)
         return count
 
     async def _read_retrying(self, calls: HostCalls, offset: int, view: memoryview) -> int:
@@ -211,7 +211,7 @@ class PosixFile:
         blocked, or fails, or if the file ends before the view is full.  The content of ``view``
         is undefined then.
         """
-        reads = self._reads
+        reads = self.read_policy
         if not reads.is_inline:
             return False
         try:
@@ -238,7 +238,7 @@ class PosixFile:
         may.
         """
         calls = host_calls()
-        reads, slots = self._reads, self._read_slots
+        reads, slots = self.read_policy, self._read_slots
         if not calls.can_start_reads or not slots.value:
             return False
         is_miss = reads.is_inline

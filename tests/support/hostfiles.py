@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qedfuse.hostio.hostfile import Buffer, HostFile
+    from qedfuse.hostio.readpolicy import ReadPolicy
 
 SECTOR: Final = 512
 """The unit in bytes that a disk writes atomically."""
@@ -103,6 +104,7 @@ class MemoryFile:
         self.name = name
         self.writable = writable
         self.can_punch = True
+        self.read_policy: ReadPolicy | None = None
         self.in_page_cache = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
@@ -453,6 +455,7 @@ class FailingFile:
         self.name = inner.name
         self.writable = inner.writable
         self.can_punch = inner.can_punch
+        self.read_policy: ReadPolicy | None = None
         self.calls: Counter[Action] = Counter()
         self.struck: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}

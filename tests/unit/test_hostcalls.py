@@ -315,7 +315,7 @@ async def test_a_file_on_a_disk_that_does_not_answer_delays_no_other(
                 calls = host_calls()
                 assert isinstance(calls, NativeCalls)
                 assert calls._threads.threads() == calls._threads.pending() == 28
-                other._reads.is_inline = False
+                other.read_policy.is_inline = False
                 assert await other.pread(1, 2) == b"12"
                 await other.truncate(2)
                 await other.datasync()
@@ -553,7 +553,7 @@ async def test_a_failed_read_leaves_its_slot(tmp_path: Path) -> None:
     """Reads that fail do not use up the number of reads that one file may have in threads."""
     (tmp_path / "file").write_bytes(b"0123")
     file = PosixFile(os.open(tmp_path / "file", os.O_WRONLY), "file", writable=True)
-    file._reads.is_inline = False
+    file.read_policy.is_inline = False
     with closing(file):
         for _ in range(100):
             with pytest.raises(HostError, match="read: Bad file descriptor"):

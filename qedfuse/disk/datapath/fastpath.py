@@ -11,7 +11,7 @@ error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Callable
 
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
+    from qedfuse.hostio.readpolicy import ReadPolicy
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
 """Maximum bytes of one read on the fast path, and length of its buffer; requests of the kernel are
@@ -40,6 +42,28 @@ _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
 _MAX_SLICES_PER_SEEK: Final = 64
 """Maximum number of slices that one seek searches before it gives up."""
+
+
+class ReadTables(NamedTuple):
+    """The objects by which ``_cachedread.c`` finds data of the top image; see `FastPath.locate`.
+
+    Attributes:
+        layer: The top image; its header has the size of the disk.
+        slice_keys: See `QedLayer.slice_keys`.
+        get_slice: `TableCache.get`.
+        policy: Decides whether reads of the file are tried inline.
+        fd: The descriptor of the file.
+        cluster_bits: Binary logarithm of the cluster size in bytes.
+        slice_bits: Binary logarithm of the number of entries in a slice.
+    """
+
+    layer: QedLayer
+    slice_keys: dict[int, tuple[int, int]]
+    get_slice: Callable[[tuple[int, int]], Slice | None]
+    policy: ReadPolicy
+    fd: int
+    cluster_bits: int
+    slice_bits: int
 
 
 class FastPath:
@@ -91,6 +115,16 @@ class FastPath:
             view = self._buffer[:length]
             return view if location[0].try_read(location[1], view) else None
         return self._gather(start, start + length)
+
+    def read_tables(self) -> ReadTables | None:
+        """Return what answers reads without this object; None if the file has no `ReadPolicy`."""
+        policy = self._file.read_policy
+        if policy is None:
+            return None
+        return ReadTables(
+            *(self._layer, self._layer.slice_keys, self._layer.tables.get, policy),
+            *(self._file.fileno(), self._bits, self._slice_bits),
+        )
 
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
         """Return the file and the file offset of a guest range that is stored as one run.

@@ -72,6 +72,8 @@ class QedLayer:
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
+        slice_keys: The keys in ``tables`` of slices that were used lately, by the slice's number.
+            It stays the same dictionary.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
@@ -84,8 +86,7 @@ class QedLayer:
         self.geometry = header.geometry
         self.registry = TableRegistry(file, header)
         self.tables = TableCache(file, header.geometry, store, self.registry.find_bad)
-        # The cache keys of slices that were used lately, by the slice's number.
-        self._keys: dict[int, tuple[int, int]] = {}
+        self.slice_keys: dict[int, tuple[int, int]] = {}
 
     @property
     def size(self) -> int:
@@ -130,7 +131,7 @@ class QedLayer:
         """
         self.registry.move(old, new)
         self.tables.move(old, new, self.geometry.table_bytes)
-        self._keys.clear()
+        self.slice_keys.clear()
 
     def drop_table(self, l1_index: int, offset: int) -> None:
         """Record that L1 entry ``l1_index`` no longer refers to the L2 table at ``offset``.
@@ -139,7 +140,7 @@ class QedLayer:
         """
         self.registry.remove(l1_index, offset)
         self.tables.forget(offset, self.geometry.table_bytes)
-        self._keys.clear()
+        self.slice_keys.clear()
 
     async def table_at(self, l1_index: int) -> tuple[int, str]:
         """Return the file offset of the L2 table of an L1 entry; 0 if the entry is 0 or bad.
@@ -167,7 +168,7 @@ class QedLayer:
         that part of the L1 table is not in memory or has a bad entry.  Returns
         `TableCache.empty_slice` if there is no L2 table.
         """
-        key = self._keys.get(number)
+        key = self.slice_keys.get(number)
         if key is None:
             first = number * self.tables.slice_entries
             l1_index, index = divmod(first, self.geometry.entries)
@@ -177,9 +178,9 @@ class QedLayer:
             table = slice_.entries[l1_index % self.tables.slice_entries]
             if not table:
                 return self.tables.empty_slice
-            if len(self._keys) >= _MAX_REMEMBERED_KEYS:
-                self._keys.clear()
-            key = self._keys[number] = self.tables.key(table, index)
+            if len(self.slice_keys) >= _MAX_REMEMBERED_KEYS:
+                self.slice_keys.clear()
+            key = self.slice_keys[number] = self.tables.key(table, index)
         return self.tables.get(key)
 
     def next_cached_table(self, l1_index: int) -> int | None:

@@ -104,9 +104,22 @@ static int is_cached(int fd, off_t offset, size_t size)
     return counts.cached == pages;
 }
 
+int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size)
+{
+    struct fuse_bufvec pages = FUSE_BUFVEC_INIT(size);
+
+    if (!can_splice || size < MIN_SPLICE_BYTES || size > MAX_SPLICE_BYTES ||
+        !is_cached(fd, offset, size))
+        return 0;
+    pages.buf[0].flags = FUSE_BUF_IS_FD | FUSE_BUF_FD_SEEK;
+    pages.buf[0].fd = fd;
+    pages.buf[0].pos = offset;
+    fuse_reply_data(request, &pages, 0);
+    return 1;
+}
+
 PyObject *reply_from_file(PyObject *module, PyObject *args)
 {
-    struct fuse_bufvec pages = FUSE_BUFVEC_INIT(read_size);
     long long offset;
     int fd;
 
@@ -117,12 +130,8 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
         return NULL;
     }
-    if (!can_splice || !read_size || !is_cached(fd, (off_t)offset, read_size))
+    if (!splice_reply(read_request, fd, (off_t)offset, read_size))
         Py_RETURN_FALSE;
-    pages.buf[0].flags = FUSE_BUF_IS_FD | FUSE_BUF_FD_SEEK;
-    pages.buf[0].fd = fd;
-    pages.buf[0].pos = (off_t)offset;
-    fuse_reply_data(read_request, &pages, 0);
     read_request = NULL;
     Py_RETURN_TRUE;
 }
@@ -158,10 +167,10 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
                     struct fuse_file_info *info)
 {
     PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *last = try_read == NULL ? NULL : PyLong_FromSize_t(size);
+    int answered = answer_cached_read(request, info->fh, offset, size);
+    PyObject *last = answered || try_read == NULL ? NULL : PyLong_FromSize_t(size);
     PyObject *result = NULL;
     Py_buffer data;
-    int answered = 0;
 
     if (last != NULL) {
         read_request = request;

@@ -360,6 +360,10 @@ static PyMethodDef module_methods[] = {
      "Return a Request, which must answer the read that is being handled."},
     {"reply_from_file", reply_from_file, METH_VARARGS,
      "Answer the read that is being handled from a file, if that waits for nothing."},
+    {"read_view", read_view, METH_VARARGS,
+     "Return an object by which reads of a disk are answered."},
+    {"set_read_views", set_read_views, METH_VARARGS,
+     "Set the views that answer reads, and the mask of the handles."},
     {"burst_requests", burst_requests, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
@@ -378,7 +382,7 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL)
+    if (request_type == NULL || init_cached_reads())
         return NULL;
     return PyModule_Create(&module_definition);
 }

@@ -41,4 +41,27 @@ void take_more(void);
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
 PyObject *burst_requests(PyObject *module, PyObject *unused);
 
+/* Minimum and maximum length of a read that is answered with the pages of a file.  For shorter
+ * ones a copy costs less.  The reply must fit into a pipe, whose size the kernel limits to 1 MiB
+ * for most processes. */
+#define MIN_SPLICE_BYTES (1 << 15)
+#define MAX_SPLICE_BYTES (1 << 19)
+
+/* Answers a read with the pages of a file, if its length permits that and all pages are in the page
+ * cache; returns whether it did.  The caller must hold the GIL (_dataops.c). */
+int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
+
+/* Answers a read whose slice and data are in memory; returns whether it did.  The caller must hold
+ * the GIL (_cachedread.c). */
+int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size);
+
+/* Prepares the following two functions; returns -1 with an exception (_cachedread.c). */
+int init_cached_reads(void);
+
+/* Makes the object by which reads of a disk are answered (_cachedread.c). */
+PyObject *read_view(PyObject *module, PyObject *args);
+
+/* Sets the disks whose reads are answered (_cachedread.c). */
+PyObject *set_read_views(PyObject *module, PyObject *args);
+
 #endif

@@ -16,15 +16,12 @@ from pyfuse3 import FUSEError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.disk.datapath.fastpath import ReadTables
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.operations import Operations
 
 _MIN_SPLICE_BYTES: Final = 1 << 15
-"""Minimum length of a read that is answered from the page cache.  For shorter ones a copy costs
-less."""
-_MAX_SPLICE_BYTES: Final = 1 << 19
-"""Maximum length of such a read.  The reply must fit into a pipe, whose size the kernel limits to
-1 MiB for most processes."""
+"""Minimum length of a read for which it pays to ask `reply_from_file`, as in ``_extraops.h``."""
 
 
 class DataRequests:
@@ -66,7 +63,7 @@ class DataRequests:
         exported = self._disk_of(handle)
         if exported is None:
             return None
-        if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
+        if size >= _MIN_SPLICE_BYTES:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
                 return None
@@ -80,6 +77,18 @@ class DataRequests:
                     raise
                 read.ended(-1)
         return content
+
+    def read_tables(self) -> dict[int, ReadTables]:
+        """Return by which objects the extension can answer reads itself, by inode number.
+
+        Disks are left out whose image is no file of the operating system.
+        """
+        found = {}
+        for inode, exported in self._operations.fast.disks.items():
+            tables = exported.disk.read_tables()
+            if tables is not None:
+                found[inode] = tables
+        return found
 
     async def drain(self) -> None:
         """Wait until no thread reads for a deferred read any more.

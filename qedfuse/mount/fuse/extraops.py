@@ -16,6 +16,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
@@ -69,6 +71,16 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
     _extension.set_handler(handler)
     if requests is not None:
         _extension.set_data_handlers(requests.read, requests.write, requests.fsync)
+        _extension.set_read_views(
+            {
+                inode: _extension.read_view(
+                    *(tables.layer, tables.slice_keys, tables.get_slice, tables.policy),
+                    *(tables.fd, tables.cluster_bits, tables.slice_bits),
+                )
+                for inode, tables in requests.read_tables().items()
+            },
+            HANDLE_MASK % (1 << 64),
+        )
     return None
 
 
@@ -121,4 +133,5 @@ def end() -> None:
     if _extension is not None:
         _extension.set_handler(None)
         _extension.set_data_handlers(None, None, None)
+        _extension.set_read_views({}, 0)
         _extension.end()

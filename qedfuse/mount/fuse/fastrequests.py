@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
-_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
+HANDLE_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
 """The bits of a handle by which `FastRequests.read` and `write` look up the disk.
 
 The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
@@ -29,15 +29,18 @@ class FastRequests:
 
     A request that is not answered may have been carried out in part, and must be carried out as a
     whole on the slow path.  An exception means that the request is not answered.
+
+    Attributes:
+        disks: The disks by inode number.
     """
 
     def __init__(self, disks: Mapping[int, ExportedDisk]) -> None:
         """Answer requests to ``disks``, which are mapped by inode number."""
-        self._disks = disks
+        self.disks = disks
 
     def disk_of(self, handle: int) -> ExportedDisk | None:
         """Return the disk of a handle; None if its reads and writes take the slow path."""
-        return self._disks.get(handle & _MASK)
+        return self.disks.get(handle & HANDLE_MASK)
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
         """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
@@ -62,7 +65,7 @@ class FastRequests:
 
         Returns False also if the disk has lost writes, so that an error must be reported.
         """
-        exported = self._disks.get(handle & ~HANDLE_FLAGS)
+        exported = self.disks.get(handle & ~HANDLE_FLAGS)
         return (
             exported is not None
             and not exported.overrun

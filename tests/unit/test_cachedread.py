@@ -1,0 +1,323 @@
+"""Reads that the extension answers by itself from memory (``_cachedread.c``)."""
+
+from __future__ import annotations
+
+import random
+import struct
+from array import array
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.readpolicy import ReadPolicy
+from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
+from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
+from tests.support.fusewire import (
+    FSYNC_SLOT,
+    READ,
+    READ_SLOT,
+    WRITE_SLOT,
+    Operation,
+    Wire,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from qedfuse.disk.disk import Disk
+
+pytestmark = pytest.mark.skipif(
+    extraops._extension is None, reason=f"no extension: {extraops._load_error}"
+)
+
+INODE = 2
+BITS = 12
+CLUSTER = 1 << BITS
+SLICE_BITS = 2
+CLUSTERS = 8
+"""The disk of most tests has two slices of four clusters."""
+
+
+class Session:
+    """A session whose other reads go to a function that answers nothing.
+
+    Attributes:
+        asked: The offsets and lengths of the reads that the function got.
+        wire: The session.
+    """
+
+    def __init__(self) -> None:
+        """Make a session."""
+        self.asked: list[tuple[int, int]] = []
+        self._kept = Operation(lambda _request, _inode: None)
+        slots = (READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
+        self.wire = Wire(filled=dict.fromkeys(slots, self._kept))
+        assert extraops._extension is not None
+        extraops._extension.set_data_handlers(self._read, None, None)
+
+    def _read(self, _handle: int, offset: int, size: int) -> None:
+        self.asked.append((offset, size))
+
+    def show(self, *view: Any) -> None:  # noqa: ANN401  arguments of the extension
+        """Let the extension answer reads of `INODE`."""
+        assert extraops._extension is not None
+        views = {INODE: extraops._extension.read_view(*view)}
+        extraops._extension.set_read_views(views, HANDLE_MASK % (1 << 64))
+
+    def read(self, offset: int, size: int, handle: int = INODE) -> bytes | None:
+        """Return what the extension answers; None if the function was asked."""
+        self.wire.answers.clear()
+        self.asked.clear()
+        self.wire.send(READ, struct.pack("=QQIIQII", handle, offset, size, 0, 0, 0, 0))
+        if self.asked:
+            assert (self.asked, self.wire.answers) == ([(offset, size)], [])
+            return None
+        ((_number, error, data),) = self.wire.answers
+        assert error == 0
+        return data
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """Make a session, and end it."""
+    made = Session()
+    yield made
+    extraops.end()
+    made.wire.close()
+
+
+class Tables:
+    """The tables of an image file, as `ReadTables` has them.
+
+    Attributes:
+        layer: The image.
+        keys: The keys of the slices.
+        slices: The slices by key.
+        policy: The policy of the file.
+        content: The content of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Write a file; guest cluster n is cluster n + 1 of the file."""
+        self.content = random.Random("file").randbytes((CLUSTERS + 1) * CLUSTER)
+        path.write_bytes(self.content)
+        self._file = path.open("rb")
+        self.layer = SimpleNamespace(header=SimpleNamespace(image_size=CLUSTERS * CLUSTER))
+        self.policy = ReadPolicy()
+        entries = [(number + 1) * CLUSTER for number in range(CLUSTERS)]
+        self.slices = {
+            ("key", 0): SimpleNamespace(bad=None, entries=array("Q", entries[:4])),
+            ("key", 1): SimpleNamespace(bad=None, entries=array("Q", entries[4:])),
+        }
+        self.keys = {0: ("key", 0), 1: ("key", 1)}
+
+    def arguments(self) -> tuple[object, ...]:
+        """Return the arguments of a view."""
+        return (
+            *(self.layer, self.keys, self.slices.get, self.policy),
+            *(self._file.fileno(), BITS, SLICE_BITS),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@pytest.fixture
+def tables(tmp_path: Path, session: Session) -> Iterator[Tables]:
+    """Let the extension answer reads of an image."""
+    made = Tables(tmp_path / "file")
+    session.show(*made.arguments())
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "size"),
+    [(0, 1), (5, 100), (CLUSTER - 1, 2), (0, 4 * CLUSTER), (5 * CLUSTER + 7, 2 * CLUSTER)],
+)
+def test_a_run_within_a_slice_is_answered(
+    start: int, size: int, session: Session, tables: Tables
+) -> None:
+    """A read of clusters that follow each other in the file gets the bytes of the file."""
+    expected = tables.content[CLUSTER + start : CLUSTER + start + size]
+    assert session.read(start, size) == expected
+    assert session.read(start, size, INODE | HANDLE_WRITER) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "size"),
+    [
+        (0, 0),
+        (3 * CLUSTER, 2 * CLUSTER),
+        (7 * CLUSTER, CLUSTER + 1),
+        (8 * CLUSTER, 1),
+        (1 << 62, CLUSTER),
+    ],
+    ids=["empty", "two slices", "across the end", "past the end", "far past the end"],
+)
+def test_a_range_that_is_no_run_is_passed_on(
+    start: int, size: int, session: Session, tables: Tables
+) -> None:
+    """A range that is empty, in two slices, or not within the disk goes to the function."""
+    assert tables.policy.is_inline
+    assert session.read(start, size) is None
+
+
+@pytest.mark.parametrize("entry", [0, 1, 5 * CLUSTER])
+def test_entries_that_are_no_run_are_passed_on(
+    entry: int, session: Session, tables: Tables
+) -> None:
+    """An unallocated cluster, one of zeros, or one elsewhere in the file ends a run."""
+    tables.slices["key", 0].entries[1] = entry
+    assert session.read(0, 2 * CLUSTER) is None
+    assert session.read(0, CLUSTER) == tables.content[CLUSTER : 2 * CLUSTER]
+    content = tables.content[entry : entry + 8]
+    assert session.read(CLUSTER, 8) == (content if entry > 1 else None)
+
+
+def test_a_run_does_not_continue_at_the_beginning_of_its_slice(
+    session: Session, tables: Tables
+) -> None:
+    """A range in two slices is passed on also if the first slice begins with the next cluster."""
+    tables.slices["key", 0].entries[0] = 5 * CLUSTER
+    tables.slices["key", 1].entries[0] = 1
+    assert session.read(3 * CLUSTER, 2 * CLUSTER) is None
+
+
+def evict(tables: Tables) -> None:
+    """Take the slice out of the table cache."""
+    del tables.slices["key", 0]
+
+
+def forget_key(tables: Tables) -> None:
+    """Forget under which key the slice is cached."""
+    tables.keys.clear()
+
+
+def find_bad(tables: Tables) -> None:
+    """Let the slice have an invalid entry."""
+    tables.slices["key", 0].bad = bytes(4)
+
+
+def shrink(tables: Tables) -> None:
+    """Give the disk another header, with a smaller size."""
+    tables.layer.header = SimpleNamespace(image_size=CLUSTER - 1)
+
+
+def miss(tables: Tables) -> None:
+    """Stop trying reads inline."""
+    tables.policy.is_inline = False
+
+
+def fail(tables: Tables) -> None:
+    """Let the lookup of the size raise."""
+    del tables.layer.header
+
+
+@pytest.mark.parametrize("change", [evict, forget_key, find_bad, shrink, miss, fail])
+def test_each_read_sees_the_present_state(
+    change: Any,  # noqa: ANN401  one of the functions above
+    session: Session,
+    tables: Tables,
+) -> None:
+    """What changes between two reads counts for the second one: nothing is remembered."""
+    assert session.read(0, CLUSTER) == tables.content[CLUSTER : 2 * CLUSTER]
+    change(tables)
+    assert session.read(0, CLUSTER) is None
+
+
+def test_a_file_that_ends_early_is_passed_on(
+    session: Session, tables: Tables, tmp_path: Path
+) -> None:
+    """If the file has fewer bytes than the read, the function gets the read."""
+    with (tmp_path / "file").open("r+b") as file:
+        file.truncate(2 * CLUSTER - 1)
+    assert session.read(0, CLUSTER) is None
+    assert session.read(0, CLUSTER - 1) == tables.content[CLUSTER : 2 * CLUSTER - 1]
+
+
+def test_a_hit_ends_a_row_of_misses(session: Session, tables: Tables) -> None:
+    """After an answer from the page cache the policy has no misses in a row."""
+    tables.policy.record_inline_miss()
+    assert session.read(0, 8) is not None
+    assert tables.policy.misses == 0
+
+
+@pytest.mark.parametrize("handle", [INODE | HANDLE_SYNC, INODE + 1])
+def test_other_handles_are_passed_on(handle: int, session: Session, tables: Tables) -> None:
+    """A handle whose reads take the slow path, and one of another disk, go to the function."""
+    assert tables.policy.is_inline
+    assert session.read(0, 8, handle) is None
+
+
+def test_after_the_end_of_the_session_no_view_is_used(session: Session, tables: Tables) -> None:
+    """The views end with the session."""
+    assert session.read(0, 8) is not None
+    extraops.end()
+    assert extraops._extension is not None
+    extraops._extension.set_data_handlers(session._read, None, None)
+    assert tables.policy.is_inline
+    assert session.read(0, 8) is None
+
+
+def test_views_are_checked(session: Session) -> None:
+    """Something else than a view is refused."""
+    assert session.asked == []
+    assert extraops._extension is not None
+    with pytest.raises(TypeError, match="a value is no ReadView"):
+        extraops._extension.set_read_views({INODE: object()}, 0)
+
+
+async def change(disk: Disk, rng: random.Random) -> None:
+    """Change a disk in a random way."""
+    start = rng.randrange(disk.size)
+    length = min(rng.choice([512, CLUSTER, 20 * CLUSTER]), disk.size - start)
+    match rng.randrange(8):
+        case 0:
+            await disk.discard(start, length)
+        case 1:
+            await disk.flush()
+        case 2:
+            await disk.resize(disk.size + rng.randrange(3) * CLUSTER)
+        case 3:
+            await disk.compact(within_bound=False)
+        case _:
+            await disk.write(start, rng.randbytes(length))
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_the_extension_and_the_disk_read_the_same(
+    seed: int, session: Session, tmp_path: Path
+) -> None:
+    """After any changes of a disk the extension answers exactly the runs that the disk locates."""
+    path = str(tmp_path / "disk.qed")
+    # A small budget of the table cache, so that slices are evicted.
+    await create_image(path, 256 * CLUSTER, cluster_size=CLUSTER, table_size=1)
+    rng = random.Random(seed)
+    answered = passed = 0
+    async with open_disk(path, OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
+        found = disk.read_tables()
+        assert found is not None
+        session.show(*found)
+        for _ in range(200):
+            await change(disk, rng)
+            for _ in range(10):
+                start = rng.randrange(disk.size)
+                size = min(rng.choice([1, 512, CLUSTER, 5 * CLUSTER]), disk.size - start)
+                location = disk.try_locate(start, size)
+                got = session.read(start, size)
+                assert (got is not None) == (location is not None)
+                if got is None:
+                    passed += 1
+                else:
+                    answered += 1
+                    assert got == await disk.read(start, size)
+    assert answered > 100
+    assert passed > 100
