@@ -150,3 +150,13 @@ def mean_ratio(outcomes: Iterable[Outcome]) -> float | None:
     """Return the geometric mean of the ratios to the fastest peer; None without any."""
     ratios = [ratio for outcome in outcomes if (ratio := outcome.peer_ratio)]
     return geometric_mean(ratios) if ratios else None
+
+
+def baseline_mean_ratio(outcomes: Iterable[Outcome]) -> float | None:
+    """Return the geometric mean of the baseline's ratios to the fastest peer; None without any."""
+    ratios = [
+        peer / baseline
+        for outcome in outcomes
+        if (peer := outcome.peer_ratio) and (baseline := outcome.ratio("baseline"))
+    ]
+    return geometric_mean(ratios) if ratios else None

@@ -6,12 +6,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.catalogue import CHAIN_TARGET, MEAN_TARGET
-from benchmarks.outcome import Work, mean_ratio
+from benchmarks.outcome import Work, baseline_mean_ratio, mean_ratio
 from benchmarks.plot import Mark, Row, draw_rows
 from benchmarks.systems import PEERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from benchmarks.cputime import CpuTime
@@ -46,16 +46,20 @@ def markdown(outcomes: Sequence[Outcome], facts: Mapping[str, str]) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
-def mean_line(outcomes: Iterable[Outcome]) -> str:
+def mean_line(outcomes: Collection[Outcome]) -> str:
     """Return a sentence about the geometric mean of the ratios to the fastest peer."""
     mean = mean_ratio(outcomes)
     if mean is None:
         return "No cell has a ratio to QEMU."
     verdict = "met" if mean >= MEAN_TARGET else "missed"
-    return (
+    line = (
         f"The geometric mean of the ratios to the faster QEMU is {mean:.2f} "
         f"(target {MEAN_TARGET:g}: {verdict})."
     )
+    baseline = baseline_mean_ratio(outcomes)
+    if baseline is not None:
+        line += f"  That of the baseline, a flat file without an image format, is {baseline:.2f}."
+    return line
 
 
 def measured_systems(outcomes: Iterable[Outcome]) -> dict[System, str]:

@@ -107,6 +107,9 @@ def test_mean_is_geometric_and_of_the_faster_peer() -> None:
     ]
     assert mean_ratio(cells) == pytest.approx(2)
     assert "is 2.00 (target 2.5: missed)" in report.mean_line(cells)
+    assert "That of the baseline, a flat file without an image format, is 7.07." in (
+        report.mean_line(cells)
+    )
     assert mean_ratio([]) is None
     assert "no cell" in report.mean_line([]).lower()
 
