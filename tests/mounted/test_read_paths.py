@@ -14,6 +14,7 @@ from typing import Final
 from tests.support import qemu
 from tests.support.mounted import front
 
+FUSE_DEVICE: Final = Path("/dev/fuse")
 DISK_BYTES: Final = 16 << 20
 
 
@@ -121,3 +122,15 @@ def test_a_cold_read_past_the_end_of_a_file_that_was_cut_fails(tmp_path: Path) -
         os.close(fd)
         mount.signal(signal.SIGTERM)
         assert "expected" in mount.finish()[1]
+
+
+def test_a_request_that_vanishes_does_not_stop_the_server(tmp_path: Path) -> None:
+    """The server reads the kernel's requests without blocking."""
+    image = tmp_path / "disk.qed"
+    qemu.create(image, DISK_BYTES)
+    with front(image, tmp_path / "mnt") as mount:
+        process = Path(f"/proc/{mount.process.pid}")
+        links = [link for link in (process / "fd").iterdir() if link.readlink() == FUSE_DEVICE]
+        assert len(links) == 1
+        flags = (process / "fdinfo" / links[0].name).read_text().partition("flags:")[2].split()[0]
+        assert int(flags, 8) & os.O_NONBLOCK

@@ -35,7 +35,9 @@ Writer = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p
 )
 Reader = ctypes.CFUNCTYPE(
-    ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+    ctypes.c_ssize_t,
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p),
+    use_errno=True,
 )
 Operation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
 
@@ -129,7 +131,11 @@ class Wire:
 
     def _receive(self, fd: int, buffer: int, size: int, _data: object) -> int:
         """Take a request that `queue` has put into the socket."""
-        said = os.read(fd, size)
+        try:
+            said = os.read(fd, size)
+        except BlockingIOError as error:
+            ctypes.set_errno(error.errno or 0)
+            return -1
         ctypes.memmove(buffer, said, len(said))
         return len(said)
 
@@ -151,6 +157,12 @@ class Wire:
         """Let the kernel have a request that no task has taken yet; return its number."""
         self._queue.send(self._request(operation, body))
         return self._number
+
+    def receive(self) -> int:
+        """Receive a request as pyfuse3 does; return its length, or a negative errno."""
+        buffer = Buffer(0, 0, None, -1, 0)
+        result: int = self._library.fuse_session_receive_buf(self._session, ctypes.byref(buffer))
+        return result
 
     def queued(self) -> int:
         """Return how many requests of `queue` were not taken, and forget them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,21 @@ def test_a_burst_is_limited(server: Server) -> None:
     server.wire.send(WRITE, WRITE_BODY)
     assert len(server.wire.answers) == 1 + MAX_REQUESTS
     assert server.wire.queued() == 2
+
+
+def test_a_request_that_has_vanished_stops_nobody(server: Server) -> None:
+    """If no request is there, receiving one does not block, and pyfuse3 repeats."""
+    assert extraops._extension is not None
+    assert not extraops._extension.stop_blocking(), "pyfuse3 might not repeat"
+    server.wire.queue(READ, READ_BODY)
+    assert server.wire.receive() == 40 + len(READ_BODY)
+    assert extraops._extension.stop_blocking()
+    assert server.wire.receive() == -errno.EINTR
+    server.wire.send(READ, READ_BODY)
+    assert len(server.wire.answers) == 1
+    server.wire.queue(READ, READ_BODY)
+    server.wire.send(READ, READ_BODY)
+    assert len(server.wire.answers) == 3
 
 
 def test_after_the_end_of_the_session_nothing_is_taken(server: Server) -> None:

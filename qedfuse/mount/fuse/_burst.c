@@ -8,10 +8,17 @@
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
  * coroutine to run, and can keep only one.  It also ends after MAX_REQUESTS, because no task of
  * the event loop runs meanwhile; the scheduler counts these requests (burst_requests()).
+ *
+ * Reads of the device do not block.  A request may vanish after poll(2) has found it, because its
+ * process was killed; a read(2) that blocks would then stop the event loop until the next request
+ * arrives.  pyfuse3 takes EAGAIN for a failure of the mount and repeats after EINTR, so it gets
+ * EINTR instead.
  */
 
 #include "_extraops.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 
@@ -24,9 +31,13 @@ static int in_burst;
 static int answered;        /* whether the request just taken was answered or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of burst_requests() */
 
+static int is_interposed;  /* whether pyfuse3 has called receive_request() */
+static int is_nonblocking; /* whether reads of the session's device do not block */
+
 void begin_bursts(void *made)
 {
     session = made;
+    is_interposed = is_nonblocking = 0;
 }
 
 void end_bursts(void)
@@ -35,6 +46,41 @@ void end_bursts(void)
     taken = 0;
     free(buffer.mem);
     buffer = (struct fuse_buf){0};
+}
+
+/* Receives a request as libfuse's function does; returns -EAGAIN if none is there and reads of the
+ * device do not block. */
+static int receive(struct fuse_session *from, struct fuse_buf *into)
+{
+    static int (*in_libfuse)(struct fuse_session *, struct fuse_buf *);
+
+    if (in_libfuse == NULL)
+        in_libfuse = (int (*)(struct fuse_session *, struct fuse_buf *))libfuse_function(
+            "fuse_session_receive_buf");
+    return in_libfuse == NULL ? -ENOSYS : in_libfuse(from, into);
+}
+
+/* Called by pyfuse3 in place of libfuse's function. */
+int receive_request(struct fuse_session *from, struct fuse_buf *into)
+    INTERPOSES("fuse_session_receive_buf");
+
+int receive_request(struct fuse_session *from, struct fuse_buf *into)
+{
+    int result = receive(from, into);
+
+    is_interposed = 1;
+    return result == -EAGAIN ? -EINTR : result;
+}
+
+PyObject *stop_blocking(PyObject *module, PyObject *unused)
+{
+    int fd = session == NULL ? -1 : fuse_session_fd(session);
+    int flags = fd < 0 || !is_interposed ? -1 : fcntl(fd, F_GETFL);
+
+    (void)module;
+    (void)unused;
+    is_nonblocking = flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+    return PyBool_FromLong(is_nonblocking);
 }
 
 void take_more(void)
@@ -52,9 +98,9 @@ void take_more(void)
     in_burst = 1;
     for (count = 0; count < MAX_REQUESTS; count++) {
         /* Whatever prevents taking a request, pyfuse3's loop meets it too, and handles it. */
-        if (poll(&device, 1, 0) != 1 || device.revents != POLLIN)
+        if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
             break;
-        if (fuse_session_receive_buf(session, &buffer) <= 0)
+        if (receive(session, &buffer) <= 0)
             break;
         answered = 0;
         taken++;

@@ -231,8 +231,7 @@ static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t start, int when
 
 /* --- interposed functions of libfuse ----------------------------------------------- */
 
-/* Returns libfuse's own function of a name that this module defines too; NULL if not found. */
-static void *in_libfuse(const char *name)
+void *libfuse_function(const char *name)
 {
     Dl_info info;
     void *library, *found;
@@ -296,8 +295,6 @@ static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
  * The two interposed functions have other names in C, because libfuse's headers declare the
  * second one in different ways, and the first one may be a macro.
  */
-#define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
-
 typedef void *(*make_plain)(void *, const void *, size_t, void *);
 typedef void *(*make_versioned)(void *, const void *, size_t, const void *, void *);
 
@@ -307,7 +304,7 @@ void *new_session(void *args, const void *table, size_t size, void *userdata)
 
 void *new_session(void *args, const void *table, size_t size, void *userdata)
 {
-    make_plain make = (make_plain)in_libfuse("fuse_session_new");
+    make_plain make = (make_plain)libfuse_function("fuse_session_new");
     struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
 
     return copy == NULL ? NULL : session_made(make(args, copy, size, userdata), copy);
@@ -320,7 +317,7 @@ void *new_session_versioned(void *args, const void *table, size_t size, const vo
 void *new_session_versioned(void *args, const void *table, size_t size, const void *version,
                             void *userdata)
 {
-    make_versioned make = (make_versioned)in_libfuse("fuse_session_new_versioned");
+    make_versioned make = (make_versioned)libfuse_function("fuse_session_new_versioned");
     struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
 
     return copy == NULL ? NULL : session_made(make(args, copy, size, version, userdata), copy);
@@ -364,6 +361,8 @@ static PyMethodDef module_methods[] = {
      "Return an object by which reads of a disk are answered."},
     {"set_read_views", set_read_views, METH_VARARGS,
      "Set the views that answer reads, and the mask of the handles."},
+    {"stop_blocking", stop_blocking, METH_NOARGS,
+     "Let reads of the session's device no longer block; return whether that was possible."},
     {"burst_requests", burst_requests, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},

@@ -64,4 +64,14 @@ PyObject *read_view(PyObject *module, PyObject *args);
 /* Sets the disks whose reads are answered (_cachedread.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
 
+/* Gives a function the name of one of libfuse's, which callers find in its place. */
+#define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
+
+/* Returns libfuse's own function of a name that this module defines too; NULL if not found
+ * (_extraops.c). */
+void *libfuse_function(const char *name);
+
+/* Lets reads of the session's device no longer block (_burst.c). */
+PyObject *stop_blocking(PyObject *module, PyObject *unused);
+
 #endif

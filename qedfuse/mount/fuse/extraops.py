@@ -69,6 +69,7 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
     if not _extension.hooked():
         return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
+    _extension.stop_blocking()
     if requests is not None:
         _extension.set_data_handlers(requests.read, requests.write, requests.fsync)
         _extension.set_read_views(
