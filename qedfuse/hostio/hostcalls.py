@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
+from qedfuse.hostio.nativecalls import MAX_THREADS, NativeCalls, make_io_threads
 from qedfuse.hostio.threadcalls import ThreadCalls
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def host_calls() -> HostCalls:
     except LookupError:
         calls = make_host_calls(os.environ.get(HOST_CALLS_VARIABLE))
         _calls.set(calls)
+        # Beside native threads, too, trio's threads make some calls, such as searches for holes.
+        # Two files that do not answer would occupy all of the 40 that trio allows by default.
+        limiter = trio.to_thread.current_default_thread_limiter()
+        limiter.total_tokens = max(limiter.total_tokens, MAX_THREADS)
         return calls
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MAX_THREADS: Final = 128
-"""Maximum number of native threads; `PosixFile` limits how many of them one file occupies."""
+MAX_THREADS: Final = 1024
+"""Maximum number of native threads, and of threads of trio in an event loop.  `PosixFile` lets one
+file occupy at most 32, so 31 files that do not answer leave threads for another one."""
 
 
 def _load() -> ModuleType | None:
@@ -53,7 +54,7 @@ def make_io_threads() -> IoThreads[Tag] | None:
     """
     if _extension is None:
         return None
-    return _extension.IoThreads(_MAX_THREADS)  # type: ignore[no-any-return]
+    return _extension.IoThreads(MAX_THREADS)  # type: ignore[no-any-return]
 
 
 class NativeCalls:

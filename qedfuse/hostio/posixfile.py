@@ -43,8 +43,9 @@ not support the flag."""
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of fallocate(2) on a file system that does not support the mode."""
 _MAX_READS: Final = 28
-"""Maximum number of reads and datasyncs of one file that wait in threads.  With the 4 changes that
-`InodeLock` permits, a file on a disk that does not answer occupies 32 of the 128 native threads."""
+"""Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
+the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32
+threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
 
 
 class PosixFile:
@@ -398,14 +399,18 @@ class PosixFile:
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
         This runs in a thread of trio while there is contention for the inode's lock, because
-        some file systems take this lock in lseek(2).
+        some file systems take this lock in lseek(2), and others ask a server.
         """
         if offset > MAX_OFFSET:
             return None
         try:
             if self._inode.recheck_free():
                 return seek(self.fd, offset, whence)
-            return await trio.to_thread.run_sync(seek, self.fd, offset, whence)
+            await acquire(self._read_slots)
+            try:
+                return await trio.to_thread.run_sync(seek, self.fd, offset, whence)
+            finally:
+                self._read_slots.release()
         except OSError as error:
             raise self._failed(error, "seek") from error
 

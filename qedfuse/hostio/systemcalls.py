@@ -60,6 +60,8 @@ _sync_file_range: Final = _libc.sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
+_fstatfs: Final = getattr(_libc, "fstatfs64", None) or _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 _statx: Final = getattr(_libc, "statx", None)
 if _statx is not None:
     _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
@@ -91,12 +93,12 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
 def waits_for_server(fd: int) -> bool:
     """Return whether a call on an open file may wait for a server, for an unlimited time.
 
-    The server is another process or another machine (FUSE, NFS).  Returns False if the kernel does
-    not say which file system it is.
+    The server is another process or another machine (FUSE, NFS).  Returns True also if the call
+    fails, because it fails only where a server answers it.
     """
     result = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc.fstatfs(fd, result):
-        return False
+    if _fstatfs(fd, result):
+        return True
     magic = result.raw[: ctypes.sizeof(ctypes.c_long)]
     return int.from_bytes(magic, sys.byteorder) in _SERVER_MAGICS
 

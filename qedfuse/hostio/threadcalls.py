@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -18,21 +18,12 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 
-_MAX_THREADS: Final = 128
-"""Maximum number of threads of the event loop.  One file occupies at most 32 (`PosixFile`), so a
-host file that does not answer must not occupy all of trio's 40."""
-
-
 class ThreadCalls:
     """Makes calls in the threads of `trio.to_thread`; see `HostCalls` for the methods."""
 
     retries_reads = True
     can_start_reads = False
     resuming = 0
-
-    def __init__(self) -> None:
-        """Permit `_MAX_THREADS` threads in the event loop that runs now."""
-        trio.to_thread.current_default_thread_limiter().total_tokens = _MAX_THREADS
 
     def has_finished(self) -> bool:
         """Return False: trio itself resumes the tasks."""

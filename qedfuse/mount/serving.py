@@ -21,7 +21,7 @@ from qedfuse.mount.fuse.attach import attach
 from qedfuse.mount.fuse.blocksinvalidator import BlocksInvalidator
 from qedfuse.mount.fuse.datarequests import DataRequests
 from qedfuse.mount.fuse.fallocate import FallocateLseek
-from qedfuse.mount.fuse.fuseinit import negotiate_init
+from qedfuse.mount.fuse.fuseinit import BACKGROUND_OF_SEVERAL_DISKS, negotiate_init
 from qedfuse.mount.fuse.laundering import Laundering
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.scheduler import scheduled
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 _MIN_TASKS: Final = 16
 """Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
 tasks for requests, and starting a task costs as much as answering several requests."""
-_MAX_TASKS: Final = 1000
+_MAX_TASKS: Final = 2 * BACKGROUND_OF_SEVERAL_DISKS
 """Maximum number of tasks of pyfuse3, of which each waits for one request on the slow path.  If a
 host file does not answer, the tasks of its requests wait, and requests of other disks need further
 tasks.  pyfuse3's own limit is 99."""

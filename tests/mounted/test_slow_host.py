@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import qemu
 from tests.support.mounted import TIMEOUT, front, qedfuse
 from tests.support.stallingfs import StallingFile, stalling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from concurrent.futures import Future
 
 DISK_BYTES: Final = 16 << 20
 BLOCK: Final = 4096
-MANY: Final = 120
-"""More requests than pyfuse3 has tasks by default (99), and than one file may have threads (32)."""
+MANY: Final = 200
+"""More requests than pyfuse3 has tasks by default (99), than one file may have threads (32), and
+than a kernel that allows 64 background requests for each of two disks sends."""
+READS_OF_FILE: Final = 28
+"""How many threads may read one file."""
+SLOW_DISKS: Final = 5
+"""So many files that do not answer read with more than 128 threads."""
 
 
 @pytest.fixture(params=["native", "threads"])
@@ -84,6 +95,54 @@ def use(fd: int, mount_image: Path) -> None:
     os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(image)
     assert read(fd, 2 << 20) == b"f" * BLOCK
+    fallocate(fd, FALLOC_PUNCH_HOLE, 4 << 20, 1 << 20)
+    assert read(fd, 4 << 20) == bytes(BLOCK)
+    assert write(fd, 4 << 20, b"n") == BLOCK
+    os.fsync(fd)
+    assert read(fd, 4 << 20) == b"n" * BLOCK
+
+
+class Call:
+    """A request that a thread makes, and that may hang."""
+
+    def __init__(self, pool: ThreadPoolExecutor, fd: int, action: Callable[[int], bool]) -> None:
+        """Call ``action`` with the descriptor of a disk."""
+        self._fd = fd
+        self._started = threading.Event()
+        self._thread = 0
+        self._future: Future[bool] = pool.submit(self._run, action)
+
+    def _run(self, action: Callable[[int], bool]) -> bool:
+        self._thread = threading.get_native_id()
+        self._started.set()
+        return action(self._fd)
+
+    def wait_until_it_hangs(self) -> None:
+        """Wait until the thread sleeps in a system call on the descriptor.
+
+        There is no event for this.  The kernel has queued the request then, or will when the
+        requests before it on the same disk have ended.
+        """
+        assert self._started.wait(TIMEOUT)
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
+            # The number of the call and its arguments, or "running".  The first argument of a
+            # thread that waits for the GIL is an address.
+            words = Path(f"/proc/self/task/{self._thread}/syscall").read_text().split()
+            if len(words) > 1 and int(words[1], 0) == self._fd:
+                return
+            assert self.hangs()
+            os.sched_yield()
+        msg = "the request does not hang"
+        raise AssertionError(msg)
+
+    def hangs(self) -> bool:
+        """Return whether the call has not ended."""
+        return not self._future.done()
+
+    def result(self) -> bool:
+        """Return the result of the action when it has ended."""
+        return self._future.result(timeout=TIMEOUT)
 
 
 SLOW: Final = {
@@ -91,6 +150,11 @@ SLOW: Final = {
     "write": lambda fd, number: write(fd, number * BLOCK, b"s") == BLOCK,
     "fsync": lambda fd, _number: sync(fd),
 }
+
+
+def call(action: Callable[[int, int], bool], number: int, fd: int) -> bool:
+    """Call an action of `SLOW` on the block ``number`` of a disk."""
+    return action(fd, number)
 
 
 @pytest.mark.parametrize("count", [1, MANY])
@@ -109,11 +173,87 @@ def test_a_host_file_that_hangs_delays_only_its_own_disk(
     action: Callable[[int, int], bool] = SLOW[kind]
     with ThreadPoolExecutor(count + 1) as pool:
         file.stall()
-        waiting = [pool.submit(action, slow, number) for number in range(count)]
+        waiting = [Call(pool, slow, partial(call, action, number)) for number in range(count)]
         try:
-            file.wait_for(kind)
+            for one in waiting:
+                one.wait_until_it_hangs()
+            file.wait_for(*[kind] * (READS_OF_FILE if kind == "read" and count == MANY else 1))
             pool.submit(use, fast, tmp_path / "fast.qed").result(timeout=TIMEOUT)
-            assert not any(one.done() for one in waiting)
+            assert all(one.hangs() for one in waiting)
         finally:
             file.release()
-        assert all(one.result(timeout=TIMEOUT) for one in waiting)
+        assert all(one.result() for one in waiting)
+
+
+def test_write_back_that_hangs_delays_only_its_own_disk(
+    slow_and_fast: tuple[StallingFile, int, int], tmp_path: Path
+) -> None:
+    """While the kernel writes many pages of one disk back, another one answers."""
+    file, slow, fast = slow_and_fast
+    assert write(slow, BLOCK, b"s") == BLOCK  # the tables are in memory then
+    cached = os.open(f"/proc/self/fd/{slow}", os.O_RDWR)
+    try:
+        # One request for each page, because no page is beside another one.
+        for number in range(MANY):
+            assert os.pwrite(cached, b"p" * BLOCK, 2 * number * BLOCK) == BLOCK
+        with ThreadPoolExecutor(2) as pool:
+            file.stall()
+            waiting = Call(pool, cached, sync)
+            try:
+                waiting.wait_until_it_hangs()
+                file.wait_for("write")
+                pool.submit(use, fast, tmp_path / "fast.qed").result(timeout=TIMEOUT)
+                assert waiting.hangs()
+            finally:
+                file.release()
+            assert waiting.result()
+    finally:
+        os.close(cached)
+    assert read(slow, 2 * BLOCK) == b"p" * BLOCK
+    assert read(slow, BLOCK) == b"s" * BLOCK
+
+
+@pytest.mark.parametrize("calls", ["native", "threads"])
+def test_several_host_files_that_hang_delay_only_their_own_disks(
+    calls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While several files occupy as many threads as each may, a disk on another file answers."""
+    if calls == "threads":
+        monkeypatch.setenv(HOST_CALLS_VARIABLE, "threads")
+    fast_image = tmp_path / "fast.qed"
+    slow_images = [tmp_path / f"slow{number}.qed" for number in range(SLOW_DISKS)]
+    for image in (fast_image, *slow_images):
+        qemu.create(image, DISK_BYTES)
+        qemu.io(image, f"write -P {ord(image.name[0])} 0 {DISK_BYTES}")
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(stalling(image, tmp_path / image.stem)) for image in slow_images
+        ]
+        paths = [file.path for file in files]
+        mount = stack.enter_context(front(*paths, fast_image, tmp_path / "mnt"))
+        pool = stack.enter_context(ThreadPoolExecutor(SLOW_DISKS * (READS_OF_FILE + 4) + 1))
+        disks = []
+        for image in (fast_image, *slow_images):
+            path = mount.mountpoint / f"{image.stem}.raw"
+            disks.append(os.open(path, os.O_RDWR | os.O_DIRECT))
+            stack.callback(os.close, disks[-1])
+        fast, *slow = disks
+        for fd in slow:
+            assert read(fd, 0) == b"s" * BLOCK  # the tables are in memory then
+        for file in files:
+            stack.callback(file.release)
+            file.stall()
+        waiting = [
+            Call(pool, fd, partial(call, SLOW["read"], number))
+            for number in range(READS_OF_FILE + 4)
+            for fd in slow
+        ]
+        for one in waiting:
+            one.wait_until_it_hangs()
+        for file in files:
+            file.wait_for(*["read"] * READS_OF_FILE)
+        pool.submit(use, fast, fast_image).result(timeout=TIMEOUT)
+        assert all(one.hangs() for one in waiting)
+        for file in files:
+            file.release()
+        assert all(one.result() for one in waiting)

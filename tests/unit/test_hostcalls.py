@@ -561,3 +561,22 @@ async def test_a_failed_read_leaves_its_slot(tmp_path: Path) -> None:
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await file.pread(0, 4)
+
+
+async def test_threads_of_trio_suffice_for_several_files_that_do_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit of the threads of trio is raised above what several files can occupy."""
+    monkeypatch.setenv(HOST_CALLS_VARIABLE, "threads")
+    limiter = trio.to_thread.current_default_thread_limiter()
+    host_calls()
+    assert limiter.total_tokens == 1024
+
+
+async def test_a_higher_limit_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of trio's threads that the program has set higher is not lowered."""
+    monkeypatch.setenv(HOST_CALLS_VARIABLE, "threads")
+    limiter = trio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens = 2000
+    host_calls()
+    assert limiter.total_tokens == 2000

@@ -59,15 +59,15 @@ _MAX_MESSAGE_BYTES: Final = 1 << 20
 """Size of the buffer for a request or a reply.  The kernel refuses a read(2) whose buffer could not
 hold every request."""
 
-BACKGROUND_PER_DISK: Final = 64
-"""Maximum number of background requests that the kernel may have in flight, for each disk.
+_BACKGROUND_OF_ONE_DISK: Final = 64
+"""Maximum number of background requests that the kernel may have in flight, for a single disk.
 
 With a larger number, the requests of a program that makes few requests would wait longer behind
-those of other programs.  Twice the number was not faster when it was measured.  But the kernel
-counts the requests of all disks together, and the requests of a disk whose image does not answer
-must not use up the requests of the others."""
-_MAX_BACKGROUND: Final = 1024
-"""Maximum of ``max_background``, for a mount with many disks."""
+those of other programs.  Twice the number was not faster when it was measured."""
+BACKGROUND_OF_SEVERAL_DISKS: Final = 4096
+"""The same for a mount of several disks.  The kernel counts the requests of all disks together, so
+if those of a disk whose image does not answer reached the number, all disks would wait.  One disk
+may reach some thousand with the pages that the kernel writes back."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
@@ -123,7 +123,7 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
     changed = bytearray(message)
     fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
     major, minor, offered, flags, _, _, max_write, _ = fields
-    background = min(disks * BACKGROUND_PER_DISK, _MAX_BACKGROUND)
+    background = _BACKGROUND_OF_ONE_DISK if disks == 1 else BACKGROUND_OF_SEVERAL_DISKS
     # The kernel regards the mount as congested from three quarters of the maximum on, as by
     # default.
     congestion_threshold = background * 3 // 4
