@@ -25,9 +25,14 @@ gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/pass
 say "Types"
 "$venv/bin/mypy"
 say "Tests"
-[ $# -eq 0 ] || exec "$venv/bin/python" -m pytest "$@"
-# A process that has no test left takes some from the longest queue of the others (worksteal).
-"$venv/bin/python" -m pytest --numprocesses "$(nproc)" --dist worksteal --ignore tests/mounted
-# Some of these tests change what all mounts of the machine share, such as the mode of /dev/fuse.
-"$venv/bin/python" -m pytest tests/mounted
+run_tests "$@"
+[ $# -eq 0 ] || exit 0
+# Reads, writes and flushes of mounts.
+io_tests=(
+    tests/unit/test_extensions.py
+    tests/mounted/test_{read_paths,mount_load,kill}.py tests/fuzz
+)
+say "Tests with threads of trio in place of native threads"
+QEDFUSE_HOST_CALLS=threads run_tests "${io_tests[@]}"
+tests/without_extensions.sh "${io_tests[@]}"
 tests/sanitize.sh -s

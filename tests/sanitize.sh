@@ -109,7 +109,7 @@ run_instrumented() {
         export ASAN_OPTIONS="log_path=$reports/report:detect_leaks=0:detect_stack_use_after_return=1:handle_sigill=2"
         export TSAN_OPTIONS="log_path=$reports/report:ignore_noninstrumented_modules=1:history_size=7:die_after_fork=0"
         export PYTHONMALLOC=malloc # otherwise the sanitizers see one block in place of many objects
-        exec "${fixed_addresses[@]}" .venv/bin/python -m pytest -q --timeout 600 "$@"
+        exec "${fixed_addresses[@]}" .venv/bin/python -m pytest -q --timeout 600 -o faulthandler_timeout=500 "$@"
     ) || code=1
     for file in "$reports"/*; do
         [ -s "$file" ] || continue

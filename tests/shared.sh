@@ -35,3 +35,16 @@ make_copy() {
         die "pip could not install the copy in $copy"
     fi
 }
+
+# run_tests [ARGUMENT...]: run all tests of the tree in the working directory, with its .venv, most
+# of them on all processors.  With arguments, which are passed to pytest, all run in one process.
+run_tests() {
+    if [ $# -gt 0 ]; then
+        .venv/bin/python -m pytest "$@"
+        return
+    fi
+    # A process that has no test left takes some from the longest queue of the others (worksteal).
+    .venv/bin/python -m pytest --numprocesses "$(nproc)" --dist worksteal --ignore tests/mounted
+    # Some of these tests change what all mounts of the machine share, such as the mode of /dev/fuse.
+    .venv/bin/python -m pytest tests/mounted
+}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from tests.fuzz.model import SECTOR
+from tests.support import extensions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,10 +155,14 @@ class Worker:
 
     def _allocate(self, start: int, length: int) -> None:
         """Allocate space, which keeps the content."""
+        if not extensions.EXPECTED:
+            return
         fallocate(self._fds[0], self._chance.choice([0, FALLOC_KEEP_SIZE]), start, length)
 
     def _free(self, start: int, length: int) -> None:
         """Punch or zero a range."""
+        if not extensions.EXPECTED:
+            return
         number = self._model.begin(start, bytes(length))
         fallocate(
             self._fds[0], self._chance.choice([FALLOC_PUNCH_HOLE, _ZERO_RANGE]), start, length

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, is_mounted
+from tests.support.mounted import (
+    COMMAND,
+    TIMEOUT,
+    clean_up,
+    environment,
+    is_mounted,
+    without_notice,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +64,7 @@ def succeed(process: subprocess.Popen[str]) -> str:
     finally:
         process.kill()
     assert process.returncode == 0, printed
-    return printed
+    return without_notice(printed)
 
 
 def test_standard_descriptors_are_never_reused(tmp_path: Path) -> None:

@@ -17,11 +17,18 @@ import pytest
 
 import qedfuse
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
-from qedfuse.mount.fuse import extraops
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference, header_of
-from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, mounted
+from tests.support.extensions import needs_extensions
+from tests.support.mounted import (
+    COMMAND,
+    TIMEOUT,
+    WITHOUT_EXTENSION,
+    clean_up,
+    environment,
+    mounted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,11 +78,7 @@ def disk(image: Path, tmp_path: Path) -> Iterator[Path]:
     assert qemu.check(image).errors == 0
 
 
-def test_the_extension_is_built() -> None:
-    """The extension for fallocate(2) and lseek(2) was built where the tests run, and it loads."""
-    assert extraops._extension is not None, extraops._load_error
-
-
+@needs_extensions
 @pytest.mark.parametrize(
     "mode", [FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE]
 )
@@ -94,6 +97,7 @@ def test_a_discarded_range_reads_as_zeros_and_takes_no_space(
         assert difference(file.read(4 * MIB), expected) is None
 
 
+@needs_extensions
 def test_a_discard_drops_cached_pages(disk: Path) -> None:
     """After a discard, neither unsynced writes nor pages that were read before come back."""
     with disk.open("r+b") as file:
@@ -120,6 +124,7 @@ def test_other_fallocate_modes_are_refused(mode: int, disk: Path) -> None:
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
+@needs_extensions
 def test_fallocate_at_the_end_of_the_disk(disk: Path, image: Path) -> None:
     """A punch past the end is cut there, an allocation past it fails, and the size stays."""
     with disk.open("r+b") as file:
@@ -134,6 +139,7 @@ def test_fallocate_at_the_end_of_the_disk(disk: Path, image: Path) -> None:
     assert blocks(image) >= 4 * MIB, "space for the last 4 MiB has been set aside"
 
 
+@needs_extensions
 def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path) -> None:
     """A zero range past the end of a growable disk makes it larger, like any file."""
     with mounted(image, tmp_path / "mnt", "-o", "growable") as mountpoint:
@@ -142,6 +148,7 @@ def test_zeroing_past_the_end_grows_a_growable_disk(image: Path, tmp_path: Path)
     assert header_of(image.read_bytes()[:64]).image_size == 65 * MIB
 
 
+@needs_extensions
 @pytest.mark.parametrize("options", [(), ("-o", "direct_io")])
 def test_allocated_space_is_reserved_on_the_host(
     options: tuple[str, ...], image: Path, tmp_path: Path
@@ -163,6 +170,7 @@ def test_allocated_space_is_reserved_on_the_host(
     assert qemu.check(image).errors == 0
 
 
+@needs_extensions
 @pytest.mark.parametrize("options", ["growable", "growable,direct_io"])
 def test_allocation_past_the_end_grows_a_growable_disk(
     options: str, image: Path, tmp_path: Path
@@ -195,6 +203,7 @@ def test_allocation_past_the_end_grows_a_growable_disk(
     assert qemu.check(image).errors == 0
 
 
+@needs_extensions
 def test_a_read_only_disk_refuses_discards(image: Path, tmp_path: Path) -> None:
     """A discard of a read-only disk fails, and the image stays the same byte for byte."""
     before = image.read_bytes()
@@ -208,6 +217,7 @@ def test_a_read_only_disk_refuses_discards(image: Path, tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
+@needs_extensions
 def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
     """With nodiscard a punched range reads as zeros and keeps its clusters."""
     with mounted(image, tmp_path / "mnt", "-o", "nodiscard") as mountpoint:
@@ -242,6 +252,7 @@ def test_detect_zeroes_mode(mode: str, *, kept: bool, image: Path, tmp_path: Pat
 # --- holes -------------------------------------------------------------------------------
 
 
+@needs_extensions
 def test_holes_along_a_chain(tmp_path: Path) -> None:
     """Holes of an overlay and of its sparse raw base are reported, and zero clusters are holes."""
     base = tmp_path / "base.raw"
@@ -266,6 +277,7 @@ def test_holes_along_a_chain(tmp_path: Path) -> None:
             assert caught.value.errno == errno.ENXIO
 
 
+@needs_extensions
 def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
     """Sparse copies by cp, tar and qemu-img take no more space than the data."""
     copies = [tmp_path / name for name in ("cp.raw", "qemu.raw", "tar/vm.raw")]
@@ -280,6 +292,7 @@ def test_copies_are_no_larger_than_the_data(disk: Path, tmp_path: Path) -> None:
         run("cmp", disk, copy)
 
 
+@needs_extensions
 def test_no_hole_is_reported_over_dirty_pages(disk: Path) -> None:
     """Data that was written and not synced is data for lseek(2) through any descriptor."""
     chance = random.Random(5)
@@ -327,6 +340,7 @@ def test_a_sparse_copy_beside_a_writer_is_complete(disk: Path, tmp_path: Path) -
 # --- block devices and file systems -----------------------------------------------------
 
 
+@needs_extensions
 def test_discards_of_a_loop_device(disk: Path, image: Path) -> None:
     """A discard or zeroing by blkdiscard(8) on a loop device frees clusters and leaves zeros."""
     with loop_device(disk) as device:
@@ -340,6 +354,7 @@ def test_discards_of_a_loop_device(disk: Path, image: Path) -> None:
             assert blocks(image) <= before - 8 * MIB, flags
 
 
+@needs_extensions
 def test_fstrim_keeps_the_image_small(tmp_path: Path) -> None:
     """Four times 100 MB written, deleted and trimmed on a disk of 300 MB leave a small image."""
     image = qemu.create(tmp_path / "vm.qed", 300 * MIB)
@@ -361,6 +376,7 @@ def test_fstrim_keeps_the_image_small(tmp_path: Path) -> None:
     assert blocks(image) < 20 * MIB
 
 
+@needs_extensions
 def test_a_file_system_mounted_with_discard(tmp_path: Path) -> None:
     """A file system mounted with -o discard frees deleted files without fstrim."""
     image = qemu.create(tmp_path / "vm.qed", 200 * MIB)
@@ -408,10 +424,7 @@ def test_without_the_extension(image: Path, tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stderr == (
-            "qedfuse: mounted without fallocate and lseek, so discards free no space: the "
-            "extension was not built when qedfuse was installed\n"
-        )
+        assert done.stderr == WITHOUT_EXTENSION
         path = mountpoint / "vm.raw"
         with path.open("r+b") as file:
             file.write(b"x")

@@ -31,6 +31,7 @@ from qedfuse.tools.inspection.dump import open_dump
 from qedfuse.tools.inspection.fastmap import open_fast_map
 from qedfuse.tools.inspection.info import describe
 from qedfuse.tools.inspection.mapping import map_image
+from tests.support.extensions import needs_extensions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -237,6 +238,7 @@ async def test_the_check_reports_each_invalid_entry(case: Case) -> None:
     assert errors == len(case.bad_l1) + len(bad)
 
 
+@needs_extensions
 async def test_the_fast_check_vouches_only_for_what_the_check_finds_sound(case: Case) -> None:
     """The fast check answers as the check does, or not at all; it does for a sound image."""
     file = PosixFile.open(case.path)
@@ -260,6 +262,7 @@ def test_info_sees_the_invalid_l1_entries(case: Case) -> None:
     assert all(f"found {count} entries" in message for message in wild)
 
 
+@needs_extensions
 async def test_the_map_and_the_fast_map_stop_at_the_same_entries(case: Case) -> None:
     """The map marks the clusters that a reader may not show; the fast map ends before them."""
     size = case.header.cluster_size

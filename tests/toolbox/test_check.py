@@ -31,6 +31,7 @@ from tests.support.disks import (
     put_entry,
 )
 from tests.support.disks import header_of as header_in
+from tests.support.extensions import needs_extensions
 from tests.support.fakecommand import finish, start
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def test_findings_and_repairs_agree_with_qemu(
     assert (clean.code, clean.errors, clean.leaks) == (0, 0, 0)
 
 
+@needs_extensions
 @pytest.mark.parametrize("seed", range(6))
 def test_the_fast_check_agrees_with_the_check(
     seed: int,
@@ -180,6 +182,7 @@ def test_the_fast_check_agrees_with_the_check(
     assert fast[0] == 0
 
 
+@needs_extensions
 @pytest.mark.parametrize("row", ["appended", "odd", "table-twice", "table-wild", "past-end"])
 def test_the_fast_check_leaves_doubtful_images_to_the_check(row: str, tmp_path: Path) -> None:
     """The fast check gives up at anything that is not certainly sound."""
