@@ -1,7 +1,8 @@
 """Calls on the host's files that may block, made by native threads without the GIL.
 
-The threads belong to a C extension (`_iothreads.c`).  A round trip to one of them costs less than
-half of one to a thread of trio, and neither waits for the GIL nor takes it from the event loop.
+The threads belong to a C extension (`_iothreads.c`).  A call by one of them costs less than
+half as much as by a thread of trio.  The threads neither wait for the GIL nor take it from the
+event loop.
 The extension is optional; without it `qedfuse.hostio.threadcalls` makes the calls.
 """
 
@@ -76,10 +77,10 @@ class NativeCalls:
         self.has_finished = threads.has_finished
         """Return whether calls are finished that have not been delivered."""
         self.resuming = 0
-        trio.lowlevel.spawn_system_task(self._deliver_always)
+        trio.lowlevel.spawn_system_task(self._deliver_when_notified)
 
-    async def _deliver_always(self) -> None:
-        """Deliver what is finished when the event loop would sleep otherwise."""
+    async def _deliver_when_notified(self) -> None:
+        """Deliver finished calls, at the latest before the event loop would sleep."""
         while True:
             await trio.lowlevel.wait_readable(self._threads.fileno())
             self.deliver()
@@ -104,7 +105,7 @@ class NativeCalls:
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read whose thread answers by itself; see `HostCalls`."""
+        """Start a read, whose thread answers without the event loop; see `HostCalls`."""
         self._threads.submit_read(fd, offset, view, ended, answer)
 
     # A KeyboardInterrupt between submitting a call and falling asleep would leave a call whose

@@ -30,7 +30,7 @@ A colon or a semicolon ends a sentence only before two or more blanks.
 
 
 def plain(text: str) -> str:
-    """Escape text that does not begin a line; see `line`."""
+    """Escape text; text that begins a line must then be passed to `line` as well."""
     return text.translate(_ESCAPED)
 
 

@@ -33,7 +33,7 @@ def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
     yield f"image: {printable(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size
-    yield f"virtual size: {'unknown' if size is None else _both(size)}"
+    yield f"virtual size: {'unknown' if size is None else _readable_and_exact(size)}"
     yield f"disk size: {format_size(image.disk_usage)}"
     qed = image.qed
     if qed is None:
@@ -50,7 +50,7 @@ def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
         yield from (f"    {item.message}" for item in qed.problems)
 
 
-def _both(size: int) -> str:
+def _readable_and_exact(size: int) -> str:
     """Return a size with a unit and in bytes."""
     return f"{format_size(size)} ({size} bytes)"
 
@@ -65,7 +65,7 @@ def _backing(backing: BackingName) -> Iterator[str]:
 
 def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:
     """Describe the properties that only a QED image has."""
-    yield f"file length: {_both(image.file_size)}"
+    yield f"file length: {_readable_and_exact(image.file_size)}"
     for name, unit in (("table_size", "clusters"), ("header_size", "clusters")):
         if name in qed.header.values:
             yield f"{name.replace('_', ' ')}: {qed.header.values[name]} {unit}"

@@ -31,7 +31,7 @@ class Flusher:
     """Flushes one disk, on request and periodically."""
 
     def __init__(self, writeback: MetadataWriteback, reclaim: Reclaim, period: float) -> None:
-        """Prepare flushes; `run` begins one ``period`` seconds after a change."""
+        """Prepare flushes; `run` starts a flush ``period`` seconds after a change."""
         self._writeback = writeback
         self._reclaim = reclaim
         self._period = period
@@ -45,7 +45,7 @@ class Flusher:
         """Flush without waiting; return whether that succeeded.
 
         Returns False if `flush` is necessary: if `MetadataWriteback.try_write_back` returns
-        False, or if there is space to reclaim.
+        False, or if there is space to reclaim and anything was written since the opening.
         """
         if not self._writeback.try_write_back() or (
             self._writeback.cycles and self._reclaim.pending
@@ -88,7 +88,8 @@ class Flusher:
                 if self._reclaim.pending:
                     self._writeback.wake()
             except QedError as error:
-                # The next caller that waits for a flush gets the error as well (D7).
+                # No caller waits for this flush, so the error is only logged.  After a failed
+                # write the next flush tries again; after a failed datasync each one fails (D7).
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s (while writing back tables)", error)  # noqa: TRY400

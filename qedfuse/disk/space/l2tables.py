@@ -29,8 +29,8 @@ async def holding_data(
     """Return for each table whether it holds data: it is not entirely a hole of the host's file.
 
     ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The
-    number of queries to the host depends on the stretches of data in the file, and not on the
-    number of tables that are holes.
+    host is queried at most once for each table that holds data, once for each gap between tables
+    that holds data, and once more at the end.  Tables that are holes cost no queries.
 
     Raises:
         HostError: The host refused.

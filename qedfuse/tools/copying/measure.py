@@ -72,7 +72,8 @@ async def measure(
         path: A QED image, a raw file or a block device.
         spec: Format (``raw`` or ``qed``) and geometry of the copy.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
-        image: Path of the copy, as for `backing_path`; empty for a copy in the working directory.
+        image: Path that the copy would have; the name of its backing file is relative to the
+            directory of this path.  Empty for the working directory.
         options: How to open the source and the backing file; None for the defaults.
         progress: Called with the guest offset that the measurement has reached, and the size
             of the disk.
