@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.operations import Operations
 
 _MIN_SPLICE_BYTES: Final = 1 << 15
-"""Minimum length of a read for which it pays to ask `reply_from_file`, as in ``_extraops.h``."""
+_MAX_SPLICE_BYTES: Final = 1 << 19
+"""Minimum and maximum length of a read for which `reply_from_file` is asked (``_extraops.h``)."""
 
 
 class DataRequests:
@@ -63,7 +64,7 @@ class DataRequests:
         exported = self._disk_of(handle)
         if exported is None:
             return None
-        if size >= _MIN_SPLICE_BYTES:
+        if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
                 return None
