@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.support import extensions, qemu
+from tests.support.extensions import needs_extensions
 from tests.support.mounted import front
 
 FUSE_DEVICE: Final = Path("/dev/fuse")
@@ -128,6 +129,7 @@ def test_a_cold_read_past_the_end_of_a_file_that_was_cut_fails(tmp_path: Path) -
         assert "expected" in mount.finish()[1]
 
 
+@needs_extensions
 def test_a_request_that_vanishes_does_not_stop_the_server(tmp_path: Path) -> None:
     """The server reads the kernel's requests without blocking."""
     image = tmp_path / "disk.qed"
