@@ -34,6 +34,9 @@ make_copy() {
         cat "$log" >&2
         die "pip could not install the copy in $copy"
     fi
+    # Scripts that tests run in the copy need not install anything.
+    printf '%s %s\n' "$copy/.venv" "$("$python" --version)" >"$copy/.venv/.made-for"
+    cp "$venv/.installed-test" "$copy/.venv/"
 }
 
 # run_tests [ARGUMENT...]: run all tests of the tree in the working directory, with its .venv, most

@@ -14,6 +14,7 @@ from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference
+from tests.support.extensions import needs_extensions
 from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, mounted, qedfuse
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ UNLIMITED: Final = "compact_time=600"
 """Compaction runs to its end however slow the machine is; the limit has tests of its own."""
 
 
+@needs_extensions
 @pytest.mark.parametrize(("option", "code"), [(UNLIMITED, 0), ("compact=off", 3)])
 def test_no_leaks_after_files_came_and_went(option: str, code: int, tmp_path: Path) -> None:
     """A guest makes a file system and files, deletes some and trims: QEMU's check exits with 0."""
@@ -62,6 +64,7 @@ def test_no_leaks_after_files_came_and_went(option: str, code: int, tmp_path: Pa
             run("umount", tmp_path / "day")
 
 
+@needs_extensions
 @pytest.mark.parametrize("seed", range(3))
 def test_no_leaks_after_random_writes_and_discards(seed: int, tmp_path: Path) -> None:
     """Random writes and discards leave no leak and the right content, whatever the geometry."""
@@ -101,6 +104,7 @@ def write_and_punch(image: Path, mountpoint: Path) -> None:
             fallocate(file.fileno(), FALLOC_PUNCH_HOLE, number * 65536, 65536)
 
 
+@needs_extensions
 def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
     """The log says how many free clusters are left, as QEMU counts, and how to remove them."""
     image = qemu.create(tmp_path / "vm.qed", 8 * MIB)
@@ -131,6 +135,7 @@ def test_remaining_free_clusters_are_logged(tmp_path: Path) -> None:
     assert qemu.check(image).code == 0
 
 
+@needs_extensions
 def test_images_of_a_mount_share_compact_time(tmp_path: Path) -> None:
     """When compact_time has passed, compaction stops for all images, and all are closed."""
     images = [qemu.create(tmp_path / f"{name}.qed", 8 * MIB) for name in "ab"]

@@ -234,6 +234,7 @@ def test_nodiscard_keeps_the_clusters(image: Path, tmp_path: Path) -> None:
     assert sum(item["length"] for item in qemu.map_extents(image) if item["data"]) == MIB
 
 
+@needs_extensions
 @pytest.mark.parametrize(("mode", "kept"), [("off", True), ("on", True), ("unmap", False)])
 def test_detect_zeroes_mode(mode: str, *, kept: bool, image: Path, tmp_path: Path) -> None:
     """Written zeros take no space with detect_zeroes=on, and free space only with unmap."""

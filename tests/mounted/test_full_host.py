@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import qemu
 from tests.support.disks import Inspection, guest_bytes, header_of, inspect_image
+from tests.support.extensions import needs_extensions
 from tests.support.mounted import mounted
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def test_unmount_of_a_full_host_keeps_all_accepted_data(kind: str, tmp_path: Pat
     assert found[:end] == bytes(user.content[:end])
 
 
+@needs_extensions
 def test_fallocate_of_more_than_the_host_has(tmp_path: Path) -> None:
     """An allocation of more than the host has fails with ENOSPC; the disk stays usable."""
     with host("tmpfs", tmp_path) as host_directory:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
+from tests.support.extensions import needs_extensions
 from tests.support.mounted import TIMEOUT, front, mounted
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def wait_until_blocked(pid: int) -> int:
     raise AssertionError(msg)
 
 
+@needs_extensions
 def test_a_server_killed_during_laundering_ends(image: Path, tmp_path: Path) -> None:
     """SIGKILL during laundering ends the server, and programs that wait for it get an error."""
     with front(image, tmp_path / "mnt") as mount, seeking(mount.mountpoint / "vm.raw") as writer:
@@ -98,6 +100,7 @@ def test_a_server_killed_during_laundering_ends(image: Path, tmp_path: Path) -> 
     assert qemu.check(image).errors == 0
 
 
+@needs_extensions
 def test_a_second_signal_ends_a_mount_during_laundering(image: Path, tmp_path: Path) -> None:
     """A second SIGTERM during laundering ends the mount with code 0 and leaves no launderer."""
     with front(image, tmp_path / "mnt") as mount, seeking(mount.mountpoint / "vm.raw") as writer:
@@ -113,6 +116,7 @@ def test_a_second_signal_ends_a_mount_during_laundering(image: Path, tmp_path: P
     assert qemu.check(image).errors == 0
 
 
+@needs_extensions
 def test_without_the_launderer_everything_is_data(image: Path, tmp_path: Path) -> None:
     """Without the launderer no hole is reported while a program may write; one line logs it."""
     with front(image, tmp_path / "mnt") as mount:
@@ -134,6 +138,7 @@ def test_without_the_launderer_everything_is_data(image: Path, tmp_path: Path) -
         assert mount.finish()[0] == 0
 
 
+@needs_extensions
 def test_a_read_only_mount_has_no_launderer(image: Path, tmp_path: Path) -> None:
     """A read-only mount needs no laundering and starts no launderer."""
     with front("-r", image, tmp_path / "mnt") as mount:
@@ -144,6 +149,7 @@ def test_a_read_only_mount_has_no_launderer(image: Path, tmp_path: Path) -> None
         assert mount.finish()[0] == 0
 
 
+@needs_extensions
 def test_stores_into_a_memory_map_are_data(image: Path, tmp_path: Path) -> None:
     """Stores into a shared memory map are reported as data."""
     with (
@@ -166,6 +172,7 @@ def growing(tmp_path: Path) -> Iterator[Path]:
     assert qemu.check(image).errors == 0
 
 
+@needs_extensions
 def test_dirty_pages_past_the_servers_end_are_data(growing: Path, tmp_path: Path) -> None:
     """Unsynced data past the end that the server knows is reported, and copies contain it."""
     with growing.open("r+b", buffering=0) as file:
@@ -198,6 +205,7 @@ def test_the_hole_of_a_grown_full_disk_is_at_its_new_end(growing: Path) -> None:
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 2 * MIB
 
 
+@needs_extensions
 def test_without_the_launderer_growth_is_data_or_an_error(tmp_path: Path) -> None:
     """Without the launderer, lseek(2) past the server's end reports data or EIO, never a hole."""
     image = qemu.create(tmp_path / "grow.qed", MIB)

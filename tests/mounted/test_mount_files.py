@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import qemu
 from tests.support.disks import header_of
+from tests.support.extensions import needs_extensions
 from tests.support.mounted import front, mounted
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ GROWTH: Final[dict[str, Callable[[Path, int], object]]] = {
 """The ways in which a disk grows to an end."""
 
 
+@needs_extensions
 @pytest.mark.parametrize("options", ["growable", "growable,direct_io", "growable,truncate=zero"])
 def test_growth_is_rounded_up_to_whole_sectors(image: Path, tmp_path: Path, options: str) -> None:
     """Each way of growth to a part of a sector takes in the whole sector, and logs no error."""

@@ -35,6 +35,7 @@ from tests.support.mounted import (
     mounted,
     qedfuse,
     refused,
+    without_notice,
 )
 
 if TYPE_CHECKING:
@@ -495,7 +496,7 @@ AS_USER = (
 
 def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as an ordinary user."""
-    return subprocess.run(
+    done = subprocess.run(
         [*AS_USER, *(str(word) for word in words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -505,6 +506,8 @@ def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
         env=environment() | {"HOME": "/"},
         check=False,
     )
+    done.stderr = without_notice(done.stderr)
+    return done
 
 
 def test_an_ordinary_user_mounts_any_name(user_directory: Path) -> None:

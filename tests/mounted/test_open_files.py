@@ -10,7 +10,7 @@ import pytest
 
 from qedfuse.mount.process.openfiles import MAX_OTHER_FILES
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, environment
+from tests.support.mounted import COMMAND, TIMEOUT, environment, without_notice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 
 def run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a shell with a limit on open files."""
-    return subprocess.run(
+    done = subprocess.run(
         ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *COMMAND, *map(str, words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -41,6 +41,8 @@ def run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
         env=environment(),
         check=False,
     )
+    done.stderr = without_notice(done.stderr)
+    return done
 
 
 def test_the_soft_limit_is_raised(images: Path, mnt: Path) -> None:

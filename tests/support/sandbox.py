@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from tests.support.mounted import without_notice
+
 ROOT: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
 """Seconds after which a script is taken to hang."""
@@ -93,4 +95,4 @@ def run_in_sandbox(script: str, *arguments: Path) -> str:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout}"
-    return done.stdout
+    return without_notice(done.stdout)
