@@ -122,7 +122,7 @@ class Command:
     def completions(self) -> list[tuple[Operand, Value]]:
         """Return the operands, each with the value that completes it.
 
-        No operand after one that repeats is returned.
+        Operands after one that repeats are left out.
 
         An optional operand of the kind "free" is completed like the next operand, because the
         next operand takes its position if the optional one is omitted.

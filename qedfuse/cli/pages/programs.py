@@ -52,7 +52,7 @@ def qedfuse() -> Program:
     umount = Command(
         "umount",
         "unmount, and wait until everything is durable",
-        (Option(("--timeout",), "wait no longer than this", Value("SECONDS")),),
+        (Option(("--timeout",), "wait at most SECONDS", Value("SECONDS")),),
         (mountpoint,),
     )
     return Program("qedfuse", (mount, umount))

@@ -30,7 +30,7 @@ A colon or a semicolon ends a sentence only before two or more blanks.
 
 
 def plain(text: str) -> str:
-    """Escape text; text that begins a line must then be passed to `line` as well."""
+    """Escape text; if the result begins a line, the caller must pass it to `line`."""
     return text.translate(_ESCAPED)
 
 

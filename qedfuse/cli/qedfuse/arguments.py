@@ -27,7 +27,7 @@ _HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
     "-f": ("fake", True),
     "-s": ("sloppy", True),
 }
-"""The attribute that a flag sets, and its value, if mount(8) runs qedfuse."""
+"""The attribute that a flag sets, and its value, if mount(8) runs qedfuse as its helper."""
 _OPTION_FLAGS: Final[Mapping[str, str]] = {"-r": "ro", "--read-only": "ro", "-w": "rw"}
 """The option of ``-o`` for which each of these flags stands."""
 

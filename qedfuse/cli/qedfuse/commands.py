@@ -23,7 +23,7 @@ _log = logging.getLogger("qedfuse")
 
 
 def mount(arguments: Arguments) -> int:
-    """Mount, or change the options of a mount with ``-o remount``; return the exit code.
+    """Mount; or, with ``-o remount``, change the options of a mount.  Return the exit code.
 
     By default this function returns when the disks can be used, and a background process
     serves the disks.  With ``-f`` or ``-d`` this process serves the disks, and the function
@@ -74,8 +74,8 @@ def mount(arguments: Arguments) -> int:
         # GOTO_NUM_THREADS.  Other libraries that numpy can load in place of OpenBLAS (MKL, BLIS)
         # start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # This module loads numpy, so it is imported after the variable is set, and after the fork,
-        # which a thread of numpy would not survive.
+        # The next import loads numpy, so it must follow the assignment above, and the fork, which a
+        # thread of numpy would not survive.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_uncaught()

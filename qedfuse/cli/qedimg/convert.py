@@ -38,7 +38,7 @@ _MAX_STREAMS: Final = 16
 _NATIVE_FORMATS: Final = ("raw", "qed")
 """The formats of a target for which no qemu-img is needed."""
 _CACHES: Final = ("writeback", "unsafe")
-"""The values of ``-t``; qemu-img also has none, directsync and writethrough."""
+"""The values of ``-t``.  qemu-img has further values: directsync, writethrough and none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

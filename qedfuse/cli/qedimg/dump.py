@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg dump l2 0 vm.qed"
 DESCRIPTION: Final = """\
-Show the fields of the header, or the entries of a table that are not 0: of the L1 table,
-or of the L2 table that L1 entry N points to.  For each entry a verdict is shown: ok, zeros,
-reserved, unaligned, past the end, cut short, or over metadata.  Adjacent entries that point to
-adjacent offsets, or have the same value, are shown as one range.
+Show the fields of the header, the entries of the L1 table, or the entries of the L2 table
+that L1 entry N points to.  Entries that are 0 are left out.  For each entry a verdict is
+shown: ok, zeros, reserved, unaligned, past the end, cut short, or over metadata.  Adjacent
+entries that point to adjacent offsets, or have the same value, are shown as one range.
 
 The command is made for broken images, and shows invalid fields and entries as well."""
 

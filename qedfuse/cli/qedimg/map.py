@@ -90,10 +90,9 @@ class _Listed(NamedTuple):
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print the extents up to the first that the C extension cannot list.
+    """Print the extents up to the first that the fast map cannot list; return what was printed.
 
-    Prints nothing if the image has no fast map, or if an option requires the full map.  Returns
-    what has been printed.
+    Nothing is printed if there is no fast map of the image, or if the options exclude it.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None

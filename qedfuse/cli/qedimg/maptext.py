@@ -50,8 +50,8 @@ class HumanWriter:
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
         # qemu-img prints a zero without "0x", as C's %#x does.  Only the extent at guest offset
-        # 0 can have a zero in a column, because file offset 0 holds the header of a QED image, or
-        # guest offset 0 in a raw file.  So other batches are not searched.
+        # 0 can have a zero in a column, because file offset 0 is the header of a QED image, and
+        # guest offset 0 of a raw file.  So other batches are not searched.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:

@@ -39,6 +39,6 @@ complete -c qedfuse -n 'not __qedfuse_command' -s h -l help -d 'show this help'
 complete -c qedfuse -n 'not __qedfuse_command' -s V -l version -d 'show the version'
 complete -c qedfuse -n 'not __qedfuse_command' -F
 
-complete -c qedfuse -n '__qedfuse_is umount' -l timeout -x -d 'wait no longer than this'
+complete -c qedfuse -n '__qedfuse_is umount' -l timeout -x -d 'wait at most SECONDS'
 complete -c qedfuse -n '__qedfuse_is umount' -s h -l help -d 'show help'
 complete -c qedfuse -n '__qedfuse_is umount' -F
