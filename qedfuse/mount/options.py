@@ -50,7 +50,7 @@ class MountOptions:
         poll_seconds: Maximum time in seconds for which the server polls for the next request; 0
             to poll only once; None for the default of the machine.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
-            length; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
+            read-ahead; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.

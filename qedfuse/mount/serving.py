@@ -55,9 +55,9 @@ _MIN_TASKS: Final = 16
 """Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
 tasks for requests, and starting a task costs as much as answering several requests."""
 _MAX_TASKS: Final = 2 * BACKGROUND_OF_SEVERAL_DISKS
-"""Maximum number of tasks of pyfuse3, of which each waits for one request on the slow path.  If a
-host file does not answer, the tasks of its requests wait, and requests of other disks need further
-tasks.  pyfuse3's own limit is 99."""
+"""Maximum number of tasks of pyfuse3, each of which handles one request at a time.  If a host file
+does not answer, the tasks of its requests wait, and requests to other disks need further tasks.
+pyfuse3's default is 99."""
 
 
 class Server:
@@ -191,7 +191,8 @@ class Server:
                     "mounted without fallocate and lseek, so discards free no space: %s",
                     extraops_failure,
                 )
-            # Without the write-back cache, a shared memory map can still make pages dirty.
+            # A shared memory map can make pages dirty even without the write-back cache, but the
+            # kernel refuses such a map with ``direct_io``.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
             signals.handle_with(shutdown.receive)
@@ -201,18 +202,18 @@ class Server:
                 await trio.lowlevel.checkpoint_if_cancelled()
                 announcement.ready()
                 self._is_ready = True
-                self._log_limits(readahead_failure, protection_failure)
+                self._log_refusals(readahead_failure, protection_failure)
                 await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
-                    # The threads use the descriptors of the disks, which the caller closes.
+                    # The threads of deferred reads use descriptors that the caller closes next.
                     await requests.drain()
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
             nursery.cancel_scope.cancel()
         return shutdown.failure
 
-    def _log_limits(self, readahead_failure: str | None, protection_failure: str | None) -> None:
+    def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
         """Log that the kernel has refused the default read-ahead, or the protection.
 
         Args:

@@ -94,7 +94,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     After this function has returned or raised, the process ignores signals.
 
     The caller must not have a second thread.  Such a thread would not be protected from memory
-    pressure, and the launderer would lack it.
+    pressure, and the launderer, a forked helper process, would lack it.
 
     Args:
         request: The arguments of the mount.
@@ -237,8 +237,8 @@ class _Session:
             )
             if options.compact == "auto":
                 # The end of the block closes the disks one after the other, and each disk limits
-                # the time of its own compaction.  This task limits the time of all compactions
-                # together.
+                # the time of its own compaction.  `_stop_compacting_after` limits the time of all
+                # compactions together.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 

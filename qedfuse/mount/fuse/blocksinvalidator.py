@@ -1,7 +1,7 @@
 """Making the kernel forget a wrong ``st_blocks`` of a disk after a flush.
 
-The kernel caches the attributes of a disk (`Attributes`).  Only ``st_blocks`` changes without a
-request of the kernel: when the image file gets or loses space on the host.  After each
+The kernel caches the attributes of a disk (`Attributes`), but ``st_blocks`` changes without a
+request of the kernel when the image file gets or loses space on the host.  After each
 invalidation the kernel requests all attributes before it does anything else with the disk, and
 the server reads the times of the image file (see `size_and_blocks` for the price).  So a program
 that calls fsync(2) thousands of times a second must not cause as many invalidations.
@@ -65,7 +65,7 @@ class BlocksInvalidator:
         try:
             blocks = exported.disk.stored_blocks()
         except HostError:
-            return  # the kernel keeps the old value, as for a disk that is not flushed
+            return  # the kernel keeps the old value until a later check
         if exported.blocks not in {-1, blocks}:
             exported.blocks = -1
             with suppress(OSError):  # the kernel may have forgotten the inode

@@ -217,7 +217,7 @@ class FallocateLseek:
             if end is None and not self._operations.growable:
                 end = disk.size
             # On a growable disk the kernel may have cached data past the end of the disk, and
-            # only the kernel knows where that data ends.  So the range has no end there.
+            # only the kernel knows where that data ends.  So ``end`` stays None.
             if end is not None and hole >= end:
                 # The gap is empty, so no range would be reported as a hole.
                 break

@@ -65,9 +65,9 @@ _BACKGROUND_OF_ONE_DISK: Final = 64
 With a larger number, the requests of a program that makes few requests would wait longer behind
 those of other programs.  Twice the number was not faster when it was measured."""
 BACKGROUND_OF_SEVERAL_DISKS: Final = 4096
-"""The same for a mount of several disks.  The kernel counts the requests of all disks together, so
-if those of a disk whose image does not answer reached the number, all disks would wait.  One disk
-may reach some thousand with the pages that the kernel writes back."""
+"""The same for a mount of several disks.  The kernel counts the requests of all disks together.  If
+an image does not answer, the requests to its disk stay in flight, and if they reached this number,
+all disks would wait.  The write-back of one disk can have some thousand requests in flight."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
@@ -124,9 +124,7 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
     fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
     major, minor, offered, flags, _, _, max_write, _ = fields
     background = _BACKGROUND_OF_ONE_DISK if disks == 1 else BACKGROUND_OF_SEVERAL_DISKS
-    # The kernel regards the mount as congested from three quarters of the maximum on, as by
-    # default.
-    congestion_threshold = background * 3 // 4
+    congestion_threshold = background * 3 // 4  # the kernel's default is the same fraction
     _INIT_OUT.pack_into(
         changed,
         _OUT_HEADER.size,

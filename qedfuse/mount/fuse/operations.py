@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    For each request pyfuse3 calls a method of this object.  pyfuse3 cannot receive fallocate and
-    lseek, so `qedfuse.mount.fuse.fallocate` answers them.
+    pyfuse3 calls them for each request that it gets.  `DataRequests` answers some reads, writes
+    and fsyncs before pyfuse3 gets them.  pyfuse3 cannot receive fallocate and lseek, so
+    `qedfuse.mount.fuse.fallocate` answers them.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class Operations(MetadataOperations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Return ``size`` bytes from guest offset ``off``; fewer only at the end of the disk.
 
-        At or past the end, no bytes are returned.  If a read would wait or must be logged, the
-        slow path (`read_slowly`) answers the request.
+        At or past the end, no bytes are returned.  The slow path (`read_slowly`) answers the
+        request if the read would wait or would go past the end, or if it must be logged.
 
         Raises:
             FUSEError: The read has failed; the errno is that of the error of the disk.
