@@ -75,7 +75,7 @@ USAGE: Final = {
     ),
     "full-overlay": ("--preallocate full -b base.qed IMAGE", "full image reads nothing from a"),
     "no-name": ("-b= IMAGE 1M", "backing file: found an empty name"),
-    "no-path": ("-u -F raw -b file: IMAGE 1M", "backing file file:: found an empty name"),
+    "no-path": ("-u -F raw -b file: IMAGE 1M", "backing file file:: found no path after file:"),
     "key": ("-o compat=1 IMAGE 1M", "option -o: found compat=1, expected KEY=VALUE"),
     "no-value": ("-o cluster_size IMAGE 1M", "option -o: found cluster_size, expected KEY"),
     "twice": ("-o cluster_size=4K --cluster-size 8K IMAGE 1M", "cluster_size: found two values"),

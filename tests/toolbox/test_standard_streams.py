@@ -10,6 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
+import trio.testing
+
+from qedfuse.tools.common.pipe import open_stream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +80,52 @@ def test_waiting_for_a_socket_can_be_ended(
     assert process.returncode == 130
     assert said == b"qedimg: interrupted\n"
     assert os.listdir(tmp_path) == ["a.raw"]  # noqa: PTH208  names
+
+
+@pytest.mark.parametrize("access", [os.O_RDONLY, os.O_WRONLY])
+def test_a_socket_that_does_not_block_is_waited_for(access: int) -> None:
+    """A standard stream that was inherited with O_NONBLOCK is waited for."""
+    ours, theirs = socket.socketpair()
+    number = access  # descriptor 0 is read, and 1 is written
+    saved = os.dup(number)
+    content = os.urandom(3 << 20)  # more than the buffer of a socket holds
+    seen = bytearray()
+
+    async def transfer() -> None:
+        stream = await open_stream("-", access)
+        try:
+            if access == os.O_WRONLY:
+                await stream.write(memoryview(content))
+            else:
+                buffer = bytearray(1 << 16)
+                while count := await stream.read(memoryview(buffer)):
+                    seen.extend(buffer[:count])
+        finally:
+            stream.close()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer)
+            # A call in a thread that finds nothing to do would end within the cushion.
+            await trio.testing.wait_all_tasks_blocked(cushion=0.05)
+            peer = trio.socket.from_stdlib_socket(ours)
+            if access == os.O_WRONLY:
+                while len(seen) < len(content):
+                    seen.extend(await peer.recv(1 << 16))
+            else:
+                await trio.SocketStream(peer).send_all(content)
+                peer.shutdown(socket.SHUT_WR)
+
+    with ours, theirs:
+        theirs.settimeout(0)
+        ours.settimeout(0)
+        os.dup2(theirs.fileno(), number)
+        try:
+            trio.run(main)
+        finally:
+            os.dup2(saved, number)
+            os.close(saved)
+    assert bytes(seen) == content
 
 
 @pytest.mark.parametrize(

@@ -97,4 +97,4 @@ def _marked(sentence: str) -> str:
     """Escape a sentence, and set words in back quotes and names of man pages in bold."""
     parts = sentence.split("`")  # each part with an odd index stood between back quotes
     text = "".join(bold(part) if index % 2 else plain(part) for index, part in enumerate(parts))
-    return re.sub(r"\b([a-z0-9.]+)(\([1-8]\))", r"\\fB\1\\fR\2", text)
+    return re.sub(r"(?<![\w\\-])((?:[a-z0-9.]|\\-)+)(\([1-8]\))", r"\\fB\1\\fR\2", text)

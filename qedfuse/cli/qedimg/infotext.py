@@ -82,9 +82,9 @@ def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> 
         yield f"data clusters: {details.allocation.data}"
         yield f"zero clusters: {details.allocation.zero}"
     if qed.backing is not None:
-        where = "outside" if qed.backing.escapes else "inside"
+        where = "may be outside" if qed.backing.escapes else "is inside"
         yield f"resolved backing file: {printable(qed.backing.resolved)}"
-        yield f"backing file is {where} the image's directory"
+        yield f"backing file {where} the image's directory"
 
 
 def _bits(bits: Bits) -> str:

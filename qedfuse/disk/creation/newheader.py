@@ -26,7 +26,7 @@ def backing_name(backing: str | None) -> bytes:
     """
     name = os.fsencode(backing or "")
     if lacks_path(name):
-        msg = f"backing file {printable(name)}: found an empty name, expected a path or no name"
+        msg = f"backing file {printable(name)}: found no path after file:, expected a path"
         raise UsageError(msg)
     if len(name) > MAX_BACKING_NAME or has_protocol(name) or b"\0" in name:
         msg = (
@@ -60,7 +60,7 @@ def new_header(
             raise UsageError(msg)
     name = backing_name(backing)
     features = 0
-    if backing is not None:
+    if name:
         features = int(Feature.BACKING_FILE)
         if backing_is_raw:
             features |= int(Feature.BACKING_FORMAT_NO_PROBE)

@@ -159,8 +159,8 @@ def _standard(access: int) -> Stream:
             reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             # The pipe cannot be opened again, for example because it belongs to another
-            # user.  So the old description is used, with calls that block.
+            # user.  So the old description is used, as it was inherited.
             pass
         else:
             return Stream(reopened, name, blocking=False)
-    return Stream(os.dup(fd), name, blocking=True)
+    return Stream(os.dup(fd), name, blocking=os.get_blocking(fd))
