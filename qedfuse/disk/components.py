@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qedfuse.disk.datapath.appendfill import AppendFill
 from qedfuse.disk.datapath.discard import Discard
 from qedfuse.disk.datapath.fastpath import FastPath
 from qedfuse.disk.datapath.tablewriter import TableWriter
@@ -153,6 +154,7 @@ class Components:
         self.table_writer = TableWriter(
             self.layer, space, self.writeback, self.flusher, options.cache_bytes // 2
         )
+        append_fill = AppendFill(self.writeback)
         self.write_path = WritePath(
             self.chain,
             self.layer,
@@ -161,6 +163,7 @@ class Components:
             self.writeback,
             self.needcheck,
             self.epochs,
+            append_fill,
         )
         self.fast_path = FastPath(
             self.chain,
@@ -170,6 +173,7 @@ class Components:
             self.needcheck,
             self.table_writer,
             self.write_path,
+            append_fill,
         )
         self.discard = Discard(
             self.chain,

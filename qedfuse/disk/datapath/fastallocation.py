@@ -19,6 +19,7 @@ from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import UNALLOCATED
 
 if TYPE_CHECKING:
+    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
@@ -41,6 +42,7 @@ class FastAllocation:
         needcheck: NeedCheck,
         table_writer: TableWriter,
         write_path: WritePath,
+        append_fill: AppendFill,
         buffer: memoryview,
     ) -> None:
         """Allocate for ``layer``, the top of ``chain``.
@@ -55,6 +57,7 @@ class FastAllocation:
         self._needcheck = needcheck
         self._is_within_budget = table_writer.is_within_budget
         self._is_unlocked = write_path.allocating.is_free
+        self._append_fill = append_fill
         self._buffer = buffer
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
@@ -152,7 +155,11 @@ class FastAllocation:
         write = self._layer.file.try_write
         if len(data) == run.length:
             return write(run.offset, data)
-        if run.never_written and not base_bytes:
+        if (
+            run.never_written
+            and not base_bytes
+            and not self._append_fill.allocated(run, inside, len(data))
+        ):
             return write(run.offset + inside, data)
         if run.length > len(self._buffer):
             return False

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable
 
+    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
     from qedfuse.disk.lookup.chain import Chain
@@ -78,6 +79,7 @@ class FastPath:
         needcheck: NeedCheck,
         table_writer: TableWriter,
         write_path: WritePath,
+        append_fill: AppendFill,
     ) -> None:
         """Serve requests for ``layer``, the top of ``chain``."""
         self._layer = layer
@@ -91,7 +93,8 @@ class FastPath:
         # zeros, would take as long as to read into it.
         self._buffer = memoryview(bytearray(_MAX_REQUEST_BYTES))
         self._allocation = FastAllocation(
-            chain, layer, space, needcheck, table_writer, write_path, self._buffer
+            *(chain, layer, space, needcheck, table_writer, write_path, append_fill),
+            self._buffer,
         )
         self._empty_slice = layer.tables.empty_slice
         self._bits = layer.geometry.cluster_bits

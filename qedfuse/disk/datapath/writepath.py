@@ -24,6 +24,7 @@ from qedfuse.util.pace import Pace
 from qedfuse.util.rangelock import RangeLock
 
 if TYPE_CHECKING:
+    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
@@ -62,8 +63,10 @@ class WritePath:
         writeback: MetadataWriteback,
         needcheck: NeedCheck,
         epochs: Epochs,
+        append_fill: AppendFill,
     ) -> None:
         """Write to ``layer``, the top of ``chain``."""
+        self._append_fill = append_fill
         self._chain = chain
         self._epochs = epochs
         self._layer = layer
@@ -150,7 +153,8 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        If the clusters were never written to and no base shows, only the data is written.
+        If the clusters were never written to and no base shows, only the data is written, unless
+        `AppendFill` wants all of the run to be written.
 
         Args:
             kind: The kind of the guest clusters before: unallocated or zero.
@@ -165,8 +169,13 @@ class WritePath:
         # driver copies the bytes of the base instead.)
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
-        if run.never_written and not from_base:
-            await pwrite(run.offset + start - first, data)
+        inside = start - first
+        if (
+            run.never_written
+            and not from_base
+            and not self._append_fill.allocated(run, inside, len(data))
+        ):
+            await pwrite(run.offset + inside, data)
         elif run.length <= _MAX_COPY_BYTES:
             head = await self._previous_content(first, start, from_base=from_base)
             tail = await self._previous_content(end, run_end, from_base=from_base)
@@ -174,7 +183,7 @@ class WritePath:
         else:
             # A cluster can be 64 MiB long.  Copy in steps, because a few small concurrent
             # writes would otherwise take gigabytes of memory.
-            await pwrite(run.offset + start - first, data)
+            await pwrite(run.offset + inside, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
                     upto = min(stop, at + _MAX_COPY_BYTES)
