@@ -20,7 +20,7 @@ class Severity(enum.IntEnum):
     LEAK = 1
     """Clusters of the file that nothing refers to."""
     ERROR = 2
-    """A table or the free list is invalid, so data is lost, or may be overwritten later."""
+    """A table or the free list is invalid.  Data may be lost, or may be overwritten later."""
 
 
 class Code(enum.Enum):
@@ -84,8 +84,8 @@ none of these errors."""
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""Errors because of which an L2 entry refers to no data cluster.  L2_CUT_SHORT is missing, because
-an entry with this error counts in `CheckReport.allocated_clusters`."""
+"""Errors because of which an L2 entry refers to no data cluster.  L2_CUT_SHORT is none of them: the
+entry refers to a cluster of which a part is in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class CheckReport:
 
     @property
     def table_errors(self) -> int:
-        """The number of errors that are not only about the persistent free list."""
+        """The number of errors, without those of the persistent free list (`FREE_LIST_CODES`)."""
         return self.errors - sum(self.counts.get(code, 0) for code in FREE_LIST_CODES)
 
     @property
@@ -240,9 +240,9 @@ class FindingCollector:
         return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
-        """Keep a finding unless `MAX_FINDINGS_PER_CODE` is reached, and count ``count`` findings.
+        """Count ``count`` findings, and keep ``finding``, whose message describes all of them.
 
-        The finding's message is about all findings that are counted.
+        The finding is not kept if `remaining` is 0 for its code.
         """
         if self.remaining(finding.code):
             self.findings.append(finding)

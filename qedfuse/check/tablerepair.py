@@ -43,7 +43,7 @@ class TableRepair:
         self._rounded_size = rewriter.end
         self._classifier = EntryClassifier(header, self._rounded_size)
         # The bitmap covers the file before the repair.  Clusters past the old end of the file need
-        # no owner, because they are copies, and each copy gets exactly one entry.
+        # no owner.  They are copies and new tables, and exactly one entry refers to each.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset after the repair, and the file offset at
         # which it is read.  A dry run makes no copies, so it reads each table at its old offset.
@@ -111,7 +111,7 @@ class TableRepair:
         return indices[order], tables[order]
 
     def _record_bad_l1_entries(self, code: Code, first: int, _values: Values, mask: Mask) -> None:
-        """Record L1 entries that are invalid and will be cleared.
+        """Record L1 entries that are invalid, and the ranges that are lost because of them.
 
         Args:
             code: The error.
@@ -150,14 +150,14 @@ class TableRepair:
             self.lost_ranges.add(start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared=0)
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
-            # Overwrite the part of the entry that is in the file.  `fill` would not do so for the
-            # value 0, and a dry run saves for the backup only what `overwrite` gets.
+            # Overwrite the part of the entry that is in the file.  `fill` does not write the value
+            # 0.  And for the backup a dry run saves only the bytes that `overwrite` replaces.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
             # The new bytes must be durable before the file becomes longer.  Otherwise a power
-            # failure could leave the old bytes and zeros after them.  Together they may be the
-            # offset of other data.
+            # failure could leave an entry that consists of the old bytes and of zeros.  This entry
+            # may be the offset of other data.
             await self.rewriter.sync_pending()
         await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
         await self.rewriter.sync_pending()
@@ -169,13 +169,14 @@ class TableRepair:
         The earlier of two tables that overlap each other does not move for this reason.  If both
         are at the same file offset, the one with the lower L1 index counts as the earlier one.
 
-        `_moved_from` is set to the offsets of the tables that move because of data.
+        `_moved_from` gets the offsets of the tables that move because of data.  `_classifier` gets
+        all tables except those that overlap an earlier table.
         """
         shared = await overlapping(tables, self._geometry.table_bytes)
         self._classifier = self._classifier.with_tables(tables[~shared])
         under = await self._under_data(tables)
         self._moved_from = self._classifier.tables[under]
-        # `under` has a value for each table in the classifier, which lacks the shared tables.
+        # `under` has one value for each table that does not overlap an earlier table.
         positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
         return shared | under[positions] & ~shared
 
@@ -244,7 +245,9 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
 
-        The ranges of the disk whose data is lost or uncertain are recorded.
+        Invalid entries are cleared.  If a cluster has another owner, an entry past the end of the
+        disk is cleared too, and the cluster is not copied for it.  The ranges of the disk whose
+        data is lost or uncertain are recorded.
 
         Args:
             l1_index: The L1 index of the table.

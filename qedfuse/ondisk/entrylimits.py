@@ -121,8 +121,8 @@ class EntryLimits(NamedTuple):
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
     """Yield for each L2 table whether it overlaps a valid table that comes before it.
 
-    If two tables overlap, the one that comes first is valid and owns the clusters.  The
-    other table is invalid and owns no clusters, so later tables are not compared with it.
+    A table that overlaps no earlier valid table is valid and owns its clusters.  Any other
+    table is invalid and owns no clusters, so later tables are not compared with it.
 
     Args:
         tables: File offsets of the tables, in ascending order.
