@@ -117,8 +117,8 @@ def test_zeros_free_clusters_of_the_base(
     assert main(["commit", str(top)]) == 0
     said = capsys.readouterr().out
     assert (
-        f"{CLUSTER_BYTES} bytes of data and {32 * CLUSTER_BYTES} of zeros were written into {base}"
-        in said
+        f"{CLUSTER_BYTES} bytes of data and {32 * CLUSTER_BYTES} bytes of zeros "
+        f"were written into {base}" in said
     )
     image = base.read_bytes()
     entries = [get_entry(image, l2_entry_offset(image, number)) for number in range(64)]

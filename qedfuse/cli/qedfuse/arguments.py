@@ -104,7 +104,7 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
             arguments.options.append(value)
         elif name == "--pidfile":
             arguments.pidfile = value
-        # Other flags are ignored: -s, which programs of libfuse accept, and -n, -v, -N and
+        # Other flags are ignored: -s, which programs that use libfuse accept, and -n, -v, -N and
         # -t, which mount(8) passes to a helper and qedfuse does not need.
     return arguments
 
@@ -112,7 +112,7 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     """Parse the words after ``qedfuse umount``.
 
-    With ``--help``, a ``--timeout`` after it and the operands are not checked.
+    If ``--help`` is given, neither the operands nor the values of later options are checked.
 
     Raises:
         UsageError: An option is unknown, lacks its value or must not have one, the timeout is

@@ -23,9 +23,9 @@ empty the overlay.  A base that is smaller than the overlay grows.  The disk of 
 overlay has the same content at any moment; after an interruption, run the same command
 again.
 
-With -b, BASE is a lower file of the chain.  The data of the overlay and of the images
-between the overlay and BASE is written into BASE.  The overlay is not emptied then, and
-the images between the overlay and BASE become invalid.
+With -b, BASE is any file of the chain below the overlay.  The data and zeros of the
+overlay and of the images between the overlay and BASE are written into BASE.  The
+overlay is not emptied, and the images between the overlay and BASE become invalid.
 
 A base that is written to must have no other overlays, because these become invalid."""
 
@@ -56,10 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         result = run_async(_work, arguments, on_progress)
     text = (
         f"{printable(arguments.image)}: {result.copied_bytes} bytes of data and "
-        f"{result.zero_bytes} of zeros were written into {result.base}"
+        f"{result.zero_bytes} bytes of zeros were written into {result.base}"
     )
     if result.size > result.size_before:
-        text += f", which had {result.size_before} bytes and has {result.size}"
+        text += f"; the base's disk had {result.size_before} bytes and has {result.size}"
     if result.free_clusters:
         text += f"; {result.free_clusters} clusters in the base are free (see: qedimg compact)"
     if result.between:
