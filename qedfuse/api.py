@@ -67,8 +67,9 @@ def open(  # noqa: A001  a module's open, like gzip.open
 
     Raises:
         ValueError: The mode is neither ``rb`` nor ``r+b``.
-        QedError: The image or a base cannot be opened or locked, is damaged, or is not
-            allowed; each cause has a class of its own, and an ``errno``.
+        QedError: The options contradict the mode, or the image or a base cannot be opened or
+            locked, is damaged, or is refused by the backing file policy.  Each cause has a class
+            of its own, and an ``errno``.
     """
     if mode not in ("rb", "r+b"):
         msg = f"mode: found {mode!r}, expected 'rb' or 'r+b'"

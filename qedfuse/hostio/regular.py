@@ -24,7 +24,7 @@ _STAT_BLOCK_BYTES: Final = 512
 
 
 def open_regular(path: str, access: int, *, dir_fd: int | None = None) -> int:
-    """Open a regular file, without waiting for a FIFO and without waking a device.
+    """Open a regular file.  Refuse a FIFO or a device without opening it.
 
     Args:
         path: The file.

@@ -31,8 +31,9 @@ class Extent(NamedTuple):
         length: Length in bytes.
         file_offset: File offset of the data; 0 for the other kinds.
         depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base
-            and so on; 0 for an unallocated extent.  For zeros below the image itself
-            `Chain.extents` may give a greater depth than that of the layer that stores them.
+            and so on; 0 for an unallocated extent.  If the image itself does not store a range
+            of zeros, `Chain.extents` may give the depth of the last base, whichever layer stores
+            the range.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 

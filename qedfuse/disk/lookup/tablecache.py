@@ -115,7 +115,10 @@ class TableCache:
         """
         raw = await self._file.pread(offset, self._slice_bytes)
         if len(raw) < self._slice_bytes:
-            msg = f"{self._file.name}: table at {offset}: the file ends within it"
+            msg = (
+                f"{self._file.name}: part of a table at {offset}: found {len(raw)} bytes, "
+                f"expected {self._slice_bytes}"
+            )
             raise HostError(msg)
         entries = decode(raw)
         bad = self.bad_entries(level, offset, entries)
