@@ -2,8 +2,8 @@
 
 The kernel caches the attributes of a disk (`Attributes`), but ``st_blocks`` changes without a
 request of the kernel when the image file gets or loses space on the host.  After each
-invalidation the kernel requests all attributes before it does anything else with the disk, and
-the server reads the times of the image file (see `size_and_blocks` for the price).  So a program
+invalidation the kernel requests all attributes again, and for the reply the server reads the times
+of the image file, which slows down later changes of the file (see `size_and_blocks`).  So a program
 that calls fsync(2) thousands of times a second must not cause as many invalidations.
 """
 
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""Minimum time between two checks of one disk; also how long du(1) may show a wrong size after a
-flush that soon follows another."""
+"""A flush that ends within this time after a check causes no check immediately.  `run` makes the
+check after the same time, and du(1) may show a wrong size until then."""
 
 
 class BlocksInvalidator:
-    """Compares the kernel's ``st_blocks`` of one disk with that of the image file after flushes."""
+    """Compares, after flushes, the kernel's ``st_blocks`` of one disk with that of the image file.
+
+    If the two differ, the kernel's attributes are invalidated.
+    """
 
     def __init__(self, exported: ExportedDisk, clock: Callable[[], float] = time.monotonic) -> None:
         """Watch ``exported``; ``clock`` returns the time in seconds."""

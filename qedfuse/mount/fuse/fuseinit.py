@@ -11,7 +11,7 @@ Without this feature the kernel sends a truncation after the open.  The server c
 truncation (`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes the size from the
 reply.
 
-The reply of libfuse lacks three values, so this module adds them:
+This module also changes three values in libfuse's reply:
 
 - ``max_background``.  The kernel sends reads and writes for which no process waits
   synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  By
@@ -56,8 +56,8 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Size of the buffer for a request or a reply.  The kernel refuses a read(2) whose buffer could not
-hold every request."""
+"""Size of the buffer for a request or a reply.  The kernel refuses a read(2) with a buffer that is
+too small for the largest possible request."""
 
 _BACKGROUND_OF_ONE_DISK: Final = 64
 """Maximum number of background requests that the kernel may have in flight, for a single disk.
@@ -65,9 +65,11 @@ _BACKGROUND_OF_ONE_DISK: Final = 64
 With a larger number, the requests of a program that makes few requests would wait longer behind
 those of other programs.  Twice the number was not faster when it was measured."""
 BACKGROUND_OF_SEVERAL_DISKS: Final = 4096
-"""The same for a mount of several disks.  The kernel counts the requests of all disks together.  If
-an image does not answer, the requests to its disk stay in flight, and if they reached this number,
-all disks would wait.  The write-back of one disk can have some thousand requests in flight."""
+"""Maximum number of background requests in flight for a mount of several disks.
+
+The kernel counts the requests of all disks together.  If an image does not answer, the requests to
+its disk stay in flight, and if they reached this number, all disks would wait.  The number is high,
+because the write-back of one disk can have some thousand requests in flight."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
@@ -108,7 +110,7 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
 
 
 def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
-    """Return libfuse's INIT reply with the three values that this module adds.
+    """Return libfuse's INIT reply with the three values that this module changes.
 
     A reply that is too short for these values, such as an error, is returned unchanged.
 
@@ -137,8 +139,8 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) -> None:
     """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
-    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  When
-    this function has returned, the kernel accepts system calls on the mount.
+    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  The kernel
+    accepts system calls on the mount as soon as this function has returned.
 
     Args:
         fd: The descriptor of libfuse's connection to the kernel.

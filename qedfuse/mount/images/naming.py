@@ -66,7 +66,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
             if other is not source:
                 msg = (
                     f"{printable(image)}: found the name {printable(source.name)} taken by "
-                    f"{printable(other.path)}, expected one name for each image"
+                    f"{printable(other.path)}, expected a different name for each image"
                 )
                 raise MountpointError(msg)
     return list(images.values())

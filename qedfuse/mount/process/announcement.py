@@ -40,7 +40,9 @@ class Announcement:
         pidfile: str | None,
         ready: Callable[[], None],
     ) -> None:
-        """Open the directories of the files, and connect to the service manager.
+        """Open the directories of the two files, and connect to the service manager.
+
+        The two files are the pid file and the mount record.
 
         Args:
             mountpoint: The mountpoint, absolute and free of symbolic links.
@@ -115,8 +117,8 @@ class Announcement:
         mount record means that the images were closed safely.
 
         Args:
-            failure: What failed.  The mount record is then kept, and the failure is added to the
-                record.  None if nothing failed.
+            failure: What failed; None if nothing failed.  After a failure the mount record is
+                kept, and the failure is added to the record.
             exit_code: The exit code of the process, which is added to the record together with
                 the failure; ignored if nothing failed.
         """
