@@ -1,7 +1,7 @@
 """A pool of worker threads that take item after item from one iterator.
 
 Each thread keeps taking items until none is left, because switching from the event loop to a
-worker thread and back costs more than the work on one item.  A worker uses the ticket of its
+worker thread and back can cost more than the work on one item.  A worker uses the ticket of its
 item if a part of the work must be done in the order of the items.
 """
 
@@ -63,7 +63,7 @@ class WorkerPool(Generic[T]):
         self._last: Ticket | None = None
 
     async def run(self, items: Iterator[T]) -> None:
-        """Process all items; raise the exception if a worker raises one.
+        """Process all items; if a worker raises an exception, raise the same exception.
 
         After an exception in one thread, or a cancellation, each thread finishes the item that
         it has taken and takes no further item.  If several threads raise, their exceptions are
@@ -71,8 +71,9 @@ class WorkerPool(Generic[T]):
         """
         for first in items:
             # The loop takes the first item to find out whether there is one.  Without an item no
-            # thread is started, because large disks have long ranges without work.  The threads
-            # process the first item and take all others, so this block runs at most once.
+            # thread is started.  This saves time, because callers call this method for each part
+            # of a disk, and many parts of a large disk have no items.  The threads process the
+            # first item and take all others, so this block runs at most once.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:

@@ -47,7 +47,7 @@ class ConvertResult:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
         data_bytes: Bytes of the disk that were copied as data.  Zeros that a file would not
-            store do not count, even if the target is a pipe, which receives all zeros.
+            store do not count, although they are written if the target is a pipe.
     """
 
     size: int
@@ -68,7 +68,10 @@ class RawStream(NamedTuple):
 
 
 class Conversion:
-    """One conversion; the caller must keep the source open until the conversion has returned."""
+    """One conversion, by one of the methods `to_pipe`, `to_existing` and `to_new`.
+
+    The caller must keep the source open until the method has returned.
+    """
 
     def __init__(
         self,
@@ -116,10 +119,11 @@ class Conversion:
     async def to_existing(self) -> ConvertResult:
         """Write over the content of an existing file, image or device.
 
-        If the target is longer than the disk, its content past the end of the disk stays.
+        If the target is longer than the source's disk, the target keeps its content past the end
+        of that disk.
 
         Raises:
-            UsageError: The target is smaller than the disk or of another format, or the
+            UsageError: The target is smaller than the source's disk or of another format, or the
                 arguments name a backing file or a foreign format.
             QedError: The source cannot be read, the target cannot be opened, locked or
                 written, or the comparison found a difference.
@@ -143,15 +147,15 @@ class Conversion:
         """Create a new file, which gets its name when it is complete.
 
         Args:
-            overwrite: Replace an existing file.
+            overwrite: Whether to replace an existing file.
 
         Raises:
             UsageError: The file exists and ``overwrite`` is False, or is no regular file; a
                 backing file is named for a format other than QED; the geometry is invalid or
                 too small for the disk; or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
-            ImageInUseError: The old file is open elsewhere, or another file has taken the name
-                of the old file during the copy.
+            ImageInUseError: The old file is in use by another program, or another file has
+                taken the name of the old file during the copy.
             QedError: The source cannot be read, the file cannot be written, or the comparison
                 found a difference.
         """
@@ -211,7 +215,8 @@ class Conversion:
         """Copy to an existing QED image.
 
         Returns:
-            The bytes of the disk, the length of the file, and the bytes written as data.
+            The size of the source's disk, the length of the image file, and how many bytes were
+            written as data.
 
         Raises:
             UsageError: The image's disk is smaller than the source.
@@ -230,10 +235,11 @@ class Conversion:
         """Copy to an existing file or device.
 
         Returns:
-            The bytes of the disk, the length of the file, and the bytes written as data.
+            The size of the source's disk, the length of the file or device, and how many bytes
+            were written as data.
 
         Raises:
-            UsageError: The target is an image of any format, or is smaller than the disk.
+            UsageError: The target is an image of any format, or is smaller than the source's disk.
         """
         expected = "raw content (qemu-img convert -n can write into an image of this format)"
         if probe_format(self._path, expected) == "qed":

@@ -22,7 +22,7 @@ class ResizeResult:
         size: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
-        free_clusters: Number of free clusters that the change has left in the file, for example
+        free_clusters: Number of clusters in the file that are free after the change, for example
             because the options limit the compaction.  0 also if the number is unknown.
     """
 
@@ -49,9 +49,9 @@ async def resize(
 
     Args:
         path: The image.
-        size: The new size in bytes; with ``relative`` the difference from the present size,
-            which may be negative.
-        relative: Whether ``size`` is a difference.
+        size: The new size in bytes; with ``relative`` the number of bytes to add to the present
+            size, negative to make the disk smaller.
+        relative: Whether ``size`` is added to the present size.
         shrink: Allow the disk to become smaller.
         force: Allow the loss of data past the new end of a disk that shrinks, and of data that
             another program left past the old end of a disk that grows.
