@@ -17,12 +17,12 @@ def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]
     """Yield a note for each value of a header field that is valid, but unusual.
 
     QEMU accepts such a value, but leaves none in an image that QEMU has created and closed.
-    A further note says that the length of the file is not a multiple of the cluster size.
+    If the length of the file is not a multiple of the cluster size, one more note says so.
 
     Args:
         header: The header.
         file_size: Length of the file in bytes.
-        name: What messages call the file.
+        name: Name of the file in messages.
     """
     has_backing_bit = bool(header.features & Feature.BACKING_FILE)
     name_offset = header.backing_filename_offset

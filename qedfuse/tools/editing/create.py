@@ -63,7 +63,8 @@ def create(
     """Create an image.
 
     The image gets its name when it is complete.  Until then no file has the name, or the old
-    file still has the name.
+    file still has the name.  On a file system without hard links an empty file may have the name
+    for a moment (`NewFile`).
 
     Args:
         path: Path of the image.
@@ -88,7 +89,8 @@ def create(
         ImageInUseError: The old file is open elsewhere, or another file has taken its name
             meanwhile.
         HostError: The host refused, or is full.  No new file is left behind, unless only making
-            its name durable has failed.
+            its name durable has failed.  An empty file may be left behind on a file system
+            without hard links.
     """
     if backing == "":
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"

@@ -131,8 +131,8 @@ def describe(
 ) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
-    If the host can read the header of an image, but not all that the header names, the
-    description has a problem that says so.
+    If the host can read the header of an image, but not the L1 table or the name of the backing
+    file, the description has a problem that says so.
 
     Args:
         path: The file.

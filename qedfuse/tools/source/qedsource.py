@@ -26,7 +26,7 @@ class QedSource:
     format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Read a disk that the caller has opened and closes."""
+        """Read a disk that the caller has opened, and must close."""
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
@@ -34,7 +34,7 @@ class QedSource:
         self.size = disk.size
 
     async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how the chain stores a range, or its beginning; see `Source.extents`.
+        """Return how the chain stores a range, or the beginning of it; see `Source.extents`.
 
         Holes of raw bases become extents of zeros.
         """
