@@ -115,7 +115,7 @@ def test_a_bug_is_one_line(
     monkeypatch.setitem(program._ACTIONS, "mount", broken)
     assert main(["a", "b"]) == 70
     assert capsys.readouterr().err == (
-        "qedfuse: internal error: RuntimeError: no\\nsuch luck (see: -d)\n"
+        "qedfuse: internal error: RuntimeError: no\\nsuch luck (-d shows where)\n"
     )
     with pytest.raises(RuntimeError):
         main(["a", "b", "-d"])

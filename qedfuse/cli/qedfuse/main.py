@@ -1,4 +1,4 @@
-"""The command ``qedfuse``: run an action; report every failure as a line and an exit code."""
+"""The command ``qedfuse``: run an action; report a failure as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGINT handler of this process are set up.
 
     Raises:
-        Exception: There is a bug, and ``-d`` was given.
+        Exception: An exception that is not a `QedError` was raised, and ``-d`` was given.
     """
     program, *words = sys.argv if argv is None else ["qedfuse", *argv]
     helper = os.path.basename(program) in _HELPER_NAMES  # noqa: PTH119
@@ -115,7 +115,7 @@ def _fail_with_bug(error: Exception) -> int:
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__
-    return _fail(f"internal error: {kind}: {printable(str(error))} (see: -d)", BUG)
+    return _fail(f"internal error: {kind}: {printable(str(error))} (-d shows where)", BUG)
 
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {

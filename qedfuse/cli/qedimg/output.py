@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BROKEN_PIPE: Final = 141
-"""The exit code of a program that SIGPIPE ends, as a shell shows it (128 + 13)."""
+"""The exit code that a shell shows for a program that was killed by SIGPIPE (128 + 13)."""
 _FAILED: Final = 1
-"""The exit code if stdout cannot be written to, except after a closed pipe."""
+"""The default of `finish_output` for the exit code after any error but a closed pipe."""
 
 
 def print_line(arguments: argparse.Namespace, text: str) -> None:
@@ -52,7 +52,7 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 
 
 def print_error(message: str) -> None:
-    """Print an error message to stderr; if stderr cannot be written to, do nothing.
+    """Print an error message to stderr; if stderr cannot be written to, discard further output.
 
     The exit code reports the failure in any case.
     """
