@@ -29,7 +29,7 @@ class HostCalls(Protocol):
     """Makes calls on open descriptors of regular files, for the tasks of one event loop.
 
     Each async method returns when the call has ended, also if the task is cancelled meanwhile.
-    A task that is cancelled already makes no call.  Offsets, lengths and sizes are in bytes.
+    A task that has been cancelled before makes no call.  Offsets, lengths and sizes are in bytes.
 
     Raises:
         OSError: The kernel refused, or there is no thread that could make the call.
@@ -45,16 +45,16 @@ class HostCalls(Protocol):
 
     @property
     def resuming(self) -> int:
-        """How many tasks `deliver` has made runnable that have not run yet."""
+        """Number of tasks that `deliver` has made runnable, but that have not run yet."""
 
     def has_finished(self) -> bool:
-        """Return whether calls are finished that `deliver` has not delivered."""
+        """Return whether there is a finished call that `deliver` has not delivered."""
 
     def deliver(self) -> None:
         """Resume the tasks whose calls are finished.
 
-        A task that keeps the event loop from sleeping should call this.  When the event loop
-        would sleep, the calls are delivered anyway.
+        A task that keeps the event loop from sleeping should call this.  Without a call, the
+        tasks are resumed at the latest before the event loop would sleep.
         """
 
     def start_read(
@@ -65,13 +65,14 @@ class HostCalls(Protocol):
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read whose thread answers by itself.
+        """Start a read; its thread then uses ``answer`` without the event loop.
 
         Args:
             fd: The descriptor, which must stay open until ``ended`` is called.
             offset: File offset.
             view: The buffer, which must stay unchanged until the answer has been given.
-            answer: A capsule with the answer, as ``_iothreads.c`` describes it.
+            answer: A capsule with the C function that the thread calls at the end of the read;
+                see ``_iothreads.c``.
             ended: Called in the event loop with the number of bytes read, or a negative errno,
                 and with the nanoseconds that the system call took.
         """
@@ -85,7 +86,7 @@ class HostCalls(Protocol):
         """
 
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
-        """Write all of ``parts`` from a file offset on; return the system call's seconds."""
+        """Write all of ``parts`` at a file offset; return how many seconds that took."""
 
     async def datasync(self, fd: int) -> None:
         """Call fdatasync(2)."""
@@ -110,8 +111,9 @@ def host_calls() -> HostCalls:
     except LookupError:
         calls = make_host_calls(os.environ.get(HOST_CALLS_VARIABLE))
         _calls.set(calls)
-        # Beside native threads, too, trio's threads make some calls, such as searches for holes.
-        # Two files that do not answer would occupy all of the 40 that trio allows by default.
+        # Threads of trio make some calls, such as searches for holes, even if there are native
+        # threads.  One file that does not answer can occupy 32 threads.  So two such files would
+        # occupy all of the 40 that trio allows by default.
         limiter = trio.to_thread.current_default_thread_limiter()
         limiter.total_tokens = max(limiter.total_tokens, MAX_THREADS)
         return calls

@@ -120,7 +120,8 @@ class DiskShrinking:
         Raises:
             CorruptImageError: A table entry for the range to be cut off is bad; the disk has
                 its old size, and a part of the range may read as zeros.
-            HostError: The host refused; the disk has its old size or the new one.
+            HostError: The host refused.  The disk has its new size, or it has its old size and
+                a part of the range to be cut off may read as zeros.
         """
         geometry = self._layer.geometry
         async with self._size.lock:
@@ -141,8 +142,8 @@ class DiskShrinking:
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        After that all tables that refer to no data are removed, and the free clusters are cut
-        off or punched.
+        After that all L2 tables are removed, and the free clusters are cut off or punched.  A
+        table past the end of the disk stays if it refers to data or has a bad entry.
 
         Args:
             progress: Called with how much work is done and how much there is, in any unit.

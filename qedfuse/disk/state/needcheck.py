@@ -105,7 +105,7 @@ class NeedCheck:
         makes it durable.
 
         Raises:
-            QedError: The host refused; the bit stays set (D7).
+            QedError: The host refused; the bit is not cleared (D7).
         """
         await self._flusher.flush()
         if self._layer.damaged:
