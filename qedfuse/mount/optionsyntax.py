@@ -43,7 +43,7 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
     """Split lists of options, and make the paths in the options absolute.
 
     Returns:
-        The options, with escapes, so that `split_options` splits each into exactly one option.
+        The options, each escaped so that `split_options` returns it as one option.
     """
     absolute = []
     for option in (option for text in lists for option in split_options(text)):

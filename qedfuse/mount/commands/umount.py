@@ -144,7 +144,8 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     try:
         found = find_record(entry.device, entry.owner)
     except HostError:
-        # The mount may hide the directory of its record, and exclude the caller or have failed.
+        # The mount may cover the directory of its record.  Then the record cannot be read if the
+        # caller has no access to the mount, or if the server has ended.
         found = None
     return mountpoint, entry, found
 
@@ -291,8 +292,8 @@ def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
     """Raise an error if the process, which has ended, has left its record; remove the record.
 
     Raises:
-        UnmountFailedError: There is a record, so the process has failed or was killed.  A process
-            that ends without a failure removes its own record.  Or the record cannot be read.
+        UnmountFailedError: There is a record, or the record cannot be read.  A process that ends
+            without a failure removes its own record, so this one has failed or was killed.
     """
     with _explained(f"{shown}: unmounted, but the process that served the mount may have failed"):
         record = take_record(path, entry.owner)

@@ -3,16 +3,17 @@
  * answered without calling Python code of the disk.
  *
  * A ReadView refers to the objects by which FastPath.locate (disk/datapath/fastpath.py) finds a
- * range, and finds it in the same way, with the GIL held: nothing is copied that could become
- * stale.  It handles only the usual case.  Every other read, and every read that fails here, goes
- * to the Python function, which begins anew.
+ * range.  A read finds the range by the same objects in the same way, with the GIL held, so it
+ * needs no copy of a table that could become stale.  This module handles only the usual case.
+ * Every other read, and every read that fails here, goes to the Python function, which begins
+ * anew.
  */
 
 #include "_extraops.h"
 
 #include <sys/uio.h>
 
-/* Maximum length of a read, and of the buffer; requests of the kernel are not longer. */
+/* Maximum length of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
 
 typedef struct {
@@ -26,13 +27,13 @@ typedef struct {
 } ReadView;
 
 static PyTypeObject *view_type;
-static PyObject *views; /* dict: a ReadView by the part of a handle that `handle_mask` leaves */
+static PyObject *views; /* dict: the ReadView of a disk, by `handle & handle_mask` */
 static uint64_t handle_mask;
 static char *buffer;
 static PyObject *name_header, *name_image_size, *name_bad, *name_entries, *name_is_inline,
     *name_misses;
 
-/* Returns an attribute as a number; -1 with an exception, or for a number that does not fit. */
+/* Returns an attribute as a number; -1 with an exception if that fails. */
 static long long number_attribute(PyObject *object, PyObject *name)
 {
     PyObject *value = PyObject_GetAttr(object, name);
@@ -42,7 +43,7 @@ static long long number_attribute(PyObject *object, PyObject *name)
     return number;
 }
 
-/* Returns the size of the disk in bytes; -1 with an exception. */
+/* Returns the size of the disk in bytes; -1 with an exception if that fails. */
 static long long disk_size(ReadView *self)
 {
     PyObject *header = PyObject_GetAttr(self->layer, name_header);
@@ -52,8 +53,8 @@ static long long disk_size(ReadView *self)
     return size;
 }
 
-/* Returns the slice with a number if it is in memory and all its entries are valid; NULL otherwise,
- * perhaps with an exception. */
+/* Returns slice `number` if it is in memory and all its entries are valid; NULL otherwise, perhaps
+ * with an exception. */
 static PyObject *valid_slice(ReadView *self, uint64_t number)
 {
     PyObject *index = PyLong_FromUnsignedLongLong(number);
@@ -105,8 +106,8 @@ static uint64_t file_offset(ReadView *self, uint64_t start, size_t length)
     return value <= 1 ? 0 : value + (start & (((uint64_t)1 << self->cluster_bits) - 1));
 }
 
-/* Answers a read with data that is in the page cache; returns 0 if it is not, perhaps with an
- * exception. */
+/* Answers a read and returns 1, if the policy allows an attempt and all of the data is in the page
+ * cache.  Otherwise returns 0, perhaps with an exception. */
 static int answer(ReadView *self, fuse_req_t request, uint64_t offset, size_t size)
 {
     struct iovec vector = {buffer, size};
@@ -177,7 +178,7 @@ static void view_free(PyObject *object)
 
 static PyType_Slot view_slots[] = {
     {Py_tp_dealloc, view_free},
-    {Py_tp_doc, "What answers reads of one disk; made by read_view()."},
+    {Py_tp_doc, "Answers reads of one disk; made by read_view()."},
     {0, NULL},
 };
 

@@ -8,10 +8,10 @@
  * own function with the copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
  *
  * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
- * operation makes a `Request` object of the call, passes it to the handler that Python has set,
- * and returns; the handler may answer the request before or after that.  While the session
- * exists, each request is answered exactly once: a Request object that is freed without an
- * answer answers with EINTR, so that the kernel does not wait forever.
+ * operation makes a `Request` object, passes it to the handler that Python has set, and returns.
+ * The request may be answered before or after this return.  While the session exists, each request
+ * is answered exactly once: if a Request object is freed without an answer, EINTR is sent, so that
+ * the kernel does not wait forever.
  */
 
 #include "_extraops.h"
@@ -26,15 +26,15 @@
 #include "../../hostio/_iothreads.h"
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
-static int in_session;           /* whether a session exists that was made by this module */
-static unsigned long generation; /* number of the session; counts up when it begins and ends */
+static int in_session;           /* whether a session that this module made exists */
+static unsigned long generation; /* counts up when a session begins and when it ends */
 
 /* --- the session ------------------------------------------------------------------- */
 
-/* Held for reading while a thread without the GIL answers, and for writing to end the session. */
+/* Held for reading while a thread without the GIL answers, for writing to change `generation`. */
 static pthread_rwlock_t session_lock = PTHREAD_RWLOCK_INITIALIZER;
 
-/* Make all requests invalid that have not been answered. */
+/* Makes all unanswered requests invalid: they get no answer any more. */
 static void forget_requests(void)
 {
     pthread_rwlock_wrlock(&session_lock);
@@ -45,10 +45,10 @@ static void forget_requests(void)
 /* --- Request objects --------------------------------------------------------------- */
 
 /*
- * A request is answered by the event loop, or by a thread without the GIL to which its capsule was
- * passed, at the end of a call that reads the data.  If all bytes were read, the thread answers.
- * Otherwise it leaves the object alone, and the event loop, which gets the same result, must
- * answer.  So there is never a doubt who answers, and only one thread at a time uses `request`.
+ * The event loop answers a request, unless it has passed the capsule of a read to a thread without
+ * the GIL, which reads the data.  If the thread has read all bytes, it answers.  Otherwise it does
+ * not use the object, and the event loop, which gets the same result, must answer.  So the result
+ * alone determines who answers, and only one thread at a time uses `request`.
  */
 typedef struct {
     PyObject_HEAD
@@ -94,7 +94,7 @@ static fuse_req_t take_request(Request *self)
     fuse_req_t request = self->request;
 
     self->request = NULL;
-    /* libfuse frees all requests of a session with the session, so they must not be used then. */
+    /* libfuse frees the requests of a session with the session, so they must not be used later. */
     return self->generation == generation ? request : NULL;
 }
 
@@ -265,7 +265,7 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
     memcpy(copy, original, *size);
     if (*size < min_size)
         *size = min_size;
-    /* A later pyfuse3 may implement them; then its own handlers are used. */
+    /* If a later pyfuse3 implements one of the two operations, its own function stays. */
     if (copy->fallocate == NULL)
         copy->fallocate = on_fallocate;
     if (copy->lseek == NULL)
@@ -281,7 +281,8 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
     return copy;
 }
 
-/* Records that a session was made, or could not be made, with a table; returns the session. */
+/* Frees the table `copy`, and records and returns the session that was made with it; the session
+ * is NULL if it could not be made. */
 static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
 {
     free(copy); /* libfuse has copied the table */
@@ -356,11 +357,11 @@ static PyMethodDef module_methods[] = {
     {"defer_read", defer_read, METH_NOARGS,
      "Return a Request, which must answer the read that is being handled."},
     {"reply_from_file", reply_from_file, METH_VARARGS,
-     "Answer the read that is being handled from a file, if that waits for nothing."},
+     "Answer the current read with the pages of a file; return False if that would wait."},
     {"read_view", read_view, METH_VARARGS,
      "Return an object by which reads of a disk are answered."},
     {"set_read_views", set_read_views, METH_VARARGS,
-     "Set the views that answer reads, and the mask of the handles."},
+     "Set the ReadView of each masked handle, and the mask."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Let reads of the session's device no longer block; return whether that was possible."},
     {"burst_requests", burst_requests, METH_NOARGS,

@@ -37,8 +37,8 @@ never change."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
-"""Minimum difference between the new times and those of the image file for which `set_times`
-changes the image file."""
+"""`set_times` changes the image file if at least one new time differs from the time of the image
+file by at least this."""
 
 
 class Attributes:

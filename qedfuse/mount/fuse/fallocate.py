@@ -38,7 +38,10 @@ _ZERO_RANGE: Final = 0x10
 
 
 class FallocateLseek:
-    """Answers fallocate and lseek requests; a request that has to wait gets a task of its own."""
+    """Answers fallocate and lseek requests.
+
+    Each request gets a task of its own, except an lseek that need not wait.
+    """
 
     def __init__(
         self,
@@ -84,8 +87,8 @@ class FallocateLseek:
 
         Returns:
             True if the request is answered: with the offset, or with ENXIO if no data follows.
-            False if the request is not answered.  Then the search would wait, or the kernel may
-            have dirty pages, or the request must be logged, or the answer is another error.
+            False if the request is not answered.  Then the search needs the slow path, or the
+            kernel may have dirty pages, or the request must be logged or refused.
         """
         operations = self._operations
         exported = operations.disks.get(inode)
@@ -144,9 +147,11 @@ class FallocateLseek:
             length: Bytes of the range, more than 0.
 
         Raises:
-            FUSEError: EOPNOTSUPP, the mode is not supported at all, or not for a range past the
-                end; EROFS, the disk is read-only; ENOSPC, the range goes past the end of a disk
-                that must not grow; EFBIG, the tables cannot address the end of the range.
+            FUSEError: EOPNOTSUPP, the mode is not supported, or would allocate clusters past the
+                end of a growable disk and keep its size; EROFS, the disk is read-only; ENOSPC,
+                the range goes past the end of a disk that must not grow, and the mode is not one
+                that only discards and keeps the size; EFBIG, the tables cannot address the end
+                of the range.
             QedError: The disk could not be changed.  Part of the range may be changed, and the
                 disk may have grown.
         """
@@ -181,8 +186,8 @@ class FallocateLseek:
         try:
             await carry_out(start, length)
         except QedError:
-            # The disk stays larger, but the kernel gets an error in place of a reply with the
-            # new size.  So the size that the kernel has cached must be corrected.
+            # The disk stays larger, but the kernel increases the size that it has cached only
+            # after a success.  So this size must be corrected.
             self._size_fixup.request(exported)
             with suppress(OSError):  # the kernel may have forgotten the inode
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)

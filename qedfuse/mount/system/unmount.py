@@ -25,7 +25,7 @@ class BusyError(MountpointError):
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is mounted on a path.
 
-    The call blocks until the kernel has sent its dirty pages to the server of the mount.
+    The call may block until the kernel has sent its dirty pages to the server of the mount.
     Therefore the server itself, while it answers requests, must call this function in a worker
     thread and never in its event loop.
 
@@ -35,10 +35,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises:
         BusyError: The mount is in use; not with ``lazy``.
-        PrivilegeError: The caller may not unmount the mount of another user, or fusermount3 is
-            missing.
-        FuseError: The mount cannot be unmounted for another reason, such as that nothing is
-            mounted there.
+        PrivilegeError: The caller lacks the privilege to unmount this mount, for example because
+            another user has mounted, or fusermount3 is missing.
+        FuseError: The mount cannot be unmounted for another reason, for example because nothing
+            is mounted there.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
@@ -76,8 +76,8 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
     )
     if done.returncode != 0:
         printed = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
-        # fusermount3 reports the reason only in words.  The mountpoint is removed before the
-        # search, because a path may contain the same words.
+        # fusermount3 reports the reason only in words.  The path of the mountpoint is cut out of
+        # the text before the search, because the path may contain the same words.
         words = printed.replace(mountpoint, "")
         number = errno.EBUSY if "busy" in words else errno.EPERM if "permitted" in words else 0
         raise _error(mountpoint, number, printed or f"exit code {done.returncode}")
