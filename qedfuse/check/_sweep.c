@@ -1,13 +1,14 @@
 /* The fast check: reads all tables of an image, and confirms that they are valid, or gives up.
  *
  * A full image of 1 TiB has 16.8 million entries.  Reading all of them here takes less time than
- * loading numpy and trio for the full check.  At the first entry that may be invalid, or that lies
- * past the end of the disk, the sweep ends without a result, and the caller runs the full check.
+ * loading numpy and trio for the full check.  The sweep ends without a result at the first entry
+ * that may be invalid, or that refers to clusters and lies past the end of the disk.  The caller
+ * then runs the full check.
  *
- * The limits for entries are parameters, and come from qedfuse/ondisk/entrylimits.py: the ends
- * of the header and of the file, and the L1 table.  An entry is valid if it is aligned, and if
- * all clusters to which it points are whole clusters of the file without an owner.  The header
- * and the tables own their clusters before the data clusters get their owners.
+ * The caller passes the limits that qedfuse/ondisk/entrylimits.py computes: the end of the header,
+ * the place of the L1 table, and the length of the file.  An entry that refers to clusters is valid
+ * if its offset is aligned, and if all these clusters are whole clusters of the file without an
+ * owner.  The clusters of the header and of the tables get their owners before the data clusters.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -16,7 +17,7 @@
 #include <stdint.h>
 #include <unistd.h>
 
-#define READ_BYTES 65536u /* maximum for one read of a table */
+#define READ_BYTES 65536u /* maximum for one read of an L2 table */
 #define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
 #define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum for the file: an owner bitmap of 32 MiB */
 #define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* maximum for all L2 tables, holes included */
@@ -51,8 +52,8 @@ static inline int claim(struct image *image, uint64_t offset)
     return 1;
 }
 
-/* Give the clusters from start to end an owner, and return 1.  Return 0 at the first cluster for
- * which claim returns 0. */
+/* Give the clusters from start to end (exclusive) an owner, and return 1.  Return 0 at the first
+ * cluster for which claim returns 0. */
 static int claim_range(struct image *image, uint64_t start, uint64_t end)
 {
     for (; start < end; start += UINT64_C(1) << image->cluster_bits)
@@ -61,8 +62,8 @@ static int claim_range(struct image *image, uint64_t start, uint64_t end)
     return 1;
 }
 
-/* Read length bytes of a table, and return 1.  Return 0 if the file ends before, if a read fails,
- * or if a signal handler has raised a Python exception. */
+/* Read length bytes of a table, and return 1.  Return 0 if the file ends within these bytes, if a
+ * read fails, or if a signal handler has raised a Python exception. */
 static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 {
     char *next = (char *)entries;
@@ -80,9 +81,9 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one table an owner.  Only the first in_use entries of the table lie
- * inside the disk.  The result is UNKNOWN if an entry may be invalid, if a later entry holds an
- * offset, or if a read fails. */
+/* Give the data clusters of one table an owner.  The first in_use entries of the table lie inside
+ * the disk, and all others past its end.  The result is UNKNOWN if an entry may be invalid, if an
+ * entry past the end of the disk refers to a cluster, or if a read fails. */
 static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in_use)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
@@ -111,8 +112,8 @@ static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in
     return PyErr_CheckSignals() ? INTERRUPTED : SOUND;
 }
 
-/* Sweep all L2 tables to which the L1 table points; the disk has disk_clusters clusters.  All
- * tables get their owners before any data cluster does, so that a data cluster in a table is
+/* Sweep all L2 tables to which the L1 table points; the disk has disk_clusters clusters.  The
+ * clusters of all tables get their owners first, so that an L2 entry that points into a table is
  * found. */
 static enum verdict sweep_tables(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
 {
@@ -173,8 +174,8 @@ static PyObject *sweep(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(fd, cluster_bits, header_end, l1_table, table_bytes, file_bytes, disk_clusters)\n"
-     "Return the numbers of owned clusters, data clusters and fragments of a sound image,\n"
-     "or None."},
+     "Return the numbers of owned clusters, data clusters and fragments of the image; None\n"
+     "if the caller must run the full check."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MIN_SUSPICIOUS_LEAKS: Final = 16
-"""A note says that the header may be wrong, if more clusters than this are leaked, and more than
-twice as many as are allocated."""
+"""A note says that the header may be wrong if the number of leaked clusters exceeds this, and also
+exceeds twice the number of allocated clusters."""
 
 _MAX_RUNS_SHOWN: Final = 3
 """Maximum number of runs of leaked clusters that the message about leaked clusters lists."""
@@ -49,7 +49,7 @@ longer run of the free list is marked as a range."""
 async def check_image(
     file: HostFile, header: Header, progress: Progress | None = None
 ) -> CheckReport:
-    """Check the tables of an image against each other and the file; change nothing.
+    """Check the header, the tables and the free list of an image; change nothing.
 
     Args:
         file: The image.
@@ -206,10 +206,10 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the offsets that do not directly follow the cluster at the previous offset.
+        """Count the clusters that do not lie directly behind the previous cluster of their table.
 
         Args:
-            values: The offsets in a slice of a table, valid or not; at least one.
+            values: The offsets of clusters in a slice of a table, valid or not; at least one.
             next_offset: The file offset right after the last cluster to which the table's earlier
                 slices refer; 0 if they hold no offset.
 
