@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
-"""Maximum bytes of one read on the fast path, and length of its buffer; requests of the kernel are
-not longer."""
+"""Maximum bytes of one read on the fast path, and length of the buffer for reads.  Requests of the
+kernel are not longer."""
 _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
 _MAX_SLICES_PER_SEEK: Final = 64
@@ -46,12 +46,14 @@ _MAX_SLICES_PER_SEEK: Final = 64
 
 
 class ReadTables(NamedTuple):
-    """The objects by which ``_cachedread.c`` finds data of the top image; see `FastPath.locate`.
+    """The objects with which ``_cachedread.c`` finds data of the top image.
+
+    ``_cachedread.c`` finds the data in the same way as `FastPath.locate`.
 
     Attributes:
         layer: The top image; its header has the size of the disk.
-        slice_keys: See `QedLayer.slice_keys`.
-        get_slice: `TableCache.get`.
+        slice_keys: The keys of slices, by the slice's number (`QedLayer.slice_keys`).
+        get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
         policy: Decides whether reads of the file are tried inline.
         fd: The descriptor of the file.
         cluster_bits: Binary logarithm of the cluster size in bytes.
@@ -120,7 +122,7 @@ class FastPath:
         return self._gather(start, start + length)
 
     def read_tables(self) -> ReadTables | None:
-        """Return what answers reads without this object; None if the file has no `ReadPolicy`."""
+        """Return what ``_cachedread.c`` needs for reads; None if the file has no `ReadPolicy`."""
         policy = self._file.read_policy
         if policy is None:
             return None
@@ -256,7 +258,8 @@ class FastPath:
     def _run_end(self, entries: array[int], first: int, last: int) -> int:
         """Return the index past the run of entries that begins at ``first``, at most ``last + 1``.
 
-        A run has entries of contiguous clusters, or only unallocated or only zero clusters.
+        The entries of a run refer to contiguous clusters, or are all unallocated, or are all zero
+        clusters.
         """
         value = entries[first]
         size = self._size if value > ZERO else 0

@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_COPY_BYTES: Final = 1 << 20
-"""Maximum bytes of one read or write that fills a new cluster around the guest's data."""
+"""Maximum bytes of one read or write that fills new clusters around the guest's data, and of one
+write by `WritePath.zero_range`."""
 
 _MAX_BYTES_PER_LOOKUP: Final = 1 << 26
-"""Maximum bytes that `WritePath.allocate` allocates before it looks up again."""
+"""Maximum bytes of the disk in one lookup by `WritePath.allocate`."""
 _MAX_CLUSTERS_PER_LOOKUP: Final = 1024
-"""Maximum number of clusters that `WritePath.allocate` allocates before it looks up again.
+"""Maximum number of clusters in one lookup by `WritePath.allocate`.
 
 A lookup of that many scattered clusters takes about a millisecond.
 """
@@ -77,11 +78,14 @@ class WritePath:
         self.allocating = RangeLock()
 
     async def write(self, start: int, data: memoryview) -> None:
-        """Write ``data`` at a guest offset; the caller must ensure that it lies within the disk.
+        """Write ``data`` at a guest offset; the caller must ensure that the range is in the disk.
+
+        After an error, parts of the range may have been written.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors parts may have been written.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         new = []
         epoch = self._epochs.enter()
@@ -109,11 +113,8 @@ class WritePath:
     async def _write_to_new(self, start: int, end: int, data: memoryview) -> None:
         """Write ``data`` to a guest range that the last lookup found unallocated, or zero.
 
-        With empty ``data`` the clusters are allocated and keep their content.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors parts may have been written.
+        With empty ``data`` the clusters are allocated and keep their content.  The errors are
+        those of `write`.
         """
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
@@ -206,12 +207,8 @@ class WritePath:
     async def allocate(self, start: int, end: int) -> None:
         """Allocate each cluster of a guest range, and reserve host space for it.
 
-        The range reads as before.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors some clusters may have been
-                allocated.
+        The range reads as before.  After an error, some clusters may have been allocated.  The
+        errors are those of `write`.
         """
         geometry = self._layer.geometry
         max_step = min(_MAX_BYTES_PER_LOOKUP, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
@@ -235,12 +232,10 @@ class WritePath:
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
         """Write zeros over the parts of a guest range that are not known to read as zeros.
 
-        ``pace`` decides when other tasks run.  A caller that zeroes many ranges passes its own
-        `Pace` with each of them; None to begin a new one.
+        ``pace`` decides when other tasks run.  A caller that zeroes many ranges passes the same
+        `Pace` for all of them.  With None this call has a `Pace` of its own.
 
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors parts may have been zeroed.
+        After an error, parts of the range may have been zeroed.  The errors are those of `write`.
         """
         pace = pace or Pace()
         zeros = memoryview(bytes(min(end - start, _MAX_COPY_BYTES)))
@@ -259,12 +254,12 @@ class WritePath:
         """Turn the unallocated clusters of a guest range into zero clusters, which hide the base.
 
         ``start`` and ``end`` must be at cluster boundaries.  Allocated clusters stay
-        unchanged.
+        unchanged.  After an error, some clusters may be zero clusters already.
 
         Raises:
             CorruptImageError: An L1 entry is bad.
-            HostError: The host refused.  After both errors some clusters may have been
-                changed.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         geometry = self._layer.geometry
         tables = self._layer.tables

@@ -2,9 +2,9 @@
 
 A slice is *dirty* while it has changes that no write-back has taken, or that a write-back has
 taken and could not write.  It is *pinned* while a `Pins` block or a `WriteBack` uses it.
-`TableCache` may evict any other slice whenever a task awaits something.  So a task that changes a
-slice must not have awaited anything since it got the slice from the cache, unless it has pinned
-the slice.
+A slice that is neither dirty nor pinned may be evicted by `TableCache` whenever a task awaits
+something.  So a task that changes a slice must not have awaited anything since it got the slice
+from the cache, unless it has pinned the slice.
 """
 
 from __future__ import annotations

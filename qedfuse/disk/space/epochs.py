@@ -1,7 +1,7 @@
 """Epochs: which requests may still use a cluster that has lost its reference.
 
-A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile
-such a cluster may lose its reference.  The requests that began before that moment may still
+A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile one
+of these clusters may lose its reference.  The requests that began before that moment may still
 read or write the cluster, so it may be used again only when all of them have ended.  Requests
 that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam).  In
 read-copy-update the time until those requests have ended is called the grace period.
@@ -22,7 +22,7 @@ class Epoch:
     Attributes:
         closed: Whether the epoch has ended, so that no further request enters it.
         drained: Set when the requests of this epoch, and of the epochs before it, have ended;
-            None unless a task has waited for that.
+            None until a task waits for their end.
         requests: How many requests of this epoch have not ended yet.
     """
 
