@@ -1,15 +1,16 @@
 """Retrying reads that the host's page cache cannot answer yet, but soon will.
 
-This is for reads that threads of trio make; native threads cost less, and need no retries.
+Reads are retried only if the worker threads are those of trio.  Native threads cost less, so
+reads go to native threads without a retry.
 
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
-the pages and then fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
+the pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
 about 100 microseconds, which is also what a round trip to a worker thread costs.  So the read
 is retried each time all other tasks have run, unless retries have failed lately or a worker
 thread is running.  A read that is not retried, or whose retries do not succeed in time, goes to
 a worker thread.
 
-Only the task whose read began first retries.  While the data of this read is missing, the
+Only the task of the oldest read retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.
 """
 
@@ -157,6 +158,7 @@ class NowaitRetry:
         queue = _retry_queue()
         seconds = 0.0 if queue.load.has_threads() else self._poll.seconds
         if seconds and await queue.retry(attempt, since + seconds, self._clock):
+            # `AdaptivePoll.record` expects 0 seconds if polling has found the event.
             self._poll.record(0.0, slept=False)
             return
         await read_in_thread()

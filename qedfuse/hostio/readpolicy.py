@@ -1,9 +1,10 @@
 """Which reads the event loop tries itself, and which go to a thread without a try.
 
-The event loop can read what is in the host's page cache (``RWF_NOWAIT``).  A read that misses
-the cache makes the kernel start to fetch the data before it fails, and so takes the event loop
-longer than a read that finds everything, to no avail.  Therefore, after some misses in a row,
-reads go to a thread directly.  How long they take there shows when the data is cached again.
+The event loop can read what is in the host's page cache (``RWF_NOWAIT``).  If such a read misses
+the cache, the kernel starts to fetch the data, and then the read fails.  This takes the event loop
+longer than a read that finds everything, and gains nothing.  Therefore, after some misses in a
+row, reads go to a thread directly.  The time that they take there shows when the data is cached
+again.
 
 A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
 """
@@ -15,11 +16,13 @@ from typing import Final
 _MISSES_IN_A_ROW: Final = 4
 """Number of misses in a row after which reads are not tried inline."""
 _HITS_IN_A_ROW: Final = 4
-"""Number of reads in a row that a thread must find cached for reads to be tried inline again."""
+"""Number of cached reads in a row, made by threads, after which reads are tried inline again."""
 _CACHED_SECONDS: Final = 15e-6
-"""Maximum time of a short read that counts as cached.  Fast disks need several times as long."""
+"""Maximum time of a short read that counts as cached.  A read from a fast disk takes several times
+as long."""
 _CACHED_SECONDS_PER_BYTE: Final = 0.25e-9
-"""How much longer a cached read may take for each byte: a copy at 4 GB/s, which is slow."""
+"""Time that is added to `_CACHED_SECONDS` for each byte of a read.  It corresponds to 4 GB/s, which
+is slow for a copy in memory."""
 
 
 class ReadPolicy:
@@ -27,8 +30,9 @@ class ReadPolicy:
 
     Attributes:
         is_inline: Whether the event loop should try to read from the page cache.
-        misses: How many inline reads in a row have not found all their data.  The caller sets
-            it to 0 after a read that has; a method for that would cost more than the rest.
+        misses: How many inline reads in a row have not found all their data.  The caller must
+            set this to 0 when an inline read has found all its data.  There is no method for
+            this, because a call would cost more than everything else that such a read does here.
     """
 
     def __init__(self) -> None:
@@ -46,7 +50,7 @@ class ReadPolicy:
             self._hits = 0
 
     def record_direct_read(self, length: int, seconds: float) -> None:
-        """Record how long a thread took for a read of ``length`` bytes that was not tried."""
+        """Record the time of a read of ``length`` bytes that went to a thread without a try."""
         if seconds > _CACHED_SECONDS + length * _CACHED_SECONDS_PER_BYTE:
             self._hits = 0
             return
