@@ -40,7 +40,8 @@ _RETRY_SECONDS: Final = 1.0
 attempt earlier.  The attempts without a last close are needed because the kernel does not report
 when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Maximum time for making disks durable before a forced unmount."""
+"""Time after which a forced unmount no longer waits until the disks are durable.  A write-back
+cycle that is running then is still finished."""
 _FAILURES: Final = (OSError, QedError, RuntimeError)
 """Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
 is left for reading the mount table (OSError), or no thread can be started (RuntimeError)."""
@@ -102,7 +103,8 @@ class Shutdown:
         """Unmount as soon as the mount is not in use; the unmount ends `pyfuse3.main`.
 
         If the file system is mounted elsewhere as well, `pyfuse3.main` goes on, and the other
-        mounts are logged.
+        mounts are logged.  If the mountpoint no longer shows this mount, nothing is unmounted, and
+        `pyfuse3.main` ends when no disk is open.
         """
         is_flushed = is_failure_logged = False
         while True:
@@ -113,7 +115,8 @@ class Shutdown:
                     # pages to this server.
                     await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
                     break
-                # Another process has detached the mount, or another mount covers it.
+                # Another process has detached the mount, or another mount covers it, so there is
+                # nothing to unmount here.
                 if not self._disks.open_handles:
                     pyfuse3.terminate()
                     return
@@ -203,14 +206,15 @@ class Shutdown:
         return durable
 
     async def _force(self) -> None:
-        """Make all disks durable within at most 10 seconds, then detach the mount, even if in use.
+        """Make all disks durable, then detach the mount, even if it is in use.
 
-        If not all data was made durable in this time, ``failure`` is set.
+        After `_FORCED_SYNC_SECONDS` the mount is detached although not all data is durable, and
+        ``failure`` is set.  ``failure`` is also set if data could not be made durable.
         """
         if self._disks.open_handles:
             _log.warning(
-                "%s: second signal: ended while in use: programs that have a disk open, such as "
-                "a loop device, get I/O errors from now on",
+                "%s: second signal: ending while in use: programs and loop devices that have a "
+                "disk open will get I/O errors",
                 printable(self._mountpoint),
             )
         durable = False

@@ -272,7 +272,7 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
     assert not lack
 
 
-@pytest.mark.expect_log("second signal: ended while in use")
+@pytest.mark.expect_log("second signal: ending while in use")
 @pytest.mark.expect_log("/mnt: ended by force before everything was durable")
 async def test_a_forced_unmount_that_loses_data_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,

@@ -82,8 +82,8 @@ class MetadataOperations(pyfuse3.Operations):
         # The kernel does not know the option ``allow_root``.  So the kernel gets ``allow_other``
         # in its place, and the handlers refuse all users but root and the user who mounts
         # (`admit`).
-        root_only = options.allow_root and not options.allow_other
-        self._admitted = frozenset((0, os.getuid())) if root_only else None
+        is_limited = options.allow_root and not options.allow_other
+        self._admitted = frozenset((0, os.getuid())) if is_limited else None
 
     def admit(self, uid: int) -> None:
         """Refuse a user whom the options exclude from the mount.
@@ -192,7 +192,8 @@ class MetadataOperations(pyfuse3.Operations):
             )
         reply = self._attributes.for_reply(exported)
         if not reply_with_real_size:
-            # `qedfuse.mount.fuse.truncation` explains this reply.
+            # This reply makes the kernel drop its pages past the requested size, and request the
+            # real size later (`qedfuse.mount.fuse.truncation`).
             reply.st_size = attr.st_size
             reply.attr_timeout = 0
             self._size_fixup.request(exported)
@@ -229,7 +230,8 @@ class MetadataOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # Only now is it certain that the attributes are sent, and no error in their place.
+        # `blocks` must be what the kernel gets.  So it is set only now that no exception can
+        # replace the reply by an error.
         for exported, blocks in sent:
             exported.blocks = blocks
 

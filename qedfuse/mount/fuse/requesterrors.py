@@ -1,13 +1,13 @@
 """Errors of requests: an exception becomes an errno for the kernel and a line in the log.
 
-Every exception is converted, because an exception that reached pyfuse3 would end the mount for
-all disks and users.
+Every exception is converted to a FUSEError, because any other exception that reached pyfuse3 would
+end the mount for all disks and users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
-each disk.  The first messages of a disk are logged in full, each message once.  For further
-errors, at most one line per minute reports how many there were, with the message of the last
-one.  So the log does not grow with the number of retries, and is not silent while requests still
-fail.
+each disk.  The first messages of a disk are logged in full, each message once.  For further and
+repeated errors, at most one line per minute reports how many there were, with the message of the
+last one.  So the log does not grow with the number of retries, and is not silent while requests
+still fail.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ H = TypeVar("H", bound=_Handlers)
 def answered(
     method: Callable[Concatenate[H, P], Awaitable[T]],
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
-    """Decorate the handler of a request so that FUSEError is the only exception it raises.
+    """Decorate the handler of a request so that all its errors become FUSEErrors.
 
-    Any other exception is logged and converted by `RequestErrors.to_errno`.  A cancellation is
-    passed on.  If ``debug`` is set, each request and each FUSEError are logged.
+    `RequestErrors.to_errno` logs and converts an exception of another type.  A cancellation is
+    passed on.  If ``debug`` is set, each request and each FUSEError of the handler are logged.
     """
 
     @functools.wraps(method)

@@ -39,7 +39,7 @@ def explained_limit(images: int) -> Iterator[None]:
 
     Raises:
         HostError: The limit is too low for the images, or the block raised a `QedError` that
-            was caused by EMFILE.  The message has the limit, and the minimum number of open files.
+            was caused by EMFILE.  The message has the limit, and how many open files are needed.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     needed = images + MAX_OTHER_FILES

@@ -9,9 +9,9 @@ inode of the mountpoint.  The name is the same for all users and for every path 
 mountpoint.  The lock leaves no file behind, and the kernel frees the lock when the process ends.
 
 The lock does not exclude every other qedfuse: abstract names belong to a network namespace, and
-any user can bind such a name and keep it.  Therefore the wait for the lock is limited, and after
-the mount the mount table decides (`find_new_mount`, `refuse_to_cover`).  The caller undoes a mount
-that covers another mount of qedfuse.
+any user can bind such a name and keep it.  Therefore the wait for the lock is limited.  After the
+mount, the caller must search the mount table (`find_new_mount`, `refuse_to_cover`).  If the new
+mount covers another mount of qedfuse, the caller must undo the new mount.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  There the
+    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  Then the
     topmost new mount of qedfuse on the path is returned, even if it is not the caller's.
 
     Args:

@@ -30,7 +30,7 @@ class MountEntry:
         path: The mountpoint, from the root directory of the process that sees the mount.
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column SOURCE of findmnt(8).
-        owner: The user who mounted a FUSE file system; 0 for any other file system.
+        owner: The uid of the user who mounted a FUSE file system; 0 for any other file system.
         peer_group: The peer group of the mount (``shared`` in mount_namespaces(7)); 0 if none.
         master: The peer group of which the mount is a slave (``master``); 0 if none.  Unmounts
             propagate from that group to the mount, but not from the mount to that group.
@@ -77,7 +77,7 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
     """List the mounts that a process sees, in the order of the mount table.
 
     Args:
-        process: The pid of the process; None for the caller.
+        process: The pid of the process; None for the process that calls this function.
 
     Raises:
         OSError: No process has the pid, or the caller may not inspect the process.
