@@ -33,7 +33,7 @@ async def copy_stream(
         target: The target to write to.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
-        raw: Accept a stream whose first bytes are those of an image.
+        raw: Accept a stream whose first bytes are those of an image of any format.
         progress: Called with the number of bytes copied so far as both arguments, because the
             total is unknown.
 
@@ -41,8 +41,8 @@ async def copy_stream(
         The length of the stream in bytes, and how many of the bytes were copied as data.
 
     Raises:
-        UsageError: The first bytes are those of an image and ``raw`` is False, or the disk is
-            larger than the target can be.
+        UsageError: The first bytes are those of an image and ``raw`` is False, or the stream is
+            longer than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """

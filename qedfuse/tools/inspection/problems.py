@@ -58,7 +58,7 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    Only a table that the host cannot read is fatal, because every mount reads the table.  An
+    Only an L1 table that the host cannot read is fatal, because every mount reads this table.  An
     image with the other problems can be mounted read-only.  Such a mount returns an I/O error
     only for the ranges of the invalid entries.
     """
@@ -89,8 +89,8 @@ def backing_problems(
 
     Args:
         raw: The header.
-        backing: The backing file, or why the host could not read its name; None if the image
-            names none, or the header does not say where the name is.
+        backing: The backing file, or a text why the host could not read its name; None if the
+            image has no backing file, or if the header does not say where the name is.
         name: Name of the image in messages.
     """
     if backing is None:
