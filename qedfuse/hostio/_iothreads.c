@@ -1,17 +1,18 @@
 /*
  * A pool of threads that make system calls on files without Python's global lock (the GIL).
  *
- * The thread that holds the GIL submits calls and collects the finished ones.  A thread of the
- * pool never touches a Python object: it makes the system call, appends the call to the list of
- * finished calls, and makes an eventfd readable if the list was empty.
+ * A thread that holds the GIL submits calls and collects the finished ones.  A thread of the pool
+ * never touches a Python object: it makes the system call, appends the call to the list of
+ * finished calls, and makes an eventfd readable unless that was done since the last collection.
  *
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a call with an answer has two
- * owners at its end (see below).  Everything that threads share is in struct pool, under one
- * mutex, except for two counters, which are read without the mutex.
+ * owners at its end, the collector and the thread that answers.  When both are done with it, a
+ * thread with the GIL releases it.  Everything that threads share is in struct pool.  One mutex
+ * protects it, except for the atomic fields and the eventfd, which stays the same while it is used.
  *
- * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", whose
- * pointer is a
+ * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", which points
+ * to a
  *
  *     struct answer {
  *         void (*call)(struct answer *self, const void *data, long long result);
@@ -22,9 +23,12 @@
  * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
  * is the buffer of the read, and `result` the number of bytes in it, or a negative errno.  The
  * capsule and the buffer stay valid until answer->call has returned, and the read counts as
- * pending until then.  The call must not wait for the event loop, which may need the thread.
- * After the pool has been freed, no answer begins.  Before the owner frees what an answer uses,
- * it must wait until `pending` is 0, or free the pool and wait for the answers that have begun.
+ * pending at least until then.  answer->call must not wait for the event loop: the event loop may
+ * wait for a call that is queued, and this thread makes no call meanwhile.
+ *
+ * Even after the pool has been freed, answer->call is called for a read that was on the list by
+ * then.  So before the owner frees what answer->call uses besides the capsule and the buffer, it
+ * must wait until `pending` is 0, or must exclude answer->call with a lock (as _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -70,8 +74,8 @@ struct job {
     struct answer *answer; /* NULL without one */
     int64_t result;        /* the system call's result, or -errno */
     int64_t nanoseconds;   /* duration of the system call */
-    int is_collected;      /* under the mutex: the collector needs the job no more */
-    int is_answered;       /* under the mutex: no answer is running, or will run */
+    int is_collected;      /* under the mutex: the collector no longer needs the job */
+    int is_answered;       /* under the mutex: no answer is running or will run */
     Py_ssize_t buffer_count;
     Py_buffer buffers[];
 };
@@ -95,14 +99,14 @@ struct pool {
     int is_closed;             /* the Python object has been freed */
     int eventfd;               /* -1 once it is closed */
     int notifiers;             /* threads that are writing to the eventfd */
-    int is_notified;           /* a thread has written to the eventfd, or is about to */
+    int is_notified;           /* eventfd: written, or about to be, since the last collection */
     int max_threads, threads;
     int coming;                /* threads that will look at the queue without a further wake-up */
     int64_t idle_nanoseconds;  /* how long a thread waits for a job before it ends */
-    struct sleeper *sleepers;  /* the last that fell asleep is on top */
-    struct list queue;         /* submitted, in their order */
+    struct sleeper *sleepers;  /* the thread that fell asleep last is on top */
+    struct list queue;         /* submitted and not begun, in the order of submission */
     struct list done;          /* finished and not collected */
-    struct list garbage;       /* collected, and answered after that: to be released */
+    struct list garbage;       /* collected and then answered: a thread with the GIL frees them */
     atomic_long done_count;    /* length of `done`, for has_finished */
     atomic_long pending;       /* jobs that are not collected, or not answered */
     atomic_int stop;           /* is_closed, for a thread between two system calls */
@@ -183,7 +187,7 @@ static int64_t transfer(struct pool *pool, struct job *job)
 {
     int64_t total = 0;
 
-    skip(job, 0);
+    skip(job, 0); /* leaves out empty parts at the beginning */
     while (job->part_count) {
         int count = job->part_count < MAX_PARTS ? (int)job->part_count : MAX_PARTS;
         off_t offset = (off_t)(job->offset + total);
@@ -230,8 +234,8 @@ static int64_t make_call(struct pool *pool, struct job *job)
 
 /* --- threads ------------------------------------------------------------------------- */
 
-/* Drop one reference to the pool, and free the pool with the last one.  The caller holds the
- * mutex, which is unlocked or freed. */
+/* Drop one reference to the pool, and free the pool with the last one.  The caller must hold the
+ * mutex, which is unlocked here, and freed with the pool. */
 static void drop_pool(struct pool *pool)
 {
     int references = --pool->references;
@@ -244,8 +248,9 @@ static void drop_pool(struct pool *pool)
     PyMem_RawFree(pool);
 }
 
-/* Make the eventfd readable, if finished calls are on the list and no thread has done that.  The
- * caller holds the mutex, which is unlocked during the system call. */
+/* Make the eventfd readable, if finished calls are on the list and no thread has done that since
+ * the last collection.  Does nothing if the pool is closed.  The caller must hold the mutex, which
+ * is unlocked during the system call. */
 static void notify(struct pool *pool)
 {
     uint64_t one = 1;
@@ -257,7 +262,7 @@ static void notify(struct pool *pool)
     pool->notifiers++;
     pthread_mutex_unlock(&pool->mutex);
     written = write(pool->eventfd, &one, sizeof one);
-    (void)written; /* fails only if the counter is full, and is readable then */
+    (void)written; /* fails only if the counter is full; the eventfd is readable then */
     pthread_mutex_lock(&pool->mutex);
     pool->notifiers--;
     if (pool->is_closed && !pool->notifiers) {
@@ -266,8 +271,8 @@ static void notify(struct pool *pool)
     }
 }
 
-/* Mark a finished job as answered; if the collector is done with it, the job becomes garbage.
- * The caller holds the mutex. */
+/* Mark a finished job as answered.  If the collector is done with the job, it becomes garbage; if
+ * the pool is closed, its memory is lost instead.  The caller must hold the mutex. */
 static void set_answered(struct pool *pool, struct job *job)
 {
     job->is_answered = 1;
@@ -277,8 +282,8 @@ static void set_answered(struct pool *pool, struct job *job)
     }
 }
 
-/* Make the system call of a job, and report it.  The caller holds the mutex, which is unlocked
- * meanwhile. */
+/* Make the system call of a job, and put the job on the list of finished calls.  The caller must
+ * hold the mutex, which is unlocked during system calls and the answer. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -296,20 +301,22 @@ static void run(struct pool *pool, struct job *job)
     append(&pool->done, job);
     atomic_fetch_add(&pool->done_count, 1);
     if (answer != NULL) {
-        /* Answer before writing to the eventfd, because the kernel waits for the answer.
-         * Meanwhile the event loop may collect the job, and then nothing is written. */
+        /* Answer before writing to the eventfd, because the kernel waits for the answer.  If the
+         * event loop collects all finished calls meanwhile, nothing is written. */
         pthread_mutex_unlock(&pool->mutex);
         answer->call(answer, data, (long long)result);
         pthread_mutex_lock(&pool->mutex);
         set_answered(pool, job);
     }
-    pool->coming++; /* the event loop may submit its next call before this thread goes on */
+    /* During notify() the event loop may already submit its next call.  This thread takes that
+     * call afterwards, so it counts as coming, and no other thread is woken. */
+    pool->coming++;
     notify(pool);
     pool->coming--;
 }
 
-/* Wait until a job is queued for this thread, and return 1.  Return 0 if the thread has been idle
- * long enough to end.  The caller holds the mutex. */
+/* Wait until wake_one() wakes this thread, and return 1.  Return 0 if the thread must end, because
+ * it has been idle for the whole idle time or cannot wait.  The caller must hold the mutex. */
 static int sleep_idle(struct pool *pool)
 {
     struct sleeper self = {.below = pool->sleepers};
@@ -332,8 +339,9 @@ static int sleep_idle(struct pool *pool)
     return self.is_woken;
 }
 
-/* Wake the thread that fell asleep last; its caches are the warmest, and the threads that are not
- * needed reach the end of their idle time.  The caller holds the mutex. */
+/* Wake the thread that fell asleep last, because its caches are the warmest, and because the other
+ * threads then reach the end of their idle time if they are not needed.  The caller must hold the
+ * mutex, and a thread must be asleep. */
 static void wake_one(struct pool *pool)
 {
     struct sleeper *top = pool->sleepers;
@@ -386,8 +394,8 @@ static int create_thread(struct pool *pool)
     return failed;
 }
 
-/* Take a job out of the queue: no thread could be created, and there is no other.  The caller
- * holds the mutex. */
+/* Take a job out of the queue, because there is no thread and none could be created.  The caller
+ * must hold the mutex. */
 static void withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
@@ -399,9 +407,9 @@ static void withdraw(struct pool *pool, struct job *job)
     atomic_fetch_sub(&pool->pending, 1);
 }
 
-/* Queue a job, and wake or create a thread unless a coming thread will take the job.  Return 0, or
- * an errno if there is no thread at all; the job is not queued then.  The caller gets the
- * garbage of the pool in any case. */
+/* Queue a job.  Wake or create a thread, unless a coming thread will take the job or max_threads
+ * threads are busy.  Return 0, or an errno if there is no thread at all; the job is not queued
+ * then.  In both cases the caller must release the jobs in *garbage. */
 static int queue(struct pool *pool, struct job *job, struct list *garbage)
 {
     int failed, needs_thread = 0;
@@ -569,13 +577,14 @@ static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t c
         capsule = args[4];
         if (named > 1 ||
             (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "answer"))) {
-            PyErr_SetString(PyExc_TypeError, "submit_read: expected only answer by its name");
+            PyErr_SetString(PyExc_TypeError, "submit_read: only answer can be passed by name");
             return NULL;
         }
     } else if (check_count("submit_read", count + named, 4)) {
         return NULL;
     } else if (named) {
-        PyErr_SetString(PyExc_TypeError, "submit_read: expected fd, offset, view and tag first");
+        PyErr_SetString(PyExc_TypeError,
+                        "submit_read: fd, offset, view and tag cannot be passed by name");
         return NULL;
     }
     if (as_int(args[0], &fd) || as_int64(args[1], &offset))
@@ -716,7 +725,7 @@ static PyObject *get_threads(PyObject *self, PyObject *unused)
     return PyLong_FromLong(threads);
 }
 
-/* Put jobs that could not be reported at the beginning of the list of finished jobs. */
+/* Put jobs back at the beginning of the list of finished jobs: they could not be reported. */
 static void put_back(struct pool *pool, struct list jobs)
 {
     struct job *job;
@@ -730,7 +739,7 @@ static void put_back(struct pool *pool, struct list jobs)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-/* Return a list with a tuple for each job; NULL with an exception. */
+/* Return a list with (tag, result, nanoseconds) for each job; NULL with an exception. */
 static PyObject *reports(struct list jobs)
 {
     PyObject *list = PyList_New(jobs.length);
@@ -787,7 +796,7 @@ static PyObject *finished(PyObject *self, PyObject *unused)
         if (is_answered)
             atomic_fetch_sub(&pool->pending, 1);
         pthread_mutex_unlock(&pool->mutex);
-        if (is_answered) /* otherwise the thread that answers makes it garbage */
+        if (is_answered) /* otherwise the thread that answers puts the job on the garbage list */
             release(job);
     }
     return list;
@@ -837,9 +846,9 @@ static PyObject *new_object(PyTypeObject *type, PyObject *args, PyObject *keywor
     return (PyObject *)self;
 }
 
-/* Leave the pool to its threads.  Calls that no thread has begun are never made.  Calls in
- * progress end some time later, and what they hold is never released, because no thread of the
- * pool may touch Python's objects. */
+/* Leave the pool to its threads.  Calls that no thread has begun are never made.  Calls and answers
+ * in progress end some time later, and what their jobs hold is never released, because no thread
+ * of the pool may touch Python's objects. */
 static void free_object(PyObject *object)
 {
     IoThreads *self = (IoThreads *)object;
@@ -848,7 +857,8 @@ static void free_object(PyObject *object)
     struct list queued, done, garbage;
     struct job *job;
 
-    /* After a fork the mutex may be locked by a thread that does not exist here. */
+    /* In a forked process the pool is left alone, because its mutex may have been locked by a
+     * thread that does not exist here. */
     if (self->forks == forks) {
         pthread_mutex_lock(&pool->mutex);
         pool->is_closed = 1;
@@ -857,7 +867,7 @@ static void free_object(PyObject *object)
         garbage = take_all(&pool->garbage);
         done = (struct list){0};
         while ((job = take_first(&pool->done)) != NULL)
-            if (job->is_answered) /* otherwise the answer still needs it */
+            if (job->is_answered) /* otherwise the answer still needs the job's buffer */
                 append(&done, job);
         while (pool->sleepers != NULL)
             wake_one(pool);
@@ -878,7 +888,7 @@ static void free_object(PyObject *object)
 
 static PyMethodDef methods[] = {
     {"fileno", get_fileno, METH_NOARGS,
-     "Return the eventfd, which is readable while finished calls have not been collected."},
+     "Return the eventfd, which becomes readable when finished calls can be collected."},
     {"submit_read", FAST(submit_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from a file offset; the result is the number of bytes."},
@@ -892,11 +902,11 @@ static PyMethodDef methods[] = {
     {"submit_fallocate", FAST(submit_fallocate), METH_FASTCALL,
      "submit_fallocate(fd, mode, offset, length, tag, /)\nCall fallocate(2); the result is 0."},
     {"pending", get_pending, METH_NOARGS,
-     "Return how many calls have not been collected, or are being answered."},
+     "Return how many calls have not been collected, or not been answered yet."},
     {"has_finished", has_finished, METH_NOARGS,
      "Return whether finished calls have not been collected."},
     {"finished", finished, METH_NOARGS,
-     "Collect the finished calls: their tags, results or -errno, and durations in nanoseconds."},
+     "Collect the finished calls: a list of (tag, result or -errno, nanoseconds)."},
     {"threads", get_threads, METH_NOARGS, "Return how many threads there are."},
     {NULL, NULL, 0, NULL},
 };
