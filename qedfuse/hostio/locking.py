@@ -60,15 +60,18 @@ class _Permissions(NamedTuple):
 
 
 class LockMode(enum.Enum):
-    """What an opener does with a file, and what other openers may do with the file meanwhile."""
+    """What an opener does with a file, and what other openers may do with the file meanwhile.
+
+    The numbers are the file offsets of the bytes that an opener locks in the mode.
+    """
 
     WRITE = "write"
-    """Read and change the file; other openers may use it in the mode SHARE only (bytes 100, 101,
-    103, 201, 203)."""
+    """Read and change the file; other openers may use it in the mode SHARE only (100, 101, 103,
+    201, 203)."""
     READ = "read"
-    """Read the file; others may read it too, but not change it (bytes 100, 201, 203)."""
+    """Read the file; others may read it too, but not change it (100, 201, 203)."""
     SHARE = "share"
-    """Read the file while another opener may change it (byte 100)."""
+    """Read the file while another opener may change it (100)."""
     BASE = "base"
     """Read the file as a raw base, with the locks of READ.  For a raw base QEMU itself locks
     byte 100 only, which excludes no writer."""
@@ -134,9 +137,9 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
     except OSError as error:
         if error.errno in _BUSY:
             # Another program holds a write lock on this byte.  QEMU takes read locks only, but
-            # such a program must be excluded as well.
+            # a file with such a lock counts as in use as well.
             pid = None
-            with suppress(OSError):  # the message names the processes that /proc shows
+            with suppress(OSError):  # without a pid, the processes are searched for in /proc
                 pid = _conflict(fd, byte)
             _refuse(fd, mode, byte, pid or 0, name)
         _release(fd, mode)
@@ -253,7 +256,8 @@ def _read(path: Path) -> str:
 def _locks(table: str) -> Iterator[tuple[str, int, float]]:
     """Yield the locks of one descriptor: ``MAJOR:MINOR:INODE``, first byte, last byte.
 
-    ``table`` is the text of the descriptor's file in ``fdinfo``.
+    The last byte is infinity if the lock has no end.  ``table`` is the text of the descriptor's
+    file in ``fdinfo``.
     """
     for line in table.split("\n"):
         # A line has this form: lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
@@ -263,6 +267,6 @@ def _locks(table: str) -> Iterator[tuple[str, int, float]]:
 
 
 def _holder(pid: int) -> Holder:
-    """Return a process with its command name, or with "a process" if that cannot be read."""
+    """Return a process with its command name, or with "a process" if the name cannot be read."""
     command = _read(Path(f"/proc/{pid}/comm")).removesuffix("\n")
     return Holder(pid, printable(command) or "a process")
