@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
-    """Read the name of the backing file from the file, at the offset that the header gives.
+    """Return the name of the backing file that an image stores; see `backing_path`.
 
-    The caller must ensure that the header names a backing file.
+    The caller must ensure that the header says that there is a backing file.
 
     Raises:
-        CorruptImageError: The file ends within the name.
+        CorruptImageError: The image ends before the end of the name.
         BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:``.
-        HostError: The host cannot read the file.
+        HostError: The host cannot read the image.
     """
     size = header.backing_filename_size
     raw = bytes(await file.pread(header.backing_filename_offset, size))
@@ -74,19 +74,18 @@ async def open_bases(
     *,
     name: str | None = None,
 ) -> list[Layer]:
-    """Open the chain below an image, read-only; return the layers from depth 1 down.
+    """Open the bases of an image, read-only; return their layers, that of the first base first.
 
-    The list is empty if the header names no base.
+    The list is empty if the image has no base.
 
     Args:
-        path: The image.
+        path: Path of the image.
         file: The image's open file.
         header: The image's header.
         options: The policy for bases, and whether to lock the bases.  The policy's
             ``trusted`` path is allowed as the first base only.
         store: Holds the table slices of all layers.
-        name: The name of the first base, instead of the one that the image stores; None
-            to read the stored one.
+        name: The name of the first base; None to read the name that the image stores.
 
     Raises:
         BackingError: A base is missing, refused or of another format, or the chain is a

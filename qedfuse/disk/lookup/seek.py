@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.slices import Slice
 
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
-"""Length of the first lookup of a search; each further lookup may be twice as long as the one
-before it.  The result is mostly near the start of the search, where a short lookup finds it and
-returns few extents."""
+"""Maximum length of the first lookup of a search; the maximum doubles with each further lookup.
+
+The result is mostly near the start of the search.  There a short lookup finds the result, and
+returns few extents.
+"""
 
 
 async def next_data(chain: Chain, start: int) -> int | None:
@@ -38,10 +40,11 @@ async def next_data(chain: Chain, start: int) -> int | None:
 
 
 async def next_hole(chain: Chain, start: int) -> int:
-    """Return the guest offset of the first hole, a range of zeros, at or past ``start``.
+    """Return the guest offset of the first hole at or past ``start``.
 
-    The end of the disk counts as a hole, so the result is the disk's size if no range of zeros
-    follows, or if ``start`` is at or past the end.
+    A hole is a range of zeros that is not stored as data.  The end of the disk counts as a hole,
+    so the result is the disk's size if no other hole follows, or if ``start`` is at or past the
+    end.
 
     Raises:
         HostError: The host cannot read a file.
@@ -62,8 +65,8 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # A lookup ends, at the latest, where a slice of entries ends in any of the layers.
-            # So it returns thousands of extents and not millions, even if all clusters are
+            # A lookup does not go past the end of a slice of L2 entries of any layer.  So the
+            # lookup returns thousands of extents and not millions, even if all clusters are
             # scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
@@ -95,17 +98,17 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If the L1 entry for ``start`` is 0 or bad, returns where the range of the next L1 entry that is
-    not 0 begins.  If all later entries of the same slice of the L1 table are 0, returns where the
-    range of that slice ends.
+    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  The result is then where
+    the range of the next L1 entry that is not 0 begins, or, if the same slice of the L1 table has
+    no such entry, where the range of the L1 slice ends.
 
     Raises:
         HostError: The host cannot read a table.
     """
     geometry = layer.geometry
     l1_index = geometry.l1_index(start)
-    table, _reason = await layer.table_at(l1_index)
-    if table:
+    table_offset, _reason = await layer.table_at(l1_index)
+    if table_offset:
         step = layer.tables.slice_entries << geometry.cluster_bits
         return start - start % step + step
     slice_ = await layer.tables.load(layer.header.l1_table_offset, l1_index, L1)
@@ -116,8 +119,8 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 async def _past_data(chain: Chain, start: int) -> int:
     """Return the guest offset where the data that the image itself has at ``start`` ends.
 
-    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad
-    entries count as data.  Returns ``start`` if the image itself has no data there.
+    Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad L2
+    entries count as data.  Returns ``start`` if the image itself has no data there, or is raw.
 
     Raises:
         HostError: The host cannot read a table.
@@ -125,10 +128,10 @@ async def _past_data(chain: Chain, start: int) -> int:
     top = chain.layers[0]
     if isinstance(top, QedLayer):
         geometry = top.geometry
-        table, _reason = await top.table_at(geometry.l1_index(start))
-        if table:
+        table_offset, _reason = await top.table_at(geometry.l1_index(start))
+        if table_offset:
             index = geometry.l2_index(start)
-            slice_ = await top.tables.load(table, index, L2)
+            slice_ = await top.tables.load(table_offset, index, L2)
             count = _first(_entries(slice_)[index % top.tables.slice_entries :] <= ZERO)
             if count:
                 return min(top.size, geometry.floor(start) + count * geometry.cluster_size)

@@ -4,8 +4,8 @@ The scan reads the tables while requests change them, as a concurrent garbage co
 objects while the program runs.  `Marking.record_change` and `Marking.record_drop` correspond
 to the collector's *write barrier*: they record each cluster that is handed out, put into
 quarantine or freed during the scan, and the scan's result for such a cluster is ignored.  So
-the scan finds only clusters to which no entry referred when the scan began, and whose state
-has not changed since.
+a cluster counts as found free only if no entry referred to it when the scan began, and its
+state has not changed since.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Marking:
         active: Whether changes are recorded: from `begin` to `end`.
         changed: The clusters whose state has changed since `begin`.
         owners: The clusters to which a table entry or the header refers, as far as marked.
-        duplicates: How many references were found to a cluster that had an owner already.
+        duplicates: How many references were found whose cluster had another owner.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
         """Mark and record nothing yet.
 
-        The maps here are made like ``empty``, an empty map; ``name`` is the file's name in
-        messages.
+        Args:
+            empty: An empty map, whose block borders the maps of this object get.
+            name: Name of the file in messages.
         """
         self._name = name
         self.active = False
@@ -89,9 +90,8 @@ class Marking:
 
         ``dropped_by`` is the file offset of the slice that held the references.  If the walk
         has not marked that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead, and a cluster of the run that was marked before has
-        two owners and counts as a duplicate.  A cluster that was dropped before counts as a
-        duplicate, too.
+        method marks the clusters instead.  A cluster that was marked already has two owners, and
+        counts as a duplicate.  So does a cluster that lost a reference before.
         """
         if not self.active:
             return
