@@ -6,13 +6,14 @@
  * takes the next one here, from within pyfuse3's call of fuse_session_process_buf().
  *
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
- * coroutine to run, and can keep only one.  It also ends after MAX_REQUESTS, because no task of
- * the event loop runs meanwhile; the scheduler counts these requests (burst_requests()).
+ * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no task
+ * of the event loop runs meanwhile.  To let other tasks run in time, the scheduler adds the number
+ * of these requests to its own (burst_requests()).
  *
- * Reads of the device do not block.  A request may vanish after poll(2) has found it, because its
- * process was killed; a read(2) that blocks would then stop the event loop until the next request
- * arrives.  pyfuse3 takes EAGAIN for a failure of the mount and repeats after EINTR, so it gets
- * EINTR instead.
+ * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
+ * found it, because its process was killed; a read(2) that blocks would then stop the event loop
+ * until the next request arrives.  If no request is there, pyfuse3 gets EINTR in place of EAGAIN,
+ * because pyfuse3 takes EAGAIN for a failure of the mount, and reads again after EINTR.
  */
 
 #include "_extraops.h"
@@ -25,13 +26,13 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-static struct fuse_session *session; /* NULL before the first session and after the last */
+static struct fuse_session *session; /* NULL while there is no session */
 static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
 static int in_burst;
-static int answered;        /* whether the request just taken was answered or deferred */
+static int answered;        /* whether the last request of the burst was answered or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of burst_requests() */
 
-static int is_interposed;  /* whether pyfuse3 has called receive_request() */
+static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
 
 void begin_bursts(void *made)
@@ -88,7 +89,7 @@ void take_more(void)
     struct pollfd device = {.events = POLLIN};
     int count;
 
-    if (in_burst) {
+    if (in_burst) { /* called for the request that the loop below has taken */
         answered = 1;
         return;
     }

@@ -49,8 +49,8 @@ def libfuse_options(options: MountOptions, source: str) -> set[str]:
         source: The source for the mount table.
     """
     result = {
-        # The source is not escaped with `printable`.  mount(8) looks for the source itself in
-        # the mount table, and the kernel escapes the names in this table.
+        # The source is not escaped with `printable`, because mount(8) looks for the source itself
+        # in the mount table.  Special characters do no harm there, because the kernel escapes them.
         _RawOption(f"fsname={escape_value(source)}"),
         "subtype=qedfuse",
         "default_permissions",
@@ -82,7 +82,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
 
     Raises:
         PrivilegeError: The user may not mount.
-        MountpointError: The kernel refuses the mountpoint.
+        MountpointError: libfuse or the kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
         HostError: /proc is not mounted.
     """

@@ -1,4 +1,4 @@
-"""Loading of the C extension beside pyfuse3, and the passing of requests from it.
+"""Loading the C extension that works beside pyfuse3, and connecting it with the handlers.
 
 The extension adds fallocate(2) and lseek(2), which pyfuse3 lacks, and lets `DataRequests` answer
 reads, writes and fsyncs before pyfuse3 gets them.
@@ -58,11 +58,11 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
     """Pass requests of the session to ``handler`` and ``requests`` from now on.
 
     ``handler`` gets fallocate and lseek.  ``requests`` gets read, write and fsync, and pyfuse3
-    gets those that ``requests`` does not answer; None if pyfuse3 must get all.
+    gets those that ``requests`` does not answer.  If ``requests`` is None, pyfuse3 gets all of
+    them.
 
     Returns:
-        None if the requests are passed.  Otherwise one line with the reason why the kernel gets
-        no answer from ``handler``.
+        None if the requests are passed.  Otherwise one line with the reason why they are not.
     """
     if _extension is None:
         return _load_error
@@ -88,14 +88,15 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
 def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled with the bytes at an offset of a descriptor.
 
-    Returns False, and has not answered, if the bytes are not all in the host's page cache, or if
-    the kernel or libfuse cannot pass them on.  The caller must be one that may call `defer_read`.
+    Returns False, and has not answered, if the bytes are not all in the host's page cache, if
+    they are too few or too many, or if the kernel or libfuse cannot pass them on.  As for
+    `defer_read`, the caller must be a function that `serve` has set, in a call for a read.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
 
 def defer_read() -> Request:
-    """Return what answers the read that is being handled; pyfuse3 does not get that read.
+    """Take the read that is being handled from pyfuse3; return the object that must answer it.
 
     The caller must be a function that `serve` has set, in a call for a read.
     """
@@ -115,14 +116,14 @@ def _loaded() -> ModuleType:
 
 
 def _no_requests() -> int:
-    """Return how many requests were taken in bursts: without the extension there are none."""
+    """Return 0, because without the extension no requests are taken in bursts."""
     return 0
 
 
 burst_requests: Final[Callable[[], int]] = (
     _no_requests if _extension is None else _extension.burst_requests
 )
-"""Returns how many requests the extension has taken since the last call (`_burst.c`)."""
+"""Returns how many requests were taken in bursts since the last call (`_burst.c`)."""
 
 
 def end() -> None:
