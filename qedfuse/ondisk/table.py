@@ -1,7 +1,7 @@
 """Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
-An array decodes a table of the default size 300 times faster than construct does.  Slicing,
-comparing and encoding an array creates no Python integer for each entry.
+An array decodes a table of the default size 300 times faster than the package ``construct``.
+Slicing, comparing and encoding an array creates no Python integer for each entry.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def decode(raw: bytes | bytearray) -> array[int]:
 
 
 def slice_start(table_offset: int, offset: int, slice_bytes: int = SLICE_BYTES) -> int:
-    """Return the file offset at which the slice begins that contains ``offset``.
+    """Return the file offset of the beginning of the slice that contains ``offset``.
 
     Slices begin at multiples of ``slice_bytes`` from the beginning of the table.
 

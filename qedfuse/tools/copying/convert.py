@@ -45,10 +45,13 @@ async def convert(
         source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).
         target_path: The file or device to write, or a pipe for raw content (``-``: standard
             output).
-        spec: Format and geometry of the target; None for a QED image with the defaults.
+        spec: Format, geometry and backing file of the target; None for a QED image with the
+            defaults.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
-        into_existing: Write into an existing file, image or device; ignored for a pipe.
-        overwrite: Replace an existing file; ignored with ``into_existing`` and for a pipe.
+        into_existing: Write into an existing file, image or device.  Refused if the source is a
+            pipe; otherwise ignored if the target is a pipe.
+        overwrite: Replace an existing file; ignored with ``into_existing``, and if the target
+            is a pipe.
         compare: After the copy, read the source and the target and compare them.  A new file
             gets its name only if they are equal.
         durable: Make a new file durable before it gets its name, and an existing file or
@@ -57,16 +60,16 @@ async def convert(
         streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Has an
             effect only if the source is no pipe and the target is a new file.
         options: How to open the source, the backing file and an existing target; None for the
-            defaults.  With ``lock`` False only a file that is replaced is locked.  With
-            ``force_share`` a target is locked nevertheless.
+            defaults.  With ``lock`` False only a file that is replaced is locked.
+            ``force_share`` applies to the source and the backing file only.
         progress: Called with the guest offset that the copy has reached, and the size of the
             disk.  For a pipe as the source, whose size is unknown, both are the number of bytes
             copied so far.
 
     Raises:
-        UsageError: The arguments contradict each other, do not fit the kind of the source or
-            of the target, or name the same file twice.  Or the target exists and may not be
-            replaced, or cannot hold a disk of this size.
+        UsageError: The arguments contradict each other, or do not fit the kind of the source or
+            of the target.  Or the target is the source or one of its bases, exists and may not
+            be replaced, or cannot hold a disk of this size.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program, or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.

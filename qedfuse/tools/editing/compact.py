@@ -54,8 +54,8 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or the host refused.
     """
-    # The image is not compacted again when it is closed.  A second compaction would move
-    # nothing, because the clusters that are still free could not be filled by the first.
+    # The close need not compact the image again.  A second compaction would move nothing, because
+    # the first one could not fill the clusters that are still free.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
