@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg rebase -b other.qed -F qed overlay.qed"
 DESCRIPTION: Final = """\
 Give an overlay another base, or none.  The disk of the overlay keeps its content, because
-data of the old base is copied into the overlay where the two bases differ.  At any moment
-the overlay names one of the two bases, and its disk has the same content.
+data of the old base is copied into the overlay where the two bases differ.  If the command
+fails or is interrupted, the overlay names one of the two bases, and its disk has the old
+content.
 
 With -u only the name and the format of the base change.  Nothing is compared or copied, and
 neither base need exist.  Use -u if the base was moved, or was replaced by a file with the
