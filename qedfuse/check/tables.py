@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""Maximum number of L2 tables in an image that can be checked.  An image of 64 TiB has 32768 tables
-with the default geometry."""
+"""Maximum number of L2 tables in an image that can be checked, and of invalid L1 entries in an
+image that can be repaired.  An image of 64 TiB has 32768 tables with the default geometry."""
 
 _TABLES_PER_STEP: Final = 1 << 13
 """Maximum number of tables that are compared before other tasks run."""
@@ -45,7 +45,9 @@ async def read_l1_table(
     *,
     keep_short: bool = False,
 ) -> tuple[Indices, Values]:
-    """Read the L1 table; return the indices and the file offsets of its valid entries.
+    """Read the L1 table; return the indices of its valid entries and the offsets of their tables.
+
+    Unallocated entries are left out.
 
     Args:
         file: The image.
@@ -83,12 +85,16 @@ class EntryChanges:
     """New values for some entries of a table."""
 
     def __init__(self, entries: dict[int, int]) -> None:
-        """Take the new values; ``entries`` has them by the index of the entry in the table."""
+        """Take the new values; ``entries`` maps the index of an entry in the table to its value."""
         self._indices = np.array(sorted(entries), np.int64)
         self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
 
     def applied(self, first: int, values: Values) -> Values:
-        """Return a copy of a slice with the new values; ``first`` is the slice's first index."""
+        """Return a copy of a slice in which the entries to be changed have their new values.
+
+        ``first`` is the index in the table of the first entry of the slice, and ``values`` are
+        the entries of the slice.
+        """
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
         fixed = values.copy()
         fixed[self._indices[begin:end] - first] = self._values[begin:end]
@@ -98,8 +104,12 @@ class EntryChanges:
 def refuse_too_many_tables(file: HostFile, count: int) -> None:
     """Raise an error if an image has too many L1 entries to be checked in bounded memory.
 
+    Args:
+        file: The image, for the message.
+        count: Number of L1 entries that the caller keeps in memory.
+
     Raises:
-        NeedsCheckError: The number of L1 entries, ``count``, is more than `MAX_TABLES`.
+        NeedsCheckError: ``count`` is more than `MAX_TABLES`.
     """
     if count > MAX_TABLES:
         msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
@@ -107,9 +117,10 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 
 
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
-    """Return a mask of the tables that overlap an earlier table in ``tables``.
+    """Return a mask of the tables that overlap an earlier valid table in ``tables``.
 
-    The rule is that of `qedfuse.ondisk.entrylimits.overlaps`.
+    A table that overlaps no earlier valid table is valid: see
+    `qedfuse.ondisk.entrylimits.overlaps`.
 
     Args:
         tables: The file offsets of tables, ascending; equal offsets are permitted.

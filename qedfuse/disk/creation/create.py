@@ -37,11 +37,11 @@ async def create_image(
     overwrite: bool = False,
     mode: int = 0o644,
 ) -> None:
-    """Create an image of ``size`` bytes, rounded up to whole sectors, at ``path``, durably.
+    """Create an empty image at ``path``, durably.
 
     Args:
         path: The new file; an existing one is refused unless ``overwrite`` is given.
-        size: Size of the disk in bytes; may be 0.
+        size: Size of the disk in bytes; is rounded up to whole sectors, and may be 0.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file that the image stores, see `backing_path`.  The
@@ -54,11 +54,11 @@ async def create_image(
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
 
     Raises:
-        UsageError: A size is out of its range, the backing name is too long or not a plain
-            path, or the file exists and ``overwrite`` is False.
-        ImageError: The existing file is not a regular file.
-        ImageInUseError: Another process has the old file open, or has created another file
-            of that name meanwhile.
+        UsageError: A size is out of its range, the name of the backing file cannot be stored,
+            or the file exists and ``overwrite`` is False.
+        ImageError: ``overwrite`` is True, and the existing file is not a regular file.
+        ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
+            image, or has created another file of that name meanwhile.
         HostError: The host refused.  No new file is left behind and an existing file is
             unchanged, unless only making the final name durable has failed.  An empty new
             file may be left behind on a file system without hard links (`NewFile`).
@@ -82,8 +82,6 @@ def make_image(
 ) -> None:
     """Create an image at ``path``, durably: an empty one, into which ``fill`` may write.
 
-    Until the image is complete, ``path`` refers to the old file or to no file.
-
     Args:
         path: The new file.
         header: A header that `new_header` has built.
@@ -97,9 +95,9 @@ def make_image(
 
     Raises:
         UsageError: The file exists and ``overwrite`` is False.
-        ImageError: The existing file is not a regular file.
-        ImageInUseError: Another process has the old file open, or has created another file
-            of that name meanwhile.
+        ImageError: ``overwrite`` is True, and the existing file is not a regular file.
+        ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
+            image, or has created another file of that name meanwhile.
         HostError: The host refused, or its file system is full.  No new file is left behind
             and an existing file is unchanged, unless only making the final name durable has
             failed.  An empty new file may be left behind on a file system without hard links

@@ -53,26 +53,28 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     The last path is that of the first base that is raw, has no base itself or cannot be read, or
     whose own backing file name contains a NUL byte.  So the last path may lead to no file.  If the
     chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
-    No path is yielded if the image has no base or cannot be read.  No policy for bases is
-    applied.  Names after ``file:`` are relative to ``directory``, or to the working directory of
-    the process if ``directory`` is empty.
+    No path is yielded if the image itself has no base or cannot be read, or if the name of its
+    base contains a NUL byte.  Bases that a policy forbids are yielded as well.
+
+    Names after ``file:`` are relative to ``directory``, or to the working directory of the process
+    if ``directory`` is empty.
     """
     path = image
     for _ in range(MAX_CHAIN_DEPTH + 1):
-        name, is_last = _base_of(path)
+        name, is_raw = _base_of(path)
         if not name:
             return
         path = backing_path(path, name, directory)
         yield path
-        if is_last:
+        if is_raw:
             return
 
 
 def _base_of(path: str) -> tuple[str, bool]:
-    """Return the name of an image's base, and whether the chain ends with that base.
+    """Return the name of an image's base, and whether the image's header says the base is raw.
 
-    The chain ends with the base if the image's header says that the base is raw.  The name is
-    empty if the image has no base or cannot be read, or if the name contains a NUL byte.
+    The name is empty if the image has no base or cannot be read, or if the name contains a NUL
+    byte.  The second value then has no meaning.
     """
     try:
         fd = open_regular(path, os.O_RDONLY)

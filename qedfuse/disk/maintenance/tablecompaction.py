@@ -67,18 +67,20 @@ class TableCompaction:
     async def move(
         self, pass_moves: int, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> int:
-        """Move the tables past the target to slots before the target; return the target.
+        """Move the tables that end past the target to slots before the target; return the target.
+
+        The target is the cluster at which the file is to end after this pass: see
+        `qedfuse.disk.maintenance.compaction`.
 
         Args:
-            pass_moves: How many clusters may be moved in this pass.  This number decides the
-                target.
+            pass_moves: Maximum number of clusters in use past the target.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
 
         Returns:
-            The target, or the first cluster after the last table if a table past the target
-            could not be moved.
+            The target, or the first cluster after the last table if a table that ends past the
+            target could not be moved.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
@@ -102,7 +104,8 @@ class TableCompaction:
                 await self._pack(max_moves, counter, within_bound=within_bound)
                 if max_moves is not None:
                     # `_pack` has used up moves, and the data that gave way may lie past the
-                    # target.  So fewer clusters past the target may move than before.
+                    # target.  So the target rises until the moves that are left suffice for the
+                    # clusters past the target.
                     target = max(target, self._data.target(max_moves - counter.moved_clusters))
                 break
             self._allocator.claim(slot, self._table_size)
@@ -143,8 +146,9 @@ class TableCompaction:
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
         # Every table may have to move, and as many data clusters may have to give way.  A table
-        # that overlaps a slot moves twice, but no data has to give way where it lies, except past
-        # the last slot.
+        # that overlaps a slot moves twice, which costs ``size`` moves more.  But the table's own
+        # clusters hold no data that has to give way, which saves as many moves.  Only a table
+        # that reaches past the last slot saves fewer, so ``size`` is added once.
         moves = 2 * (last - first) + size
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Maximum number of scattered clusters that wait to be put into the map together: 2 MiB of
-numbers.  When a write-back cycle begins, fewer clusters are put into the map as well."""
+"""Maximum number of scattered clusters that wait to be put into the map together; their numbers
+take 2 MiB.  The beginning of a write-back cycle ends the wait earlier."""
 
 
 class _Batch:
@@ -88,8 +88,9 @@ class Quarantine:
 
         The caller must not await anything between changing the entries and this call.
 
-        The clusters of one table may be scattered over all blocks of the map.  So they are
-        collected first, because adding many clusters to a block together is cheaper.
+        The clusters of one table may be scattered over all blocks of the map.  Adding many
+        clusters to a block together is cheaper than one after the other.  So the clusters of
+        several calls are collected before they are put into the map.
         """
         self._scattered.append(clusters)
         self._scattered_count += len(clusters)
@@ -119,8 +120,8 @@ class Quarantine:
         """Remove from the quarantine clusters of one block that may be used again.
 
         Returns:
-            The number of the block of the map, and a set bit for each removed cluster.  None
-            if no cluster may be used again yet.
+            The number of the block, and an integer in which the bit of each removed cluster is
+            set, as in `FreeMap.bits`.  None if no cluster may be used again yet.
         """
         while self._batches and self._batches[0].durable:
             if not self._epochs.is_drained(self._batches[0].epoch):

@@ -71,12 +71,16 @@ class CheckResult:
 
     @property
     def errors_fixed(self) -> int:
-        """Number of errors that were repaired; 0 if none was."""
+        """How many fewer errors the last check has found than the first; 0 if it found no fewer."""
         return max(0, self.before.errors - self.after.errors)
 
     @property
     def leaks_fixed(self) -> int:
-        """Number of leaked clusters that were reclaimed; 0 if none was."""
+        """How many fewer leaked clusters the last check has found than the first; at least 0.
+
+        The difference is not always due to reclaimed clusters: clusters that seemed leaked can
+        belong to a table that the repair has made valid.
+        """
         return max(0, self.before.leaks - self.after.leaks)
 
     @property
