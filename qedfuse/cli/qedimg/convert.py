@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-O", dest="format", metavar="FORMAT", default="qed", help="format of TARGET (qed)"
     )
-    add_base(parser, "-B", "with only the difference to BASE, relative to TARGET's directory")
+    add_base(
+        *(parser, "-B"),
+        "make an overlay with only the difference to BASE (a path relative to TARGET's directory)",
+    )
     add_geometry(parser)
     parser.add_argument(
         "-S",

@@ -54,12 +54,12 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
     )
 
 
-def add_base(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
+def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None:
     """Declare the option ``flag`` for a base, and ``-F`` for the base's format.
 
-    ``meaning`` completes the help "make an overlay ...".
+    ``base_help`` is the help text of ``flag``.
     """
-    parser.add_argument(flag, "--base", metavar="BASE", help=f"make an overlay {meaning}")
+    parser.add_argument(flag, "--base", metavar="BASE", help=base_help)
     parser.add_argument(
         "-F",
         "--base-format",

@@ -68,7 +68,7 @@ qedimg replaces a lower code by the subcommand's code for a failure, because low
 something else in qemu-img.
 """
 _BUG: Final = 70
-"""The exit code for an exception that no subcommand foresees."""
+"""The exit code for a bug: any exception but QedError, OSError, MemoryError, KeyboardInterrupt."""
 _INTERRUPTED: Final = 130
 """The exit code after a signal, as a shell shows it for Ctrl-C (128 + SIGINT)."""
 _HELP_COLUMNS: Final = 78
@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
     """Run the command and return its exit code; print a line for a failure.
 
-    No line is printed if the reader of the output has closed the pipe.
+    No line is printed if the reader of the output has closed the pipe, or if the log has shown
+    the failure.
 
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.

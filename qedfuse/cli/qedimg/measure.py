@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
 Compute two sizes: of the file that "qedimg convert" would make of SOURCE with the same
-options, and of the same file after the whole disk has been written to.  The first size of
-a raw copy does not count the holes of the file.  SOURCE is read to find ranges of zeros.
+options, and of the same file after the whole disk has been written to.  For a raw copy the
+first size counts the data only, not the holes.  SOURCE is read to find ranges of zeros.
 With --size in place of SOURCE the sizes are those for a new, empty disk."""
 
 
@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="qed",
         help="format of the copy: raw or qed (qed)",
     )
-    add_base(parser, "-B", "with only the difference to BASE, relative to the working directory")
+    add_base(
+        *(parser, "-B"),
+        "measure an overlay with only the difference to BASE (a path relative to the working "
+        "directory)",
+    )
     add_geometry(parser)
     parser.add_argument(
         "-S",

@@ -93,7 +93,7 @@ complete -c qedimg -n '__qedimg_is map' -F
 
 complete -c qedimg -n '__qedimg_is convert' -s f -x -d 'format of SOURCE: raw or qed (detected)'
 complete -c qedimg -n '__qedimg_is convert' -s O -x -d 'format of TARGET (qed)'
-complete -c qedimg -n '__qedimg_is convert' -s B -l base -r -F -d 'make an overlay with only the difference to BASE, relative to TARGET\'s directory'
+complete -c qedimg -n '__qedimg_is convert' -s B -l base -r -F -d 'make an overlay with only the difference to BASE (a path relative to TARGET\'s directory)'
 complete -c qedimg -n '__qedimg_is convert' -s F -l base-format -x -a 'raw qed' -d 'format of BASE; without -F, BASE must be QED'
 complete -c qedimg -n '__qedimg_is convert' -l cluster-size -x -d 'bytes in a cluster, a power of two from 4K to 64M (64K)'
 complete -c qedimg -n '__qedimg_is convert' -l table-size -x -d 'clusters in a table: 1, 2, 4, 8 or 16 (4)'
@@ -132,7 +132,7 @@ complete -c qedimg -n '__qedimg_is compare' -F
 complete -c qedimg -n '__qedimg_is measure' -l size -x -d 'measure a new disk of this size'
 complete -c qedimg -n '__qedimg_is measure' -s f -x -a 'raw qed' -d 'format of SOURCE (detected)'
 complete -c qedimg -n '__qedimg_is measure' -s O -x -d 'format of the copy: raw or qed (qed)'
-complete -c qedimg -n '__qedimg_is measure' -s B -l base -r -F -d 'make an overlay with only the difference to BASE, relative to the working directory'
+complete -c qedimg -n '__qedimg_is measure' -s B -l base -r -F -d 'measure an overlay with only the difference to BASE (a path relative to the working directory)'
 complete -c qedimg -n '__qedimg_is measure' -s F -l base-format -x -a 'raw qed' -d 'format of BASE; without -F, BASE must be QED'
 complete -c qedimg -n '__qedimg_is measure' -l cluster-size -x -d 'bytes in a cluster, a power of two from 4K to 64M (64K)'
 complete -c qedimg -n '__qedimg_is measure' -l table-size -x -d 'clusters in a table: 1, 2, 4, 8 or 16 (4)'
