@@ -20,11 +20,12 @@ INLINE_WRITE_BYTES: Final = 1 << 18
 takes less time than a round trip to a worker thread."""
 MAX_INLINE_WRITE_BYTES: Final = 1 << 20
 """Maximum length of a write that can count as short.  A write longer than `INLINE_WRITE_BYTES`
-does so only while such writes have lately taken at most `_INLINE_SECONDS` each, because the
-kernel makes writers wait when memory is full of dirty pages."""
+does so only while such writes have lately been fast (`_INLINE_SECONDS`), because the kernel makes
+writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
-"""Maximum time that the last long writes, or the last datasyncs, may have taken each, for the
-event loop to make the next one itself."""
+"""Maximum time of a write longer than `INLINE_WRITE_BYTES`, or of a datasync, that counts as fast.
+A datasync in a thread may take twice as long, because its time includes the round trip.
+`AdaptivePoll` decides after how many slow calls the next one goes to a thread."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `INLINE_WRITE_BYTES` that takes longer may have been throttled, because the
 kernel's shortest pause for a task that dirties pages faster than the disk can store them is
@@ -71,6 +72,7 @@ class InlinePolicy:
         """
         self._unsynced_bytes += length
         if length > INLINE_WRITE_BYTES:
+            # Also in a thread only the system call was timed, not the round trip to the thread.
             self._long_writes.record(seconds, slept=False)
         if seconds <= _THROTTLED_SECONDS:
             if self._inode.is_throttled:
@@ -85,9 +87,10 @@ class InlinePolicy:
     def can_datasync_inline(self) -> bool:
         """Return whether the event loop may make a datasync itself now.
 
-        Returns True if the last datasyncs took at most `_INLINE_SECONDS` each, at most
+        Returns True if the last datasyncs were fast (`_INLINE_SECONDS`), at most
         `_MAX_INLINE_DATASYNC_BYTES` must be written back, there is no contention for the
-        inode's lock, and no request waits for the event loop.
+        inode's lock, and no request waits for the event loop.  Returns False until the first
+        datasync was recorded.
         """
         return (
             self._datasyncs.seconds > 0
@@ -97,5 +100,5 @@ class InlinePolicy:
         )
 
     def record_datasync(self, seconds: float, *, is_inline: bool) -> None:
-        """Record how long a datasync took, inline or in a thread."""
+        """Record how long a datasync took; in a thread, the round trip to the thread included."""
         self._datasyncs.record(seconds, slept=not is_inline)

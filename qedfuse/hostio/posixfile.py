@@ -42,7 +42,7 @@ _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 not support the flag."""
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of fallocate(2) on a file system that does not support the mode."""
-_MAX_READS: Final = 28
+_MAX_WAITING_CALLS: Final = 28
 """Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
 the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32
 threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
@@ -71,8 +71,9 @@ class PosixFile:
         self.can_punch = True
         self._can_reserve = True
         self.read_policy = ReadPolicy()
-        self._missed_offset = -1  # of the last `try_read`, if its data was not in the page cache
-        self._read_slots = trio.Semaphore(_MAX_READS)
+        # The offset of a read that `try_read` has not found in the page cache; -1 for none.
+        self._missed_offset = -1
+        self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()
         self._inode = InodeLock(has_server=waits_for_server(fd))
         self._policy = InlinePolicy(self._inode)
@@ -197,20 +198,19 @@ class PosixFile:
         self, calls: HostCalls, offset: int, view: memoryview
     ) -> tuple[int, float]:
         """Read in a thread; return the number of bytes and the seconds that the call took."""
-        await acquire(self._read_slots)
+        await acquire(self._call_slots)
         try:
             return await calls.read(self.fd, offset, view)
         except OSError as error:
             raise self._failed(error, "read") from error
         finally:
-            self._read_slots.release()
+            self._call_slots.release()
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block, is not tried because the last ones would have
-        blocked, or fails, or if the file ends before the view is full.  The content of ``view``
-        is undefined then.
+        Returns False if the read would block or fails, if the file ends before the view is
+        full, or if `ReadPolicy` lets no read be tried.  The content of ``view`` is undefined then.
         """
         reads = self.read_policy
         if not reads.is_inline:
@@ -233,13 +233,13 @@ class PosixFile:
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a native thread, which answers by itself; see `HostFile`.
+        """Start a read in a native thread, which answers without the event loop; see `HostFile`.
 
-        Returns False also if there are no native threads, or if this file occupies as many as it
-        may.
+        Returns False also if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
+        file already wait in threads.
         """
         calls = host_calls()
-        reads, slots = self.read_policy, self._read_slots
+        reads, slots = self.read_policy, self._call_slots
         if not calls.can_start_reads or not slots.value:
             return False
         is_miss = reads.is_inline
@@ -280,7 +280,7 @@ class PosixFile:
             self._record_write(len(data), time.perf_counter() - since)
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write ``parts``, one behind the other, from a file offset on, as one write."""
+        """Write ``parts`` one after another, beginning at a file offset, as one write."""
         length = sum(map(len, parts))
         is_short = self._is_short(length)
         if is_short and self._inode.contention:
@@ -330,11 +330,11 @@ class PosixFile:
 
     async def _datasync_in_thread(self) -> None:
         """Call fdatasync(2) in a thread."""
-        await acquire(self._read_slots)
+        await acquire(self._call_slots)
         try:
             await host_calls().datasync(self.fd)
         finally:
-            self._read_slots.release()
+            self._call_slots.release()
 
     def try_grow(self, size: int) -> bool:
         """Make the file ``size`` bytes long without blocking; return whether that succeeded.
@@ -406,11 +406,11 @@ class PosixFile:
         try:
             if self._inode.recheck_free():
                 return seek(self.fd, offset, whence)
-            await acquire(self._read_slots)
+            await acquire(self._call_slots)
             try:
                 return await trio.to_thread.run_sync(seek, self.fd, offset, whence)
             finally:
-                self._read_slots.release()
+                self._call_slots.release()
         except OSError as error:
             raise self._failed(error, "seek") from error
 
@@ -423,7 +423,10 @@ class PosixFile:
         return self._size_and_blocks()[0]
 
     def stored_blocks(self) -> int:
-        """Return the file's ``st_blocks``, in units of 512 bytes, without reading its times.
+        """Return the file's ``st_blocks``, in units of 512 bytes.
+
+        The file's times are not read, because that would slow down its changes; see
+        `size_and_blocks`.
 
         Raises:
             HostError: The host refused.

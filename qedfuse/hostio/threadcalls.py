@@ -33,7 +33,7 @@ class ThreadCalls:
         """Do nothing: trio itself resumes the tasks."""
 
     def start_read(self, *_: object) -> None:
-        """Refuse: a thread of trio cannot answer by itself.
+        """Refuse, because a thread of trio cannot answer without the event loop.
 
         Raises:
             NotImplementedError: Always.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.hostio import hostcalls
-from qedfuse.hostio.posixfile import _MAX_READS, PosixFile
+from qedfuse.hostio.posixfile import _MAX_WAITING_CALLS, PosixFile
 from qedfuse.hostio.threadcalls import ThreadCalls
 from tests.support.disks import build_image, opened
 from tests.support.hostfiles import MemoryFile
@@ -102,8 +102,8 @@ async def test_the_end_of_a_started_read_is_reported(calls: Calls, file: PosixFi
 
 @pytest.mark.usefixtures("_uncached")
 async def test_one_file_does_not_occupy_all_threads(calls: Calls, file: PosixFile) -> None:
-    """At most `_MAX_READS` reads of a file are in threads at a time; an end makes room."""
-    for _ in range(_MAX_READS):
+    """At most `_MAX_WAITING_CALLS` reads of a file are in threads at a time; an end makes room."""
+    for _ in range(_MAX_WAITING_CALLS):
         assert start(file, 0, [])
     assert not start(file, 0, [])
     calls.started[0][1](CLUSTER, 100_000)
@@ -117,7 +117,7 @@ async def test_a_read_for_which_there_is_no_thread_is_not_counted(
 ) -> None:
     """If no thread can be created, the error is raised, and later reads can be started."""
     calls.refusal = OSError("no thread")
-    for _ in range(_MAX_READS + 1):
+    for _ in range(_MAX_WAITING_CALLS + 1):
         with pytest.raises(OSError, match="no thread"):
             start(file, 0, [])
     calls.refusal = None
