@@ -116,8 +116,9 @@ class Server:
             caller must still close the disks, which makes the last changes durable.
 
         Raises:
-            QedError: The disks cannot be mounted, or the mount cannot be announced.  Nothing
-                stays mounted, unless the kernel refuses to unmount, which is logged.
+            QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
+                is undone, unless another mount covers it, or the kernel refuses to unmount,
+                which is logged.
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
@@ -191,8 +192,9 @@ class Server:
                     "mounted without fallocate and lseek, so discards free no space: %s",
                     extraops_failure,
                 )
-            # A shared memory map can make pages dirty even without the write-back cache, but the
-            # kernel refuses such a map with ``direct_io``.
+            # A shared memory map can make pages dirty even without the write-back cache, so the
+            # shutdown launders them.  With ``direct_io`` the kernel refuses such a map, so there is
+            # nothing to launder.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
             signals.handle_with(shutdown.receive)
@@ -214,7 +216,9 @@ class Server:
         return shutdown.failure
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log that the kernel has refused the default read-ahead, or the protection.
+        """Log that the kernel has refused the default read-ahead, or a protection.
+
+        The protection is the one from memory pressure, which a read-only mount does not need.
 
         Args:
             readahead_failure: Why the read-ahead was not set; None if the kernel refused nothing.

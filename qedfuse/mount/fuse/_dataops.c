@@ -2,19 +2,20 @@
  * Reads, writes and fsyncs that need not wait, answered without a coroutine of pyfuse3.
  *
  * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most
- * requests need neither.  So this module replaces the three operations in the copy of pyfuse3's
- * table (_extraops.c): it calls a Python function that tries to answer, and passes the request
- * to pyfuse3's own operation if the function does not answer it.
+ * requests need neither.  So this module replaces these three operations in the copy of pyfuse3's
+ * table (_extraops.c).  The replacement calls a Python function that tries to answer the request.
+ * If the function does not answer the request, pyfuse3's own operation gets it.  A read whose slice
+ * and data are in memory is answered without the Python function (_cachedread.c).
  *
- * A function may also let reply_from_file() answer a read.  Then the kernel passes the pages of
- * the host's file on (splice(2)), and copies them once instead of twice.
+ * The function for reads has two other ways to answer.  It may let reply_from_file() answer: then
+ * the kernel passes the pages of the host's file on (splice(2)), and copies them once instead of
+ * twice.  Or it may defer the read: it calls defer_read(), and the Request that it gets answers
+ * later.  A thread of the pool in hostio/_iothreads.c can use the Request without the GIL.
  *
- * A function may also defer a read: it calls defer_read(), and the Request that it gets
- * answers later.  A thread of the pool in hostio/_iothreads.c can do that without the GIL.
- *
- * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  A function
- * that raises has not answered: pyfuse3's operation gets the request, and its handler meets the
- * same error and reports it.
+ * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a function
+ * raises, pyfuse3's operation gets the request, and its handler meets the same error and reports
+ * it.  A read that was deferred, or answered from a file, before the function raised is not passed
+ * to pyfuse3.
  */
 
 #include "_extraops.h"
@@ -82,8 +83,8 @@ struct page_counts {
 
 static int can_splice; /* whether libfuse may splice in this session */
 
-/* Return whether the file reaches past a range, and the page cache holds all of the range, so that
- * nothing waits for the disk. */
+/* Returns whether the file reaches at least to the end of a range, and the page cache is known to
+ * hold all of the range, so that a reply with these pages does not wait for the disk. */
 static int is_cached(int fd, off_t offset, size_t size)
 {
     struct page_range range = {(uint64_t)offset, size};
@@ -157,7 +158,7 @@ static PyObject *call(PyObject *function, uint64_t handle, off_t offset, PyObjec
         result = PyObject_Vectorcall(function, arguments + 1,
                                      3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     if (result == NULL)
-        PyErr_Clear(); /* frees what the traceback refers to, so also a view of the data */
+        PyErr_Clear(); /* also drops the references of the traceback, as to a view of the data */
     Py_XDECREF(arguments[1]);
     Py_XDECREF(arguments[2]);
     return result;
@@ -176,7 +177,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
         read_request = request;
         read_size = size;
         result = call(try_read, info->fh, offset, last);
-        answered = read_request == NULL; /* or the Request answers, whatever has happened */
+        /* True also for a deferred read, which its Request answers, even if the call has failed. */
+        answered = read_request == NULL;
         read_request = NULL;
     }
     if (!answered && result != NULL && result != Py_None) {

@@ -40,16 +40,17 @@ class DataRequests:
         Args:
             operations: The handlers of the requests of the mount.
             reply_from_file: Answers the read that is being handled with the bytes at an offset of
-                a descriptor, and returns True; returns False if that would wait.
+                a descriptor, and returns True.  Returns False, and has not answered, if that would
+                wait or is not possible.
             defer_read: Returns an object that answers the read which is being handled.
-            nursery: Runs the tasks that answer a deferred read if its thread could not.
+            nursery: Runs the tasks that answer the deferred reads that threads have not answered.
         """
         self._disk_of = operations.fast.disk_of
         self._operations = operations
         self._nursery = nursery
         self._reply_from_file = reply_from_file
         self._defer_read = defer_read
-        self._deferred = 0  # reads that a thread is reading for
+        self._deferred = 0  # number of deferred reads whose threads have not ended them
         self._drained = trio.Event()
         self.write = operations.fast.write
         self.fsync = operations.fast.fsync
@@ -80,9 +81,9 @@ class DataRequests:
         return content
 
     def read_tables(self) -> dict[int, ReadTables]:
-        """Return by which objects the extension can answer reads itself, by inode number.
+        """Return, by inode number, the objects with which the extension can answer reads itself.
 
-        Disks are left out whose image is no file of the operating system.
+        A disk for which `Disk.read_tables` returns None is left out.
         """
         found = {}
         for inode, exported in self._operations.fast.disks.items():
@@ -92,7 +93,7 @@ class DataRequests:
         return found
 
     async def drain(self) -> None:
-        """Wait until no thread reads for a deferred read any more.
+        """Wait until the threads have ended all deferred reads.
 
         The caller must ensure that no request arrives meanwhile.
         """
@@ -106,9 +107,9 @@ class DataRequests:
         return pending
 
     def read_ended(self, read: _DeferredRead, pending: Request | None) -> None:
-        """Note that no thread reads for ``read`` any more.
+        """Note that the thread of the deferred read ``read`` has ended its work.
 
-        ``pending`` must still be answered; None if the thread has answered.
+        ``pending`` is what must still be answered; None if the thread has answered.
         """
         self._deferred -= 1
         if not self._deferred:
@@ -118,7 +119,10 @@ class DataRequests:
             self._nursery.start_soon(self._answer, read, pending)
 
     async def _answer(self, read: _DeferredRead, pending: Request) -> None:
-        """Answer a read on the slow path, which reports the error."""
+        """Answer a read that its thread has not answered.
+
+        The slow path reads the bytes again, and reports an error if that fails as well.
+        """
         try:
             content = await self._operations.read_slowly(read.handle, read.offset, read.size)
         except FUSEError as error:
@@ -157,5 +161,8 @@ class _DeferredRead:
         return self.pending.capsule()
 
     def ended(self, result: int) -> None:
-        """Note how many bytes the thread has read, or its negative errno."""
+        """Note how many bytes the thread has read, or its negative errno.
+
+        The thread has answered only if it has read all bytes.
+        """
         self._requests.read_ended(self, None if result == self.size else self.pending)
