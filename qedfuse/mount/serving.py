@@ -218,7 +218,8 @@ class Server:
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
         """Log that the kernel has refused the default read-ahead, or a protection.
 
-        The protection is the one from memory pressure, which a read-only mount does not need.
+        The protection is the one from memory pressure.  Nothing is logged about it for a read-only
+        mount, because the kernel then has no dirty pages to write back.
 
         Args:
             readahead_failure: Why the read-ahead was not set; None if the kernel refused nothing.
@@ -236,7 +237,7 @@ class Server:
 
 
 def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None:
-    """Trim the heap, and make the kernel forget a wrong ``st_blocks``; called after each flush."""
+    """Trim the heap and check ``st_blocks`` after a flush; each limits how often it does that."""
     trim_heap()
     invalidator.flushed()
 
