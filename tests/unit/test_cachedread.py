@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.readpolicy import ReadPolicy
@@ -98,9 +99,11 @@ class Tables:
     Attributes:
         layer: The image.
         keys: The keys of the slices.
-        slices: The slices by key.
+        slices: The slices by key, and the codes of `FlattenedBacking` for the first slice.
         policy: The policy of the file.
         content: The content of the file.
+        base_policy: The policy of the backing file.
+        base_content: The content of the backing file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,17 +119,27 @@ class Tables:
             ("key", 1): SimpleNamespace(bad=None, entries=array("Q", entries[4:])),
         }
         self.keys = {0: ("key", 0), 1: ("key", 1)}
+        self.base_content = random.Random("base").randbytes(CLUSTERS * CLUSTER)
+        base_path = path.with_name("base")
+        base_path.write_bytes(self.base_content)
+        self._base = base_path.open("rb")
+        self.base_policy = ReadPolicy()
+        self.slices["codes", 0] = SimpleNamespace(
+            bad=None, entries=array("Q", [MIXED, ZEROS, (3 * CLUSTER) | 3, (5 * CLUSTER) | 4])
+        )
 
     def arguments(self) -> tuple[object, ...]:
         """Return the arguments of a view."""
         return (
-            *(self.layer, self.keys, self.slices.get, self.policy),
-            *(self._file.fileno(), BITS, SLICE_BITS),
+            *(self.layer, self.keys, self.slices.get, "codes"),
+            ((self.policy, self._file.fileno()), (self.base_policy, self._base.fileno())),
+            *(BITS, SLICE_BITS),
         )
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._base.close()
 
 
 @pytest.fixture
@@ -189,6 +202,28 @@ def test_a_run_does_not_continue_at_the_beginning_of_its_slice(
     tables.slices["key", 0].entries[0] = 5 * CLUSTER
     tables.slices["key", 1].entries[0] = 1
     assert session.read(3 * CLUSTER, 2 * CLUSTER) is None
+
+
+def test_a_cluster_of_a_backing_file_is_answered(session: Session, tables: Tables) -> None:
+    """A range within one unallocated cluster gets the bytes of the base that holds the cluster."""
+    tables.slices["key", 0].entries[:] = array("Q", bytes(4 * 8))
+    expected = tables.base_content[3 * CLUSTER + 5 : 3 * CLUSTER + 105]
+    assert session.read(2 * CLUSTER + 5, 100) == expected
+    assert session.read(2 * CLUSTER + 5, CLUSTER) is None, "two clusters"
+    assert session.read(0, CLUSTER) is None, "mixed"
+    assert session.read(CLUSTER, CLUSTER) is None, "zeros"
+    assert session.read(3 * CLUSTER, CLUSTER) is None, "a depth that the chain does not have"
+    tables.slices["key", 0].entries[3] = CLUSTER
+    assert session.read(2 * CLUSTER + 5, CLUSTER) is None, "two clusters that look like a run"
+    tables.slices["key", 0].entries[2] = 1
+    assert session.read(2 * CLUSTER + 5, 100) is None, "a cluster of zeros hides the base"
+    tables.slices["key", 0].entries[2] = 0
+    tables.base_policy.is_inline = False
+    assert session.read(2 * CLUSTER + 5, 100) is None, "the policy of the base"
+    tables.base_policy.is_inline = True
+    assert session.read(2 * CLUSTER + 5, 100) == expected
+    del tables.slices["codes", 0]
+    assert session.read(2 * CLUSTER + 5, 100) is None, "codes that are not in memory"
 
 
 def evict(tables: Tables) -> None:
@@ -292,16 +327,30 @@ async def change(disk: Disk, rng: random.Random) -> None:
             await disk.write(start, rng.randbytes(length))
 
 
+async def chain(directory: Path, bases: int, rng: random.Random) -> str:
+    """Make an image with a number of backing images that hold random data; return its path."""
+    name, path = None, ""
+    for number in range(bases + 1):
+        path = str(directory / f"{number}.qed")
+        await create_image(path, 256 * CLUSTER, cluster_size=CLUSTER, table_size=1, backing=name)
+        name = f"{number}.qed"
+        if number < bases:
+            async with open_disk(path, OpenOptions(writable=True)) as disk:
+                for _ in range(60):
+                    await change(disk, rng)
+    return path
+
+
+@pytest.mark.parametrize("bases", [0, 2])
 @pytest.mark.parametrize("seed", range(5))
 async def test_the_extension_and_the_disk_read_the_same(
-    seed: int, session: Session, tmp_path: Path
+    seed: int, bases: int, session: Session, tmp_path: Path
 ) -> None:
     """After any changes of a disk the extension answers exactly the runs that the disk locates."""
-    path = str(tmp_path / "disk.qed")
-    # A small budget of the table cache, so that slices are evicted.
-    await create_image(path, 256 * CLUSTER, cluster_size=CLUSTER, table_size=1)
     rng = random.Random(seed)
-    answered = passed = 0
+    path = await chain(tmp_path, bases, rng)
+    answered = passed = from_base = 0
+    # A small budget of the table cache, so that slices are evicted.
     async with open_disk(path, OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
         found = disk.read_tables()
         assert found is not None
@@ -318,6 +367,8 @@ async def test_the_extension_and_the_disk_read_the_same(
                     passed += 1
                 else:
                     answered += 1
+                    from_base += location is not None and location[0] != found.files[0][1]
                     assert got == await disk.read(start, size)
     assert answered > 100
     assert passed > 100
+    assert (from_base > 50) == (bases > 0)

@@ -46,7 +46,7 @@ _MAX_SLICES_PER_SEEK: Final = 64
 
 
 class ReadTables(NamedTuple):
-    """The objects with which ``_cachedread.c`` finds data of the top image.
+    """The objects with which ``_cachedread.c`` finds data in the files of a chain.
 
     ``_cachedread.c`` finds the data in the same way as `FastPath.locate`.
 
@@ -54,8 +54,10 @@ class ReadTables(NamedTuple):
         layer: The top image; its header has the size of the disk.
         slice_keys: The keys of slices, by the slice's number (`QedLayer.slice_keys`).
         get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
-        policy: Decides whether reads of the file are tried inline.
-        fd: The descriptor of the file.
+        codes_key: First part of the keys of slices that say where backing files hold data
+            (`FlattenedBacking.store_key`); None without backing files.
+        files: For each file of the chain, by depth, what decides whether its reads are tried
+            inline, and its descriptor.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
     """
@@ -63,8 +65,8 @@ class ReadTables(NamedTuple):
     layer: QedLayer
     slice_keys: dict[int, tuple[int, int]]
     get_slice: Callable[[tuple[int, int]], Slice | None]
-    policy: ReadPolicy
-    fd: int
+    codes_key: int | None
+    files: tuple[tuple[ReadPolicy, int], ...]
     cluster_bits: int
     slice_bits: int
 
@@ -122,13 +124,22 @@ class FastPath:
         return self._gather(start, start + length)
 
     def read_tables(self) -> ReadTables | None:
-        """Return what ``_cachedread.c`` needs for reads; None if the file has no `ReadPolicy`."""
-        policy = self._file.read_policy
-        if policy is None:
+        """Return what ``_cachedread.c`` needs for reads; None if a file has no `ReadPolicy`."""
+        files = tuple(
+            (file.read_policy, file.fileno())
+            for file in self._files
+            if file.read_policy is not None
+        )
+        if len(files) < len(self._files):
             return None
         return ReadTables(
-            *(self._layer, self._layer.slice_keys, self._layer.tables.get, policy),
-            *(self._file.fileno(), self._bits, self._slice_bits),
+            self._layer,
+            self._layer.slice_keys,
+            self._layer.tables.get,
+            None if self._flattened is None else self._flattened.store_key,
+            files,
+            self._bits,
+            self._slice_bits,
         )
 
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:

@@ -60,12 +60,18 @@ def data_location(code: int) -> tuple[int, int]:
 
 
 class FlattenedBacking:
-    """The layers below the top image, merged slice by slice."""
+    """The layers below the top image, merged slice by slice.
+
+    Attributes:
+        store_key: First part of the keys of the codes in the store; the second part is the
+            number of the slice.
+    """
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
         """Merge the layers below ``top``, the first of ``layers``; keep the codes in ``store``."""
         self._layers = layers
         self._store = store
+        self.store_key = id(self)
         self._bits = top.geometry.cluster_bits
         self._entries = top.tables.slice_entries
         self._merges: SingleFlight[int] = SingleFlight()
@@ -75,7 +81,7 @@ class FlattenedBacking:
 
         Slices are numbered from the beginning of the disk.
         """
-        found = self._store.get((id(self), slice_number))
+        found = self._store.get((self.store_key, slice_number))
         return None if found is None else found.entries
 
     async def codes(self, slice_number: int) -> array[int]:
@@ -141,7 +147,7 @@ class FlattenedBacking:
         entries = array("Q")
         entries.frombytes(codes.tobytes())
         # This slice holds codes instead of entries, and has its number as offset.
-        self._store.put((id(self), slice_number), Slice(slice_number, L2, entries, None))
+        self._store.put((self.store_key, slice_number), Slice(slice_number, L2, entries, None))
 
 
 async def _codes_of_layer(

@@ -1,6 +1,6 @@
 /*
- * Reads of one run of data whose slice is in memory and whose data is in the host's page cache,
- * answered without calling Python code of the disk.
+ * Reads of one run of data in one file of a chain, if the tables that locate it are in memory and
+ * the data is in the host's page cache, answered without calling Python code of the disk.
  *
  * A ReadView refers to the objects by which FastPath.locate (disk/datapath/fastpath.py) finds a
  * range.  A read finds the range by the same objects in the same way, with the GIL held, so it
@@ -17,12 +17,18 @@
 #define MAX_READ_BYTES (1 << 20)
 
 typedef struct {
+    PyObject *policy; /* ReadPolicy */
+    int fd;
+} File;
+
+typedef struct {
     PyObject_HEAD
     PyObject *layer;     /* QedLayer: `header.image_size` */
     PyObject *keys;      /* dict: the key of a slice in the table cache, by the slice's number */
     PyObject *get_slice; /* returns a slice by its key, or None */
-    PyObject *policy;    /* ReadPolicy of the file */
-    int fd;
+    PyObject *codes_key; /* first part of keys of FlattenedBacking; None without backing files */
+    File *files;         /* the files of the chain, by depth */
+    uint64_t depths;     /* number of files */
     unsigned int cluster_bits, slice_bits;
 } ReadView;
 
@@ -53,85 +59,124 @@ static long long disk_size(ReadView *self)
     return size;
 }
 
-/* Returns slice `number` if it is in memory and all its entries are valid; NULL otherwise, perhaps
- * with an exception. */
-static PyObject *valid_slice(ReadView *self, uint64_t number)
+/* Returns the entries of a slice if it is in memory and all its entries are valid; NULL otherwise,
+ * perhaps with an exception.  `key` is the key of the slice in the table cache. */
+static PyObject *valid_entries(ReadView *self, PyObject *key)
 {
-    PyObject *index = PyLong_FromUnsignedLongLong(number);
-    PyObject *key = index == NULL ? NULL : PyDict_GetItemWithError(self->keys, index);
-    PyObject *slice = key == NULL ? NULL : PyObject_CallOneArg(self->get_slice, key);
-    PyObject *bad;
+    PyObject *slice = PyObject_CallOneArg(self->get_slice, key);
+    PyObject *bad, *entries = NULL;
 
-    Py_XDECREF(index);
-    if (slice == NULL || slice == Py_None) {
-        Py_XDECREF(slice);
-        return NULL;
+    if (slice != NULL && slice != Py_None) {
+        bad = PyObject_GetAttr(slice, name_bad);
+        Py_XDECREF(bad);
+        if (bad == Py_None)
+            entries = PyObject_GetAttr(slice, name_entries);
     }
-    bad = PyObject_GetAttr(slice, name_bad);
-    Py_XDECREF(bad);
-    if (bad != Py_None)
-        Py_CLEAR(slice);
-    return slice;
+    Py_XDECREF(slice);
+    return entries;
 }
 
-/* Returns the file offset of a range if it is one run of data within one slice; 0 otherwise,
- * perhaps with an exception. */
-static uint64_t file_offset(ReadView *self, uint64_t start, size_t length)
+/* Reads entries of a table from an array("Q"): the value of the first.  Returns whether the entries
+ * up to `last` exist, and continue its run of clusters; if not, perhaps with an exception. */
+static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
+                    uint64_t *value)
+{
+    uint64_t next, at;
+    Py_buffer view;
+    int is_run;
+
+    if (PyObject_GetBuffer(entries, &view, PyBUF_SIMPLE))
+        return 0;
+    is_run = (uint64_t)view.len > last * sizeof next;
+    if (is_run) {
+        *value = next = ((uint64_t *)view.buf)[first];
+        for (at = first + 1; at <= last; at++) {
+            next += (uint64_t)1 << cluster_bits;
+            is_run &= ((uint64_t *)view.buf)[at] == next;
+        }
+    }
+    PyBuffer_Release(&view);
+    return is_run;
+}
+
+/* Finds the backing file that holds a cluster, which the top image must not have allocated.  Returns
+ * the file offset of the cluster, and sets `depth`; returns 0 if the cluster is not data of one file,
+ * or if its code is not in memory; perhaps with an exception. */
+static uint64_t backing_offset(ReadView *self, PyObject *slice, uint64_t index, uint64_t *depth)
+{
+    PyObject *key = PyTuple_Pack(2, self->codes_key, slice);
+    PyObject *codes = key == NULL ? NULL : valid_entries(self, key);
+    uint64_t code = 0;
+
+    if (codes != NULL)
+        read_run(codes, index, index, 0, &code);
+    Py_XDECREF(key);
+    Py_XDECREF(codes);
+    /* 0 and 1 are codes for clusters that are no data in one file.  The others are an offset, which
+     * is a multiple of 4096, and the depth + 2 (disk/lookup/flattenedbacking.py). */
+    *depth = (code & 4095) - 2;
+    return code <= 1 ? 0 : code & ~(uint64_t)4095;
+}
+
+/* Returns the file offset of a range, and sets `depth`, if it is one run of data within one slice, or
+ * lies within one cluster of data in a backing file; returns 0 otherwise, perhaps with an exception.
+ */
+static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint64_t *depth)
 {
     uint64_t first = start >> self->cluster_bits;
     uint64_t last = (start + length - 1) >> self->cluster_bits;
     uint64_t mask = ((uint64_t)1 << self->slice_bits) - 1;
-    uint64_t value = 0, next, at;
-    PyObject *slice, *entries;
-    Py_buffer view;
+    uint64_t value = 0;
+    PyObject *slice, *key, *entries;
 
     if (first >> self->slice_bits != last >> self->slice_bits)
         return 0;
-    slice = valid_slice(self, first >> self->slice_bits);
-    entries = slice == NULL ? NULL : PyObject_GetAttr(slice, name_entries);
-    if (entries != NULL && PyObject_GetBuffer(entries, &view, PyBUF_SIMPLE) == 0) {
-        if ((uint64_t)view.len > (mask & last) * sizeof value) {
-            value = ((uint64_t *)view.buf)[first & mask];
-            for (at = first + 1, next = value; at <= last; at++) {
-                next += (uint64_t)1 << self->cluster_bits;
-                if (((uint64_t *)view.buf)[at & mask] != next)
-                    value = 0;
-            }
-        }
-        PyBuffer_Release(&view);
+    slice = PyLong_FromUnsignedLongLong(first >> self->slice_bits);
+    key = slice == NULL ? NULL : PyDict_GetItemWithError(self->keys, slice);
+    entries = key == NULL ? NULL : valid_entries(self, key);
+    *depth = 0;
+    /* An entry 0 is an unallocated cluster, and 1 a cluster of zeros. */
+    if (entries != NULL &&
+        read_run(entries, first & mask, last & mask, self->cluster_bits, &value)) {
+        if (value == 0 && first == last && self->codes_key != Py_None)
+            value = backing_offset(self, slice, first & mask, depth);
+    } else {
+        value = 0;
     }
-    Py_XDECREF(entries);
     Py_XDECREF(slice);
-    /* 0 is an unallocated cluster, and 1 a cluster of zeros. */
+    Py_XDECREF(entries);
     return value <= 1 ? 0 : value + (start & (((uint64_t)1 << self->cluster_bits) - 1));
 }
 
+/* Notes in a policy that a read was answered from the page cache; perhaps leaves an exception. */
+static void note_hit(PyObject *policy)
+{
+    PyObject *zero;
+
+    if (number_attribute(policy, name_misses) <= 0)
+        return;
+    zero = PyLong_FromLong(0);
+    if (zero != NULL)
+        PyObject_SetAttr(policy, name_misses, zero);
+    Py_XDECREF(zero);
+}
+
 /* Answers a read and returns 1, if the policy allows an attempt and all of the data is in the page
- * cache.  Otherwise returns 0, perhaps with an exception. */
-static int answer(ReadView *self, fuse_req_t request, uint64_t offset, size_t size)
+ * cache.  Otherwise returns 0.  Perhaps leaves an exception. */
+static int answer(File *file, fuse_req_t request, uint64_t offset, size_t size)
 {
     struct iovec vector = {buffer, size};
-    PyObject *is_inline, *zero;
-    long long misses;
+    PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
 
-    is_inline = PyObject_GetAttr(self->policy, name_is_inline);
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
         return 0;
-    if (splice_reply(request, self->fd, (off_t)offset, size))
-        return 1;
-    if (preadv2(self->fd, &vector, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size)
-        return 0;
-    misses = number_attribute(self->policy, name_misses);
-    if (misses != 0) {
-        zero = misses < 0 ? NULL : PyLong_FromLong(0);
-        if (zero == NULL || PyObject_SetAttr(self->policy, name_misses, zero)) {
-            Py_XDECREF(zero);
+    if (!splice_reply(request, file->fd, (off_t)offset, size)) {
+        if (preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size)
             return 0;
-        }
-        Py_DECREF(zero);
+        fuse_reply_buf(request, buffer, size);
     }
-    fuse_reply_buf(request, buffer, size);
+    note_hit(file->policy);
     return 1;
 }
 
@@ -139,7 +184,7 @@ int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t 
 {
     PyObject *key, *found;
     ReadView *view;
-    uint64_t offset;
+    uint64_t offset, depth;
     long long end;
     int answered = 0;
 
@@ -152,8 +197,9 @@ int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t 
         view = (ReadView *)Py_NewRef(found);
         end = disk_size(view);
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
-            offset = file_offset(view, (uint64_t)start, size);
-            answered = offset != 0 && answer(view, request, offset, size);
+            offset = file_offset(view, (uint64_t)start, size, &depth);
+            answered = offset != 0 && depth < view->depths &&
+                       answer(view->files + depth, request, offset, size);
         }
         Py_DECREF(view);
     }
@@ -171,7 +217,10 @@ static void view_free(PyObject *object)
     Py_XDECREF(self->layer);
     Py_XDECREF(self->keys);
     Py_XDECREF(self->get_slice);
-    Py_XDECREF(self->policy);
+    Py_XDECREF(self->codes_key);
+    while (self->depths > 0)
+        Py_DECREF(self->files[--self->depths].policy);
+    PyMem_Free(self->files);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -205,16 +254,36 @@ int init_cached_reads(void)
     return 0;
 }
 
-PyObject *read_view(PyObject *module, PyObject *args)
+/* Fills `files` from a tuple of pairs (ReadPolicy, descriptor); returns -1 with an exception. */
+static int fill_files(ReadView *self, PyObject *pairs)
 {
-    PyObject *layer, *keys, *get_slice, *policy;
-    unsigned int cluster_bits, slice_bits;
-    ReadView *self;
+    Py_ssize_t count = PyTuple_GET_SIZE(pairs), at;
+    PyObject *policy;
     int fd;
 
+    self->files = PyMem_New(File, (size_t)count);
+    if (self->files == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (at = 0; at < count; at++) {
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, at), "Oi", &policy, &fd))
+            return -1;
+        self->files[at] = (File){Py_NewRef(policy), fd};
+        self->depths++;
+    }
+    return 0;
+}
+
+PyObject *read_view(PyObject *module, PyObject *args)
+{
+    PyObject *layer, *keys, *get_slice, *codes_key, *files;
+    unsigned int cluster_bits, slice_bits;
+    ReadView *self;
+
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOiII", &layer, &PyDict_Type, &keys, &get_slice, &policy, &fd,
-                          &cluster_bits, &slice_bits))
+    if (!PyArg_ParseTuple(args, "OO!OOO!II", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+                          &PyTuple_Type, &files, &cluster_bits, &slice_bits))
         return NULL;
     self = PyObject_New(ReadView, view_type);
     if (self == NULL)
@@ -222,10 +291,13 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->layer = Py_NewRef(layer);
     self->keys = Py_NewRef(keys);
     self->get_slice = Py_NewRef(get_slice);
-    self->policy = Py_NewRef(policy);
-    self->fd = fd;
+    self->codes_key = Py_NewRef(codes_key);
+    self->files = NULL;
+    self->depths = 0;
     self->cluster_bits = cluster_bits;
     self->slice_bits = slice_bits;
+    if (fill_files(self, files))
+        Py_CLEAR(self);
     return (PyObject *)self;
 }
 

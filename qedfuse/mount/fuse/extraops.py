@@ -74,10 +74,7 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
         _extension.set_data_handlers(requests.read, requests.write, requests.fsync)
         _extension.set_read_views(
             {
-                inode: _extension.read_view(
-                    *(tables.layer, tables.slice_keys, tables.get_slice, tables.policy),
-                    *(tables.fd, tables.cluster_bits, tables.slice_bits),
-                )
+                inode: _extension.read_view(*tables)
                 for inode, tables in requests.read_tables().items()
             },
             HANDLE_MASK % (1 << 64),
