@@ -152,9 +152,12 @@ class Runner:
             return
         self._images = [images.make(cell.stage, self._system, n) for n in range(cell.disks)]
         if cell.cold != "host":
-            # Before the server reads the files, after which the kernel would read ahead.
+            # Before the server reads the files, after which the kernel would read ahead.  Pages of
+            # an earlier cell are evicted first, because large folios of one system's image, which
+            # a cold sequential read leaves, would make its writes faster or slower.
             for image in self._images:
                 for file in images.files(cell.stage, image):
+                    evict_file(file)
                     cache_file(file)
 
     def _start(self) -> None:
