@@ -83,11 +83,7 @@ class DataRequests:
     def read_tables(self) -> dict[int, ReadTables]:
         """Return, by inode number, the objects with which the extension can answer reads itself.
 
-<<<<<<< HEAD
         A disk for which `Disk.read_tables` returns None is left out.
-=======
-        Disks are left out of whose chain a file is no file of the operating system.
->>>>>>> d8dfe53 (Cached reads: the extension answers reads of backing files as well)
         """
         found = {}
         for inode, exported in self._operations.fast.disks.items():
