@@ -155,6 +155,12 @@ class Disk:
         """Return the objects by which the mount's extension reads; see `FastPath.read_tables`."""
         return self._fast_path.read_tables()
 
+    @property
+    def tries_reads(self) -> bool:
+        """Whether `try_read` would try to read the image's file; False after several misses."""
+        policy = self._file.read_policy
+        return policy is None or policy.is_inline
+
     def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
         """Return where a range is stored, as a descriptor and a file offset, without waiting.
 

@@ -40,11 +40,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -88,13 +90,12 @@ struct list {
 /* A thread that waits for a job; lives on the thread's stack. */
 struct sleeper {
     struct sleeper *below;
-    pthread_cond_t condition;
-    int is_woken;
+    struct job *job;     /* what the thread must run; NULL if it must end */
+    atomic_int is_woken; /* set after `job`; the thread waits for this with futex(2) */
 };
 
 struct pool {
     pthread_mutex_t mutex;
-    pthread_condattr_t clock;  /* makes conditions use the monotonic clock */
     int references;            /* the Python object, and each thread */
     int is_closed;             /* the Python object has been freed */
     int eventfd;               /* -1 once it is closed */
@@ -244,7 +245,6 @@ static void drop_pool(struct pool *pool)
     if (references)
         return;
     pthread_mutex_destroy(&pool->mutex);
-    pthread_condattr_destroy(&pool->clock);
     PyMem_RawFree(pool);
 }
 
@@ -283,14 +283,13 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, and put the job on the list of finished calls.  The caller must
- * hold the mutex, which is unlocked during system calls and the answer. */
+ * not hold the mutex, and holds it afterwards. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
     const void *data = job->buffer_count ? job->buffers[0].buf : NULL;
     int64_t since, result;
 
-    pthread_mutex_unlock(&pool->mutex);
     since = now();
     result = make_call(pool, job);
     job->result = result;
@@ -315,59 +314,75 @@ static void run(struct pool *pool, struct job *job)
     pool->coming--;
 }
 
-/* Wait until wake_one() wakes this thread, and return 1.  Return 0 if the thread must end, because
- * it has been idle for the whole idle time or cannot wait.  The caller must hold the mutex. */
-static int sleep_idle(struct pool *pool)
+/* Wait until hand_over() gives this thread a job, and return the job; the mutex is unlocked then.
+ * Return NULL, with the mutex locked, if the thread must end, because it has been idle for the
+ * whole idle time or the pool is closed.  The caller must hold the mutex. */
+static struct job *sleep_idle(struct pool *pool)
 {
     struct sleeper self = {.below = pool->sleepers};
-    int64_t end = now() + pool->idle_nanoseconds;
-    struct timespec deadline = {.tv_sec = end / NANOSECONDS, .tv_nsec = end % NANOSECONDS};
-    int failed = 0;
+    int64_t end = now() + pool->idle_nanoseconds, left = pool->idle_nanoseconds;
 
-    if (!pool->idle_nanoseconds || pthread_cond_init(&self.condition, &pool->clock))
-        return 0;
+    if (!left)
+        return NULL;
     pool->sleepers = &self;
-    while (!self.is_woken && !failed)
-        failed = pthread_cond_timedwait(&self.condition, &pool->mutex, &deadline);
-    if (!self.is_woken) {
+    pthread_mutex_unlock(&pool->mutex);
+    while (!atomic_load(&self.is_woken) && left > 0) {
+        struct timespec time = {.tv_sec = left / NANOSECONDS, .tv_nsec = left % NANOSECONDS};
+        syscall(SYS_futex, &self.is_woken, FUTEX_WAIT_PRIVATE, 0, &time, NULL, 0);
+        left = end - now();
+    }
+    if (atomic_load(&self.is_woken) && self.job != NULL)
+        return self.job;
+    pthread_mutex_lock(&pool->mutex);
+    if (!atomic_load(&self.is_woken)) {
         struct sleeper **link = &pool->sleepers;
         while (*link != &self)
             link = &(*link)->below;
         *link = self.below;
+    } else if (self.job != NULL) { /* handed over after the idle time */
+        pthread_mutex_unlock(&pool->mutex);
     }
-    pthread_cond_destroy(&self.condition);
-    return self.is_woken;
+    return self.job;
 }
 
-/* Wake the thread that fell asleep last, because its caches are the warmest, and because the other
- * threads then reach the end of their idle time if they are not needed.  The caller must hold the
- * mutex, and a thread must be asleep. */
-static void wake_one(struct pool *pool)
+/* Give a job, or NULL, to the thread that fell asleep last, because its caches are the warmest, and
+ * because the other threads then reach the end of their idle time if they are not needed.  The
+ * caller must hold the mutex, and a thread must be asleep.  Return what the caller must pass to
+ * wake() after unlocking the mutex: a thread that is woken before would only wait for the mutex. */
+static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;
 
     pool->sleepers = top->below;
-    pool->coming++;
-    top->is_woken = 1;
-    pthread_cond_signal(&top->condition);
+    top->job = job;
+    atomic_store(&top->is_woken, 1);
+    return &top->is_woken;
+}
+
+/* Wake the thread that waits at an address.  If the thread has noticed by itself that it is woken,
+ * the address may belong to something else by now.  Then another thread wakes at most once too
+ * often, which sleep_idle() expects. */
+static void wake(atomic_int *address)
+{
+    syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 static void *work(void *argument)
 {
     struct pool *pool = argument;
-    int is_needed = 1;
 
     pthread_setname_np(pthread_self(), "qedfuse-io");
     pthread_mutex_lock(&pool->mutex);
     pool->coming--;
-    while (is_needed && !pool->is_closed) {
+    while (!pool->is_closed) {
         struct job *job = take_first(&pool->queue);
-        if (job != NULL) {
-            run(pool, job);
-        } else {
-            is_needed = sleep_idle(pool);
-            pool->coming -= is_needed;
-        }
+        if (job != NULL)
+            pthread_mutex_unlock(&pool->mutex);
+        else
+            job = sleep_idle(pool);
+        if (job == NULL)
+            break;
+        run(pool, job);
     }
     pool->threads--;
     drop_pool(pool);
@@ -413,6 +428,7 @@ static void withdraw(struct pool *pool, struct job *job)
 static int queue(struct pool *pool, struct job *job, struct list *garbage)
 {
     int failed, needs_thread = 0;
+    atomic_int *woken = NULL;
 
     atomic_fetch_add(&pool->pending, 1);
     pthread_mutex_lock(&pool->mutex);
@@ -420,7 +436,7 @@ static int queue(struct pool *pool, struct job *job, struct list *garbage)
     append(&pool->queue, job);
     if (pool->queue.length > pool->coming) {
         if (pool->sleepers != NULL) {
-            wake_one(pool);
+            woken = hand_over(pool, take_first(&pool->queue));
         } else if (pool->threads < pool->max_threads) {
             needs_thread = 1;
             pool->threads++;
@@ -429,6 +445,8 @@ static int queue(struct pool *pool, struct job *job, struct list *garbage)
         }
     }
     pthread_mutex_unlock(&pool->mutex);
+    if (woken != NULL)
+        wake(woken);
     if (!needs_thread)
         return 0;
     failed = create_thread(pool);
@@ -762,7 +780,7 @@ static PyObject *reports(struct list jobs)
 static PyObject *finished(PyObject *self, PyObject *unused)
 {
     struct pool *pool = pool_of(self);
-    struct list jobs, garbage;
+    struct list jobs, garbage, answered = {0};
     struct job *job;
     uint64_t count;
     ssize_t length;
@@ -788,17 +806,15 @@ static PyObject *finished(PyObject *self, PyObject *unused)
         put_back(pool, jobs);
         return NULL;
     }
+    pthread_mutex_lock(&pool->mutex);
     while ((job = take_first(&jobs)) != NULL) {
-        int is_answered;
-        pthread_mutex_lock(&pool->mutex);
         job->is_collected = 1;
-        is_answered = job->is_answered;
-        if (is_answered)
-            atomic_fetch_sub(&pool->pending, 1);
-        pthread_mutex_unlock(&pool->mutex);
-        if (is_answered) /* otherwise the thread that answers puts the job on the garbage list */
-            release(job);
+        if (job->is_answered) /* otherwise the thread that answers puts the job on `garbage` */
+            append(&answered, job);
     }
+    pthread_mutex_unlock(&pool->mutex);
+    atomic_fetch_sub(&pool->pending, answered.length);
+    release_all(answered);
     return list;
 }
 
@@ -836,8 +852,6 @@ static PyObject *new_object(PyTypeObject *type, PyObject *args, PyObject *keywor
         return NULL;
     }
     pthread_mutex_init(&pool->mutex, NULL);
-    pthread_condattr_init(&pool->clock);
-    pthread_condattr_setclock(&pool->clock, CLOCK_MONOTONIC);
     pool->references = 1;
     pool->max_threads = max_threads;
     pool->idle_nanoseconds = (int64_t)(idle_seconds * (double)NANOSECONDS);
@@ -870,7 +884,7 @@ static void free_object(PyObject *object)
             if (job->is_answered) /* otherwise the answer still needs the job's buffer */
                 append(&done, job);
         while (pool->sleepers != NULL)
-            wake_one(pool);
+            wake(hand_over(pool, NULL));
         if (!pool->notifiers) {
             close(pool->eventfd);
             pool->eventfd = -1;

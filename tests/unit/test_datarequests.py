@@ -48,6 +48,8 @@ class Disk:
 
     Attributes:
         content: What `try_read` returns.
+        tried: How often `try_read` was called.
+        tries_reads: Whether the image's file is read inline.
         can_start: Whether `try_start_read` starts a read.
         refusal: What `try_start_read` raises after it has taken the answer.
         started: The functions that must be called at the end of the started reads.
@@ -56,12 +58,15 @@ class Disk:
     def __init__(self) -> None:
         """Start reads, and refuse nothing."""
         self.content: memoryview | None = None
+        self.tried = 0
+        self.tries_reads = True
         self.can_start = True
         self.refusal: Exception | None = None
         self.started: list[Callable[[int], object]] = []
 
     def try_read(self, _start: int, _length: int) -> memoryview | None:
         """Return the content, if it is in memory."""
+        self.tried += 1
         return self.content
 
     def try_locate(self, start: int, _length: int) -> tuple[int, int]:
@@ -145,6 +150,20 @@ async def test_a_read_that_cannot_be_deferred_is_left_to_pyfuse3(nursery: trio.N
     assert mount.requests.read(HANDLE, 0, 4) is None
     assert mount.requests.read(HANDLE + 1, 0, 4) is None
     assert mount.pending == []
+
+
+async def test_a_read_of_a_file_that_is_not_read_inline_is_deferred_without_a_try(
+    nursery: trio.Nursery,
+) -> None:
+    """After misses a read is deferred first; it is tried only if it cannot be deferred."""
+    mount = Mount(nursery)
+    mount.disk.content = memoryview(b"zeros")
+    mount.disk.tries_reads = False
+    assert mount.requests.read(HANDLE, 0, 4) is None
+    assert (len(mount.disk.started), mount.disk.tried) == (1, 0)
+    mount.disk.can_start = False
+    assert mount.requests.read(HANDLE, 0, 4) is mount.disk.content
+    assert mount.disk.tried == 1
 
 
 async def test_a_read_of_all_bytes_needs_no_task(nursery: trio.Nursery) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.disk import Disk
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.operations import Operations
 
@@ -69,16 +70,24 @@ class DataRequests:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
                 return None
+        tries = exported.disk.tries_reads
+        if not tries and self._defer(exported.disk, handle, offset, size):
+            return None
         content = exported.disk.try_read(offset, size)
-        if content is None:
-            read = _DeferredRead(self, handle, offset, size)
-            try:
-                exported.disk.try_start_read(offset, size, read.take_answer, read.ended)
-            except Exception:
-                if not read.is_taken:
-                    raise
-                read.ended(-1)
+        if content is None and tries:
+            self._defer(exported.disk, handle, offset, size)
         return content
+
+    def _defer(self, disk: Disk, handle: int, offset: int, size: int) -> bool:
+        """Defer the read that is being handled, if possible; return whether that was done."""
+        read = _DeferredRead(self, handle, offset, size)
+        try:
+            disk.try_start_read(offset, size, read.take_answer, read.ended)
+        except Exception:
+            if not read.is_taken:
+                raise
+            read.ended(-1)
+        return read.is_taken
 
     def read_tables(self) -> dict[int, ReadTables]:
         """Return, by inode number, the objects with which the extension can answer reads itself.
