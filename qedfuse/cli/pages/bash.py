@@ -29,7 +29,7 @@ _PROGRAM_offer() {
 
 _PROGRAM_names() {
     # $1: -f for files, -d for directories; $2: the beginning of the name.
-    # If no name is found, as for a quoted beginning, readline completes the name.
+    # If compgen finds no name, for example after a quote, readline completes the name itself.
     compopt -o filenames -o default 2>/dev/null
     mapfile -t COMPREPLY < <(compgen "$1" -- "$2")
 }
@@ -56,8 +56,8 @@ _PROGRAM_mount_options() {
 }
 
 _PROGRAM_value() {
-    # $1: the kind of value or the candidates, from the tables; $2: the typed beginning of the
-    # value.  An empty $1 offers nothing.
+    # $1: an entry of the tables: -f (files), -d (directories), mount-options, candidates, -f and
+    # candidates (files as well), or nothing.  $2: the typed beginning of the value.
     case $1 in
         '') ;;
         -f | -d) _PROGRAM_names "$1" "$2" ;;

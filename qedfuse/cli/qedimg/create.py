@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preallocate",
         choices=("off", "full"),
         default="off",
-        help="full: allocate each cluster in the file, and reserve its space on the host (off)",
+        help="off (default): allocate no cluster; full: allocate each cluster, and reserve its "
+        "space on the host",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace IMAGE if it exists and is not in use"

@@ -69,7 +69,7 @@ complete -c qedimg -n '__qedimg_is create' -s u -l unsafe -d 'do not open the ba
 complete -c qedimg -n '__qedimg_is create' -l cluster-size -x -d 'bytes in a cluster, a power of two from 4K to 64M (64K)'
 complete -c qedimg -n '__qedimg_is create' -l table-size -x -d 'clusters in a table: 1, 2, 4, 8 or 16 (4)'
 complete -c qedimg -n '__qedimg_is create' -s o -x -d 'the same settings in qemu-img\'s form, with these keys: backing_file, backing_fmt, cluster_size, table_size, size'
-complete -c qedimg -n '__qedimg_is create' -l preallocate -x -a 'off full' -d 'full: allocate each cluster in the file, and reserve its space on the host (off)'
+complete -c qedimg -n '__qedimg_is create' -l preallocate -x -a 'off full' -d 'off (default): allocate no cluster; full: allocate each cluster, and reserve its space on the host'
 complete -c qedimg -n '__qedimg_is create' -l force -d 'replace IMAGE if it exists and is not in use'
 complete -c qedimg -n '__qedimg_is create' -s p -l progress -d 'show the progress immediately, and even if stderr is no terminal'
 complete -c qedimg -n '__qedimg_is create' -s q -l quiet -d 'print nothing but errors'
