@@ -88,7 +88,7 @@ async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
         elif arguments.structure == "l1":
             await _show(arguments, {}, dump.l1())
         else:
-            location = {"l1-index": l1_index, "table-offset": await dump.table(l1_index)}
+            location = {"l1-index": l1_index, "table-offset": await dump.table_offset(l1_index)}
             await _show(arguments, location, dump.l2(l1_index))
 
 

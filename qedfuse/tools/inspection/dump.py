@@ -1,4 +1,4 @@
-"""The entries of the tables of an image, for debugging images, above all broken images.
+"""The header and the table entries of an image, for debugging, above all of broken images.
 
 Adjacent entries with the same verdict are combined into one range if all values are equal, or
 if each value is higher than the previous value by the length of a cluster (in the L1 table, by
@@ -53,7 +53,7 @@ VERDICTS: Final = {
     Code.L2_CUT_SHORT: "cut short",
     Code.L2_OVER_METADATA: "over metadata",
 }
-"""The verdict on an invalid entry, by the error of the entry."""
+"""The verdict on an invalid entry, by the code of its error."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """No further slices of the L1 table are read after more than this many L2 tables were found.
@@ -120,7 +120,7 @@ class Dump:
     async def l1(self) -> AsyncGenerator[EntryRange, None]:
         """Yield the ranges of those entries of the L1 table that are not 0.
 
-        Entries past the end of the file are left out.
+        If the file ends within the table, the entries past that end are left out.
 
         Raises:
             ImageError: The header is too damaged to find the table.
@@ -139,7 +139,7 @@ class Dump:
     async def l2(self, l1_index: int) -> AsyncGenerator[EntryRange, None]:
         """Yield the ranges of the entries that are not 0 in the L2 table of an L1 entry.
 
-        Entries past the end of the file are left out.
+        If the file ends within the table, the entries past that end are left out.
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
@@ -149,7 +149,7 @@ class Dump:
         """
         header = self._parsed_header()
         geometry = header.geometry
-        table_offset = await self.table(l1_index)
+        table_offset = await self.table_offset(l1_index)
         classifier = EntryClassifier(header, self._file.size(), await self._tables(header))
         guest = l1_index * geometry.table_span
         async for first, values in read_table(self._file, table_offset, geometry.table_bytes):
@@ -160,8 +160,10 @@ class Dump:
             for item in _ranges(values, verdicts, geometry.cluster_size, values != UNALLOCATED):
                 yield _entry_range(item, first, guest, geometry.cluster_size)
 
-    async def table(self, l1_index: int) -> int:
-        """Return the value of an L1 entry as a file offset, even if the offset is invalid.
+    async def table_offset(self, l1_index: int) -> int:
+        """Return the value of an L1 entry: the file offset of its L2 table.
+
+        The offset lies inside the file, but may break other rules, such as the alignment.
 
         Raises:
             UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
