@@ -65,7 +65,7 @@ class DescriptorEraser:
 
 
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
-    """Raise if the sector of the descriptor holds anything but a descriptor or unused bytes.
+    """Raise if the sector of the descriptor holds anything but a descriptor or zeros.
 
     If the header's bit says that the image has a list, the bytes in the sector are not examined,
     and only the backing file name is refused.
@@ -133,11 +133,11 @@ def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
 
 
 async def erase_descriptor(file: HostFile, header: Header) -> None:
-    """Overwrite the descriptor of an invalid list with zeros; an additional safeguard.
+    """Overwrite the descriptor of an invalid list with zeros, as an additional safeguard.
 
-    A crash may lose this write.  An old descriptor is never used again even then, provided
-    that all programs set the bit only after a datasync that covers a new descriptor.  The
-    function does nothing if the backing file name overlaps the descriptor.
+    A crash may lose this write.  Even then the old descriptor is never used again, provided
+    that all programs set the header's bit only after a datasync that covers a new descriptor.
+    The function does nothing if the backing file name overlaps the descriptor.
 
     Raises:
         HostError: The host refused.

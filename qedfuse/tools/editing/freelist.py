@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     """Find the free clusters of an image, punch them out of its file, and store a list of them.
 
-    If the image has no free cluster, no list is written, and programs that do not know the
-    list can still open the image.  Once an image has a list, each writable mount with default
+    An image that has a valid list keeps this list, and nothing is punched.
+
+    If the image has no free cluster, no list is written, and programs without support for
+    free lists can still open the image.  Once an image has a list, each writable mount with default
     options writes a new list, if possible, when it closes the image.
 
     Args:
@@ -39,7 +41,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
-    """Remove the list, if there is one, so that programs that do not know it can open the image.
+    """Remove the list, if any, so that programs without support for it can open the image.
 
     A check by such a program counts the clusters that were in the list as leaked.  qedfuse
     finds these clusters again when it scans the tables.
@@ -56,11 +58,10 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
 
 
 async def _set_free_list(path: str, options: OpenOptions) -> None:
-    """Open an image for writing and close it; the close writes or removes the list.
+    """Open an image for writing, and close it again.
 
-    Args:
-        path: The image.
-        options: How to open the image; ``free_list`` says whether the close writes the list.
+    With ``free_list="off"`` the opening removes a list; with ``"on"`` the close writes one,
+    unless the image has a valid list already.
     """
     async with open_writable(path, options, with_bases=False):
         pass
