@@ -43,7 +43,7 @@ _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
 
 
 class Discard:
-    """Makes ranges of the disk read as zeros, and frees their clusters."""
+    """Deallocates clusters of the disk, or writes zeros to them."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class Discard:
         # rest of the last cluster counts as part of the range.
         last = geometry.ceil(end) if end == self._layer.size else geometry.floor(end)
         if first >= last:
-            # The range covers no whole cluster, so all of it is zeroed, in two parts if it
-            # crosses a cluster boundary.
+            # The range covers no whole cluster, so nothing is deallocated, and the whole range
+            # is zeroed, in two parts if it crosses a cluster boundary.
             first = last = min(first, end)
         if start < first:
             await self._write_path.zero_range(start, first)
@@ -196,8 +196,9 @@ class Discard:
             if reason:
                 raise CorruptImageError(reason)
             if table or (hide and start < self._base_end):
-                # The next step ends at a multiple of the step length, so it stays within one
-                # slice: the lengths of slices and tables are multiples of the step length.
+                # This step ends at `end` or at the next multiple of the step length.  So it stays
+                # within one slice, because the lengths of slices and tables are multiples of the
+                # step length.
                 stop = min(end, start - start % step + step)
                 await self._table_writer.limit_dirty()
                 await self._deallocate_in_slice(start, stop, data=data, hide=hide, clear=clear)
@@ -236,7 +237,7 @@ class Discard:
                 if data:
                     self._drop(slice_, start, end, clear=clear)
                 tables = self._layer.tables
-                # The difference between an index in the slice and the number of its cluster.
+                # The difference between an index in the slice and the guest cluster's number.
                 delta = index % tables.slice_entries - (start >> geometry.cluster_bits)
                 for cluster in base_data_clusters:
                     if slice_.entries[cluster + delta] == UNALLOCATED:
@@ -246,10 +247,11 @@ class Discard:
     async def _kinds(self, start: int, end: int) -> set[Kind]:
         """Return which kinds of clusters a guest range has; its entries must lie in one slice.
 
-        `Kind.UNALLOCATED` may be missing in the result.
+        `Kind.UNALLOCATED` may be missing in the result, even if some clusters are unallocated.
 
         Raises:
             CorruptImageError: One of the entries is bad.
+            HostError: The host cannot read a table.
         """
         layer, geometry = self._layer, self._layer.geometry
         clusters, index = geometry.clusters(end - start), geometry.l2_index(start)

@@ -44,9 +44,9 @@ class TableRegistry:
         self.damaged = False
         self._file = file
         self._geometry = header.geometry
-        # Indices of the L1 entries that lay past the end of the disk when they were recorded, and
-        # refer to an L2 table.  A resize that was interrupted can leave such entries.  If the disk
-        # has grown since, some of these entries may belong to the disk now.
+        # Indices of the L1 entries that refer to an L2 table, and lay past the end of the disk when
+        # they were recorded.  An interrupted resize can leave such entries.  If the disk has grown
+        # since they were recorded, some of these entries may belong to the disk now.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
         # If the image is open for writing, an entry that is read from the file is bad if it
         # points past the end that the file had when the image was opened.  Entries that this
@@ -65,7 +65,7 @@ class TableRegistry:
         self.damaged = True
 
     async def scan(self) -> None:
-        """Find all L2 tables by reading the L1 table, except for its holes.
+        """Read the L1 table, and record the L2 tables to which its entries point.
 
         Bad entries are ignored, and mark the image as damaged.  If the image is open for
         reading only, the L1 entries past the end of the disk are not read.

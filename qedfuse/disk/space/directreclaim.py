@@ -1,7 +1,7 @@
 """Freeing clusters on behalf of a request that needs some: "direct reclaim" in Linux.
 
-`Reclaim` frees clusters at the end of each flush.  A request may need clusters earlier.  Then
-the request itself calls for a write-back of the tables, and then `Reclaim.run`:
+`Reclaim` frees clusters at the end of each flush.  A request that needs clusters earlier waits
+for a write-back of the tables, and then calls `Reclaim.run` itself:
 
 - before the file grows, if enough clusters are in quarantine to be worth the write-back;
 - before the file would exceed its bound, if any clusters are in quarantine.
@@ -33,7 +33,7 @@ length of the file divided by ``_WORTH_DIVISOR``; the two other values limit tha
 
 
 class DirectReclaim:
-    """Frees clusters for a request where the file would otherwise grow or exceed its bound."""
+    """Frees clusters for a request, because the file would otherwise grow or exceed its bound."""
 
     def __init__(
         self,
@@ -71,11 +71,12 @@ class DirectReclaim:
         return self._allocator.scan_complete and quarantined > 0 and quarantined > self._worth_bytes
 
     async def reclaim_before_growth(self) -> None:
-        """Free clusters so that the file need not grow, if `should_reclaim` is true.
+        """Free clusters so that the file need not grow, if `should_reclaim` returns True.
 
-        Waits for punching that is under way.  Then, if enough clusters are in quarantine,
-        writes tables back and frees the clusters that may be used again.  Does not wait for
-        requests that still use a cluster in quarantine, and punches nothing, because the
+        Waits for punching that is under way.  Then, if enough clusters are in quarantine, frees
+        those that may be used again.  Before that, a new write-back cycle is run if the unsealed
+        clusters alone are enough; otherwise only the running cycle is awaited.  Does not wait
+        for requests that still use a cluster in quarantine, and punches nothing, because the
         freed clusters will be used immediately.  It may be that no cluster is free afterwards.
 
         Raises:
@@ -90,9 +91,10 @@ class DirectReclaim:
             await self._writeback.barrier()
         else:
             # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
-            # The running cycle, or an earlier one, has taken the tables that dropped the sealed
-            # clusters, so no further cycle is begun.  Requests that still used these clusters
-            # may have ended since the last `Reclaim.run`.
+            # No further cycle is begun for sealed clusters, because the tables that dropped them
+            # belong to the running cycle or to an earlier one.  Some sealed clusters may be free
+            # after this wait, because requests that used them may have ended since the last
+            # `Reclaim.run`.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 

@@ -1,11 +1,12 @@
 """A bitmap of free clusters, in which the allocator quickly finds runs and table slots.
 
-The map is divided into blocks of 4096 clusters, and each block is one Python integer.  A block
+The map is divided into blocks of 4096 clusters, and each block is one Python integer.  The lowest
+bit stands for the first cluster of the block; a set bit means that the cluster is free.  A block
 without a free cluster takes no memory.  Finding, taking or adding a run within a block takes
 a few operations on its integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  Where a run crosses the border of a block, it counts as two runs.
+tables fit into it.  For slots, a run that crosses the border of a block counts as two runs.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class FreeMap:
             self._blocks.pop(block, None)
 
     def _slots(self, bits: int, changed: int) -> int:
-        """Count the slots in those runs of a block that touch a changed bit."""
+        """Count the slots in those runs of a block that the bits ``changed`` can affect."""
         if not changed:
             return 0
-        # Only the changed part of the block, and the runs next to it, are examined.
+        # Only the part from the lowest to the highest changed bit, and the runs that touch this
+        # part, are examined.
         low, high = _lowest_bit(changed), changed.bit_length()
         low -= _ones_below(bits, low)
         high += _lowest_bit(~(bits >> high))
@@ -125,7 +127,7 @@ class FreeMap:
             self._set_bits(block, old, old | mask)
 
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
-        """Make clusters free, in any order; one call for many is cheaper than several calls."""
+        """Make clusters free, in any order; one call for all is cheaper than several calls."""
         positions = np.sort(clusters) + np.uint64(self.shift)
         blocks, starts = np.unique(positions // BLOCK_CLUSTERS, return_index=True)
         flags = np.zeros(BLOCK_CLUSTERS, np.uint8)
@@ -248,10 +250,10 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, used: int) -> int:
-        """Return the lowest cluster with at most ``used`` used clusters from there to ``end``.
+        """Return the start of the longest range up to ``end`` with at most ``used`` used clusters.
 
-        ``end`` itself does not count.  A used cluster is one that is not free.  Returns 0 if the
-        whole file below ``end`` has at most ``used`` used clusters.
+        A used cluster is one that is not free.  The range does not include the cluster ``end``.
+        Returns 0 if the whole file below ``end`` has at most ``used`` used clusters.
         """
         position, left = end + self.shift, used
         while position > self.shift:
@@ -291,10 +293,10 @@ class FreeMap:
             yield first, count
 
     def take_from(self, start: int, limit: int) -> tuple[int, int] | None:
-        """Remove the lowest run at or past the cluster ``start``, or its first ``limit`` clusters.
+        """Remove the lowest run at or past ``start``, or only its first ``limit`` clusters.
 
-        A run that begins before ``start`` counts from ``start`` on, and a run ends at the
-        border of a block.
+        Of a run that begins before the cluster ``start``, only the part from ``start`` on counts.
+        A run ends at the border of a block.
 
         Returns:
             The first cluster and the number of removed clusters; None if none is free there.
