@@ -12,9 +12,9 @@
     │   ├── UnsupportedError      ENOTSUP  14  unknown incompatible feature bits
     │   ├── CorruptImageError     EIO      13  the tables contradict themselves or the file
     │   └── NeedsCheckError       EIO      15  the image must be checked first, and was not
-    ├── ImageInUseError           EBUSY    16  another program has the image open
+    ├── ImageInUseError           EBUSY    16  the image is in use, or was replaced meanwhile
     ├── BackingError              ENOENT   17  a backing file cannot be used
-    │   └── BackingRefusedError   EPERM    17  ... because the backing file policy forbids it
+    │   └── BackingRefusedError   EPERM    17  ... because its name or the policy forbids it
     ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
     ├── PrivilegeError            EPERM    19  the user has no permission for the mount
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
@@ -34,7 +34,7 @@ from qedfuse.text import printable
 
 
 class QedError(Exception):
-    """The base of all exceptions that qedfuse raises on purpose; any other one is a bug.
+    """The base of the errors that qedfuse reports to its users.
 
     Attributes:
         errno: The error number with which a request of a guest fails.
@@ -121,7 +121,10 @@ class ImageError(QedError):
 
 
 class NotQedError(ImageError):
-    """The file has no QED magic, or is too short to hold a header."""
+    """The file has no QED magic, or is too short to hold a header.
+
+    Also raised if a directory contains no QED image.
+    """
 
 
 class HeaderError(ImageError):
@@ -146,7 +149,8 @@ class UnsupportedError(ImageError):
 class CorruptImageError(ImageError):
     """A table contradicts itself, another table or the file, or the free list is invalid.
 
-    Also raised if a repair or its undo is refused because of what the image contains.
+    Also raised if the file ends within the backing file name, or if a repair or its undo is
+    refused because of what the image contains.
     """
 
     errno = errnos.EIO
@@ -164,34 +168,43 @@ class NeedsCheckError(ImageError):
 
 
 class ImageInUseError(QedError):
-    """Another program has the image open in a conflicting way."""
+    """The image is already open in a conflicting way, in most cases in another program.
+
+    Also raised if another process has replaced or created a file during the operation.
+    """
 
     errno = errnos.EBUSY
     exit_code = 16
 
 
 class BackingError(QedError):
-    """A backing file is missing or of the wrong kind, or the chain is a loop or too long."""
+    """A backing file is missing, not open or of the wrong kind, or the chain is invalid.
+
+    A chain is invalid if it is a loop, is too long, or lacks a file that the user named.
+    """
 
     errno = errnos.ENOENT
     exit_code = 17
 
 
 class BackingRefusedError(BackingError):
-    """A backing file exists, but the backing file policy does not let this image use it."""
+    """The backing file policy forbids the file, or its name has a protocol or a NUL byte."""
 
     errno = errnos.EPERM
 
 
 class MountpointError(QedError):
-    """The mountpoint is missing, busy or stale, or two images have the same name in it."""
+    """The mountpoint is missing, unsuitable, busy or stale, or has no mount of qedfuse.
+
+    Also raised if two images have the same name in a mountpoint.
+    """
 
     errno = errnos.EBUSY
     exit_code = 18
 
 
 class PrivilegeError(QedError):
-    """The user has no permission for the requested mount."""
+    """The user has no permission to mount, remount or unmount."""
 
     errno = errnos.EPERM
     exit_code = 19

@@ -1,4 +1,4 @@
-"""Opening a file by its path and locking it, for blocking code.
+"""Opening a file by its path and locking it, for code that is not asynchronous.
 
 This module does not load trio, because the fast check, the fast map and ``qedimg info`` use
 it and must start quickly.  `qedfuse.hostio.imagefile` is for asynchronous code.
