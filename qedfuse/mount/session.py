@@ -1,7 +1,8 @@
 """One mount from its beginning to its end.
 
-At the beginning, all checks come before the mount itself, so that a failed check leaves no
-trace.  At the end, the steps have this order:
+At the beginning, the mountpoint, the privileges and the images are checked before anything is
+mounted, so that after a failed check there is no mount to undo.  At the end, the steps have this
+order:
 
 1. The server stops answering requests, because the mount is gone or was detached, or because the
    server has failed.
@@ -94,7 +95,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     After this function has returned or raised, the process ignores signals.
 
     The caller must not have a second thread.  Such a thread would not be protected from memory
-    pressure, and the launderer, a forked helper process, would lack it.
+    pressure, and a lock that it held during the fork of the launderer, a helper process, would
+    stay locked in the launderer.
 
     Args:
         request: The arguments of the mount.
@@ -117,6 +119,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
             raise
         finally:
             reason = failure or bug
+            # 70 is the exit code for a bug.  Without a failure, `finish` ignores the code.
             code = failure.exit_code if failure is not None else 70
             session.finish(None if reason is None else str(reason) or type(reason).__name__, code)
             ignore_signals()
