@@ -75,7 +75,8 @@ def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> 
             yield f"{title} features: {_bits(bits)}"
     yield f"need check: {'yes' if qed.need_check else 'no'}"
     yield f"free list: {_free_list(qed, details)}"
-    possible = "" if qed.max_l2_tables is None else f" of {qed.max_l2_tables} possible"
+    separator = ", " if qed.l2_tables is None else " of "
+    possible = "" if qed.max_l2_tables is None else f"{separator}{qed.max_l2_tables} possible"
     count = "not counted" if qed.l2_tables is None else str(qed.l2_tables)
     yield f"L2 tables: {count}{possible}"
     if details is not None and details.allocation is not None:
@@ -94,7 +95,7 @@ def _bits(bits: Bits) -> str:
 
 
 def _free_list(qed: QedInfo, details: Details | None) -> str:
-    """Describe the persistent free list; without ``details``, only whether there is one."""
+    """Describe the persistent free list; if it was not read, only whether there is one."""
     if not qed.has_free_list:
         return "none"
     found = None if details is None else details.free_list
