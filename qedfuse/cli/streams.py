@@ -9,14 +9,11 @@ from io import TextIOWrapper
 from typing import Final, TextIO
 
 _NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
-"""How /dev/null is opened in place of descriptors 0, 1 and 2, if they are closed.
-
-Then reading 0 or writing to 1 fails as on a closed descriptor, and what is written to 2 is dropped.
-"""
+"""How `open_streams` opens /dev/null in place of descriptors 0, 1 and 2, if they are closed."""
 
 
 def open_streams() -> None:
-    """Make descriptors 0 to 2 and ``sys.stdout`` and ``sys.stderr`` usable.
+    """Make sure that descriptors 0 to 2, ``sys.stdout`` and ``sys.stderr`` are open.
 
     The caller must call this function before it opens any file.  If descriptor 1 is closed,
     a later open(2) can return the number 1.  If the opened file were an image, each ``print``

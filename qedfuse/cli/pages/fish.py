@@ -115,8 +115,8 @@ def _value(value: Value) -> str:
 def _mount_words() -> Iterator[str]:
     """Yield the options of ``-o`` as words to complete.
 
-    An option without a value is the word ``name``, and an option with any value is the word
-    ``name=``.  An option with fixed values is one word ``name=value`` for each value.
+    An option that takes no value gives the word ``name``.  An option with a free value gives the
+    word ``name=``.  An option with fixed values gives one word ``name=value`` for each value.
     """
     for word, choices in mount_option_values().items():
         if choices is None:

@@ -19,7 +19,7 @@ from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.optionparser import known_options
 
 _HELP: Final = "show this help message and exit"
-"""The help of the option ``-h`` of argparse.  The models do not contain this option."""
+"""The help of the option ``-h`` of argparse.  The model of qedimg does not contain this option."""
 
 
 def qedimg() -> Program:
@@ -61,8 +61,8 @@ def qedfuse() -> Program:
 def mount_option_help() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
-    An entry may describe several options, such as ``ro, rw``.  The last line, about options of
-    mount(8), gives no meaning and is left out.
+    An entry may describe several options, such as ``ro, rw``.  The title, and the last line about
+    options of mount(8), give no meaning and are left out.
     """
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():  # "Options of -o"
@@ -85,7 +85,7 @@ def exit_codes() -> list[tuple[int, str]]:
 def mount_option_values() -> dict[str, tuple[str, ...] | None]:
     """Return the possible values of each option of ``-o``, by the name of the option.
 
-    The entry is None for an option without a value, and empty for an option with any value.
+    The entry is None for an option that takes no value, and empty for an option with a free value.
     """
     return dict(sorted(known_options().items()))
 

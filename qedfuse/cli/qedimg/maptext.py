@@ -36,7 +36,7 @@ class Writer(Protocol):
 
 
 class HumanWriter:
-    """Formats the extents that are data as a table, like qemu-img; omits the other extents."""
+    """Formats a table of the data extents, like qemu-img; omits the other extents."""
 
     def __init__(self, names: Sequence[str]) -> None:
         """Create a writer for the files ``names``, in the order of their depth in the chain."""
@@ -49,9 +49,9 @@ class HumanWriter:
         depths = batch.depths[data].tolist()
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
-        # qemu-img prints a zero without "0x", as C's %#x does.  Only the extent at guest offset
-        # 0 can have a zero in a column, because file offset 0 is the header of a QED image, and
-        # guest offset 0 of a raw file.  So other batches are not searched.
+        # qemu-img prints a zero without "0x", as C's %#x does.  A QED image has its header at file
+        # offset 0, and a raw file has guest offset 0 there.  So only the line of guest offset 0
+        # can have a zero, and only a batch that begins with this line is searched.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
