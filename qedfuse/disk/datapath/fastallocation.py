@@ -1,11 +1,11 @@
 """The part of the fast path that writes to clusters that are not allocated yet.
 
-Usually the slice is in memory, host space for its write-back is reserved, NEED_CHECK is set,
-and the file can be made long enough without waiting.  Then `FastAllocation` chooses clusters,
-writes the data to them and changes their entries without an await, that is, atomically with
-respect to other tasks.  Otherwise the slow path must carry out the write.  The slow path must
-also do so if another task holds the range lock of these clusters, if tables must be written
-back first, or if clusters should be reclaimed before the file grows.
+Usually the slice with the entries of the clusters is in memory, host space for its write-back is
+reserved, NEED_CHECK is set, and the file can be made long enough without waiting.  Then
+`FastAllocation` chooses clusters, writes the data to them and changes their entries without an
+await, that is, atomically with respect to other tasks.  Otherwise the slow path must carry out
+the write.  The slow path must also do so if another task holds the range lock of these clusters,
+if tables must be written back first, or if clusters should be reclaimed before the file grows.
 
 The order is the same as on the slow path (`WritePath`): the data is written to the file first,
 and only then the entry that makes the data visible is changed in memory.
@@ -47,8 +47,9 @@ class FastAllocation:
     ) -> None:
         """Allocate for ``layer``, the top of ``chain``.
 
-        The content of new clusters is assembled in ``buffer``, which every write may overwrite.
-        A run that is longer than the buffer and must be assembled is left to the slow path.
+        The content of new clusters is assembled in ``buffer``, which each `try_write` may
+        overwrite.  A run that is longer than the buffer and must be assembled is left to the slow
+        path.
         """
         self._layer = layer
         self._flattened = chain.flattened
@@ -90,8 +91,9 @@ class FastAllocation:
         # Read the base, and find out whether the write would block, before the allocation.
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.  `_fill` may still fail: only the allocation shows whether the run
-        # was never written, and if not, the write is longer.
+        # write all of it.  `_fill` may still fail, because it may write more bytes than were
+        # checked: all of the run, if the run was written before or `AppendFill` recommends it.
+        # Both are known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )

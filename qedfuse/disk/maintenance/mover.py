@@ -106,8 +106,9 @@ class Mover:
 
         Args:
             entries: File offsets of the entries.
-            above: The first cluster that may be allocated.  With None the lowest free clusters
-                are allocated, and a cluster stays where it is if no lower one is free.
+            above: The lowest cluster that may be allocated.  If no cluster is free from there on,
+                the file grows.  With None the lowest free clusters are allocated, and a cluster
+                stays where it is if no lower one is free.
             moved: Called with the number of clusters that have just been moved.
 
         Raises:
@@ -168,8 +169,8 @@ class Mover:
         """Move ``count`` contiguous clusters to one or more free runs.
 
         The first cluster lies at the file offset ``value``, and its entry has the index
-        ``at`` in the slice.  Clusters stay where they are if there is no free cluster to
-        move to; see `move_data`.
+        ``at`` in the slice.  If ``above`` is None and no lower cluster is free, the rest of
+        the clusters stay where they are.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0

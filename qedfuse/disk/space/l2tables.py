@@ -1,4 +1,4 @@
-"""Operations on all L2 tables of an image: which hold data, and which clusters they occupy.
+"""Operations on all L2 tables of an image: find those that hold data, and claim their clusters.
 
 An L1 table can be 1 GiB long and point to 134 million tables, all of them holes of a sparse
 file.  So these functions process arrays of tables instead of single tables, and let other
@@ -30,7 +30,7 @@ async def holding_data(
 
     ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The
     host is queried at most once for each table that holds data, once for each gap between tables
-    that holds data, and once more at the end.  Tables that are holes cost no queries.
+    if the gap holds data, and once more at the end.  Tables that are holes cost no queries.
 
     Raises:
         HostError: The host refused.

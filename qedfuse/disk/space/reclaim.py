@@ -1,9 +1,10 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
-`Flusher.flush` calls `Reclaim.run` after its write-back cycle, and `DirectReclaim` calls it for a
-request that needs clusters earlier.  `run` frees the clusters that may leave the quarantine.
-Then it cuts off free clusters at the end of the file, and punches other free clusters out of the
-host's file, so that they take up no space while they are free.
+`Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `DirectReclaim` calls `run` for a
+request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.  `run`
+frees the clusters that may leave the quarantine.  Then it cuts off free clusters at the end of
+the file, and punches other free clusters out of the host's file, so that they take up no space
+while they are free.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Maximum number of runs that one call of `Reclaim.run` punches for a flush.  The flush waits for
-the call."""
+"""Maximum number of runs that one call of `Reclaim.run` punches by default.  A flush or a request
+waits for the call."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
 """Maximum number of runs that one job of a worker thread punches."""
