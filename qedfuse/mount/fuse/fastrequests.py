@@ -1,8 +1,10 @@
 """Answers read, write and fsync requests in one step, if they need not wait.
 
-With the extension `DataRequests` calls these methods first.  `Operations` also tries `read` and
-`write`: without the extension pyfuse3 passes it every request, and with the extension this reports
-the error of a request whose first attempt has raised.
+With the extension, `DataRequests` handles a request first, and calls `disk_of`, `write` and
+`fsync`.  `Operations` calls `read` and `write`.  Without the extension, `Operations` gets every
+request.  With the extension, it gets the requests that `DataRequests` has not answered.  If the
+attempt of `DataRequests` has raised, the attempt of `Operations` meets the same error and reports
+the error to the kernel.
 """
 
 from __future__ import annotations

@@ -367,7 +367,7 @@ def _remove_stale(directory: int) -> None:
     """Remove records of servers that have ended, unless a ``qedfuse umount`` may need them.
 
     The mount of a killed server stays in the mount table until the mount is unmounted, and the
-    record must stay as long.  After the unmount, ``qedfuse umount`` waits for the end of the
+    record must stay until then.  After the unmount, ``qedfuse umount`` waits for the end of the
     server and reads the record once more.  So a record whose mount is gone is first made
     read-only, and the first mount that begins at least a minute later removes the record.  Mounts
     that are only in other mount namespaces count as gone.
