@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class CommitSource(Protocol):
-    """A disk whose stored ranges are written into a base; all other ranges read as the base.
+    """A disk whose stored ranges a commit writes into a base.
 
     The disk is examined in batches, each of the same number of clusters except the last.
     """
@@ -136,10 +136,10 @@ class UpperImages:
 async def open_upper_images(
     path: str, base: str, options: OpenOptions
 ) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
-    """Open all images over a base, locked and read-only; yield the images and the base's file.
+    """Open all images over a base read-only; yield the images and the base's file.
 
-    The base and the images below the base are opened to find the base, and closed before the
-    block begins.
+    The images are locked if ``options.lock`` is set.  The base and the images below the base are
+    opened to find the base, and closed before the block begins.
 
     Args:
         path: The first image.

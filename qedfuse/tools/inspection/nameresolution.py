@@ -1,4 +1,4 @@
-"""Resolving the name of a backing file to a path; names outside the directory are not looked up.
+"""Resolving the name of a backing file to a path, looking up only files in the image's directory.
 
 A plain name is relative to the image's directory.  A path after ``file:`` is relative to the
 working directory, as in QEMU.
@@ -94,7 +94,7 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
         the path was only normalized.
     """
     reached = "/" if name.startswith("/") else directory
-    left = name.split("/")[::-1]  # a stack: the last component is the next one to follow
+    left = name.split("/")[::-1]  # a stack: the last item is the next component to follow
     links = 0
     while left:
         # normpath is correct here, because `reached` has no symbolic links.

@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     """A part of a chunk that is stored as adjacent bytes of a file.
 
     Attributes:
-        descriptor: The file.
+        descriptor: Descriptor of the file.
         offset: File offset in bytes.
         at: Distance in bytes from the beginning of the chunk to the beginning of the segment.
         length: Number of bytes.
