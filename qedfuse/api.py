@@ -286,13 +286,18 @@ class DiskFile(io.RawIOBase):
             ValueError: The file is closed.
             HostError: The host reported a failure.  A failed datasync makes the disk
                 read-only, and each later flush raises the error again.
+            RuntimeError: The event loop of the file has failed, which `close` explains.
         """
         with self._lock:
             self._check_open()
-            # IOBase.close() calls this method after the portal has closed the disk.  The portal
-            # is not alive then, and nothing is left to flush.
-            if self.mode == "r+b" and self._portal.is_alive():
+            if self.mode != "r+b":
+                return
+            if self._portal.is_alive():
                 self._portal.call(self._disk.flush)
+            else:
+                # After `close` nothing is left to flush: IOBase.close() calls this method after
+                # the portal has closed the disk.  A forked child has nothing to flush either.
+                self._portal.raise_failure()
 
     def close(self) -> None:
         """Make everything durable, mark the image as clean and release its locks.

@@ -113,6 +113,15 @@ class Portal(Generic[T]):
             self._pending.discard(future)
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
+    def raise_failure(self) -> None:
+        """Raise if the event loop has failed; do nothing otherwise.
+
+        Raises:
+            PortalClosedError: The event loop has failed, and `close` has not raised its error yet.
+        """
+        if self._failure is not None:
+            raise _closed() from self._failure
+
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.
 

@@ -57,7 +57,8 @@ def test_the_same_file_as_qemu(seed: int, tmp_path: Path, caplog: pytest.LogCapt
 
 
 USAGE: Final = {
-    "no-size": ("IMAGE", "size: found none"),
+    "no-size": ("IMAGE", "size: found none, expected a size, or a backing file"),
+    "unsafe-no-size": ("-u -b gone -F qed IMAGE", "size: found none, expected a size\n"),
     "negative": ("IMAGE -5", "size: found '-5'"),
     "fraction": ("IMAGE 1.5G", "size: found '1.5G'"),
     "words": ("IMAGE big", "size: found 'big'"),

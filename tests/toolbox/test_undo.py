@@ -197,6 +197,19 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
     refused(repaired, b"".join(lines[1:]), "expected the backup of a repair")
 
 
+def test_a_backup_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An I/O error of the backup is reported with the backup's name, and nothing is restored."""
+    path = tmp_path / "image.qed"
+    content = two_tables()
+    path.write_bytes(content)
+    # Address 0 of a process is not mapped, so reading this file from its beginning fails.
+    assert main(["check", "--undo", "/proc/self/mem", str(path)]) == 1
+    assert capsys.readouterr().err == "qedimg: /proc/self/mem: read: Input/output error\n"
+    assert path.read_bytes() == content
+
+
 def test_undo_refuses_another_image(tmp_path: Path) -> None:
     """A backup is refused for an image with another header or other tables."""
     content = two_tables()

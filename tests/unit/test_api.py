@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,10 @@ from qedfuse.errors import (
 )
 from qedfuse.ondisk.constants import Feature
 from qedfuse.ondisk.header import Header, build_header, parse_header
+from qedfuse.util.portal import Portal, PortalClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
 ROOT = Path(qedfuse.__file__).parents[1]
 SIZE = 1 << 20
@@ -259,6 +261,37 @@ def test_flush_puts_everything_into_the_file(image: Path, tmp_path: Path) -> Non
             assert other.read(7) == b"flushed"
         assert header_of(image).need_check
     assert not header_of(image).need_check
+
+
+@pytest.mark.expect_log("failing: ")
+def test_a_flush_after_a_failure_of_the_event_loop_raises(image: Path) -> None:
+    """A flush reports no success if the event loop of the file has failed."""
+    failing = threading.Event()
+
+    @asynccontextmanager
+    async def open_and_fail() -> AsyncIterator[qedfuse.Disk]:
+        async def fail() -> None:
+            await trio.to_thread.run_sync(failing.wait)
+            raise LookupError
+
+        async with (
+            qedfuse.open_disk(str(image), qedfuse.OpenOptions(writable=True)) as disk,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(fail)
+            yield disk
+
+    portal = Portal(open_and_fail(), "failing")
+    disk = api.DiskFile(portal, "r+b")
+    disk.write(b"lost?")
+    failing.set()
+    while portal.is_alive():
+        pass
+    with pytest.raises(PortalClosedError):
+        disk.flush()
+    with pytest.raises(ExceptionGroup):
+        disk.close()
+    assert disk.closed
 
 
 def test_works_with_the_io_module(image: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_bug_is_one_line(
 ) -> None:
     """An unexpected exception is reported in one line without a traceback, with exit code 70."""
 
-    def broken(_arguments: Arguments) -> int:
+    def broken(_arguments: object) -> int:
         msg = "no\nsuch luck"
         raise RuntimeError(msg)
 
@@ -117,6 +117,9 @@ def test_a_bug_is_one_line(
     assert capsys.readouterr().err == (
         "qedfuse: internal error: RuntimeError: no\\nsuch luck (-d shows where)\n"
     )
+    monkeypatch.setitem(program._COMMANDS, "umount", broken)
+    assert main(["umount", "a"]) == 70
+    assert capsys.readouterr().err == "qedfuse: internal error: RuntimeError: no\\nsuch luck\n"
     with pytest.raises(RuntimeError):
         main(["a", "b", "-d"])
 

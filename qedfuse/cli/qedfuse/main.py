@@ -38,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     program, *words = sys.argv if argv is None else ["qedfuse", *argv]
     helper = os.path.basename(program) in _HELPER_NAMES  # noqa: PTH119
+    is_subcommand = bool(words) and words[0] in _COMMANDS and not helper
     debug = False
     if argv is None:
         open_streams()
     try:
         if argv is None:
             sigint_raises()
-        if words and words[0] in _COMMANDS and not helper:
+        if is_subcommand:
             return _COMMANDS[words[0]](words[1:])
         arguments = parse_arguments(words, helper=helper)
         debug = arguments.debug
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail_with_bug(error)
+        return _fail_with_bug(error, "" if is_subcommand else " (-d shows where)")
 
 
 def _umount(words: Sequence[str]) -> int:
@@ -107,15 +108,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _fail_with_bug(error: Exception) -> int:
-    """Print a line about an exception that is not a `QedError`; return the exit code.
+def _fail_with_bug(error: Exception, hint: str) -> int:
+    """Print a line about an exception that is not a `QedError`, and ``hint``; return the exit code.
 
     A failure that is due to a removed working directory is no bug, and has its own message.
     """
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__
-    return _fail(f"internal error: {kind}: {printable(str(error))} (-d shows where)", BUG)
+    return _fail(f"internal error: {kind}: {printable(str(error))}{hint}", BUG)
 
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {

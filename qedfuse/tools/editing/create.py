@@ -105,10 +105,8 @@ def create(
         )
         raise UsageError(msg)
     if size is None:
-        msg = (
-            f"{printable(path)}: size: found none, expected a size, or a backing file to read the "
-            "size from"
-        )
+        other = "" if unsafe else ", or a backing file to read the size from"
+        msg = f"{printable(path)}: size: found none, expected a size{other}"
         raise UsageError(msg)
     header = new_header(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.outoffile import POISON_ENTRY
-from qedfuse.errors import CorruptImageError, UsageError
+from qedfuse.errors import CorruptImageError, HostError, UsageError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES
 from qedfuse.ondisk.header import build_header, parse_header
@@ -162,6 +162,19 @@ class _BackupReader:
 
         Raises:
             UsageError: The file is no backup, or is damaged or not complete.
+            HostError: The host cannot read the file.
+        """
+        try:
+            yield from self._parse()
+        except OSError as error:
+            raise HostError.from_os(error, self._name, "read") from error
+
+    def _parse(self) -> Iterator[SavedRange]:
+        """Yield the saved ranges; see `ranges`.
+
+        Raises:
+            UsageError: The file is no backup, or is damaged or not complete.
+            OSError: The host cannot read the file.
         """
         self._file.seek(0)
         if self._file.readline() != FIRST_LINE + b"\n":
