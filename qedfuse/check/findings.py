@@ -48,7 +48,7 @@ class Code(enum.Enum):
     NEED_CHECK_SET = "need-check-set"
     UNKNOWN_COMPAT = "unknown-compat-bits"
     UNKNOWN_AUTOCLEAR = "unknown-autoclear-bits"
-    ODD_TAIL = "odd-tail"
+    ODD_TAIL = "odd-tail"  # the file ends within a cluster
     PAST_IMAGE_SIZE = "data-past-image-size"
     MOSTLY_LEAKED = "mostly-leaked"
 
@@ -126,8 +126,9 @@ class CheckReport:
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list, which are not leaked;
             None if the image has no valid list.
-        fragmented_clusters: Number of L2 entries that do not point to the cluster right after
-            that of the previous entry in the same table.  Entries without an offset are skipped.
+        fragmented_clusters: Number of L2 entries whose cluster does not directly follow, in the
+            file, the cluster of the entry before in the same table.  Entries without an offset
+            are skipped, and the first entry with an offset does not count.
     """
 
     findings: tuple[Finding, ...]

@@ -8,8 +8,9 @@
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a call with an answer has two
  * owners at its end, the collector and the thread that answers.  When both are done with it, a
- * thread with the GIL releases it.  Everything that threads share is in struct pool.  One mutex
- * protects it, except for the atomic fields and the eventfd, which stays the same while it is used.
+ * thread with the GIL releases it.  Everything else that threads share is in struct pool.  One
+ * mutex protects it, except for the atomic fields and the eventfd.  The eventfd is closed only when
+ * the IoThreads object has been freed and no thread is writing to it.
  *
  * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", which points
  * to a
@@ -26,9 +27,10 @@
  * pending at least until then.  answer->call must not wait for the event loop: the event loop may
  * wait for a call that is queued, and this thread makes no call meanwhile.
  *
- * Even after the pool has been freed, answer->call is called for a read that was on the list by
- * then.  So before the owner frees what answer->call uses besides the capsule and the buffer, it
- * must wait until `pending` is 0, or must exclude answer->call with a lock (as _extraops.c does).
+ * Even after the IoThreads object has been freed, answer->call is called for a read that was on
+ * the list by then.  So before the owner frees what answer->call uses besides the capsule and the
+ * buffer, it must wait until `pending` is 0, or must exclude answer->call with a lock (as
+ * _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -182,8 +184,8 @@ static void skip(struct job *job, size_t count)
 }
 
 /* Read or write all parts of a job; return the number of bytes, or -errno.  A read ends early at
- * the end of the file.  If the pool is freed meanwhile, the descriptor may belong to another
- * file after the present system call, so no other call follows. */
+ * the end of the file.  If the pool is closed meanwhile, the descriptor may belong to another
+ * file after the present system call, so no other call follows, and the result is -ECANCELED. */
 static int64_t transfer(struct pool *pool, struct job *job)
 {
     int64_t total = 0;

@@ -91,7 +91,7 @@ class Geometry:
         return (offset + self.cluster_mask) & ~self.cluster_mask
 
     def clusters(self, length: int) -> int:
-        """Return the number of clusters that ``length`` bytes from a cluster boundary need."""
+        """Return how many clusters hold ``length`` bytes that begin at a cluster boundary."""
         return (length + self.cluster_mask) >> self.cluster_bits
 
     def l1_used(self, image_size: int) -> int:

@@ -187,7 +187,9 @@ def test_a_base_that_cannot_be_read(
         (b"out/../dir/base.qed", ("dir/base.qed", True)),
         (b"around/base.qed", ("dir/sub/base.qed", False)),
         (b"sub/around/base.qed", ("dir/sub/base.qed", False)),
-        (b"self/base.qed", ("dir/self/base.qed", False)),
+        (b"self/base.qed", ("dir/self/base.qed", True)),
+        (b"link40", ("dir/sub", False)),
+        (b"link41", ("dir/link1", True)),
         (b"file", ("outside/file", True)),
         (b"..", ("", True)),
         (b"", ("dir", True)),
@@ -196,7 +198,7 @@ def test_a_base_that_cannot_be_read(
 def test_resolution_of_a_backing_name(
     name: bytes, expected: tuple[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dots and links are resolved, and a name that leaves the directory is looked up no further."""
+    """Dots and up to 40 links are resolved; a name that leaves the directory is not looked up."""
     directory, outside = tmp_path / "dir", tmp_path / "outside"
     (directory / "sub").mkdir(parents=True)
     outside.mkdir()
@@ -207,6 +209,9 @@ def test_resolution_of_a_backing_name(
     (directory / "around").symlink_to("../dir/sub")
     (directory / "sub" / "around").symlink_to(directory / "sub" / "." / ".." / "around")
     (directory / "self").symlink_to("self")
+    (directory / "link1").symlink_to("sub")
+    for number in range(2, 42):
+        (directory / f"link{number}").symlink_to(f"link{number - 1}")
     looked_up: list[str] = []
     for call in ("lstat", "stat", "readlink"):
         monkeypatch.setattr(os, call, partial(record, getattr(os, call), looked_up))

@@ -358,7 +358,7 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
         at += count
     clusters = FreeMap(chance.choice((1, 2, 8)), chance.randrange(20))
     trio.run(freelistreader.add_runs, clusters, np.array(runs, np.uint64))
-    one_by_one = FreeMap(clusters.table, -clusters.shift % clusters.table)
+    one_by_one = FreeMap(clusters.table, -clusters.alignment % clusters.table)
     for run in runs:
         one_by_one.add(*run)
     assert list(clusters.runs()) == runs

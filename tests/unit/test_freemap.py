@@ -51,7 +51,7 @@ class Model:
         first = self.choice.randrange(self.size)
         count = min(self.size - first, self.choice.choice((1, 2, 5, 17, 300, 6000)))
         some = set(range(first, first + count))
-        parts = block_runs(self.free, self.map.shift)
+        parts = block_runs(self.free, self.map.alignment)
         match self.choice.randrange(7):
             case 0 | 1:
                 self.map.add(first, count)
@@ -74,7 +74,7 @@ class Model:
                 self.free |= set(many)
             case 5:
                 odd = [start for start, length in parts if length % self.table]
-                assert self.map.take_remainder() == min(odd, default=None)
+                assert self.map.take_outside_slots() == min(odd, default=None)
                 self.free -= {min(odd, default=-1)}
             case _:
                 wide = [start for start, length in parts if length >= self.table]
@@ -85,7 +85,7 @@ class Model:
 
     def compare(self) -> None:
         """Compare what the map says of itself."""
-        parts = block_runs(self.free, self.map.shift)
+        parts = block_runs(self.free, self.map.alignment)
         assert self.map.count == len(self.free)
         assert self.map.slots == sum(length // self.table for _, length in parts)
         assert self.map.lowest() == min(self.free, default=None)

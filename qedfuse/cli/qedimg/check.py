@@ -36,9 +36,9 @@ of all that will change is saved in IMAGE.before-repair (IMAGE.before-repair.2 a
 that exists).  --undo with this file reverts the repair if nothing else has changed the
 image since.  If a repair is interrupted, run it again.
 
-After -r all has repaired damage, the clusters that cleared entries pointed to are
-leaked, and may hold your data.  Therefore the same run frees no space, and exits with 3
-if clusters are leaked.  Look at the disk, but only read it: a mount for writing reuses
+After -r all has cleared entries, the clusters to which these entries pointed are leaked,
+and may hold your data.  Therefore the same run frees no space, and exits with 3 if
+clusters are leaked.  Look at the disk, but only read it: a mount for writing reuses
 leaked space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
 frees them only if the image has no damage and IMAGE.before-repair does not exist.
 
@@ -248,8 +248,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space.  `leaks_fixed` may be positive nonetheless, because
-        # clusters that seemed leaked can belong to a table that was invalid.
+        # A repair of errors frees no space.  `leaks_fixed` may be positive nonetheless: if the
+        # repair makes an invalid table valid, its clusters no longer count as leaked.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(

@@ -144,7 +144,7 @@ async def _show(
     location: dict[str, Any],
     ranges: AsyncGenerator[EntryRange, None],
 ) -> None:
-    """Print ranges of entries as they arrive; JSON begins with the keys of ``location``."""
+    """Print ranges of entries as they arrive; ``location`` has further keys for the JSON."""
     as_json = arguments.output == "json"
     if as_json:
         head = json.dumps({"filename": arguments.image, **location})

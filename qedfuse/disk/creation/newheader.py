@@ -73,7 +73,7 @@ def new_header(
         autoclear_features=0,
         l1_table_offset=cluster_size,
         image_size=-(-size // SECTOR) * SECTOR,
-        backing_filename_offset=HEADER_BYTES if backing is not None else 0,
+        backing_filename_offset=HEADER_BYTES if name else 0,
         backing_filename_size=len(name),
     )
     max_size = header.geometry.max_image_size

@@ -101,8 +101,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # Clusters at or past both this offset and `end` read as zeros, because nothing has been
-        # written to them since the file last ended at or before them.
+        # The higher one of `end` and this is the highest `end` since the file was opened or last
+        # cut.  Clusters from there on read as zeros, because nothing was written to them since.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -133,14 +133,16 @@ class Allocator:
         if self.free.count:
             if spare > 0:
                 return self.free.take(limit)
-            remainder = self.free.take_remainder()
-            if remainder is not None:
-                return remainder, 1
-        if end < bound and (spare > 0 or (end + self.free.shift) % self.free.table):
+            outside_slots = self.free.take_outside_slots()
+            if outside_slots is not None:
+                return outside_slots, 1
+        # At cluster n a slot can begin past the end if n + alignment is a multiple of the length
+        # of a table.  So before the next such cluster a new cluster costs no slot.
+        if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too
         # few for a table.
-        top = max(end, bound - (bound + self.free.shift) % self.free.table)
+        top = max(end, bound - (bound + self.free.alignment) % self.free.table)
         if top < bound:
             self._skip_to(top)
             return top, 1
@@ -169,8 +171,8 @@ class Allocator:
         end, table = self.end >> self._bits, self.free.table
         # Do not place a table across the border of two blocks: if a crash lost that table,
         # its clusters would not count as a slot.
-        if (end + self.free.shift) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
-            end += -(end + self.free.shift) % BLOCK_CLUSTERS
+        if (end + self.free.alignment) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
+            end += -(end + self.free.alignment) % BLOCK_CLUSTERS
         if end + table > self.bound >> self._bits:
             found = self.free.find_run(table)
             if found is not None:
@@ -192,9 +194,9 @@ class Allocator:
 
     def _slots_past(self, end: int) -> int:
         """Count the slots between the cluster ``end`` and the bound."""
-        table, shift = self.free.table, self.free.shift
-        first = -(-(end + shift) // table)
-        return max(0, ((self.bound >> self._bits) + shift) // table - first)
+        table, alignment = self.free.table, self.free.alignment
+        first = -(-(end + alignment) // table)
+        return max(0, ((self.bound >> self._bits) + alignment) // table - first)
 
     def describe(self, first: int, count: int) -> Run:
         """Return a `Run` for clusters that were chosen and not handed out yet."""

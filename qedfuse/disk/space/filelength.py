@@ -105,7 +105,7 @@ class FileLength:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
         Returns False if there is no such part, or if it is only an odd tail that may stay.
-        `Allocator.tail_is_free` is cleared in this case, too.
+        Unless the host refuses, `Allocator.tail_is_free` is False afterwards.
 
         The file reads as zeros where it grows again later.  No datasync is needed after the
         cut.  A crash may lose the cut, and then clusters past the allocator's end keep their

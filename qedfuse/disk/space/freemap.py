@@ -36,8 +36,8 @@ class FreeMap:
         count: How many clusters are free.
         slots: How many tables fit into the free runs; 0 if slots are not counted.
         table: Number of clusters in a table, a power of two up to 16.
-        shift: A block begins at each cluster n for which n + shift is a multiple of
-            `BLOCK_CLUSTERS`.  The constructor chooses the shift so that, if adjacent tables
+        alignment: A block begins at each cluster n for which n + alignment is a multiple of
+            `BLOCK_CLUSTERS`.  The constructor chooses the alignment so that, if adjacent tables
             begin at ``anchor``, a table begins at each border of a block.
     """
 
@@ -54,7 +54,7 @@ class FreeMap:
         self.count = 0
         self.slots = 0
         self._counts_slots = counts_slots
-        self.shift = -anchor % table
+        self.alignment = -anchor % table
         self._blocks: dict[int, int] = {}
         # A heap of block numbers, the lowest on top, without duplicates.  It has every block
         # with a free cluster, and perhaps blocks that have none any more.
@@ -63,8 +63,8 @@ class FreeMap:
 
     def empty_like(self) -> FreeMap:
         """Return an empty map that has the same block borders and does not count slots."""
-        # An anchor of -shift results in the same shift.
-        return FreeMap(self.table, -self.shift, counts_slots=False)
+        # An anchor of -alignment results in the same alignment.
+        return FreeMap(self.table, -self.alignment, counts_slots=False)
 
     def _set_bits(self, block: int, old: int, new: int) -> None:
         """Replace the bits ``old`` of a block by ``new``, and update the counters."""
@@ -113,7 +113,7 @@ class FreeMap:
 
     def _split(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Split a run at the borders of blocks; yield each block and a mask of its bits."""
-        start, end = first + self.shift, first + count + self.shift
+        start, end = first + self.alignment, first + count + self.alignment
         while start < end:
             block, bit = divmod(start, BLOCK_CLUSTERS)
             length = min(BLOCK_CLUSTERS - bit, end - start)
@@ -128,7 +128,7 @@ class FreeMap:
 
     def add_many(self, clusters: NDArray[np.uint64]) -> None:
         """Make clusters free, in any order; one call for all is cheaper than several calls."""
-        positions = np.sort(clusters) + np.uint64(self.shift)
+        positions = np.sort(clusters) + np.uint64(self.alignment)
         blocks, starts = np.unique(positions // BLOCK_CLUSTERS, return_index=True)
         flags = np.zeros(BLOCK_CLUSTERS, np.uint8)
         bounds = pairwise([*starts.tolist(), len(positions)])
@@ -153,7 +153,7 @@ class FreeMap:
         first = self.lowest()
         if first is None:
             return None
-        block = (first + self.shift) // BLOCK_CLUSTERS
+        block = (first + self.alignment) // BLOCK_CLUSTERS
         bits = self._blocks[block]
         self._set_bits(block, bits, 0)
         return block, bits
@@ -186,7 +186,7 @@ class FreeMap:
         return self._cluster(block, _lowest_bit(self._blocks[block]))
 
     def _cluster(self, block: int, bit: int) -> int:
-        return block * BLOCK_CLUSTERS + bit - self.shift
+        return block * BLOCK_CLUSTERS + bit - self.alignment
 
     def take(self, limit: int) -> tuple[int, int] | None:
         """Remove the lowest run, or only its first ``limit`` clusters, from the map.
@@ -199,13 +199,13 @@ class FreeMap:
         first = self.lowest()
         if first is None:
             return None
-        block, bit = divmod(first + self.shift, BLOCK_CLUSTERS)
+        block, bit = divmod(first + self.alignment, BLOCK_CLUSTERS)
         bits = self._blocks[block]
         count = min(limit, _lowest_bit(~(bits >> bit)))
         self._set_bits(block, bits, bits & ~(((1 << count) - 1) << bit))
         return first, count
 
-    def take_remainder(self) -> int | None:
+    def take_outside_slots(self) -> int | None:
         """Remove the lowest free cluster whose removal costs no slot; return it, or None."""
         for first, count in self._block_runs():
             if count % self.table:
@@ -238,7 +238,7 @@ class FreeMap:
 
     def count_below(self, end: int) -> int:
         """Return the length of the free run directly below the cluster ``end``; 0 without one."""
-        position = end + self.shift
+        position = end + self.alignment
         found = 0
         while position > 0:
             block, bit = divmod(position - 1, BLOCK_CLUSTERS)
@@ -255,8 +255,8 @@ class FreeMap:
         A used cluster is one that is not free.  The range does not include the cluster ``end``.
         Returns 0 if the whole file below ``end`` has at most ``used`` used clusters.
         """
-        position, left = end + self.shift, used
-        while position > self.shift:
+        position, left = end + self.alignment, used
+        while position > self.alignment:
             block, bit = divmod(position - 1, BLOCK_CLUSTERS)
             taken = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
             count = taken.bit_count()
@@ -301,7 +301,7 @@ class FreeMap:
         Returns:
             The first cluster and the number of removed clusters; None if none is free there.
         """
-        block, bit = divmod(start + self.shift, BLOCK_CLUSTERS)
+        block, bit = divmod(start + self.alignment, BLOCK_CLUSTERS)
         for candidate in sorted(number for number in self._blocks if number >= block):
             bits = self._blocks[candidate]
             if candidate == block:

@@ -235,7 +235,7 @@ class Reclaim:
         """Return the bits of a block of the map: set for each cluster that `run` may free."""
         untrusted = (
             (self._untrusted_end >> self._bits)
-            + self._allocator.free.shift
+            + self._allocator.free.alignment
             - block * BLOCK_CLUSTERS
         )
         return -1 << max(0, untrusted)

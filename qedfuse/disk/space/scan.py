@@ -220,18 +220,18 @@ class Scan:
             # clusters past the last used one can be cut off.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
-        shift = allocator.free.shift
+        alignment = allocator.free.alignment
         listed_in_use = 0
-        for block in range(-(-(last + shift) // BLOCK_CLUSTERS)):
-            first = block * BLOCK_CLUSTERS - shift
+        for block in range(-(-(last + alignment) // BLOCK_CLUSTERS)):
+            first = block * BLOCK_CLUSTERS - alignment
             # The end of the file may have been cut off during the last checkpoint.
             last = min(last, allocator.end >> bits)
             if first >= last:
                 break
             inside = (1 << min(BLOCK_CLUSTERS, last - first)) - 1
-            # The lowest `shift` bits of block 0 stand for no cluster: see `FreeMap.shift`.
+            # The lowest `alignment` bits of block 0 stand for no cluster: see `FreeMap.alignment`.
             if not block:
-                inside &= -1 << shift
+                inside &= -1 << alignment
             # No await between reading the recorded changes and adopting the unchanged
             # clusters: a cluster that changes later is changed in the allocator's own map.
             owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)

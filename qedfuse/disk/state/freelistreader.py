@@ -287,7 +287,7 @@ def expand_runs(runs: Runs) -> Values:
 
 async def add_runs(free_map: FreeMap, runs: Runs) -> None:
     """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
-    first = runs[:, 0].astype(np.int64) + free_map.shift
+    first = runs[:, 0].astype(np.int64) + free_map.alignment
     end = first + runs[:, 1].astype(np.int64)
     # Adding a single run takes three microseconds.  So all runs that lie within one block of
     # the map are added in one step, and only runs that cross the border of a block are added

@@ -32,7 +32,8 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
         was written.
 
     Raises:
-        UsageError: The bytes for the list's descriptor are in use for something else.
+        UsageError: The sector of the file that would describe the list holds the backing file
+            name or unknown data (`refuse_occupied_descriptor`).
         QedError: The image cannot be opened for writing, or the host refused.
     """
     options = options or OpenOptions()

@@ -84,6 +84,7 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     A component that leads into ``directory`` is looked up, and followed if it is a symbolic
     link.  A component that leads to ``directory`` itself, or to a directory above it, needs no
     lookup.  The first component that leads elsewhere, and all after it, are only normalized.
+    So are a link after `_MAX_LINKS` links, and all components after it.
 
     Args:
         name: The name, a path that may be absolute.
@@ -100,9 +101,12 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
         # normpath is correct here, because `reached` has no symbolic links.
         following = os.path.normpath(os.path.join(reached, left.pop()))  # noqa: PTH118  no I/O
         if _inside(following, directory):
-            target = _link_target(following) if links < _MAX_LINKS else None
+            target = _link_target(following)
             if target is not None:
                 links += 1
+                if links > _MAX_LINKS:
+                    rest = os.path.join(following, *left[::-1])  # noqa: PTH118  no I/O
+                    return os.path.normpath(rest), True
                 left += target.split("/")[::-1]
                 reached = "/" if target.startswith("/") else os.path.dirname(following)  # noqa: PTH120
                 continue
