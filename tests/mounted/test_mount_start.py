@@ -157,7 +157,7 @@ def test_debug_shows_requests(image: Path, mnt: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "found"),
-    [("rw", 1024), ("readahead=256K", 256), ("readahead=64K", 64), ("readahead=0", 0),
+    [("rw", 512), ("readahead=256K", 256), ("readahead=64K", 64), ("readahead=0", 0),
      ("readahead=kernel", 128)],
 )  # fmt: skip
 def test_read_ahead(image: Path, mnt: Path, option: str, found: int) -> None:
@@ -584,7 +584,7 @@ def test_an_ordinary_user_sees_that_read_ahead_stays_short(user_directory: Path)
             code, log = mount.finish()
         finally:
             process.kill()
-    assert line.startswith(f"qedfuse: {mnt}: the kernel reads ahead 128 KiB, expected 1024 KiB")
+    assert line.startswith(f"qedfuse: {mnt}: the kernel reads ahead 128 KiB, expected 512 KiB")
     assert "as root: echo 1024 > /sys/class/bdi/" in line
     assert (code, "reads ahead" in log) == (0, False)
     done = as_user(*COMMAND, image, mnt, "-o", "readahead=2M")

@@ -30,7 +30,7 @@ def setting(tmp_path: Path) -> Path:
 
 def test_lengths_are_whole_pages() -> None:
     """A length is rounded to whole pages, at least one, and the kernel's own stays unset."""
-    assert readahead_bytes(None) == DEFAULT_READAHEAD_BYTES == 1 << 20
+    assert readahead_bytes(None) == DEFAULT_READAHEAD_BYTES == 1 << 19
     assert readahead_bytes("kernel") is None
     assert readahead_bytes(0) == 0
     assert readahead_bytes(1) == PAGE
@@ -71,7 +71,7 @@ def test_a_missing_file_in_sys_is_reported(tmp_path: Path, setting: Path) -> Non
     """A missing or malformed file below /sys is reported in one line."""
     refusal = set_readahead("0:42", None, tmp_path)
     assert refusal is not None
-    assert refusal.startswith("the kernel reads ahead an unknown length, expected 1024 KiB: ")
+    assert refusal.startswith("the kernel reads ahead an unknown length, expected 512 KiB: ")
     assert os.strerror(errno.ENOENT) in refusal
     assert not (tmp_path / "0:42").exists()
     setting.write_text("much\n")

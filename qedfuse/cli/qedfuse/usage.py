@@ -50,7 +50,7 @@ Options of -o; the default and then other values are in parentheses:
                          the image or their first bytes say; qed)
   force_share            read-only, while another program writes to the image
   direct_io              keep nothing in the kernel's page cache
-  readahead=SIZE         how far the kernel reads ahead (1M; kernel: its default);
+  readahead=SIZE         how far the kernel reads ahead (512K; kernel: its default);
                          only root can exceed the kernel's default
   commit=SECONDS         maximum time for which changed tables are only in memory (5)
   poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)

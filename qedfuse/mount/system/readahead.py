@@ -1,7 +1,7 @@
 """The kernel's read-ahead on a mount, for sequential readers of a disk.
 
 Besides the time for its bytes, each read request costs the server a fixed time.  With a read-ahead
-of 128 KiB, the kernel's default, a program that reads 1 MiB causes eight requests instead of one.
+of 128 KiB, the kernel's default, a program that reads 512 KiB causes four requests instead of one.
 
 The read-ahead is a property of the mount.  In FUSE INIT the kernel offers its own read-ahead,
 and regards the one in the reply as an upper limit only.  So an unprivileged process can lower
@@ -25,11 +25,12 @@ Readahead: TypeAlias = int | Literal["kernel"] | None
 """The option ``readahead``: a number of bytes, ``kernel`` to keep the kernel's own read-ahead,
 or None (the user did not set the option) for `DEFAULT_READAHEAD_BYTES`."""
 
-DEFAULT_READAHEAD_BYTES: Final = 1 << 20
-"""The read-ahead that a mount gets without the option: the size of the largest read request.
+DEFAULT_READAHEAD_BYTES: Final = 1 << 19
+"""The read-ahead that a mount gets without the option: the longest read that the extension passes
+on from the host's page cache without a copy (``MAX_SPLICE_BYTES`` in ``_extraops.h``).
 
-With a shorter read-ahead the kernel would send more requests.  With a longer one the kernel would
-not send fewer requests, but would only have several of them in flight."""
+With a shorter read-ahead the kernel would send more requests.  With a longer one each request would
+be copied twice more."""
 
 _BDI: Final = Path("/sys/class/bdi")
 """The directory in which the kernel has a directory for each mount (backing device)."""
