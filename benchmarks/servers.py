@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
-READ_AHEAD_KIB: Final = 1024
+READ_AHEAD_KIB: Final = 512
 
 
 class Server:

@@ -39,7 +39,7 @@ def test_lengths_are_whole_pages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "found"), [(None, "1024\n"), (256 << 10, "256\n"), (0, "0\n"), ("kernel", "128\n")]
+    ("option", "found"), [(None, "512\n"), (256 << 10, "256\n"), (0, "0\n"), ("kernel", "128\n")]
 )
 def test_the_length_is_set(tmp_path: Path, setting: Path, option: Readahead, found: str) -> None:
     """The length is written in KiB, without a message."""
@@ -49,7 +49,7 @@ def test_the_length_is_set(tmp_path: Path, setting: Path, option: Readahead, fou
 
 def test_what_is_right_is_not_touched(tmp_path: Path, setting: Path) -> None:
     """A length that is right already is not written, so no refusal is reported."""
-    setting.write_text("1024\n")
+    setting.write_text("512\n")
     before = setting.stat().st_mtime_ns
     assert set_readahead(DEVICE, None, tmp_path) is None
     assert setting.stat().st_mtime_ns == before
