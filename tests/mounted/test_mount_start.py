@@ -585,7 +585,7 @@ def test_an_ordinary_user_sees_that_read_ahead_stays_short(user_directory: Path)
         finally:
             process.kill()
     assert line.startswith(f"qedfuse: {mnt}: the kernel reads ahead 128 KiB, expected 512 KiB")
-    assert "as root: echo 1024 > /sys/class/bdi/" in line
+    assert "as root: echo 512 > /sys/class/bdi/" in line
     assert (code, "reads ahead" in log) == (0, False)
     done = as_user(*COMMAND, image, mnt, "-o", "readahead=2M")
     assert done.returncode == 0
