@@ -60,6 +60,7 @@ class TableWriter:
 
         Raises:
             HostError: The tables cannot be written back.
+            ReadOnlyError: The disk has become read-only.
         """
         if not self.is_within_budget():
             await self._flusher.flush()
@@ -72,6 +73,7 @@ class TableWriter:
         Raises:
             CorruptImageError: The L1 entry is bad.
             HostError: The host refused, or is full; no table was created.
+            ReadOnlyError: The disk has become read-only; no table was created.
         """
         layer = self._layer
         table, reason = await layer.table_at(l1_index)
@@ -102,7 +104,7 @@ class TableWriter:
             return run.offset
 
     async def writable_slice(self, table: int, index: int, level: int) -> Slice:
-        """Return the slice with an entry of a table, with host space reserved for its write-back.
+        """Return the slice that holds a table entry; reserve host space for the slice's write-back.
 
         The caller must change or pin the slice before it awaits anything.
 

@@ -6,8 +6,8 @@ however long the chain is.  The result is an array with one code for each cluste
 image:
 
     MIXED                  the cluster must be looked up layer by layer in each read: it is not
-                           one run in one layer, is bad, or has too many entries
-                           (`_MAX_ENTRIES_PER_SLICE`)
+                           one run in one layer, is bad, or may be stored in a base that has too
+                           many entries for the slice (`_MAX_ENTRIES_PER_SLICE`)
     ZEROS                  the cluster reads as zeros; there is no data to read
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096; ``depth + 2`` is below 4096
@@ -49,8 +49,8 @@ _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
 """Maximum number of entries of a base that are read for one slice of the top image.
 
-A base with smaller clusters, of which more entries would be needed, is not read.  The clusters
-that all bases above this base leave unallocated are then `MIXED`.
+A base that has more entries for the slice, because its clusters are smaller, is not read.  The
+clusters that all bases above this base leave unallocated are then `MIXED`.
 """
 
 
@@ -68,7 +68,10 @@ class FlattenedBacking:
     """
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
-        """Merge the layers below ``top``, the first of ``layers``; keep the codes in ``store``."""
+        """Prepare to merge all of ``layers`` but the first, which is ``top``.
+
+        ``store`` keeps the codes.
+        """
         self._layers = layers
         self._store = store
         self.store_key = id(self)

@@ -93,9 +93,9 @@ class DataCompaction:
         Args:
             first: The lowest cluster that moves.
             counter: Counts the moves.
-            last: None to move all data clusters up to the end of the file to the lowest free
-                clusters.  Otherwise only clusters before ``last`` move, to free clusters at or
-                past ``last``.
+            last: None to move the data clusters up to the end of the file to the lowest free
+                clusters; a cluster stays if no lower one is free.  Otherwise only clusters
+                before ``last`` move, to free clusters at or past ``last``.
             limited: Whether to stop reading tables once all owners are found, and to flush
                 more often.  If so, no table should lie at or past ``first``: its clusters would
                 count as clusters whose owners are still missing, so all tables would be read.
@@ -113,8 +113,9 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # The clusters of a batch move in the order of their table entries in the file, so that
-        # clusters of one table that are adjacent on the disk become adjacent in the file.
+        # `move_data` moves the clusters of a batch in the order of their table entries in the
+        # file, so that clusters of one table that are adjacent on the disk become adjacent in
+        # the file.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

@@ -1,4 +1,4 @@
-"""A flush: one write-back cycle, and then `Reclaim.run` for the clusters that it makes free.
+"""A flush: one write-back cycle, and then `Reclaim.run` for the clusters that the cycle frees.
 
 A module that needs only durability calls `MetadataWriteback.barrier`, which takes no lock, so
 that the caller may hold any.  A flush takes the locks of `Reclaim` and of the modules below
@@ -89,7 +89,8 @@ class Flusher:
                     self._writeback.wake()
             except QedError as error:
                 # No caller waits for this flush, so the error is only logged.  After a failed
-                # write the next flush tries again; after a failed datasync each one fails (D7).
+                # write the next flush tries again.  After a failed datasync each later flush
+                # fails (D7).
                 if str(error) != logged:
                     logged = str(error)
                     log.error("%s (while writing back tables)", error)  # noqa: TRY400

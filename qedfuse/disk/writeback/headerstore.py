@@ -73,7 +73,8 @@ class HeaderStore:
                 False, nothing is changed.  Without ``trailer`` no other task runs between
                 this call and the moment when `persisted` becomes False.
             trailer: Bytes that are written directly behind the header in the same write.
-                They must end within the sector.  If empty, the bytes there do not change.
+                They must end within the sector.  If empty, the bytes there do not change,
+                except that bytes which a failed change has overwritten are restored.
             barrier: Awaited after the write, to make the header durable.  Without a barrier
                 the change takes effect when the header is written, and is durable after the
                 next datasync.
