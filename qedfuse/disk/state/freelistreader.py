@@ -180,8 +180,8 @@ class _Reader:
             previous_offset, offset = offset, cluster.next_cluster
             await trio.lowlevel.checkpoint()
         if runs_left or offset:
-            found = f"{descriptor.runs - runs_left} runs, then a list cluster at {offset}"
-            refuse("list", found, f"{descriptor.runs} runs and no more")
+            found = f"{descriptor.runs - runs_left} runs and next_cluster {offset}"
+            refuse("list", found, f"{descriptor.runs} runs and next_cluster 0")
         return offsets, runs_by_cluster
 
     def _check_offset(self, offset: int, previous_offset: int) -> None:
