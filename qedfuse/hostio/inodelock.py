@@ -3,7 +3,8 @@
 During each call that changes a file the kernel holds this lock (``i_rwsem``), also while the
 kernel throttles the calling thread because there are too many dirty pages.
 
-Which writes are short is decided by `qedfuse.hostio.inlinepolicy.InlinePolicy`.
+The event loop makes short writes itself, unless they might wait for this lock.
+`qedfuse.hostio.inlinepolicy.InlinePolicy` decides which writes are short.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_THREADS: Final = 4
-"""Maximum number of threads that change one file concurrently.  The kernel lets only one
-of them change the file at a time, so more threads would only wait, and could not serve reads."""
+"""Maximum number of threads that are making changes of one file.  The kernel lets only one of these
+changes run at a time, so more threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Maximum time from the end of one slow write to the beginning of the next for which throttling
-is assumed; also how long the assumption lasts after the last slow write, unless a fast write
-ends the assumption earlier.  A slow write says nothing about a write that begins later than this,
-because each pause of a throttled writer lasts at most 200 ms in the kernel."""
+"""Throttling is assumed if the next slow write begins at most this long after the end of a slow
+write.  The assumption ends this long after the last slow write, or earlier with a fast write.  A
+slow write says nothing about a write that begins still later, because each pause of a throttled
+writer lasts at most 200 ms in the kernel."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
@@ -40,17 +41,17 @@ async def acquire(semaphore: trio.Semaphore) -> None:
 class InodeLock:
     """Counts the reasons for which a call in the event loop might wait for one inode's lock.
 
-    The event loop changes the file inline only while ``contention`` is 0.  Otherwise every
-    change goes to a worker thread, also a short write.
+    The event loop changes the file inline only while ``contention`` is 0.  Otherwise a worker
+    thread makes the change, even a short write.
 
     A short write in a thread counts as contention, so a second short write would have to go
     to a thread as well, and several writers could keep each other in threads permanently.
     Therefore a short write that finds no contention except other short writes waits for
-    their end (`wait_for_short_writes`), and then runs inline.
+    their end (`wait_for_short_writes`), so that it can run inline.
 
     Attributes:
         contention: How many calls in threads hold the lock or wait for it, plus one while
-            the kernel is assumed to throttle short writes, plus one if a server answers.
+            the kernel is assumed to throttle short writes, plus one if ``has_server`` was set.
         is_throttled: Whether the kernel is assumed to throttle short writes.
     """
 
@@ -117,7 +118,7 @@ class InodeLock:
                     self._waiting.unpark_all()
 
     def record_slow_write(self, seconds: float) -> None:
-        """Record that a short write that took ``seconds`` has just ended, perhaps throttled.
+        """Record a slow write: a short write that took ``seconds`` and has just ended.
 
         Throttling is assumed if the write began at most `_MAX_SLOW_WRITE_GAP_SECONDS` after
         the end of the last slow write.  A single slow write does not suffice, because the

@@ -2,8 +2,7 @@
 
 The threads belong to a C extension (`_iothreads.c`).  A call by one of them costs less than
 half as much as by a thread of trio.  The threads neither wait for the GIL nor take it from the
-event loop.
-The extension is optional; without it `qedfuse.hostio.threadcalls` makes the calls.
+event loop.  The extension is optional; without it `qedfuse.hostio.threadcalls` makes the calls.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
     Tag: TypeAlias = trio.lowlevel.Task | Callable[[int, int], object]
-    """The task that a finished call resumes, or the function that it calls."""
+    """The task that `deliver` resumes when the call is finished, or the function to call then."""
 
 _log = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 1024
 """Maximum number of native threads, and of threads of trio in an event loop.  `PosixFile` lets one
-file occupy at most 32, so 31 files that do not answer leave threads for another one."""
+file occupy at most 32, so 31 files that do not answer leave threads for another file."""
 
 
 def _load() -> ModuleType | None:
-    """Load the extension; return None if it was not built."""
+    """Load the extension; return None if it was not built or cannot be loaded."""
     try:
         return importlib.import_module("qedfuse.hostio._iothreads")
     except ImportError:
@@ -65,7 +64,7 @@ class NativeCalls:
     cancelled task sleeps until then as well, because the thread uses the task's buffer.
 
     Attributes:
-        resuming: How many tasks `deliver` has made runnable that have not run yet.
+        resuming: Number of tasks that `deliver` has made runnable, but that have not run yet.
     """
 
     retries_reads = False
@@ -75,7 +74,7 @@ class NativeCalls:
         """Serve the tasks of the current event loop with ``threads``."""
         self._threads = threads
         self.has_finished = threads.has_finished
-        """Return whether calls are finished that have not been delivered."""
+        """Return whether there is a finished call that `deliver` has not delivered."""
         self.resuming = 0
         trio.lowlevel.spawn_system_task(self._deliver_when_notified)
 
@@ -86,7 +85,7 @@ class NativeCalls:
             self.deliver()
 
     def deliver(self) -> None:
-        """Resume the tasks whose calls are finished."""
+        """Resume the task of each finished call, or call the function given instead of a task."""
         for tag, result, nanoseconds in self._threads.finished():
             if isinstance(tag, trio.lowlevel.Task):
                 self.resuming += 1
@@ -105,11 +104,11 @@ class NativeCalls:
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read, whose thread answers without the event loop; see `HostCalls`."""
+        """Start a read; its thread then uses ``answer`` without the event loop; see `HostCalls`."""
         self._threads.submit_read(fd, offset, view, ended, answer)
 
-    # A KeyboardInterrupt between submitting a call and falling asleep would leave a call whose
-    # end resumes a task that sleeps elsewhere.
+    # The methods below are protected, because a KeyboardInterrupt between submitting a call and
+    # falling asleep would leave a call whose end resumes a task that sleeps elsewhere.
 
     @trio.lowlevel.enable_ki_protection
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:

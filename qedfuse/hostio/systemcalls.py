@@ -1,5 +1,6 @@
-"""System calls on files, as functions that may block, and that raise `OSError` on failure.
+"""System calls on files, as functions that may block.
 
+On failure all of them but `waits_for_server` raise `OSError`.
 Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
 and `write_all` repeat preadv(2) and pwritev(2), which may transfer only a part of the data.
 """
@@ -70,12 +71,15 @@ if _statx is not None:
 def size_and_blocks(fd: int) -> tuple[int, int]:
     """Return the length in bytes, and the ``st_blocks`` in units of 512 bytes, of an open file.
 
-    This is statx(2) without the times, and asks no server on a network.  Since Linux 6.13 the next
-    change of a file whose times were read gets a time stamp of a fine granularity.  From then on
-    no time stamp on the machine is older than this one, whatever the file.  So if a server reads
-    the times of its image at each flush, each write to the image makes its inode dirty, which the
-    next fdatasync(2) must write; and in a file system on the disk each write changes the time of
-    its file, which the next fsync(2) must commit.  Otherwise both happen at most once per tick.
+    This is statx(2) without the times, and asks no server on a network.
+
+    Reading the times would make later writes slower.  Since Linux 6.13 the next change of a file
+    whose times were read gets a time stamp of a fine granularity.  From then on no time stamp on
+    the machine is older than this one, whatever the file.  If the times of an image were read at
+    each flush, the next write would therefore change the times of the image, and the next
+    fdatasync(2) would have to write the inode.  In a file system on the exported disk, the next
+    write would change the times of the written file, which the next fsync(2) would have to commit.
+    If no times are read, both happen at most once per tick of the kernel's clock.
 
     Raises:
         OSError: The host refused.
@@ -93,8 +97,8 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
 def waits_for_server(fd: int) -> bool:
     """Return whether a call on an open file may wait for a server, for an unlimited time.
 
-    The server is another process or another machine (FUSE, NFS).  Returns True also if the call
-    fails, because it fails only where a server answers it.
+    The server is another process or another machine (FUSE, NFS).  Returns True also if fstatfs(2)
+    fails, because this call fails only in a file system that asks a server for the answer.
     """
     result = ctypes.create_string_buffer(_STATFS_BYTES)
     if _fstatfs(fd, result):

@@ -56,7 +56,7 @@ def read_table(
 class DataSlices:
     """The slices of a table that hold data: an asynchronous iterator over file offsets.
 
-    This is a class and not an asynchronous generator, because Python warns about a generator
+    This is a class and not an asynchronous generator, because trio warns about a generator
     that is left unfinished when the loop over it raises.
     """
 
