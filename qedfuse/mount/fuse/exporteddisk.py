@@ -85,9 +85,10 @@ class ExportedDisks:
         exported.writers += writer
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a handle as closed; if no handle of any disk is left, set the event.
+        """Count a handle as closed.
 
-        The event is the one that `all_closed_event` returned before this call.
+        If no handle of any disk is left, set the present event of `all_closed_event`.  Later
+        calls of that method return a new event.
 
         Args:
             exported: The disk of the handle.

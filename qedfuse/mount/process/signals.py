@@ -34,11 +34,11 @@ class SignalDispatcher:
         If the process ignores SIGHUP when this method is called, as under nohup(1), SIGHUP stays
         ignored.
         """
-        received = list(SIGNALS)
+        numbers = list(SIGNALS)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            received.remove(signal.SIGHUP)
-        early = _replace_handlers(received)
-        with trio.open_signal_receiver(*received) as signals:
+            numbers.remove(signal.SIGHUP)
+        early = _replace_handlers(numbers)
+        with trio.open_signal_receiver(*numbers) as signals:
             # Signals that arrived before the receiver was open are raised again, so that the
             # receiver gets them.
             for number in early:
@@ -51,9 +51,10 @@ class SignalDispatcher:
 def _replace_handlers(numbers: list[signal.Signals]) -> list[int]:
     """Replace the handlers of signals by one that only appends the signal to the returned list.
 
-    At the end of a signal receiver, trio restores the handlers that trio has found, and raises
+    At the end of a signal receiver, trio restores the handlers that were set before, and raises
     again the signals that trio has not delivered.  With the default handlers, such a signal could
-    kill a process that has closed all images and only has to exit.
+    kill a process that has closed all images and only has to exit.  With the handler that is set
+    here, such a signal has no effect.
     """
     received: list[int] = []
     for number in numbers:

@@ -46,7 +46,10 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
         raise PrivilegeError(msg) from None
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        msg = f"{FUSE_DEVICE}: cannot open: {reason} (its users must be able to read and write it)"
+        msg = (
+            f"{FUSE_DEVICE}: cannot open: {reason} (users who mount must be able to read "
+            "and write it)"
+        )
         raise PrivilegeError(msg) from error
     if (os.getuid() if user is None else user) == 0:
         return
