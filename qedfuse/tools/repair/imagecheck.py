@@ -75,8 +75,8 @@ async def plan(
         repair_plan = RepairPlan()
         if report.table_errors and level == "all":
             repair_plan = await plan_repair(file, header)
-        # Even if no cluster is leaked now, the repair of errors can leak some: those in the free
-        # list, which it drops, and those of a table that it moves.
+        # Even if no cluster is leaked now, the repair of errors can leak clusters: those in the
+        # free list, which the repair drops, and the old clusters of a table that it moves.
         keeps = _keeps_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
@@ -244,12 +244,12 @@ def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> 
 def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
-    A repair needs at most as much space as the bytes that it writes, and at most as much as the
-    bytes by which the file becomes longer.  The written bytes can be fewer because a copy can
-    have holes, and the added bytes can be fewer because some writes replace entries in place.
+    The space that a repair needs has two upper limits: the bytes that the repair writes, and the
+    bytes by which the file becomes longer.  The first is lower if copies have holes, the second
+    if many entries are replaced in place.
 
     Raises:
-        NoSpaceError: Both numbers are higher than the number of free bytes.
+        NoSpaceError: Both limits are higher than the number of free bytes.
         HostError: The host refused.
     """
     try:
