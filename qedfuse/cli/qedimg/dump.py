@@ -24,7 +24,8 @@ DESCRIPTION: Final = """\
 Show the fields of the header, the entries of the L1 table, or the entries of the L2 table
 that L1 entry N points to.  Entries that are 0 are left out.  For each entry a verdict is
 shown: ok, zeros, reserved, unaligned, past the end, cut short, or over metadata.  Adjacent
-entries that point to adjacent offsets, or have the same value, are shown as one range.
+entries with the same verdict are shown as one range if they point to adjacent offsets or have
+the same value.  A range has at most 8192 entries.
 
 The command is made for broken images, and shows invalid fields and entries as well."""
 
