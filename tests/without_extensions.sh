@@ -10,6 +10,7 @@ set -eu
 
 install_for_tests
 scratch=$(mktemp -d)
+chmod 755 "$scratch" # some tests run the program as another user
 trap 'rm -rf --one-file-system "$scratch"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM

@@ -442,6 +442,7 @@ async def test_a_table_that_is_cut_while_it_is_read_is_unallocated_from_there(
     assert not last.present
 
 
+@extensions.needs_extensions
 @pytest.mark.parametrize("missing_bytes", [3, 8])
 def test_an_l1_table_that_is_cut_while_it_is_read_is_left_to_the_full_map(
     missing_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

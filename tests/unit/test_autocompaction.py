@@ -296,7 +296,9 @@ async def test_a_reverse_map_needs_whole_tables(expected: int | None) -> None:
         layer = disk._components.layer
         await layer.scan_l1()
         del file.content[l2_entry_offset(image, 0) + 19 :]
-        with pytest.raises(HostError, match="the file ends within it"):
+        with pytest.raises(
+            HostError, match=r"the file ends within it|found 19 bytes, expected 4096"
+        ):
             await build_reverse_map(layer, 0, len(image), expected)
 
 

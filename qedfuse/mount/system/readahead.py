@@ -30,7 +30,7 @@ DEFAULT_READAHEAD_BYTES: Final = 1 << 19
 on from the host's page cache without a copy (``MAX_SPLICE_BYTES`` in ``_extraops.h``).
 
 With a shorter read-ahead the kernel would send more requests.  With a longer one each request would
-be copied twice more."""
+be copied twice instead of once."""
 
 _BDI: Final = Path("/sys/class/bdi")
 """The directory in which the kernel has a directory for each mount (backing device)."""
