@@ -36,7 +36,7 @@ class Lifecycle:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the bytes for its descriptor are in use.
+            UsageError: A free list is requested, but the sector that would describe it is in use.
             HostError: The host refused at the start, or something written could not be made
                 durable at the close (D7).  The files are closed nevertheless.
         """
@@ -62,7 +62,7 @@ class Lifecycle:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the bytes for its descriptor are in use.
+            UsageError: A free list is requested, but the sector that would describe it is in use.
             HostError: The host refused.
         """
         components = self._components

@@ -51,7 +51,7 @@ class Layer(Protocol):
 
 
 class RawLayer:
-    """A raw base: each byte of the disk is data, at the same offset in the file."""
+    """A raw image: each byte of the disk is data, at the same offset in the file."""
 
     def __init__(self, file: HostFile) -> None:
         """Show the bytes of ``file`` as the disk."""
@@ -73,7 +73,7 @@ class QedLayer:
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
         slice_keys: The keys in ``tables`` of slices that were used lately, by the slice's number.
-            It stays the same dictionary.
+            It is never replaced by another dictionary, so others may keep it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
@@ -165,7 +165,7 @@ class QedLayer:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
         Returns None if the slice is not in memory, or if its L2 table cannot be found because
-        that part of the L1 table is not in memory or has a bad entry.  Returns
+        the slice of the L1 table with its entry is not in memory or has a bad entry.  Returns
         `TableCache.empty_slice` if there is no L2 table.
         """
         key = self.slice_keys.get(number)

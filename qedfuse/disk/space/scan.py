@@ -98,7 +98,7 @@ class Scan:
             listed: The clusters that the free list names.  They are not used before the
                 scan has found that no entry refers to them.
             list_clusters: The clusters among ``listed`` that hold the list itself.  All other
-                listed clusters are holes of the host's file.
+                listed clusters are assumed to be holes of the host's file.
         """
         self._listed, self._list_clusters = listed, list_clusters
         self._due = trio.Event()

@@ -106,7 +106,8 @@ class SpaceManager:
             return await self.allocate_table_at_end()
         return await self._hand_out_and_grow(found, self._free.table)
 
-    # Without making clusters free first: compaction frees as many clusters as it allocates
+    # The following method does not make clusters free first: no cluster became free for
+    # `allocate_table`, and compaction frees as many clusters as it allocates.
 
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.

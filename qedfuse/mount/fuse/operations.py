@@ -145,7 +145,7 @@ class Operations(MetadataOperations):
 
     @answered
     async def _write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write for `write`, on the slow path, which may wait and can grow the disk.
+        """Do the work of `write` on the slow path, which may wait and can grow the disk.
 
         Raises:
             FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow; on a

@@ -110,8 +110,9 @@ class SizeFixup:
                 # in replies to other requests, so other programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
-            # The truncation makes the kernel drop dirty pages past the end.  So their writeback
-            # must fail first, because otherwise their writer would never get an error.
+            # The truncation makes the kernel drop dirty pages past the end.  Without an attempt
+            # to write them back, their writer would never get an error.  So the attempt is made
+            # first, and fails.
             with contextlib.suppress(OSError):
                 sync_mount(self._directory)
             os.truncate(f"/proc/self/fd/{fd}", size)

@@ -121,7 +121,7 @@ class ExistingRawTarget(SequentialTarget):
         self._can_punch = True
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Zero the file from the previous chunk up to ``start``, then write this chunk.
+        """Zero the file from the end of the previous chunk up to ``start``, then write this chunk.
 
         In the chunk the blocks of zeros are zeroed, and the blocks of data are written.
         """
