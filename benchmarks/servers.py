@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from benchmarks.commands import BenchmarkError, run
 from benchmarks.systems import PEERS, service
 from qedfuse.mount.system.mounttable import find_mount
+from qedfuse.mount.system.readahead import DEFAULT_READAHEAD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
-READ_AHEAD_KIB: Final = 512
 
 
 class Server:
@@ -166,5 +166,5 @@ def _raise_read_ahead(device: int) -> None:
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
         Path(f"/sys/class/bdi/{number}/read_ahead_kb").write_text(
-            str(READ_AHEAD_KIB), encoding="ascii"
+            str(DEFAULT_READAHEAD_BYTES >> 10), encoding="ascii"
         )

@@ -284,9 +284,10 @@ def test_a_flush_after_a_failure_of_the_event_loop_raises(image: Path) -> None:
     portal = Portal(open_and_fail(), "failing")
     disk = api.DiskFile(portal, "r+b")
     disk.write(b"lost?")
+    (thread,) = (one for one in threading.enumerate() if one.name == "failing")
     failing.set()
-    while portal.is_alive():
-        pass
+    thread.join(60)
+    assert not portal.is_alive()
     with pytest.raises(PortalClosedError):
         disk.flush()
     with pytest.raises(ExceptionGroup):

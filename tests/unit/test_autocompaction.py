@@ -287,8 +287,11 @@ async def test_entries_that_a_sound_image_does_not_have(*, unaligned: bool) -> N
             await build_reverse_map(layer, len(image) // 2, len(image))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("expected", [None, 100])
-async def test_a_reverse_map_needs_whole_tables(expected: int | None) -> None:
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [(None, "found 19 bytes, expected 4096"), (100, "the file ends within it")],
+)
+async def test_a_reverse_map_needs_whole_tables(expected: int | None, text: str) -> None:
     """A reverse map refuses a table that another program has cut short."""
     image = full_image()
     file = MemoryFile(image)
@@ -296,9 +299,7 @@ async def test_a_reverse_map_needs_whole_tables(expected: int | None) -> None:
         layer = disk._components.layer
         await layer.scan_l1()
         del file.content[l2_entry_offset(image, 0) + 19 :]
-        with pytest.raises(
-            HostError, match=r"the file ends within it|found 19 bytes, expected 4096"
-        ):
+        with pytest.raises(HostError, match=text):
             await build_reverse_map(layer, 0, len(image), expected)
 
 

@@ -100,17 +100,15 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     while left:
         # normpath is correct here, because `reached` has no symbolic links.
         following = os.path.normpath(os.path.join(reached, left.pop()))  # noqa: PTH118  no I/O
-        if _inside(following, directory):
-            target = _link_target(following)
-            if target is not None:
-                links += 1
-                if links > _MAX_LINKS:
-                    rest = os.path.join(following, *left[::-1])  # noqa: PTH118  no I/O
-                    return os.path.normpath(rest), True
-                left += target.split("/")[::-1]
-                reached = "/" if target.startswith("/") else os.path.dirname(following)  # noqa: PTH120
-                continue
-        elif following != directory and not _inside(directory, following):
+        inside = _inside(following, directory)
+        target = _link_target(following) if inside else None
+        if target is not None and links < _MAX_LINKS:
+            links += 1
+            left += target.split("/")[::-1]
+            reached = "/" if target.startswith("/") else os.path.dirname(following)  # noqa: PTH120
+            continue
+        above = following == directory or _inside(directory, following)
+        if target is not None or not (inside or above):
             rest = os.path.join(following, *left[::-1])  # noqa: PTH118  no I/O
             return os.path.normpath(rest), True
         reached = following
