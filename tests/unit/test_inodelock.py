@@ -160,12 +160,17 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
 async def test_writers_do_not_keep_each_other_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """After a long write each writer makes at most one write in a thread."""
+    """Each writer makes one write in a thread because of a long write, and none after its end."""
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     writers = 8
     with opened(tmp_path / "file") as file:
         lock = InodeLock(monkeypatch)
         is_over = False
+
+        async def write_long() -> None:
+            nonlocal is_over
+            await file.pwrite(0, bytes(4 * INLINE_WRITE_BYTES + 1))
+            is_over = True
 
         async def write() -> None:
             left = 100
@@ -176,14 +181,12 @@ async def test_writers_do_not_keep_each_other_in_threads(
                 await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(file.pwrite, 0, bytes(4 * INLINE_WRITE_BYTES + 1))
+            nursery.start_soon(write_long)
+            while not lock.threads:  # the tasks of a nursery start in a random order
+                await trio.lowlevel.checkpoint()
             for _ in range(writers):
                 nursery.start_soon(write)
-            while len(lock.threads) < writers // 2:
-                await trio.lowlevel.checkpoint()
-            is_over = True
-            before = len(lock.threads)
-        assert len(lock.threads) - before <= writers
+        assert len(lock.threads) == 1 + writers
         assert len(lock.inline) >= writers * 99
         assert lock.waits == []
 
