@@ -278,7 +278,7 @@ class _Checker:
         Args:
             code: The error.
             label: The words that precede the index of an entry in messages.
-            first: Index in the table of the first entry of the slice.
+            first: Index, in the table, of the first entry of the slice.
             values: The entries of the slice.
             mask: Which entries of the slice have the error.
             size: Number of bytes of the disk that each entry describes.

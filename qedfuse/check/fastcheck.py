@@ -52,7 +52,8 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
         other case, for example if the image has a free list, is too large for the fast check, or
         cannot be read.
     """
-    # The extension does not convert the entries of tables, which are little-endian.
+    # The extension reads entries in the byte order of the host.  The entries of an image are
+    # little-endian, so the extension is used on little-endian hosts only.
     if _sweep is None or sys.byteorder != "little":
         return None
     try:

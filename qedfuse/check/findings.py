@@ -39,7 +39,7 @@ class Code(enum.Enum):
     L2_OVER_METADATA = "l2-over-metadata"
     DUPLICATE_CLUSTER = "duplicate-cluster"
     FREE_LIST_BAD = "free-list-bad"
-    FREE_LIST_CONTRADICTED = "free-list-contradicted"
+    FREE_LIST_CONTRADICTED = "free-list-contradicted"  # a table entry points to a listed cluster
     LEAKED_CLUSTERS = "leaked-clusters"
     HEADER_SIZE_ZERO = "header-size-zero"
     NAME_IN_FIXED_HEADER = "backing-name-in-fixed-header"
@@ -190,9 +190,9 @@ class CheckReport:
 class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
-    The range reads as zeros after the repair, with two exceptions.  A range whose data a table
-    overlapped (`Code.L2_OVER_METADATA`) may read as before.  If more ranges are lost than are
-    recorded separately, the last one may also cover data that is not lost (`LostRanges`).
+    The range reads as zeros after the repair, with two exceptions.  If a table overlapped the data
+    of the range (`Code.L2_OVER_METADATA`), the range may read as before.  If more ranges are lost
+    than `LostRanges` records separately, the last one may also cover data that is not lost.
 
     Attributes:
         start: Guest offset in bytes.

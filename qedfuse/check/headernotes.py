@@ -48,7 +48,7 @@ def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]
             Code.NO_PROBE_WITHOUT_BACKING,
             "features",
             "bit 2 (raw backing file) without bit 0 (backing file)",
-            "both bits or neither",
+            "bit 2 only together with bit 0",
         ),
         (
             header.need_check,

@@ -19,16 +19,16 @@ class LostRanges:
 
     Attributes:
         ranges: The lost ranges, in the order in which they were found.
-        cleared: Number of table entries that were cleared so far.
+        cleared_entries: Number of table entries that were cleared so far.
     """
 
     def __init__(self, image_size: int) -> None:
         """Begin with no lost range of a disk of ``image_size`` bytes."""
         self._image_size = image_size
         self.ranges: list[LostRange] = []
-        self.cleared = 0
+        self.cleared_entries = 0
 
-    def add(self, start: int, length: int, code: Code, cleared: int = 1) -> None:
+    def add(self, start: int, length: int, code: Code, cleared_entries: int = 1) -> None:
         """Record a lost range of the disk.
 
         The range is joined with the range recorded before, if both have the same code and the
@@ -39,9 +39,9 @@ class LostRanges:
             start: Guest offset in bytes.
             length: Length in bytes.
             code: The error because of which the data is lost.
-            cleared: Number of table entries that are cleared because of this error.
+            cleared_entries: Number of table entries that are cleared because of this error.
         """
-        self.cleared += cleared
+        self.cleared_entries += cleared_entries
         length = max(0, min(length, self._image_size - start))
         if not length:
             return

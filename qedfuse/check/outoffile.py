@@ -114,7 +114,7 @@ class OutOfFileEntries:
 
         Args:
             l1_index: The L1 index of the table.
-            first: Index in the table of the first entry of the slice.
+            first: Index, in the table, of the first entry of the slice.
             values: The entries of the slice.
         """
         lost = np.zeros(len(values), np.bool_)
@@ -150,7 +150,7 @@ class OutOfFileEntries:
 
         Args:
             table: The file offset of the table.
-            first: Index in the table of the first entry of the slice.
+            first: Index, in the table, of the first entry of the slice.
             old: The entries in the file.
             new: The new entries.
         """

@@ -104,9 +104,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     after = await check_image(file, without_need_check.with_free_list(value=False))
     if not after.errors:
         await rewriter.write_need_check(need_check=False)
-    return RepairReport(
-        tuple(repair.lost_ranges.ranges), repair.copied, repair.lost_ranges.cleared, after
-    )
+    lost = repair.lost_ranges
+    return RepairReport(tuple(lost.ranges), repair.copied, lost.cleared_entries, after)
 
 
 async def plan_repair(file: HostFile, header: Header, save: Save | None = None) -> RepairPlan:
@@ -128,5 +127,5 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
     rewriter = DryRunRewriter(file, header, save)
     repair = TableRepair(file, header, rewriter)
     await repair.run()
-    lost, cleared = tuple(repair.lost_ranges.ranges), repair.lost_ranges.cleared
+    lost, cleared = tuple(repair.lost_ranges.ranges), repair.lost_ranges.cleared_entries
     return RepairPlan(lost, repair.copied, cleared, rewriter.written, rewriter.end)

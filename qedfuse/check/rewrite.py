@@ -32,8 +32,8 @@ class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
     Attributes:
-        end: Where the next copy or table is appended at the earliest: a file offset in bytes, a
-            whole number of clusters.  At first it is the length of the file, rounded up.
+        end: The lowest file offset in bytes at which the next copy or table may be appended, a
+            multiple of the cluster size.  At first it is the length of the file, rounded up.
         changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
 
@@ -55,8 +55,8 @@ class Rewriter:
         """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
-        repair does not update the list.  If there is a list, `erase_descriptor` follows, whose
-        write is not durable yet.
+        repair does not update the list.  If there was a list, `erase_descriptor` also overwrites
+        the bytes that describe the list with zeros.  These zeros are not durable yet.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -239,10 +239,11 @@ class DryRunRewriter(Rewriter):
         self._save = save or (lambda _offset, _old, _new: None)
 
     async def write_need_check(self, *, need_check: bool) -> None:  # noqa: ARG002  what counts is the header at the end
-        """Save the changes of the header and of the descriptor of a free list.
+        """Save the changes of the header, and of the bytes that describe a free list.
 
-        The new header is the one at the end of the repair, without NEED_CHECK.  A descriptor that
-        the backing file name covers is not saved, because the repair does not change it.
+        The new header is the one at the end of the repair, without NEED_CHECK.  If the backing
+        file name overlaps the bytes that describe the list, the repair does not change these
+        bytes, and they are not saved.
         """
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))

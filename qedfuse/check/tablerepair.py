@@ -49,7 +49,7 @@ class TableRepair:
         # which it is read.  A dry run makes no copies, so it reads each table at its old offset.
         self._tables: list[tuple[int, int, int]] = []
         # Old file offsets of the tables that move because they overlap data, ascending.
-        self._moved_from = np.empty(0, np.uint64)
+        self._tables_over_data = np.empty(0, np.uint64)
         self._bad_l1_indices: list[int] = []
         # New values, by L1 index, of the L1 entries that point past the end of the file.  They are
         # written before the file grows.
@@ -79,8 +79,8 @@ class TableRepair:
         out_of_file = OutOfFileEntries(
             self._file, self._classifier, self.rewriter, self.lost_ranges
         )
-        owners = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
-        await out_of_file.clear_all(self._out_of_file_l1_entries, sorted(owners), self._empty)
+        table_moves = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        await out_of_file.clear_all(self._out_of_file_l1_entries, sorted(table_moves), self._empty)
         await self._complete_tables(indices, tables)
         await self.rewriter.extend(self._rounded_size)
         await self._separate_tables(indices, tables, move)
@@ -133,10 +133,10 @@ class TableRepair:
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Append the missing entries of the tables that the end of the file cuts short.
 
-        In an overlay the missing entries become zero clusters.  Until they are durable, only their
-        own write makes the file longer.  So after an interruption each table is complete or still
-        cut short.  If the file were extended first, entries that are not written yet would be
-        unallocated, and the guest would read the backing file through them.
+        In an overlay the missing entries become zero clusters.  Before they are durable, nothing
+        but writing them makes the file longer.  So after an interruption every entry that is in the
+        file has been written.  If the file were extended first, entries that are not written yet
+        would be unallocated, and the guest would read the backing file through them.
         """
         geometry = self._geometry
         # If only a part of an entry is in the file, the entry counts as missing.
@@ -147,11 +147,14 @@ class TableRepair:
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
             kept = max(0, entries_end - table) // ENTRY_BYTES * geometry.cluster_size
             start = index * geometry.table_span + kept
-            self.lost_ranges.add(start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared=0)
+            self.lost_ranges.add(
+                start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared_entries=0
+            )
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
-            # Overwrite the part of the entry that is in the file.  `fill` does not write the value
-            # 0.  And for the backup a dry run saves only the bytes that `overwrite` replaces.
+            # Overwrite the part of the entry that is in the file.  `fill` cannot do this, because
+            # it does not write the value 0.  Also, the dry run that makes the backup of a repair
+            # saves only old bytes that `overwrite` replaces.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
@@ -169,16 +172,16 @@ class TableRepair:
         The earlier of two tables that overlap each other does not move for this reason.  If both
         are at the same file offset, the one with the lower L1 index counts as the earlier one.
 
-        `_moved_from` gets the offsets of the tables that move because of data.  `_classifier` gets
-        all tables except those that overlap an earlier table.
+        `_tables_over_data` gets the offsets of the tables that move because of data.
+        `_classifier` gets all tables except those that overlap an earlier table.
         """
-        shared = await overlapping(tables, self._geometry.table_bytes)
-        self._classifier = self._classifier.with_tables(tables[~shared])
-        under = await self._under_data(tables)
-        self._moved_from = self._classifier.tables[under]
-        # `under` has one value for each table that does not overlap an earlier table.
+        overlaps_earlier = await overlapping(tables, self._geometry.table_bytes)
+        self._classifier = self._classifier.with_tables(tables[~overlaps_earlier])
+        overlaps_data = await self._overlapped_by_data(tables)
+        self._tables_over_data = self._classifier.tables[overlaps_data]
+        # `overlaps_data` has one value for each table that does not overlap an earlier table.
         positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
-        return shared | under[positions] & ~shared
+        return overlaps_earlier | overlaps_data[positions]
 
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
         """Copy the tables that must move, so that each L1 entry has a table of its own.
@@ -191,34 +194,35 @@ class TableRepair:
             tables: The file offsets of the tables.
             move: Which tables must move.
         """
-        owners = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
-        for index, table, moves in owners:
+        table_moves = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        for index, table, moves in table_moves:
             if not moves:
                 self._tables.append((index, table, table))
             elif self._is_past_end(index):
                 self._l1_changes[index] = UNALLOCATED
-                self.lost_ranges.cleared += 1
+                self.lost_ranges.cleared_entries += 1
             else:
                 copy = await self.rewriter.copy(table, self._geometry.table_bytes)
                 self._tables.append((index, copy, copy if self.rewriter.changes_file else table))
                 self._l1_changes[index] = copy
         self._tables.sort()
-        moved = np.isin(self._classifier.tables, self._moved_from)
+        moved = np.isin(self._classifier.tables, self._tables_over_data)
         self._classifier = self._classifier.with_tables(self._classifier.tables[~moved])
 
-    async def _under_data(self, tables: Values) -> Mask:
-        """Return for each table in the classifier's `tables` whether it overlaps data.
+    async def _overlapped_by_data(self, tables: Values) -> Mask:
+        """Return for each table in `_classifier.tables` whether a data cluster overlaps it.
 
-        Only data to which the entries of ``tables`` refer is compared.
+        Only the data clusters to which entries of the tables at the file offsets ``tables`` point
+        are compared.
         """
-        under = np.zeros(len(self._classifier.tables), np.bool_)
+        overlaps_data = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
             async for _first, values in read_table(self._file, table, self._geometry.table_bytes):
                 for code, mask in self._classifier.l2_errors(values):
                     if code is Code.L2_OVER_METADATA:
                         table_indices = self._classifier.table_containing(values[mask])
-                        under[table_indices[table_indices >= 0]] = True
-        return under
+                        overlaps_data[table_indices[table_indices >= 0]] = True
+        return overlaps_data
 
     async def _replace_bad_tables(self) -> None:
         """Choose the new values of the invalid L1 entries, and append the new tables.
@@ -245,13 +249,13 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
 
-        Invalid entries are cleared.  If a cluster has another owner, an entry past the end of the
-        disk is cleared too, and the cluster is not copied for it.  The ranges of the disk whose
-        data is lost or uncertain are recorded.
+        Invalid entries get the value `_empty`.  If a cluster has another owner, an entry past the
+        end of the disk becomes unallocated, and the cluster is not copied for it.  The ranges of
+        the disk whose data is lost or uncertain are recorded.
 
         Args:
             l1_index: The L1 index of the table.
-            first: Index in the table of the first entry of the slice.
+            first: Index, in the table, of the first entry of the slice.
             values: The entries of the slice.
         """
         size = self._geometry.cluster_size
@@ -261,7 +265,7 @@ class TableRepair:
         for code, mask in self._classifier.l2_errors(values):
             valid &= ~mask
             fixed[mask] = self._empty
-            # `OutOfFileEntries` has already recorded the entries that point past the end.
+            # `OutOfFileEntries` has already recorded entries that point past the file's end.
             if code is not Code.L2_OUT_OF_FILE:
                 for at in np.flatnonzero(mask).tolist():
                     self.lost_ranges.add(start + at * size, size, code)
@@ -273,7 +277,7 @@ class TableRepair:
                 self.copied += 1
             else:
                 fixed[at] = UNALLOCATED
-                self.lost_ranges.cleared += 1
+                self.lost_ranges.cleared_entries += 1
         self._record_uncertain(start, values, valid)
         return fixed
 
@@ -292,11 +296,12 @@ class TableRepair:
             for at in np.flatnonzero(valid & (values == cut_cluster)).tolist():
                 begin = start + at * size + self._size - cut_cluster
                 self.lost_ranges.add(
-                    begin, self._rounded_size - self._size, Code.L2_CUT_SHORT, cleared=0
+                    begin, self._rounded_size - self._size, Code.L2_CUT_SHORT, cleared_entries=0
                 )
-        overlapped = self._classifier.with_tables(self._moved_from).table_containing(values) >= 0
+        over_data = self._classifier.with_tables(self._tables_over_data)
+        overlapped = over_data.table_containing(values) >= 0
         for at in np.flatnonzero(valid & overlapped).tolist():
-            self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared=0)
+            self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared_entries=0)
 
     async def _write_l1(self) -> None:
         """Change the L1 table, after all tables to which it will point are durable."""

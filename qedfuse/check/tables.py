@@ -92,7 +92,7 @@ class EntryChanges:
     def applied(self, first: int, values: Values) -> Values:
         """Return a copy of a slice in which the entries to be changed have their new values.
 
-        ``first`` is the index in the table of the first entry of the slice, and ``values`` are
+        ``first`` is the index, in the table, of the first entry of the slice, and ``values`` are
         the entries of the slice.
         """
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
