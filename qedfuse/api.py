@@ -286,7 +286,7 @@ class DiskFile(io.RawIOBase):
             ValueError: The file is closed.
             HostError: The host reported a failure.  A failed datasync makes the disk
                 read-only, and each later flush raises the error again.
-            RuntimeError: The event loop of the file has failed, which `close` explains.
+            RuntimeError: The event loop of the file has failed.  `close` raises the cause.
         """
         with self._lock:
             self._check_open()

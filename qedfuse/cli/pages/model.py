@@ -120,7 +120,7 @@ class Command:
     exit_codes: Mapping[int, str] = field(default_factory=dict)
 
     def completions(self) -> list[tuple[Operand, Value]]:
-        """Return the operands, each with the value that completes it.
+        """Return the operands, each with the `Value` by which a shell completes it.
 
         Operands after one that repeats are left out.
 

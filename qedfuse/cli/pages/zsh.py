@@ -76,6 +76,7 @@ def _option(option: Option, program: str) -> str:
     """Return the specification of an option."""
     value = ""
     if option.value is not None:
+        # The name of the shell function for mount options contains the name of the program.
         action = _action(option.value).replace("_mount_options", f"_{program}_mount_options")
         value = f":{_plain(option.value.name)}:{action}"
     text = f"[{_escaped(option.help)}]{value}"
@@ -103,6 +104,7 @@ def _mount_options(program: str) -> Iterator[str]:
     yield "    _values -s , option \\"
     words = list(mount_option_values().items())
     for number, (word, choices) in enumerate(words, 1):
+        # `choices` is None if the option takes no value, and empty if the value is free.
         if choices is None:
             spec = word
         elif choices:

@@ -157,8 +157,8 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        # As in qemu-img, L2 entries that cannot refer to a data cluster are counted here.
-        # The number in the text leaves such entries out.
+        # As in qemu-img, this number includes L2 entries with an invalid offset.  The number in
+        # the text does not.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -168,7 +168,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # The findings are those from before the repair, because they show what was repaired.
+    # These values are from before the repair, because the findings show what was repaired.
     found = result.before.as_json()
     value |= {key.replace("_", "-"): found[key] for key in _ADDED_KEYS}
     if arguments.repair:
@@ -201,7 +201,7 @@ _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print the findings, the outcome of a repair, and a summary."""
+    """Print the findings, the outcome of a repair or an undo, and a summary."""
     before = result.before
     for finding in sorted(before.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
@@ -249,7 +249,7 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
         # A repair of errors frees no space.  `leaks_fixed` may be positive nonetheless: if the
-        # repair makes an invalid table valid, its clusters no longer count as leaked.
+        # repair makes an invalid table valid, the table's clusters no longer count as leaked.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(
@@ -260,7 +260,10 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
-    """Print why leaked space was kept, and how to free the space; nothing if none was kept."""
+    """Print why leaked space was kept, and how to free the space; nothing if none was kept.
+
+    A dry run prints nothing if the space is kept only because there is damage.
+    """
     if result.leaks_kept:
         name = printable(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
@@ -278,7 +281,8 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
-    # L2 entries that cannot refer to a data cluster are not counted here, unlike in the JSON.
+    # Unlike "allocated-clusters" in the JSON, this number leaves out L2 entries with an invalid
+    # offset.
     used = after.allocated_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters

@@ -112,8 +112,8 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> Compari
 def _print(arguments: argparse.Namespace, result: Comparison) -> None:
     """Print the result in qemu-img's words."""
     shorter, longer = sorted(result.sizes)
-    differ_first = result.offset is not None and result.offset < shorter
-    if shorter != longer and not (arguments.strict or differ_first):
+    differ_within_shorter = result.offset is not None and result.offset < shorter
+    if shorter != longer and not (arguments.strict or differ_within_shorter):
         print_line(arguments, "Warning: Image size mismatch!")
     if result.identical:
         print_line(arguments, "Images are identical.")

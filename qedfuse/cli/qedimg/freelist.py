@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show, write or drop the list, and print what the image has afterwards; return 0.
+    """Show, write or drop the list; describe the list that the image has afterwards; return 0.
 
     Raises:
         UsageError: -U was given with an action that changes the image.
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Show, write or drop the list; return what the image has afterwards."""
+    """Show, write or drop the list; describe the list that the image has afterwards."""
     from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415

@@ -119,7 +119,7 @@ def make_parser(name: str) -> Parser:
     )
     module.add_arguments(parser)
     verbosity = parser.add_mutually_exclusive_group()
-    verbosity.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    verbosity.add_argument("-q", "--quiet", action="store_true", help="print only errors and JSON")
     verbosity.add_argument("-v", "--verbose", action="store_true", help="print what is being done")
     return parser
 

@@ -90,9 +90,10 @@ class _Listed(NamedTuple):
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print the extents up to the first that the fast map cannot list; return what was printed.
+    """Print extents by the fast map, up to the first that it cannot list; return what was printed.
 
-    Nothing is printed if there is no fast map of the image, or if the options exclude it.
+    The fast map (`open_fast_map`) needs neither numpy nor trio.  Nothing is printed if the image
+    has no fast map, or if the options exclude it.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
