@@ -206,10 +206,10 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the clusters that do not lie directly behind the previous cluster of their table.
+        """Count the entries whose cluster does not directly follow that of the entry before.
 
         Args:
-            values: The offsets of clusters in a slice of a table, valid or not; at least one.
+            values: Those entries of a slice that hold an offset, valid or not; at least one.
             next_offset: The file offset right after the last cluster to which the table's earlier
                 slices refer; 0 if they hold no offset.
 

@@ -4,11 +4,12 @@ What is done for each kind of damage, and why:
 
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
-- If two L1 entries point to tables that overlap in the file, the later table moves to a copy,
-  unless the earlier table itself moves because it overlaps a third table.  If two L1 entries point
-  to the same table, the entry with the higher guest offset gets a copy of the table.  After that,
-  two tables refer to the same data clusters, so these clusters are copied as in the first case.
-- If a cluster is both data and part of an L2 table, the table moves to a copy and the data stays.
+- If two L1 entries point to tables that overlap in the file, the later table moves: it is copied to
+  the end of the file, and its L1 entry then points to the copy.  The later table stays if the
+  earlier table itself moves because it overlaps a third table.  If two L1 entries point to the same
+  table, the entry with the higher guest offset gets a copy of the table.  After that, two tables
+  refer to the same data clusters, so these clusters are copied as in the first case.
+- If a cluster is both data and part of an L2 table, the table moves and the data stays.
   Either the entry of the data or the L1 entry of the table is wrong, and the tables do not show
   which of the two.  If the L1 entry is wrong, the cluster holds guest data only.  Then clearing the
   entry of the data would lose that data, and correcting the table in place would overwrite it.

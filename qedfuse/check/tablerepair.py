@@ -126,6 +126,7 @@ class TableRepair:
             refuse_too_many_tables(self._file, len(self._bad_l1_indices) + 1)
             self._bad_l1_indices.append(index := first + at)
             if code is Code.L1_OUT_OF_FILE:
+                # An entry that will point to a new table stays invalid until the table is durable.
                 needs_table = self._empty != UNALLOCATED and not self._is_past_end(index)
                 self._out_of_file_l1_entries[index] = POISON_ENTRY if needs_table else UNALLOCATED
             self.lost_ranges.add(index * span, span, code)
