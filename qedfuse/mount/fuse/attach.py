@@ -26,7 +26,7 @@ _MAX_MESSAGE_BYTES: Final = 4096
 
 
 class _RawOption(str):
-    """A mount option for pyfuse3 that may contain a file name with characters that are not ASCII.
+    """A mount option that may contain a file name with characters that are not ASCII.
 
     pyfuse3 calls the method ``encode`` of each option, and would encode a plain str as ASCII.
     """
@@ -135,8 +135,8 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Capture what C code and child processes print to descriptor 2 in the block.
 
     Yields:
-        A function for use in the block, which returns what has been captured so far as one line,
-        at most `_MAX_MESSAGE_BYTES`; empty if nothing was printed.
+        A function for use in the block, which returns the lines captured so far as one line;
+        empty if nothing was printed.  Output after the first `_MAX_MESSAGE_BYTES` is left out.
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)

@@ -25,9 +25,9 @@ kernel.  After a change of ``st_blocks``, the server invalidates the attributes 
 cached.  The times of the image file change when tables are written.  The content of the disk does
 not change then, so the kernel may keep the older times.
 
-A short time would be slow.  Before a write, the kernel requests attributes that have expired, and
-it ignores the reply if another write has ended in the meantime.  So with many concurrent writes
-the kernel would request the attributes again and again."""
+A short time would slow down writes.  Before a write, the kernel requests attributes that have
+expired, and it ignores the reply if another write has ended in the meantime.  So with many
+concurrent writes the kernel would request the attributes again and again."""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``, because another program may
 change the image then."""

@@ -3,8 +3,9 @@
 The kernel caches the attributes of a disk (`Attributes`), but ``st_blocks`` changes without a
 request of the kernel when the image file gets or loses space on the host.  After each
 invalidation the kernel requests all attributes again, and for the reply the server reads the times
-of the image file, which slows down later changes of the file (see `size_and_blocks`).  So a program
-that calls fsync(2) thousands of times a second must not cause as many invalidations.
+of the image file, which slows down later changes of the file (see
+`qedfuse.hostio.systemcalls.size_and_blocks`).  So a program that calls fsync(2) thousands of times
+a second must not cause as many invalidations.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""A flush that ends within this time after a check causes no check immediately.  `run` makes the
-check after the same time, and du(1) may show a wrong size until then."""
+"""If a flush ends less than this time after a check, the next check is deferred.  `run` makes that
+check at most this time after the flush, and du(1) may show a wrong size until then."""
 
 
 class BlocksInvalidator:

@@ -1,4 +1,6 @@
-"""Reads, writes and fsyncs as the extension passes them, before pyfuse3 gets them.
+"""Answering the reads, writes and fsyncs that the C extension passes on before pyfuse3 gets them.
+
+The extension is the one that `qedfuse.mount.fuse.extraops` loads.
 
 A long read whose data is in the host's page cache is answered from there, without a copy into
 this process.  A read that must wait for the host's disk is *deferred*: a native thread reads the
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 _MIN_SPLICE_BYTES: Final = 1 << 15
 _MAX_SPLICE_BYTES: Final = 1 << 19
-"""Minimum and maximum length of a read for which `reply_from_file` is asked (``_extraops.h``)."""
+"""Minimum and maximum length of a read for which `reply_from_file` is called (``_extraops.h``)."""
 
 
 class DataRequests:
@@ -86,6 +88,8 @@ class DataRequests:
         except Exception:
             if not read.is_taken:
                 raise
+            # No thread reads, but pyfuse3 does not get the read any more.  With any result other
+            # than the size, `_answer` answers the read.
             read.ended(-1)
         return read.is_taken
 
@@ -110,7 +114,7 @@ class DataRequests:
             await self._drained.wait()
 
     def take_read(self) -> Request:
-        """Take the read that is being handled away from pyfuse3; return what answers it."""
+        """Take the read that is being handled from pyfuse3; return the object that answers it."""
         pending = self._defer_read()
         self._deferred += 1
         return pending
@@ -118,7 +122,7 @@ class DataRequests:
     def read_ended(self, read: _DeferredRead, pending: Request | None) -> None:
         """Note that the thread of the deferred read ``read`` has ended its work.
 
-        ``pending`` is what must still be answered; None if the thread has answered.
+        ``pending`` is the object that must still answer the read; None if the thread has answered.
         """
         self._deferred -= 1
         if not self._deferred:
@@ -147,7 +151,7 @@ class _DeferredRead:
         handle: The file handle.
         offset: Guest offset.
         size: Number of bytes.
-        pending: What answers the read; None while the read is not deferred.
+        pending: The object that answers the read; None while the read is not deferred.
     """
 
     __slots__ = ("_requests", "handle", "offset", "pending", "size")

@@ -86,8 +86,9 @@ def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled with the bytes at an offset of a descriptor.
 
     Returns False, and has not answered, if the bytes are not all in the host's page cache, if
-    they are too few or too many, or if the kernel or libfuse cannot pass them on.  As for
-    `defer_read`, the caller must be a function that `serve` has set, in a call for a read.
+    they are too few or too many, or if the kernel or libfuse cannot pass them on.  Like
+    `defer_read`, this must be called only while the extension calls the method ``read`` that
+    `serve` has set.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
@@ -95,7 +96,7 @@ def reply_from_file(fd: int, offset: int) -> bool:
 def defer_read() -> Request:
     """Take the read that is being handled from pyfuse3; return the object that must answer it.
 
-    The caller must be a function that `serve` has set, in a call for a read.
+    This must be called only while the extension calls the method ``read`` that `serve` has set.
     """
     return _loaded().defer_read()  # type: ignore[no-any-return]
 
@@ -113,14 +114,17 @@ def _loaded() -> ModuleType:
 
 
 def _no_requests() -> int:
-    """Return 0, because without the extension no requests are taken in bursts."""
+    """Return 0, because without the extension only pyfuse3 takes requests."""
     return 0
 
 
 burst_requests: Final[Callable[[], int]] = (
     _no_requests if _extension is None else _extension.burst_requests
 )
-"""Returns how many requests were taken in bursts since the last call (`_burst.c`)."""
+"""Returns how many requests the extension itself has taken since the last call.
+
+After a request that pyfuse3 has taken, the extension takes a few more if they are there
+(`_burst.c`)."""
 
 
 def end() -> None:

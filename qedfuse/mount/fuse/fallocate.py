@@ -148,10 +148,9 @@ class FallocateLseek:
 
         Raises:
             FUSEError: EOPNOTSUPP, the mode is not supported, or would allocate clusters past the
-                end of a growable disk and keep its size; EROFS, the disk is read-only; ENOSPC,
-                the range goes past the end of a disk that must not grow, and the mode is not one
-                that only discards and keeps the size; EFBIG, the tables cannot address the end
-                of the range.
+                end of a growable disk and keep its size.  EROFS, the disk is read-only.  ENOSPC,
+                the range goes past the end of a disk that must not grow; a discard that keeps the
+                size gets no such error.  EFBIG, the tables cannot address the end of the range.
             QedError: The disk could not be changed.  Part of the range may be changed, and the
                 disk may have grown.
         """
@@ -205,10 +204,10 @@ class FallocateLseek:
             start: Guest offset at which the search begins.
 
         Raises:
-            FUSEError: ENXIO, SEEK_DATA finds no data, or ``start`` is negative or not before the
-                end of the disk; EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE; EIO, a
-                hole is searched at or past the end of a growable disk, and the dirty pages there
-                cannot be written back.
+            FUSEError: EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE.  ENXIO, ``start`` is
+                negative or not before the end of the disk, or SEEK_DATA finds no data.  If dirty
+                pages cannot be written back, the result and the errors are those of
+                `_assume_data`, unless ``start`` is negative.
             QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
@@ -275,7 +274,7 @@ async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | Non
         The guest offsets at which the gap starts and ends.  The gap ends at the next data; None
         if no data follows.  For SEEK_HOLE the gap starts at the first hole at or past ``start``;
         the end of the disk counts as a hole.  For SEEK_DATA, or if ``start`` is not before the
-        end of the disk, the gap starts at ``start``.  If data is there, the gap is empty.
+        end of the disk, the gap starts at ``start``, and is empty if there is data at ``start``.
     """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:

@@ -60,7 +60,7 @@ _MAX_MESSAGE_BYTES: Final = 1 << 20
 too small for the largest possible request."""
 
 _BACKGROUND_OF_ONE_DISK: Final = 64
-"""Maximum number of background requests that the kernel may have in flight, for a single disk.
+"""Maximum number of background requests in flight for a mount of one disk.
 
 With a larger number, the requests of a program that makes few requests would wait longer behind
 those of other programs.  Twice the number was not faster when it was measured."""

@@ -1,11 +1,12 @@
 """The launderer: a helper process that makes the kernel write back and drop pages of a disk.
 
 The kernel writes back and drops pages when a process sends the notification
-FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to the connection.  This
-write(2) returns only when the server has answered the kernel's write requests for the pages.
-Until then the process that called write(2) cannot end, not even by SIGKILL, and neither can the
-connection.  If the server itself called write(2) and were then killed, it would never end, and
-the programs that use the disk would wait forever.
+FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to a descriptor of
+``/dev/fuse``, the connection to the kernel.  This write(2) returns only when the server has
+answered the kernel's write requests for the pages.  Until then the process that called write(2)
+cannot end, not even by SIGKILL, and the connection cannot end either.  If the server itself called
+write(2) and were then killed, it would never end, and the programs that use the disk would wait
+forever.
 
 Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
 server has ended, the launderer answers the remaining requests of the kernel with errors until

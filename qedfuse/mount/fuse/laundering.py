@@ -61,7 +61,7 @@ class Laundering:
         self._request_poll = select.poll()
 
     def connect(self, fuse_connection: int) -> None:
-        """Set the descriptor of the connection to the kernel; from now on pages are laundered.
+        """Set the descriptor of the connection to the kernel; from now on pages can be laundered.
 
         The caller must call `stop` before it closes this descriptor.
         """
@@ -134,6 +134,7 @@ class Laundering:
             return errno.ENOTCONN
         try:
             if self._socket is None:
+                # The byte has no meaning (see `Launderer`).
                 socket.send_fds(self._launderer.socket, [b"c"], [self._fuse_connection])
                 self._socket = trio.socket.from_stdlib_socket(self._launderer.socket)
             while self._unread_answers:

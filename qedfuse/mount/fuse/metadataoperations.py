@@ -118,7 +118,7 @@ class MetadataOperations(pyfuse3.Operations):
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        """Return the attributes of the disk with a name in the directory.
+        """Return the attributes of the disk that has the name ``name`` in the directory.
 
         For the names ``.`` and ``..`` the attributes are those of the directory.
 

@@ -148,10 +148,10 @@ class Operations(MetadataOperations):
         """Do the work of `write` on the slow path, which may wait and can grow the disk.
 
         Raises:
-            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow; on a
-                handle with `HANDLE_DIRECT` a write fails also if it only ends past the end,
-                although the part before the end is written.  EFBIG, the tables cannot address a
-                disk of the necessary size.  Any other errno is that of an error of the disk.
+            FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow.  On a
+                handle with `HANDLE_DIRECT`, a write that only ends past the end gets ENOSPC too,
+                after the part before the end has been written.  EFBIG, the tables cannot address
+                a disk of the necessary size.  Any other errno is that of an error of the disk.
         """
         exported = self.disk_of(fh)
         end = off + len(buf)
@@ -175,14 +175,14 @@ class Operations(MetadataOperations):
     ) -> None:
         """Prepare for a write past the end: grow the disk, or note that bytes will be lost.
 
-        With the write-back cache the kernel accepts a write past the end without a request, and
-        increases the size that it has cached.  If the disk cannot grow, the server requests a
-        correction of the cached size.  The delayed write, which arrives now, gets an error if it
-        starts at or past the end, and the kernel reports the error to the writer.  If the write
-        starts before the end, the kernel ignores the short reply.  So ``overrun`` is set, and
-        the next flush or fsync of a handle that may write reports the error.  For a write that
-        does not come from the write-back cache, nothing is noted, because the program gets the
-        reply itself.
+        With the write-back cache the kernel accepts a write past the end without a request,
+        increases the size that it has cached, and sends the write later.  If the disk cannot grow,
+        the server then requests a correction of the cached size.  If the write starts at or past
+        the end, the reply is an error, and the kernel reports the error to the writer.  If the
+        write starts before the end, the reply says that fewer bytes were written, but the kernel
+        ignores this.  So ``overrun`` is set, and the next flush or fsync of a handle that may
+        write reports the error.  For a write that does not come from the write-back cache, nothing
+        is noted, because the program gets the reply itself.
 
         Args:
             exported: The disk.

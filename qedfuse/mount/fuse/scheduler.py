@@ -20,12 +20,13 @@ Other tasks are not starved.  After `MAX_BURST` requests in a row, all other run
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
 other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
 descriptor is polled only once.  The event loop is needed while a thread of trio is running,
-because only trio notices the end of the thread, and while another task polls for a read of the
-host's file.
+because only trio notices the end of the thread, and while another task retries a read of a host
+file (`qedfuse.hostio.nowaitretry`).
 
-A finished call of a native thread (`HostCalls.has_finished`) is noticed here as well: its task
-runs before the next request that has to be waited for, and before the event loop would sleep.
-So the descriptor is polled also while native threads are running.
+A native thread that makes a call (`HostCalls`) does not need the event loop, so the descriptor is
+polled as usual meanwhile.  This module itself notices the end of the call, before each request and
+while it polls (`HostCalls.has_finished`).  The task that waits for the call then runs when the
+kernel has no further request, and at the latest after `MAX_BURST_BESIDE_OTHERS` requests.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_BURST: Final = 64
-"""Maximum number of requests that are taken in a row before all other tasks run."""
+"""Number of requests in a row after which all other tasks run.
+
+The extension takes a few requests at a time (`burst_requests`), so the number may be exceeded by a
+few."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
-"""Maximum number of requests that are taken in a row while a thread of trio is running, or while
-another task polls for a read of the host's file."""
+"""Number of requests in a row after which all other tasks run, while the event loop is needed for
+other work."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -182,7 +186,7 @@ class Scheduler:
             statistics.ready += taken
             self._burst += taken
             if self._calls.has_finished():
-                # The tasks run when this one waits, at the latest after the burst.
+                # The tasks of these calls run when this task waits, at the latest after the burst.
                 self._calls.deliver()
             if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
                 await self._run_other_tasks()
@@ -195,7 +199,7 @@ class Scheduler:
                 await self._run_other_tasks()
             if found:
                 statistics.polled += 1
-                self._adaptive_poll.record(0.0, slept=False)
+                self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
                 return
         if self._closing:
             raise trio.ClosedResourceError
@@ -221,7 +225,8 @@ class Scheduler:
         poll, clock, has_finished = self._poller.poll, self._clock, self._calls.has_finished
         while not (self._is_loop_needed() or self._closing):
             if has_finished():
-                self._calls.deliver()  # perhaps no task waits for these calls
+                # Polling goes on if no task waits for these calls, as for `HostCalls.start_read`.
+                self._calls.deliver()
                 continue
             if poll(0):
                 return True
@@ -233,8 +238,9 @@ class Scheduler:
     def _is_loop_needed(self) -> bool:
         """Return whether the event loop is needed for other work, which polling would delay.
 
-        A thread of trio is running, whose end only the event loop notices, another task polls
-        for a read of the host's file, or tasks can run whose calls have finished.
+        That is so if a thread of trio is running, whose end only the event loop notices, if
+        another task retries a read of a host file, or if a task whose call has finished has not
+        run yet.
         """
         return self._load.polled_reads > 0 or self._calls.resuming > 0 or self._load.has_threads()
 
@@ -245,7 +251,8 @@ class Scheduler:
         if self._calls.has_finished():
             self._calls.deliver()
         await trio.lowlevel.checkpoint()
-        # trio may run this task before others that became runnable at the same time.
+        # trio may run this task before others that became runnable at the same time.  So the
+        # checkpoint is repeated until all tasks whose calls have finished have run.
         while self._calls.resuming:
             await trio.lowlevel.checkpoint()
 
