@@ -83,16 +83,20 @@ class MountOptions:
     kernel_flags: tuple[str, ...] = ()
 
     def absolute(self) -> MountOptions:
-        """Return the options with absolute paths.
+        """Return the options with absolute paths, and with the present working directory.
 
-        A later change of the working directory does not change what the paths lead to.
+        A later change of the working directory then changes neither what the paths lead to, nor
+        what names ``file:PATH`` of backing files lead to.
+
+        Raises:
+            FileNotFoundError: A path is relative, and the working directory has been removed.
         """
         directories = tuple(map(os.path.abspath, self.backing.directories))
         overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
         try:
             working_directory = os.getcwd()  # noqa: PTH109
         except OSError:
-            # The working directory has been removed, so no relative name can lead to a file.
+            # The working directory has been removed.  A name ``file:PATH`` is then relative to /.
             working_directory = "/"
         backing = replace(
             self.backing, directories=directories, working_directory=working_directory

@@ -1,9 +1,9 @@
 """``mount -o remount``: changing mount flags that the kernel enforces, and no other option.
 
-The kernel refuses writes without the help of the server, so a writable mount can become read-only
-and writable again.  A mount whose server has opened the images read-only cannot become writable.
-For writing, the server needs other locks, a check of each image, and the kernel's write-back cache,
-and all three are decided when the mount begins.
+On a read-only mount the kernel itself refuses writes, and does not ask the server.  So a writable
+mount can become read-only, and later writable again.  A mount whose server has opened the images
+read-only cannot become writable.  For writing, the server needs other locks, a check of each image,
+and the kernel's write-back cache, and all three are decided when the mount begins.
 
 With ``direct_io`` the kernel leaves the flag ``sync`` to the server, which knows only the value
 with which the mount began.  So with ``direct_io`` a remount cannot change this flag.
@@ -91,7 +91,8 @@ def remount(
         msg = f"{shown}: cannot remount: found no record of the process that serves the mount"
         raise MountpointError(msg)
     flags, others = _split_flags(absolute_options(lists))
-    # The record also has unknown options, if the user mounted with ``-s``.
+    # If the user mounted with ``-s``, the record also contains the unknown options, which are
+    # dropped here.
     old = parse_options(found.record.options, sloppy=True)
     _refuse_changes(shown, old, flags, others, sloppy=sloppy)
     if fake:
@@ -132,7 +133,7 @@ def _refuse_changes(
 
     Args:
         shown: The mountpoint, for messages.
-        old: The options of the mount.
+        old: The options with which the mount began.
         flags: The new mount flags.
         others: The options that are no mount flags.
         sloppy: Whether to ignore unknown options.

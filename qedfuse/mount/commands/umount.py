@@ -34,10 +34,10 @@ _MIN_ATTEMPT_SECONDS: Final = 2.0
 """Minimum time limit for the unmount itself, which normally takes some milliseconds."""
 _COPIES_REPORT_SECONDS: Final = 1.0
 """Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
-as well.  If the time limit is not longer, nothing is reported."""
+as well.  If the caller's time limit is not longer than this, nothing is reported."""
 _REPORT_SECONDS: Final = 10.0
-"""Time after which the reason of a long wait is reported in all other cases.  If the time limit is
-not longer, nothing is reported."""
+"""Time after which the reason of a long wait is reported in all other cases.  If the caller's
+time limit is not longer than this, nothing is reported."""
 
 
 class UnmountFailedError(QedError):
@@ -134,7 +134,8 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     """Return the mountpoint to which a path leads, its mount, and the record of the mount.
 
     The record is None if there is no record, or it cannot be read.  The caller must make this call
-    by `call_in_child`, because a path through a mount whose server does not answer may block.
+    by `call_in_child`, because the call may block if the path leads through a mount whose server
+    does not answer.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.

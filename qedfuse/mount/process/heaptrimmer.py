@@ -1,6 +1,6 @@
 """Returning free heap memory to the system with malloc_trim(3).
 
-Requests allocate and free buffers of 1 MiB, many at a time.  The C library keeps the freed
+Requests allocate and free buffers of up to 1 MiB, many at a time.  The C library keeps the freed
 memory, some 30 MiB, until malloc_trim is called.  If the C library were configured to keep less,
 large writes would lose nearly half their speed, because the kernel would have to supply new pages
 for each buffer.  So the C library keeps the memory while requests run, and the server calls
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-If tables were changed, an idle disk by default clears NEED_CHECK after a longer time than this, and
-is flushed once more.  So the heap is then trimmed at least once after the last change."""
+A disk whose tables were changed clears NEED_CHECK when it has been idle for some time, by default
+longer than this, and is then flushed once more.  So the heap is trimmed at least once after the
+last change."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
