@@ -180,12 +180,12 @@ class Server:
                 invalidator = BlocksInvalidator(exported)
                 nursery.start_soon(invalidator.run)
                 exported.disk.when_flushed(partial(_after_flush, invalidator, heap_trimmer))
-            requests = DataRequests(
+            data_requests = DataRequests(
                 operations, extraops.reply_from_file, extraops.defer_read, nursery
             )
             extraops_failure = extraops.serve(
                 FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
-                None if operations.debug else requests,
+                None if operations.debug else data_requests,
             )
             if extraops_failure is not None:
                 _log.warning(
@@ -209,7 +209,7 @@ class Server:
             finally:
                 with trio.CancelScope(shield=True):
                     # The threads of deferred reads use descriptors that the caller closes next.
-                    await requests.drain()
+                    await data_requests.drain()
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
             nursery.cancel_scope.cancel()

@@ -43,7 +43,7 @@ class BlocksInvalidator:
         self._deferred = trio.Event()
 
     def flushed(self) -> None:
-        """Note that a flush has ended: check now, or let `run` check if the last check was recent.
+        """Note that a flush has ended; check now, or later in `run` if the last check was recent.
 
         Does nothing if the kernel has no ``st_blocks`` cached.
         """

@@ -72,11 +72,11 @@ class DataRequests:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
                 return None
-        tries = exported.disk.tries_reads
-        if not tries and self._defer(exported.disk, handle, offset, size):
+        is_tried = exported.disk.tries_reads  # False after several misses in the page cache
+        if not is_tried and self._defer(exported.disk, handle, offset, size):
             return None
         content = exported.disk.try_read(offset, size)
-        if content is None and tries:
+        if content is None and is_tried:
             self._defer(exported.disk, handle, offset, size)
         return content
 

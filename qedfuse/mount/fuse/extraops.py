@@ -54,12 +54,12 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _load_error = _load()
 
 
-def serve(handler: Handler, requests: DataRequests | None) -> str | None:
-    """Pass requests of the session to ``handler`` and ``requests`` from now on.
+def serve(handler: Handler, data_requests: DataRequests | None) -> str | None:
+    """Pass requests of the session to ``handler`` and ``data_requests`` from now on.
 
-    ``handler`` gets fallocate and lseek.  ``requests`` gets read, write and fsync, and pyfuse3
-    gets those that ``requests`` does not answer.  If ``requests`` is None, pyfuse3 gets all of
-    them.
+    ``handler`` gets fallocate and lseek.  ``data_requests`` gets the reads, writes and fsyncs that
+    the extension does not answer itself, and pyfuse3 gets those that ``data_requests`` does not
+    answer either.  If ``data_requests`` is None, pyfuse3 gets all reads, writes and fsyncs.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -70,12 +70,12 @@ def serve(handler: Handler, requests: DataRequests | None) -> str | None:
         return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
     _extension.stop_blocking()
-    if requests is not None:
-        _extension.set_data_handlers(requests.read, requests.write, requests.fsync)
+    if data_requests is not None:
+        _extension.set_data_handlers(data_requests.read, data_requests.write, data_requests.fsync)
         _extension.set_read_views(
             {
                 inode: _extension.read_view(*tables)
-                for inode, tables in requests.read_tables().items()
+                for inode, tables in data_requests.read_tables().items()
             },
             HANDLE_MASK % (1 << 64),
         )
