@@ -24,9 +24,10 @@ because only trio notices the end of the thread, and while another task retries 
 file (`qedfuse.hostio.nowaitretry`).
 
 A native thread that makes a call (`HostCalls`) does not need the event loop, so the descriptor is
-polled as usual meanwhile.  This module itself notices the end of the call, before each request and
-while it polls (`HostCalls.has_finished`).  The task that waits for the call then runs when the
-kernel has no further request, and at the latest after `MAX_BURST_BESIDE_OTHERS` requests.
+polled as usual meanwhile.  This module itself notices the end of the call, in each call of
+`wait_readable` and while it polls (`HostCalls.has_finished`).  The task that waits for the native
+thread then runs when the kernel has no further request, and at the latest after about
+`MAX_BURST_BESIDE_OTHERS` requests.
 """
 
 from __future__ import annotations
