@@ -263,7 +263,7 @@ def test_a_base_outside_the_directory_needs_permission(
     assert (outside / "secret").read_bytes() == b"s" * 512 + b"\1" * 512 + b"s" * 3072
 
 
-@pytest.mark.expect_log("found table entries that point to nowhere")
+@pytest.mark.expect_log("found invalid table entries")
 def test_a_damaged_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bad entry is reported, and the overlay keeps everything."""
     base, top = tmp_path / "base.qed", tmp_path / "top.qed"

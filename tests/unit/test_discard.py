@@ -241,7 +241,7 @@ async def test_without_discard_the_clusters_stay() -> None:
     assert all(isinstance(change, Write | Sync) for change in file.changes)
 
 
-@pytest.mark.expect_log("found table entries that point to nowhere")
+@pytest.mark.expect_log("found invalid table entries")
 async def test_a_bad_entry_is_not_discarded() -> None:
     """A discard of a bad entry raises its error, logs nothing, and keeps the entry."""
     image = full(10)

@@ -101,8 +101,9 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # The higher one of `end` and this is the highest `end` since the file was opened or last
-        # cut.  Clusters from there on read as zeros, because nothing was written to them since.
+        # The maximum of `end` and `_written_end` is the highest value of `end` since the file was
+        # opened or last cut.  Clusters from there on read as zeros, because nothing has been
+        # written to them.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
         self.free = FreeMap(geometry.table_size, self.anchor)
@@ -136,8 +137,9 @@ class Allocator:
             outside_slots = self.free.take_outside_slots()
             if outside_slots is not None:
                 return outside_slots, 1
-        # At cluster n a slot can begin past the end if n + alignment is a multiple of the length
-        # of a table.  So before the next such cluster a new cluster costs no slot.
+        # Past `end`, a slot begins only at a cluster n for which n + alignment is a multiple of
+        # the length of a table (`_slots_past`).  So a new cluster below the next such n costs no
+        # slot.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too
@@ -243,7 +245,7 @@ class Allocator:
         """Free the clusters of a block of the map for which a bit is set in ``bits``.
 
         Neither an entry nor a request may refer to them.  The scan must have ended, because
-        this records no change for it.
+        this method does not record the change in `Marking`.
         """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
@@ -287,7 +289,7 @@ class Allocator:
         """Free the clusters of a block of the map for which a bit is set in ``bits``.
 
         The scan found that no entry refers to them.  Clusters whose bits are set in
-        ``holes`` are known to be holes of the host's file.
+        ``holes`` count as holes of the host's file, so `Reclaim` does not punch them.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)
@@ -295,7 +297,7 @@ class Allocator:
     def finish_scan(self, *, all_holes: bool = False) -> None:
         """Note that the scan has ended, and so has added all free clusters that it found.
 
-        With ``all_holes`` all these clusters are known to be holes of the host's file.
+        With ``all_holes`` all these clusters count as holes of the host's file.
         """
         if all_holes:
             self.maybe_holes = self.free.empty_like()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MIN_GROWTH_BYTES: Final = 1 << 20
 """Minimum growth step, in bytes.
 
-The file grows beyond the needed length by the growth step, rounded up to a cluster.  The step does
-not take the file past the allocator's bound.
+The file grows to the needed length plus the growth step, rounded up to whole clusters.  The step
+does not take the file past the allocator's bound.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
@@ -68,10 +68,9 @@ class FileLength:
                 return
             if self.has_odd_tail:
                 # Cut the odd tail off first, so that the new cluster reads as zeros.  No
-                # datasync is needed between the cut and the growth.  A crash that loses only
-                # the cut leaves the tail in a cluster to which no entry refers: the cut and
-                # the growth both precede the first datasync of the cycle that writes the
-                # entry.
+                # datasync is needed between the cut and the growth, because both precede the
+                # first datasync of the cycle that writes an entry for the new cluster.  So if
+                # a crash loses only the cut, no entry refers to the cluster with the tail.
                 await self._file.truncate(self.end)
                 self.has_odd_tail = False
             target = self._target(end)
@@ -95,8 +94,8 @@ class FileLength:
     def _target(self, end: int) -> int:
         """Return the length to which the file should grow if it must have ``end`` bytes.
 
-        The length exceeds ``end`` by the growth step, rounded up to a cluster, but is not past
-        the allocator's bound unless ``end`` itself is.
+        The length is ``end`` plus the growth step, rounded up to whole clusters, but is not
+        past the allocator's bound unless ``end`` itself is.
         """
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))

@@ -92,8 +92,8 @@ class FreeMap:
         bits = bits >> low & ((1 << (high - low)) - 1)
         if self.table == 1:
             return bits.bit_count()
-        # In the remaining bits, a run of n possible first clusters of a table stands for a
-        # run of n + table - 1 free clusters.
+        # Keep only the bits of clusters at which a table could begin.  A run of n such bits
+        # stands for a run of n + table - 1 free clusters.
         bits = self._slot_starts(bits)
         found = 0
         while bits:

@@ -90,8 +90,8 @@ class Marking:
 
         ``dropped_by`` is the file offset of the slice that held the references.  If the walk
         has not marked that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead.  A cluster that was marked already has two owners, and
-        counts as a duplicate.  So does a cluster that lost a reference before.
+        method marks the clusters instead.  If a cluster had been marked before, it has two
+        owners, and counts as a duplicate.  So does a cluster that had lost another reference.
         """
         if not self.active:
             return

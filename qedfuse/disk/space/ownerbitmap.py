@@ -44,7 +44,7 @@ class OwnerBitmap:
     """
 
     def __init__(self, clusters: int, name: str) -> None:
-        """Make a map without an owner for a file of ``clusters`` clusters, called ``name``."""
+        """Start without owners; the file has ``clusters`` clusters, and is called ``name``."""
         self._name = name
         self.clusters = clusters
         self._map: NDArray[np.uint8] | None = None

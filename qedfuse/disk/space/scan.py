@@ -232,8 +232,9 @@ class Scan:
             # The lowest `alignment` bits of block 0 stand for no cluster: see `FreeMap.alignment`.
             if not block:
                 inside &= -1 << alignment
-            # No await between reading the recorded changes and adopting the unchanged
-            # clusters: a cluster that changes later is changed in the allocator's own map.
+            # There must be no await from here to `adopt_block`.  Otherwise a cluster that was
+            # handed out in between would be adopted as free.  After `adopt_block` the allocator
+            # removes each cluster that it hands out from its own map.
             owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged
@@ -245,7 +246,7 @@ class Scan:
             await trio.lowlevel.checkpoint()
         if listed_in_use:
             log.error(
-                "%s: free list: found %d clusters listed as free that table entries refer to, "
+                "%s: free list: found %d clusters listed as free to which table entries refer, "
                 "expected none: the list is dropped, and the tables decide",
                 self._layer.file.name,
                 listed_in_use,
@@ -258,13 +259,13 @@ class Scan:
         repair may need it.
         """
         self._reclaim.distrust_below(self._end_at_begin)
-        what = "table entries that point to nowhere"
+        what = "invalid table entries"
         if self._marking.duplicates:
             what = f"{self._marking.duplicates} references to clusters that have another owner"
         self._layer.mark_damaged()
         log.error(
-            "%s: found %s, expected none: the image must be repaired; until then no space is "
-            "used again that was in use when it was opened",
+            "%s: found %s, expected none: the image must be repaired; until then no cluster "
+            "that its file had at opening is used again",
             self._layer.file.name,
             what,
         )

@@ -106,11 +106,11 @@ class SpaceManager:
             return await self.allocate_table_at_end()
         return await self._hand_out_and_grow(found, self._free.table)
 
-    # The following method does not make clusters free first: no cluster became free for
-    # `allocate_table`, and compaction frees as many clusters as it allocates.
-
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
+
+        Does not first wait for clusters to become free: `allocate_table` has waited in vain, and
+        compaction frees as many clusters as it allocates.
 
         Raises:
             NoSpaceError: The file cannot grow any more.

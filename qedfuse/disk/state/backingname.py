@@ -34,7 +34,7 @@ MAX_SHORT_NAME_BYTES: Final = SECTOR - HEADER_BYTES
 """Maximum length in bytes of a name that fits into the sector of the header."""
 
 LONG_NAME_OFFSETS: Final = (512, 1536, 2560)
-"""File offsets of the slots for longer names: 1024 bytes apart, for names of at most 1023."""
+"""File offsets of the slots for longer names, of at most 1023 bytes: 1024 bytes apart."""
 
 _NAME_FEATURES: Final = int(Feature.BACKING_FILE | Feature.BACKING_FORMAT_NO_PROBE)
 
@@ -54,9 +54,9 @@ async def change_backing_name(
     forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
-        HostError: The host refused.  The image names the old base, with one exception.  If
-            the host refused the new header or its datasync, the image may name the new base
-            after a power failure, or if the host also refuses to restore the old header.
+        HostError: The host refused.  The image still names the old base, unless the host
+            refused the new header or its datasync.  Then the old header is written again, but
+            the image may name the new base if that fails too, or after a power failure.
     """
     # The caller has written the content that the image needs with its new base.  That content
     # must be durable before the name is.

@@ -70,8 +70,8 @@ class NeedCheck:
         self._changes_under_way += 1
         try:
             # A bit that another task is still writing, or could not write, does not protect
-            # this change.  So this task also calls `change`, which waits for the other task,
-            # and writes the bit unless the other task has succeeded.
+            # this change.  So this task also calls `HeaderStore.change`, which waits for the
+            # other task, and writes the bit unless the other task has succeeded.
             if not self.is_set:
                 await self._scan.before_table_change()
                 await self._header_store.change(lambda header: header.with_need_check(value=True))
@@ -138,7 +138,7 @@ class NeedCheck:
         return cleared
 
     async def run(self) -> None:
-        """Clear the bit whenever the tables have not changed for the delay, as a background task.
+        """Clear the bit when the tables have not changed for ``delay`` seconds; a background task.
 
         Ends when the image is found damaged or the disk has become read-only.  An error is
         not raised but logged, and the clearing is tried again after the delay.  An error that

@@ -120,7 +120,7 @@ class PersistentFreeList:
         await self._guard.prepare_write()
 
     async def _postpone_scan(self, found: FreeList) -> None:
-        """Postpone the scan until it is needed, and give it the clusters of ``found``."""
+        """Postpone the scan until it is needed; pass the listed clusters to it."""
         self._found = found
         listed = self._allocator.free.empty_like()
         list_clusters = listed.empty_like()
