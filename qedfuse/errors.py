@@ -97,7 +97,7 @@ class HostError(QedError):
 
 
 class NoSpaceError(HostError):
-    """There is no space: past the end of the disk, or on the host.
+    """A write begins at or past the end of the disk (`PastEndError`), or the host is full.
 
     Also raised if the image file would become longer than a file can be.  If the user's quota on
     the host is full, ``errno`` can be EDQUOT instead of ENOSPC.

@@ -29,7 +29,7 @@ class HostCalls(Protocol):
     """Makes calls on open descriptors of regular files, for the tasks of one event loop.
 
     Each async method returns when the call has ended, also if the task is cancelled meanwhile.
-    A task that has been cancelled before makes no call.  Offsets, lengths and sizes are in bytes.
+    A task that is cancelled already makes no call.  Offsets, lengths and sizes are in bytes.
 
     Raises:
         OSError: The kernel refused, or there is no thread that could make the call.
@@ -70,7 +70,8 @@ class HostCalls(Protocol):
         Args:
             fd: The descriptor, which must stay open until ``ended`` is called.
             offset: File offset.
-            view: The buffer, which must stay unchanged until the answer has been given.
+            view: The buffer.  The caller must not change it before the C function in ``answer``
+                has returned.
             answer: A capsule with the C function that the thread calls at the end of the read;
                 see ``_iothreads.c``.
             ended: Called in the event loop with the number of bytes read, or a negative errno,

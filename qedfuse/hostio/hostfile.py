@@ -64,18 +64,19 @@ class HostFile(Protocol):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read of ``view`` whose thread answers by itself; return whether that was done.
+        """Start a read in a thread that then answers a request; return whether that was done.
 
-        A read is started only if `try_read` has not found its data in memory, or would not look.
+        The thread answers by a C function, without the event loop.  A read is started only if
+        `try_read` has not found the data in memory, or would not look there.
 
         Args:
             offset: File offset.
-            view: The buffer, which belongs to the read until ``ended`` is called.
-            take_answer: Called once, if the read is started; returns a capsule for
-                ``_iothreads.c``, whose answer the thread calls at the end of the read.
+            view: The buffer.  The caller must not change it before the C function has returned.
+            take_answer: Called once, if the read is started; returns a capsule with the C
+                function, which the thread calls at the end of the read (see ``_iothreads.c``).
             ended: Called once in the event loop, if ``take_answer`` was called and returned,
-                with the number of bytes read, or a negative errno.  The answer may be running
-                still.
+                with the number of bytes read, or a negative errno.  The C function may still be
+                running then.
 
         Raises:
             OSError: There is no thread.  ``ended`` is not called.

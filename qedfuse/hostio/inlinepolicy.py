@@ -72,7 +72,8 @@ class InlinePolicy:
         """
         self._unsynced_bytes += length
         if length > INLINE_WRITE_BYTES:
-            # Also in a thread only the system call was timed, not the round trip to the thread.
+            # Even if a thread makes the write, only the system call is timed.  So the time includes
+            # no round trip to the thread, and ``slept`` is False.
             self._long_writes.record(seconds, slept=False)
         if seconds <= _THROTTLED_SECONDS:
             if self._inode.is_throttled:

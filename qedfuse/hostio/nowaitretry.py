@@ -135,7 +135,7 @@ def _retry_queue() -> _RetryQueue:
 
 
 class NowaitRetry:
-    """Waits for data of one file that is on its way to the page cache."""
+    """Retries reads of one file while the kernel fetches their data into the page cache."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """Start with retries enabled; ``clock`` returns seconds."""

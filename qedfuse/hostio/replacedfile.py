@@ -63,6 +63,6 @@ def _refuse_special(path: str) -> None:
         raise cannot_open(path, error) from error
     if not stat.S_ISREG(mode):
         found = KIND_NAMES.get(stat.S_IFMT(mode), "a special file")
-        hint = " (-n writes into it)" if stat.S_ISBLK(mode) else ""
+        hint = " (-n writes into the device)" if stat.S_ISBLK(mode) else ""
         msg = f"{printable(path)}: found {found}, expected a new file{hint}"
         raise UsageError(msg)
