@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Maximum number of free clusters that the scan records: 16 TiB in clusters of 64 KiB.
+"""Number of free clusters after which the scan looks for no more: 16 TiB in clusters of 64 KiB.
 
 If a sparse file has more free clusters, some of them are not used in this session.
 """
@@ -74,8 +74,9 @@ class Allocator:
         unpunched: Free clusters that may take up space on the host, because they were in
             use in this session, or were skipped when `end` rose.  `Reclaim` punches them
             without asking the host.
-        maybe_holes: Free clusters that the scan found.  Most are holes of the host's file
-            already, so `Reclaim` asks the host before it punches them.
+        maybe_holes: Free clusters that the scan found and that do not count as holes of the
+            host's file.  Many are holes nevertheless, so `Reclaim` asks the host before it
+            punches them.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         scan_complete: Whether the scan has ended with a result.  Until then few free
             clusters are known, or none.
