@@ -206,7 +206,7 @@ class Shutdown:
         return durable
 
     async def _force(self) -> None:
-        """Make all disks durable, then detach the mount, even if it is in use.
+        """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
         After `_FORCED_SYNC_SECONDS` the mount is detached although not all data is durable, and
         ``failure`` is set.  ``failure`` is also set if data could not be made durable.

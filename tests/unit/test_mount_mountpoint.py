@@ -143,7 +143,7 @@ def test_allow_other_needs_a_line_in_the_configuration(
 )
 def test_what_the_server_or_libfuse_needs_is_no_mountpoint(path: str) -> None:
     """A mountpoint that covers what the server or libfuse needs is refused."""
-    with pytest.raises(MountpointError, match="found a directory of the system"):
+    with pytest.raises(MountpointError, match="found a system path"):
         check_mountpoint(path, 1)
 
 
@@ -151,7 +151,7 @@ def test_the_libraries_of_the_system_are_no_mountpoint() -> None:
     """A mountpoint that covers the system's libraries is refused, since mount(8) needs them."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     (library,) = set(re.findall(r"/\S+/libc\.so\.6", maps))
-    with pytest.raises(MountpointError, match="found a directory of the system"):
+    with pytest.raises(MountpointError, match="found a system path"):
         check_mountpoint(str(Path(library).parent), 1)
 
 

@@ -51,7 +51,8 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
     that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
 
     - mounts in other namespaces that the kernel unmounts together with a mount that the caller
-      sees: those of the same `MountEntry.peer_group`, the slaves of this group, and their slaves,
+      sees: the mounts in the same peer group as that mount (`MountEntry.peer_group`), the slaves
+      of this group, and all mounts to which the unmount of such a slave propagates,
     - mounts that are visible only to processes that the caller may not inspect,
     - mounts that no process sees below its root directory.
 
@@ -96,7 +97,7 @@ def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> 
     """
     reached = {entry.peer_group for entry in own} - {0}
     while True:
-        # A slave can be in a peer group of its own, to which the slave passes the unmounts on.
+        # A slave can be in a second peer group.  The unmounts propagate to this group as well.
         slaves = {entry.peer_group for entry in others if entry.master in reached}
         if slaves <= reached | {0}:
             return reached

@@ -21,10 +21,11 @@ _SERVER_PATHS: Final = (FUSE_DEVICE, *_KERNEL_TREES)
 The server's own mount must not cover these paths, because the server would wait for its own
 reply.  All of them lie below /, so a mount on / is refused as well."""
 _LIBFUSE_PATHS: Final = ("/bin/mount", "/lib64", "/etc/ld.so.cache", "/run/mount/utab")
-"""Paths that libfuse needs after the kernel has mounted and before the server answers requests.
+"""Paths that mount(8) needs to update /run/mount/utab, a table of mount options.
 
-libfuse 3.17 and newer runs mount(8), to update the table of mount options, and waits for the end
-of mount(8)."""
+libfuse 3.17 and newer runs mount(8) after the kernel has mounted, and waits for the end of mount(8)
+before the server answers requests.  So if the mount covered one of these paths, mount(8) would wait
+for the server, and the server for mount(8)."""
 _MAX_LINKS: Final = 40
 """Maximum number of symbolic links that the kernel follows in one path (MAXSYMLINKS)."""
 
@@ -84,10 +85,10 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         True if the mountpoint is a directory, and False if it is a regular file.
 
     Raises:
-        MountpointError: The path is missing or cannot be accessed, has a mount of qedfuse that is
-            in use or stale, or is neither a directory nor a regular file.  Or it is a regular
-            file although ``disks`` is not 1, is or lies in /proc or /sys, or is or contains a
-            file that the server or libfuse needs.
+        MountpointError: The path is missing or cannot be accessed, or a mount of qedfuse is there,
+            in use or stale.  Or the path is neither a directory nor a regular file, or is a
+            regular file although ``disks`` is not 1.  Or the path is /proc or /sys, lies below
+            one of them, or is or contains a path that the server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
@@ -95,7 +96,10 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
     if any(is_below(path, mountpoint) for path in needed_paths) or any(
         is_below(mountpoint, tree) for tree in _KERNEL_TREES
     ):
-        msg = f"mountpoint {shown}: found a directory of the system, expected another directory"
+        msg = (
+            f"mountpoint {shown}: found a system path that a mount must not cover, expected "
+            "another path"
+        )
         raise MountpointError(msg)
     try:
         mode = os.stat(mountpoint).st_mode  # noqa: PTH116
@@ -117,13 +121,12 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
 
 
 def check_not_mounted(mountpoint: str) -> None:
-    """Refuse a path on which a mount of qedfuse is on top.
+    """Refuse a path if the topmost mount on it is a mount of qedfuse.
 
-    A path without a mount, or with a mount of another file system on top, is not refused.  The
-    call may wait for the server of the mount on the path.
+    The call may wait for the server of that mount.
 
     Raises:
-        MountpointError: There is a mount of qedfuse, in use or stale.
+        MountpointError: The topmost mount is one of qedfuse, in use or stale.
         HostError: /proc is not mounted.
     """
     entry = find_mount(mountpoint)

@@ -3,10 +3,10 @@
 Besides the time for its bytes, each read request costs the server a fixed time.  With a read-ahead
 of 128 KiB, the kernel's default, a program that reads 512 KiB causes four requests instead of one.
 
-The read-ahead is a property of the mount.  In FUSE INIT the kernel offers its own read-ahead,
-and regards the one in the reply as an upper limit only.  So an unprivileged process can lower
-the read-ahead but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only root can raise the
-read-ahead, by writing to a file below ``/sys``.
+The read-ahead is a property of the mount.  In its first request, FUSE INIT, the kernel offers its
+own read-ahead, and regards the one in the reply as an upper limit only.  So an unprivileged process
+can lower the read-ahead but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only root can raise
+the read-ahead, by writing to a file below ``/sys``.
 
 An open file keeps the read-ahead that the mount had when the file was opened.  Therefore the
 read-ahead must be set before the mount is announced.
@@ -26,11 +26,12 @@ Readahead: TypeAlias = int | Literal["kernel"] | None
 or None (the user did not set the option) for `DEFAULT_READAHEAD_BYTES`."""
 
 DEFAULT_READAHEAD_BYTES: Final = 1 << 19
-"""The read-ahead that a mount gets without the option: the longest read that the extension passes
-on from the host's page cache without a copy (``MAX_SPLICE_BYTES`` in ``_extraops.h``).
+"""The read-ahead that a mount gets without the option: the maximum length of a read that the C
+extension answers by splicing pages of the host's page cache (``MAX_SPLICE_BYTES`` in
+``_extraops.h``).
 
-With a shorter read-ahead the kernel would send more requests.  With a longer one each request would
-be copied twice instead of once."""
+The kernel copies spliced bytes once.  With a longer read-ahead, reads would not be spliced, and
+their bytes would be copied twice.  With a shorter one the kernel would send more requests."""
 
 _BDI: Final = Path("/sys/class/bdi")
 """The directory in which the kernel has a directory for each mount (backing device)."""

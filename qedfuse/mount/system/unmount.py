@@ -35,10 +35,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises:
         BusyError: The mount is in use; not with ``lazy``.
-        PrivilegeError: The caller lacks the privilege to unmount this mount, for example because
-            another user has mounted, or fusermount3 is missing.
+        PrivilegeError: The caller lacks the privilege to unmount, for example because root has no
+            CAP_SYS_ADMIN, or fusermount3 is missing.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
-            is mounted there.
+            is mounted there, or because fusermount3 finds no mount of the caller there.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
