@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Runs = NDArray[np.uint64]
-    """One row for each run: the index of its first cluster (file offset divided by the cluster
-    size), and how many clusters the run has."""
+    """One row for each run of adjacent free clusters: the index of its first cluster (file offset
+    divided by the cluster size), and how many clusters the run has."""
 
 DESCRIPTOR_OFFSET: Final = 3584
 """File offset of the descriptor: the last sector of the first 4096 bytes of the file.  These
@@ -151,7 +151,10 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
 
 
 def may_be_overwritten(data: bytes | bytearray) -> bool:
-    """Return whether ``data`` is an older descriptor or zeros, which a new one may overwrite."""
+    """Return whether a descriptor may overwrite ``data``, the bytes that are at its place now.
+
+    True for zeros, and for bytes that begin like a descriptor, even if they are not a valid one.
+    """
     return data.startswith(MAGIC) or not any(data)
 
 
