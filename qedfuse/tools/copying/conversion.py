@@ -60,11 +60,11 @@ class RawStream(NamedTuple):
 
     Attributes:
         stream: The open stream.
-        is_raw: Whether the stream is accepted even if its first bytes are those of an image.
+        any_content: Whether the stream is accepted even if its first bytes are those of an image.
     """
 
     stream: Stream
-    is_raw: bool
+    any_content: bool
 
 
 class Conversion:
@@ -150,12 +150,12 @@ class Conversion:
             overwrite: Whether to replace an existing file.
 
         Raises:
-            UsageError: The file exists and ``overwrite`` is False, or is no regular file; a
-                backing file is named for a format other than QED; the geometry is invalid or
-                too small for the disk; or a foreign format cannot be made or compared.
+            UsageError: The file exists and ``overwrite`` is False, or is no regular file.  Or a
+                backing file is named for a format other than QED, the geometry is invalid or
+                too small for the disk, or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
-            ImageInUseError: The old file is in use by another program, or another file has
-                taken the name of the old file during the copy.
+            ImageInUseError: The old file is in use by another program.  Or ``overwrite`` is True,
+                and another file has taken the name of the new file during the copy.
             QedError: The source cannot be read, the file cannot be written, or the comparison
                 found a difference.
         """
@@ -191,9 +191,13 @@ class Conversion:
         """Copy the whole disk; return its size, and how many of its bytes were written as data."""
         sparse_size = self._spec.sparse_size
         if isinstance(self._input, RawStream):
-            stream, is_raw = self._input
+            stream, any_content = self._input
             return await copy_stream(
-                stream, target, sparse_size=sparse_size, raw=is_raw, progress=self._progress
+                stream,
+                target,
+                sparse_size=sparse_size,
+                any_content=any_content,
+                progress=self._progress,
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:

@@ -89,7 +89,7 @@ async def convert(
                 raise UsageError(msg)
             stream = await open_stream(source_path, os.O_RDONLY)
             stack.callback(stream.close)
-            source = RawStream(stream, is_raw=source_format == "raw")
+            source = RawStream(stream, any_content=source_format == "raw")
         else:
             source = await stack.enter_async_context(
                 open_source(source_path, source_format, options)

@@ -149,9 +149,9 @@ async def _try_options(
 
 
 def _qemu_sparse_size(sparse_size: int) -> int:
-    """Return the nearest size that qemu-img accepts for ``-S``, from 0 up to 16 MiB.
+    """Return a size for ``-S`` that qemu-img accepts: rounded up to sectors, at most 16 MiB.
 
-    A run of zeros consists of whole sectors, so rounding up to a sector changes nothing.
+    A run of zeros consists of whole sectors, so the rounding changes nothing.
     """
     whole = -(-sparse_size // _SPARSE_UNIT_BYTES) * _SPARSE_UNIT_BYTES
     return min(whole, _MAX_SPARSE_BYTES)

@@ -43,8 +43,9 @@ def measure_empty(size: int, spec: ImageSpec) -> Measurement:
     """Return the space for a new disk of ``size`` bytes to which nothing has been written yet.
 
     Raises:
-        UsageError: The size or the geometry is invalid, the name of the backing file cannot
-            be stored, or the format is not ``raw`` or ``qed``, or is raw with a backing file.
+        UsageError: The size or the geometry is invalid, or the name of the backing file cannot
+            be stored.  Or the format is neither ``raw`` nor ``qed``, or a backing file is named
+            for the format ``raw``.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -79,9 +80,10 @@ async def measure(
             of the disk.
 
     Raises:
-        UsageError: The format of the copy is not ``raw`` or ``qed``, or is raw with a backing
-            file; the geometry is invalid or too small for the disk; the name of the backing
-            file cannot be stored; or the source is an image of a foreign format.
+        UsageError: The format of the copy is neither ``raw`` nor ``qed``, or a backing file is
+            named for the format ``raw``.  Or the geometry is invalid or too small for the disk,
+            or the name of the backing file cannot be stored.  Or the source is an image of a
+            foreign format.
         BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """
@@ -106,7 +108,7 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Raise UsageError if the format is not ``raw`` or ``qed``, or is raw with a backing file."""
+    """Raise UsageError unless the format is ``qed``, or ``raw`` without a backing file."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure supports others)"

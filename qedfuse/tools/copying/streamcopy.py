@@ -23,7 +23,7 @@ async def copy_stream(
     target: Target,
     *,
     sparse_size: int,
-    raw: bool,
+    any_content: bool,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
     """Copy a raw stream up to its end, and complete the target.
@@ -33,7 +33,7 @@ async def copy_stream(
         target: The target to write to.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
-        raw: Accept a stream whose first bytes are those of an image of any format.
+        any_content: Accept a stream even if its first bytes are those of an image.
         progress: Called with the number of bytes copied so far as both arguments, because the
             total is unknown.
 
@@ -41,8 +41,8 @@ async def copy_stream(
         The length of the stream in bytes, and how many of the bytes were copied as data.
 
     Raises:
-        UsageError: The first bytes are those of an image and ``raw`` is False, or the stream is
-            longer than the target can be.
+        UsageError: The first bytes are those of an image and ``any_content`` is False, or the
+            stream is longer than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """
@@ -50,7 +50,7 @@ async def copy_stream(
     size = data_bytes = 0
     while True:
         count = await _fill(stream, buffer.data)
-        if not size and not raw and format_of(buffer[:count].data, stream.name) != "raw":
+        if not size and not any_content and format_of(buffer[:count].data, stream.name) != "raw":
             msg = (
                 f"{stream.name}: found a QED image, expected raw content (a QED image can be "
                 "read from a file, but not from a pipe)"

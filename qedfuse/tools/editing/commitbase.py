@@ -1,4 +1,4 @@
-"""The base that a commit writes to: finding it in the chain, and opening it for writing."""
+"""The base that a commit writes to: finding its file, and opening it for writing."""
 
 from __future__ import annotations
 
@@ -201,8 +201,9 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
     """Refuse an open file that is not the file that was opened earlier by the same path.
 
-    Otherwise a commit could change the wrong file.  Another overlay could have another base, and
-    another base could be a file to which the policy for bases was not applied.
+    If the overlay was replaced, the new overlay may name another base.  If the base was replaced,
+    the new file may be one that the policy for bases forbids.  In both cases a commit would change
+    the wrong file.
 
     Args:
         path: Path by which both files were opened.

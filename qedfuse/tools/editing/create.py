@@ -86,8 +86,8 @@ def create(
         BackingError: The backing file cannot be read, has an invalid header or is not of the
             given format, or the image is among the files of its chain.
         ImageError: The existing file is not a regular file.
-        ImageInUseError: The old file is open elsewhere, or another file has taken its name
-            meanwhile.
+        ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
+            file has taken the name of the image meanwhile.
         HostError: The host refused, or is full.  No new file is left behind, unless only making
             its name durable has failed.  An empty file may be left behind on a file system
             without hard links.

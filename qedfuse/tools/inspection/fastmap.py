@@ -99,6 +99,8 @@ class FastMap:
         """
         geometry = self._header.geometry
         ending = f"{name}\n".encode()
+        # Start, length and first entry of the pending extent: the last extent so far, whose line
+        # is not written yet because the next entries may continue the extent.
         pending = array("Q", (0, 0, UNALLOCATED))
         left = geometry.clusters(self.size)
         for table in self._tables:
