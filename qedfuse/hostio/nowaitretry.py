@@ -84,7 +84,7 @@ class _RetryQueue:
 
         The retries are given up when ``deadline`` has passed by ``clock``.  They are also
         given up when a worker thread runs, because an event loop that never sleeps starves the
-        thread of the GIL (`LoopLoad.has_threads`).
+        thread of the GIL (`LoopLoad.has_running_threads`).
         """
         read = _Read(attempt, deadline)
         self._reads.append(read)
@@ -114,7 +114,11 @@ class _RetryQueue:
         reads = self._reads
         while reads:
             succeeded = reads[0].attempt()
-            if not succeeded and clock() < reads[0].deadline and not self.load.has_threads():
+            if (
+                not succeeded
+                and clock() < reads[0].deadline
+                and not self.load.has_running_threads()
+            ):
                 break
             read = reads.popleft()
             read.succeeded = succeeded
@@ -156,7 +160,7 @@ class NowaitRetry:
         """
         since = self._clock()
         queue = _retry_queue()
-        seconds = 0.0 if queue.load.has_threads() else self._poll.seconds
+        seconds = 0.0 if queue.load.has_running_threads() else self._poll.seconds
         if seconds and await queue.retry(attempt, since + seconds, self._clock):
             # `AdaptivePoll.record` expects 0 seconds if polling has found the event.
             self._poll.record(0.0, slept=False)

@@ -40,7 +40,8 @@ _CHECKED_BYTES: Final = DESCRIPTOR_BYTES - 4
 """How many bytes of the descriptor its checksum covers: all before the checksum."""
 _UNUSED_BYTES: Final = _CHECKED_BYTES - 56
 """How many bytes of the descriptor lie between its other fields (56 bytes) and the checksum."""
-_RUN_DTYPE: Final = np.dtype("<u8")
+_NUMBER_DTYPE: Final = np.dtype("<u8")
+"""Each run is encoded as two of these numbers."""
 
 DESCRIPTOR: Final[Any] = Struct(
     "magic" / Bytes(8),
@@ -211,13 +212,13 @@ def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
     checked = bytearray(data[:end])
     checked[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
     _check_crc("list cluster checksum", header.crc, zlib.crc32(checked))
-    values = np.frombuffer(checked, _RUN_DTYPE, offset=CLUSTER_HEADER_BYTES)
+    values = np.frombuffer(checked, _NUMBER_DTYPE, offset=CLUSTER_HEADER_BYTES)
     return values.astype(np.uint64).reshape(-1, 2)
 
 
 def encode_runs(runs: Runs) -> bytes:
     """Encode runs as the bytes that a list cluster holds."""
-    return runs.astype(_RUN_DTYPE).tobytes()
+    return runs.astype(_NUMBER_DTYPE).tobytes()
 
 
 def _check_magic(what: str, found: bytes, expected: bytes) -> None:

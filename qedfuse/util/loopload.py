@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _no_request() -> bool:
-    """Return False: without a source no request waits."""
+    """Return False, the answer of `LoopLoad.has_requests` outside any `LoopLoad.request_source`."""
     return False
 
 
@@ -35,7 +35,7 @@ class LoopLoad:
         self._has_request: Callable[[], bool] = _no_request
         self._threads = threads
 
-    def has_threads(self) -> bool:
+    def has_running_threads(self) -> bool:
         """Return whether a thread of trio is running.
 
         If so, no task may poll, so that the event loop can sleep.  A task that polls would not

@@ -71,7 +71,7 @@ async def test_the_load_of_an_event_loop_is_its_own() -> None:
 
     async def load() -> tuple[int, bool, bool]:
         found = loop_load()
-        return found.polled_reads, found.has_requests(), found.has_threads()
+        return found.polled_reads, found.has_requests(), found.has_running_threads()
 
     here = loop_load()
     here.polled_reads += 1

@@ -243,7 +243,11 @@ class Scheduler:
         another task retries a read of a host file, or if a task whose call has finished has not
         run yet.
         """
-        return self._load.polled_reads > 0 or self._calls.resuming > 0 or self._load.has_threads()
+        return (
+            self._load.polled_reads > 0
+            or self._calls.resuming > 0
+            or self._load.has_running_threads()
+        )
 
     async def _run_other_tasks(self) -> None:
         """Let all other runnable tasks run, those whose calls have finished included."""

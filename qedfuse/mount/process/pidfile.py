@@ -4,8 +4,8 @@ The directory of the pid file is opened before the mount exists, and the pid fil
 removed through the open directory.  If the serving process resolved the path later, and the path
 led through the mount, the process would wait forever for its own reply.
 
-If the file is not regular, such as a pipe, the file itself is opened instead of its directory, and
-the file is not removed.
+A file is *special* if it is not regular, such as a pipe, or has no name any more.  Of a special
+file, the file itself is opened instead of its directory.  It is written in place and not removed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PidFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Open the directory of the file, or the file itself if it is not regular.
+        """Open the directory of the file, or the file itself if it is special.
 
         The file is not changed before `write`.  The file need not exist, but its directory must.
 
@@ -52,16 +52,15 @@ class PidFile:
             found = _status(path)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            # If the file is a pipe, a FIFO, a device or a file without a name, the file itself is
-            # opened instead of its directory.  The reason is that the path may be a link in /proc,
-            # such as /dev/fd/N, and the target of such a link need not be in any directory.
+            # The path of a special file may be a link in /proc, such as /dev/fd/N.  The target of
+            # such a link need not be in any directory.
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
             # If this process has inherited a descriptor of the file, the program that started this
             # process may hold a lock on the file.  So `write` overwrites the file instead of
             # replacing it, because a new file would not be locked.
-            self._is_open = found is not None and any(
+            self._was_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
             self._handle = os.open(
@@ -74,9 +73,9 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A missing file is created, and a regular file is replaced atomically if possible.  A file
-        that was open in this process when this object was made, that is not regular, or that
-        cannot be replaced, is written in place instead.
+        A missing file is created.  A file that is special, that was open in this process when
+        this object was made, or that cannot be replaced, is written in place.  Any other file is
+        replaced atomically.
 
         Raises:
             HostError: The file cannot be written now, for example because a FIFO has no reader
@@ -95,14 +94,14 @@ class PidFile:
         self._is_written = True
 
     def _replace(self) -> None:
-        """Replace the file atomically; overwrite it if it is open or cannot be replaced.
+        """Replace the file atomically; overwrite it if it was open before or cannot be replaced.
 
         Raises:
             OSError: The file cannot be written.  If the file was being overwritten, a part of it
                 may have changed.
         """
         directory = self._handle
-        if self._is_open:
+        if self._was_open:
             self._write_to(self._name, directory)
             return
         new = f".qedfuse.{os.urandom(8).hex()}"
@@ -149,7 +148,7 @@ class PidFile:
     def remove(self) -> None:
         """Remove the file if `write` has written it and the file still has this process's pid.
 
-        A file that is not regular is not removed.  A failure is ignored.
+        A special file is not removed.  A failure is ignored.
         """
         if self._is_special or not self._is_written:
             return

@@ -4,8 +4,8 @@ The server is the process that answers the kernel's requests for the mount.  Eac
 record, in a file of its own:
 
     /run/qedfuse/0:42.1234                 for root
-    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be opened
-    /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be opened
+    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if it can be made or opened
+    /run/user/UID/qedfuse/0:42.1234        otherwise, if it can be made or opened
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
 The file name is the device number of the mount and the pid of the server.  The mount table
@@ -275,7 +275,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         no record in a directory to which only ``user`` can write.
 
     Raises:
-        HostError: A directory or a record cannot be read, and no other record was found.
+        HostError: A directory or a record in it cannot be read, and no record was found in another
+            directory.  If one record cannot be read, no record of its directory is found.
     """
     records: list[FoundRecord] = []
     failure: HostError | None = None

@@ -112,7 +112,8 @@ class ImageInfo:
     Attributes:
         path: Path by which the file was opened.
         format: ``qed`` or ``raw``.
-        virtual_size: Size of the disk; None if a QED file ends before this header field.
+        virtual_size: Size of the disk; None if a QED file ends before this header field.  For a
+            raw file, its length rounded up to whole sectors.
         file_size: Length of the file.
         disk_usage: Space that the file uses on the host.
         qed: The description of a QED image; None for a raw file.
