@@ -120,8 +120,8 @@ class AutoCompaction:
         if self._has_run_within_limits and left:
             name = components.file.name
             log.info(
-                "%s: %d free clusters (%d bytes) are left within the file, which QEMU's check "
-                "counts as leaked; to remove them: qedimg compact %s",
+                "%s: %d free clusters (%d bytes) are left within the file; QEMU's check counts "
+                "these clusters as leaked; to remove them: qedimg compact %s",
                 name,
                 left,
                 left << components.allocator.cluster_bits,

@@ -92,7 +92,7 @@ class Disk:
 
         Raises:
             CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the bytes for its descriptor are in use.
+            UsageError: A free list is requested, but the sector that would describe it is in use.
             HostError: The host refused at the start, or something written could not be made
                 durable at the close (D7).  The files are closed nevertheless.
         """
@@ -157,7 +157,10 @@ class Disk:
 
     @property
     def tries_reads(self) -> bool:
-        """Whether `try_read` would try to read the image's file; False after several misses."""
+        """Whether `try_read` would try to read the image's file.
+
+        False after several reads in a row whose data was not in the host's page cache.
+        """
         policy = self._file.read_policy
         return policy is None or policy.is_inline
 

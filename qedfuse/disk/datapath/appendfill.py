@@ -3,9 +3,9 @@
 A new cluster at the end of the file is a hole of the host's file system, and reads as zeros.  So
 a write to a part of it need only write the guest's data.  But then each later write to the hole
 makes the host allocate blocks, and the next flush must commit this allocation to the host's
-journal.  A program that appends in small steps and flushes after each of them, such as a database
-or the journal of a file system, waits for 16 such flushes in each cluster of 64 KiB.  On ext4
-such a flush takes about 250 µs; a flush of blocks that the host has allocated takes about 120.
+journal.  A program that appends 4 KiB at a time and flushes each time, as a database or the
+journal of a file system does, waits for 16 such flushes in each cluster of 64 KiB.  On ext4 such a
+flush takes about 250 µs; a flush of blocks that the host has already allocated takes about 120 µs.
 
 So if such a program begins a cluster, all of the cluster is written with the first write.
 Other programs do not gain by it: a program that does not flush waits for none of these
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_BYTES: Final = 1 << 16
-"""Maximum bytes of a run that is written whole, so that one write does not become much longer."""
+"""Maximum length of a run that is written whole, so that one write does not take much longer."""
 
 
 class AppendFill:
@@ -32,12 +32,12 @@ class AppendFill:
         self._writeback = writeback
         self._last_cycle = writeback.cycles
 
-    def allocated(self, run: Run, inside: int, length: int) -> bool:
+    def wants_fill(self, run: Run, inside: int, length: int) -> bool:
         """Return whether to write all of a new run, with zeros after the guest's data.
 
-        The caller must call this once for each run of clusters that were never written.  The
-        result is True if there is data at the start of the run, if the run is not long, and if
-        there was a flush since the last call.
+        The caller must call this method once for each run of clusters that were never written.
+        The result is True if a flush has begun since the last call, the run begins with data of
+        the guest, and the run has at most `_MAX_BYTES`.
 
         Args:
             run: The run of new clusters.

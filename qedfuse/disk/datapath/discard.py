@@ -75,7 +75,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors parts of the range may read as
+            HostError: The host refused.  After either error parts of the range may read as
                 zeros.
         """
         geometry = self._layer.geometry
@@ -108,7 +108,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors some clusters may have been
+            HostError: The host refused.  After either error some clusters may have been
                 deallocated.
         """
         if start < end:
@@ -124,7 +124,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors some clusters may be unallocated.
+            HostError: The host refused.  After either error some clusters may be unallocated.
         """
         if start < end:
             await self._deallocate(start, end, data=True, hide=False, clear=True, progress=progress)
@@ -140,7 +140,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors parts may have been written.
+            HostError: The host refused.  After either error parts may have been written.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):
@@ -185,7 +185,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After both errors some entries may have changed.
+            HostError: The host refused.  After either error some entries may have changed.
         """
         geometry = self._layer.geometry
         slice_bytes = self._layer.tables.slice_entries << geometry.cluster_bits

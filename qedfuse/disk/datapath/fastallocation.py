@@ -160,7 +160,7 @@ class FastAllocation:
         if (
             run.never_written
             and not base_bytes
-            and not self._append_fill.allocated(run, inside, len(data))
+            and not self._append_fill.wants_fill(run, inside, len(data))
         ):
             return write(run.offset + inside, data)
         if run.length > len(self._buffer):

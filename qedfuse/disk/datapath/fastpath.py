@@ -2,7 +2,8 @@
 
 Most requests are of this kind.  On the slow path, with extents and tasks, each would cost several
 times as much time as its access to the host's file.  No other task runs between the lookup and the
-read or write, so the fast path needs neither locks nor `Epochs`.
+read or write.  So the fast path needs no lock, and no epoch (`Epochs`), by which other requests
+keep the clusters that they use from being reused.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
 up.  The caller then starts the request again on the slow path, which waits, or reports the
@@ -56,8 +57,7 @@ class ReadTables(NamedTuple):
         get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
         codes_key: First part of the keys of slices that say where backing files hold data
             (`FlattenedBacking.store_key`); None without backing files.
-        files: For each file of the chain, by depth, what decides whether its reads are tried
-            inline, and its descriptor.
+        files: For each file of the chain, by depth, its `ReadPolicy` and its descriptor.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
     """

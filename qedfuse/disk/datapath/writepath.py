@@ -174,7 +174,7 @@ class WritePath:
         if (
             run.never_written
             and not from_base
-            and not self._append_fill.allocated(run, inside, len(data))
+            and not self._append_fill.wants_fill(run, inside, len(data))
         ):
             await pwrite(run.offset + inside, data)
         elif run.length <= _MAX_COPY_BYTES:

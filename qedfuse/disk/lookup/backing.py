@@ -82,8 +82,8 @@ async def open_bases(
         path: Path of the image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock the bases.  The policy's
-            ``trusted`` path is allowed as the first base only.
+        options: The policy for bases, and whether to lock the bases.  Its ``backing.trusted`` is a
+            path that is allowed, even in another directory, but only as the first base.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 

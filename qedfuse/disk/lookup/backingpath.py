@@ -50,11 +50,11 @@ def backing_path(image: str, name: str, directory: str = "") -> str:
 def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
-    The last path is that of the first base that is raw, has no base itself or cannot be read, or
-    whose own backing file name contains a NUL byte.  So the last path may lead to no file.  If the
-    chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
-    No path is yielded if the image itself has no base or cannot be read, or if the name of its
-    base contains a NUL byte.  Bases that a policy forbids are yielded as well.
+    The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
+    or stores a name with a NUL byte.  The path of this file is still yielded, so the last path may
+    lead to no file.  If the image itself is such a file, no path is yielded.  If the chain is a
+    loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.  Bases that a policy
+    forbids are yielded as well.
 
     Names after ``file:`` are relative to ``directory``, or to the working directory of the process
     if ``directory`` is empty.

@@ -72,8 +72,8 @@ class QedLayer:
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
-        slice_keys: The keys in ``tables`` of slices that were used lately, by the slice's number.
-            It is never replaced by another dictionary, so others may keep it.
+        slice_keys: The keys in ``tables`` of some slices, by the slice's number as in
+            `cached_slice`.  It is never replaced by another dictionary, so others may keep it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:

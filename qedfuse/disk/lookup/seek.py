@@ -98,9 +98,9 @@ async def _lookup_end(chain: Chain, start: int) -> int:
 async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
-    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  The result is then where
-    the range of the next L1 entry that is not 0 begins, or, if the same slice of the L1 table has
-    no such entry, where the range of the L1 slice ends.
+    If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where
+    the range of the next L1 entry that is not 0 begins.  Only the rest of the same slice of the L1
+    table is searched; if all entries in it are 0, the result is where its range ends.
 
     Raises:
         HostError: The host cannot read a table.

@@ -35,15 +35,15 @@ class DiskGrowth:
         self,
         chain: Chain,
         layer: QedLayer,
-        size: DiskSize,
+        disk_size: DiskSize,
         write_path: WritePath,
         discard: Discard,
         writeback: MetadataWriteback,
     ) -> None:
-        """Grow ``layer``, the top of ``chain``; ``size`` is the size of the disk."""
+        """Grow ``layer``, the top of ``chain``; ``disk_size`` is its size."""
         self._chain = chain
         self._layer = layer
-        self._size = size
+        self._disk_size = disk_size
         self._write_path = write_path
         self._discard = discard
         self._writeback = writeback
@@ -61,7 +61,7 @@ class DiskGrowth:
                 ``force`` is False; the disk has its old size.
             HostError: The host refused; the disk has its old size.
         """
-        async with self._size.lock:
+        async with self._disk_size.lock:
             if size <= self._layer.size:
                 return
             await self._zero_past_end(size, force=force)
@@ -69,7 +69,7 @@ class DiskGrowth:
             # written.  Otherwise, after a crash, the added range could show the old bytes of
             # the file or the data of the base.
             await self._writeback.barrier()
-            await self._size.change(size)
+            await self._disk_size.change(size)
 
     async def _zero_past_end(self, size: int, *, force: bool) -> None:
         """Make the range from the disk's end to ``size`` read as zeros once the disk has grown.

@@ -55,7 +55,7 @@ class DiskShrinking:
         self,
         chain: Chain,
         layer: QedLayer,
-        size: DiskSize,
+        disk_size: DiskSize,
         table_writer: TableWriter,
         write_path: WritePath,
         discard: Discard,
@@ -64,10 +64,10 @@ class DiskShrinking:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Shrink ``layer``, the top of ``chain``; ``size`` is the size of the disk."""
+        """Shrink ``layer``, the top of ``chain``; ``disk_size`` is its size."""
         self._chain = chain
         self._layer = layer
-        self._size = size
+        self._disk_size = disk_size
         self._table_writer = table_writer
         self._write_path = write_path
         self._discard = discard
@@ -124,7 +124,7 @@ class DiskShrinking:
                 a part of the range to be cut off may read as zeros.
         """
         geometry = self._layer.geometry
-        async with self._size.lock:
+        async with self._disk_size.lock:
             old = self._layer.size
             # Zero the bytes past the new end in the new last cluster, because another program
             # might later grow the disk without zeroing these bytes, and show them again.
@@ -135,7 +135,7 @@ class DiskShrinking:
             async with periodic_progress(self._report_second_half(progress)):
                 await self._writeback.barrier()
                 if size < old:
-                    await self._size.change(size)
+                    await self._disk_size.change(size)
                 await self._drop_tables(geometry.l1_used(size))
                 await self._flusher.flush()
 
@@ -152,7 +152,7 @@ class DiskShrinking:
             CorruptImageError: A table entry is bad; a part of the disk may be unallocated.
             HostError: The host refused; a part of the disk, or all, may be unallocated.
         """
-        async with self._size.lock:
+        async with self._disk_size.lock:
             end = self._layer.geometry.ceil(self._layer.size)
             await self._discard.clear(0, end, _first_half(progress))
             async with periodic_progress(self._report_second_half(progress)):
@@ -161,7 +161,7 @@ class DiskShrinking:
                 await self._flusher.flush()
 
     def _report_second_half(self, progress: Progress | None) -> Callable[[], None] | None:
-        """Return a function that reports how far the second half of the work is.
+        """Return a function that reports how much of the second half of the work is done.
 
         In the second half the space of the dropped clusters is returned to the host.
         Returns None without ``progress``.

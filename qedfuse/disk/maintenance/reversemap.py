@@ -88,7 +88,7 @@ async def build_reverse_map(
 async def _read(
     layer: QedLayer, table: int, offset: int, length: int, *, validated: bool
 ) -> NDArray[np.uint64]:
-    """Read ``length`` bytes of entries of a table, from the file offset ``offset`` on.
+    """Read ``length`` bytes of entries of a table, beginning at the file offset ``offset``.
 
     With ``validated`` the entries are read through the table cache, which marks the image as
     damaged if an entry is invalid.
