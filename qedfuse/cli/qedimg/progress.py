@@ -32,7 +32,8 @@ class Meter:
 
     The first call of `report` may come late, because an image may be checked or scanned for
     free space before the work begins.  Therefore, if there is a delay, a thread shows the bar
-    after the delay even if `report` has not been called.  Without a delay the owner calls `show`.
+    after the delay even if `report` has not been called.  Without a delay the caller can show the
+    bar with `show`.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ journal of a file system does, waits for 16 such flushes in each cluster of 64 K
 flush takes about 250 µs; a flush of blocks that the host has already allocated takes about 120 µs.
 
 So if such a program begins a cluster, all of the cluster is written with the first write.
-Other programs do not gain by it: a program that does not flush waits for none of these
+Other programs gain nothing from this: a program that does not flush waits for none of these
 allocations, and one that writes at random does not soon write to the same cluster again.
 """
 

@@ -4,8 +4,8 @@ The directory of the pid file is opened before the mount exists, and the pid fil
 removed through the open directory.  If the serving process resolved the path later, and the path
 led through the mount, the process would wait forever for its own reply.
 
-A file is *special* if it is not regular, such as a pipe, or has no name any more.  Of a special
-file, the file itself is opened instead of its directory.  It is written in place and not removed.
+A file is *special* if it is not regular, such as a pipe, or has no name any more.  A special
+file itself is opened, not its directory.  The file is written in place, and is not removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class PidFile:
     """The file that contains the pid of the process that serves the mount.
 
     Attributes:
-        path: The file, absolute and free of symbolic links.
+        path: The path of the file, absolute and free of symbolic links.  For a special file this
+            path may lead to no file.
     """
 
     def __init__(self, path: str) -> None:

@@ -4,8 +4,8 @@ The server is the process that answers the kernel's requests for the mount.  Eac
 record, in a file of its own:
 
     /run/qedfuse/0:42.1234                 for root
-    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if it can be made or opened
-    /run/user/UID/qedfuse/0:42.1234        otherwise, if it can be made or opened
+    $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be made or opened
+    /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be made or opened
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
 The file name is the device number of the mount and the pid of the server.  The mount table
