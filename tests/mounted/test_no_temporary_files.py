@@ -9,26 +9,30 @@ import pytest
 
 from tests.support.sandbox import run_in_sandbox
 
-KEEP: Final = """
-    mkdir /run/environment
-    cp -r "$1/." /run/environment
-    set -- /run/environment "$2"
-"""
 PREPARE: Final = """
     PATH=$1/bin:$PATH
     unset TMPDIR TEMP TMP
     cd /srv/images
     mkdir /srv/m
 """
+# What lies in the two directories stays readable: the tree under test may be below /tmp.
 NO_PLACE: Final = {
     "read-only": """
-        for place in /var/tmp /tmp; do mount -t tmpfs -o ro sandbox "$place"; done
+        for place in /var/tmp /tmp; do
+            mount --bind "$place" "$place"
+            mount -o remount,bind,ro "$place"
+        done
         mount -o remount,bind,ro /
         for place in / /tmp /var/tmp; do if touch "$place/here"; then exit 1; fi; done
     """,
     "full": """
         for place in /var/tmp /tmp; do
-            mount -t tmpfs -o size=4k sandbox "$place"
+            layer=/run/layer$place
+            mkdir -p "$layer"
+            mount -t tmpfs -o size=4k sandbox "$layer"
+            mkdir "$layer/upper" "$layer/work"
+            mount -t overlay -o "lowerdir=$place,upperdir=$layer/upper,workdir=$layer/work" \\
+                sandbox "$place"
             if head -c 1M /dev/zero >"$place/full"; then exit 1; fi
         done
     """,
@@ -61,7 +65,7 @@ def test_no_command_needs_temporary_files(
     kind: str, option: str, reason: str, installation: Path
 ) -> None:
     """On a read-only or full system each command works, and a snapshot fails with the reason."""
-    script = KEEP + PREPARE + NO_PLACE[kind] + SERVE
+    script = PREPARE + NO_PLACE[kind] + SERVE
     printed = run_in_sandbox(script, installation, Path(option))
     *lines, code = printed.partition("a snapshot:\n")[2].splitlines()
     assert code == "2", printed
