@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -102,10 +103,18 @@ def test_the_new_mount_is_found_in_the_mount_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mountpointlock, "read_mounts", lambda: [below, ours, above])
     monkeypatch.setattr(mountpointlock, "_device", lambda _connection: "0:51")
     assert find_new_mount("/m", [below], 0) == ours
+    # The id may be that of a mount that has ended meanwhile.
+    ended = replace(ours, path="/other", device="0:40")
+    assert find_new_mount("/m", [below, ended], 0) == ours
+    assert find_new_mount("/m", [below, replace(ended, path="/m")], 0) == ours
     with pytest.raises(FuseError, match="found no mount after mounting"):
-        find_new_mount("/m", [below, ours], 0)
+        find_new_mount("/other", [below], 0)
+    # The device is not known before Linux 6.11.
     monkeypatch.setattr(mountpointlock, "_device", lambda _connection: None)
     assert find_new_mount("/m", [below, ours], 0) == above
+    assert find_new_mount("/m", [below, ours, replace(above, path="/other")], 0) == above
+    with pytest.raises(FuseError, match="found no mount after mounting"):
+        find_new_mount("/m", [below, ours, above], 0)
     refuse_to_cover(below)
     with pytest.raises(MountpointError, match="/m: in use"):
         refuse_to_cover(ours)

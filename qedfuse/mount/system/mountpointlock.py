@@ -86,8 +86,9 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Before Linux 6.11 the kernel does not report which mount belongs to a connection.  Then the
-    topmost new mount of qedfuse on the path is returned, even if it is not the caller's.
+    The kernel reports the device number of the connection's file system.  Before Linux 6.11 it does
+    not.  Then the topmost new mount of qedfuse on the path is returned, even if it is not the
+    caller's.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -98,12 +99,15 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
         FuseError: The mount table has no such mount.
         HostError: /proc is not mounted.
     """
-    old_ids = {entry.mount_id for entry in before}
+    # The kernel gives the id of a mount that has ended to a new one.  So an id that the table had
+    # before can be that of the new mount, if the old one was on another path.
+    old = {(entry.mount_id, entry.path) for entry in before}
     device = _device(connection)
     new_mount = None
     for entry in read_mounts():
-        is_new = entry.path == mountpoint and entry.mount_id not in old_ids
-        if is_new and entry.fstype == FUSE_TYPE and device in (None, entry.device):
+        if entry.path != mountpoint or entry.fstype != FUSE_TYPE:
+            continue
+        if entry.device == device or (device is None and (entry.mount_id, entry.path) not in old):
             new_mount = entry
     if new_mount is None:
         msg = f"{printable(mountpoint)}: found no mount after mounting"
