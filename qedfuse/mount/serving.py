@@ -21,7 +21,7 @@ from qedfuse.mount.fuse.attach import attach
 from qedfuse.mount.fuse.blocksinvalidator import BlocksInvalidator
 from qedfuse.mount.fuse.datarequests import DataRequests
 from qedfuse.mount.fuse.fallocate import FallocateLseek
-from qedfuse.mount.fuse.fuseinit import BACKGROUND_OF_SEVERAL_DISKS, negotiate_init
+from qedfuse.mount.fuse.fuseinit import MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS, negotiate_init
 from qedfuse.mount.fuse.laundering import Laundering
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.scheduler import scheduled
@@ -54,10 +54,10 @@ _log = logging.getLogger(__name__)
 _MIN_TASKS: Final = 16
 """Number of idle tasks that pyfuse3 keeps.  With fewer idle tasks, pyfuse3 would have to start new
 tasks for requests, and starting a task costs as much as answering several requests."""
-_MAX_TASKS: Final = 2 * BACKGROUND_OF_SEVERAL_DISKS
+_MAX_TASKS: Final = 2 * MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
 """Maximum number of tasks of pyfuse3, each of which handles one request at a time.  If a host file
-does not answer, the tasks of its requests wait, and requests to other disks need further tasks.
-pyfuse3's default is 99."""
+does not answer, the tasks of all background requests may wait for it, and as many tasks again are
+left for all other requests.  pyfuse3's default is 99."""
 
 
 class Server:
@@ -85,7 +85,7 @@ class Server:
         self._options = options
         self._mountpoint = mountpoint
         self._laundering = Laundering(launderer)
-        self._size_fixup = SizeFixup(mountpoint)
+        self._size_fixup = SizeFixup(mountpoint, directory=directory)
         truncation = Truncation(options, self._laundering.try_drop_pages)
         self._operations = Operations(
             *(disks, options, truncation, self._size_fixup), directory=directory

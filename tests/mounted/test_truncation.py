@@ -278,9 +278,10 @@ def test_a_smaller_backup_is_restored(way: str, tmp_path: Path) -> None:
             assert read_direct(disk) == backup.read_bytes() + bytes(DISK_BYTES - (2 << 20)), name
 
 
-def test_the_size_is_restored_without_a_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["cached", "file"])
+def test_the_size_is_restored_without_a_request(way: str, tmp_path: Path) -> None:
     """The server restores the size itself: accesses to a memory map do not ask for it."""
-    with mount_full(tmp_path, "cached", "truncate=zero") as disk:
+    with mount_full(tmp_path, way, "truncate=zero") as disk:
         fd = os.open(disk, os.O_RDWR)
         with mmap.mmap(fd, DISK_BYTES) as mapped:
             mapped[0] = 1

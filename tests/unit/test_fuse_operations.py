@@ -79,7 +79,7 @@ def operations(disks: ExportedDisks, options: MountOptions | None = None) -> Ope
     """Make the handlers of requests for disks in a directory."""
     chosen = options or MountOptions()
     truncation = Truncation(chosen, drop_pages)
-    return Operations(disks, chosen, truncation, SizeFixup("/mnt"), directory=True)
+    return Operations(disks, chosen, truncation, SizeFixup("/mnt", directory=True), directory=True)
 
 
 class Context:

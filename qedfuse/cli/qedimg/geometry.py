@@ -116,8 +116,8 @@ def _items(options: Iterable[str]) -> Iterator[str]:
 def find_base(options: Iterable[str]) -> str | None:
     """Return the last value of the key ``backing_file`` in ``-o``; None without this key.
 
-    This finds the base for each format, because qemu-img uses this key for all formats that can
-    have a base.
+    The options may be those of a foreign target format, which `take_options` does not parse.
+    qemu-img uses this key for every format that can have a base.
     """
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]
     return names[-1] if names else None

@@ -12,8 +12,9 @@ A long name crosses sectors.  First the name is written where neither the old na
 header lies, and is made durable while the header still points to the old name.  Then the
 header is written, which points to the new name.  There are three adjacent slots for names,
 and each can hold the longest name.  An old name can touch at most two slots, so one slot is
-always unused.  The slots end where the descriptor of a free list begins.  The descriptor is the
-last sector of a cluster of the minimum size, so even the smallest cluster has space for both.
+always unused.  The slots end where the descriptor of a free list begins: at the last sector of the
+first 4 KiB of the file.  No cluster is smaller, so the first cluster has space for the header, the
+slots and the descriptor.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ async def change_backing_name(
     forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
-        HostError: The host refused.  The image still names the old base, unless the host
-            refused the new header or its datasync.  Then the old header is written again, but
-            the image may name the new base if that fails too, or after a power failure.
+        HostError: The host refused.  The image still names the old base, with this exception:
+            if the host refused the new header or its datasync, the old header is written again.
+            The image may name the new base nevertheless: if this second write fails as well, or
+            if the power fails before the next datasync.
     """
     # The caller has written the content that the image needs with its new base.  That content
     # must be durable before the name is.

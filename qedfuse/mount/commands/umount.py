@@ -88,7 +88,7 @@ def unmount_and_wait(
         msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
-    with _explained(f"{shown}: not unmounted"):
+    with _host_errors_explained(f"{shown}: not unmounted"):
         pidfd = None if found is None else _open_process(found.record)
     try:
         try:
@@ -106,7 +106,9 @@ def unmount_and_wait(
             # The mount may have hidden the directory of the record until now.  If there is no
             # record even now, normally the process has ended without a failure, and has removed its
             # record.
-            with _explained(f"{shown}: unmounted, but the process may still be writing"):
+            with _host_errors_explained(
+                f"{shown}: unmounted, but the process may still be writing"
+            ):
                 found = find_record(entry.device, entry.owner)
                 if found is None:
                     return
@@ -152,7 +154,7 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
 
 
 @contextmanager
-def _explained(state: str) -> Iterator[None]:
+def _host_errors_explained(state: str) -> Iterator[None]:
     """Turn a `HostError` of the block into an error that says what state the mount is in.
 
     Args:
@@ -296,7 +298,9 @@ def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
         UnmountFailedError: There is a record, or the record cannot be read.  A process that ends
             without a failure removes its own record, so this one has failed or was killed.
     """
-    with _explained(f"{shown}: unmounted, but the process that served the mount may have failed"):
+    with _host_errors_explained(
+        f"{shown}: unmounted, but the process that served the mount may have failed"
+    ):
         record = take_record(path, entry.owner)
     if record is None:
         return

@@ -29,7 +29,7 @@ class ExportedDisk:
 
     Attributes:
         disk: The content of the file.
-        name: The name of the file in the root directory.
+        name: The name of the file in the root directory; of no effect if the mountpoint is a file.
         inode: The inode number of the file.
         handles: The number of open handles.
         writers: The number of open handles that may write.

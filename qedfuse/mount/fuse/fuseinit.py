@@ -59,12 +59,12 @@ _MAX_MESSAGE_BYTES: Final = 1 << 20
 """Size of the buffer for a request or a reply.  The kernel refuses a read(2) with a buffer that is
 too small for the largest possible request."""
 
-_BACKGROUND_OF_ONE_DISK: Final = 64
+_MAX_BACKGROUND_REQUESTS_OF_ONE_DISK: Final = 64
 """Maximum number of background requests in flight for a mount of one disk.
 
 With a larger number, the requests of a program that makes few requests would wait longer behind
 those of other programs.  Twice the number was not faster when it was measured."""
-BACKGROUND_OF_SEVERAL_DISKS: Final = 4096
+MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS: Final = 4096
 """Maximum number of background requests in flight for a mount of several disks.
 
 The kernel counts the requests of all disks together.  If an image does not answer, the requests to
@@ -125,7 +125,11 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
     changed = bytearray(message)
     fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
     major, minor, offered, flags, _, _, max_write, _ = fields
-    background = _BACKGROUND_OF_ONE_DISK if disks == 1 else BACKGROUND_OF_SEVERAL_DISKS
+    background = (
+        _MAX_BACKGROUND_REQUESTS_OF_ONE_DISK
+        if disks == 1
+        else MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
+    )
     congestion_threshold = background * 3 // 4  # the kernel's default is the same fraction
     _INIT_OUT.pack_into(
         changed,

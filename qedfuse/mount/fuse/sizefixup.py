@@ -34,8 +34,12 @@ _log = logging.getLogger(__name__)
 class SizeFixup:
     """Corrects the kernel's cached sizes, in the background and one disk at a time."""
 
-    def __init__(self, directory: str) -> None:
-        """Correct the sizes of files in the mount on ``directory``, once `run` is called."""
+    def __init__(self, mountpoint: str, *, directory: bool) -> None:
+        """Correct the sizes of the files of a mount, once `run` is called.
+
+        ``directory`` says whether the mountpoint is a directory; otherwise it is the only file.
+        """
+        self._mountpoint = mountpoint
         self._directory = directory
         self._pending: dict[int, ExportedDisk] = {}
         self._wake = trio.Event()
@@ -64,7 +68,9 @@ class SizeFixup:
             self._wake = trio.Event()
             while self._pending:
                 _inode, exported = self._pending.popitem()
-                path = os.path.join(os.fsencode(self._directory), exported.name)  # noqa: PTH118
+                path = os.fsencode(self._mountpoint)
+                if self._directory:
+                    path = os.path.join(path, exported.name)  # noqa: PTH118
                 exported.fixup_size = exported.disk.size
                 try:
                     # The system calls are made in a thread, because they wait for replies of
@@ -114,7 +120,7 @@ class SizeFixup:
             # to write them back, their writer would never get an error.  So the attempt is made
             # first, and fails.
             with contextlib.suppress(OSError):
-                sync_mount(self._directory)
+                sync_mount(self._mountpoint)
             os.truncate(f"/proc/self/fd/{fd}", size)
         finally:
             os.close(fd)

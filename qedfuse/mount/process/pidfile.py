@@ -41,8 +41,8 @@ class PidFile:
         The file is not changed before `write`.  The file need not exist, but its directory must.
 
         Raises:
-            HostError: The directory or the file cannot be opened, the file is a directory, or
-                /proc is not mounted.
+            HostError: The directory or the file cannot be opened, the file is a directory, or the
+                file exists and /proc is not mounted.
         """
         self.path = os.path.realpath(path)
         self._is_written = False

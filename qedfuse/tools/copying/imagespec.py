@@ -33,7 +33,7 @@ class ImageSpec:
 
     For an existing target only ``format`` and ``sparse_size`` are used, and ``backing``
     must be None.  For a pipe ``format`` must be ``raw`` and ``backing`` must be None, and
-    ``sparse_size`` has no effect, because a pipe receives all zeros.
+    ``sparse_size`` has no effect, because a pipe gets every byte, zeros included.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
