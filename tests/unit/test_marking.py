@@ -82,6 +82,16 @@ def test_two_drops_of_one_cluster_are_two_owners(marking: Marking) -> None:
     assert marking.duplicates >= 1
 
 
+def test_a_restart_counts_no_duplicate_twice(marking: Marking) -> None:
+    """After a restart the walk finds the same duplicates again, and they count once."""
+    marking.record_drop(5, 1, TABLE)
+    marking.record_drop(5, 1, NEXT_TABLE)
+    for _ in range(3):
+        marking.restart()
+        marking.mark(TABLE, refer_to(3, 3))
+        assert marking.duplicates == 2
+
+
 def test_a_restart_keeps_what_was_dropped(marking: Marking) -> None:
     """A walk that starts again still finds the other owner of a dropped cluster."""
     marking.mark(TABLE, refer_to(6))

@@ -105,6 +105,33 @@ def test_an_unreadable_record_is_not_missing(number: int, monkeypatch: pytest.Mo
     file.finish(None, 0)
 
 
+def test_an_unreadable_record_hides_no_other(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two records for one device number the one that can be read is found."""
+    write_record().finish("failed", 2)
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    unreadable = directory / f"{DEVICE}.1"
+    unreadable.touch()
+    real, refused = os.open, []
+
+    def fail(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == unreadable.name:
+            refused.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", fail)
+    for names in ([found.path.name, unreadable.name], [unreadable.name, found.path.name]):
+        monkeypatch.setattr(os, "listdir", lambda _fd, names=names: names)
+        assert find_record(DEVICE, USER) == found
+    assert len(refused) == 2
+    monkeypatch.setattr(os, "listdir", lambda _fd: [unreadable.name])
+    with pytest.raises(HostError, match="cannot read the mount record"):
+        find_record(DEVICE, USER)
+
+
 def test_the_records_of_a_readable_directory_count(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,6 @@ class Marking:
         active: Whether changes are recorded: from `begin` to `end`.
         changed: The clusters whose state has changed since `begin`.
         owners: The clusters to which a table entry or the header refers, as far as marked.
-        duplicates: How many references were found whose cluster had another owner.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
@@ -45,10 +44,16 @@ class Marking:
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        self.duplicates = 0
+        self._marked_duplicates = 0  # found since `restart`
+        self._dropped_twice = 0  # references that will not be found again
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0
+
+    @property
+    def duplicates(self) -> int:
+        """How many references were found whose cluster had another owner."""
+        return self._marked_duplicates + self._dropped_twice
 
     def begin(self, clusters: int) -> None:
         """Start recording changes of a file that has ``clusters`` clusters."""
@@ -63,6 +68,7 @@ class Marking:
         find the dropped references in the tables any more.
         """
         self.owners = OwnerBitmap(self._clusters, self._name)
+        self._marked_duplicates = 0
         self._marked_up_to = _BEFORE_FIRST_SLICE
         for first, count in self._dropped.runs():
             self.owners.claim_range(first, first + count)
@@ -77,7 +83,7 @@ class Marking:
         clusters = clusters[clusters < self.owners.clusters]
         # A cluster that had an owner when the scan began is not handed out again before the
         # scan ends.  So a second reference to it means that two owners claim the cluster.
-        self.duplicates += int(self.owners.claim(clusters).sum())
+        self._marked_duplicates += int(self.owners.claim(clusters).sum())
         self._marked_up_to = offset
 
     def record_change(self, first: int, count: int) -> None:
@@ -98,10 +104,10 @@ class Marking:
         self.changed.add(first, count)
         last = min(first + count, self.owners.clusters)
         if first < last:
-            self.duplicates += self._dropped.count_free(first, last - first)
+            self._dropped_twice += self._dropped.count_free(first, last - first)
             self._dropped.add(first, last - first)
             if dropped_by > self._marked_up_to:
-                self.duplicates += self.owners.owned(first, last - first).bit_count()
+                self._marked_duplicates += self.owners.owned(first, last - first).bit_count()
                 self.owners.claim_range(first, last)
 
     def end(self) -> None:

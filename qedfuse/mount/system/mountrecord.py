@@ -30,11 +30,14 @@ import stat
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount.system.mounttable import read_mounts
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _NEW_SUFFIX: Final = ".new"
 """The end of a file's name while a record is written to the file."""
@@ -275,14 +278,17 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         no record in a directory to which only ``user`` can write.
 
     Raises:
-        HostError: A directory or a record in it cannot be read, and no record was found in another
-            directory.  If one record cannot be read, no record of its directory is found.
+        HostError: A directory or a record cannot be read, and no other record was found.
     """
     records: list[FoundRecord] = []
     failure: HostError | None = None
     for directory in record_directories(user):
         try:
-            records += _records_in(directory, device, user)
+            for found in _records_in(directory, device, user):
+                if isinstance(found, FoundRecord):
+                    records.append(found)
+                else:
+                    failure = found
         except PrivilegeError:
             continue
         except OSError as error:
@@ -295,8 +301,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     return max(records, key=lambda found: found.record.started, default=None)
 
 
-def _records_in(directory: Path, device: str, user: int) -> list[FoundRecord]:
-    """Return the records of a mount in one directory.
+def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:
+    """Yield the records of a mount in one directory, or an error for each that cannot be read.
 
     Args:
         directory: The directory.
@@ -304,16 +310,21 @@ def _records_in(directory: Path, device: str, user: int) -> list[FoundRecord]:
         user: The user who has mounted.
 
     Raises:
-        OSError: The directory is missing, or the directory or a record cannot be read.
+        OSError: The directory is missing or cannot be read.
         PrivilegeError: The directory has another owner, or others can write to it.
     """
     fd = _open_directory(directory, user, make=False)
     try:
-        return [
-            FoundRecord(directory / name, record)
-            for name in os.listdir(fd)  # noqa: PTH208  of a descriptor
-            if name.rpartition(".")[0] == device and (record := _read(fd, name, user)) is not None
-        ]
+        for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
+            if name.rpartition(".")[0] != device:
+                continue
+            try:
+                record = _read(fd, name, user)
+            except OSError as error:
+                yield HostError.from_os(error, printable(str(directory / name)), _CANNOT_READ)
+            else:
+                if record is not None:
+                    yield FoundRecord(directory / name, record)
     finally:
         os.close(fd)
 
