@@ -11,8 +11,8 @@ _RESET_FACTOR: Final = 8
 """A wait longer than the poll's length times this factor resets the confidence to 0, because the
 earlier waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  So after such a wait the limit for "short enough" is
-the poll's length times this factor."""
+"""A task that sleeps notices the event late.  So a wait in which the task slept is short enough up
+to the poll's length times this factor."""
 
 
 class AdaptivePoll:

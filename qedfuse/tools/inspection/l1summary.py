@@ -46,8 +46,8 @@ def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
 
     If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
-    empty and not complete.  After a failure of the host the summary has the entries before it,
-    and is not complete.
+    empty and not complete.  If the host fails to read a part of the table, the summary has the
+    entries before that part, and is not complete.
 
     Args:
         fd: Descriptor of the image.

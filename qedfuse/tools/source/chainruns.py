@@ -135,7 +135,7 @@ class ChainRunReader:
 
         Args:
             start: Guest offset in bytes where the runs begin.
-            end: Guest offset in bytes where they end at the latest.
+            end: Guest offset in bytes where the runs end at the latest.
 
         Raises:
             HostError: The host cannot read a file.
@@ -175,8 +175,8 @@ def _overlaid(
             ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
             the lower layer or a layer above it ends earlier.
         depth: Depth of the lower layer.
-        below_is_partial: Whether ``below`` ends before all these offsets, because one call
-            returns a limited number of runs.  The result then ends where ``below`` ends.
+        below_is_partial: Whether ``below`` ends even earlier than stated above, because one
+            call returns a limited number of runs.  The result then ends where ``below`` ends.
 
     Returns:
         The combined runs, and the depth of the layer that stores each run.

@@ -142,7 +142,9 @@ class QedRunReader:
         return self._runs(values, start, stop)
 
     def _runs(self, values: Array, start: int, end: int) -> Runs:
-        """Join the entries of a range into runs, each as long as possible.
+        """Join the entries of a range into runs as long as possible.
+
+        Invalid entries are not joined: each is a run of its own.
 
         Args:
             values: The entries, beginning with the entry of the cluster that contains
