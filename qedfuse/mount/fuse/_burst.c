@@ -8,7 +8,7 @@
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
  * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no task
  * of the event loop runs meanwhile.  To let other tasks run in time, the scheduler adds the number
- * of these requests to its own (burst_requests()).
+ * of these requests to its own count of requests (burst_requests()).
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop

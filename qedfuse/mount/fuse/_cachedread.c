@@ -1,6 +1,7 @@
 /*
- * Reads of one run of data in one file of a chain, if the tables that locate it are in memory and
- * the data is in the host's page cache, answered without calling Python code of the disk.
+ * Answers reads without calling Python code of the disk.  A read is answered here if its range is
+ * one run of data in one file of a chain, the tables that locate the run are in memory, and the
+ * data is in the host's page cache.
  *
  * A ReadView refers to the objects by which FastPath.locate (disk/datapath/fastpath.py) finds a
  * range.  A read finds the range by the same objects in the same way, with the GIL held, so it
@@ -76,8 +77,9 @@ static PyObject *valid_entries(ReadView *self, PyObject *key)
     return entries;
 }
 
-/* Reads entries of a table from an array("Q"): the value of the first.  Returns whether the entries
- * up to `last` exist, and continue its run of clusters; if not, perhaps with an exception. */
+/* Sets `value` to the entry `first` of an array("Q").  Returns whether the entries up to `last`
+ * exist, and each after `first` is the offset one cluster past the entry before it.  If not,
+ * perhaps leaves an exception. */
 static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
                     uint64_t *value)
 {
@@ -100,8 +102,8 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 }
 
 /* Finds the backing file that holds a cluster, which the top image must not have allocated.  Returns
- * the file offset of the cluster, and sets `depth`; returns 0 if the cluster is not data of one file,
- * or if its code is not in memory; perhaps with an exception. */
+ * the file offset of the cluster, and sets `depth`.  Returns 0, perhaps with an exception, if the
+ * cluster is not data of one file, or if its code is not in memory. */
 static uint64_t backing_offset(ReadView *self, PyObject *slice, uint64_t index, uint64_t *depth)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice);
@@ -118,9 +120,9 @@ static uint64_t backing_offset(ReadView *self, PyObject *slice, uint64_t index, 
     return code <= 1 ? 0 : code & ~(uint64_t)4095;
 }
 
-/* Returns the file offset of a range, and sets `depth`, if it is one run of data within one slice, or
- * lies within one cluster of data in a backing file; returns 0 otherwise, perhaps with an exception.
- */
+/* Returns the file offset of a range, and sets `depth`, if the range is one run of data within one
+ * slice, or lies within one cluster of data in a backing file.  Returns 0 for every other range,
+ * and if a table is not in memory, perhaps with an exception. */
 static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint64_t *depth)
 {
     uint64_t first = start >> self->cluster_bits;

@@ -357,7 +357,7 @@ static PyMethodDef module_methods[] = {
     {"defer_read", defer_read, METH_NOARGS,
      "Return a Request, which must answer the read that is being handled."},
     {"reply_from_file", reply_from_file, METH_VARARGS,
-     "Answer the current read with the pages of a file; return False if that would wait."},
+     "Answer the current read with cached pages of a file; return False if it was not answered."},
     {"read_view", read_view, METH_VARARGS,
      "Return an object by which reads of a disk are answered."},
     {"set_read_views", set_read_views, METH_VARARGS,
