@@ -920,7 +920,7 @@ static PyMethodDef methods[] = {
     {"pending", get_pending, METH_NOARGS,
      "Return how many calls have not been collected, or not been answered yet."},
     {"has_finished", has_finished, METH_NOARGS,
-     "Return whether finished calls have not been collected."},
+     "Return whether there are finished calls that have not been collected."},
     {"finished", finished, METH_NOARGS,
      "Collect the finished calls: a list of (tag, result or -errno, nanoseconds)."},
     {"threads", get_threads, METH_NOARGS, "Return how many threads there are."},

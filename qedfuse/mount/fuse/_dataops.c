@@ -177,7 +177,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
         read_request = request;
         read_size = size;
         result = call(try_read, info->fh, offset, last);
-        /* True also for a deferred read, which its Request answers, even if the call has failed. */
+        /* True also for a read that was deferred, even if the call has failed: its Request answers
+         * the read. */
         answered = read_request == NULL;
         read_request = NULL;
     }
