@@ -45,7 +45,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         msg = (
             f"{file.name}: {why}: not opened for writing: the check found {counted} "
             f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
-            f"changed; mount the image read-only with -o ro, or repair the image: "
+            f"changed; open the image read-only (mount: -o ro), or repair the image: "
             f"qedimg check -r all {file.name}"
         )
         raise CorruptImageError(msg)

@@ -38,8 +38,11 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
             return None
         if error.errno not in _UNSUPPORTED:
             raise
+    # The whole file counts as data, so its only hole is at its end.
     size = os.lseek(fd, 0, os.SEEK_END)  # fstat(2) reports 0 for a block device
-    return None if offset >= size else offset if whence == os.SEEK_DATA else size
+    if offset >= size:
+        return None
+    return offset if whence == os.SEEK_DATA else size
 
 
 def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:

@@ -106,12 +106,13 @@ async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
     """
     geometry = layer.geometry
     while start < end:
-        # One lookup covers only a part of a table.  A lookup returns one extent for each scattered
-        # cluster, and collecting the extents of a whole table would delay other tasks too long.
-        # The range of a missing table is one extent, so one lookup covers all of it.
+        # One lookup covers the whole range of a missing table, which is one extent, but only a
+        # part of the range of another table: a lookup returns one extent for each scattered
+        # cluster, and to collect the extents of a whole table would delay other tasks too long.
         table, reason = await layer.table_at(geometry.l1_index(start))
-        step = min(geometry.table_span, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
-        step = step if table or reason else geometry.table_span
+        step = geometry.table_span
+        if table or reason:
+            step = min(step, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
         stop = min(end, start - start % step + step)
         for extent in await layer.lookup(start, stop - start):
             if extent.kind in (Kind.DATA, Kind.BAD):

@@ -41,9 +41,7 @@ time limit is not longer than this, nothing is reported."""
 
 
 class UnmountFailedError(QedError):
-    """The mount has not been unmounted in time, or its process did not end in time or failed.
-
-    The error is also raised if the mount has no record by which to find its process.
+    """The mount does not answer, or its process has failed or may still be running.
 
     Attributes:
         exit_code: The exit code of the process that served the mount, if it recorded one;
@@ -103,9 +101,8 @@ def unmount_and_wait(
                 msg = f"{shown}: not unmounted: {server} does not answer{waited}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
-            # The mount may have hidden the directory of the record until now.  If there is no
-            # record even now, normally the process has ended without a failure, and has removed its
-            # record.
+            # The mount may have hidden its record from `_find`, so search again.  If there is no
+            # record now, the process has normally ended without a failure, and has removed it.
             with _host_errors_explained(
                 f"{shown}: unmounted, but the process may still be writing"
             ):
@@ -114,6 +111,8 @@ def unmount_and_wait(
                     return
                 pidfd = _open_process(found.record)
         if found is None:
+            # The mount cannot have hidden a record from `_find`, so the mount had no record, or
+            # none that can be read.
             msg = (
                 f"{shown}: unmounted, but found no record of the process that served the mount: "
                 "the process may still be writing"
@@ -251,7 +250,9 @@ class ServerProcess:
                 break
             if self._has_ended(start + elapsed - time.monotonic()):
                 return True
-            if not reported and (elapsed == _REPORT_SECONDS or self._copies() is not None):
+            if not reported and (
+                elapsed == _REPORT_SECONDS or self._describe_other_mounts() is not None
+            ):
                 report(self.describe())
                 reported = True
         return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
@@ -269,7 +270,7 @@ class ServerProcess:
 
     def describe(self) -> str:
         """Return one line about why the process has not ended."""
-        copies = self._copies()
+        copies = self._describe_other_mounts()
         if copies is None:
             return (
                 f"unmounted, but process {self._pid} has not ended: the process is writing or "
@@ -278,7 +279,7 @@ class ServerProcess:
             )
         return f"unmounted here, but {copies}; process {self._pid} goes on until no mount is left"
 
-    def _copies(self) -> str | None:
+    def _describe_other_mounts(self) -> str | None:
         """Describe where else the file system is mounted; None if no other mount is visible."""
         try:
             found = find_record(self._entry.device, self._entry.owner)

@@ -47,18 +47,18 @@ async def describe_chain(
         return [top]
     with open_image_file(path, options.read_lock) as file:
         header = await read_header(file)
-        with closing_layers(await open_bases(path, file, header, options, make_store(0))) as layers:
-            return [top, *(_describe_layer(layer) for layer in layers)]
+        with closing_layers(await open_bases(path, file, header, options, make_store(0))) as bases:
+            return [top, *(_describe_base(base) for base in bases)]
 
 
-def _describe_layer(layer: Layer) -> ImageInfo:
+def _describe_base(base: Layer) -> ImageInfo:
     """Return the description of a base that is open.
 
     Raises:
         HostError: The base cannot be read.
     """
-    file = cast("PosixFile", layer.file)
+    file = cast("PosixFile", base.file)
     try:
-        return describe_open(file.fd, file.path, "raw" if isinstance(layer, RawLayer) else "qed")
+        return describe_open(file.fd, file.path, "raw" if isinstance(base, RawLayer) else "qed")
     except OSError as error:
         raise HostError.from_os(error, file.name, "read") from error

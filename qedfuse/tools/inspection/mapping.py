@@ -36,8 +36,8 @@ class MapEntry:
             the range reads as zeros.
         zero: Whether the range is known to be zeros without reading the file.
         data: Whether the file of a layer holds data for the range; False if ``bad`` is set.
-        offset: Offset in bytes in the layer's file, of the data, or of the hole in a raw
-            file; None for all other ranges.
+        offset: File offset in bytes where the data, or the hole of a raw file, begins in the
+            layer's file; None for all other ranges.
         bad: Whether the table entry is invalid, so that the content is unknown.
     """
 
@@ -95,6 +95,7 @@ async def open_map(
         header = await read_header(file)
         store = make_store(options.cache_bytes)
         layer = QedLayer(file, header, store)
+        # Lookups need the offsets of all L2 tables: an entry that points into a table is bad.
         await layer.scan_l1()
         with closing_layers(await open_bases(path, file, header, options, store)) as bases:
             yield ChainRunReader([layer, *bases])
@@ -110,7 +111,7 @@ async def map_image(
 ) -> list[MapEntry]:
     """Return the map of a range of a disk as a list in memory, which can be large.
 
-    An invalid L1 or L2 entry does not raise: its range is an entry with ``bad`` set.
+    An invalid L1 or L2 entry does not raise: its range is a `MapEntry` with ``bad`` set.
 
     Args:
         path: A QED image or a raw file.
