@@ -276,7 +276,7 @@ class DiskFile(io.RawIOBase):
             self._check_writable()
             wanted = self._position if size is None else size
             if wanted != self.size:
-                self._portal.call(self._disk.resize, wanted)
+                self._portal.call(self._disk.grow, wanted)
             return wanted
 
     def flush(self) -> None:

@@ -80,10 +80,9 @@ class Components:
 
         # Write-back, observed by the quarantine, and the guard before the first write
         #
-        # The quarantine and the marking make their maps like this template, which stays empty.
-        # The template has the anchor of the allocator's map, so the blocks of all maps have
-        # the same borders.  The anchor is the end of the L1 table, because the first of several
-        # adjacent L2 tables can begin there.
+        # The maps of the quarantine and of the marking get the block borders of this template,
+        # which stays empty.  The template has the anchor of the allocator's map
+        # (`Allocator.anchor`), so the blocks of all maps have the same borders.
         map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, map_template)

@@ -41,8 +41,9 @@ class Disk:
     """One opened image.
 
     Tasks may call all methods concurrently, unless the method says otherwise.  A method that
-    modifies the image raises `ReadOnlyError` if the disk is open read-only, or if an error has
-    made it read-only (`failure`); `try_write` returns False instead.
+    would modify the image raises `ReadOnlyError` if the disk is open read-only, or if an error
+    has made it read-only (`failure`).  But `try_write` returns False, and `autocompact` returns
+    without an error.
 
     Attributes:
         path: The path of the image as the user gave it; empty if unknown.
@@ -80,8 +81,8 @@ class Disk:
         self._write_path = components.write_path
         self._fast_path = components.fast_path
         self._discard = components.discard
-        # Without its base the image can be changed as a file (compacted, for example), but no
-        # range of the disk can be written.
+        # Without its base the image can still be changed as a file (compacted, for example), but
+        # `_refuse_without_base` makes `write` and other methods raise.
         self._lacks_base = components.chain.lacks_base
         self._plain_writes = (
             file.writable and options.detect_zeroes == "off" and not self._lacks_base
@@ -91,10 +92,12 @@ class Disk:
         """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
-            CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the sector that would describe it is in use.
+            CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
+                a change of one would damage the other.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
+                where its descriptor must be.
             HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).  The files are closed nevertheless.
+                durable at the close (D7).  In both cases the files are closed.
         """
         return self._lifecycle.serving()
 
@@ -105,9 +108,9 @@ class Disk:
 
     @property
     def writable(self) -> bool:
-        """Whether the image may be modified; False if it is open read-only.
+        """Whether the image may be modified.
 
-        False also if an error has made it read-only (D7).
+        False if it is open read-only, or if an error has made it read-only (D7).
         """
         return self._file.writable and self._writeback.failure is None
 
@@ -152,14 +155,19 @@ class Disk:
         return self._fast_path.try_read(start, length)
 
     def read_tables(self) -> ReadTables | None:
-        """Return the objects by which the mount's extension reads; see `FastPath.read_tables`."""
+        """Return the objects with which the mount's extension answers reads by itself.
+
+        Returns None if the extension cannot read a file of the chain: see `FastPath.read_tables`.
+        """
         return self._fast_path.read_tables()
 
     @property
-    def tries_reads(self) -> bool:
-        """Whether `try_read` would try to read the image's file.
+    def should_try_read(self) -> bool:
+        """Whether `try_read` looks for the data of the image's file in the host's page cache.
 
-        False after several reads in a row whose data was not in the host's page cache.
+        False after several reads in a row whose data was not there, until later reads are as
+        fast as from the page cache (`ReadPolicy`).  Always False if the host's file system does
+        not support such an attempt.
         """
         policy = self._file.read_policy
         return policy is None or policy.is_inline
@@ -180,13 +188,19 @@ class Disk:
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read that `try_read` could not make; return whether that was done.
+        """Start a read that `try_read` could not make; return whether a read was started.
 
-        A read is started if its tables are in memory and its data is one run in one file.  The
-        arguments are those of `HostFile.try_start_read`, with a guest range.
+        Returns False if a table is not in memory, if the data is not one run in one file, or if
+        `HostFile.try_start_read` returns False.
+
+        Args:
+            start: Guest offset in bytes.
+            length: Bytes to read.
+            take_answer: See `HostFile.try_start_read`.
+            ended: See `HostFile.try_start_read`.
 
         Raises:
-            OSError: There is no thread.  ``ended`` is not called.
+            OSError: No thread exists, and none could be created.  ``ended`` is not called.
         """
         location = self._fast_path.locate(start, length)
         if location is None:
@@ -248,7 +262,7 @@ class Disk:
     async def write(self, start: int, data: Buffer) -> int:
         """Write bytes; return how many were written, fewer than given only if the disk ends.
 
-        Returns 0 if ``data`` is empty.  What was written may be in memory only until `flush`.
+        Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.
 
         Raises:
             PastEndError: The disk ends at or before ``start``, and ``data`` is not empty.
@@ -280,8 +294,9 @@ class Disk:
 
         If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
         The last cluster of the disk counts as such a cluster if the range covers all its bytes
-        up to the end of the disk.  If the option is False, zeros are written over the allocated
-        ones among these clusters.
+        up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
+        zeros are written over them.  With either value, unallocated clusters where the base has
+        data become zero clusters.
 
         Raises:
             BackingError: The disk was opened without its base.
@@ -366,9 +381,10 @@ class Disk:
 
     @property
     def scan_is_short(self) -> bool:
-        """Whether the scan for free clusters takes only some milliseconds, and is not postponed.
+        """Whether the scan for free clusters is not postponed, and takes only some milliseconds.
 
-        False also if the disk is open read-only, because then there is no scan.
+        The scan is postponed if the image has a valid free list: see `Scan.postpone`.  False also
+        if the disk is open read-only, because a read-only disk has no scan.
         """
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
@@ -427,13 +443,15 @@ class Disk:
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def autocompact(self) -> None:
-        """Run now the compaction that the options demand for the close.
+        """Compact now as the options demand for the close.
 
-        A command that reports the length of the file before the close calls this method.  The
-        file may become longer than its bound for a moment.  This is allowed, because the bound
-        protects the host against guests, and no guest can call this method.  The caller must
-        ensure that no other request is running.  If the host refuses, a warning is logged, but
-        not if the disk has become read-only, because the close raises that error.
+        A command calls this method if it reports the final length of the file while the disk is
+        still open.  The file may become longer than its bound for a moment: the bound protects
+        the host against guests, and no guest can call this method.  The caller must ensure that
+        no other request is running.
+
+        An error is not raised.  It is logged as a warning, unless it has made the disk
+        read-only, because the close raises such an error.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
@@ -444,7 +462,7 @@ class Disk:
         """
         self._components.compaction.stop()
 
-    async def resize(self, size: int, *, force: bool = False) -> None:
+    async def grow(self, size: int, *, force: bool = False) -> None:
         """Grow the disk to ``size`` bytes, durably; the added range reads as zeros.
 
         Args:
@@ -476,7 +494,8 @@ class Disk:
         Args:
             size: The new size in bytes, a multiple of 512.
             force: Whether to shrink even if the removed part holds data of this image.
-            progress: Called with how much work is done and how much there is, in any unit.
+            progress: Called with the work done so far and all the work, in the same unit, which
+                has no meaning for the caller.
 
         Raises:
             UsageError: The size is larger than the present one, is negative or is no multiple
@@ -518,7 +537,7 @@ class Disk:
         """Make all clusters unallocated, durably, so that the base shows everywhere.
 
         The caller must ensure that no other request is running.  ``progress`` is called with
-        how much work is done and how much there is, in any unit.
+        the work done so far and all the work, as for `shrink`.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.

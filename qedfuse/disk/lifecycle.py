@@ -35,10 +35,12 @@ class Lifecycle:
         """Start the disk; close the disk cleanly at the end of the ``async with`` block.
 
         Raises:
-            CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the sector that would describe it is in use.
+            CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
+                a change of one would damage the other.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
+                where its descriptor must be.
             HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).  The files are closed nevertheless.
+                durable at the close (D7).  In both cases the files are closed.
         """
         succeeded = False
         try:
@@ -61,8 +63,10 @@ class Lifecycle:
         Also starts the background tasks of a writable disk; a read-only disk has none.
 
         Raises:
-            CorruptImageError: The image cannot be written to without damage.
-            UsageError: A free list is requested, but the sector that would describe it is in use.
+            CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
+                a change of one would damage the other.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
+                where its descriptor must be.
             HostError: The host refused.
         """
         components = self._components
@@ -90,8 +94,8 @@ class Lifecycle:
 
         Raises:
             HostError: The host refused, or something written before could not be made
-                durable (D7).  The files are closed nevertheless.  NEED_CHECK stays set, unless
-                the close had cleared it before the error.
+                durable (D7).  The files are closed in this case, too.  NEED_CHECK stays set,
+                unless the close had cleared it before the error.
         """
         if self._closed:
             return

@@ -79,7 +79,7 @@ class HostFile(Protocol):
                 running then.
 
         Raises:
-            OSError: There is no thread.  ``ended`` is not called.
+            OSError: No thread exists, and none could be created.  ``ended`` is not called.
         """
 
     def can_write_inline(self, length: int) -> bool:

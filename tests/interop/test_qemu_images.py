@@ -238,7 +238,7 @@ async def test_growing_what_qemu_made(tmp_path: Path) -> None:
     made.by_qemu(2, zeros=False)
     for size in ((1 << 20) + 2048, (3 << 20) + 1024, 6 << 20):
         async with open_disk(str(made.path), WRITABLE) as disk:
-            await disk.resize(size)
+            await disk.grow(size)
         made.model.extend(bytes(size - len(made.model)))
         await made.check()
     await made.by_qedfuse(4)
@@ -257,7 +257,7 @@ async def test_growing_alternately(tmp_path: Path) -> None:
             qemu.run("qemu-img", "resize", "-q", "-f", "qed", made.path, str(size))
         else:
             async with open_disk(str(made.path), WRITABLE) as disk:
-                await disk.resize(size)
+                await disk.grow(size)
         made.model.extend(bytes(size - len(made.model)))
         await made.by_qedfuse(2)
         made.by_qemu(2)

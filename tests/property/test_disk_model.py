@@ -313,7 +313,7 @@ class DiskMachine(RuleBasedStateMachine):
             fitting_size(size, self.geometry.cluster_size, self.geometry.table_size),
         )
         self.taken["growth"] += size > len(self.model)
-        self.loop.run(self.disk.resize, size)
+        self.loop.run(self.disk.grow, size)
         self.model.extend(bytes(size - len(self.model)))
         assert self.disk.size == size
 

@@ -242,7 +242,7 @@ class History:
         """Grow the disk to ``size`` bytes."""
         event = self._begin(self.resizes)
         event.size = size
-        await self.disk.resize(size)
+        await self.disk.grow(size)
         self._end(event)
 
     async def read(self, first: int, count: int) -> None:

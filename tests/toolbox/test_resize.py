@@ -245,7 +245,7 @@ async def test_clusters_are_used_again_after_shrinking() -> None:
     async with opened(file) as disk:
         await disk.shrink(0, force=True)
         await disk.flush()
-        await disk.resize(3 * TABLE_SPAN_BYTES)
+        await disk.grow(3 * TABLE_SPAN_BYTES)
         for number in range(0, 1500, 100):
             await disk.write(number * CLUSTER_BYTES, pattern(CLUSTER_BYTES, number + 1))
     assert len(file.content) <= len(image)

@@ -427,7 +427,7 @@ CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
     "write whole": lambda disk: disk.write(0, pattern(CLUSTER, 3)),
     "discard": lambda disk: disk.discard(CLUSTER, CLUSTER),
     "allocate": lambda disk: disk.allocate(0, CLUSTER),
-    "grow": lambda disk: disk.resize(SIZE + CLUSTER),
+    "grow": lambda disk: disk.grow(SIZE + CLUSTER),
     "shrink": lambda disk: disk.shrink(SIZE - CLUSTER, force=True),
 }
 """What changes the content of a disk."""

@@ -320,7 +320,7 @@ async def change(disk: Disk, rng: random.Random) -> None:
         case 1:
             await disk.flush()
         case 2:
-            await disk.resize(disk.size + rng.randrange(3) * CLUSTER)
+            await disk.grow(disk.size + rng.randrange(3) * CLUSTER)
         case 3:
             await disk.compact(within_bound=False)
         case _:

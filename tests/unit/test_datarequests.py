@@ -49,7 +49,7 @@ class Disk:
     Attributes:
         content: What `try_read` returns.
         tried: How often `try_read` was called.
-        tries_reads: Whether the image's file is read inline.
+        should_try_read: Whether the image's file is read inline.
         can_start: Whether `try_start_read` starts a read.
         refusal: What `try_start_read` raises after it has taken the answer.
         started: The functions that must be called at the end of the started reads.
@@ -59,7 +59,7 @@ class Disk:
         """Start reads, and refuse nothing."""
         self.content: memoryview | None = None
         self.tried = 0
-        self.tries_reads = True
+        self.should_try_read = True
         self.can_start = True
         self.refusal: Exception | None = None
         self.started: list[Callable[[int], object]] = []
@@ -158,7 +158,7 @@ async def test_a_read_of_a_file_that_is_not_read_inline_is_deferred_without_a_tr
     """After misses a read is deferred first; it is tried only if it cannot be deferred."""
     mount = Mount(nursery)
     mount.disk.content = memoryview(b"zeros")
-    mount.disk.tries_reads = False
+    mount.disk.should_try_read = False
     assert mount.requests.read(HANDLE, 0, 4) is None
     assert (len(mount.disk.started), mount.disk.tried) == (1, 0)
     mount.disk.can_start = False

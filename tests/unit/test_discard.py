@@ -292,7 +292,7 @@ async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
                 await held.reached.wait()
 
                 async def grow_and_write() -> None:
-                    await disk.resize(20 * CLUSTER)
+                    await disk.grow(20 * CLUSTER)
                     await disk.write(size, b"behind the old end")
                     await disk.flush()
 

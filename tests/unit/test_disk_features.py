@@ -43,7 +43,7 @@ async def test_every_writer_waits_for_the_autoclear_bits() -> None:
             nursery.start_soon(disk.write, 0, b"x")
             await held.reached.wait()
             nursery.start_soon(disk.write, CLUSTER, b"y")
-            nursery.start_soon(disk.resize, 2 * SIZE)
+            nursery.start_soon(disk.grow, 2 * SIZE)
             await wait_all_tasks_blocked()
             assert len(recording.changes) == 1, "only the header has been written"
     assert isinstance(recording.changes[1], Sync)
@@ -111,7 +111,7 @@ async def test_compat_bits_and_header_extras_are_kept() -> None:
     file = RecordingFile(image)
     async with opened(file, [b"base"]) as disk:
         await disk.write(CLUSTER, b"x")
-        await disk.resize(2 * SIZE)
+        await disk.grow(2 * SIZE)
     assert file.content[64 : CLUSTER * 2] == image[64 : CLUSTER * 2]
     header = header_of(file.content)
     assert replace(header, image_size=SIZE) == header_of(image)

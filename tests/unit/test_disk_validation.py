@@ -235,7 +235,7 @@ async def test_table_past_the_end_of_the_disk_is_protected_too() -> None:
         await disk.wait_scanned()
         with pytest.raises(CorruptImageError):
             await disk.write(0, (512).to_bytes(8, "little"))
-        await disk.resize(2 * SPAN)
+        await disk.grow(2 * SPAN)
         assert await disk.read(SPAN, CLUSTER) == bytes(CLUSTER)
 
 

@@ -108,6 +108,6 @@ async def test_hiding_a_longer_base() -> None:
     file = EagerFile(build_image(CLUSTER, backing=b"base"))
     async with opened(file, [build_image(size)]) as disk:
         await disk.wait_scanned()
-        most, calls = await longest(file, disk.resize(size))
+        most, calls = await longest(file, disk.grow(size))
     assert calls >= tables
     assert most <= 3 * MAX_STEPS  # as above

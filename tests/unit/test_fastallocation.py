@@ -207,7 +207,7 @@ async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
             assert short == 100 * 512, "a base that ends within a cluster is left to the slow path"
         else:
             await disk.write(at, b"end")
-        await disk.resize(SIZE)
+        await disk.grow(SIZE)
         got = bytes(await disk.read(96 * 512, 16 * CLUSTER))
     shown = BASE[96 * 512 : at] if short == 100 * 512 else BASE[96 * 512 : short + 7]
     start = shown.ljust(at - 96 * 512, b"\0") + b"end"

@@ -188,7 +188,7 @@ async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
         elif change == "discard":
             await disk.discard(0, CLUSTER)
         elif change == "resize":
-            await disk.resize(SIZE + CLUSTER)
+            await disk.grow(SIZE + CLUSTER)
         else:
             await disk.allocate(200 * CLUSTER, 5)
         first, second, third = file.changes[:3]
@@ -358,7 +358,7 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
         at += count
     clusters = FreeMap(chance.choice((1, 2, 8)), chance.randrange(20))
     trio.run(freelistreader.add_runs, clusters, np.array(runs, np.uint64))
-    one_by_one = FreeMap(clusters.table, -clusters.alignment % clusters.table)
+    one_by_one = FreeMap(clusters.table_clusters, -clusters.alignment % clusters.table_clusters)
     for run in runs:
         one_by_one.add(*run)
     assert list(clusters.runs()) == runs

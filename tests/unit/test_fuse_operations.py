@@ -488,7 +488,7 @@ async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
         async def allocate_slowly(start: int, length: int) -> None:
             """Let another request grow the disk during the first allocation."""
             if not calls:
-                await disk.resize(grown)
+                await disk.grow(grown)
             calls.append(start)
             await allocate(start, length)
 

@@ -19,7 +19,7 @@ CLUSTER = 4096
 SIZE = 64 * CLUSTER
 
 CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
-    "size": lambda disk: disk.resize(SIZE + CLUSTER),
+    "size": lambda disk: disk.grow(SIZE + CLUSTER),
     "smaller size": lambda disk: disk.shrink(SIZE - CLUSTER, force=True),
     "short name": lambda disk: disk.set_backing(b"another", raw=True),
     "long name": lambda disk: disk.set_backing(b"n" * 700, raw=False),

@@ -120,7 +120,7 @@ async def requests(disk: Disk, chance: random.Random) -> None:
             case 7:
                 await disk.allocate(number * CLUSTER, 5 * CLUSTER)
             case 8:
-                await disk.resize(disk.size + CLUSTER)
+                await disk.grow(disk.size + CLUSTER)
             case 9:
                 await disk.discard(disk.size - CLUSTER - 512, CLUSTER + 512)
             case 10:

@@ -41,7 +41,7 @@ async def test_overlay_shorter_than_its_base(old: int, new: int, base_size: int)
     file = MemoryFile(build_image(old, backing=b"base"))
     expected = base[:old].ljust(new, b"\0")
     async with opened(file, [base]) as disk:
-        await disk.resize(new)
+        await disk.grow(new)
         assert disk.size == new
         assert difference(await disk.read(0, 2 * new), expected) is None
     assert header_of(file.content).image_size == new
@@ -68,8 +68,8 @@ async def test_bytes_behind_the_end_in_the_last_cluster(entry: str, *, based: bo
     bases = [base] if based else []
     async with opened(file, bases) as disk:
         before = await disk.read(0, old)
-        await disk.resize(3 * CLUSTER + 512)
-        await disk.resize(4 * CLUSTER)
+        await disk.grow(3 * CLUSTER + 512)
+        await disk.grow(4 * CLUSTER)
         after = await disk.read(0, 4 * CLUSTER)
     assert after == bytes(before).ljust(4 * CLUSTER, b"\0")
     assert guest_bytes(file.content, bytes(base) if based else b"") == after
@@ -84,9 +84,9 @@ async def test_writes_while_growing() -> None:
     async with opened(file, [base]) as disk:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(disk.write, old - 100, b"w" * 100)
-            nursery.start_soon(disk.resize, new)
+            nursery.start_soon(disk.grow, new)
             nursery.start_soon(disk.write, 0, b"w" * 100)
-            nursery.start_soon(disk.resize, new)
+            nursery.start_soon(disk.grow, new)
         await disk.write(new - 10, b"end")
     expected = bytearray(base[:old].ljust(new, b"\0"))
     expected[old - 100 : old] = expected[:100] = b"w" * 100
@@ -107,8 +107,8 @@ async def test_sizes_that_are_refused(size: int, words: str) -> None:
     file = RecordingFile(build_image(2 * CLUSTER))
     async with opened(file) as disk:
         with pytest.raises(UsageError, match=words):
-            await disk.resize(size)
-        await disk.resize(2 * CLUSTER)
+            await disk.grow(size)
+        await disk.grow(2 * CLUSTER)
     assert file.changes == []
 
 
@@ -118,7 +118,7 @@ async def test_largest_size(cluster_size: int, table_size: int) -> None:
     most = Geometry(cluster_size, table_size).max_image_size
     file = MemoryFile(build_image(512, cluster_size=cluster_size, table_size=table_size))
     async with opened(file) as disk:
-        await disk.resize(most)
+        await disk.grow(most)
         assert await disk.write(most - 5, b"at the end") == 5
         assert await disk.read(most - 10, 100) == bytes(5) + b"at th"
     assert inspect_image(file.content).errors == ()
@@ -134,14 +134,14 @@ async def test_data_past_the_end_refuses_to_grow() -> None:
             with pytest.raises(
                 CorruptImageError, match=rf"in use for guest offset {number * 4096},"
             ):
-                await disk.resize(2 * SPAN)
+                await disk.grow(2 * SPAN)
             assert disk.size == CLUSTER
             await disk.write(0, b"b")
     image = build_image(CLUSTER, {0: b"a"})
     put_entry(image, l2_entry_offset(image, 5), 1 << 50)
     async with opened(MemoryFile(image)) as disk:
         with pytest.raises(CorruptImageError, match="repaired"):
-            await disk.resize(SPAN)
+            await disk.grow(SPAN)
 
 
 @pytest.mark.parametrize(("action", "calls"), [("write", 6), ("truncate", 1), ("read", 3)])
@@ -155,11 +155,11 @@ async def test_failed_growing_can_be_tried_again(action: Action, calls: int) -> 
         async with opened(file, [base]) as disk:
             file.fail(action, nth, may_miss=True)
             try:
-                await disk.resize(new)
+                await disk.grow(new)
             except HostError:
                 assert await disk.read(0, old) == base[:old]
             file.heal()
-            await disk.resize(new)
+            await disk.grow(new)
             assert difference(await disk.read(0, new), base[:old].ljust(new, b"\0")) is None
         assert difference(guest_bytes(inner.content, base), base[:old].ljust(new, b"\0")) is None
         assert inspect_image(inner.content).errors == ()
@@ -173,7 +173,7 @@ async def test_new_size_is_durable_last() -> None:
     base = b"B" * (4 * CLUSTER)
     file = RecordingFile(build_image(CLUSTER, backing=b"base"))
     async with opened(file, [base]) as disk:
-        await disk.resize(3 * CLUSTER)
+        await disk.grow(3 * CLUSTER)
     sizes = set()
     for _, content in file.prefixes():
         size = header_of(content).image_size
@@ -188,7 +188,7 @@ async def test_tables_past_the_end_of_a_shorter_disk_stay_in_use() -> None:
     image = build_image(CLUSTER, {0: b"a", 512: ZERO}, backing=b"base")
     file = MemoryFile(image)
     async with opened(file, [base]) as disk:
-        await disk.resize(2 * SPAN)
+        await disk.grow(2 * SPAN)
         assert difference(await disk.read(0, 2 * SPAN), b"a".ljust(2 * SPAN, b"\0")) is None
     header = header_of(file.content)
     place = header.l1_table_offset + 8

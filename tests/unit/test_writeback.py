@@ -191,7 +191,7 @@ async def test_failed_datasync_ends_writing(nth: int) -> None:
             with pytest.raises(ReadOnlyError, match="read-only: image: datasync: Input/output"):
                 await disk.write(0, b"more")
             with pytest.raises(ReadOnlyError):
-                await disk.resize(2 * SIZE)
+                await disk.grow(2 * SIZE)
             assert (await disk.read(0, 4)) == b"data", "reading goes on"
             before = len(recording.changes)
     assert recording.changes[before:] == []

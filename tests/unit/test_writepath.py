@@ -144,7 +144,7 @@ async def test_disk_of_size_zero() -> None:
         assert await disk.extents(0, 100) == []
         with pytest.raises(NoSpaceError):
             await disk.write(0, b"x")
-        await disk.resize(CLUSTER)
+        await disk.grow(CLUSTER)
         assert await disk.write(10, b"x") == 1
     assert guest_bytes(file.content) == bytes(10) + b"x" + bytes(CLUSTER - 11)
 
@@ -158,7 +158,7 @@ async def test_read_only_disk_is_never_written() -> None:
         with pytest.raises(ReadOnlyError, match="image: read-only: opened read-only"):
             await disk.write(0, b"x")
         with pytest.raises(ReadOnlyError):
-            await disk.resize(8 * CLUSTER)
+            await disk.grow(8 * CLUSTER)
         await disk.flush()
     assert file.changes == []
 

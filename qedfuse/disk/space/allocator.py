@@ -2,11 +2,14 @@
 
 Free clusters are handed out before the file grows, but data must leave some of them for tables.
 The file never needs to be longer than its *bound*: header, L1 table, an L2 table for each part of
-the disk, and one cluster for each cluster of the disk.  Counting alone does not keep the file
-within its bound, because a table needs neighbouring clusters: a guest could leave only single
-free clusters, make a table at the end, lose that table in a crash, fill the clusters of the lost
-table with data, and begin again.  Therefore data must leave enough *table slots* (runs of free
-clusters as long as a table: `FreeMap`) for all tables, which means (proof in docs/space.md):
+the disk, and one cluster for each cluster of the disk.
+
+It is not enough that data leaves as many free clusters as the missing tables need, because a table
+needs neighbouring clusters.  A guest could leave only single free clusters, so that a new table
+goes to the end of the file.  If a crash loses the table, and the guest fills the clusters of the
+lost table with data, the next table goes to the end again, and so on.  Therefore data must leave
+enough *table slots* (runs of free clusters as long as a table: `FreeMap`) for all missing tables
+(proof in docs/space.md):
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -62,8 +65,9 @@ class Allocator:
 
     Attributes:
         cluster_bits: Shift between clusters and bytes.
-        anchor: The first cluster past the L1 table, where the first of several adjacent tables
-            can begin.
+        anchor: The first cluster past the L1 table.  Compaction packs the L2 tables from here
+            on.  `FreeMap` places the borders of its blocks so that none of the packed tables
+            crosses a border.
         bound: File offset that `end` does not exceed, with four exceptions.  The image had more
             clusters in use at opening than its disk can need.  Another program has scattered
             the image's free clusters.  The scan has failed or found damage, so that clusters
@@ -74,9 +78,9 @@ class Allocator:
         unpunched: Free clusters that may take up space on the host, because they were in
             use in this session, or were skipped when `end` rose.  `Reclaim` punches them
             without asking the host.
-        maybe_holes: Free clusters that the scan found and that do not count as holes of the
-            host's file.  Many are holes nevertheless, so `Reclaim` asks the host before it
-            punches them.
+        maybe_holes: Free clusters that the scan found, except those that it assumes to be
+            holes of the host's file (`adopt_block`, `finish_scan`).  Many of the others are
+            holes, too, so `Reclaim` asks the host before it punches them.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         scan_complete: Whether the scan has ended with a result.  Until then few free
             clusters are known, or none.
@@ -130,7 +134,7 @@ class Allocator:
         end, bound = self.end >> self._bits, self.bound >> self._bits
         spare = self._spare_slots(end)
         # Taking a run of ``clusters`` clusters costs at most this many slots.
-        worst = clusters // self.free.table + clusters // BLOCK_CLUSTERS + 2
+        worst = clusters // self.free.table_clusters + clusters // BLOCK_CLUSTERS + 2
         limit = clusters if spare >= worst else 1
         if self.free.count:
             if spare > 0:
@@ -141,11 +145,11 @@ class Allocator:
         # Past `end`, a slot begins only at a cluster n for which n + alignment is a multiple of
         # the length of a table (`_slots_past`).  So a new cluster below the next such n costs no
         # slot.
-        if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table):
+        if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too
-        # few for a table.
-        top = max(end, bound - (bound + self.free.alignment) % self.free.table)
+        # few for a table.  The skipped clusters below become free, and stay reserved for tables.
+        top = max(end, bound - (bound + self.free.alignment) % self.free.table_clusters)
         if top < bound:
             self._skip_to(top)
             return top, 1
@@ -154,8 +158,9 @@ class Allocator:
     def choose_any(self) -> tuple[int, int]:
         """Choose one cluster for data after `choose` has found none.
 
-        The cluster is free, or, if none is free, at the end of the file, even past the bound.
-        This is necessary only in the exceptional cases that the attribute `bound` lists.
+        The cluster is free or, if no cluster is free, at the end of the file, even past the
+        bound.  A cluster past the bound is necessary only in the exceptional cases that the
+        attribute `bound` lists.
 
         Returns:
             The number of the cluster, and 1.
@@ -171,7 +176,7 @@ class Allocator:
         found = self.free.take_slot()
         if found is not None:
             return found
-        end, table = self.end >> self._bits, self.free.table
+        end, table = self.end >> self._bits, self.free.table_clusters
         # Do not place a table across the border of two blocks: if a crash lost that table,
         # its clusters would not count as a slot.
         if (end + self.free.alignment) % BLOCK_CLUSTERS > BLOCK_CLUSTERS - table:
@@ -197,18 +202,18 @@ class Allocator:
 
     def _slots_past(self, end: int) -> int:
         """Count the slots between the cluster ``end`` and the bound."""
-        table, alignment = self.free.table, self.free.alignment
+        table, alignment = self.free.table_clusters, self.free.alignment
         first = -(-(end + alignment) // table)
         return max(0, ((self.bound >> self._bits) + alignment) // table - first)
 
-    def describe(self, first: int, count: int) -> Run:
-        """Return a `Run` for clusters that were chosen and not handed out yet."""
+    def make_run(self, first: int, count: int) -> Run:
+        """Make the `Run` of clusters that were chosen and not handed out yet."""
         offset = first << self._bits
         never_written = offset >= max(self.end, self._written_end)
         return Run(offset, count << self._bits, never_written=never_written)
 
     def hand_out(self, run: Run) -> None:
-        """Put a chosen run into use; the caller must not have awaited since `describe`."""
+        """Put a chosen run into use; the caller must not have awaited since `make_run`."""
         self.end = max(self.end, run.end)
         self.claim(run.offset >> self._bits, run.length >> self._bits)
 
@@ -243,10 +248,10 @@ class Allocator:
         self._record_change(first, count)
 
     def free_block(self, block: int, bits: int) -> None:
-        """Free the clusters of a block of the map for which a bit is set in ``bits``.
+        """Free clusters that have left the quarantine: those of a block with a bit in ``bits``.
 
-        Neither an entry nor a request may refer to them.  The scan must have ended, because
-        this method does not record the change in `Marking`.
+        Neither an entry nor a request may refer to the clusters.  The scan must have ended,
+        because this method does not record the change in `Marking`.
         """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
@@ -273,7 +278,7 @@ class Allocator:
     # The free tail of the file
 
     def note_tail_handled(self) -> None:
-        """Note that the free tail need not be cut off: it is being cut off now, or may stay."""
+        """Note that no free tail waits: it is being cut off now, or the file has none."""
         self.tail_is_free = False
 
     def note_tail_remains(self) -> None:
@@ -287,10 +292,10 @@ class Allocator:
     # Results of the scan
 
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
-        """Free the clusters of a block of the map for which a bit is set in ``bits``.
+        """Free clusters that the scan found: those of a block with a bit set in ``bits``.
 
-        The scan found that no entry refers to them.  Clusters whose bits are set in
-        ``holes`` count as holes of the host's file, so `Reclaim` does not punch them.
+        No entry may refer to the clusters.  `Reclaim` does not punch the clusters with a bit
+        set in ``holes``, because the scan assumes that they are holes of the host's file.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)
@@ -298,7 +303,8 @@ class Allocator:
     def finish_scan(self, *, all_holes: bool = False) -> None:
         """Note that the scan has ended, and so has added all free clusters that it found.
 
-        With ``all_holes`` all these clusters count as holes of the host's file.
+        If ``all_holes`` is True, the scan assumes that all of them are holes of the host's
+        file, so `Reclaim` does not punch them.
         """
         if all_holes:
             self.maybe_holes = self.free.empty_like()

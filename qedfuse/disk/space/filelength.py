@@ -1,9 +1,12 @@
-"""The length of an image's file: grown in steps ahead of the data, and cut by a flush.
+"""The length of an image's file: grown ahead of the data, and cut when its end is free.
 
-A write into a new cluster never extends the file; `FileLength` has extended it before, by more than
-was needed, so that few allocations need a system call.  Growing uses ftruncate(2), which would
-shorten a file that another task has already grown further.  While a disk is open, only this module
-changes the length of its file, so only this module has to prevent that.
+A write into a new cluster never extends the file, because `FileLength` has extended the file
+before.  `FileLength` grows the file by more than is needed, so that few allocations need a system
+call.
+
+Growing uses ftruncate(2), which would shorten a file that another task has already grown further.
+Only this module changes the length of the file of an open disk, and `FileLength.lock` keeps tasks
+from changing it concurrently.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class FileLength:
         has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No valid
             entry refers to these bytes, but a new cluster at `end` would show them.
         lock: Held while a task waits for a change of the length.  `try_grow` does not take the
-            lock: it refuses while the lock is held, and does not await.
+            lock, because it does not await; it returns False while the lock is held.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, allocator: Allocator) -> None:
@@ -103,26 +106,23 @@ class FileLength:
     async def truncate_tail(self) -> bool:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
-        Returns False if there is no such part, or if it is only an odd tail that may stay.
-        Unless the host refuses, `Allocator.tail_is_free` is False afterwards.
+        Returns False if no whole cluster is past the allocator's end.  An odd tail alone is not
+        cut off here: `grow` cuts it off when the file must grow.  Unless the host refuses,
+        `Allocator.tail_is_free` is False afterwards.
 
         The file reads as zeros where it grows again later.  No datasync is needed after the
-        cut.  A crash may lose the cut, and then clusters past the allocator's end keep their
-        old bytes.  But no entry in the file refers to such a cluster, because the entry would
-        become durable only after a datasync, which makes the cut durable, too.
+        cut.  If a crash loses the cut, clusters past the allocator's end keep their old bytes.
+        But no entry in the file refers to such a cluster: a datasync precedes the write of the
+        entry, and makes the cut durable, too.
 
         Raises:
             HostError: The host refused; the length is unchanged, and a later call tries again.
         """
         allocator = self._allocator
         async with self.lock:
-            # Do not cut a file with an odd tail unless clusters at its end were freed: a disk
-            # that frees no clusters leaves the tail to `grow`.
-            has_tail = self.end > allocator.end
-            if not has_tail or (self.has_odd_tail and not allocator.tail_is_free):
-                allocator.note_tail_handled()
-                return False
             allocator.note_tail_handled()
+            if self.end <= allocator.end:
+                return False
             # Lower `end` before the cut.  So a task that allocates during the cut finds the
             # file too short, and waits for the lock to grow the file again.
             before, self.end = self.end, allocator.end

@@ -35,26 +35,29 @@ class FreeMap:
     Attributes:
         count: How many clusters are free.
         slots: How many tables fit into the free runs; 0 if slots are not counted.
-        table: Number of clusters in a table, a power of two up to 16.
+        table_clusters: Number of clusters in a table, a power of two up to 16.
         alignment: A block begins at each cluster n for which n + alignment is a multiple of
-            `BLOCK_CLUSTERS`.  The constructor chooses the alignment so that, if adjacent tables
-            begin at ``anchor``, a table begins at each border of a block.
+            `BLOCK_CLUSTERS`.  The alignment is less than `table_clusters`.
     """
 
-    def __init__(self, table: int = 1, anchor: int = 0, *, counts_slots: bool = True) -> None:
+    def __init__(
+        self, table_clusters: int = 1, anchor: int = 0, *, counts_slots: bool = True
+    ) -> None:
         """Make a map without a free cluster.
 
         Args:
-            table: Number of clusters in a table.
-            anchor: The cluster at which the first of several adjacent tables can begin.
+            table_clusters: Number of clusters in a table.
+            anchor: A cluster.  The distance from it to each border of a block is a multiple of
+                ``table_clusters``, so no border cuts a table of a row of adjacent tables that
+                begins at the anchor.
             counts_slots: Whether to maintain `slots`.  If the free clusters are scattered,
                 counting slots is most of the work of a change.
         """
-        self.table = table
+        self.table_clusters = table_clusters
         self.count = 0
         self.slots = 0
         self._counts_slots = counts_slots
-        self.alignment = -anchor % table
+        self.alignment = -anchor % table_clusters
         self._blocks: dict[int, int] = {}
         # A heap of block numbers, the lowest on top, without duplicates.  It has every block
         # with a free cluster, and perhaps blocks that have none any more.
@@ -64,7 +67,7 @@ class FreeMap:
     def empty_like(self) -> FreeMap:
         """Return an empty map that has the same block borders and does not count slots."""
         # An anchor of -alignment results in the same alignment.
-        return FreeMap(self.table, -self.alignment, counts_slots=False)
+        return FreeMap(self.table_clusters, -self.alignment, counts_slots=False)
 
     def _set_bits(self, block: int, old: int, new: int) -> None:
         """Replace the bits ``old`` of a block by ``new``, and update the counters."""
@@ -90,23 +93,23 @@ class FreeMap:
         low -= _ones_below(bits, low)
         high += _lowest_bit(~(bits >> high))
         bits = bits >> low & ((1 << (high - low)) - 1)
-        if self.table == 1:
+        if self.table_clusters == 1:
             return bits.bit_count()
         # Keep only the bits of clusters at which a table could begin.  A run of n such bits
-        # stands for a run of n + table - 1 free clusters.
+        # stands for a run of n + table_clusters - 1 free clusters.
         bits = self._slot_starts(bits)
         found = 0
         while bits:
             bits >>= _lowest_bit(bits)
             starts = _lowest_bit(~bits)
-            found += (starts + self.table - 1) // self.table
+            found += (starts + self.table_clusters - 1) // self.table_clusters
             bits >>= starts
         return found
 
     def _slot_starts(self, bits: int) -> int:
         """Return the bits of those clusters of a block at which a table could begin."""
         step = 1
-        while step < self.table:
+        while step < self.table_clusters:
             bits &= bits >> step
             step *= 2
         return bits
@@ -208,7 +211,7 @@ class FreeMap:
     def take_outside_slots(self) -> int | None:
         """Remove the lowest free cluster whose removal costs no slot; return it, or None."""
         for first, count in self._block_runs():
-            if count % self.table:
+            if count % self.table_clusters:
                 self.remove(first, 1)
                 return first
         return None
@@ -226,7 +229,7 @@ class FreeMap:
         """Remove the lowest table slot from the map; return its first cluster, or None."""
         first = self.find_slot()
         if first is not None:
-            self.remove(first, self.table)
+            self.remove(first, self.table_clusters)
         return first
 
     def find_run(self, count: int) -> int | None:

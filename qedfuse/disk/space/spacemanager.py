@@ -46,7 +46,7 @@ class SpaceManager:
         # every write into new clusters.
         self._should_reclaim = source.should_reclaim
         self._choose = allocator.choose
-        self._describe = allocator.describe
+        self._make_run = allocator.make_run
         self._hand_out = allocator.hand_out
         self._try_grow = length.try_grow
         self.release = allocator.release
@@ -64,7 +64,7 @@ class SpaceManager:
         if found is None:
             return None
         first, count = found
-        run = self._describe(first, count)
+        run = self._make_run(first, count)
         if count < clusters or not self._try_grow(run.end):
             self._allocator.put_back(first, count)
             return None
@@ -104,7 +104,7 @@ class SpaceManager:
             found = self._allocator.choose_table()
         if found is None:
             return await self.allocate_table_at_end()
-        return await self._hand_out_and_grow(found, self._free.table)
+        return await self._hand_out_and_grow(found, self._free.table_clusters)
 
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
@@ -117,7 +117,7 @@ class SpaceManager:
             HostError: The host refused to grow the file.
         """
         return await self._hand_out_and_grow(
-            self._allocator.end >> self._allocator.cluster_bits, self._free.table
+            self._allocator.end >> self._allocator.cluster_bits, self._free.table_clusters
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
@@ -153,7 +153,7 @@ class SpaceManager:
             NoSpaceError: The file would be longer than `MAX_OFFSET`, or the host is full.
             HostError: The host refused to grow the file.
         """
-        run = self._describe(first, count)
+        run = self._make_run(first, count)
         if run.end > MAX_OFFSET:
             msg = f"{self._file.name}: file size: found {run.end}, expected at most {MAX_OFFSET}"
             raise NoSpaceError(msg)

@@ -72,7 +72,7 @@ class DataRequests:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
                 return None
-        is_tried = exported.disk.tries_reads  # False after several misses in the page cache
+        is_tried = exported.disk.should_try_read  # False after several misses in the page cache
         if not is_tried and self._defer(exported.disk, handle, offset, size):
             return None
         content = exported.disk.try_read(offset, size)

@@ -112,7 +112,7 @@ class Truncation:
         if size > exported.disk.header.geometry.max_image_size:
             raise FUSEError(errno.EFBIG)
         if size > exported.disk.size:
-            await exported.disk.resize(size)
+            await exported.disk.grow(size)
 
     async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
         """Zero a disk from guest offset ``start`` to its end; keep its size.

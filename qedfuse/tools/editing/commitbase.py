@@ -97,7 +97,7 @@ class _QedBase:
         return self._disk.statistics().free_clusters or 0
 
     async def grow(self, size: int) -> None:
-        await self._disk.resize(size)
+        await self._disk.grow(size)
 
     async def write(self, start: int, data: Buffer) -> None:
         await self._disk.write(start, data)

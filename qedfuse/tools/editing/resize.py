@@ -82,7 +82,7 @@ async def resize(
                 raise UsageError(msg)
             await disk.shrink(target, force=force, progress=progress)
         elif target > before:
-            await disk.resize(target, force=force)
+            await disk.grow(target, force=force)
         await disk.flush()
         await disk.autocompact()
         statistics = disk.statistics()
