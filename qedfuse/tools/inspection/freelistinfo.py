@@ -19,13 +19,14 @@ class FreeListInfo:
     Attributes:
         present: Whether the feature bit of the list is set; QEMU refuses an image with this
             bit.
-        valid: Whether there is a list and the list is valid.
+        valid: Whether there is a list, it could be read, and it is valid.
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
         bytes: Total length in bytes of the free clusters in the list.
-        list_clusters: Number of the free clusters in the list that store the list itself.
-        problem: Why the list is invalid, in one line; empty if the list is valid or there is
-            no list.
+        list_clusters: Number of clusters that store the list itself.  They are free as well, so
+            they are in the list and in ``clusters``.
+        problem: Why the list is invalid or could not be read, in one line; empty if the list is
+            valid or there is no list.
     """
 
     present: bool
@@ -53,6 +54,7 @@ async def describe_free_list(path: str, *, lock: LockMode | None = LockMode.READ
         header = await read_header(file)
         if not header.free_list:
             return FreeListInfo(present=False)
+        # The layer is only used to find the L2 tables.  So its cache needs no memory.
         layer = QedLayer(file, header, make_store(0))
         await layer.scan_l1()
         try:

@@ -62,7 +62,7 @@ class QedInfo:
 
     @property
     def mountable(self) -> bool:
-        """Whether nothing in the file itself prevents a mount, at least a read-only one."""
+        """Whether no problem was found due to which even a read-only mount refuses the image."""
         return not any(problem.fatal for problem in self.problems)
 
     @property
@@ -112,8 +112,8 @@ class ImageInfo:
     Attributes:
         path: Path by which the file was opened.
         format: ``qed`` or ``raw``.
-        virtual_size: Size of the disk; None if a QED file ends before this header field.  For a
-            raw file, its length rounded up to whole sectors.
+        virtual_size: Size of the disk; None if a QED file ends before the header field
+            ``image_size``.  For a raw file, the length of the file, rounded up to whole sectors.
         file_size: Length of the file.
         disk_usage: Space that the file uses on the host.
         qed: The description of a QED image; None for a raw file.
@@ -193,8 +193,9 @@ def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> Im
 def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | str | None:
     """Read and resolve the name of the backing file.
 
-    Returns the reason in words if the host cannot read the name.  Returns None if the image
-    names no backing file, or if the geometry or the offset or length of the name is invalid.
+    If the host cannot read the name, the result is a text that says why.  The result is None if
+    the image names no backing file, or if the header does not say where the name is: the file ends
+    within the header, or the geometry is invalid, or the offset or length of the name is invalid.
     """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}

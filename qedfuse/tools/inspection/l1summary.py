@@ -32,7 +32,7 @@ class L1Summary:
             rule of `qedfuse.ondisk.entrylimits.overlaps`.
         complete: Whether the L1 table was read up to its end, or up to the end of the file if
             the file ends earlier.
-        failure: Why the host could not read the L1 table further; empty if it could.
+        failure: Why the host could not read a part of the L1 table; empty if no read failed.
     """
 
     used: int = 0
@@ -46,8 +46,8 @@ def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
 
     If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
-    empty and not complete.  If the host fails to read a part of the table, the summary has the
-    entries before that part, and is not complete.
+    empty and not complete.  If the host cannot read a part of the table, only the entries
+    before that part are counted, and the summary is not complete.
 
     Args:
         fd: Descriptor of the image.

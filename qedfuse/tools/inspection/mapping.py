@@ -34,7 +34,8 @@ class MapEntry:
             stores the range, the depth of the last layer that was searched for the range.
         present: Whether a layer stores the range, or has an invalid entry for it.  If not,
             the range reads as zeros.
-        zero: Whether the range is known to be zeros without reading the file.
+        zero: Whether the tables, or the holes of a raw file, show that the range is all zeros.
+            False for a range of data, even if all bytes of the data are zeros.
         data: Whether the file of a layer holds data for the range; False if ``bad`` is set.
         offset: File offset in bytes where the data, or the hole of a raw file, begins in the
             layer's file; None for all other ranges.

@@ -69,7 +69,7 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
         msg = (
             f"{name}: L1 table: found {summary.invalid} entries that point to no table, expected "
             f"offsets of whole tables inside the file of {file_size} bytes, past the header and "
-            "the L1 table"
+            "outside the L1 table"
         )
         yield Problem("l1-wild", msg, fatal=False)
     if summary.overlapping:
@@ -89,8 +89,9 @@ def backing_problems(
 
     Args:
         raw: The header.
-        backing: The backing file, or a text why the host could not read its name; None if the
-            image has no backing file, or if the header does not say where the name is.
+        backing: The backing file, or a text that says why the host could not read its name.
+            None if the image names no backing file, or if the header does not say where the
+            name is.
         name: Name of the image in messages.
     """
     if backing is None:

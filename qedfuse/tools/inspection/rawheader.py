@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Maximum number of errors that are reported; higher than the number of fields in a header."""
+"""Maximum number of errors that are reported.
+
+It is higher than the number of fields in a header, so it only ensures that the search ends.
+"""
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)
 """The fields with the sizes of clusters and tables.
@@ -61,8 +64,8 @@ class RawHeader:
         fields: The fields that lie wholly in the file, in order.
         problems: An error for each invalid field, with a message of one line; empty if the
             header is valid.  If the geometry is invalid, other errors may be missing.
-        header: The fields as a header, even if some are invalid; None if the tables cannot
-            be found, because the file is too short or the geometry is invalid.
+        header: The fields as a header, even if some are invalid; None if the file ends
+            within the header, or the geometry is invalid.  Then the tables cannot be found.
         values: The values of ``fields`` by name.
     """
 
@@ -170,5 +173,5 @@ def _make_valid(fields: Any, name: str) -> None:  # noqa: ANN401  construct's ow
         fields.header_size = fields.l1_table_offset // cluster_size
     elif name == "image_size":
         fields.image_size = 0
-    else:
+    else:  # the offset or length of the backing file's name; without a name both are valid
         fields.backing_filename_size = 0

@@ -90,9 +90,9 @@ class Backup:
             self._saved_ranges += 1
 
     def finish(self, before: int, after: int) -> None:
-        """Complete the backup and make the backup durable; do nothing if no range was saved.
+        """Complete the backup and make it durable.
 
-        If no range was saved, there is no file, and `complete` stays False.
+        If no range was saved, nothing is done: there is no file, and `complete` stays False.
 
         Args:
             before: Length of the image before the repair, in bytes.

@@ -28,13 +28,14 @@ class CheckResult:
         plan: The changes of tables that a repair has made, or would make if ``dry``; empty if
             no tables are repaired.
         backup: Path of the backup that the repair has made; None if no backup was made.
-        dry: Whether the plan was only made, and nothing was changed.
-        needs_force: Whether `repair` would refuse this plan without ``force``; set only if
-            ``dry``.
+        dry: Whether the repair was only planned, and nothing was changed; False for a check
+            without a plan.
+        needs_force: Whether `qedfuse.tools.repair.imagecheck.repair` would refuse the planned
+            repair without ``force``; always False unless ``dry``.
         leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
             this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
-            clusters for this reason; then also True if no cluster is leaked now but the repair
-            of errors may leak some.
+            clusters for this reason.  It may leak clusters itself, so the value is also True
+            if there are errors to repair and no cluster is leaked yet.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 

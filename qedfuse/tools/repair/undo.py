@@ -48,9 +48,9 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
         UsageError: The file is no backup, or is damaged or incomplete.  Nothing was written.
-        ImageError: The backup is not a regular file, or a header in it is invalid.  Nothing was
-            written.
-        HostError: The host refused.
+        ImageError: The backup is not a regular file, or the header saved in it is invalid.
+            Nothing was written.
+        HostError: The host refused.  The undo can be run again.
     """
     backup = _BackupReader(backup_path)
     try:
@@ -62,8 +62,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Because of the order of the writes, the undo can be run again after a crash, and until then
-    no entry points to a copy that the repair has made for another entry.
+    Because of the order of the writes, the undo can be run again after a crash.  Also after a
+    crash, no read through an entry returns a cluster that the repair has copied for another entry.
     """
     count = 0
     for saved in backup.ranges():
@@ -99,7 +99,10 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
 
 
 async def _verify(file: HostFile, saved: SavedRange) -> None:
-    """Refuse a range if an entry has neither its value before the repair nor its value after it.
+    """Refuse a range if an entry in it has neither its old nor its new value.
+
+    The old value is the one before the repair, and the new value the one after the repair.
+    The descriptor of a free list is compared in pieces that are as long as an entry.
 
     `_POISON_BYTES`, which an interrupted repair can leave in an L1 entry, is accepted as well.
     Of the header (the range at offset 0), only the fields that a repair does not change are
@@ -123,7 +126,7 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
 
 
 def _unchanged_header(raw: bytes, name: str) -> Header:
-    """Parse a header, and set the fields that a repair changes to 0."""
+    """Parse a header; return it with 0 in each field that a repair changes."""
     return replace(parse_header(raw, name), features=0, autoclear_features=0)
 
 

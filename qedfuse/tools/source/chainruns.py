@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ChainRuns:
-    """Adjacent runs of a chain, as arrays of one length; never empty.
+    """Adjacent runs of a chain, as arrays of equal length; never empty.
 
     Attributes:
         starts: Guest offset of each run in bytes.
@@ -175,8 +175,8 @@ def _overlaid(
             ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
             the lower layer or a layer above it ends earlier.
         depth: Depth of the lower layer.
-        below_is_partial: Whether ``below`` ends even earlier than stated above, because one
-            call returns a limited number of runs.  The result then ends where ``below`` ends.
+        below_is_partial: Whether ``below`` ends even earlier, because one call returns a limited
+            number of runs.  The result then ends where ``below`` ends.
 
     Returns:
         The combined runs, and the depth of the layer that stores each run.
@@ -226,7 +226,8 @@ def _joined(runs: ChainRuns) -> ChainRuns:
 
     Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs are
     joined only if they belong to the same invalid entry, so that each run describes one entry.
-    The range of an entry is split where a run of a lower layer, or a batch, ends within it.
+    Adjacent runs can belong to one entry, because `_overlaid` splits a run where a run of the
+    lower layer begins or ends, and a call of `ChainRunReader.read` can end within a run.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)

@@ -20,7 +20,7 @@ _BATCH_BYTES: Final = 1 << 28
 """A batch is complete when it covers at least this many bytes of the disk."""
 
 _BATCH_EXTENTS: Final = 1 << 14
-"""A batch is also complete when it has at least this many extents, if it covers a whole block."""
+"""A batch is also complete when it has at least this many extents and covers at least one block."""
 
 
 class ExtentBatch(NamedTuple):

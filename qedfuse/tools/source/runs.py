@@ -115,8 +115,8 @@ class QedRunReader:
 
         If the entries begin with a hole of the file that is at least `_MAX_TABLE_READ_BYTES`
         long, or covers all entries of the range, nothing is read.  The entries in the hole are
-        0, so they become an `UNALLOCATED` run.  Entries past the end of the file, which another
-        program may cut meanwhile, count as 0, too.
+        0, so they become an `UNALLOCATED` run.  Another program may cut the file meanwhile.
+        Entries past the end of the file count as 0, too.
 
         Args:
             table_offset: File offset of the table.
@@ -153,8 +153,8 @@ class QedRunReader:
             end: Guest offset where the runs end.
         """
         size = self._geometry.cluster_size
-        # The kind is the value for the entries 0 (`UNALLOCATED`) and 1 (`ZEROS`), and `DATA`
-        # (2) for all higher values, which are offsets.
+        # The entries 0 and 1 have the values of their kinds, `UNALLOCATED` and `ZEROS`.  All
+        # higher entries are offsets, and their kind is `DATA` (2).
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
@@ -180,7 +180,7 @@ class RawRunReader:
     """Reads the runs of a raw file: data and holes.
 
     Attributes:
-        size: Bytes of the disk, whole sectors.
+        size: Bytes of the disk, a multiple of the sector size.
         name: Name of the file in messages.
     """
 

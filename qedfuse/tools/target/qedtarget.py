@@ -82,10 +82,10 @@ class NewQedTarget(ParallelTarget):
         self._header = header
         self._backing = backing
         # Each chunk must lie within the range of one slice of an L2 table, because
-        # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster does.  A
-        # longer chunk crosses no multiple of `max_chunk_bytes`.  Both `max_chunk_bytes` and the
-        # range of a slice are powers of two, and `max_chunk_bytes` is not the larger one.  So such
-        # a chunk crosses no end of a slice either.
+        # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster has only
+        # one entry.  A longer chunk crosses no multiple of `max_chunk_bytes`.  Both
+        # `max_chunk_bytes` and the range of a slice are powers of two, and `max_chunk_bytes` is
+        # not the larger one.  So a longer chunk crosses no end of a slice either.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -96,24 +96,24 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign offsets at the end of the file to the clusters of a chunk; return the writes.
 
-        The entries are set in the table slices in memory.  If the chunk needs another slice than
-        the chunks before it, the previous slices are complete, and their writes come first.  Then
-        comes the write of the data, if the chunk has any.
+        The entries are set in the table slices in memory.  If the chunk needs another slice of a
+        table than the chunks before it, the previous slice is complete, and its write comes first.
+        Then comes the write of the data, if the chunk has any.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
             return []
         writes = self._select_slices(start)
-        first = (start >> self._geometry.cluster_bits) % self._slice_length
-        entries = self._l2.entries[first : first + len(data)]
+        first_entry = (start >> self._geometry.cluster_bits) % self._slice_length
+        entries = self._l2.entries[first_entry : first_entry + len(data)]
         count = int(data.sum())
         offset, size = self.end, np.uint64(self.block_size)
         entries[data] = np.uint64(offset) + np.arange(count, dtype=np.uint64) * size
         entries[zeros] = ZERO
         self.end += count * self.block_size
         buffers = [
-            view[one * self.block_size : other * self.block_size]
-            for one, other in mask_ranges(data)
+            view[first * self.block_size : last * self.block_size]
+            for first, last in mask_ranges(data)
         ]
         return [*writes, Write(offset, buffers)] if buffers else writes
 
@@ -190,7 +190,7 @@ class ExistingQedTarget(SequentialTarget):
         self._written_end = 0  # guest offset up to which the disk is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Discard the zeros between the previous chunk and this chunk, then write this chunk.
+        """Discard the range between the previous chunk and this chunk, then write this chunk.
 
         In the chunk the blocks of data are written, and the blocks of zeros are discarded.
         """

@@ -1,4 +1,4 @@
-"""The interfaces of the targets of a copy, and writing to a new file.
+"""The interfaces of the targets of a copy, and the writes to a file.
 
 A *parallel* target is a new file, whose chunks several threads may write in any order.  A
 *sequential* target is an existing file, an open image or a pipe.  Its chunks must be written
@@ -46,8 +46,8 @@ class ParallelTarget(ABC):
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
             at all.
-        max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
-            If a block is longer, each chunk is one block.
+        max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
+            length.  But if a block is longer than that, each chunk is one block.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -93,8 +93,8 @@ class SequentialTarget(ABC):
 
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
-        max_chunk_bytes: Maximum length of a chunk; no chunk crosses a multiple of this length.
-            If a block is longer, each chunk is one block.
+        max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
+            length.  But if a block is longer than that, each chunk is one block.
     """
 
     block_size: int
