@@ -2,13 +2,14 @@
  *
  * A full image of 1 TiB has 16.8 million entries.  Reading all of them here takes less time than
  * loading numpy and trio for the full check.  The sweep ends without a result at the first entry
- * that may be invalid, or that refers to clusters and lies past the end of the disk.  The caller
- * then runs the full check.
+ * that may be invalid.  It does the same at an entry that refers to clusters although the range of
+ * the disk that the entry describes lies past the disk's end.  The caller then runs the full check.
  *
  * The caller passes the limits that qedfuse/ondisk/entrylimits.py computes: the end of the header,
- * the place of the L1 table, and the length of the file.  An entry that refers to clusters is valid
- * if its offset is aligned, and if all these clusters are whole clusters of the file without an
- * owner.  The clusters of the header and of the tables get their owners before the data clusters.
+ * the place of the L1 table, and the length of the file.  An L1 entry refers to the clusters of an
+ * L2 table, and an L2 entry to one data cluster.  Such an entry is valid if its offset is aligned,
+ * and if all these clusters lie wholly in the file and have no owner yet.  The clusters of the
+ * header and of the tables get their owners before the data clusters.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -19,26 +20,28 @@
 
 #define READ_BYTES 65536u /* maximum for one read of an L2 table */
 #define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
-#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum for the file: an owner bitmap of 32 MiB */
+#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum in the file: an owner bitmap of 32 MiB */
 #define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* maximum for all L2 tables, holes included */
 
 struct image {
     int fd;
     unsigned cluster_bits;
-    uint64_t clusters;   /* whole clusters of the file */
+    uint64_t clusters;   /* number of whole clusters in the file */
     uint64_t table_bytes;
     uint64_t owned;      /* number of clusters with an owner */
     uint64_t data;       /* number of data clusters */
-    uint64_t fragments;  /* data clusters that do not follow the previous one of their table */
-    uint8_t *owners;     /* bitmap: clusters with an owner */
+    uint64_t fragments;  /* number of data clusters that do not directly follow, in the file, the
+                          * previous data cluster of their table */
+    uint8_t *owners;     /* bitmap: the clusters with an owner */
 };
 
-/* INTERRUPTED: a signal handler has raised a Python exception. */
+/* SOUND: all entries are valid.  UNKNOWN: the full check is necessary.  INTERRUPTED: a signal
+ * handler has raised a Python exception. */
 enum verdict { SOUND, UNKNOWN, INTERRUPTED };
 
-/* Give the cluster at an offset an owner, and return 1.  Return 0 and change nothing if the
- * cluster has an owner already, if the offset is not aligned, or if no whole cluster of the file
- * is there. */
+/* Give the cluster at a file offset an owner, and return 1.  Return 0 and change nothing if the
+ * cluster has an owner already or does not lie wholly in the file, or if the offset is not
+ * aligned. */
 static inline int claim(struct image *image, uint64_t offset)
 {
     uint64_t cluster = offset >> image->cluster_bits;
@@ -52,8 +55,8 @@ static inline int claim(struct image *image, uint64_t offset)
     return 1;
 }
 
-/* Give the clusters from start to end (exclusive) an owner, and return 1.  Return 0 at the first
- * cluster for which claim returns 0. */
+/* Give the clusters from file offset start to end (exclusive) an owner, and return 1.  Return 0 at
+ * the first cluster for which claim returns 0; the clusters before it keep their new owner. */
 static int claim_range(struct image *image, uint64_t start, uint64_t end)
 {
     for (; start < end; start += UINT64_C(1) << image->cluster_bits)
@@ -62,8 +65,8 @@ static int claim_range(struct image *image, uint64_t start, uint64_t end)
     return 1;
 }
 
-/* Read length bytes of a table, and return 1.  Return 0 if the file ends within these bytes, if a
- * read fails, or if a signal handler has raised a Python exception. */
+/* Read length bytes of a table at a file offset, and return 1.  Return 0 if the file ends within
+ * these bytes, if a read fails, or if a signal handler has raised a Python exception. */
 static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 {
     char *next = (char *)entries;
@@ -81,24 +84,24 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one table an owner.  The first in_use entries of the table lie inside
- * the disk, and all others past its end.  The result is UNKNOWN if an entry may be invalid, if an
- * entry past the end of the disk refers to a cluster, or if a read fails. */
-static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in_use)
+/* Give the data clusters of one L2 table an owner.  The first in_use entries of the table describe
+ * clusters of the disk, and all others clusters past the disk's end.  The result is UNKNOWN if an
+ * entry may be invalid, if an entry past the disk's end refers to a cluster, or if a read fails. */
+static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t in_use)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
     uint64_t size = UINT64_C(1) << image->cluster_bits, last = 0, index = 0;
     size_t length = image->table_bytes < READ_BYTES ? (size_t)image->table_bytes : READ_BYTES;
 
     for (uint64_t done = 0; done < image->table_bytes; done += length) {
-        if (!read_fully(image->fd, table + done, entries, length))
+        if (!read_fully(image->fd, table_offset + done, entries, length))
             return PyErr_Occurred() ? INTERRUPTED : UNKNOWN;
         for (size_t slot = 0; slot < length / 8; slot++, index++) {
             uint64_t value = entries[slot];
             uint64_t ahead = entries[slot + PREFETCH_ENTRIES];
             /* If the data is fragmented, the bitmap is accessed at random.  So the byte for a later
-             * entry is prefetched.  The value ahead is not validated, but a prefetch of an invalid
-             * address has no effect. */
+             * entry is prefetched.  `ahead` may be invalid, or left over from an earlier read, but
+             * even a prefetch of an invalid address does no harm. */
             __builtin_prefetch(image->owners + (ahead >> image->cluster_bits >> 3), 1);
             if (value <= 1)
                 continue;
@@ -112,26 +115,27 @@ static enum verdict sweep_table(struct image *image, uint64_t table, uint64_t in
     return PyErr_CheckSignals() ? INTERRUPTED : SOUND;
 }
 
-/* Sweep all L2 tables to which the L1 table points; the disk has disk_clusters clusters.  The
- * clusters of all tables get their owners first, so that an L2 entry that points into a table is
- * found. */
+/* Sweep all L2 tables to which the L1 table refers.  disk_clusters is the size of the disk in
+ * clusters.  The clusters of all L2 tables get their owners before any data cluster, so that an L2
+ * entry that refers to a table is found. */
 static enum verdict sweep_tables(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
 {
-    uint64_t count = image->table_bytes / 8, used = 0;
+    uint64_t entries = image->table_bytes / 8, tables = 0;
 
-    for (uint64_t index = 0; index < count; index++) {
-        uint64_t table = l1[index];
-        if (!table)
+    for (uint64_t index = 0; index < entries; index++) {
+        uint64_t table_offset = l1[index];
+        if (!table_offset)
             continue;
-        if (++used * image->table_bytes > MAX_TABLES_BYTES || index * count >= disk_clusters ||
-            table >> image->cluster_bits >= image->clusters ||
-            !claim_range(image, table, table + image->table_bytes))
+        if (++tables * image->table_bytes > MAX_TABLES_BYTES ||
+            index * entries >= disk_clusters ||
+            table_offset >> image->cluster_bits >= image->clusters ||
+            !claim_range(image, table_offset, table_offset + image->table_bytes))
             return UNKNOWN;
     }
-    for (uint64_t index = 0; index < count; index++) {
+    for (uint64_t index = 0; index < entries; index++) {
         if (!l1[index])
             continue;
-        enum verdict found = sweep_table(image, l1[index], disk_clusters - index * count);
+        enum verdict found = sweep_table(image, l1[index], disk_clusters - index * entries);
         if (found != SOUND)
             return found;
     }
@@ -174,8 +178,11 @@ static PyObject *sweep(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(fd, cluster_bits, header_end, l1_table, table_bytes, file_bytes, disk_clusters)\n"
-     "Return the numbers of owned clusters, data clusters and fragments of the image; None\n"
-     "if the caller must run the full check."},
+     "Return the number of clusters with an owner, of data clusters, and of fragments; None if\n"
+     "the caller must run the full check.  header_end and l1_table are file offsets, and\n"
+     "disk_clusters is the size of the disk in clusters.\n\n"
+     "A fragment is a data cluster that does not directly follow, in the file, the previous\n"
+     "data cluster of its L2 table."},
     {NULL, NULL, 0, NULL},
 };
 

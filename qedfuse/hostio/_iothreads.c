@@ -6,14 +6,15 @@
  * finished calls, and makes an eventfd readable unless that was done since the last collection.
  *
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
- * thread that makes the call, and then to the collector.  Only a call with an answer has two
- * owners at its end, the collector and the thread that answers.  When both are done with it, a
- * thread with the GIL releases it.  Everything else that threads share is in struct pool.  One
- * mutex protects it, except for the atomic fields and the eventfd.  The eventfd is closed only when
- * the IoThreads object has been freed and no thread is writing to it.
+ * thread that makes the call, and then to the collector.  Only a read with an answer (see below)
+ * has two owners at its end, the collector and the thread that answers.  When both are done with
+ * it, a thread with the GIL releases it.  Everything else that threads share is in struct pool.
+ * The pool's mutex protects all of this except the atomic fields and the eventfd.  The eventfd is
+ * closed only when the IoThreads object has been freed and no thread is writing to the eventfd.
  *
- * Answers.  The argument `answer` of submit_read is a capsule named "qedfuse.answer", which points
- * to a
+ * Answers.  A read can have an answer: a function that the thread itself calls after the read,
+ * without the event loop.  The argument `answer` of submit_read is a capsule named
+ * "qedfuse.answer", which points to a
  *
  *     struct answer {
  *         void (*call)(struct answer *self, const void *data, long long result);
@@ -24,13 +25,13 @@
  * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
  * is the buffer of the read, and `result` the number of bytes in it, or a negative errno.  The
  * capsule and the buffer stay valid until answer->call has returned, and the read counts as
- * pending at least until then.  answer->call must not wait for the event loop: the event loop may
- * wait for a call that is queued, and this thread makes no call meanwhile.
+ * pending at least until then.  answer->call must not wait for the event loop, because the event
+ * loop may be waiting for a queued call that only this thread can make.
  *
- * Even after the IoThreads object has been freed, answer->call is called for a read that was on
- * the list by then.  So before the owner frees what answer->call uses besides the capsule and the
- * buffer, it must wait until `pending` is 0, or must exclude answer->call with a lock (as
- * _extraops.c does).
+ * If a read is put on the list before the IoThreads object is freed, answer->call may be called
+ * after the object was freed.  So the owner of the capsule must not simply free what answer->call
+ * uses besides the capsule and the buffer.  It must first wait until `pending` is 0, or must
+ * exclude answer->call with a lock (as _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -58,7 +59,7 @@
 #define STACK_BYTES (128u << 10) /* of each thread */
 #define MAX_THREADS 1024         /* maximum of the argument max_threads */
 #define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
-#define MAX_PARTS 1024           /* maximum number of buffers in one pwritev(2): IOV_MAX */
+#define MAX_PARTS 1024           /* maximum number of buffers in one system call: IOV_MAX */
 
 #define NANOSECONDS INT64_C(1000000000) /* in a second */
 
@@ -69,7 +70,7 @@ struct job {
     enum kind kind;
     int fd;
     int mode;              /* of fallocate(2) */
-    int64_t offset;        /* of a truncate: the new size */
+    int64_t offset;        /* in the file; of a truncate: the new size */
     int64_t length;        /* of fallocate(2) */
     struct iovec *parts;   /* what is left to read or write; the array follows the buffers */
     size_t part_count;
@@ -102,17 +103,17 @@ struct pool {
     int is_closed;             /* the Python object has been freed */
     int eventfd;               /* -1 once it is closed */
     int notifiers;             /* threads that are writing to the eventfd */
-    int is_notified;           /* eventfd: written, or about to be, since the last collection */
+    int is_notified;           /* a write to the eventfd has begun since the last collection */
     int max_threads, threads;
-    int coming;                /* threads that will look at the queue without a further wake-up */
+    int coming;                /* threads that will look at the queue without being woken */
     int64_t idle_nanoseconds;  /* how long a thread waits for a job before it ends */
     struct sleeper *sleepers;  /* the thread that fell asleep last is on top */
     struct list queue;         /* submitted and not begun, in the order of submission */
     struct list done;          /* finished and not collected */
-    struct list garbage;       /* collected and then answered: a thread with the GIL frees them */
+    struct list garbage;       /* collected, and answered after that; to be released with the GIL */
     atomic_long done_count;    /* length of `done`, for has_finished */
     atomic_long pending;       /* jobs that are not collected, or not answered */
-    atomic_int stop;           /* is_closed, for a thread between two system calls */
+    atomic_int stop;           /* is_closed, for threads that do not hold the mutex */
 };
 
 /* How many forks lie between the process that loaded this module and this process. */
@@ -184,8 +185,9 @@ static void skip(struct job *job, size_t count)
 }
 
 /* Read or write all parts of a job; return the number of bytes, or -errno.  A read ends early at
- * the end of the file.  If the pool is closed meanwhile, the descriptor may belong to another
- * file after the present system call, so no other call follows, and the result is -ECANCELED. */
+ * the end of the file.  After the pool is closed, the descriptor may belong to another file.  So if
+ * the pool is closed during a system call that leaves bytes to read or write, no further system
+ * call is made, and the result is -ECANCELED. */
 static int64_t transfer(struct pool *pool, struct job *job)
 {
     int64_t total = 0;
@@ -198,14 +200,14 @@ static int64_t transfer(struct pool *pool, struct job *job)
 
         if (job->kind == WRITE)
             done = pwritev(job->fd, job->parts, count, offset);
-        else /* the offset -1 stands for the position of the descriptor, as a pipe needs it */
+        else /* the offset -1 stands for the position of the descriptor; a pipe needs this */
             done = preadv2(job->fd, job->parts, count, job->offset == -1 ? -1 : offset, 0);
         if (done < 0 && errno != EINTR)
             return -errno;
         if (done == 0) {
             if (job->kind == READ)
                 break;
-            return -EIO; /* the kernel accepts nothing, and reports no error */
+            return -EIO; /* the kernel has accepted nothing, and has reported no error */
         }
         if (done > 0) {
             total += done;
@@ -217,7 +219,7 @@ static int64_t transfer(struct pool *pool, struct job *job)
     return total;
 }
 
-/* Make a job's system call; return its result, or -errno. */
+/* Make a job's system call; return the number of bytes or 0, or -errno. */
 static int64_t make_call(struct pool *pool, struct job *job)
 {
     int failed;
@@ -250,9 +252,9 @@ static void drop_pool(struct pool *pool)
     PyMem_RawFree(pool);
 }
 
-/* Make the eventfd readable, if finished calls are on the list and no thread has done that since
- * the last collection.  Does nothing if the pool is closed.  The caller must hold the mutex, which
- * is unlocked during the system call. */
+/* Make the eventfd readable, if finished calls are on the list and no thread has made it readable
+ * since the last collection.  Do nothing if the pool is closed.  The caller must hold the mutex,
+ * which is unlocked during the system call. */
 static void notify(struct pool *pool)
 {
     uint64_t one = 1;
@@ -273,8 +275,8 @@ static void notify(struct pool *pool)
     }
 }
 
-/* Mark a finished job as answered.  If the collector is done with the job, it becomes garbage; if
- * the pool is closed, its memory is lost instead.  The caller must hold the mutex. */
+/* Mark a finished job as answered.  If the collector is done with the job, the job becomes garbage
+ * or, if the pool is closed, its memory is lost.  The caller must hold the mutex. */
 static void set_answered(struct pool *pool, struct job *job)
 {
     job->is_answered = 1;
@@ -284,8 +286,9 @@ static void set_answered(struct pool *pool, struct job *job)
     }
 }
 
-/* Make the system call of a job, and put the job on the list of finished calls.  The caller must
- * not hold the mutex, and holds it afterwards. */
+/* Make the system call of a job, put the job on the list of finished calls, call its answer if it
+ * has one, and notify the collector.  The caller must not hold the mutex, and holds it
+ * afterwards. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -310,15 +313,15 @@ static void run(struct pool *pool, struct job *job)
         set_answered(pool, job);
     }
     /* During notify() the event loop may already submit its next call.  This thread takes that
-     * call afterwards, so it counts as coming, and no other thread is woken. */
+     * call afterwards.  So this thread counts as coming, and no other thread is woken. */
     pool->coming++;
     notify(pool);
     pool->coming--;
 }
 
-/* Wait until hand_over() gives this thread a job, and return the job; the mutex is unlocked then.
- * Return NULL, with the mutex locked, if the thread must end, because it has been idle for the
- * whole idle time or the pool is closed.  The caller must hold the mutex. */
+/* Wait until hand_over() gives this thread a job, and return the job, with the mutex unlocked.
+ * Return NULL, with the mutex locked, if the thread must end, because the pool is closed or because
+ * the thread has got no job during the idle time.  The caller must hold the mutex. */
 static struct job *sleep_idle(struct pool *pool)
 {
     struct sleeper self = {.below = pool->sleepers};
@@ -347,10 +350,10 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job, or NULL, to the thread that fell asleep last, because its caches are the warmest, and
- * because the other threads then reach the end of their idle time if they are not needed.  The
- * caller must hold the mutex, and a thread must be asleep.  Return what the caller must pass to
- * wake() after unlocking the mutex: a thread that is woken before would only wait for the mutex. */
+/* Give a job to the thread that fell asleep last, or NULL to end that thread.  The caches of this
+ * thread are the warmest.  And because the last one is woken first, a thread that is not needed
+ * stays asleep for the whole idle time, and ends.  The caller must hold the mutex, and a thread
+ * must be asleep.  Return the address that the caller must pass to wake(). */
 static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;
@@ -361,9 +364,9 @@ static atomic_int *hand_over(struct pool *pool, struct job *job)
     return &top->is_woken;
 }
 
-/* Wake the thread that waits at an address.  If the thread has noticed by itself that it is woken,
- * the address may belong to something else by now.  Then another thread wakes at most once too
- * often, which sleep_idle() expects. */
+/* Wake the thread that waits at an address.  That thread may have seen `is_woken` without being
+ * woken, and have returned from sleep_idle().  Then the address may belong to something else by
+ * now, and another thread may wake without a reason, which sleep_idle() expects. */
 static void wake(atomic_int *address)
 {
     syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
@@ -425,8 +428,8 @@ static void withdraw(struct pool *pool, struct job *job)
 }
 
 /* Queue a job.  Wake or create a thread, unless a coming thread will take the job or max_threads
- * threads are busy.  Return 0, or an errno if there is no thread at all; the job is not queued
- * then.  In both cases the caller must release the jobs in *garbage. */
+ * threads are busy.  Return 0.  If there is no thread and none can be created, do not queue the
+ * job, and return an errno.  In both cases the caller must release the jobs in *garbage. */
 static int queue(struct pool *pool, struct job *job, struct list *garbage)
 {
     int failed, needs_thread = 0;
@@ -745,7 +748,7 @@ static PyObject *get_threads(PyObject *self, PyObject *unused)
     return PyLong_FromLong(threads);
 }
 
-/* Put jobs back at the beginning of the list of finished jobs: they could not be reported. */
+/* Put jobs that could not be reported back at the beginning of the list of finished calls. */
 static void put_back(struct pool *pool, struct list jobs)
 {
     struct job *job;
@@ -792,8 +795,8 @@ static PyObject *finished(PyObject *self, PyObject *unused)
     if (pool == NULL)
         return NULL;
     /* Read the eventfd before taking the list.  If a thread writes to the eventfd in between, the
-     * event loop wakes once more, without a job.  In the other order, the read could take the
-     * notification of a job that is still on the list. */
+     * event loop wakes once more, and finds no job.  In the other order, the read could consume
+     * the notification of a job that was put on the list after the list was taken. */
     length = read(pool->eventfd, &count, sizeof count);
     (void)length; /* fails if nothing has been written */
     pthread_mutex_lock(&pool->mutex);
@@ -862,9 +865,9 @@ static PyObject *new_object(PyTypeObject *type, PyObject *args, PyObject *keywor
     return (PyObject *)self;
 }
 
-/* Leave the pool to its threads.  Calls that no thread has begun are never made.  Calls and answers
- * in progress end some time later, and what their jobs hold is never released, because no thread
- * of the pool may touch Python's objects. */
+/* Leave the pool to its threads, the last of which frees it.  Calls that no thread has begun are
+ * never made.  Calls and answers in progress end some time later, and what their jobs hold is never
+ * released, because no thread of the pool may touch Python's objects. */
 static void free_object(PyObject *object)
 {
     IoThreads *self = (IoThreads *)object;
@@ -907,7 +910,8 @@ static PyMethodDef methods[] = {
      "Return the eventfd, which becomes readable when finished calls can be collected."},
     {"submit_read", FAST(submit_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_read(fd, offset, view, tag, /, answer=None)\n"
-     "Fill a buffer from a file offset; the result is the number of bytes."},
+     "Fill a buffer from a file offset, or from the position of the descriptor if the offset is\n"
+     "-1.  The result is the number of bytes; it is too small only at the end of the file."},
     {"submit_write", FAST(submit_write), METH_FASTCALL,
      "submit_write(fd, offset, parts, tag, /)\n"
      "Write a tuple of buffers from a file offset on; the result is the number of bytes."},
@@ -918,7 +922,7 @@ static PyMethodDef methods[] = {
     {"submit_fallocate", FAST(submit_fallocate), METH_FASTCALL,
      "submit_fallocate(fd, mode, offset, length, tag, /)\nCall fallocate(2); the result is 0."},
     {"pending", get_pending, METH_NOARGS,
-     "Return how many calls have not been collected, or not been answered yet."},
+     "Return how many calls have not been collected, or are still being answered."},
     {"has_finished", has_finished, METH_NOARGS,
      "Return whether there are finished calls that have not been collected."},
     {"finished", finished, METH_NOARGS,

@@ -1,20 +1,23 @@
 /*
- * Answers reads without calling Python code of the disk.  A read is answered here if its range is
- * one run of data in one file of a chain, the tables that locate the run are in memory, and the
- * data is in the host's page cache.
+ * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
+ * answered here only if its range is one run of data in one file of a chain, the slices of tables
+ * that locate the run are in memory, and the data is in the host's page cache.  The only Python
+ * function that such a read calls is the one that looks up a slice in the table cache.
  *
- * A ReadView refers to the objects by which FastPath.locate (disk/datapath/fastpath.py) finds a
- * range.  A read finds the range by the same objects in the same way, with the GIL held, so it
- * needs no copy of a table that could become stale.  This module handles only the usual case.
- * Every other read, and every read that fails here, goes to the Python function, which begins
- * anew.
+ * Each disk has a ReadView, which refers to the objects by which FastPath.locate finds a range.
+ * A read finds the range by the same objects in the same way, with the GIL held, so it needs no
+ * copy of a table that could become stale.
+ *
+ * Every other read, and every read that fails here, goes to the Python function for reads
+ * (_dataops.c), which begins anew.  The functions that other files call are described in
+ * _extraops.h.
  */
 
 #include "_extraops.h"
 
 #include <sys/uio.h>
 
-/* Maximum length of a read, and length of the buffer; requests of the kernel are not longer. */
+/* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
 
 typedef struct {
@@ -22,21 +25,29 @@ typedef struct {
     int fd;
 } File;
 
+/*
+ * What locates the data of one disk.  A slice of the top image has an entry for each of its
+ * clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an array of
+ * codes, which say for each cluster where a backing file holds it.  The table cache keeps these
+ * codes like another slice.  Their key is the pair of `codes_key` and the slice's number.
+ */
 typedef struct {
     PyObject_HEAD
-    PyObject *layer;     /* QedLayer: `header.image_size` */
-    PyObject *keys;      /* dict: the key of a slice in the table cache, by the slice's number */
-    PyObject *get_slice; /* returns a slice by its key, or None */
-    PyObject *codes_key; /* first part of keys of FlattenedBacking; None without backing files */
-    File *files;         /* the files of the chain, by depth */
-    uint64_t depths;     /* number of files */
+    PyObject *layer;     /* QedLayer: the top image; `header.image_size` is the size of the disk */
+    PyObject *keys;      /* dict: slice number -> the slice's key in the table cache */
+    PyObject *get_slice; /* returns the slice with a key; None if the slice is not in memory */
+    PyObject *codes_key; /* first part of the keys of codes; None without backing files */
+    File *files;         /* the files of the chain, by depth; the top image has depth 0 */
+    uint64_t file_count;
     unsigned int cluster_bits, slice_bits;
 } ReadView;
 
 static PyTypeObject *view_type;
-static PyObject *views; /* dict: the ReadView of a disk, by `handle & handle_mask` */
+static PyObject *views; /* dict: inode number -> the ReadView of the disk */
+/* `handle & handle_mask` is the inode number, or no key of `views` if reads of the handle are not
+ * answered here (HANDLE_MASK in fastrequests.py). */
 static uint64_t handle_mask;
-static char *buffer;
+static char *buffer; /* for the data of one read at a time */
 static PyObject *name_header, *name_image_size, *name_bad, *name_entries, *name_is_inline,
     *name_misses;
 
@@ -60,8 +71,8 @@ static long long disk_size(ReadView *self)
     return size;
 }
 
-/* Returns the entries of a slice if it is in memory and all its entries are valid; NULL otherwise,
- * perhaps with an exception.  `key` is the key of the slice in the table cache. */
+/* Returns the entries of the slice with a key of the table cache.  Returns NULL, perhaps with an
+ * exception, if the slice is not in memory or has an invalid entry. */
 static PyObject *valid_entries(ReadView *self, PyObject *key)
 {
     PyObject *slice = PyObject_CallOneArg(self->get_slice, key);
@@ -77,36 +88,39 @@ static PyObject *valid_entries(ReadView *self, PyObject *key)
     return entries;
 }
 
-/* Sets `value` to the entry `first` of an array("Q").  Returns whether the entries up to `last`
- * exist, and each after `first` is the offset one cluster past the entry before it.  If not,
- * perhaps leaves an exception. */
+/* Returns 1 if the entries from `first` to `last`, inclusive, of an array("Q") are one run: each is
+ * larger by the cluster size than the entry before it.  Then `value` is the entry `first`.
+ * Otherwise returns 0, perhaps with an exception, and `value` has no meaning.  A single entry is
+ * always a run. */
 static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
                     uint64_t *value)
 {
-    uint64_t next, at;
+    uint64_t expected, at;
     Py_buffer view;
     int is_run;
 
     if (PyObject_GetBuffer(entries, &view, PyBUF_SIMPLE))
         return 0;
-    is_run = (uint64_t)view.len > last * sizeof next;
+    is_run = (uint64_t)view.len > last * sizeof expected;
     if (is_run) {
-        *value = next = ((uint64_t *)view.buf)[first];
+        *value = expected = ((uint64_t *)view.buf)[first];
         for (at = first + 1; at <= last; at++) {
-            next += (uint64_t)1 << cluster_bits;
-            is_run &= ((uint64_t *)view.buf)[at] == next;
+            expected += (uint64_t)1 << cluster_bits;
+            is_run &= ((uint64_t *)view.buf)[at] == expected;
         }
     }
     PyBuffer_Release(&view);
     return is_run;
 }
 
-/* Finds the backing file that holds a cluster, which the top image must not have allocated.  Returns
- * the file offset of the cluster, and sets `depth`.  Returns 0, perhaps with an exception, if the
- * cluster is not data of one file, or if its code is not in memory. */
-static uint64_t backing_offset(ReadView *self, PyObject *slice, uint64_t index, uint64_t *depth)
+/* Finds in a backing file a cluster that the top image has not allocated.  `index` is the cluster's
+ * index in its slice.  Returns the cluster's file offset, and sets `depth` to the depth of the
+ * backing file.  Returns 0, perhaps with an exception, if the cluster is not one run of data in one
+ * backing file, or if the codes of the slice (see ReadView) are not in memory. */
+static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t index,
+                               uint64_t *depth)
 {
-    PyObject *key = PyTuple_Pack(2, self->codes_key, slice);
+    PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);
     PyObject *codes = key == NULL ? NULL : valid_entries(self, key);
     uint64_t code = 0;
 
@@ -114,44 +128,45 @@ static uint64_t backing_offset(ReadView *self, PyObject *slice, uint64_t index, 
         read_run(codes, index, index, 0, &code);
     Py_XDECREF(key);
     Py_XDECREF(codes);
-    /* 0 and 1 are codes for clusters that are no data in one file.  The others are an offset, which
-     * is a multiple of 4096, and the depth + 2 (disk/lookup/flattenedbacking.py). */
+    /* The codes 0 and 1 locate no data.  Every other code is the sum of the file offset, which is a
+     * multiple of 4096, and the depth + 2. */
     *depth = (code & 4095) - 2;
     return code <= 1 ? 0 : code & ~(uint64_t)4095;
 }
 
-/* Returns the file offset of a range, and sets `depth`, if the range is one run of data within one
- * slice, or lies within one cluster of data in a backing file.  Returns 0 for every other range,
- * and if a table is not in memory, perhaps with an exception. */
+/* Finds a range of the disk that is one run of data within one slice of the top image, or that lies
+ * within one cluster of data in a backing file.  Returns the file offset of the range, and sets
+ * `depth` to the depth of the file.  Returns 0, perhaps with an exception, for every other range,
+ * and if a slice or codes that are needed are not in memory. */
 static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint64_t *depth)
 {
     uint64_t first = start >> self->cluster_bits;
     uint64_t last = (start + length - 1) >> self->cluster_bits;
     uint64_t mask = ((uint64_t)1 << self->slice_bits) - 1;
     uint64_t value = 0;
-    PyObject *slice, *key, *entries;
+    PyObject *slice_number, *key, *entries;
 
     if (first >> self->slice_bits != last >> self->slice_bits)
         return 0;
-    slice = PyLong_FromUnsignedLongLong(first >> self->slice_bits);
-    key = slice == NULL ? NULL : PyDict_GetItemWithError(self->keys, slice);
+    slice_number = PyLong_FromUnsignedLongLong(first >> self->slice_bits);
+    key = slice_number == NULL ? NULL : PyDict_GetItemWithError(self->keys, slice_number);
     entries = key == NULL ? NULL : valid_entries(self, key);
     *depth = 0;
-    /* An entry 0 is an unallocated cluster, and 1 a cluster of zeros. */
+    /* The entry of an unallocated cluster is 0, and that of a zero cluster is 1. */
     if (entries != NULL &&
         read_run(entries, first & mask, last & mask, self->cluster_bits, &value)) {
         if (value == 0 && first == last && self->codes_key != Py_None)
-            value = backing_offset(self, slice, first & mask, depth);
+            value = backing_offset(self, slice_number, first & mask, depth);
     } else {
         value = 0;
     }
-    Py_XDECREF(slice);
+    Py_XDECREF(slice_number);
     Py_XDECREF(entries);
     return value <= 1 ? 0 : value + (start & (((uint64_t)1 << self->cluster_bits) - 1));
 }
 
-/* Notes in a policy that a read was answered from the page cache; perhaps leaves an exception. */
-static void note_hit(PyObject *policy)
+/* Sets the number of misses in a row of a ReadPolicy to 0; perhaps leaves an exception. */
+static void reset_misses(PyObject *policy)
 {
     PyObject *zero;
 
@@ -163,9 +178,10 @@ static void note_hit(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Answers a read and returns 1, if the policy allows an attempt and all of the data is in the page
- * cache.  Otherwise returns 0.  Perhaps leaves an exception. */
-static int answer(File *file, fuse_req_t request, uint64_t offset, size_t size)
+/* Answers a read and returns 1, if the file's policy allows an attempt and all of the data is in
+ * the page cache.  Otherwise does not answer, and returns 0.  In both cases perhaps leaves an
+ * exception. */
+static int answer_from_file(File *file, fuse_req_t request, uint64_t offset, size_t size)
 {
     struct iovec vector = {buffer, size};
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
@@ -178,7 +194,7 @@ static int answer(File *file, fuse_req_t request, uint64_t offset, size_t size)
             return 0;
         fuse_reply_buf(request, buffer, size);
     }
-    note_hit(file->policy);
+    reset_misses(file->policy);
     return 1;
 }
 
@@ -200,8 +216,8 @@ int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t 
         end = disk_size(view);
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
             offset = file_offset(view, (uint64_t)start, size, &depth);
-            answered = offset != 0 && depth < view->depths &&
-                       answer(view->files + depth, request, offset, size);
+            answered = offset != 0 && depth < view->file_count &&
+                       answer_from_file(view->files + depth, request, offset, size);
         }
         Py_DECREF(view);
     }
@@ -220,8 +236,8 @@ static void view_free(PyObject *object)
     Py_XDECREF(self->keys);
     Py_XDECREF(self->get_slice);
     Py_XDECREF(self->codes_key);
-    while (self->depths > 0)
-        Py_DECREF(self->files[--self->depths].policy);
+    while (self->file_count > 0)
+        Py_DECREF(self->files[--self->file_count].policy);
     PyMem_Free(self->files);
     type->tp_free(object);
     Py_DECREF(type);
@@ -256,7 +272,8 @@ int init_cached_reads(void)
     return 0;
 }
 
-/* Fills `files` from a tuple of pairs (ReadPolicy, descriptor); returns -1 with an exception. */
+/* Fills `files` from a tuple of pairs (ReadPolicy, descriptor).  Returns 0, or -1 with an
+ * exception. */
 static int fill_files(ReadView *self, PyObject *pairs)
 {
     Py_ssize_t count = PyTuple_GET_SIZE(pairs), at;
@@ -272,7 +289,7 @@ static int fill_files(ReadView *self, PyObject *pairs)
         if (!PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, at), "Oi", &policy, &fd))
             return -1;
         self->files[at] = (File){Py_NewRef(policy), fd};
-        self->depths++;
+        self->file_count++;
     }
     return 0;
 }
@@ -295,7 +312,7 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->get_slice = Py_NewRef(get_slice);
     self->codes_key = Py_NewRef(codes_key);
     self->files = NULL;
-    self->depths = 0;
+    self->file_count = 0;
     self->cluster_bits = cluster_bits;
     self->slice_bits = slice_bits;
     if (fill_files(self, files))

@@ -1,21 +1,24 @@
 /*
- * Reads, writes and fsyncs that need not wait, answered without a coroutine of pyfuse3.
+ * Answers reads, writes and fsyncs that need not wait, without a coroutine of pyfuse3.
  *
  * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most
  * requests need neither.  So this module replaces these three operations in the copy of pyfuse3's
- * table (_extraops.c).  The replacement calls a Python function that tries to answer the request.
- * If the function does not answer the request, pyfuse3's own operation gets it.  A read whose slice
- * and data are in memory is answered without the Python function (_cachedread.c).
+ * table (_extraops.c).  Each replacement calls a Python function that tries to answer the request.
+ * If the function does not answer the request, pyfuse3's own operation gets it.  A read whose
+ * tables and data are in memory is answered without the Python function (_cachedread.c).
  *
- * The function for reads has two other ways to answer.  It may let reply_from_file() answer: then
- * the kernel passes the pages of the host's file on (splice(2)), and copies them once instead of
- * twice.  Or it may defer the read: it calls defer_read(), and the Request that it gets answers
- * later.  A thread of the pool in hostio/_iothreads.c can use the Request without the GIL.
+ * The function for reads can answer in three ways.  It can return the data.  It can call
+ * reply_from_file(): then the kernel takes the data from the pages of the host's file (splice(2)),
+ * and copies the data once instead of twice.  Or it can defer the read: it calls defer_read(), and
+ * the read is answered later through the Request that defer_read() returns.  A thread of the pool
+ * in hostio/_iothreads.c can use this Request without the GIL.
  *
- * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a function
- * raises, pyfuse3's operation gets the request, and its handler meets the same error and reports
- * it.  A read that was deferred, or answered from a file, before the function raised is not passed
- * to pyfuse3.
+ * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a Python
+ * function raises, pyfuse3's operation gets the request.  The handler that pyfuse3 calls then meets
+ * the same error and reports it.  But if the function has deferred a read, or has answered it with
+ * reply_from_file(), before it raises, pyfuse3 does not get the read.
+ *
+ * The functions that other files call are described in _extraops.h.
  */
 
 #include "_extraops.h"
@@ -33,20 +36,21 @@ typedef void (*fsync_operation)(fuse_req_t, fuse_ino_t, int, struct fuse_file_in
 
 typedef void (*init_operation)(void *, struct fuse_conn_info *);
 
-/* pyfuse3's own operations. */
+/* pyfuse3's own operations, which the table had before. */
 static init_operation pyfuse3_init;
 static read_operation pyfuse3_read;
 static write_operation pyfuse3_write;
 static fsync_operation pyfuse3_fsync;
 
-/* The Python functions that try to answer, or NULL. */
+/* The Python functions that try to answer; NULL while none is set. */
 static PyObject *try_read;
 static PyObject *try_write;
 static PyObject *try_fsync;
 
-/* The read that is being handled: NULL if there is none, or if it was answered or deferred. */
+/* The read for which try_read is being called; NULL outside such a call, and after
+ * reply_from_file() has answered or defer_read() has deferred the read. */
 static fuse_req_t read_request;
-static size_t read_size;
+static size_t read_size; /* in bytes */
 
 /* --- deferred reads ------------------------------------------------------------------ */
 
@@ -83,8 +87,9 @@ struct page_counts {
 
 static int can_splice; /* whether libfuse may splice in this session */
 
-/* Returns whether the file reaches at least to the end of a range, and the page cache is known to
- * hold all of the range, so that a reply with these pages does not wait for the disk. */
+/* Returns whether the page cache holds all of a range, so that a reply with these pages does not
+ * wait for the disk.  Returns 0 also if the file ends within the range, or if the kernel cannot
+ * say. */
 static int is_cached(int fd, off_t offset, size_t size)
 {
     struct page_range range = {(uint64_t)offset, size};
@@ -93,7 +98,8 @@ static int is_cached(int fd, off_t offset, size_t size)
     uint64_t pages = ((uint64_t)offset + size - 1) / page - (uint64_t)offset / page + 1;
     struct statx status;
 
-    /* Not fstat(), because it reads the times; see size_and_blocks() in hostio/systemcalls.py. */
+    /* Not fstat(), which would also read the times and so make later writes slower; see
+     * size_and_blocks() in hostio/systemcalls.py. */
     if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status) ||
         status.stx_size < (uint64_t)offset + size)
         return 0;
@@ -137,6 +143,7 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
+/* Called by libfuse at the start of a session: lets libfuse splice replies, if the kernel can. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
@@ -147,18 +154,19 @@ static void on_init(void *data, struct fuse_conn_info *connection)
 
 /* --- the operations ------------------------------------------------------------------ */
 
-/* Calls function(handle, offset, last).  Returns NULL, with no exception set, if it raises. */
-static PyObject *call(PyObject *function, uint64_t handle, off_t offset, PyObject *last)
+/* Calls function(handle, offset, size_or_data): a read has a size, and a write has data.  Returns
+ * the result; NULL, with no exception set, if the function raises or cannot be called. */
+static PyObject *call(PyObject *function, uint64_t handle, off_t offset, PyObject *size_or_data)
 {
     PyObject *arguments[4] = {NULL, PyLong_FromUnsignedLongLong(handle),
-                              PyLong_FromLongLong(offset), last};
+                              PyLong_FromLongLong(offset), size_or_data};
     PyObject *result = NULL;
 
-    if (arguments[1] != NULL && arguments[2] != NULL && last != NULL)
+    if (arguments[1] != NULL && arguments[2] != NULL && size_or_data != NULL)
         result = PyObject_Vectorcall(function, arguments + 1,
                                      3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     if (result == NULL)
-        PyErr_Clear(); /* also drops the references of the traceback, as to a view of the data */
+        PyErr_Clear(); /* the traceback may refer to a view of the data, which must not be kept */
     Py_XDECREF(arguments[1]);
     Py_XDECREF(arguments[2]);
     return result;
@@ -169,16 +177,16 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
 {
     PyGILState_STATE state = PyGILState_Ensure();
     int answered = answer_cached_read(request, info->fh, offset, size);
-    PyObject *last = answered || try_read == NULL ? NULL : PyLong_FromSize_t(size);
+    PyObject *size_object = answered || try_read == NULL ? NULL : PyLong_FromSize_t(size);
     PyObject *result = NULL;
     Py_buffer data;
 
-    if (last != NULL) {
+    if (size_object != NULL) {
         read_request = request;
         read_size = size;
-        result = call(try_read, info->fh, offset, last);
-        /* True also for a read that was deferred, even if the call has failed: its Request answers
-         * the read. */
+        result = call(try_read, info->fh, offset, size_object);
+        /* A read that the function has deferred counts as answered, even if the function has
+         * raised, because the Request will answer it. */
         answered = read_request == NULL;
         read_request = NULL;
     }
@@ -191,7 +199,7 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
             PyErr_Clear();
         }
     }
-    Py_XDECREF(last);
+    Py_XDECREF(size_object);
     Py_XDECREF(result);
     if (answered)
         take_more();

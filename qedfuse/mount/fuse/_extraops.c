@@ -2,10 +2,11 @@
  * The two FUSE requests that pyfuse3 does not implement: fallocate(2) and lseek(2).
  *
  * pyfuse3 passes libfuse a table of operations (struct fuse_lowlevel_ops) in which these two
- * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines the function
- * to which pyfuse3 passes that table (symbol interposition).  So this module is called first:
- * it copies the table, sets the two operations, replaces others (_dataops.c), and calls libfuse's
- * own function with the copy.  It uses only libfuse's public interface, and nothing of pyfuse3's.
+ * are NULL.  This module is loaded with RTLD_GLOBAL before pyfuse3, and defines a function with
+ * the name of libfuse's function that takes the table (symbol interposition).  So pyfuse3 calls
+ * this module's function, which copies the table, sets the two operations, replaces others
+ * (_dataops.c), and calls libfuse's own function with the copy.  This module uses only libfuse's
+ * public interface, and nothing of pyfuse3's.
  *
  * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
  * operation makes a `Request` object, passes it to the handler that Python has set, and returns.
@@ -45,17 +46,18 @@ static void forget_requests(void)
 /* --- Request objects --------------------------------------------------------------- */
 
 /*
- * The event loop answers a request, unless it has passed the capsule of a read to a thread without
- * the GIL, which reads the data.  If the thread has read all bytes, it answers.  Otherwise it does
- * not use the object, and the event loop, which gets the same result, must answer.  So the result
- * alone determines who answers, and only one thread at a time uses `request`.
+ * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
+ * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
+ * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
+ * Request, and the event loop must answer.  Both know the result of the read, and so who answers.
+ * Hence only one thread at a time uses `request`.
  */
 typedef struct {
     PyObject_HEAD
     struct answer answer; /* for the thread */
     fuse_req_t request;   /* NULL once it has been answered */
     unsigned long generation; /* of the session from which the request came */
-    size_t size;          /* of a read; otherwise 0 */
+    size_t size;          /* bytes of a read; 0 for other requests */
 } Request;
 
 static PyTypeObject *request_type;
@@ -210,7 +212,7 @@ static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t i
     if (result == NULL)
         PyErr_WriteUnraisable(handler);
     Py_XDECREF(result);
-    Py_XDECREF(self); /* frees an object to which the handler has kept no reference */
+    Py_XDECREF(self); /* sends EINTR if the handler has neither answered nor kept the object */
     take_more();
     PyGILState_Release(state);
 }
@@ -251,7 +253,7 @@ void *libfuse_function(const char *name)
 }
 
 /*
- * Returns a copy of pyfuse3's table with the two operations set; NULL if there is no memory.
+ * Returns a copy of pyfuse3's table with this module's operations; NULL if there is no memory.
  * *size is the size of the original, and becomes that of the copy, which is larger if this
  * module was built for a newer libfuse than pyfuse3.
  */
@@ -359,15 +361,15 @@ static PyMethodDef module_methods[] = {
     {"reply_from_file", reply_from_file, METH_VARARGS,
      "Answer the current read with cached pages of a file; return False if it was not answered."},
     {"read_view", read_view, METH_VARARGS,
-     "Return an object by which reads of a disk are answered."},
+     "Return a ReadView, by which the extension itself answers reads of a disk."},
     {"set_read_views", set_read_views, METH_VARARGS,
-     "Set the ReadView of each masked handle, and the mask."},
+     "Set the ReadViews by inode number, and the mask that is applied to each handle."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Let reads of the session's device no longer block; return whether that was possible."},
     {"burst_requests", burst_requests, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
-    {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer."},
+    {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer any more."},
     {NULL, NULL, 0, NULL},
 };
 

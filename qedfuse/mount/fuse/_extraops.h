@@ -51,17 +51,17 @@ PyObject *burst_requests(PyObject *module, PyObject *unused);
  * cache; returns whether it did.  The caller must hold the GIL (_dataops.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
-/* Answers a read whose slice and data are in memory; returns whether it did.  The caller must hold
+/* Answers a read whose tables and data are in memory; returns whether it did.  The caller must hold
  * the GIL (_cachedread.c). */
 int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size);
 
-/* Prepares the following two functions; returns -1 with an exception (_cachedread.c). */
+/* Prepares the following two functions.  Returns 0, or -1 with an exception (_cachedread.c). */
 int init_cached_reads(void);
 
-/* Makes the object by which reads of a disk are answered (_cachedread.c). */
+/* Makes a ReadView, by which reads of a disk are answered (_cachedread.c). */
 PyObject *read_view(PyObject *module, PyObject *args);
 
-/* Sets the disks whose reads are answered (_cachedread.c). */
+/* Sets the ReadViews by which reads are answered from now on (_cachedread.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
 
 /* Gives a function the name of one of libfuse's, which callers find in its place. */
