@@ -120,8 +120,8 @@ def _safety(qed: QedInfo) -> dict[str, Any]:
         "has-backing": qed.names_backing,
         "absolute": backing is not None and backing.absolute,
         "scheme": None if backing is None else backing.scheme,
-        "escapes-directory": qed.escapes,
+        "escapes-directory": qed.backing_escapes,
         "flags": [*bits.names, *bits.unknown],
         "need-check": qed.need_check,
-        "safe-to-mount": qed.mountable and qed.sound and not qed.escapes,
+        "safe-to-mount": qed.mountable and qed.sound and not qed.backing_escapes,
     }

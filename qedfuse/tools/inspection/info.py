@@ -46,8 +46,8 @@ class QedInfo:
         backing: The backing file that the header names; None if the header names none, or
             the name cannot be read.
         problems: All errors and unusual properties that were found; empty if none were found.
-        l2_tables: Number of L1 entries in use, valid or invalid; None if not all L1 entries in
-            the file were read.
+        l2_tables: Number of L1 entries that are not 0, valid or invalid; None if not all L1
+            entries in the file were read.
     """
 
     header: RawHeader
@@ -91,7 +91,7 @@ class QedInfo:
         return bool(self.header.values.get("features", 0) & Feature.BACKING_FILE)
 
     @property
-    def escapes(self) -> bool:
+    def backing_escapes(self) -> bool:
         """Whether the backing file may lie outside the image's directory.
 
         False if `backing` is None.
@@ -133,7 +133,7 @@ def describe(
     """Return the description of a file, even of an image that cannot be mounted.
 
     If the host can read the header of an image, but not the L1 table or the name of the backing
-    file, the description has a problem that says so.
+    file, a `Problem` in the description says so.
 
     Args:
         path: The file.

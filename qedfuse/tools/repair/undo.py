@@ -32,7 +32,7 @@ If the repair is interrupted, these entries keep the value.
 async def undo_repair(file: HostFile, backup_path: str) -> int:
     """Restore all bytes that a repair changed, and the length of the image.
 
-    This is correct only if nothing has changed the image since the repair.  So before anything
+    The undo is correct only if nothing has changed the image since the repair.  So before anything
     is written, all saved ranges (the header among them) and the length of the image are compared
     with the backup.  If one of them shows a change that the repair did not make, an error is
     raised and nothing is written.  A change of other bytes, such as data that a guest has
@@ -62,8 +62,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Because of the order of the writes, the undo can be run again after a crash.  Also after a
-    crash, no read through an entry returns a cluster that the repair has copied for another entry.
+    Because of the order of the writes, the undo can be run again after a crash.  In the meantime,
+    no read through an entry returns a cluster that the repair has copied for another entry.
     """
     count = 0
     for saved in backup.ranges():
@@ -72,7 +72,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
     bytes_before, bytes_after = backup.lengths
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
-        raise CorruptImageError(_changed(file, "file size", f"{file.size()}", expected))
+        raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
     # NEED_CHECK is set first, so that after a crash every program checks the image.
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
@@ -116,13 +116,15 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
     if not offset:
         if _unchanged_header(found, file.name) != _unchanged_header(old, file.name):
             found_fields, expected = "other values than in the backup", "the same values"
-            raise CorruptImageError(_changed(file, "header", found_fields, expected))
+            raise CorruptImageError(_changed_message(file, "header", found_fields, expected))
     elif found not in (old, new):
         for at in range(0, len(old), ENTRY_BYTES):
             entry = slice(at, at + ENTRY_BYTES)
             if found[entry] not in (old[entry], new[entry], _POISON_BYTES[: len(old[entry])]):
                 seen, expected = found[entry].hex(), f"{old[entry].hex()} or {new[entry].hex()}"
-                raise CorruptImageError(_changed(file, f"byte {offset + at}", seen, expected))
+                raise CorruptImageError(
+                    _changed_message(file, f"byte {offset + at}", seen, expected)
+                )
 
 
 def _unchanged_header(raw: bytes, name: str) -> Header:
@@ -130,7 +132,7 @@ def _unchanged_header(raw: bytes, name: str) -> Header:
     return replace(parse_header(raw, name), features=0, autoclear_features=0)
 
 
-def _changed(file: HostFile, what: str, found: str, expected: str) -> str:
+def _changed_message(file: HostFile, what: str, found: str, expected: str) -> str:
     """Return the message that the image has changed since the repair.
 
     Args:

@@ -91,11 +91,11 @@ class ChainRunReader:
             layers: The chain, the image itself first.  The caller must have called `scan_l1`
                 of each QED layer.
         """
-        self._layers = [
+        self._readers = [
             QedRunReader(layer) if isinstance(layer, QedLayer) else RawRunReader(layer)
             for layer in layers
         ]
-        self.size = self._layers[0].size
+        self.size = self._readers[0].size
         self.files = [cast("PosixFile", layer.file).path for layer in layers]
 
     async def batches(
@@ -141,10 +141,10 @@ class ChainRunReader:
             HostError: The host cannot read a file.
         """
         await trio.lowlevel.checkpoint()
-        runs = await self._layers[0].read(start, end)
+        runs = await self._readers[0].read(start, end)
         depths = np.zeros(len(runs.starts), np.int64)
         size = self.size
-        for depth, layer in enumerate(self._layers[1:], 1):
+        for depth, reader in enumerate(self._readers[1:], 1):
             unallocated = np.flatnonzero(runs.kinds == UNALLOCATED)
             if not len(unallocated):
                 break
@@ -152,11 +152,11 @@ class ChainRunReader:
             last = int(unallocated[-1]) + 1
             # No layer is searched past the end of a layer above it, because a layer reads as
             # zeros past its end, even where the layers below it are longer.
-            size = min(size, layer.size)
+            size = min(size, reader.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
                 break
-            below = await layer.read(first, stop)
+            below = await reader.read(first, stop)
             is_partial = below.end < stop
             runs, depths = _overlaid(runs, depths, below, depth, below_is_partial=is_partial)
         lengths = np.diff(runs.starts, append=runs.end)
