@@ -1,15 +1,16 @@
 """Filling the rest of a new cluster with zeros, for programs that append and flush.
 
 A new cluster at the end of the file is a hole of the host's file system, and reads as zeros.  So
-a write to a part of it need only write the guest's data.  But then each later write to the hole
-makes the host allocate blocks, and the next flush must commit this allocation to the host's
-journal.  A program that appends 4 KiB at a time and flushes each time, as a database or the
-journal of a file system does, waits for 16 such flushes in each cluster of 64 KiB.  On ext4 such a
-flush takes about 250 µs; a flush of blocks that the host has already allocated takes about 120 µs.
+a write to a part of the cluster need only write the guest's data.  But each later write to the
+rest of the hole makes the host allocate blocks, and the next flush must commit the allocation to
+the host's journal.  A program that appends 4 KiB at a time and flushes each time, as a database
+or the journal of a file system does, waits for 16 such flushes in each cluster of 64 KiB.  On
+ext4 such a flush takes about 250 µs; a flush of blocks that the host has already allocated takes
+about 120 µs.
 
-So if such a program begins a cluster, all of the cluster is written with the first write.
-Other programs gain nothing from this: a program that does not flush waits for none of these
-allocations, and one that writes at random does not soon write to the same cluster again.
+So if a program that appends and flushes begins a cluster, all of the cluster is written with the
+first write.  Other programs would gain nothing: a program that does not flush never waits for such
+an allocation, and a program that writes at random does not soon write to the same cluster again.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class AppendFill:
     def wants_fill(self, run: Run, inside: int, length: int) -> bool:
         """Return whether to write all of a new run, with zeros after the guest's data.
 
-        The caller must call this method once for each run of clusters that were never written.
-        The result is True if a flush has begun since the last call, the run begins with data of
-        the guest, and the run has at most `_MAX_BYTES`.
+        The caller must call this method only for clusters that were never written, and at most
+        once for each run.  The result is True if a flush has begun since the last call, the run
+        begins with data of the guest, and the run has at most `_MAX_BYTES`.
 
         Args:
             run: The run of new clusters.

@@ -99,12 +99,12 @@ class Discard:
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Deallocate whole clusters, and leave unallocated and zero clusters unchanged.
 
-        Unlike `discard`, this also works past the end of the disk.
+        Unlike `discard`, this method also works past the end of the disk.
 
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            progress: Called with the bytes of the range that are done, and its length.
+            progress: Called with the bytes of the range that are done, and with all its bytes.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -120,7 +120,7 @@ class Discard:
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            progress: Called with the bytes of the range that are done, and its length.
+            progress: Called with the bytes of the range that are done, and with all its bytes.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -180,8 +180,8 @@ class Discard:
             hide: Whether to turn unallocated clusters into zero clusters where the base has
                 data.
             clear: Whether to make all clusters unallocated: also zero clusters, and
-                allocated clusters where the base then shows.  Requires ``data``.
-            progress: Called with the bytes of the range that are done, and its length.
+                allocated clusters over data of the base.  Requires ``data``.
+            progress: Called with the bytes of the range that are done, and with all its bytes.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -276,9 +276,9 @@ class Discard:
     def _drop(self, slice_: Slice, start: int, end: int, *, clear: bool) -> None:
         """Remove from a slice the references to the data clusters of a guest range.
 
-        These clusters of the file go into quarantine.  The guest clusters become zero clusters
-        up to the end of the base, and unallocated past it.  With ``clear`` all guest clusters
-        become unallocated, also zero clusters.
+        The clusters of the file go into quarantine.  Their guest clusters become zero clusters up
+        to the end of the base, and unallocated past that end.  With ``clear`` all guest clusters
+        of the range become unallocated, also zero clusters.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries

@@ -1,14 +1,15 @@
 """The part of the fast path that writes to clusters that are not allocated yet.
 
-Usually the slice with the entries of the clusters is in memory, host space for its write-back is
-reserved, NEED_CHECK is set, and the file can be made long enough without waiting.  Then
 `FastAllocation` chooses clusters, writes the data to them and changes their entries without an
-await, that is, atomically with respect to other tasks.  Otherwise the slow path must carry out
-the write.  The slow path must also do so if another task holds the range lock of these clusters,
-if tables must be written back first, or if clusters should be reclaimed before the file grows.
+await, that is, atomically with respect to other tasks.  Usually nothing prevents it: the slice
+with the entries is in memory, host space for the slice's write-back is reserved, NEED_CHECK is
+set, and the file can be made long enough without waiting.  In all other cases the slow path must
+carry out the write.  The slow path must also carry out the write if another task holds the range
+lock of the clusters, if tables must be written back first, or if clusters should be reclaimed
+before the file grows.
 
-The order is the same as on the slow path (`WritePath`): the data is written to the file first,
-and only then the entry that makes the data visible is changed in memory.
+The order is the same as on the slow path (`WritePath`): first the data is written to the file,
+and after that the entry that makes the data visible is changed in memory.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class FastAllocation:
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
         # write all of it.  `_fill` may still fail, because it may write more bytes than were
-        # checked: all of the run, if the run was written before or `AppendFill` recommends it.
-        # Both are known only after the allocation.
+        # checked: all of the run, if the run was written before or `AppendFill` wants it filled.
+        # Whether one of the two is true is known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
@@ -152,7 +153,7 @@ class FastAllocation:
             inside: Offset in bytes of ``data`` within the run.
             data: The guest's data.
             base_bytes: How many bytes at the beginning of the buffer are data of the base.  The
-                run gets these bytes, then zeros, except where it gets ``data``.
+                run gets these bytes, followed by zeros up to its end, and ``data`` over both.
         """
         write = self._layer.file.try_write
         if len(data) == run.length:

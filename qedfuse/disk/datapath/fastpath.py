@@ -1,9 +1,11 @@
 """The fast path of a request whose tables and data are in memory, so that it need not wait.
 
-Most requests are of this kind.  On the slow path, with extents and tasks, each would cost several
-times as much time as its access to the host's file.  No other task runs between the lookup and the
-read or write.  So the fast path needs no lock, and no epoch (`Epochs`), by which other requests
-keep the clusters that they use from being reused.
+Most requests find tables and data in memory.  The slow path works with extents and tasks, and takes
+several times as long as the access to the host's file.
+
+On the fast path no other task runs between the lookup and the read or write.  So the fast path
+needs no lock.  It also needs no epoch (`Epochs`): an epoch keeps the clusters that a request uses
+from being reused while the request waits.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
 up.  The caller then starts the request again on the slow path, which waits, or reports the
@@ -47,9 +49,7 @@ _MAX_SLICES_PER_SEEK: Final = 64
 
 
 class ReadTables(NamedTuple):
-    """The objects with which ``_cachedread.c`` finds data in the files of a chain.
-
-    ``_cachedread.c`` finds the data in the same way as `FastPath.locate`.
+    """The objects with which ``_cachedread.c`` finds data in a chain, as `FastPath.locate` does.
 
     Attributes:
         layer: The top image; its header has the size of the disk.

@@ -6,8 +6,8 @@ which it writes are not reused before it ends.
 
 A task that allocates or deallocates clusters takes a range lock on the guest clusters, and
 looks them up again under the lock.  So of two concurrent writes into one new cluster the
-second finds the cluster allocated, and overwrites it.  This overwrite needs no epoch, because
-no other task can deallocate the cluster while the lock is held.
+second finds the cluster allocated, and overwrites it.  An overwrite under the lock needs no epoch,
+because no other task can deallocate the cluster while the lock is held.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Detecting clusters of zeros in the data that a guest writes (``detect_zeroes``).
 
-The search takes about 10 µs for each MiB.  Clusters whose first word is not 0 are excluded
-first: these are nearly all clusters that hold other bytes than zeros.  A remaining cluster
-holds only zeros if its largest word is 0.  In numpy this test is faster than comparing all words
-with 0.
+The search takes about 10 µs for each MiB.  First, clusters whose first word is not 0 are excluded:
+nearly every cluster that holds other bytes than zeros.  A remaining cluster holds only zeros if
+its largest word is 0.  In numpy, finding the largest word is faster than comparing all words with
+0.
 """
 
 from __future__ import annotations

@@ -62,8 +62,9 @@ class DirectReclaim:
     def should_reclaim(self) -> bool:
         """Return whether `reclaim_before_growth` is worth waiting for.
 
-        That is so while free clusters are being punched, because the allocator gets them back
-        soon, or if the scan is complete and enough clusters are in quarantine.
+        Returns True while free clusters are being punched, because the allocator gets the
+        punched clusters back soon.  Returns True also if the scan is complete and enough
+        clusters are in quarantine.
         """
         if self._reclaim.punching_clusters:
             return True
@@ -73,11 +74,13 @@ class DirectReclaim:
     async def reclaim_before_growth(self) -> None:
         """Free clusters so that the file need not grow, if `should_reclaim` returns True.
 
-        Waits for punching that is under way.  Then, if enough clusters are in quarantine, frees
-        those that may be used again.  Before that, a new write-back cycle is run if the unsealed
-        clusters alone are enough; otherwise only the running cycle is awaited.  Does not wait
-        for requests that still use a cluster in quarantine, and punches nothing, because the
-        freed clusters will be used immediately.  It may be that no cluster is free afterwards.
+        Waits for the end of punching that is under way.  If enough clusters are in quarantine
+        after the wait, a write-back cycle makes the tables durable that dropped them, and the
+        clusters that may be used again are freed.  A new cycle runs only if the unsealed clusters
+        alone are enough; otherwise this method waits for the running cycle, if any.
+
+        Punches nothing, because the freed clusters will be used immediately.  Does not wait for
+        requests that still use a cluster in quarantine, so perhaps no cluster is free afterwards.
 
         Raises:
             HostError: The tables could not be written back.
@@ -92,17 +95,17 @@ class DirectReclaim:
         else:
             # The unsealed clusters alone are not worth a cycle, so only sealed ones are freed.
             # No further cycle is begun for sealed clusters, because the tables that dropped them
-            # belong to the running cycle or to an earlier one.  Some sealed clusters may be free
-            # after this wait, because requests that used them may have ended since the last
-            # `Reclaim.run`.
+            # belong to the running cycle or to an earlier one.  Even if no cycle is running,
+            # `Reclaim.run` may free some, because requests that used them may have ended since
+            # its last call.
             await self._writeback.wait_running()
         await self._reclaim.run(max_runs=0)
 
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch (`Epochs`): this method may wait for all requests in
-        an epoch, so such a caller would wait for itself.
+        The caller must not be in an epoch (`Epochs`), because this method may wait until all
+        requests of the epoch have ended, and the caller would wait for itself.
 
         Returns:
             Whether clusters may have become free, so that the caller should try again; other
@@ -124,6 +127,6 @@ class DirectReclaim:
         await self._flusher.flush()
         await self._quarantine.wait_drained()
         await self._reclaim.run()
-        # Count the freed clusters instead of looking for free ones: another task may have
-        # taken them already, and even then the caller should try again.
+        # Count the freed clusters instead of looking for free ones.  Even if other tasks have
+        # taken all of them meanwhile, the caller should try again.
         return self._reclaim.freed_clusters != before

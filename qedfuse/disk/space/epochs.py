@@ -1,10 +1,10 @@
 """Epochs: which requests may still use a cluster that has lost its reference.
 
-A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile one
-of these clusters may lose its reference.  The requests that began before that moment may still
-read or write the cluster, so it may be used again only when all of them have ended.  Requests
-that begin later do not find the cluster.  This is epoch-based reclamation (as in crossbeam).  In
-read-copy-update the time until those requests have ended is called the grace period.
+A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile a
+cluster that the request has found may lose its reference.  Requests that began before the loss may
+still read or write the cluster, so the cluster may be used again only when all of them have ended.
+Requests that begin later do not find the cluster.  The method is epoch-based reclamation, as in
+crossbeam; the wait for the requests is the grace period of read-copy-update.
 
 Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
 """

@@ -1,8 +1,8 @@
 """A flush: one write-back cycle, and then `Reclaim.run` for the clusters that the cycle frees.
 
 A module that needs only durability calls `MetadataWriteback.barrier`, which takes no lock, so
-that the caller may hold any.  A flush takes the locks of `Reclaim` and of the modules below
-it, so its caller must hold none of them.
+that the caller may hold any lock.  The caller of a flush must not hold a lock of `Reclaim`,
+`FileLength`, `FirstWriteGuard` or `HeaderStore`, because the flush takes these locks.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Quarantine: clusters that lost their reference and must not be used again yet.
+"""Quarantine: clusters that lost their reference and must not be used again yet (D5).
 
-This is rule D5 in docs/durability.md.
+D5 is a rule in docs/durability.md.
 
 Two things could go wrong if a cluster were used again immediately.  A crash could bring back
 the old table, and the former owner would find another owner's data in the cluster, or zeros.
-And a request that looked up the cluster before it lost its reference may still be reading or
-writing it.  So a cluster stays in quarantine until the table that dropped it is durable, and
-until no request is left that began before the cluster was sealed (`Epochs`).
+And a request that looked up the cluster before the reference was dropped may still be reading or
+writing the cluster.
 
 Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
-that have lost their reference up to that moment: they become a batch, with the epoch that
-ends at that moment.
+that have lost their reference up to that moment: they become a batch, with the epoch (`Epochs`)
+that ends at that moment.  The batch stays in quarantine until the tables that dropped its
+clusters are durable, and until all requests of that epoch and of earlier epochs have ended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
 """Maximum number of scattered clusters that wait to be put into the map together; their numbers
-take 2 MiB.  The beginning of a write-back cycle ends the wait earlier."""
+take 2 MiB.  They wait at most until a write-back cycle begins."""
 
 
 class _Batch:
@@ -55,7 +55,7 @@ class Quarantine:
     """
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
-        """Hold no cluster yet; all maps here are made like ``empty``, an empty map."""
+        """Hold no cluster yet; all maps here get the block borders of ``empty``, an empty map."""
         self._epochs = epochs
         self._unsealed = empty.empty_like()
         # Unsealed clusters that are not in `_unsealed` yet: see `retire_many`.
@@ -77,9 +77,9 @@ class Quarantine:
         """Take in a run of ``count`` clusters to which no table in memory refers any more.
 
         The caller must not await anything between changing the entries and this call.
-        Otherwise a write-back cycle that began in between would cover only one of the two.
-        If it sealed the clusters but did not write the entries, the clusters could be used
-        again while the file still refers to them.
+        Otherwise a write-back cycle could begin in between, and cover only the entries or only
+        the clusters.  If the cycle sealed the clusters and did not write the entries, the
+        clusters could be used again while the file still refers to them.
         """
         self._unsealed.add(first, count)
 

@@ -2,9 +2,8 @@
 
 `Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `DirectReclaim` calls `run` for a
 request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.  `run`
-frees the clusters that may leave the quarantine.  Then it cuts off free clusters at the end of
-the file, and punches other free clusters out of the host's file, so that they take up no space
-while they are free.
+frees the clusters that may leave the quarantine, cuts off free clusters at the end of the file,
+and punches other free clusters out of the host's file, so that free clusters take up no space.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RUNS_PER_FLUSH: Final = 256
-"""Maximum number of runs that one call of `Reclaim.run` punches by default.  A flush or a request
-waits for the call."""
+"""Maximum number of runs that one call of `Reclaim.run` punches by default, because a flush or a
+request waits for the call."""
 
 _MAX_RUNS_PER_PUNCH: Final = 64
 """Maximum number of runs that one job of a worker thread punches."""
@@ -47,8 +46,8 @@ _MAX_RUNS_PER_PUNCH: Final = 64
 _MAX_RUNS_RETIRED_SINGLY: Final = 64
 """If clusters form more runs than this, they go into quarantine as one list, not run by run.
 
-While the scan marks clusters (`Marking.active`), they always go run by run, because
-`Marking.record_drop` needs runs.
+While the scan marks clusters (`Marking.active`), clusters always go into quarantine run by run,
+because `Marking.record_drop` needs runs.
 """
 
 
@@ -171,9 +170,9 @@ class Reclaim:
     def distrust_below(self, end: int) -> None:
         """Never free the clusters below the file offset ``end`` when they lose their reference.
 
-        The scan calls this for a damaged image, in which a second entry may refer to the same
-        cluster.  These clusters leave the quarantine, but are neither used again nor returned
-        to the host.
+        The scan calls this method for a damaged image, in which a second entry may refer to the
+        same cluster.  Clusters below ``end`` still leave the quarantine, but are neither used
+        again nor returned to the host.
         """
         self._untrusted_end = end
 
@@ -271,8 +270,8 @@ class Reclaim:
         allocator, bits = self._allocator, self._bits
         found = (clusters.take(BLOCK_CLUSTERS) for _ in range(max_runs))
         taken = [run for run in found if run is not None]
-        # Remove the runs from the free map during the punching: punching after the allocator
-        # has handed a cluster out would erase the new owner's data.
+        # While the runs are punched, they are not in `Allocator.free`.  Otherwise the allocator
+        # could hand out a cluster whose new data the punching would erase.
         for first, count in taken:
             allocator.free.remove(first, count)
         self.punching_clusters = sum(count for _, count in taken)

@@ -1,7 +1,7 @@
 """Handing out clusters, after waiting for free clusters or for the file's growth if needed.
 
 `Allocator` chooses the clusters, `FileLength` grows the file, and `DirectReclaim` frees
-clusters where the file would otherwise grow or exceed its bound.
+clusters before the file grows or exceeds its bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FreeClusterSource(Protocol):
         """Free clusters if there are many to free, so that the file need not grow."""
 
     async def wait_for_free_clusters(self) -> bool:
-        """Wait until clusters may have become free; return False if none will."""
+        """Wait until clusters may have become free; return False if waiting frees none."""
 
 
 class SpaceManager:
@@ -74,8 +74,8 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must not be in an epoch (`Epochs`): this method may wait for all requests in
-        an epoch, so such a caller would wait for itself.
+        The caller must not be in an epoch (`Epochs`), because this method may wait until all
+        requests of the epoch have ended, and the caller would wait for itself.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -109,8 +109,9 @@ class SpaceManager:
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
-        Does not first wait for clusters to become free: `allocate_table` has waited in vain, and
-        compaction frees as many clusters as it allocates.
+        Does not wait for clusters to become free.  `allocate_table` has waited in vain when it
+        calls this method, and a compaction, the other caller, frees the clusters of the table
+        that it moves.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -161,8 +162,8 @@ class SpaceManager:
         # same clusters.
         self._hand_out(run)
         try:
-            # Even a cluster that was free may lie past the end of the file, because a run for
-            # which the file could not grow is freed.
+            # The file may have to grow for clusters from the free map, too: a run for which the
+            # file could not grow has become free, and lies past the end of the file.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

@@ -8,9 +8,11 @@ a later write of the header.
 A write that failed may have changed the file nonetheless.  Therefore the old header is written
 again immediately, and the next change writes the header once more.  The next change alone would
 not suffice: if the disk has become read-only, no change follows, and the next open could find,
-for example, a size that was reported as refused.  If the host's power fails after a failed
-datasync, either header may be in the file.  This cannot be prevented, but up to the smaller size
-the content of the disk is the same with both.
+for example, a size that was reported as refused.
+
+If the host's power fails after a failed datasync, either header may be in the file, which cannot
+be prevented.  If the two differ in the size of the disk, the content up to the smaller size is the
+same with both.
 """
 
 from __future__ import annotations

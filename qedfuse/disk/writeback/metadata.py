@@ -3,8 +3,8 @@
 The tables are a write-back cache: requests change them in memory, and a *cycle* writes
 the changes to the file.  A cycle makes durable what was written before it began, in the
 order of docs/durability.md: data before the entry that makes the data visible, and a new L2
-table before the L1 entry that points to the table (D2).  This is a group commit, because all
-callers that arrive while a cycle is running share the next cycle.
+table before the L1 entry that points to the table (D2).  Cycles are a group commit: all callers
+that arrive while a cycle is running share the next cycle.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class MetadataWriteback:
         self._file = file
         self._tables = tables
         self._observer = observer
-        # `_changes` counts the changes of the file and the tables so far.  `_durable_changes` is
-        # the value of that counter up to which the changes are known to be durable.
+        # `_changes` counts the changes of the file and the tables so far.  The first
+        # `_durable_changes` of them are known to be durable.
         self._changes = 0
         self._durable_changes = 0
         # `_waiting` is the cycle that begins next, which callers may still join.
@@ -189,8 +189,8 @@ class MetadataWriteback:
         Raises:
             HostError: The host refused.  After a failed write the changes are still dirty, and
                 the next call tries again.  After a failed datasync the state of the host's
-                page cache is unknown, so all later calls fail as well (D7).  So do all calls
-                after a cycle that was ended by an unforeseen exception.
+                page cache is unknown, so all later calls fail as well (D7).  All later calls
+                fail also if an unforeseen exception has ended a cycle.
         """
         self._check()
         if self._changes == self._durable_changes:
@@ -269,8 +269,8 @@ class MetadataWriteback:
         if l2:
             await self._write(l2, dependents=l1)
             await self._sync_or_give_back(l1)
-        # 3. L1 entries, which make the new tables visible.  Steps 1 and 2 have made these
-        #    tables durable, and everything that they refer to.
+        # 3. L1 entries, which make the new tables visible.  Steps 1 and 2 have made the new
+        #    tables durable, and everything to which the tables refer.
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
