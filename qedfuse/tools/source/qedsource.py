@@ -1,4 +1,4 @@
-"""A QED image with its chain as the source of a copy or a comparison."""
+"""A QED image with its chain, as a disk that is only read."""
 
 from __future__ import annotations
 
