@@ -8,18 +8,18 @@ _MAX_CONFIDENCE: Final = 16
 """Maximum of the confidence counter.  Each wait that is a little too long lowers the counter by 1.
 So polling is disabled after at most this number of such waits in a row."""
 _RESET_FACTOR: Final = 8
-"""A wait longer than the poll's length times this factor resets the confidence to 0, because the
-earlier waits no longer predict the next one."""
+"""A wait longer than the maximum time to poll, times this factor, resets the confidence to 0,
+because the earlier waits no longer predict the next one."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  So a wait in which the task slept is short enough up
-to the poll's length times this factor."""
+"""A task that sleeps notices the event late.  So a wait in which the task slept still counts as
+short if it took at most the maximum time to poll, times this factor."""
 
 
 class AdaptivePoll:
     """Decides how long to poll for an event, from how long the last waits for the event took.
 
-    A confidence counter rises with each wait that polling would have covered, and falls with
-    each longer wait.  Polling is enabled while the counter is positive.
+    A confidence counter rises with each short wait, whose event polling would have found, and
+    falls with each longer wait.  Polling is enabled while the counter is positive.
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
@@ -28,7 +28,7 @@ class AdaptivePoll:
         Args:
             seconds: Maximum time to poll for one event; 0 to never poll.
             start_enabled: Whether to poll from the start.  Otherwise polling is enabled by
-                the first wait that was short enough.
+                the first short wait.
         """
         self._max_seconds = seconds
         self._confidence = _MAX_CONFIDENCE if start_enabled else 0
@@ -42,7 +42,7 @@ class AdaptivePoll:
         """Record how long one wait took.
 
         Args:
-            seconds: The time of the wait; 0 if polling has found the event.
+            seconds: How long the wait took; 0 if polling has found the event.
             slept: Whether the task slept, or let other tasks run, instead of polling.
         """
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):

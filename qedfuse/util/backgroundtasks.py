@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     unit."""
 
 _PROGRESS_INTERVAL_SECONDS: Final = 0.1
-"""Time between two calls of a progress function."""
+"""Time between two calls of the function that `periodic_progress` gets."""
 
 
 @asynccontextmanager
@@ -36,7 +36,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
     except BaseExceptionGroup as group:
         if len(group.exceptions) > 1:
             raise
-        # "from" keeps the error's own cause; without it a traceback would also show the group.
+        # "from" keeps the error's own cause, and keeps the group out of tracebacks.
         raise group.exceptions[0] from group.exceptions[0].__cause__
 
 
@@ -44,8 +44,8 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
     """Call ``progress`` every 0.1 seconds while the block runs, and once after its success.
 
-    This is for operations that do not call a progress function themselves.  If ``progress``
-    is None, nothing is called.
+    This is for operations that do not report their progress themselves.  If ``progress`` is
+    None, nothing is called.
     """
     if progress is None:
         yield

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 STANDARD = (0, 1, 2)
-"""Standard input, output and error."""
+"""The descriptors of standard input, output and error."""
 
 
 def open_descriptors() -> set[int]:

@@ -1,7 +1,8 @@
 """Whether other work waits for the event loop besides the task that runs now.
 
-A task that polls, or that makes a system call inline, keeps all other tasks from running.
-Before a task polls or makes such a call, it asks the `LoopLoad` whether other work waits.
+A task that polls keeps all other tasks from running, and so does a task that makes a long system
+call, such as a datasync, in the event loop's own thread.  So before a task does either, it asks the
+`LoopLoad` whether other work waits.
 """
 
 from __future__ import annotations
@@ -38,13 +39,17 @@ class LoopLoad:
     def has_running_threads(self) -> bool:
         """Return whether a thread of trio is running.
 
-        If so, no task may poll, so that the event loop can sleep.  A task that polls would not
-        notice that the thread has finished, and a busy loop would starve the thread of the GIL.
+        If so, no task may poll, so that the event loop can sleep.  While a task polls, the event
+        loop does not notice that the thread has finished.  And an event loop that never sleeps
+        starves the thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0
 
     def has_requests(self) -> bool:
-        """Return whether a request waits that no task has taken yet; False without a source."""
+        """Return whether a request waits that no task has taken yet.
+
+        Returns False outside any `request_source`.
+        """
         return self._has_request()
 
     @contextmanager
@@ -67,8 +72,8 @@ def loop_load() -> LoopLoad:
     """Return the load of the event loop that runs in this thread.
 
     Each event loop has a load of its own, because several event loops can run in one process:
-    `qedfuse.open` runs one for each open file.  Code that needs the load for every request keeps
-    the object.
+    `qedfuse.open` runs one for each open file.  Code that needs the load for every request
+    should keep the object, because finding it takes time.
 
     Raises:
         RuntimeError: No event loop runs in this thread.

@@ -20,7 +20,8 @@ class LRUStatistics:
     Attributes:
         items: How many values are in the cache.
         weight: How many bytes these values take.
-        evictions: How many values have been evicted so far; `LRU.drop` does not count.
+        evictions: How many values have been evicted so far.  Values that `LRU.drop` or
+            `LRU.put` removed or replaced do not count.
     """
 
     items: int
@@ -61,9 +62,9 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Store a value, replacing an old one, and evict others if the budget is exceeded.
+        """Store a value in place of any earlier one for ``key``.
 
-        This call never evicts the value that it stores.
+        If the budget is exceeded then, other values are evicted, but not the one just stored.
         """
         old = self._items.pop(key, None)
         if old is not None:

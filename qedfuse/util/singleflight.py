@@ -16,8 +16,9 @@ class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
     The fetch must store its result in a cache, and the callers must look there when `run`
-    returns.  If the fetch has failed or was cancelled, a caller that finds no result must
-    call `run` again.  So no caller gets the error of another caller's fetch.
+    returns.  A caller that has only waited may find no result there: the other caller's fetch
+    may have failed or been cancelled, or the cache may have evicted the result since.  Such a
+    caller must call `run` again.  So no caller gets the error of another caller's fetch.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,10 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return a size in bytes as text with a binary unit: ``64 KiB``, ``1.5 GiB``."""
+    """Return a size in bytes as text with a binary unit: ``64 KiB``, ``1.5 GiB``.
+
+    The number is rounded to four significant digits.
+    """
     value = float(size)
     for unit in ("bytes", *(f"{letter}iB" for letter in _UNITS)):
         if value < _UNIT_FACTOR or unit == "EiB":
