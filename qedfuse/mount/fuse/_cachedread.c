@@ -1,12 +1,12 @@
 /*
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
- * answered here only if its range is one run of data in one file of a chain, the slices of tables
- * that locate the run are in memory, and the data is in the host's page cache.  The only Python
- * function that such a read calls is the one that looks up a slice in the table cache.
+ * answered here only if its range is one run of data in one file of a chain, the slices (parts) of
+ * the tables that locate the run are in memory, and the data is in the host's page cache.  The only
+ * Python function that such a read calls is the one that looks up a slice in the table cache.
  *
- * Each disk has a ReadView, which refers to the objects by which FastPath.locate finds a range.
- * A read finds the range by the same objects in the same way, with the GIL held, so it needs no
- * copy of a table that could become stale.
+ * A ReadView refers to the objects by which FastPath.locate finds a range of one disk.  This module
+ * finds the range by the same objects in the same way, with the GIL held, so it needs no copy of a
+ * table that could become stale.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
  * (_dataops.c), which begins anew.  The functions that other files call are described in
@@ -39,7 +39,8 @@ typedef struct {
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
     File *files;         /* the files of the chain, by depth; the top image has depth 0 */
     uint64_t file_count;
-    unsigned int cluster_bits, slice_bits;
+    unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
+    unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
 } ReadView;
 
 static PyTypeObject *view_type;
