@@ -196,22 +196,22 @@ static int64_t transfer(struct pool *pool, struct job *job)
     while (job->part_count) {
         int count = job->part_count < MAX_PARTS ? (int)job->part_count : MAX_PARTS;
         off_t offset = (off_t)(job->offset + total);
-        ssize_t done;
+        ssize_t moved;
 
         if (job->kind == WRITE)
-            done = pwritev(job->fd, job->parts, count, offset);
+            moved = pwritev(job->fd, job->parts, count, offset);
         else /* the offset -1 stands for the position of the descriptor; a pipe needs this */
-            done = preadv2(job->fd, job->parts, count, job->offset == -1 ? -1 : offset, 0);
-        if (done < 0 && errno != EINTR)
+            moved = preadv2(job->fd, job->parts, count, job->offset == -1 ? -1 : offset, 0);
+        if (moved < 0 && errno != EINTR)
             return -errno;
-        if (done == 0) {
+        if (moved == 0) {
             if (job->kind == READ)
                 break;
             return -EIO; /* the kernel has accepted nothing, and has reported no error */
         }
-        if (done > 0) {
-            total += done;
-            skip(job, (size_t)done);
+        if (moved > 0) {
+            total += moved;
+            skip(job, (size_t)moved);
         }
         if (job->part_count && atomic_load(&pool->stop))
             return -ECANCELED;

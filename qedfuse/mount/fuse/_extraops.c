@@ -62,7 +62,8 @@ typedef struct {
 
 static PyTypeObject *request_type;
 
-/* Answers a read from a thread without the GIL, if all of its bytes were read. */
+/* Called by the thread that has read the data, without the GIL.  Answers the read if all of its
+ * bytes were read. */
 static void complete_read(struct answer *answer, const void *data, long long result)
 {
     Request *self = (Request *)((char *)answer - offsetof(Request, answer));
@@ -145,6 +146,7 @@ static void release_capsule(PyObject *capsule)
     Py_DECREF((PyObject *)PyCapsule_GetContext(capsule));
 }
 
+/* The capsule keeps the Request until the thread no longer needs it. */
 static PyObject *request_capsule(PyObject *self, PyObject *unused)
 {
     PyObject *capsule = PyCapsule_New(&((Request *)self)->answer, "qedfuse.answer",
