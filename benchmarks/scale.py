@@ -190,7 +190,7 @@ async def _scan(path: str) -> dict[str, float]:
     began, busy = time.monotonic(), time.process_time()
     async with open_disk(path, OpenOptions(writable=True)) as disk:
         opened = time.monotonic() - began
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         scanned, worked = time.monotonic() - began, time.process_time() - busy
     return {"open": opened, "scan": scanned, "cpu": worked}
 

@@ -148,9 +148,9 @@ class Disk:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a range without waiting; return None if that would block or fails.
 
-        Returns None also if the range is empty, is too long for the fast path, or ends past
-        the end of the disk.  After None the caller must use `read`.  The next call of this
-        method or of `try_write` may overwrite the returned view.
+        Returns None also if the range is empty, ends past the end of the disk, is too long for
+        the fast path, or needs entries of two slices of a table.  After None the caller must use
+        `read`.  The next call of this method or of `try_write` may overwrite the returned view.
         """
         return self._fast_path.try_read(start, length)
 
@@ -225,8 +225,9 @@ class Disk:
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.
 
-        Returns False also if ``data`` is empty or ends past the end of the disk, or if the
-        state or the options of the disk require `write`, as with `OpenOptions.detect_zeroes`.
+        Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
+        of two slices of a table, or if the state or the options of the disk require `write`, as
+        `OpenOptions.detect_zeroes` does.
         After False a part may have been written, so the caller must pass all of ``data`` to
         `write`.
         """
@@ -389,11 +390,11 @@ class Disk:
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
-    async def wait_scanned(self) -> None:
-        """Run the scan for free clusters, or wait for the task that runs the scan.
+    async def ensure_scanned(self) -> None:
+        """Return when the scan for free clusters has ended, successfully or not.
 
-        Returns when the scan has ended, successfully or not; immediately if it has ended before.
-        The disk must be open for writing.
+        Runs the scan, or waits for the task that runs the scan.  Returns immediately if the scan
+        has ended before.  The disk must be open for writing.
         """
         await self._components.scan.run()
 
@@ -450,8 +451,8 @@ class Disk:
         the host against guests, and no guest can call this method.  The caller must ensure that
         no other request is running.
 
-        An error is not raised.  It is logged as a warning, unless it has made the disk
-        read-only, because the close raises such an error.
+        An error is logged as a warning and not raised.  An error that has made the disk read-only
+        is not logged either, because the close raises it.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 

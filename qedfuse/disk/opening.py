@@ -67,7 +67,7 @@ async def open_disk(
                 # example those that a crash has leaked.  So a disk that crashes again and
                 # again would make its file longer each time.  A short scan takes only
                 # milliseconds, so wait for it.
-                await disk.wait_scanned()
+                await disk.ensure_scanned()
             yield disk
 
 

@@ -117,7 +117,7 @@ class FailingWorkload(Workload):
                 await self.history.discard(first + 2, 1)
             await self.history.flush()
             await self.history.read(0, disk.size // SECTOR)
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             now = disk.statistics()
             if now.free_clusters is not None:
                 found = inspect_image(self.file.content[: now.file_bytes])

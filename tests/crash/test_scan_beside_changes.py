@@ -34,7 +34,7 @@ async def test_scan_accepts_entries_past_the_old_end_of_the_file(go: trio.Event)
         await disk.discard(CLUSTER, CLUSTER)
         await disk.flush()
         go.set()
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.flush()
         assert disk.statistics().free_clusters == 1
     assert inspect_image(file.content).errors == ()
@@ -46,5 +46,5 @@ async def test_leak_at_the_old_end_of_the_file(go: trio.Event) -> None:
     async with opened(file) as disk:
         await disk.write(5 * CLUSTER, b"x")
         go.set()
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert disk.statistics().free_clusters == 3

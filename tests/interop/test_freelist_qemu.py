@@ -115,7 +115,7 @@ class Shared:
     async def drain(self) -> None:
         """Allocate all free clusters, so that there is nothing to list."""
         async with open_disk(str(self.path), KEEP, inspector=inspector) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             while disk.statistics().free_clusters:
                 for number in range(DISK_BYTES // CLUSTER_BYTES):
                     if not disk.statistics().free_clusters:

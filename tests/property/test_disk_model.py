@@ -255,7 +255,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def discard_all(self) -> None:
         """Discard the whole disk: after a flush only tables are in use."""
-        self.loop.run(self.disk.wait_scanned)
+        self.loop.run(self.disk.ensure_scanned)
         self.loop.run(self.disk.discard, 0, len(self.model))
         self.model[:] = bytes(len(self.model))
         self.loop.run(self.disk.flush)

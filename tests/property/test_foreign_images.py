@@ -219,7 +219,7 @@ async def test_images_of_other_programs(
     if not damage or not len(image.content) % image.header.cluster_size:
         # The image is marked clean, so only the scan finds the damage.
         async with open_disk(str(path), WRITABLE, inspector=inspector) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             await compare(disk, image, chance)
             await change(disk, image, chance)
             await compare(disk, image, chance)

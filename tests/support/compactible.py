@@ -78,7 +78,7 @@ class UsedImage:
         for _ in range(choice.randrange(1, 4)):
             file = MemoryFile(content)
             async with opened(file, options=UNCOMPACTED) as disk:
-                await disk.wait_scanned()
+                await disk.ensure_scanned()
                 for number in choice.sample(pool, choice.randrange(len(pool) + 1)):
                     if choice.random() < 0.6:
                         data[number] = bytes([choice.randrange(1, 256)]) * CLUSTER

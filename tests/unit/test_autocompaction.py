@@ -141,7 +141,7 @@ async def test_without_a_table_change_nothing_is_moved() -> None:
     """Reads and writes in place move no cluster of an image with leaks."""
     file = RecordingFile(leaky())
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.read(0, ALLOCATED * CLUSTER)
         await disk.write(CLUSTER, b"in place")
     changed = [change for change in file.changes if not isinstance(change, Sync)]
@@ -153,7 +153,7 @@ async def test_leaks_go_with_the_first_table_change() -> None:
     """A session that changes a table leaves no leak that was there before."""
     file = MemoryFile(leaky())
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(80 * CLUSTER, b"new")
     await assert_minimal(file.content)
 
@@ -162,7 +162,7 @@ async def test_nodiscard_moves_nothing() -> None:
     """With discard off no cluster is moved."""
     file = MemoryFile(leaky())
     async with opened(file, options=replace(WRITABLE, discard=False)) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(80 * CLUSTER, b"new")
     assert inspect_image(file.content).leaks == len(DISCARDED) - 1
 
@@ -177,7 +177,7 @@ async def test_without_holes_no_table_is_read() -> None:
         file = MemoryFile(image)
         # Without a cache each table that is looked at is read.
         async with opened(file, options=replace(options, cache_bytes=0)) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             await disk.write(7 * CLUSTER, b"new")
         counts.append(file.counts["read"])
     assert counts[0] == counts[1]
@@ -199,7 +199,7 @@ async def test_tables_are_read_until_all_owners_are_found() -> None:
 
     file = Watched(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.discard(0, CLUSTER)
         await disk.flush()
         seen.clear()
@@ -266,7 +266,7 @@ async def test_a_damaged_image_is_left_alone() -> None:
     )
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(80 * CLUSTER, b"new")
     for number in range(ALLOCATED):
         offset = l2_entry_offset(image, number)
@@ -408,7 +408,7 @@ async def test_stopped_at_any_moment(step: int, seed: int) -> None:
         file = StoppingFile(used.content)
         file.left = calls
         async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             file.disk = disk
         used.assert_holds(file.content)
         found = inspect_image(file.content)
@@ -604,7 +604,7 @@ async def test_other_tasks_run_at_each_slice_of_a_large_table(walk: str, looks: 
     """Other tasks run at each slice of a table that compaction reads, also at a hole."""
     file = EagerFile(sliced())
     async with opened(file, options=UNCOMPACTED) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         layer = disk._components.layer
         async with trio.open_nursery() as nursery:
             nursery.start_soon(file.count_switches)

@@ -122,7 +122,7 @@ async def test_packing_tables_moves_no_more_than_the_limit(monkeypatch: pytest.M
         for most in (48, 64, 80, 96):
             file = MemoryFile(image)
             async with opened(file, options=UNCOMPACTED) as disk:
-                await disk.wait_scanned()
+                await disk.ensure_scanned()
                 limits = Limits(most * CLUSTER, math.inf)
                 moved = await disk._components.compaction.run(within_bound=False, limits=limits)
             assert moved <= most, (seed, most)
@@ -202,7 +202,7 @@ async def test_compaction_after_a_failed_one_completes(action: Action, calls: in
         inner = MemoryFile(used.content)
         file = FailingFile(inner)
         async with opened(file, options=UNCOMPACTED) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             file.fail(action, nth, may_miss=True)
             try:
                 await disk.compact()
@@ -224,7 +224,7 @@ async def test_a_failed_compaction_does_not_fail_the_close() -> None:
     inner = MemoryFile(image)
     file = FailingFile(inner)
     async with opened(file, options=replace(WRITABLE, compact="full")) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.read(0, 1)
         file.fail("read", 1)
     assert not header_of(inner.content).need_check

@@ -51,7 +51,7 @@ def full(count: int = 10, **more: bytes) -> bytearray:
 
 async def freed(disk: Disk) -> int:
     """Flush, and return how many clusters are free."""
-    await disk.wait_scanned()
+    await disk.ensure_scanned()
     await disk.flush()
     statistics = disk.statistics()
     assert statistics.quarantined_clusters == 0
@@ -126,7 +126,7 @@ async def test_freed_clusters_go_back_to_the_host() -> None:
     file = RecordingFile(full(10))
     length = file.size()
     async with opened(file, options=UNCOMPACTED) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         first = get_entry(file.content, l2_entry_offset(file.content, 2))
         await disk.discard(2 * CLUSTER, 3 * CLUSTER)
         await disk.discard(8 * CLUSTER, 2 * CLUSTER)
@@ -161,7 +161,7 @@ async def test_a_freed_cluster_is_not_used_before_the_table_is_durable() -> None
     """A freed cluster is not used while the table on the disk still refers to it."""
     file = MemoryFile(full(10))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         old = get_entry(file.content, l2_entry_offset(file.content, 2))
         await disk.discard(2 * CLUSTER, CLUSTER)
         await disk.write(20 * CLUSTER, b"a")
@@ -176,7 +176,7 @@ async def test_a_freed_cluster_is_not_used_during_a_read_of_it() -> None:
     file = FailingFile(MemoryFile(full(10)))
     got: list[bytes] = []
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.read(0, 1)  # from here on the tables are in memory
 
         async def read() -> None:
@@ -200,7 +200,7 @@ async def test_a_freed_cluster_is_not_used_during_a_write_to_it() -> None:
     inner = MemoryFile(full(10))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(3 * CLUSTER, b"z")
         async with trio.open_nursery() as nursery:
             with file.hold("write") as held:
@@ -220,7 +220,7 @@ async def test_a_full_file_waits_for_the_quarantine() -> None:
     file = RecordingFile(build_image(size, dict.fromkeys(range(8), b"a")))
     length = file.size()
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for step in range(6):
             await disk.discard(step * CLUSTER, 2 * CLUSTER)
             await disk.write(step * CLUSTER, pattern(2 * CLUSTER, step))
@@ -247,7 +247,7 @@ async def test_a_bad_entry_is_not_discarded() -> None:
     image = full(10)
     put_entry(image, l2_entry_offset(image, 4), len(image) + CLUSTER)
     async with opened(MemoryFile(image)) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for start, length in ((0, SIZE), (0, SIZE), (4 * CLUSTER + 10, 20)):
             with pytest.raises(CorruptImageError, match="L2 entry 4"):
                 await disk.discard(start, length)
@@ -267,7 +267,7 @@ async def test_a_discard_beside_a_write_into_the_same_new_cluster() -> None:
     """A discard and an allocating write of one cluster wait for each other."""
     file = FailingFile(MemoryFile(build_image(SIZE, {0: b"a"})))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(CLUSTER, b"b")
         async with trio.open_nursery() as nursery:
             with file.hold("write") as held:
@@ -285,7 +285,7 @@ async def test_a_discard_up_to_the_end_beside_a_resize() -> None:
     image = build_image(size, {at: pattern(CLUSTER, at) for at in range(10)})
     file = FailingFile(MemoryFile(image))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         async with trio.open_nursery() as nursery:
             with file.hold("read") as held:
                 nursery.start_soon(disk.discard, 0, size)
@@ -309,7 +309,7 @@ async def test_a_full_file_waits_for_what_is_being_punched() -> None:
     file = FailingFile(inner)
     length = inner.size()
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.discard(2 * CLUSTER, 3 * CLUSTER)
         async with trio.open_nursery() as nursery:
             with file.hold("punch") as held:
@@ -329,7 +329,7 @@ async def test_space_on_its_way_back_is_waited_for(step: Literal["datasync", "pu
     inner = MemoryFile(build_image(size, dict.fromkeys(range(1000), b"a")))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for number in (1000, 1200, 1700):
             await disk.write(number * CLUSTER, b"the table is there")
         await disk.flush()
@@ -356,7 +356,7 @@ async def test_an_idle_disk_is_left_in_peace() -> None:
     size = 8 * CLUSTER
     file = FailingFile(MemoryFile(build_image(size, {0: b"a"})))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         file.fail("write", 2)
         with pytest.raises(HostError):
             await disk.write(3 * CLUSTER, pattern(CLUSTER, 1))
@@ -374,7 +374,7 @@ async def test_zeros_over_a_range_that_is_being_discarded() -> None:
     """Zeros over a range whose first cluster is discarded meanwhile read as zeros everywhere."""
     file = FailingFile(MemoryFile(full(10)))
     async with opened(file, options=replace(WRITABLE, detect_zeroes="on")) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         extents = await disk._components.layer.lookup(0, 10 * CLUSTER)
         assert len(extents) == 1
         await disk._components.discard.discard(0, CLUSTER)
@@ -486,7 +486,7 @@ async def test_a_full_host_is_found_out_before_the_table_is_changed() -> None:
     inner = MemoryFile(build_image(SIZE, {0: b"a"}))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         end = disk.statistics().file_bytes
         file.fail("reserve", None, 28)
         for request in (lambda: disk.write(9 * CLUSTER, b"x"), lambda: disk.discard(0, CLUSTER)):
@@ -505,7 +505,7 @@ async def test_clusters_of_tables_that_could_not_be_written_stay_in_quarantine()
     """A failed flush frees no cluster, and the next successful one does."""
     file = FailingFile(MemoryFile(full(10)))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.discard(0, 3 * CLUSTER)
         file.fail("write", 1, 28)
         with pytest.raises(HostError):
@@ -557,7 +557,7 @@ async def test_many_clusters_in_no_order(
     file = MemoryFile(image)
     async with opened(file, [base] if based else []) as disk:
         if known:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
         if how == "discard":
             await disk.discard(first * CLUSTER, (last - first) * CLUSTER)
         elif how == "empty":

@@ -36,7 +36,7 @@ async def test_failed_data_write(number: int, short: int, *, based: bool) -> Non
     data = pattern(3 * CLUSTER, 1)
     start = 5 * CLUSTER + 100
     async with opened(file, [base] if based else []) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(2 * CLUSTER, b"x")  # the header is written once, here
         before[2 * CLUSTER : 2 * CLUSTER + 1] = b"x"
         file.fail("write", number=number, short=short)
@@ -70,7 +70,7 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, calls
         inner = MemoryFile(build_image(SIZE, {0: b"a"}, backing=b"base"))
         file = FailingFile(inner)
         async with opened(file, [base]) as disk:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             file.fail(action, nth, errno.ENOSPC, may_miss=True)
             if nth <= calls:
                 with pytest.raises(NoSpaceError):
@@ -97,7 +97,7 @@ async def test_full_host_goes_on_serving() -> None:
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER}))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(CLUSTER, b"b")
         file.fail("truncate", None, errno.ENOSPC)
         room = await fill(file, disk.write)
@@ -130,7 +130,7 @@ async def test_read_that_fails_or_comes_short(size: int | None) -> None:
     inner = MemoryFile(build_image(SIZE, {0: b"a" * CLUSTER, 1: b"b" * CLUSTER, 3: b"c"}))
     file = FailingFile(inner)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert await disk.read(0, 1) == b"a"
         if size is None:
             file.fail("read")

@@ -66,7 +66,7 @@ async def test_bad_l2_entry_costs_its_own_range_only(place: str, *, writable: bo
     file = RecordingFile(image, writable=writable)
     async with opened(file) as disk:
         if writable:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
         with pytest.raises(CorruptImageError, match=r"image: L1 entry 0: L2 entry 2: found \d+ \("):
             await disk.read(0, 6 * CLUSTER)
         with pytest.raises(CorruptImageError):
@@ -90,7 +90,7 @@ async def test_data_over_a_long_header() -> None:
     put_entry(image, l2_entry_offset(image, 1), 2 * CLUSTER)
     file = RecordingFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         with pytest.raises(CorruptImageError, match="over the header or a table"):
             await disk.write(CLUSTER, b"x")
     assert file.changes == []
@@ -105,7 +105,7 @@ async def test_bad_l1_entry_costs_its_own_range_only(value: int) -> None:
     put_entry(image, header.l1_table_offset + 8, value)
     file = RecordingFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for start, length in ((SPAN, 1), (SPAN - 1, 2), (2 * SPAN - 1, 1)):
             with pytest.raises(CorruptImageError, match=f"image: L1 entry 1: found {value}"):
                 await disk.read(start, length)
@@ -123,7 +123,7 @@ async def test_table_that_the_file_cuts_short() -> None:
     header = header_of(image)
     put_entry(image, header.l1_table_offset + 8, len(image) - 2 * CLUSTER)
     async with opened(MemoryFile(image)) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         with pytest.raises(CorruptImageError, match="cut short"):
             await disk.read(2048 * CLUSTER, 1)
 
@@ -134,7 +134,7 @@ async def test_each_cluster_of_a_run_is_validated(*, writable: bool) -> None:
     image = image_with_data()[: -2 * CLUSTER]
     async with opened(MemoryFile(image, writable=writable)) as disk:
         if writable:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
         with pytest.raises(CorruptImageError):
             await disk.read(0, 6 * CLUSTER)
         assert await disk.read(3 * CLUSTER, CLUSTER) == b"\4" * CLUSTER
@@ -163,7 +163,7 @@ async def test_wild_entry_stays_bad_when_the_file_has_grown_over_it() -> None:
     put_entry(image, l2_entry_offset(image, 7), victim)
     file = MemoryFile(image)
     async with opened(file, options=replace(WRITABLE, cache_bytes=0)) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for number in range(16, 48):
             await disk.write(number * CLUSTER, bytes([number]) * CLUSTER)
             await disk.flush()
@@ -186,7 +186,7 @@ async def test_wild_l1_entry_stays_bad_when_the_file_has_grown_over_it() -> None
     put_entry(image, header.l1_table_offset + 16, len(image) + 2 * CLUSTER)
     file = MemoryFile(image)
     async with opened(file, options=replace(WRITABLE, cache_bytes=0)) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         for number in range(512, 530):
             await disk.write(number * CLUSTER, b"\x00\x10\0\0\0\0\0\0" * 512)
             await disk.flush()
@@ -232,7 +232,7 @@ async def test_table_past_the_end_of_the_disk_is_protected_too() -> None:
     put_entry(image, header.l1_table_offset + 8, data)
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         with pytest.raises(CorruptImageError):
             await disk.write(0, (512).to_bytes(8, "little"))
         await disk.grow(2 * SPAN)
@@ -298,7 +298,7 @@ async def test_partial_write_before_a_bad_entry_is_in_place() -> None:
     file = RecordingFile(image)
     data = pattern(3 * CLUSTER, 1)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         with pytest.raises(CorruptImageError):
             await disk.write(CLUSTER, data)
         assert await disk.read(CLUSTER, CLUSTER) == data[:CLUSTER]

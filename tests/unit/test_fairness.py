@@ -72,7 +72,7 @@ async def test_host_calls_between_other_tasks(work: str) -> None:
     zeroes = "on" if work.startswith("zeros") else "off"
     options = replace(WRITABLE, discard=False, detect_zeroes=zeroes)  # type: ignore[arg-type]
     async with opened(file, options=options) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.flush()
         most, calls = await longest(file, WORK[work](disk))
     assert calls >= len(SCATTERED)
@@ -94,7 +94,7 @@ async def test_looking_through_tables() -> None:
             await trio.lowlevel.checkpoint()
 
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
             assert await first_in_use(disk._components.layer, 0, disk.size) is None
@@ -107,7 +107,7 @@ async def test_hiding_a_longer_base() -> None:
     size, tables = 100 * 512 * CLUSTER, 100
     file = EagerFile(build_image(CLUSTER, backing=b"base"))
     async with opened(file, [build_image(size)]) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         most, calls = await longest(file, disk.grow(size))
     assert calls >= tables
     assert most <= 3 * MAX_STEPS  # as above

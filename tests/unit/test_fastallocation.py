@@ -40,7 +40,7 @@ def image(clusters: dict[int, bytes | int] | None = None, **options: int | bytes
 
 async def make_ready(disk: Disk) -> None:
     """Make the change that sets NEED_CHECK and reserves space for the table."""
-    await disk.wait_scanned()
+    await disk.ensure_scanned()
     await disk.write(501 * CLUSTER, b"first")
     await disk.read(0, disk.size)
 
@@ -163,7 +163,7 @@ async def test_an_odd_tail_is_cut_off_first() -> None:
     file = image()
     file.content += b"t" * 1000
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(500 * CLUSTER, b"x")
         await disk.allocate(500 * CLUSTER, CLUSTER)
         disk._components.layer.tables._reserved.add(disk._components.layer.cached_slice(0).offset)  # type: ignore[union-attr]
@@ -199,7 +199,7 @@ async def test_what_the_base_has_past_the_end_is_not_copied(short: int) -> None:
     file = MemoryFile(build_image(100 * 512, {0: b"a"}, backing=b"base"))
     file.in_page_cache = True
     async with opened(file, [BASE if short == 100 * 512 else BASE[: short + 7]]) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(CLUSTER, b"b")
         await disk.read(0, disk.size)
         at = 100 * 512 - 512
@@ -233,7 +233,7 @@ async def test_writes_that_are_left_to_the_slow_path() -> None:
     """A write is left if its table is not ready, its cluster locked or the budget used up."""
     file = image({0: b"s", 1: b"s", 2: b"s", 700: b"s"})
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.read(0, disk.size)
         assert not disk.try_write(9 * CLUSTER, b"x"), (
             "NEED_CHECK is not set, no space is reserved for the table"

@@ -136,7 +136,7 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
     l1 = slice(header_of(file.content).l1_table_offset, header_of(file.content).l1_end)
     tables = file.content[l1]
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await touch(disk)
         assert all(disk.try_read(at * SLICE, 1) is not None for at in range(40))
         await disk.discard(0, 10 * SLICE)

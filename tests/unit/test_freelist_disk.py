@@ -239,7 +239,7 @@ async def test_off_drops_the_list_and_gives_its_clusters_back() -> None:
     file = MemoryFile(content)
     async with opened(file, options=OFF) as disk:
         assert listed(file.content) is None
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert not any(file.content[DESCRIPTOR : DESCRIPTOR + 512])
     place = leaked_runs(content)[0][0] * CLUSTER
@@ -269,7 +269,7 @@ async def test_a_broken_list_is_dropped_and_found_again_by_a_scan(kept: str) -> 
     options = replace(WRITABLE, free_list=kept)  # type: ignore[arg-type]
     async with opened(file, options=options) as disk:
         assert listed(file.content) is None
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert listed(file.content) == leaked_runs(content)
     check_true(file.content)
@@ -284,7 +284,7 @@ async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
     file = FailingFile(inner)
     file.fail("read", nth)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert free_of(disk) == leaked_runs(content)
     assert listed(inner.content) == leaked_runs(content)
 
@@ -296,7 +296,7 @@ async def test_need_check_beside_a_list_drops_it() -> None:
     content[16] |= 2
     file = MemoryFile(content)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert free_of(disk) == leaked_runs(content)
     check_true(file.content)
 
@@ -456,7 +456,7 @@ async def test_a_file_that_cannot_be_cut_gets_no_list() -> None:
         pass
     assert listed(inner.content) is None
     async with opened(MemoryFile(inner.content), options=ON) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert free_of(disk) == leaked_runs(image())
 
 
@@ -468,7 +468,7 @@ async def test_an_image_with_wild_entries_gets_no_list(*, changed: bool) -> None
     put_entry(content, l2_entry_offset(content, 300), 1 << 40)
     file = MemoryFile(content)
     async with opened(file, options=ON) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         if changed:
             await disk.write(301 * CLUSTER, b"x")
     assert header_of(file.content).need_check == changed

@@ -145,7 +145,7 @@ async def play(
     async with opened(file, options=replace(WRITABLE, compact=compact)) as disk:
         watch.watch(disk)
         if not listed:
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
         async with trio.open_nursery() as nursery:
             for _ in range(tasks):
                 nursery.start_soon(requests, disk, chance)

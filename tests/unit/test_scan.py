@@ -41,7 +41,7 @@ async def test_leaks_are_free_space() -> None:
     """Leaked clusters are used before the file grows, and a close cuts or punches the rest."""
     file = MemoryFile(leaky(2, 3, 5, 7))
     async with opened(file, options=UNCOMPACTED) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert disk.statistics().free_clusters == 4
         end = disk.statistics().file_bytes
         await disk.write(20 * CLUSTER, pattern(3 * CLUSTER, 50))
@@ -56,7 +56,7 @@ async def test_leaks_at_the_end_are_cut_off() -> None:
     """Leaked clusters at the end are cut off without any other change."""
     file = MemoryFile(leaky(8, 9, tail=5))
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
     assert inspect_image(file.content).leaks == 0
     assert len(file.content) == len(leaky()) - 2 * CLUSTER
 
@@ -65,7 +65,7 @@ async def test_a_clean_image_without_leaks_is_left_alone() -> None:
     """Opening and closing an image without leaks writes nothing."""
     file = RecordingFile(leaky())
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
     assert file.changes == []
 
 
@@ -74,7 +74,7 @@ async def test_autoclear_bits_go_before_leaks_are_given_back() -> None:
     image = build_image(SIZE, {0: b"a"}, autoclear=5) + bytes(3 * CLUSTER)
     file = RecordingFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
     assert header_of(file.content).autoclear_features == 0
     assert inspect_image(file.content).leaks == 0
 
@@ -84,7 +84,7 @@ async def test_tables_past_the_end_of_the_disk_are_in_use() -> None:
     image = build_image(512 * CLUSTER * 3, dict.fromkeys((0, 600, 1100), b"x"))
     file = MemoryFile(image[:48] + (CLUSTER * 512).to_bytes(8, "little") + image[56:])
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert disk.statistics().free_clusters == 0
 
 
@@ -114,7 +114,7 @@ async def test_changes_while_the_scan_is_under_way(*, read_first: bool) -> None:
             await disk.flush()
             assert disk.statistics().free_clusters is None
             held.release()
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             assert disk.statistics().free_clusters == 2
             await disk.flush()
             assert disk.statistics().free_clusters == 6
@@ -143,7 +143,7 @@ async def test_one_of_two_owners_drops_a_cluster_during_the_scan(*, read_first: 
             await disk.discard(gives_up * CLUSTER, CLUSTER)
             await disk.flush()
             held.release()
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             await disk.flush()
             await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
             assert await disk.read(keeps * CLUSTER, CLUSTER) == pattern(CLUSTER, 2)
@@ -163,7 +163,7 @@ async def test_an_owner_in_an_unread_table_drops_a_seen_cluster() -> None:
             await held.reached.wait()  # the first table has been walked
             await disk.discard(2 * SPAN * CLUSTER, CLUSTER)
             held.release()
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             await disk.flush()
             await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
             assert await disk.read(2 * CLUSTER, CLUSTER) == pattern(CLUSTER, 2)
@@ -181,7 +181,7 @@ async def test_both_owners_drop_a_cluster_before_the_scan_reads_them() -> None:
             await held.reached.wait()
             await disk.discard(SPAN * CLUSTER, 3 * CLUSTER)
             held.release()
-            await disk.wait_scanned()
+            await disk.ensure_scanned()
             await disk.flush()
             assert disk.statistics().free_clusters == 0
 
@@ -211,7 +211,7 @@ async def test_clusters_with_two_owners_are_not_used_again() -> None:
     put_entry(image, l2_entry_offset(image, 7), get_entry(image, l2_entry_offset(image, 2)))
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.discard(2 * CLUSTER, CLUSTER)
         await disk.flush()
         await disk.write(20 * CLUSTER, pattern(5 * CLUSTER, 5))
@@ -227,7 +227,7 @@ async def test_a_wild_entry_is_found_by_the_scan() -> None:
     put_entry(image, l2_entry_offset(image, 30), len(image))
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         await disk.write(20 * CLUSTER, b"x")
     assert header_of(file.content).need_check
 
@@ -241,7 +241,7 @@ async def test_what_a_wild_entry_may_have_pointed_to_is_kept(level: int) -> None
     put_entry(image, where, get_entry(image, where) ^ 1 << 40)
     file = MemoryFile(image)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         if level == 2:
             await disk.write(20 * CLUSTER, b"x")
             await disk.discard(8 * CLUSTER, CLUSTER)
@@ -257,7 +257,7 @@ async def test_a_scan_that_fails_costs_only_space() -> None:
     file = FailingFile(MemoryFile(leaky(3)))
     file.fail("read", nth=3)
     async with opened(file) as disk:
-        await disk.wait_scanned()
+        await disk.ensure_scanned()
         assert disk.statistics().free_clusters is None
         end = disk.statistics().file_bytes
         await disk.discard(0, 2 * CLUSTER)

@@ -196,7 +196,7 @@ class Discard:
             if reason:
                 raise CorruptImageError(reason)
             if table or (hide and start < self._base_end):
-                # This step ends at `end` or at the next multiple of the step length.  So it stays
+                # A step ends at `end` or at the next multiple of the step length.  So a step stays
                 # within one slice, because the lengths of slices and tables are multiples of the
                 # step length.
                 stop = min(end, start - start % step + step)

@@ -1,12 +1,17 @@
 """The part of the fast path that writes to clusters that are not allocated yet.
 
 `FastAllocation` chooses clusters, writes the data to them and changes their entries without an
-await, that is, atomically with respect to other tasks.  Usually nothing prevents it: the slice
-with the entries is in memory, host space for the slice's write-back is reserved, NEED_CHECK is
-set, and the file can be made long enough without waiting.  In all other cases the slow path must
-carry out the write.  The slow path must also carry out the write if another task holds the range
-lock of the clusters, if tables must be written back first, or if clusters should be reclaimed
-before the file grows.
+await, that is, atomically with respect to other tasks.  It can do so if all the conditions
+below are met, which is usual:
+
+- The slice with the entries is in memory, and host space for the slice's write-back is reserved.
+- NEED_CHECK is set.
+- No other task holds the range lock of the clusters.
+- No table must be written back first (`TableWriter.limit_dirty`).
+- No cluster should be reclaimed before the file grows.
+- Reading the base, growing the file and writing the data would not block.
+
+Otherwise the slow path must carry out the write.
 
 The order is the same as on the slow path (`WritePath`): first the data is written to the file,
 and after that the entry that makes the data visible is changed in memory.

@@ -1,4 +1,4 @@
-"""The fast path of a request whose tables and data are in memory, so that it need not wait.
+"""The fast path: serving a request without waiting, if its tables and data are in memory.
 
 Most requests find tables and data in memory.  The slow path works with extents and tasks, and takes
 several times as long as the access to the host's file.

@@ -75,9 +75,9 @@ class DirectReclaim:
         """Free clusters so that the file need not grow, if `should_reclaim` returns True.
 
         Waits for the end of punching that is under way.  If enough clusters are in quarantine
-        after the wait, a write-back cycle makes the tables durable that dropped them, and the
-        clusters that may be used again are freed.  A new cycle runs only if the unsealed clusters
-        alone are enough; otherwise this method waits for the running cycle, if any.
+        after the wait, also waits for a write-back cycle, and frees the clusters that may be used
+        again.  The cycle is a new one if the unsealed clusters alone are enough, and otherwise
+        the running one, if any.
 
         Punches nothing, because the freed clusters will be used immediately.  Does not wait for
         requests that still use a cluster in quarantine, so perhaps no cluster is free afterwards.

@@ -70,8 +70,8 @@ class _Cycle:
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        # This is an error until the cycle has succeeded.  If an unforeseen exception ends the
-        # cycle, the callers that wait for the cycle must not take it for successful.
+        # `error` is not None until the cycle has succeeded, because the callers that wait for the
+        # cycle must not take it for successful if an unforeseen exception ends it.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
@@ -166,8 +166,8 @@ class MetadataWriteback:
             return False
         if self._changes == self._durable_changes:
             return True
-        # This is a cycle without tables (see `_cycle`).  It awaits nothing, so the counter and
-        # what the observer notes describe the same moment.
+        # The rest of this method is a cycle without tables (see `_cycle`).  It awaits nothing, so
+        # the counter and what the observer notes describe the same moment.
         try:
             if not self._file.try_datasync():
                 return False
@@ -223,7 +223,7 @@ class MetadataWriteback:
                 except QedError as error:
                     mine.error = error.again()
                 except BaseException as error:
-                    # This is KeyboardInterrupt, a thread that could not be started, or a bug.
+                    # The cause is KeyboardInterrupt, a thread that could not be started, or a bug.
                     # The changes that the cycle had taken may be neither in the file nor
                     # marked as dirty, so no later cycle would write them.  Hence the disk
                     # becomes read-only.
