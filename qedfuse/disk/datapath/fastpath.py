@@ -56,7 +56,8 @@ class ReadTables(NamedTuple):
         slice_keys: The keys of slices, by the slice's number (`QedLayer.slice_keys`).
         get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
         codes_key: First part of the keys of slices that say where backing files hold data
-            (`FlattenedBacking.store_key`); None without backing files.
+            (`FlattenedBacking.store_key`); the second part is the slice's number.  None without
+            backing files.
         files: For each file of the chain, by depth, its `ReadPolicy` and its descriptor.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.

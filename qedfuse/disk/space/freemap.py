@@ -47,9 +47,8 @@ class FreeMap:
 
         Args:
             table_clusters: Number of clusters in a table.
-            anchor: A cluster.  The distance from it to each border of a block is a multiple of
-                ``table_clusters``, so no border cuts a table of a row of adjacent tables that
-                begins at the anchor.
+            anchor: The cluster at which a row of adjacent tables can begin.  The borders of
+                blocks are placed so that no table of the row crosses a border.
             counts_slots: Whether to maintain `slots`.  If the free clusters are scattered,
                 counting slots is most of the work of a change.
         """

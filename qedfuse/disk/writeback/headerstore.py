@@ -50,8 +50,8 @@ class HeaderStore:
         self._file = file
         self._lock = trio.Lock()
         # While a change with a trailer runs: the previous bytes between the header and the end
-        # of its sector.  If the change fails, they are kept until a change has succeeded, and
-        # each write of the header without a trailer restores them.  Empty at other times.
+        # of its sector.  If the change fails, the bytes are kept until a change has succeeded,
+        # and each write of the header without a trailer restores them.  Empty at other times.
         self._trailer_to_restore = b""
         self.value = header
         self.persisted = True
