@@ -22,9 +22,9 @@ import pyfuse3
 import trio
 
 from qedfuse.errors import HostError, QedError
-from qedfuse.mount.system.mountcopies import describe_copies
 from qedfuse.mount.system.mounttable import find_mount
 from qedfuse.mount.system.unmount import BusyError, sync_mount, unmount
+from qedfuse.mount.system.visiblemounts import describe_visible_mounts
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ class Shutdown:
                     _log.warning("%s: %s", signal_name, error)
             with trio.move_on_after(_RETRY_SECONDS):
                 await all_closed.wait()
-        await self._report_copies(signal_name)
+        await self._report_other_mounts(signal_name)
 
-    async def _report_copies(self, signal_name: str) -> None:
+    async def _report_other_mounts(self, signal_name: str) -> None:
         """Log where else the file system is mounted, if the server goes on after the unmount.
 
         If the file system is not mounted elsewhere, the server normally ends within
@@ -148,8 +148,8 @@ class Shutdown:
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
         try:
-            copies = await trio.to_thread.run_sync(
-                describe_copies, self._device, abandon_on_cancel=True
+            mounts = await trio.to_thread.run_sync(
+                describe_visible_mounts, self._device, abandon_on_cancel=True
             )
         except _FAILURES as error:
             _log.warning(
@@ -157,11 +157,11 @@ class Shutdown:
                 *(shown, signal_name, error),
             )
             return
-        if copies is not None:
+        if mounts is not None:
             _log.warning(
                 "%s: %s: unmounted here, but %s; the server goes on until no mount is left; a "
                 "second signal ends the server by force",
-                *(shown, signal_name, copies),
+                *(shown, signal_name, mounts),
             )
 
     async def _flush(self) -> bool:
@@ -208,8 +208,8 @@ class Shutdown:
     async def _force(self) -> None:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
-        After `_FORCED_SYNC_SECONDS` the mount is detached although not all data is durable, and
-        ``failure`` is set.  ``failure`` is also set if data could not be made durable.
+        If not all data could be made durable within `_FORCED_SYNC_SECONDS`, ``failure`` is set, and
+        the mount is detached all the same.
         """
         if self._disks.open_handles:
             _log.warning(

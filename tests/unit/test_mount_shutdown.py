@@ -99,7 +99,7 @@ async def end_while_in_use(
     monkeypatch.setattr(Shutdown, "_flush", flush_and_notify)
     monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
-    monkeypatch.setattr(shutdown, "describe_copies", lambda _device: None)
+    monkeypatch.setattr(shutdown, "describe_visible_mounts", lambda _device: None)
     async with trio.open_nursery() as nursery:
         exports = export(*disks)
         laundering = cast("Laundering | None", kernel)
@@ -265,7 +265,7 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
 
     monkeypatch.setattr(shutdown, "find_mount", find_mount)
     monkeypatch.setattr(shutdown, "unmount", unmounted.append)
-    monkeypatch.setattr(shutdown, "describe_copies", fail)
+    monkeypatch.setattr(shutdown, "describe_visible_mounts", fail)
     async with trio.open_nursery() as nursery:
         Shutdown(export(), None, "/mnt", "0:99", nursery).receive("SIGTERM")
     assert unmounted == ["/mnt"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, MountpointError, QedError
 from qedfuse.mount.system.boundedcall import Deadline, call_in_child
-from qedfuse.mount.system.mountcopies import describe_copies
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.system.mountrecord import (
     FoundRecord,
@@ -23,6 +22,7 @@ from qedfuse.mount.system.mountrecord import (
 )
 from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_qedfuse_mount
 from qedfuse.mount.system.unmount import BusyError, unmount
+from qedfuse.mount.system.visiblemounts import describe_visible_mounts
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -270,14 +270,14 @@ class ServerProcess:
 
     def describe(self) -> str:
         """Return one line about why the process has not ended."""
-        copies = self._describe_other_mounts()
-        if copies is None:
+        mounts = self._describe_other_mounts()
+        if mounts is None:
             return (
                 f"unmounted, but process {self._pid} has not ended: the process is writing or "
                 "stopped, or the mount has a copy in a mount namespace that is not visible here "
                 "(to end the process, send SIGTERM to it twice)"
             )
-        return f"unmounted here, but {copies}; process {self._pid} goes on until no mount is left"
+        return f"unmounted here, but {mounts}; process {self._pid} goes on until no mount is left"
 
     def _describe_other_mounts(self) -> str | None:
         """Describe where else the file system is mounted; None if no other mount is visible."""
@@ -289,7 +289,7 @@ class ServerProcess:
             # The file system is gone, and the kernel has given its device number to a new mount,
             # whose record was found.
             return None
-        return describe_copies(self._entry.device, self._entry)
+        return describe_visible_mounts(self._entry.device, self._entry)
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:

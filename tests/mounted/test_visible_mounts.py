@@ -14,9 +14,9 @@ import pytest
 
 from qedfuse.mount.commands import umount
 from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
-from qedfuse.mount.system import mountcopies
-from qedfuse.mount.system.mountcopies import find_copies
+from qedfuse.mount.system import visiblemounts
 from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_qedfuse_mount, read_mounts
+from qedfuse.mount.system.visiblemounts import find_visible_mounts
 from tests.support import qemu
 from tests.support.mounted import clean_up, front, is_mounted, qedfuse
 
@@ -40,8 +40,8 @@ os.waitpid(child, 0)
 
 _COPIES: Final = """
 import sys
-from qedfuse.mount.system.mountcopies import find_copies
-for copy in find_copies(sys.argv[1]):
+from qedfuse.mount.system.visiblemounts import find_visible_mounts
+for copy in find_visible_mounts(sys.argv[1]):
     print(copy.path, copy.pid)
 """
 
@@ -143,10 +143,10 @@ def test_only_mounts_that_the_unmount_does_not_reach_are_reported(
         kind = kinds[number]
         return [MountEntry(number, 1, "0:42", kind, FUSE_TYPE, "x", 0, *GROUPS[kind])]
 
-    monkeypatch.setattr(mountcopies, "read_mounts", table)
-    monkeypatch.setattr(mountcopies, "_namespace_and_root", lambda process: (process, ""))
+    monkeypatch.setattr(visiblemounts, "read_mounts", table)
+    monkeypatch.setattr(visiblemounts, "_namespace_and_root", lambda process: (process, ""))
     monkeypatch.setattr(os, "listdir", lambda _path: [str(pid) for pid in range(1, len(kinds))])
-    first, *others = find_copies("0:42")
+    first, *others = find_visible_mounts("0:42")
     assert (first.path, first.pid) == (own, None)
     assert {copy.path for copy in others} == reported
 
@@ -251,7 +251,8 @@ def test_copies_are_found_for_all_processes_of_a_namespace(image: Path, tmp_path
             assert parent.stdout is not None
             child = int(parent.stdout.readline())
             assert all(entry.device != device for entry in read_mounts(parent.pid))
-            copies = [copy for copy in find_copies(device) if copy.pid in (child, parent.pid)]
+            found = find_visible_mounts(device)
+            copies = [entry for entry in found if entry.pid in (child, parent.pid)]
             parent.communicate()
     assert [(copy.path, copy.pid) for copy in copies] == [(str(mount.mountpoint), child)]
 
@@ -267,8 +268,8 @@ def test_a_new_mount_with_the_same_device_number_is_no_copy(image: Path, tmp_pat
                 "still mounted" not in umount.ServerProcess(descriptor, old.pid, entry).describe()
             )
             other = replace(entry, source="/other.qed")
-            assert find_copies(entry.device)
-            assert not find_copies(entry.device, other)
+            assert find_visible_mounts(entry.device)
+            assert not find_visible_mounts(entry.device, other)
             itself = umount.ServerProcess(descriptor, mount.process.pid, entry)
             assert f"still mounted at {mount.mountpoint}; " in itself.describe()
         finally:

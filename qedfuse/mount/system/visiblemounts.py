@@ -18,12 +18,12 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_MAX_LISTED_COPIES: Final = 5
-"""Maximum number of mounts that `describe_copies` lists; further ones are only counted."""
+_MAX_LISTED_MOUNTS: Final = 5
+"""Maximum number of mounts that `describe_visible_mounts` lists; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class MountCopy:
+class VisibleMount:
     """One mount of a file system, and a process that sees the mount.
 
     Attributes:
@@ -44,29 +44,29 @@ class MountCopy:
         return f"at {printable(self.path)} for process {self.pid} ({printable(self.command)})"
 
 
-def find_copies(device: str, original: MountEntry | None = None) -> list[MountCopy]:
+def find_visible_mounts(device: str, original: MountEntry | None = None) -> list[VisibleMount]:
     """List the mounts of a file system that the caller or other processes see.
 
     The mounts that the caller sees come first.  Each further mount is listed with the process
-    that has the lowest pid of those that see the mount.  Three kinds of mounts are left out:
+    that has the lowest pid of those that see the mount.  Two kinds of mounts are left out:
 
     - mounts in other namespaces that the kernel unmounts together with a mount that the caller
       sees: the mounts in the same peer group as that mount (`MountEntry.peer_group`), the slaves
       of this group, and all mounts to which the unmount of such a slave propagates,
-    - mounts that are visible only to processes that the caller may not inspect,
-    - mounts that no process sees below its root directory.
+    - mounts that are visible only to processes that the caller may not inspect.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
-        original: A mount of the file system, which may be gone by now.  The kernel reuses
-            device numbers, so a mount with another source or owner belongs to another file
-            system and is left out.  With None, sources and owners are not compared.
+        original: A mount of the file system, as the mount table showed it earlier.  If the file
+            system has ended since, the kernel may have given its device number to another file
+            system.  So mounts with another source or owner are left out.  With None, sources
+            and owners are not compared.
 
     Raises:
         HostError: /proc is not mounted.
     """
     own = _mounts(device, None, original)
-    copies = [MountCopy(entry.path) for entry in own]
+    mounts = [VisibleMount(entry.path) for entry in own]
     mount_ids = {entry.mount_id for entry in own}
     others = []
     seen = {_namespace_and_root("self")}
@@ -80,12 +80,12 @@ def find_copies(device: str, original: MountEntry | None = None) -> list[MountCo
                 mount_ids.add(entry.mount_id)
                 others.append((entry, pid))
     reached = _reached_groups(own, [entry for entry, _pid in others])
-    copies += (
-        MountCopy(entry.path, pid, _command(pid))
+    mounts += (
+        VisibleMount(entry.path, pid, _command(pid))
         for entry, pid in others
         if reached.isdisjoint((entry.peer_group, entry.master))
     )
-    return copies
+    return mounts
 
 
 def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> set[int]:
@@ -104,17 +104,17 @@ def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> 
         reached |= slaves - {0}
 
 
-def describe_copies(device: str, original: MountEntry | None = None) -> str | None:
+def describe_visible_mounts(device: str, original: MountEntry | None = None) -> str | None:
     """Describe where a file system is mounted, on one line; None if no mount of it is visible.
 
-    At most `_MAX_LISTED_COPIES` mounts are listed.  If there are more, the line ends with the
-    number of the others.  The arguments and the errors are those of `find_copies`.
+    At most `_MAX_LISTED_MOUNTS` mounts are listed.  If there are more, the line ends with the
+    number of the others.  The arguments and the errors are those of `find_visible_mounts`.
     """
-    copies = find_copies(device, original)
-    if not copies:
+    mounts = find_visible_mounts(device, original)
+    if not mounts:
         return None
-    more = len(copies) - _MAX_LISTED_COPIES
-    listed = ", ".join(map(str, copies[:_MAX_LISTED_COPIES]))
+    more = len(mounts) - _MAX_LISTED_MOUNTS
+    listed = ", ".join(map(str, mounts[:_MAX_LISTED_MOUNTS]))
     return f"still mounted {listed}" + (f" and {more} more" if more > 0 else "")
 
 
@@ -135,8 +135,8 @@ def _namespace_and_root(process: str) -> tuple[str, str]:
 def _mounts(device: str, pid: int | None, original: MountEntry | None) -> list[MountEntry]:
     """List the mounts of a file system that the process ``pid`` sees; None is the caller.
 
-    The other arguments and the errors are those of `find_copies`.  If the process has ended, or
-    the caller may not inspect the process, the result is empty.
+    The other arguments and the errors are those of `find_visible_mounts`.  If the process has
+    ended, or the caller may not inspect the process, the result is empty.
     """
     try:
         entries = read_mounts(pid)
