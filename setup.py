@@ -34,6 +34,8 @@ setup(
                 "qedfuse/mount/fuse/_dataops.c",
                 "qedfuse/mount/fuse/_burst.c",
                 "qedfuse/mount/fuse/_cachedread.c",
+                "qedfuse/mount/fuse/_queuedread.c",
+                "qedfuse/mount/fuse/_ring.c",
             ],
             depends=["qedfuse/mount/fuse/_extraops.h", "qedfuse/hostio/_iothreads.h"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],

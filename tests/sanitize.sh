@@ -37,16 +37,16 @@ done
 
 # shellcheck disable=SC2034  # used by reference
 address_share=(
-    tests/unit/test_{iothreads,hostcalls,started_reads,extraops,dataops,burst}.py
+    tests/unit/test_{iothreads,hostcalls,started_reads,extraops,dataops,burst,queuedreads}.py
     tests/property/test_entry_rules.py tests/mounted/test_read_paths.py
 )
 # shellcheck disable=SC2034  # used by reference
 address_rest=(
-    tests/unit/test_{hostfile,fuse_operations,datarequests}.py tests/toolbox/test_{check,map}.py
+    tests/unit/test_{hostfile,fuse_operations,datarequests,cachedread}.py tests/toolbox/test_{check,map}.py
     tests/mounted/test_{mount_load,discard,kill,remount,umount}.py tests/fuzz
 )
 # shellcheck disable=SC2034  # used by reference
-thread_share=(tests/unit/test_{iothreads,hostcalls,extraops,dataops,burst}.py)
+thread_share=(tests/unit/test_{iothreads,hostcalls,extraops,dataops,burst,queuedreads}.py)
 # shellcheck disable=SC2034  # used by reference
 thread_rest=(
     tests/unit/test_hostfile.py

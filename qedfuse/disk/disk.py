@@ -159,7 +159,7 @@ class Disk:
 
         Returns None if the extension cannot read a file of the chain: see `FastPath.read_tables`.
         """
-        return self._fast_path.read_tables()
+        return self._fast_path.read_tables(self._epochs)
 
     @property
     def should_try_read(self) -> bool:

@@ -4,6 +4,9 @@ While such a call waits for the host's disk, or for the lock of an inode, the ev
 other requests.  A thread makes the call: a native thread (`NativeCalls`), or a thread of trio
 (`ThreadCalls`) if the C extension for native threads was not built.  With the environment variable
 ``QEDFUSE_HOST_CALLS`` set to ``threads`` the extension is not used.
+
+A mount has a third way for short reads, a queue of the kernel (``mount/fuse/_queuedread.c``).
+It is not used if the variable is set to ``threads`` or to ``native``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
-"""Name of the environment variable; its only value with a meaning is ``threads``."""
+"""Name of the environment variable; its values with a meaning are `THREADS` and `NATIVE`."""
+THREADS: Final = "threads"
+"""Value: threads of trio make all calls."""
+NATIVE: Final = "native"
+"""Value: native threads make all calls, as without a queue of the kernel."""
 
 
 class HostCalls(Protocol):
@@ -121,6 +128,6 @@ def host_calls() -> HostCalls:
 
 
 def make_host_calls(choice: str | None) -> HostCalls:
-    """Return calls of trio's threads if ``choice`` is "threads", otherwise the best available."""
-    threads = None if choice == "threads" else make_io_threads()
+    """Return calls of trio's threads if ``choice`` is `THREADS`, otherwise the best available."""
+    threads = None if choice == THREADS else make_io_threads()
     return ThreadCalls() if threads is None else NativeCalls(threads)

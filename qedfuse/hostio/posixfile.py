@@ -70,12 +70,13 @@ class PosixFile:
         self.writable = writable
         self.can_punch = True
         self._can_reserve = True
-        self.read_policy = ReadPolicy()
+        has_server = waits_for_server(fd)
+        self.read_policy = ReadPolicy(can_queue=not has_server)
         # The offset of a read that `try_read` has not found in the page cache; -1 for none.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()
-        self._inode = InodeLock(has_server=waits_for_server(fd))
+        self._inode = InodeLock(has_server=has_server)
         self._policy = InlinePolicy(self._inode)
         self._is_short = self._policy.is_short
         self._record_write = self._policy.record_write

@@ -3,8 +3,8 @@
 The event loop can read what is in the host's page cache (``RWF_NOWAIT``).  If such a read misses
 the cache, the kernel starts to fetch the data, and then the read fails.  This takes the event loop
 longer than a read that finds everything, and gains nothing.  Therefore, after some misses in a
-row, reads go to a thread directly.  The time that they take there shows when the data is cached
-again.
+row, reads go directly to a thread, or to a queue of the kernel (``_queuedread.c``).  What happens
+to them there shows when the data is cached again.
 
 A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
 """
@@ -33,10 +33,14 @@ class ReadPolicy:
         misses: How many inline reads in a row have not found all their data.  The caller must
             set this to 0 when an inline read has found all its data.  There is no method for
             this, because a call would cost more than everything else that such a read does here.
+        can_queue: Whether reads of the file may be made by a queue of the kernel (``_ring.c``).
+            This is False if the kernel itself would need a thread for each of them: if the file
+            system asks a server, or does not support RWF_NOWAIT.
     """
 
-    def __init__(self) -> None:
-        """Start with reads that are tried inline."""
+    def __init__(self, *, can_queue: bool = False) -> None:
+        """Start with reads that are tried inline; ``can_queue`` is the attribute."""
+        self.can_queue = can_queue
         self.is_inline = True
         self.misses = 0
         self._hits = 0
@@ -51,7 +55,11 @@ class ReadPolicy:
 
     def record_direct_read(self, length: int, seconds: float) -> None:
         """Record the time of a read of ``length`` bytes that went to a thread without a try."""
-        if seconds > _CACHED_SECONDS + length * _CACHED_SECONDS_PER_BYTE:
+        self.record_cached(seconds <= _CACHED_SECONDS + length * _CACHED_SECONDS_PER_BYTE)
+
+    def record_cached(self, is_cached: bool) -> None:  # noqa: FBT001  the extension calls it
+        """Record whether a read that was not tried has found all its data in the page cache."""
+        if not is_cached:
             self._hits = 0
             return
         self._hits += 1
@@ -61,4 +69,4 @@ class ReadPolicy:
 
     def disable_inline(self) -> None:
         """Let no read be tried inline any more: the file system does not support it."""
-        self.is_inline = self._is_supported = False
+        self.is_inline = self._is_supported = self.can_queue = False

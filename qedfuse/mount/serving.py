@@ -24,6 +24,7 @@ from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS, negotiate_init
 from qedfuse.mount.fuse.laundering import Laundering
 from qedfuse.mount.fuse.operations import Operations
+from qedfuse.mount.fuse.queuedreads import queued_reads
 from qedfuse.mount.fuse.scheduler import scheduled
 from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
@@ -205,7 +206,8 @@ class Server:
                 announcement.ready()
                 self._is_ready = True
                 self._log_refusals(readahead_failure, protection_failure)
-                await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
+                async with queued_reads(data_requests.answer_slowly):
+                    await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
                     # The threads of deferred reads use descriptors that the caller closes next.

@@ -11,12 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+import pytest
+
+from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE, NATIVE, THREADS
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
+from qedfuse.mount.fuse import extraops
 from tests.support import extensions, qemu
 from tests.support.extensions import needs_extensions
 from tests.support.mounted import front
 
 FUSE_DEVICE: Final = Path("/dev/fuse")
 DISK_BYTES: Final = 16 << 20
+WAYS: Final = (None, NATIVE)
+"""Values of the variable that the tests set; a whole run sets `THREADS`."""
 
 
 def make_image(directory: Path) -> tuple[list[Path], bytes]:
@@ -65,6 +72,32 @@ def native_threads(pid: int) -> int:
     return sum(name.read_text() == "qedfuse-io\n" for name in names)
 
 
+def rings(pid: int) -> int:
+    """Return how many queues of reads a process has."""
+    return sum(
+        os.readlink(link) == "anon_inode:[io_uring]"  # noqa: PTH115  Path refuses such targets
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def may_queue() -> bool:
+    """Return whether mounts have a queue for reads, by this kernel and the variable."""
+    if os.environ.get(HOST_CALLS_VARIABLE) in (THREADS, NATIVE):
+        return False
+    try:
+        extraops.open_read_queue(lambda *_: None, 1.0)
+    except (OSError, RuntimeError):
+        return False
+    extraops.close_read_queue()
+    return True
+
+
+def choose(way: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let mounts read in a certain way; None for the usual one."""
+    if way is not None:
+        monkeypatch.setenv(HOST_CALLS_VARIABLE, way)
+
+
 def test_long_reads_are_passed_on_from_the_page_cache(tmp_path: Path) -> None:
     """Reads of all lengths, within a run and across runs, return the content of the chain."""
     paths, content = make_image(tmp_path)
@@ -84,31 +117,116 @@ def test_long_reads_are_passed_on_from_the_page_cache(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_cold_reads_are_answered_by_native_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_cold_reads_return_the_content(
+    way: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Concurrent reads whose data is not in the host's page cache return the content.
 
-    Without the extension threads of trio make them.
+    The queue of the kernel makes the short ones; without it native threads make all.  Without the
+    extension threads of trio make them.
     """
+    choose(way, monkeypatch)
     paths, content = make_image(tmp_path)
     with front(paths[0], tmp_path / "mnt") as mount, ThreadPoolExecutor(16) as pool:
         fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
         assert native_threads(mount.process.pid) == 0
+        has_queue = extensions.EXPECTED and way is None and may_queue()
+        assert rings(mount.process.pid) == has_queue
 
         def read(number: int) -> bool:
             chance = random.Random(number)
-            offset = chance.randrange(DISK_BYTES // 4096 - 4) * 4096
-            length = chance.choice((4096, 16384))
+            offset = chance.randrange(DISK_BYTES // 4096 - 16) * 4096
+            length = chance.choice((4096, 16384, 65536))
             return read_direct(fd, offset, length) == content[offset : offset + length]
 
         for turn in range(4):
             drop_pages(*paths)
             assert all(pool.map(read, range(turn * 1000, turn * 1000 + 500)))
-        assert (native_threads(mount.process.pid) > 0) == extensions.NATIVE_THREADS
+        has_threads = extensions.EXPECTED if way == NATIVE else extensions.NATIVE_THREADS
+        assert (native_threads(mount.process.pid) > 0) == has_threads
         os.close(fd)
 
 
-def test_a_cold_read_past_the_end_of_a_file_that_was_cut_fails(tmp_path: Path) -> None:
+@needs_extensions
+def test_short_cold_reads_need_no_thread(tmp_path: Path) -> None:
+    """Reads of at most 16 KiB are queued, so no thread makes them once the tables are in memory."""
+    if not may_queue():
+        pytest.skip("no io_uring, or it is turned off")
+    image = tmp_path / "disk.qed"
+    qemu.create(image, DISK_BYTES)
+    qemu.io(image, f"write -P 7 0 {DISK_BYTES}")
+    with front("-r", image, tmp_path / "mnt") as mount, ThreadPoolExecutor(16) as pool:
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
+        for _ in range(2):  # brings the tables into memory, and the way to find them
+            assert read_direct(fd, 0, 4096) == b"\7" * 4096
+        before = native_threads(mount.process.pid)
+
+        def is_right(at: int) -> bool:
+            length = 4096 if at % (1 << 17) else 16384
+            return read_direct(fd, at, length) == b"\7" * length
+
+        for _ in range(2):
+            drop_pages(image)
+            assert all(pool.map(is_right, range(0, DISK_BYTES, 65536)))
+        assert native_threads(mount.process.pid) == before
+        os.close(fd)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cold_reads_beside_writes_and_discards_see_no_other_clusters(
+    way: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read sees the old or the new content of its own cluster while clusters change owners."""
+    choose(way, monkeypatch)
+    image = tmp_path / "disk.qed"
+    clusters = 64
+    qemu.create(image, clusters << 16)
+    with front(image, tmp_path / "mnt") as mount, ThreadPoolExecutor(12) as pool:
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDWR | os.O_DIRECT)
+
+        def fill(cluster: int) -> None:
+            with mmap.mmap(-1, 1 << 16) as buffer:
+                buffer[:] = bytes([cluster + 1]) * (1 << 16)
+                os.pwritev(fd, [buffer], cluster << 16)
+
+        def change(number: int) -> int:
+            chance = random.Random(number)
+            for _ in range(40):
+                cluster = chance.randrange(clusters)
+                if extensions.EXPECTED:
+                    fallocate(fd, FALLOC_PUNCH_HOLE, cluster << 16, 1 << 16)
+                if chance.random() < 0.3:
+                    os.fsync(fd)
+                fill(cluster)
+                drop_pages(image)
+            return 0
+
+        def read(number: int) -> int:
+            chance = random.Random(number)
+            for _ in range(300):
+                cluster = chance.randrange(clusters)
+                at = (cluster << 16) + chance.randrange(16) * 4096
+                assert read_direct(fd, at, 4096) in (bytes(4096), bytes([cluster + 1]) * 4096)
+            return 1
+
+        for cluster in range(clusters):
+            fill(cluster)
+        drop_pages(image)
+        tasks = [pool.submit(change if number < 4 else read, number) for number in range(12)]
+        assert sum(task.result() for task in tasks) == 8
+        os.close(fd)
+        mount.signal(signal.SIGTERM)
+        assert mount.finish()[0] == 0
+    assert qemu.check(image).code == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cold_read_past_the_end_of_a_file_that_was_cut_fails(
+    way: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If another program has cut the image, a read fails with EIO, and returns no zeros."""
+    choose(way, monkeypatch)
     paths, content = make_image(tmp_path)
     with front("-r", paths[0], tmp_path / "mnt") as mount:
         fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 from array import array
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -11,21 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qedfuse.disk.creation.create import create_image
-from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
-from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
-from tests.support.fusewire import (
-    FSYNC_SLOT,
-    READ,
-    READ_SLOT,
-    WRITE_SLOT,
-    Operation,
-    Wire,
-)
+from tests.support.readsession import CLUSTER, INODE, Session, Tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,52 +26,6 @@ pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._load_error}"
 )
 
-INODE = 2
-BITS = 12
-CLUSTER = 1 << BITS
-SLICE_BITS = 2
-CLUSTERS = 8
-"""The disk of most tests has two slices of four clusters."""
-
-
-class Session:
-    """A session whose other reads go to a function that answers nothing.
-
-    Attributes:
-        asked: The offsets and lengths of the reads that the function got.
-        wire: The session.
-    """
-
-    def __init__(self) -> None:
-        """Make a session."""
-        self.asked: list[tuple[int, int]] = []
-        self._kept = Operation(lambda _request, _inode: None)
-        slots = (READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
-        self.wire = Wire(filled=dict.fromkeys(slots, self._kept))
-        assert extraops._extension is not None
-        extraops._extension.set_data_handlers(self._read, None, None)
-
-    def _read(self, _handle: int, offset: int, size: int) -> None:
-        self.asked.append((offset, size))
-
-    def show(self, *view: Any) -> None:  # noqa: ANN401  arguments of the extension
-        """Let the extension answer reads of `INODE`."""
-        assert extraops._extension is not None
-        views = {INODE: extraops._extension.read_view(*view)}
-        extraops._extension.set_read_views(views, HANDLE_MASK % (1 << 64))
-
-    def read(self, offset: int, size: int, handle: int = INODE) -> bytes | None:
-        """Return what the extension answers; None if the function was asked."""
-        self.wire.answers.clear()
-        self.asked.clear()
-        self.wire.send(READ, struct.pack("=QQIIQII", handle, offset, size, 0, 0, 0, 0))
-        if self.asked:
-            assert (self.asked, self.wire.answers) == ([(offset, size)], [])
-            return None
-        ((_number, error, data),) = self.wire.answers
-        assert error == 0
-        return data
-
 
 @pytest.fixture
 def session() -> Iterator[Session]:
@@ -91,55 +34,6 @@ def session() -> Iterator[Session]:
     yield made
     extraops.end()
     made.wire.close()
-
-
-class Tables:
-    """The tables of an image file, as `ReadTables` has them.
-
-    Attributes:
-        layer: The image.
-        keys: The keys of the slices.
-        slices: The slices by key, and the codes of `FlattenedBacking` for the first slice.
-        policy: The policy of the file.
-        content: The content of the file.
-        base_policy: The policy of the backing file.
-        base_content: The content of the backing file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Write a file; guest cluster n is cluster n + 1 of the file."""
-        self.content = random.Random("file").randbytes((CLUSTERS + 1) * CLUSTER)
-        path.write_bytes(self.content)
-        self._file = path.open("rb")
-        self.layer = SimpleNamespace(header=SimpleNamespace(image_size=CLUSTERS * CLUSTER))
-        self.policy = ReadPolicy()
-        entries = [(number + 1) * CLUSTER for number in range(CLUSTERS)]
-        self.slices = {
-            ("key", 0): SimpleNamespace(bad=None, entries=array("Q", entries[:4])),
-            ("key", 1): SimpleNamespace(bad=None, entries=array("Q", entries[4:])),
-        }
-        self.keys = {0: ("key", 0), 1: ("key", 1)}
-        self.base_content = random.Random("base").randbytes(CLUSTERS * CLUSTER)
-        base_path = path.with_name("base")
-        base_path.write_bytes(self.base_content)
-        self._base = base_path.open("rb")
-        self.base_policy = ReadPolicy()
-        self.slices["codes", 0] = SimpleNamespace(
-            bad=None, entries=array("Q", [MIXED, ZEROS, (3 * CLUSTER) | 3, (5 * CLUSTER) | 4])
-        )
-
-    def arguments(self) -> tuple[object, ...]:
-        """Return the arguments of a view."""
-        return (
-            *(self.layer, self.keys, self.slices.get, "codes"),
-            ((self.policy, self._file.fileno()), (self.base_policy, self._base.fileno())),
-            *(BITS, SLICE_BITS),
-        )
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        self._base.close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from qedfuse.hostio.threadcalls import ThreadCalls
 from qedfuse.mount.fuse.scheduler import (
     MAX_BURST,
     MAX_BURST_BESIDE_OTHERS,
+    MAX_BURST_BESIDE_READS,
     Scheduler,
     UnfairLock,
     default_poll_seconds,
@@ -205,6 +206,60 @@ async def test_the_next_request_is_polled_for_if_that_has_succeeded(pipe: tuple[
     with trio.fail_after(5):
         await scheduler.wait_readable(pipe[0])
     assert (scheduler.statistics.slept, scheduler.statistics.polled) == (1, 1)
+
+
+async def test_the_next_request_is_polled_for_before_other_tasks_run_while_reads_are_queued(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While polling, ended reads are answered; other tasks run after a number of requests."""
+    ends = 0
+
+    def end_queued_reads() -> None:
+        """Answer a read at each third call; the kernel then has the next request."""
+        nonlocal ends
+        ends += 1
+        if ends % 3 == 0:
+            os.write(pipe[1], b"x")
+
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.queued_reads", lambda: 1)
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.end_queued_reads", end_queued_reads)
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=1e-6))
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    with trio.fail_after(5):
+        for taken in range(1, 2 * MAX_BURST_BESIDE_READS + 2):
+            await scheduler.wait_readable(pipe[0])
+            os.read(pipe[0], 1)
+            assert scheduler.statistics.yields == taken // (MAX_BURST_BESIDE_READS + 1)
+    assert scheduler.statistics.polled == 2 * MAX_BURST_BESIDE_READS + 1
+    assert scheduler.statistics.slept == 0
+
+
+async def test_without_polling_the_event_loop_sleeps_beside_queued_reads(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a poll time of 0 other tasks run before each wait, and nothing is polled."""
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.queued_reads", lambda: 1)
+    scheduler = Scheduler(0, Clock(step=0))
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scheduler.wait_readable, pipe[0])
+            await wait_all_tasks_blocked()
+            os.write(pipe[1], b"x")
+    assert (scheduler.statistics.yields, scheduler.statistics.slept) == (1, 1)
+
+
+async def test_queued_reads_are_submitted_before_a_long_call(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that asks whether requests wait is about to keep the event loop from ending reads."""
+    ends: list[str] = []
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.end_queued_reads", lambda: ends.append("end"))
+    with scheduled(POLL_SECONDS) as scheduler:
+        os.write(pipe[1], b"x")
+        await scheduler.wait_readable(pipe[0])
+        ends.clear()
+        assert loop_load().has_requests()
+        assert ends == ["end"]
 
 
 async def test_no_polling_while_a_read_is_polled_for(pipe: tuple[int, int]) -> None:

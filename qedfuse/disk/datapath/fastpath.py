@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.slices import Slice
+    from qedfuse.disk.space.epochs import Epochs
     from qedfuse.disk.space.spacemanager import SpaceManager
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
@@ -61,6 +62,7 @@ class ReadTables(NamedTuple):
         files: For each file of the chain, by depth, its `ReadPolicy` and its descriptor.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
+        epochs: What a read enters that waits for the host.
     """
 
     layer: QedLayer
@@ -70,6 +72,7 @@ class ReadTables(NamedTuple):
     files: tuple[tuple[ReadPolicy, int], ...]
     cluster_bits: int
     slice_bits: int
+    epochs: Epochs
 
 
 class FastPath:
@@ -124,8 +127,11 @@ class FastPath:
             return view if location[0].try_read(location[1], view) else None
         return self._gather(start, start + length)
 
-    def read_tables(self) -> ReadTables | None:
-        """Return what ``_cachedread.c`` needs for reads; None if a file has no `ReadPolicy`."""
+    def read_tables(self, epochs: Epochs) -> ReadTables | None:
+        """Return what ``_cachedread.c`` needs for reads; None if a file has no `ReadPolicy`.
+
+        ``epochs`` counts the requests of the disk.
+        """
         files = tuple(
             (file.read_policy, file.fileno())
             for file in self._files
@@ -141,6 +147,7 @@ class FastPath:
             files,
             self._bits,
             self._slice_bits,
+            epochs,
         )
 
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:

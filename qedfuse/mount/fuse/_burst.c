@@ -110,6 +110,7 @@ void take_more(void)
             break;
     }
     in_burst = 0;
+    end_queued_reads(); /* submits the reads of this burst */
 }
 
 PyObject *burst_requests(PyObject *module, PyObject *unused)

@@ -1,12 +1,15 @@
 /*
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
- * answered here only if its range is one run of data in one file of a chain, the slices (parts) of
- * the tables that locate the run are in memory, and the data is in the host's page cache.  The only
- * Python function that such a read calls is the one that looks up a slice in the table cache.
+ * answered here only if its range is one run of data in one file of a chain, and the slices (parts)
+ * of the tables that locate the run are in memory.  Data in the host's page cache is answered with
+ * immediately; for other data the read waits in a queue of the kernel (_queuedread.c).  The only
+ * Python function that a read calls which does not wait is the one that looks up a slice in the
+ * table cache.
  *
  * A ReadView refers to the objects by which FastPath.locate finds a range of one disk.  This module
  * finds the range by the same objects in the same way, with the GIL held, so it needs no copy of a
- * table that could become stale.
+ * table that could become stale.  A read that waits enters an epoch in the same step, as
+ * Disk.try_start_read does.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
  * (_dataops.c), which begins anew.  The functions that other files call are described in
@@ -15,15 +18,11 @@
 
 #include "_extraops.h"
 
+#include <errno.h>
 #include <sys/uio.h>
 
 /* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
-
-typedef struct {
-    PyObject *policy; /* ReadPolicy */
-    int fd;
-} File;
 
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
@@ -37,7 +36,8 @@ typedef struct {
     PyObject *keys;      /* dict: slice number -> the slice's key in the table cache */
     PyObject *get_slice; /* returns the slice with a key; None if the slice is not in memory */
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
-    File *files;         /* the files of the chain, by depth; the top image has depth 0 */
+    PyObject *epochs;    /* Epochs, which a read enters that waits */
+    struct read_file *files; /* the files of the chain, by depth; the top image has depth 0 */
     uint64_t file_count;
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
@@ -179,24 +179,43 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Answers a read and returns 1, if the file's policy allows an attempt and all of the data is in
- * the page cache.  Otherwise does not answer, and returns 0.  In both cases perhaps leaves an
- * exception. */
-static int answer_from_file(File *file, fuse_req_t request, uint64_t offset, size_t size)
+/* What became of the attempt to answer a read from the page cache. */
+enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
+
+/* Answers a read, if the file's policy allows an attempt and all of the data is in the page cache.
+ * Otherwise does not answer.  In both cases perhaps leaves an exception. */
+static enum attempt answer_from_file(struct read_file *file, fuse_req_t request, uint64_t offset,
+                                     size_t size)
 {
     struct iovec vector = {buffer, size};
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
+    ssize_t count;
 
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
-        return 0;
+        return is_inline == NULL ? FAILED : NOT_ALLOWED;
     if (!splice_reply(request, file->fd, (off_t)offset, size)) {
-        if (preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size)
-            return 0;
+        count = preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
+        if (count < 0 && errno != EAGAIN)
+            return FAILED;
+        if (count != (ssize_t)size) /* perhaps because the file ends there */
+            return NOT_CACHED;
         fuse_reply_buf(request, buffer, size);
     }
     reset_misses(file->policy);
-    return 1;
+    return ANSWERED;
+}
+
+/* Answers or queues a read whose bytes are at `place`; returns whether it did.  Perhaps leaves an
+ * exception. */
+static int serve(struct read_place place, fuse_req_t request, uint64_t handle, off_t start,
+                 size_t size)
+{
+    enum attempt attempt = answer_from_file(place.file, request, place.offset, size);
+
+    if (attempt == ANSWERED || attempt == FAILED)
+        return attempt == ANSWERED;
+    return queue_read(request, handle, start, size, place, attempt == NOT_CACHED);
 }
 
 int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size)
@@ -217,8 +236,10 @@ int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t 
         end = disk_size(view);
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
             offset = file_offset(view, (uint64_t)start, size, &depth);
-            answered = offset != 0 && depth < view->file_count &&
-                       answer_from_file(view->files + depth, request, offset, size);
+            if (offset != 0 && depth < view->file_count)
+                answered = serve((struct read_place){found, view->files + depth, view->epochs,
+                                                     offset},
+                                 request, handle, start, size);
         }
         Py_DECREF(view);
     }
@@ -237,6 +258,7 @@ static void view_free(PyObject *object)
     Py_XDECREF(self->keys);
     Py_XDECREF(self->get_slice);
     Py_XDECREF(self->codes_key);
+    Py_XDECREF(self->epochs);
     while (self->file_count > 0)
         Py_DECREF(self->files[--self->file_count].policy);
     PyMem_Free(self->files);
@@ -281,7 +303,7 @@ static int fill_files(ReadView *self, PyObject *pairs)
     PyObject *policy;
     int fd;
 
-    self->files = PyMem_New(File, (size_t)count);
+    self->files = PyMem_New(struct read_file, (size_t)count);
     if (self->files == NULL) {
         PyErr_NoMemory();
         return -1;
@@ -289,7 +311,7 @@ static int fill_files(ReadView *self, PyObject *pairs)
     for (at = 0; at < count; at++) {
         if (!PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, at), "Oi", &policy, &fd))
             return -1;
-        self->files[at] = (File){Py_NewRef(policy), fd};
+        self->files[at] = (struct read_file){Py_NewRef(policy), fd, 0};
         self->file_count++;
     }
     return 0;
@@ -297,13 +319,13 @@ static int fill_files(ReadView *self, PyObject *pairs)
 
 PyObject *read_view(PyObject *module, PyObject *args)
 {
-    PyObject *layer, *keys, *get_slice, *codes_key, *files;
+    PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs;
     unsigned int cluster_bits, slice_bits;
     ReadView *self;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOO!II", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
-                          &PyTuple_Type, &files, &cluster_bits, &slice_bits))
+    if (!PyArg_ParseTuple(args, "OO!OOO!IIO", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+                          &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs))
         return NULL;
     self = PyObject_New(ReadView, view_type);
     if (self == NULL)
@@ -312,6 +334,7 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->keys = Py_NewRef(keys);
     self->get_slice = Py_NewRef(get_slice);
     self->codes_key = Py_NewRef(codes_key);
+    self->epochs = Py_NewRef(epochs);
     self->files = NULL;
     self->file_count = 0;
     self->cluster_bits = cluster_bits;

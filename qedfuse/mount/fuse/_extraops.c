@@ -43,6 +43,11 @@ static void forget_requests(void)
     pthread_rwlock_unlock(&session_lock);
 }
 
+unsigned long current_session(void)
+{
+    return generation;
+}
+
 /* --- Request objects --------------------------------------------------------------- */
 
 /*
@@ -370,6 +375,15 @@ static PyMethodDef module_methods[] = {
      "Let reads of the session's device no longer block; return whether that was possible."},
     {"burst_requests", burst_requests, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
+    {"open_read_queue", open_read_queue, METH_VARARGS,
+     "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"
+     "The first argument is called with each read that has failed: request, handle, offset, size.\n"
+     "After a submission that took more than the second argument in seconds, because the kernel has\n"
+     "waited, no read is queued for a second.  With 0 each submission counts."},
+    {"close_read_queue", close_read_queue, METH_NOARGS, "Remove the queue, which must be empty."},
+    {"end_queued_reads", py_end_queued_reads, METH_NOARGS,
+     "Answer the queued reads that have ended."},
+    {"queued_reads", queued_reads, METH_NOARGS, "Return how many reads are in the queue."},
     {"hooked", hooked, METH_NOARGS, "Return whether this module made the current session."},
     {"end", end, METH_NOARGS, "End the session: its unanswered requests get no answer any more."},
     {NULL, NULL, 0, NULL},
@@ -386,7 +400,7 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL || init_cached_reads())
+    if (request_type == NULL || init_cached_reads() || init_queued_reads())
         return NULL;
     return PyModule_Create(&module_definition);
 }

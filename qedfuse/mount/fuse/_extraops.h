@@ -51,8 +51,8 @@ PyObject *burst_requests(PyObject *module, PyObject *unused);
  * cache; returns whether it did.  The caller must hold the GIL (_dataops.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
-/* Answers a read whose tables and data are in memory; returns whether it did.  The caller must hold
- * the GIL (_cachedread.c). */
+/* Answers a read whose tables and data are in memory, or queues one whose tables are; returns whether it
+ * did.  The caller must hold the GIL (_cachedread.c). */
 int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size);
 
 /* Prepares the following two functions.  Returns 0, or -1 with an exception (_cachedread.c). */
@@ -63,6 +63,91 @@ PyObject *read_view(PyObject *module, PyObject *args);
 
 /* Sets the ReadViews by which reads are answered from now on (_cachedread.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
+
+/* A file of a chain. */
+struct read_file {
+    PyObject *policy; /* ReadPolicy */
+    int fd;
+    unsigned int queued; /* number of queued reads */
+};
+
+/* Where the bytes of a read are. */
+struct read_place {
+    PyObject *view; /* ReadView, which keeps the other objects */
+    struct read_file *file;
+    PyObject *epochs; /* Epochs */
+    uint64_t offset;  /* file offset */
+};
+
+/* Lets the kernel's queue make a read, which end_queued_reads() answers later; returns whether it did.
+ * `start` is the guest offset, and `was_tried` says whether the caller has not found the data in the
+ * page cache.  Perhaps leaves an exception if it did not.  The caller must hold the GIL, and must
+ * call end_queued_reads() after the burst (_queuedread.c). */
+int queue_read(fuse_req_t request, uint64_t handle, off_t start, size_t size,
+               struct read_place place, int was_tried);
+
+/* Submits the reads that were queued, and answers those that have ended.  The caller must hold the
+ * GIL (_queuedread.c). */
+void end_queued_reads(void);
+
+/* Prepares reads for the queue; returns -1 with an exception (_queuedread.c). */
+int init_queued_reads(void);
+
+/* Makes the queue, and returns the eventfd that becomes readable when reads have ended
+ * (_queuedread.c). */
+PyObject *open_read_queue(PyObject *module, PyObject *args);
+
+/* Removes the queue, which must be empty (_queuedread.c). */
+PyObject *close_read_queue(PyObject *module, PyObject *unused);
+
+/* Calls end_queued_reads() (_queuedread.c). */
+PyObject *py_end_queued_reads(PyObject *module, PyObject *unused);
+
+/* Returns how many reads are in the queue (_queuedread.c). */
+PyObject *queued_reads(PyObject *module, PyObject *unused);
+
+/* Maximum number of reads in the ring. */
+#define RING_ENTRIES 256
+
+/* Makes the ring; returns its eventfd, or -1 with errno (_ring.c). */
+int ring_open(void);
+
+/* Removes the ring, if there is one; the kernel must have ended all reads (_ring.c). */
+void ring_close(void);
+
+/* Returns whether there is a ring (_ring.c). */
+int ring_is_open(void);
+
+/* Adds a read of `size` bytes of a file, which ring_submit() passes to the kernel (_ring.c). */
+void ring_add(void *read, int fd, uint64_t offset, void *data, size_t size);
+
+/* Returns the number of reads that were added and not submitted (_ring.c). */
+unsigned int ring_unsubmitted(void);
+
+/* Passes all reads that were added to the kernel, which begins to make them; returns 0, or an errno
+ * if the kernel has not taken all of them (_ring.c). */
+int ring_submit(void);
+
+/* Removes the read that was added last and not submitted; returns NULL if there is none (_ring.c). */
+void *ring_take_back(void);
+
+/* Returns whether there may be work for ring_run() (_ring.c). */
+int ring_has_work(void);
+
+/* Lets the kernel end the reads whose data has arrived, and calls ring_unnotify(); returns its result,
+ * or 0 if the calling thread may not do this (_ring.c). */
+int ring_run(void);
+
+/* Makes the eventfd no longer readable; returns whether it was.  If it was, work may have come before
+ * that, so the caller must look at ring_has_work() afterwards (_ring.c). */
+int ring_unnotify(void);
+
+/* Returns a read that has ended, each once, and sets `result` to its number of bytes or to a negative
+ * errno; returns NULL if there is none (_ring.c). */
+void *ring_next(int *result);
+
+/* Returns the number of the session that exists now (_extraops.c). */
+unsigned long current_session(void);
 
 /* Gives a function the name of one of libfuse's, which callers find in its place. */
 #define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))

@@ -129,15 +129,19 @@ class DataRequests:
             self._drained.set()
             self._drained = trio.Event()
         if pending is not None:
-            self._nursery.start_soon(self._answer, read, pending)
+            self.answer_slowly(pending, read.handle, read.offset, read.size)
 
-    async def _answer(self, read: _DeferredRead, pending: Request) -> None:
-        """Answer a read that its thread has not answered.
+    def answer_slowly(self, pending: Request, handle: int, offset: int, size: int) -> None:
+        """Let a task answer a read that neither its thread nor the queue has answered."""
+        self._nursery.start_soon(self._answer, pending, handle, offset, size)
+
+    async def _answer(self, pending: Request, handle: int, offset: int, size: int) -> None:
+        """Answer a read on the slow path.
 
         The slow path reads the bytes again, and reports an error if that fails as well.
         """
         try:
-            content = await self._operations.read_slowly(read.handle, read.offset, read.size)
+            content = await self._operations.read_slowly(handle, offset, size)
         except FUSEError as error:
             pending.error(error.errno)
         else:

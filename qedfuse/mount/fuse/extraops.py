@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     mode of fallocate or the whence of lseek, the start of the range in bytes, and the length of
     the range in bytes (without meaning for lseek)."""
 
+    SlowAnswer = Callable[[Request, int, int, int], object]
+    """Called with the request of a read, its handle, its guest offset and its length in bytes."""
+
 
 def _load() -> tuple[ModuleType | None, str]:
     """Load the extension so that its symbols precede those of libfuse (RTLD_GLOBAL).
@@ -113,18 +116,55 @@ def _loaded() -> ModuleType:
     return _extension
 
 
-def _no_requests() -> int:
+def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
+    """Let reads whose data is not in memory wait in a queue of the kernel from now on.
+
+    The caller must close the queue before the session ends (`close_read_queue`).
+
+    Args:
+        answer_slowly: Answers a read that the queue could not make.
+        slow_seconds: If passing reads to the kernel takes longer, because the kernel waits, no read
+            is queued for a second.  0 if each time counts as longer.
+
+    Returns:
+        A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
+
+    Raises:
+        OSError: The kernel has no such queue, or refuses it.
+        RuntimeError: The extension is not loaded.
+    """
+    return _loaded().open_read_queue(answer_slowly, slow_seconds)  # type: ignore[no-any-return]
+
+
+def close_read_queue() -> None:
+    """Remove the queue of `open_read_queue`; no read may be in it."""
+    _loaded().close_read_queue()
+
+
+def _none() -> int:
     """Return 0, because without the extension only pyfuse3 takes requests."""
     return 0
 
 
+def _do_nothing() -> None:
+    """Do nothing, because without the extension there are no queued reads."""
+
+
 burst_requests: Final[Callable[[], int]] = (
-    _no_requests if _extension is None else _extension.burst_requests
+    _none if _extension is None else _extension.burst_requests
 )
 """Returns how many requests the extension itself has taken since the last call.
 
 After a request that pyfuse3 has taken, the extension takes a few more if they are there
 (`_burst.c`)."""
+
+queued_reads: Final[Callable[[], int]] = _none if _extension is None else _extension.queued_reads
+"""Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""
+
+end_queued_reads: Final[Callable[[], None]] = (
+    _do_nothing if _extension is None else _extension.end_queued_reads
+)
+"""Answers the queued reads that have ended."""
 
 
 def end() -> None:

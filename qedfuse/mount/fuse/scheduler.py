@@ -28,6 +28,11 @@ polled as usual meanwhile.  This module itself notices the end of the call, in e
 `wait_readable` and while it polls (`HostCalls.has_finished`).  The task that waits for the native
 thread then runs when the kernel has no further request, and at the latest after about
 `MAX_BURST_BESIDE_OTHERS` requests.
+
+Reads in the queue of the kernel (`_queuedread.c`) are answered between two requests and while the
+descriptor is polled.  While there are any, the descriptor is polled before the other tasks run,
+because the next request usually follows soon after such an answer; the other tasks run after
+`MAX_BURST_BESIDE_READS` requests.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ import pyfuse3
 import trio
 
 from qedfuse.hostio.hostcalls import host_calls
-from qedfuse.mount.fuse.extraops import burst_requests
+from qedfuse.mount.fuse.extraops import burst_requests, end_queued_reads, queued_reads
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
 
@@ -64,6 +69,10 @@ few."""
 MAX_BURST_BESIDE_OTHERS: Final = 8
 """Number of requests in a row after which all other tasks run, while the event loop is needed for
 other work."""
+
+MAX_BURST_BESIDE_READS: Final = 16
+"""Maximum number of requests that are taken before all other tasks run although the kernel has no
+request, while reads are in the queue of the kernel."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -183,16 +192,19 @@ class Scheduler:
             self._poller.register(fd, select.POLLIN)
         statistics = self.statistics
         if self._poller.poll(0):
-            taken = 1 + burst_requests()
-            statistics.ready += taken
-            self._burst += taken
+            statistics.ready += self._count_taken()
             if self._calls.has_finished():
                 # The tasks of these calls run when this task waits, at the latest after the burst.
                 self._calls.deliver()
+            end_queued_reads()
             if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
                 await self._run_other_tasks()
             return
         since = self._clock()
+        if self._poll_beside_reads(since):
+            statistics.polled += self._count_taken()
+            self._adaptive_poll.record(0.0, slept=False)
+            return
         await self._run_other_tasks()
         if self._adaptive_poll.seconds:
             end = since + self._adaptive_poll.seconds
@@ -204,7 +216,11 @@ class Scheduler:
                 return
         if self._closing:
             raise trio.ClosedResourceError
-        statistics.slept += 1
+        await self._sleep(fd, since)
+
+    async def _sleep(self, fd: int, since: float) -> None:
+        """Let the event loop sleep until a request arrives; the wait for it began at ``since``."""
+        self.statistics.slept += 1
         # If the event loop is needed for other work, it may run this task long after a request
         # has arrived.  So the length of such a wait is not the time until a request arrives, and
         # is not recorded.
@@ -212,6 +228,25 @@ class Scheduler:
         await trio.lowlevel.wait_readable(fd)
         if is_loop_free:
             self._adaptive_poll.record(self._clock() - since, slept=True)
+
+    def _poll_beside_reads(self, since: float) -> bool:
+        """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
+
+        ``since`` is the time of the clock when the wait for the request began.
+        """
+        seconds = self._adaptive_poll.seconds
+        if not seconds or self._burst >= MAX_BURST_BESIDE_READS or not queued_reads():
+            return False
+        return self._poll(since + seconds)
+
+    def _count_taken(self) -> int:
+        """Count the request that has arrived, and those of bursts, in the row; return the number.
+
+        Other tasks run after a certain number of requests in a row.
+        """
+        taken = 1 + burst_requests()
+        self._burst += taken
+        return taken
 
     def _poll(self, end: float) -> bool:
         """Poll until a request arrives, without letting other tasks run.
@@ -229,6 +264,7 @@ class Scheduler:
                 # Polling goes on if no task waits for these calls, as for `HostCalls.start_read`.
                 self._calls.deliver()
                 continue
+            end_queued_reads()
             if poll(0):
                 return True
             if clock() >= end:
@@ -253,6 +289,7 @@ class Scheduler:
         """Let all other runnable tasks run, those whose calls have finished included."""
         self._burst = 0
         self.statistics.yields += 1
+        end_queued_reads()
         if self._calls.has_finished():
             self._calls.deliver()
         await trio.lowlevel.checkpoint()
@@ -264,9 +301,13 @@ class Scheduler:
     def has_request(self) -> bool:
         """Return whether the kernel has a request that no task has taken yet.
 
+        The caller is about to keep the event loop busy.  So first the reads of the present burst
+        are passed to the kernel, and those that have ended are answered.
+
         Before the first call of `wait_readable` the result is False, because the descriptor is
         not known yet.
         """
+        end_queued_reads()
         return self._fd >= 0 and bool(self._poller.poll(0))
 
     def notify_closing(self, fd: int) -> None:

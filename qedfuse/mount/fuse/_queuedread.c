@@ -1,0 +1,319 @@
+/*
+ * Reads whose data is not in memory, made by the kernel's queue (_ring.c) and answered by the event
+ * loop, without a thread and without a task.
+ *
+ * _cachedread.c has found where the data is, and passes the read to queue_read().  The reads of a
+ * burst are submitted together at its end, so that the disk gets all of them with one notification.
+ * The event loop calls end_queued_reads() between two requests and while it polls, and an eventfd
+ * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
+ *
+ * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, in the
+ *   same step in which its cluster was found, and leaves it after its end.  So meanwhile no other
+ *   data comes to its cluster, also if a request of the same burst gives the cluster up.
+ * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
+ *   the end, as any read(2) does.  A write that was answered before queue_read() is in the page
+ *   cache by then.
+ * - Failures.  If the kernel reports an error or too few bytes, or does not take the read, a
+ *   Python function gets the request, which begins anew, in a task that may wait.
+ * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued; for others
+ *   the caller has other ways.  Files whose reads the kernel itself would make in threads are left
+ *   out (ReadPolicy.can_queue).  If submitting takes long, because the kernel waits for a disk
+ *   meanwhile, no read is queued for a while.
+ *
+ * Everything happens in the thread of the event loop, with the GIL held.
+ */
+
+#include "_extraops.h"
+
+#include <errno.h>
+#include <sys/resource.h>
+#include <time.h>
+
+/* Maximum length of a queued read.  The event loop copies the data, so for a longer read a native
+ * thread on another processor is better. */
+#define MAX_QUEUED_BYTES (1 << 14)
+
+/* Maximum number of queued reads of one file. */
+#define MAX_READS_OF_FILE 64
+
+/* Number of calls of ring_run() in which the kernel does all work that there can be: a read has one
+ * piece of it at a time, and a call does at least 20 pieces (Linux 6.13; all pieces before). */
+#define IDLE_RUNS (RING_ENTRIES / 20 + 1)
+
+/* How long no read is queued after a submission that took too long. */
+#define PAUSE_NANOSECONDS INT64_C(1000000000)
+
+struct queued_read {
+    struct queued_read *next; /* in the list of unused ones */
+    fuse_req_t request;
+    unsigned long session; /* from which the request came */
+    uint64_t handle;
+    off_t start; /* guest offset */
+    size_t size;
+    struct read_place place; /* its `view` is a reference of this read */
+    PyObject *epoch;
+    int was_tried; /* whether _cachedread.c has not found the data in the page cache */
+    char data[MAX_QUEUED_BYTES];
+};
+
+static struct queued_read *unused;
+static unsigned int reads;       /* number of queued reads */
+static int64_t slow_nanoseconds; /* a submission that waits longer is followed by a pause */
+static int64_t paused_until;     /* in nanoseconds; 0 if reads are queued */
+static int is_ending;            /* whether end_queued_reads() is running */
+static PyObject *answer_slowly;  /* gets the reads that have failed */
+static PyObject *name_can_queue, *name_enter, *name_leave, *name_record_cached,
+    *name_record_inline_miss;
+
+static int64_t now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+/* Calls a method with one argument, or with none if it is NULL; reports an exception, which no caller
+ * could handle. */
+static void notify(PyObject *object, PyObject *name, PyObject *argument)
+{
+    PyObject *result = argument == NULL ? PyObject_CallMethodNoArgs(object, name)
+                                        : PyObject_CallMethodOneArg(object, name, argument);
+
+    if (result == NULL)
+        PyErr_WriteUnraisable(object);
+    Py_XDECREF(result);
+}
+
+/* Returns an unused read; NULL if there is no memory. */
+static struct queued_read *take(void)
+{
+    struct queued_read *read = unused;
+
+    if (read == NULL)
+        return malloc(sizeof *read);
+    unused = read->next;
+    return read;
+}
+
+static void put_back(struct queued_read *read)
+{
+    read->next = unused;
+    unused = read;
+}
+
+/* Returns whether reads may be queued now, as far as that depends on earlier reads. */
+static int can_queue(const struct read_file *file)
+{
+    if (!ring_is_open() || reads >= RING_ENTRIES || file->queued >= MAX_READS_OF_FILE)
+        return 0;
+    if (paused_until && now() < paused_until)
+        return 0;
+    paused_until = 0;
+    return 1;
+}
+
+int queue_read(fuse_req_t request, uint64_t handle, off_t start, size_t size,
+               struct read_place place, int was_tried)
+{
+    struct queued_read *read;
+    PyObject *allowed;
+
+    if (size > MAX_QUEUED_BYTES || !can_queue(place.file))
+        return 0;
+    allowed = PyObject_GetAttr(place.file->policy, name_can_queue);
+    Py_XDECREF(allowed);
+    if (allowed != Py_True)
+        return 0;
+    read = take();
+    if (read == NULL)
+        return 0;
+    read->epoch = PyObject_CallMethodNoArgs(place.epochs, name_enter);
+    if (read->epoch == NULL) {
+        put_back(read);
+        return 0;
+    }
+    read->request = request;
+    read->session = current_session();
+    read->handle = handle;
+    read->start = start;
+    read->size = size;
+    read->place = place;
+    Py_INCREF(place.view);
+    read->was_tried = was_tried;
+    place.file->queued++;
+    reads++;
+    ring_add(read, place.file->fd, place.offset, read->data, size);
+    if (was_tried)
+        notify(place.file->policy, name_record_inline_miss, NULL);
+    return 1;
+}
+
+/* Lets the Python function answer a read. */
+static void pass_on(const struct queued_read *read)
+{
+    PyObject *pending = new_request(read->request, read->size), *result = NULL;
+
+    if (pending == NULL)
+        fuse_reply_err(read->request, ENOMEM);
+    else
+        result = PyObject_CallFunction(answer_slowly, "OKLn", pending,
+                                       (unsigned long long)read->handle, (long long)read->start,
+                                       (Py_ssize_t)read->size);
+    if (result == NULL)
+        PyErr_WriteUnraisable(answer_slowly);
+    Py_XDECREF(result);
+    Py_XDECREF(pending); /* without an exception, the function has kept a reference */
+}
+
+/* Answers a read that has ended.  `result` is the number of bytes, or a negative errno, and
+ * `was_cached` says whether the data was in the page cache. */
+static void end(struct queued_read *read, int result, int was_cached)
+{
+    struct read_place place = read->place;
+    int is_whole = result >= 0 && (size_t)result == read->size;
+    int can_answer = read->session == current_session(); /* libfuse frees the requests with it */
+
+    if (is_whole && can_answer)
+        fuse_reply_buf(read->request, read->data, read->size);
+    place.file->queued--;
+    reads--;
+    notify(place.epochs, name_leave, read->epoch);
+    if (is_whole && !read->was_tried)
+        notify(place.file->policy, name_record_cached, was_cached ? Py_True : Py_False);
+    if (!is_whole && can_answer)
+        pass_on(read);
+    Py_DECREF(read->epoch);
+    put_back(read);
+    Py_DECREF(place.view);
+}
+
+/* Answers all reads of which the kernel has reported the end. */
+static int end_reported(int were_cached)
+{
+    struct queued_read *read;
+    int result, count = 0;
+
+    while ((read = ring_next(&result)) != NULL) {
+        end(read, result, were_cached);
+        count++;
+    }
+    return count;
+}
+
+/* Returns how often this thread has waited for something other than a processor. */
+static long waits(void)
+{
+    struct rusage usage;
+
+    return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nvcsw;
+}
+
+/* Passes the reads of a burst to the kernel. */
+static void submit(void)
+{
+    int64_t since = now(), until;
+    long waits_before = waits();
+    int failed = ring_submit();
+    struct queued_read *read;
+
+    /* A thread that was slow only because other programs have used the processor must go on: native
+     * threads would need even more of the processor's time. */
+    until = now();
+    if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
+        paused_until = until + PAUSE_NANOSECONDS;
+    /* No work is done in ring_submit(), so what it has reported was in the page cache. */
+    if (end_reported(1))
+        ring_unnotify();
+    while (failed && (read = ring_take_back()) != NULL)
+        end(read, -failed, 0);
+}
+
+void end_queued_reads(void)
+{
+    int idle;
+
+    if (!reads || is_ending) /* no function called here may come here again */
+        return;
+    is_ending = 1;
+    if (ring_unsubmitted())
+        submit();
+    /* One ring_run() need not do all work, and the flag may be set without any work.  So the loop ends
+     * when the flag is clear, or when IDLE_RUNS have had no effect: all work that had come before
+     * them is done then.  Work that comes later makes the eventfd readable.  If ring_run() empties
+     * the eventfd after that, the flag is set already, and the loop begins to count anew. */
+    for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
+        int notified = ring_run();
+        if (end_reported(0) || notified)
+            idle = -1;
+    }
+    is_ending = 0;
+}
+
+/* --- functions of the module ----------------------------------------------------------- */
+
+int init_queued_reads(void)
+{
+    name_can_queue = PyUnicode_InternFromString("can_queue");
+    name_enter = PyUnicode_InternFromString("enter");
+    name_leave = PyUnicode_InternFromString("leave");
+    name_record_cached = PyUnicode_InternFromString("record_cached");
+    name_record_inline_miss = PyUnicode_InternFromString("record_inline_miss");
+    if (name_can_queue == NULL || name_enter == NULL || name_leave == NULL ||
+        name_record_cached == NULL || name_record_inline_miss == NULL)
+        return -1;
+    return 0;
+}
+
+PyObject *open_read_queue(PyObject *module, PyObject *args)
+{
+    PyObject *callable;
+    double slow_seconds;
+    int fd;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Od", &callable, &slow_seconds))
+        return NULL;
+    fd = ring_open();
+    if (fd < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    slow_nanoseconds = (int64_t)(slow_seconds * 1e9);
+    Py_XSETREF(answer_slowly, Py_NewRef(callable));
+    paused_until = 0;
+    return PyLong_FromLong(fd);
+}
+
+PyObject *close_read_queue(PyObject *module, PyObject *unused_argument)
+{
+    struct queued_read *read;
+
+    (void)module;
+    (void)unused_argument;
+    /* The kernel may still write to the memory of a read that has not ended. */
+    if (reads) {
+        PyErr_SetString(PyExc_RuntimeError, "reads are queued");
+        return NULL;
+    }
+    ring_close();
+    Py_CLEAR(answer_slowly);
+    while ((read = unused) != NULL) {
+        unused = read->next;
+        free(read);
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject *py_end_queued_reads(PyObject *module, PyObject *unused_argument)
+{
+    (void)module;
+    (void)unused_argument;
+    end_queued_reads();
+    Py_RETURN_NONE;
+}
+
+PyObject *queued_reads(PyObject *module, PyObject *unused_argument)
+{
+    (void)module;
+    (void)unused_argument;
+    return PyLong_FromUnsignedLong(reads);
+}

@@ -1,0 +1,96 @@
+"""Reads in a queue of the kernel (io_uring), from the side of the event loop.
+
+A short read whose data is not in the host's page cache waits in this queue, if its tables are in
+memory (``_queuedread.c``).  The event loop learns that reads have ended while it polls
+(`Scheduler`), or because a task of this module waits for a descriptor.
+
+Before Linux 6.1, without the extension, and where io_uring is not permitted, there is no queue, and
+native threads make these reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE, NATIVE, THREADS
+from qedfuse.mount.fuse import extraops
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from qedfuse.mount.fuse.extraops import SlowAnswer
+
+_log = logging.getLogger(__name__)
+
+_SLOW_SECONDS: Final = 8e-3
+"""If it takes longer to pass reads to the kernel, the kernel has waited for the host's disk, and so
+has the event loop.  Then threads make the next reads."""
+
+
+@asynccontextmanager
+async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
+    """Let reads wait in a queue of the kernel in the block, if that is possible.
+
+    At its end the block waits until the kernel has made all queued reads, also if the task is
+    cancelled, because the kernel uses the descriptors of the disks.  The caller must ensure that
+    no request arrives meanwhile.  ``answer_slowly`` answers a read that the queue could not make.
+    """
+    fd = _open(answer_slowly)
+    if fd is None:
+        yield
+        return
+    ends = _Ends(fd)
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await ends.wait_for_all()
+        trio.lowlevel.notify_closing(fd)
+        extraops.close_read_queue()
+
+
+def _open(answer_slowly: SlowAnswer) -> int | None:
+    """Make the queue; return the descriptor that shows the end of reads, or None."""
+    if os.environ.get(HOST_CALLS_VARIABLE) in (THREADS, NATIVE):
+        return None
+    try:
+        return extraops.open_read_queue(answer_slowly, _SLOW_SECONDS)
+    except (OSError, RuntimeError) as error:
+        _log.debug("no queue for reads: %s", error)
+        return None
+
+
+class _Ends:
+    """Ends queued reads, at the latest before the event loop would sleep."""
+
+    def __init__(self, fd: int) -> None:
+        """Start with the queue whose descriptor is ``fd``."""
+        self._fd = fd
+        self._ended = trio.Event()
+        # A task of a nursery could be cancelled before the last read has ended.
+        trio.lowlevel.spawn_system_task(self._end_when_notified)
+
+    async def _end_when_notified(self) -> None:
+        """End reads until the descriptor is closed."""
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._fd)
+                # `end_queued_reads` does this only if a read is in the queue.  The kernel may
+                # write to the descriptor for a read that has been ended in the meantime.
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._fd)
+                extraops.end_queued_reads()
+                self._ended.set()
+                self._ended = trio.Event()
+        except trio.ClosedResourceError:
+            pass
+
+    async def wait_for_all(self) -> None:
+        """Wait until no read is in the queue."""
+        while extraops.queued_reads():
+            await self._ended.wait()
