@@ -47,10 +47,10 @@ def open(  # noqa: A001  a module's open, like gzip.open
 ) -> DiskFile:
     """Open the disk in an image as an unbuffered binary file.
 
-    The image is locked until the file is closed, with the same locks that QEMU takes, unless
-    ``options`` demand otherwise (``lock``, ``force_share``).  With ``rb`` no other program that
-    takes these locks can write to the image.  With ``r+b`` no such program can use the image,
-    except to read it with ``force_share``.
+    With the default options, the image is locked until the file is closed, with the locks that QEMU
+    takes.  The locks exclude only programs that lock images too.  With ``rb`` such a program cannot
+    write to the image.  With ``r+b`` such a program can only read the image, and only with
+    ``force_share``.
 
     With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
     multiple of its cluster size.  The image is refused if the check finds an error in the tables.
@@ -67,9 +67,9 @@ def open(  # noqa: A001  a module's open, like gzip.open
 
     Raises:
         ValueError: The mode is neither ``rb`` nor ``r+b``.
-        QedError: The options contradict the mode, or the image or a base cannot be opened or
-            locked, is damaged, or is refused by the backing file policy.  Each cause has a class
-            of its own, and an ``errno``.
+        QedError: The options contradict the mode; or the image or a base cannot be opened or
+            locked, or is damaged; or the backing file policy refuses a base.  Each cause has a
+            class of its own, and an ``errno``.
     """
     if mode not in ("rb", "r+b"):
         msg = f"mode: found {mode!r}, expected 'rb' or 'r+b'"
@@ -220,7 +220,7 @@ class DiskFile(io.RawIOBase):
     def _chunks(self, length: int) -> Iterator[bytes | bytearray]:
         """Yield ``length`` bytes from the position on, in chunks; fewer at the end of the disk.
 
-        The caller must hold the lock until the last chunk, and then move the position.
+        The caller must hold the lock until the last chunk, and must then set the position.
         """
         start = self._position
         end = min(start + length, self.size)
@@ -247,9 +247,9 @@ class DiskFile(io.RawIOBase):
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
             done = 0
-            # `Disk.write` raises for a range that begins at or past the end, and cuts off a
-            # range that crosses the end.  Only the first call may raise for this reason, because
-            # the bytes that earlier calls have written must be counted.
+            # `Disk.write` raises for a range that begins at or past the end, and cuts off a range
+            # that crosses the end.  So once bytes have been written, the loop ends at the end of
+            # the disk, and the caller gets their number instead of an error.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)
@@ -295,8 +295,9 @@ class DiskFile(io.RawIOBase):
             if self._portal.is_alive():
                 self._portal.call(self._disk.flush)
             else:
-                # After `close` nothing is left to flush: IOBase.close() calls this method after
-                # the portal has closed the disk.  A forked child has nothing to flush either.
+                # Nothing can be flushed.  Either the portal has closed the disk, and IOBase.close()
+                # calls this method, or this process is a forked child, or the event loop has
+                # failed.  Only the failure is an error.
                 self._portal.raise_failure()
 
     def close(self) -> None:
