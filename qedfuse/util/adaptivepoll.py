@@ -1,4 +1,4 @@
-"""Adaptive polling: whether it pays to poll for an event instead of sleeping until it comes."""
+"""Adaptive polling: the decision whether to poll for an event or to sleep until the event."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ _MAX_CONFIDENCE: Final = 16
 So polling is disabled after at most this number of such waits in a row."""
 _RESET_FACTOR: Final = 8
 """A wait longer than the maximum time to poll, times this factor, resets the confidence to 0,
-because the earlier waits no longer predict the next one."""
+because the earlier waits no longer predict the next wait."""
 _WAKE_FACTOR: Final = 2
 """A task that sleeps notices the event late.  So a wait in which the task slept still counts as
 short if it took at most the maximum time to poll, times this factor."""
 
 
 class AdaptivePoll:
-    """Decides how long to poll for an event, from how long the last waits for the event took.
+    """Decides how long to poll for the next event, by the durations of earlier waits.
 
-    A confidence counter rises with each short wait, whose event polling would have found, and
-    falls with each longer wait.  Polling is enabled while the counter is positive.
+    A confidence counter rises with each wait that is so short that polling would have found the
+    event.  The counter falls with each longer wait.  Polling is enabled while the counter is
+    positive.
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
@@ -35,7 +36,7 @@ class AdaptivePoll:
 
     @property
     def seconds(self) -> float:
-        """The maximum time to poll for the next event; 0 while polling does not pay."""
+        """The maximum time to poll for the next event; 0 while polling is disabled."""
         return self._max_seconds if self._confidence > 0 else 0.0
 
     def record(self, seconds: float, *, slept: bool) -> None:

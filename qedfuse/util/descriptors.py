@@ -28,7 +28,8 @@ def open_descriptors() -> set[int]:
         raise proc_missing() from error
     found = set()
     for number in map(int, names):
-        # Leave out the descriptor by which the directory was listed, which is closed now.
+        # One of the numbers is the descriptor with which listdir() has read the directory.  It is
+        # closed now, so leave it out.
         with suppress(OSError):
             os.fstat(number)
             found.add(number)

@@ -1,8 +1,8 @@
 """Whether other work waits for the event loop besides the task that runs now.
 
 A task that polls keeps all other tasks from running, and so does a task that makes a long system
-call, such as a datasync, in the event loop's own thread.  So before a task does either, it asks the
-`LoopLoad` whether other work waits.
+call, such as a datasync, in the event loop's own thread.  So before a task polls or makes such a
+call, the task asks the `LoopLoad` whether other work waits.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ class LoopLoad:
     def has_running_threads(self) -> bool:
         """Return whether a thread of trio is running.
 
-        If so, no task may poll, so that the event loop can sleep.  While a task polls, the event
-        loop does not notice that the thread has finished.  And an event loop that never sleeps
-        starves the thread of the GIL.
+        If so, the caller must not poll.  While a task polls, the event loop does not notice that
+        the thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0
 

@@ -20,8 +20,8 @@ class LRUStatistics:
     Attributes:
         items: How many values are in the cache.
         weight: How many bytes these values take.
-        evictions: How many values have been evicted so far.  Values that `LRU.drop` or
-            `LRU.put` removed or replaced do not count.
+        evictions: How many values have been evicted so far.  Values that `LRU.drop` removed or
+            `LRU.put` replaced do not count.
     """
 
     items: int
@@ -41,9 +41,10 @@ class LRU(Generic[K, V]):
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes that the values take together.  Only pinned values
-                and the value stored last may exceed it.
-            weigh: Returns the bytes that a value takes; always the same number for a value.
+            budget: Maximum number of bytes that the values take together.  Only pinned values and
+                the value stored last can exceed it.
+            weigh: Returns how many bytes a value takes.  The number must not change while the value
+                is in the cache.
             pinned: Returns whether a value must not be evicted now.
         """
         self._budget = budget
@@ -54,7 +55,7 @@ class LRU(Generic[K, V]):
         self._evictions = 0
 
     def get(self, key: K) -> V | None:
-        """Return a value and mark it as just used; None if it is not cached."""
+        """Return a value and mark the value as just used; None if there is none."""
         value = self._items.get(key)
         if value is None:
             return None
@@ -62,9 +63,9 @@ class LRU(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Store a value in place of any earlier one for ``key``.
+        """Store a value, in place of an earlier value for ``key``.
 
-        If the budget is exceeded then, other values are evicted, but not the one just stored.
+        If all values together exceed the budget, values other than the new one are evicted.
         """
         old = self._items.pop(key, None)
         if old is not None:

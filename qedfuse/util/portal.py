@@ -10,11 +10,11 @@ A portal ends in one of these ways:
   has ended.
 - If a background task of the context manager fails, running calls are cancelled, and the context
   manager is left.
-- A portal that is still open when the program ends is closed by a watcher thread.  The
-  watcher waits until all threads of the program have ended, the main thread included;
-  daemon threads and the threads of portals do not count.  Python waits for the portal's
-  thread before it exits.  ``atexit`` would be too late, because since Python 3.12 its functions
-  cannot start threads, and closing a file may need a thread to wait for the disk.
+- A portal that is still open when the program ends is closed by a watcher thread.  The watcher
+  waits until all threads of the program have ended, the main thread included; daemon threads and
+  the threads of portals do not count.  Python itself waits for the portal's thread before the
+  process ends.  A function of ``atexit`` would run too late: since Python 3.12 it cannot start
+  threads, and closing a file can need a new thread.
 
 After ``os.fork`` the child process has no portal thread, so every call fails immediately there.
 In the parent process the portal stays open.
@@ -83,7 +83,7 @@ class Portal(Generic[T]):
             raise
 
     def is_alive(self) -> bool:
-        """Return whether the portal's thread runs in this process: never in a forked child."""
+        """Return whether the portal's thread runs in this process; False in a forked child."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
@@ -93,9 +93,9 @@ class Portal(Generic[T]):
         KeyboardInterrupt interrupts the caller, ``function`` runs on in the event loop.
 
         Raises:
-            PortalClosedError: The portal is closing or closed, or the event loop runs in
-                another process.  If the event loop failed during the call, the function may
-                have been cancelled halfway.
+            PortalClosedError: The portal is closing or closed, the event loop runs in another
+                process, or the event loop failed during the call.  In the last case, ``function``
+                may have been cancelled halfway.
         """
         future: Future[R] = Future()
         # Record the future before queuing the call: when the loop ends, `_run` fails all
@@ -117,7 +117,7 @@ class Portal(Generic[T]):
         """Raise if the event loop has failed; do nothing otherwise.
 
         Raises:
-            PortalClosedError: The event loop has failed, and `close` has not raised its error yet.
+            PortalClosedError: The event loop has failed, and `close` has not raised the error yet.
         """
         if self._failure is not None:
             raise _closed() from self._failure
@@ -143,9 +143,9 @@ class Portal(Generic[T]):
         """Start to close the portal, and return without waiting until it is closed.
 
         If leaving the context manager fails, `close` raises the error, also if `close` is called
-        later.  If `close` has not been called by the time leaving begins, the error is logged as
-        well.  Unlike `close` this function is safe in a finalizer, which may run in the portal's
-        own thread.
+        later.  If `close` has not been called when leaving begins, the error is logged as well.
+        Unlike `close` this function is safe in a finalizer, which may run in the portal's own
+        thread.
         """
         self._close_requested = True
         if self._token is not None and self.is_alive():
@@ -231,7 +231,7 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Close ``portal`` when the program ends, unless the portal has ended before."""
+        """Close ``portal`` when the program ends, if the portal is still open."""
         with self._lock:
             self._portals.add(portal)
             # One thread watches all portals.  A forked child does not have this thread, so
@@ -249,7 +249,8 @@ class _Watcher:
         """Wait for the end of the program, then close the portals that are open."""
         threading.main_thread().join()
         # Wait for all threads but daemons, as Python itself does, because they may still use a
-        # portal.  The threads of portals are left out: they end only when closed.
+        # portal.  The threads of portals are left out, because they end only when their portals are
+        # closed.
         while users := [
             thread
             for thread in threading.enumerate()

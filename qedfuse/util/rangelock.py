@@ -59,7 +59,7 @@ class RangeLock:
             self._drop(request)
 
     def is_free(self, start: int, end: int) -> bool:
-        """Return whether no range that a task holds or waits for overlaps ``[start, end)``."""
+        """Return whether ``[start, end)`` overlaps no range that a task holds or waits for."""
         return start >= end or not any(
             start < other.end and other.start < end for other in self._requests
         )
