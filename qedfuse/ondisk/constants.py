@@ -47,7 +47,7 @@ ZERO: Final = 1
 
 
 class Feature(IntFlag):
-    """Incompatible feature bits: a program must not open an image with an unknown bit."""
+    """Incompatible feature bits: a program that does not know a bit must not open the image."""
 
     BACKING_FILE = 0x01
     """The image has a backing file."""

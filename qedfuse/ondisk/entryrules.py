@@ -29,7 +29,7 @@ NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
 
 
 class Violation(enum.Enum):
-    """Why an entry is invalid; for an entry that breaks several rules, the first one listed."""
+    """Why an entry is invalid; if an entry breaks several rules, the rule listed first."""
 
     RESERVED_BITS = enum.auto()
     """A bit is set that must be 0 in every offset, whatever the cluster size."""
@@ -95,9 +95,8 @@ class EntryRules:
     def all_valid(self, offsets: Values) -> bool:
         """Return True if a quick test shows that all ``offsets`` are valid.
 
-        False means that the slower `valid_mask` must decide.  Almost all entries are valid, and
-        the test shows this for most of them.  The caller must pass at least one offset, and no
-        markers.
+        False means that `valid_mask`, which is slower, must decide.  The caller must pass at least
+        one offset, and no markers.
         """
         limits = self.limits
         lowest = int(offsets.min())
@@ -118,8 +117,8 @@ class EntryRules:
         a violation.
 
         Yields:
-            (violation, mask), for every violation in order.  The mask says for each entry
-            whether the violation is its first one.
+            (violation, mask), for every violation in order.  The mask is True for each entry that
+            breaks the rule and no earlier one.
         """
         limits = self.limits
         left = values > limits.largest_marker
@@ -154,7 +153,7 @@ class EntryRules:
 
     def _any_over_table(self, offsets: Values) -> bool:
         """Return whether any of ``offsets`` lies in an L2 table; requires at least one table."""
-        # Sort the offsets first, which makes the search several times faster.
+        # Sort the offsets first, because a search for sorted offsets is several times faster.
         ordered = np.sort(offsets)
         before = self.tables.searchsorted(ordered, "right")
         inside = ordered - self.tables[before - 1] < np.uint64(self.limits.table_bytes)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     divided by the cluster size), and how many clusters the run has."""
 
 DESCRIPTOR_OFFSET: Final = 3584
-"""File offset of the descriptor: the last sector of the first 4096 bytes of the file.  These
-bytes belong to the header whatever the cluster size, because no cluster is smaller."""
+"""File offset of the descriptor, which is the last sector of the first 4096 bytes of the file.  The
+first 4096 bytes belong to the header, because no cluster is smaller."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -151,10 +151,10 @@ def parse_descriptor(data: bytes | bytearray) -> Descriptor:
     return Descriptor(**{name: getattr(raw, name) for name in Descriptor.__slots__})
 
 
-def may_be_overwritten(data: bytes | bytearray) -> bool:
-    """Return whether a descriptor may overwrite ``data``, the bytes that are at its place now.
+def can_be_replaced(data: bytes | bytearray) -> bool:
+    """Return whether a new descriptor can replace ``data``, the bytes at `DESCRIPTOR_OFFSET`.
 
-    True for zeros, and for bytes that begin like a descriptor, even if they are not a valid one.
+    True for zeros, and for bytes that begin with `MAGIC`, even if they are not a valid descriptor.
     """
     return data.startswith(MAGIC) or not any(data)
 

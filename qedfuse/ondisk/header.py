@@ -1,8 +1,8 @@
 """The header of an image: 64 bytes at the start of the file.
 
-Source: QEMU's QED specification, "Header".  `parse_header` checks the range of every
-field before anything is computed from it; `Header.check_fits` checks what depends on the
-length of the file.
+Source: QEMU's QED specification, "Header".  `parse_header` checks the range of every field before
+anything is computed from the field.  `Header.check_fits` checks what depends on the length of the
+file.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ HEADER_STRUCT: Final[Any] = Struct(
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of a header, all of them in range if `parse_header` has returned it.
+    """The fields of a header; `parse_header` returns only headers whose fields are in range.
 
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid; then the
-            first cluster still belongs to the header, but a backing name is refused.
+        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid.  With 0 the first
+            cluster still belongs to the header, but a backing name is refused.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the

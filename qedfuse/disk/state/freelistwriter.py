@@ -16,8 +16,8 @@ from qedfuse.ondisk.freelist import (
     Descriptor,
     build_cluster,
     build_descriptor,
+    can_be_replaced,
     encode_runs,
-    may_be_overwritten,
     runs_in_cluster,
 )
 
@@ -78,7 +78,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     found = ""
     if backing_name_covers_descriptor(header):
         found = "the backing file name"
-    elif not header.free_list and not may_be_overwritten(
+    elif not header.free_list and not can_be_replaced(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
         # Another program, which does not know the feature bit of the list, may have put its
