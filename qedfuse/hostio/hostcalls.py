@@ -35,8 +35,8 @@ NATIVE: Final = "native"
 class HostCalls(Protocol):
     """Makes calls on open descriptors of regular files, for the tasks of one event loop.
 
-    Each async method returns when the call has ended, also if the task is cancelled meanwhile.
-    A task that is cancelled already makes no call.  Offsets, lengths and sizes are in bytes.
+    Each async method returns when the call has ended, even if the task is cancelled during the
+    call.  A task that was cancelled before makes no call.  Offsets, lengths and sizes are in bytes.
 
     Raises:
         OSError: The kernel refused, or there is no thread that could make the call.
@@ -44,7 +44,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether a read costs so much that the page cache should be tried again before it."""
+        """Whether calls cost so much that a read should first be retried from the page cache."""
 
     @property
     def can_start_reads(self) -> bool:
@@ -60,8 +60,8 @@ class HostCalls(Protocol):
     def deliver(self) -> None:
         """Resume the tasks whose calls are finished.
 
-        A task that keeps the event loop from sleeping should call this.  Without a call, the
-        tasks are resumed at the latest before the event loop would sleep.
+        A task that keeps the event loop from sleeping should call this.  If no task calls this, the
+        tasks are resumed at the latest before the event loop sleeps.
         """
 
     def start_read(
@@ -72,7 +72,7 @@ class HostCalls(Protocol):
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read; its thread then uses ``answer`` without the event loop.
+        """Start a read in a thread, which then calls the C function in ``answer``.
 
         Args:
             fd: The descriptor, which must stay open until ``ended`` is called.

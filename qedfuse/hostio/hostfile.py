@@ -36,7 +36,7 @@ class HostFile(Protocol):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """What decides whether the event loop tries a read; None if only `try_read` knows."""
+        """The policy that decides whether `try_read` tries a read; None if it tries every read."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""
@@ -53,8 +53,8 @@ class HostFile(Protocol):
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block or fails, or if the file ends before the view
-        is full.  The content of ``view`` is undefined then.
+        Returns False if the read would block or fails, or if the file ends before the view is full.
+        After False the content of ``view`` is undefined.
         """
 
     def try_start_read(
@@ -67,33 +67,33 @@ class HostFile(Protocol):
         """Start a read in a thread that then answers a request; return whether that was done.
 
         The thread answers by a C function, without the event loop.  A read is started only if
-        `try_read` has not found the data in memory, or would not look there.
+        `try_read` has not found the data in memory, or would not look for the data.
 
         Args:
             offset: File offset.
             view: The buffer.  The caller must not change it before the C function has returned.
             take_answer: Called once, if the read is started; returns a capsule with the C
                 function, which the thread calls at the end of the read (see ``_iothreads.c``).
-            ended: Called once in the event loop, if ``take_answer`` was called and returned,
-                with the number of bytes read, or a negative errno.  The C function may still be
-                running then.
+            ended: Called once in the event loop, if ``take_answer`` has returned a capsule.  The
+                argument is the number of bytes read, or a negative errno.  At the time of the call
+                the C function can still be running.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.
         """
 
     def can_write_inline(self, length: int) -> bool:
-        """Return whether `try_write` may write ``length`` bytes now.
+        """Return whether `try_write` would try to write ``length`` bytes now.
 
-        Returns True if such a write is expected to take no longer than the copy to the page
-        cache.
+        `try_write` tries a write only if the write is expected to take no longer than the copy to
+        the page cache.
         """
 
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
 
-        Returns False if the write would block or fails.  Then ``data`` may be partly written,
-        and the caller must write the whole range again with `pwrite`.
+        Returns False if the write would block or fails.  After False a part of ``data`` may have
+        been written, and the caller must write all of ``data`` with `pwrite`.
         """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
@@ -102,8 +102,8 @@ class HostFile(Protocol):
     def try_datasync(self) -> bool:
         """Make all earlier writes and the file's length durable, if that takes little time.
 
-        Returns False, and has done nothing, if `datasync` must do it.  Raises HostError if the
-        host refused.
+        Returns False, and has done nothing, if the caller must call `datasync`.  Raises HostError
+        if the host refused.
         """
 
     async def datasync(self) -> None:
@@ -149,7 +149,7 @@ class HostFile(Protocol):
     def stat(self) -> os.stat_result:
         """Return the file's attributes (fstat(2)).
 
-        While the file is in use, reading the times slows down its changes; see `size_and_blocks`.
+        Reading the times slows down later changes of the file; see `size_and_blocks`.
         """
 
     def statvfs(self) -> os.statvfs_result:

@@ -20,19 +20,18 @@ INLINE_WRITE_BYTES: Final = 1 << 18
 takes less time than a round trip to a worker thread."""
 MAX_INLINE_WRITE_BYTES: Final = 1 << 20
 """Maximum length of a write that can count as short.  A write longer than `INLINE_WRITE_BYTES`
-does so only while such writes have lately been fast (`_INLINE_SECONDS`), because the kernel makes
-writers wait when memory is full of dirty pages."""
+counts as short only while such writes have lately been fast (`_INLINE_SECONDS`), because the kernel
+makes writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
 """Maximum time of a write longer than `INLINE_WRITE_BYTES`, or of a datasync, that counts as fast.
-A datasync in a thread may take twice as long, because its time includes the round trip.
-`AdaptivePoll` decides after how many slow calls the next one goes to a thread."""
+For a datasync in a thread the maximum is twice as long, because its time includes the round trip.
+`AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
 _THROTTLED_SECONDS: Final = 8e-3
-"""A write of at most `INLINE_WRITE_BYTES` that takes longer may have been throttled, because the
-kernel's shortest pause for a task that dirties pages faster than the disk can store them is
-10 ms."""
+"""Maximum time of a write of at most `INLINE_WRITE_BYTES` that is not slow.  The kernel may have
+throttled a slower write: the shortest pause of a throttled writer is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
-"""Maximum number of bytes that were written since the last datasync began, for the event loop
-to make the next datasync itself."""
+"""The event loop makes a datasync itself only if at most this number of bytes was written since the
+last datasync began."""
 
 
 class InlinePolicy:

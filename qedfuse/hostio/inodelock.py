@@ -24,14 +24,14 @@ _MAX_THREADS: Final = 4
 """Maximum number of threads that are making changes of one file.  The kernel lets only one of these
 changes run at a time, so more threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed if the next slow write begins at most this long after the end of a slow
-write.  The assumption ends this long after the last slow write, or earlier with a fast write.  A
-slow write says nothing about a write that begins still later, because each pause of a throttled
-writer lasts at most 200 ms in the kernel."""
+"""Throttling is assumed after two slow writes if the time between them is at most this.  The
+assumption ends this long after the last slow write, or earlier with a fast write.  After a longer
+gap a slow write is no sign of throttling, because the kernel pauses a throttled writer for at most
+200 ms at a time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
-    """Decrement a semaphore; if it is positive, without letting other tasks run."""
+    """Decrement a semaphore, after a wait if it is 0; without a wait no other task runs."""
     try:
         semaphore.acquire_nowait()
     except trio.WouldBlock:
@@ -44,10 +44,10 @@ class InodeLock:
     The event loop changes the file inline only while ``contention`` is 0.  Otherwise a worker
     thread makes the change, even a short write.
 
-    A short write in a thread counts as contention, so a second short write would have to go
-    to a thread as well, and several writers could keep each other in threads permanently.
-    Therefore a short write that finds no contention except other short writes waits for
-    their end (`wait_for_short_writes`), so that it can run inline.
+    A short write in a thread counts as contention, so a second short write would have to go to a
+    thread as well, and several writers could keep each other in threads permanently.  Therefore, if
+    short writes are the only contention, another short write waits for their end
+    (`wait_for_short_writes`) and can then run inline.
 
     Attributes:
         contention: How many calls in threads hold the lock or wait for it, plus one while
@@ -59,7 +59,7 @@ class InodeLock:
         """Start without calls in threads.
 
         Args:
-            has_server: Whether calls on the file wait for a server (`waits_for_server`).  Then
+            has_server: Whether calls on the file wait for a server (`waits_for_server`).  If so,
                 there is always contention, because the server may stop answering at any time.
         """
         self.contention = int(has_server)

@@ -60,16 +60,16 @@ class _Permissions(NamedTuple):
 
 
 class LockMode(enum.Enum):
-    """What an opener does with a file, and what other openers may do with the file meanwhile.
+    """What an opener does with a file, and what other openers can do with the file meanwhile.
 
     The numbers are the file offsets of the bytes that an opener locks in the mode.
     """
 
     WRITE = "write"
-    """Read and change the file; other openers may use it in the mode SHARE only (100, 101, 103,
+    """Read and change the file; other openers can use it in the mode SHARE only (100, 101, 103,
     201, 203)."""
     READ = "read"
-    """Read the file; others may read it too, but not change it (100, 201, 203)."""
+    """Read the file; other openers can read the file too, but cannot change it (100, 201, 203)."""
     SHARE = "share"
     """Read the file while another opener may change it (100)."""
     BASE = "base"
@@ -97,7 +97,7 @@ class LockMode(enum.Enum):
 
     @property
     def tested(self) -> tuple[int, ...]:
-        """The file offsets of the bytes that no other opener may have locked."""
+        """The file offsets of the bytes that must not be locked by another opener."""
         uses, denies = self._permissions
         return (*(_DENIES + item for item in uses), *(_USES + item for item in denies))
 
@@ -120,8 +120,8 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
     locks a warning is logged and nothing is locked.
 
     Raises:
-        ImageInUseError: Another opener holds a conflicting lock; the message names its
-            process if the kernel reveals it.
+        ImageInUseError: Another opener holds a conflicting lock; the message names the process if
+            it can be identified.
         HostError: The kernel refused for another reason.
 
     After any error no lock of ``mode`` is held.
@@ -163,7 +163,8 @@ def _conflict(fd: int, byte: int) -> int | None:
 
     The pid is -1 if the lock belongs to an open file description.
     """
-    # Ask for a conflict with a write lock, which conflicts with the read locks of all openers.
+    # Ask as if for a write lock, because a write lock conflicts with the read locks of other
+    # openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -214,9 +215,9 @@ def _lock_table_name(fd: int) -> str:
 def holders(file: str, byte: int) -> Iterator[Holder]:
     """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
-    This is slow, because it reads the descriptors of every process that may be inspected.  So it
-    is for error messages only.  ``/proc/locks`` does not suffice, because it shows a pid of -1
-    for locks of open file descriptions.
+    Only error messages use this function, because it reads the descriptors of every process that
+    this process can inspect.  ``/proc/locks`` does not suffice, because it shows a pid of -1 for
+    locks of open file descriptions.
 
     Args:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
     Tag: TypeAlias = trio.lowlevel.Task | Callable[[int, int], object]
-    """The task that `deliver` resumes when the call is finished, or the function to call then."""
+    """When the call is finished, `deliver` resumes the task or calls the function."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def _load() -> ModuleType | None:
         return None
 
 
-# Loaded with this module: a mount may cover the files of this program, and then a server that
-# opened one of them would wait for itself.
+# Loaded when this module is loaded, because a mount can cover the files of this program later.  A
+# server that opened such a file would wait for itself.
 _extension = _load()
 
 
@@ -104,11 +104,12 @@ class NativeCalls:
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read; its thread then uses ``answer`` without the event loop; see `HostCalls`."""
+        """Start a read in a thread, which then calls a C function; see `HostCalls`."""
         self._threads.submit_read(fd, offset, view, ended, answer)
 
-    # The methods below are protected, because a KeyboardInterrupt between submitting a call and
-    # falling asleep would leave a call whose end resumes a task that sleeps elsewhere.
+    # The methods below are protected from a KeyboardInterrupt between the submission of a call and
+    # the sleep of its task.  Otherwise the end of the call would wake the task from another, later
+    # sleep.
 
     @trio.lowlevel.enable_ki_protection
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:

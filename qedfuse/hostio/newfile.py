@@ -99,9 +99,9 @@ class NewFile:
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, give the file its final name, and make the name durable.
 
-        The name is not made durable if this process may not read the directory.  Without
-        ``durable`` neither the content nor the name is made durable, and a power failure soon
-        after the call may lose all or part of the file.
+        The name is not made durable if this process has no permission to read the directory.
+        Without ``durable`` neither the content nor the name is made durable, and a power failure
+        soon after the call may lose all or part of the file.
 
         Raises:
             UsageError: Another file of the final name has appeared meanwhile, and the user
@@ -109,8 +109,8 @@ class NewFile:
             ImageInUseError: Another file of the final name has appeared meanwhile, and the
                 user has agreed to replace a file.  The caller has not locked the file that
                 has appeared, so that file may be in use.
-            HostError: The host refused.  The new file has its final name already if only
-                making the name durable has failed.
+            HostError: The host refused.  If only the last step failed, which makes the name
+                durable, the file has its final name.
         """
         try:
             if self._old is not None:
@@ -123,9 +123,9 @@ class NewFile:
                 self._take_name()
             self._exists = False
             if durable:
-                # A directory that may not be read cannot be opened for fsync(2).  This is no
-                # error, because the file is complete, and the kernel will write the name to
-                # the disk later.
+                # A directory without read permission cannot be opened for fsync(2).  The
+                # PermissionError is ignored, because the file is complete, and the kernel will
+                # write the name to the disk later.
                 with suppress(PermissionError):
                     fsync_path(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
@@ -153,8 +153,9 @@ class NewFile:
     def _take_name(self) -> None:
         """Rename the temporary file to the final name, unless a file of this name exists.
 
-        On a file system without hard links, an empty file gets the final name first.  The
-        rename replaces whatever has the name by then.  If the rename fails, the empty file stays.
+        On a file system without hard links, an empty file gets the final name first.  The rename
+        replaces the file that has the name at that time.  If the rename fails, the empty file
+        stays.
 
         Raises:
             FileExistsError: A file of the final name exists.

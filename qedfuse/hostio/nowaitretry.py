@@ -3,12 +3,12 @@
 Reads are retried only if the worker threads are those of trio.  Native threads cost less, so
 reads go to native threads without a retry.
 
-When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch
-the pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after
-about 100 microseconds, which is also what a round trip to a worker thread costs.  So the read
-is retried each time all other tasks have run, unless retries have failed lately or a worker
-thread is running.  A read that is not retried, or whose retries do not succeed in time, goes to
-a worker thread.
+When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch the
+pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after about 100
+microseconds.  A round trip to a worker thread takes as long.  So the read is retried each time all
+other tasks have run.  If retries have failed lately, or if a worker thread is running, the read is
+not retried.  A read that is not retried, or whose retries do not succeed in time, goes to a worker
+thread.
 
 Only the task of the oldest read retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.

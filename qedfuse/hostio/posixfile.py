@@ -51,15 +51,15 @@ threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
 class PosixFile:
     """A `HostFile` for a regular file, implemented with system calls.
 
-    The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other
-    reads go to a thread (`HostCalls`), so that the event loop can serve other requests.  After
-    some reads that were not in the page cache, the event loop no longer looks there first
-    (`ReadPolicy`).  If only threads of trio are available, it looks there repeatedly for a
-    moment instead (`NowaitRetry`).
+    The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other reads
+    go to a thread (`HostCalls`), so that the event loop can serve other requests.  After some reads
+    that missed the page cache, the next reads go to a native thread directly (`ReadPolicy`).  If
+    only threads of trio are available, a read that missed is instead retried for a moment
+    (`NowaitRetry`).
 
-    The event loop itself changes the file only while no thread changes it and the kernel does
-    not throttle short writes (`InodeLock`, `InlinePolicy`); and never if the file is on a file
-    system that sends requests to a server (`waits_for_server`).
+    The event loop itself changes the file only while no thread changes the file and the kernel does
+    not throttle short writes (`InodeLock`, `InlinePolicy`).  If the file system sends requests to a
+    server (`waits_for_server`), threads make all changes.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -110,7 +110,7 @@ class PosixFile:
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
 
-        These are all bytes of the view, or fewer if the file ends before.
+        The result is less than the length of the view only if the file ends earlier.
         """
         done: int | None = None
         tries = self.read_policy.is_inline
@@ -156,10 +156,10 @@ class PosixFile:
         return done
 
     async def _read_rest(self, calls: HostCalls, offset: int, view: memoryview, done: int) -> int:
-        """Fill ``view`` from byte ``done`` on in a thread; return how many bytes it then has.
+        """Fill ``view`` after ``done`` bytes, in a thread; return how many bytes are filled in all.
 
-        If some bytes have been read, the page cache holds only a part of the range, or the file
-        ends within the range.  Only a blocking read can distinguish the two.
+        If ``done`` is not 0, the page cache holds only a part of the range, or the file ends within
+        the range.  Only a blocking read can distinguish the two.
         """
         rest = view[done:] if done else view
         count, _ = await self._read_in_thread(calls, offset + done, rest)
@@ -210,8 +210,8 @@ class PosixFile:
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if the read would block or fails, if the file ends before the view is
-        full, or if `ReadPolicy` lets no read be tried.  The content of ``view`` is undefined then.
+        Returns False if the read would block or fails, if the file ends before the view is full, or
+        if `ReadPolicy` permits no try.  After False the content of ``view`` is undefined.
         """
         reads = self.read_policy
         if not reads.is_inline:
@@ -267,8 +267,8 @@ class PosixFile:
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
 
-        Returns False if the write would block or fails.  Then ``data`` may be partly written,
-        and the caller must write the whole range again with `pwrite`.
+        Returns False if the write would block or fails.  After False a part of ``data`` may have
+        been written, and the caller must write all of ``data`` with `pwrite`.
         """
         if not self.can_write_inline(len(data)):
             return False
@@ -304,7 +304,7 @@ class PosixFile:
         """Make all earlier writes and the file's length durable, if that takes little time.
 
         Returns:
-            False, and nothing has been done, if a thread must do it.
+            False if the caller must call `datasync` instead; nothing has been done in this case.
 
         Raises:
             HostError: The host refused.
@@ -399,8 +399,9 @@ class PosixFile:
     async def _seek(self, offset: int, whence: int) -> int | None:
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
-        This runs in a thread of trio while there is contention for the inode's lock, because
-        some file systems take this lock in lseek(2), and others ask a server.
+        While there is contention for the inode's lock, a thread of trio makes the call, because
+        some file systems take the lock in lseek(2).  A file system that asks a server always has
+        contention.
         """
         if offset > MAX_OFFSET:
             return None
@@ -426,8 +427,8 @@ class PosixFile:
     def stored_blocks(self) -> int:
         """Return the file's ``st_blocks``, in units of 512 bytes.
 
-        The file's times are not read, because that would slow down its changes; see
-        `size_and_blocks`.
+        The file's times are not read, because reading them would slow down later changes of the
+        file; see `size_and_blocks`.
 
         Raises:
             HostError: The host refused.

@@ -1,10 +1,11 @@
 """Which reads the event loop tries itself, and which go to a thread without a try.
 
 The event loop can read what is in the host's page cache (``RWF_NOWAIT``).  If such a read misses
-the cache, the kernel starts to fetch the data, and then the read fails.  This takes the event loop
-longer than a read that finds everything, and gains nothing.  Therefore, after some misses in a
-row, reads go directly to a thread, or to a queue of the kernel (``_queuedread.c``).  What happens
-to them there shows when the data is cached again.
+the cache, the kernel starts to fetch the data, and then the read fails.  Such a miss takes the
+event loop longer than a read that finds everything, and gains nothing.  Therefore, after some
+misses in a row, the event loop tries no reads.  Each read goes directly to a thread, or to a queue
+of the kernel (``_queuedread.c``).  After some reads in a row that were answered from the page
+cache there, the event loop tries reads again.
 
 A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
 """
@@ -16,7 +17,8 @@ from typing import Final
 _MISSES_IN_A_ROW: Final = 4
 """Number of misses in a row after which reads are not tried inline."""
 _HITS_IN_A_ROW: Final = 4
-"""Number of cached reads in a row, made by threads, after which reads are tried inline again."""
+"""Number of reads in a row that a thread or a queue of the kernel has answered from the page cache,
+after which reads are tried inline again."""
 _CACHED_SECONDS: Final = 15e-6
 """Maximum time of a short read that counts as cached.  A read from a fast disk takes several times
 as long."""
@@ -30,12 +32,12 @@ class ReadPolicy:
 
     Attributes:
         is_inline: Whether the event loop should try to read from the page cache.
-        misses: How many inline reads in a row have not found all their data.  The caller must
-            set this to 0 when an inline read has found all its data.  There is no method for
-            this, because a call would cost more than everything else that such a read does here.
-        can_queue: Whether reads of the file may be made by a queue of the kernel (``_ring.c``).
-            This is False if the kernel itself would need a thread for each of them: if the file
-            system asks a server, or does not support RWF_NOWAIT.
+        misses: How many inline reads in a row have not found all their data.  The caller must set
+            this to 0 when an inline read has found all its data.  There is no method for it,
+            because the call would cost more than all other bookkeeping of such a read.
+        can_queue: Whether a queue of the kernel (``_ring.c``) can make reads of the file.  False if
+            the kernel itself would need a thread for each of these reads: if the file system asks
+            a server, or does not support RWF_NOWAIT.
     """
 
     def __init__(self, *, can_queue: bool = False) -> None:
@@ -68,5 +70,5 @@ class ReadPolicy:
             self.misses = 0
 
     def disable_inline(self) -> None:
-        """Let no read be tried inline any more: the file system does not support it."""
+        """Permit no inline read any more; for a file system that does not support such reads."""
         self.is_inline = self._is_supported = self.can_queue = False

@@ -74,12 +74,12 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     This is statx(2) without the times, and asks no server on a network.
 
     Reading the times would make later writes slower.  Since Linux 6.13 the next change of a file
-    whose times were read gets a time stamp of a fine granularity.  From then on no time stamp on
-    the machine is older than this one, whatever the file.  If the times of an image were read at
-    each flush, the next write would therefore change the times of the image, and the next
-    fdatasync(2) would have to write the inode.  In a file system on the exported disk, the next
-    write would change the times of the written file, which the next fsync(2) would have to commit.
-    If no times are read, both happen at most once per tick of the kernel's clock.
+    whose times were read gets a time stamp of a fine granularity.  From then on no file on the
+    machine gets an older time stamp.  If the times of an image were read at each flush, the next
+    write would therefore change the times of the image, and the next fdatasync(2) would have to
+    write the inode.  In a file system on the exported disk, the next write would change the times
+    of the written file, which the next fsync(2) would have to commit.  If no times are read, both
+    happen at most once per tick of the kernel's clock.
 
     Raises:
         OSError: The host refused.
