@@ -89,9 +89,9 @@ class OutOfFileEntries:
                 be written to because it will be copied.
             empty: The new value of cleared L2 entries.
         """
-        # If two L1 entries point to the same table, one may keep the table, and the other gets a
-        # copy.  An L2 entry in the table is lost for both, and must be recorded for both before it
-        # is cleared.  So the tables that will be copied are read before any entry is cleared.
+        # If two L1 entries point to the same table, at most one keeps the table, and the other gets
+        # a copy.  An L2 entry in the table is lost for both, and must be recorded for both before
+        # it is cleared.  So the tables that will be copied are read before any entry is cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes

@@ -73,10 +73,10 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     entries that point to them.  A second repair does not report the data that the end of the file
     had cut short, if the first repair had already made the file longer.
 
-    If the tables have no error, they are not changed.  NEED_CHECK is then cleared and the free list
-    is dropped, but only if NEED_CHECK is set or the list is invalid.  If the tables still have an
-    error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup, the
-    caller must first call `plan_repair` with ``save``.
+    If the tables have no error, they are not changed.  In this case, if NEED_CHECK is set or the
+    free list is invalid, NEED_CHECK is cleared and the list is dropped.  If the tables still have
+    an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup,
+    the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
@@ -84,11 +84,12 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set, unless the error came when NEED_CHECK was cleared.
+            changed, NEED_CHECK is still set.  Only an error of the last step, which clears
+            NEED_CHECK, may leave NEED_CHECK cleared.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
             memory.  Normally nothing has been changed.  But the repair also counts invalid L1
-            entries, and makes the file longer, so it may exceed a limit only after its first
-            writes.  NEED_CHECK is still set then.
+            entries, and makes the file longer.  If the repair exceeds a limit for one of these two
+            reasons, NEED_CHECK has been set, and is still set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

@@ -32,7 +32,7 @@ class Rewriter:
     """Writes copies and new tables to the end of an image, and changes entries in place.
 
     Attributes:
-        end: The lowest file offset in bytes at which the next copy or table may be appended, a
+        end: The lowest file offset in bytes at which the next copy or table can be appended, a
             multiple of the cluster size.  At first it is the length of the file, rounded up.
         changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
@@ -52,7 +52,7 @@ class Rewriter:
         self._has_pending = False  # whether entries were written that may not be durable
 
     async def write_need_check(self, *, need_check: bool) -> None:
-        """Set or clear NEED_CHECK, durably; all earlier writes become durable before that.
+        """Make all earlier writes durable; then set or clear NEED_CHECK, durably.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
         repair does not update the list.  If there was a list, `erase_descriptor` also overwrites
@@ -160,8 +160,8 @@ class Rewriter:
     async def clear_entries(self, offset: int, new: Values) -> None:
         """Write entries at a file offset: some are cleared, the others are as in the file.
 
-        `sync_pending` makes them durable.  No earlier write needs to be durable first, because a
-        cleared entry points to no cluster.
+        `sync_pending` makes the entries durable.  No earlier write needs to be durable first,
+        because a cleared entry points to no cluster.
         """
         self._has_pending = True
         await self._file.pwrite(offset, _bytes(new))

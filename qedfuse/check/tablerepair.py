@@ -134,10 +134,10 @@ class TableRepair:
     async def _complete_tables(self, indices: Indices, tables: Values) -> None:
         """Append the missing entries of the tables that the end of the file cuts short.
 
-        In an overlay the missing entries become zero clusters.  Before they are durable, nothing
-        but writing them makes the file longer.  So after an interruption every entry that is in the
-        file has been written.  If the file were extended first, entries that are not written yet
-        would be unallocated, and the guest would read the backing file through them.
+        In an overlay the missing entries become zero clusters.  Until the missing entries are
+        durable, the file grows only by writing them.  So after an interruption every entry that is
+        in the file has been written.  If the file were extended first, entries that are not written
+        yet would be unallocated, and the guest would read the backing file through them.
         """
         geometry = self._geometry
         # If only a part of an entry is in the file, the entry counts as missing.
@@ -250,9 +250,9 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
 
-        Invalid entries get the value `_empty`.  If a cluster has another owner, an entry past the
-        end of the disk becomes unallocated, and the cluster is not copied for it.  The ranges of
-        the disk whose data is lost or uncertain are recorded.
+        Invalid entries get the value `_empty`.  An entry past the end of the disk whose cluster has
+        another owner becomes unallocated, without a copy.  The ranges of the disk whose data is
+        lost or uncertain are recorded.
 
         Args:
             l1_index: The L1 index of the table.
