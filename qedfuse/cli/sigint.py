@@ -12,7 +12,7 @@ import _signal  # type: ignore[import-not-found]
 def sigint_default() -> None:
     """Make Ctrl-C end the process silently instead of raising KeyboardInterrupt.
 
-    A program must call this function before it loads modules.  A program whose work is done may
+    A program must call this function before it loads modules.  A program whose work is done can
     call the function again, so that Ctrl-C raises nothing while the interpreter shuts down.  If
     SIGINT is ignored, as in a background job of a shell script, or has a handler of the program,
     nothing changes.  Before the first call, while the interpreter starts, Ctrl-C still prints a

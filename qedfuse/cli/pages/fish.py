@@ -113,7 +113,7 @@ def _value(value: Value) -> str:
 
 
 def _mount_words() -> Iterator[str]:
-    """Yield the options of ``-o`` as words to complete.
+    """Yield the words that the shell offers for the value of ``-o``.
 
     An option that takes no value gives the word ``name``.  An option with a free value gives the
     word ``name=``.  An option with fixed values gives one word ``name=value`` for each value.

@@ -61,7 +61,7 @@ def qedfuse() -> Program:
 def mount_option_help() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
-    An entry may describe several options, such as ``ro, rw``.  The title, and the last line about
+    An entry can describe several options, such as ``ro, rw``.  The title, and the last line about
     options of mount(8), give no meaning and are left out.
     """
     found: list[tuple[str, str]] = []

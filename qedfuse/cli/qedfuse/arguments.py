@@ -44,7 +44,7 @@ class Arguments:
         options: The value of each ``-o``, unparsed; ``ro`` or ``rw`` for a flag like ``-r``.
         foreground: Serve in this process instead of a background process.
         debug: Log each request.
-        sloppy: Ignore unknown options, as mount(8) demands with ``-s``.
+        sloppy: Ignore unknown options of ``-o``, as mount(8) demands with ``-s``.
         fake: Check and open the images but do not mount, as mount(8) demands with ``-f``.
         pidfile: The file to which the pid of the server is written; None for no file.
         action: ``mount``, ``help`` or ``version``.

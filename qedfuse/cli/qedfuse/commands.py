@@ -163,7 +163,7 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
         report: Called at most once, with a line for the user, if the function waits long.
 
     Raises:
-        QedError: The unmount failed, the process has failed, has no mount record or was killed, or
+        QedError: The unmount failed; the process has failed, was killed or has no mount record; or
             ``timeout_seconds`` have passed.
     """
     from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  imported late: load only what the action needs

@@ -35,7 +35,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_share(parser: argparse.ArgumentParser) -> None:
-    """Declare ``-U``."""
+    """Declare ``-U``, ``--force-share``."""
     parser.add_argument(
         "-U",
         "--force-share",
@@ -69,7 +69,7 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
-    """Declare ``-p``."""
+    """Declare ``-p``, ``--progress``."""
     parser.add_argument(
         "-p",
         "--progress",

@@ -27,7 +27,7 @@ With -b, BASE is any file of the chain below the overlay.  The data and zeros of
 overlay and of the images between the overlay and BASE are written into BASE.  The
 overlay is not emptied, and the images between the overlay and BASE become invalid.
 
-A base that is written to must have no other overlays, because these become invalid."""
+A commit into a base makes all other overlays of the base invalid."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

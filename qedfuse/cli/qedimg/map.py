@@ -90,10 +90,11 @@ class _Listed(NamedTuple):
 
 
 def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
-    """Print extents by the fast map, up to the first that it cannot list; return what was printed.
+    """Print the extents that the fast map can list; return what was printed.
 
-    The fast map (`open_fast_map`) needs neither numpy nor trio.  Nothing is printed if the image
-    has no fast map, or if the options exclude it.
+    The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
+    that it cannot list.  Nothing is printed if the image has no fast map, or if the options exclude
+    it.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
@@ -119,7 +120,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
-    """Return whether ``-q`` suppresses the list, which is so for text and not for JSON."""
+    """Return whether ``-q`` suppresses the list; ``-q`` suppresses text but no JSON."""
     return bool(arguments.quiet) and arguments.output == "human"
 
 

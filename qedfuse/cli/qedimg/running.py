@@ -34,7 +34,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.has_signal = False
-        # Whether `run` is active: then a signal must not raise KeyboardInterrupt.
+        # Whether `run` is active.  If so, a signal must not raise KeyboardInterrupt.
         self._deferred = False
         # Cancels the function that `run` is running; None if no function is running.
         self._cancel: Callable[[], None] | None = None
