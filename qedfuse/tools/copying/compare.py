@@ -191,8 +191,8 @@ def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None
 
     Args:
         one: Extents of a range of the disk, without gaps.
-        other: Extents of the same range, without gaps.  They end earlier, or the list is empty,
-            if the other disk ends earlier.  Past its end a disk has no data.
+        other: Extents of the same range, without gaps.  The list ends earlier, or is empty, if
+            the other disk ends earlier.  Past its end a disk has no data.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]

@@ -46,8 +46,9 @@ class ConvertResult:
     Attributes:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
-        data_bytes: Bytes of the disk that were copied as data.  Zeros that a file would not
-            store do not count, although they are written if the target is a pipe.
+        data_bytes: Bytes of the disk that were copied as data.  Zeros that become holes or zero
+            clusters do not count.  For a pipe zeros are counted in the same way, although a pipe
+            gets all zeros.
     """
 
     size: int
@@ -86,9 +87,9 @@ class Conversion:
         progress: Progress | None,
     ) -> None:
         """Prepare a conversion of ``source`` to ``path``; other arguments are as in `convert`."""
-        self._input = source
+        self._source = source
         # The source if it is a disk, which has a size and can be read again; None for a stream.
-        self._source = None if isinstance(source, RawStream) else source
+        self._source_disk = None if isinstance(source, RawStream) else source
         self._path = path
         self._name = printable(path)
         self._spec = spec
@@ -188,10 +189,14 @@ class Conversion:
         return ConvertResult(size, status_of(self._path, self._name).st_size, data_bytes)
 
     async def _copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:
-        """Copy the whole disk; return its size, and how many of its bytes were written as data."""
+        """Copy the whole disk and complete the target.
+
+        Returns:
+            The size of the disk, and how many of its bytes were copied as data.
+        """
         sparse_size = self._spec.sparse_size
-        if isinstance(self._input, RawStream):
-            stream, any_content = self._input
+        if isinstance(self._source, RawStream):
+            stream, any_content = self._source
             return await copy_stream(
                 stream,
                 target,
@@ -205,7 +210,7 @@ class Conversion:
             # qemu-img reads the whole raw file next.
             write_behind = "off"
         copy = DiskCopy(
-            self._input,
+            self._source,
             target,
             base=base,
             sparse_size=sparse_size,
@@ -213,14 +218,14 @@ class Conversion:
             progress=self._progress,
         )
         await copy.run(self._streams)
-        return self._input.size, copy.data_bytes
+        return self._source.size, copy.data_bytes
 
     async def _copy_to_image(self) -> tuple[int, int, int]:
         """Copy to an existing QED image.
 
         Returns:
             The size of the source's disk, the length of the image file, and how many bytes were
-            written as data.
+            copied as data.
 
         Raises:
             UsageError: The image's disk is smaller than the source.
@@ -240,7 +245,7 @@ class Conversion:
 
         Returns:
             The size of the source's disk, the length of the file or device, and how many bytes
-            were written as data.
+            were copied as data.
 
         Raises:
             UsageError: The target is an image of any format, or is smaller than the source's disk.
@@ -265,13 +270,14 @@ class Conversion:
             os.close(fd)
 
     def _refuse_too_small(self, size: int) -> None:
-        """Raise UsageError if the source is larger than ``size``, the bytes of the target.
+        """Raise UsageError if the source is larger than the target, which has ``size`` bytes.
 
         Does nothing if the source is a stream, whose size is unknown.  `convert` refuses such a
         source for an existing target.
         """
-        if self._source is not None and size < self._source.size:
-            msg = f"{self._name}: size: found {size}, expected at least {self._source.size}"
+        if self._source_disk is not None and size < self._source_disk.size:
+            expected = self._source_disk.size
+            msg = f"{self._name}: size: found {size}, expected at least {expected}"
             raise UsageError(msg)
 
     @asynccontextmanager
@@ -290,13 +296,13 @@ class Conversion:
                 base = await stack.enter_async_context(
                     open_new_base(self._path, spec, self._options)
                 )
-            yield qed_target(fd, self._name, spec, self._source, base), base
+            yield qed_target(fd, self._name, spec, self._source_disk, base), base
 
     async def _copy_through_qemu(self, new: NewFile) -> tuple[int, int]:
         """Copy to a temporary raw file, which qemu-img then converts into the new file.
 
         Returns:
-            The size of the disk, and how many of its bytes were written as data.
+            The size of the disk, and how many of its bytes were copied as data.
 
         Raises:
             UsageError: A comparison is wanted, or `foreign_image` refuses.
@@ -312,7 +318,10 @@ class Conversion:
             return await self._copy(NewRawTarget(fd, self._name, spec.sparse_size))
 
     async def _verify(self, path: str) -> None:
-        """Compare the copy with the source; do nothing for a stream, which cannot be read again.
+        """Compare the copy with the source.
+
+        Does nothing if the source is a stream, which cannot be read again.  `convert` refuses a
+        comparison with such a source.
 
         Args:
             path: Present path of the copy.  A new file does not have its final name yet.
@@ -320,13 +329,15 @@ class Conversion:
         Raises:
             HostError: The contents differ.
         """
-        if self._source is None:
+        if self._source_disk is None:
             return
+        # The copy is compared even if another program has opened the copy for writing meanwhile.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory
             base = backing_path(self._path, self._spec.backing, directory)
+            # The backing file may lie in any directory, because the user has named it.
             options = replace(options, backing=replace(options.backing, trusted=base))
         copy_format: ImageFormat = "raw" if self._spec.format == "raw" else "qed"
         async with open_source(path, copy_format, options) as copy:
-            await verify_copy(self._source, copy, self._name)
+            await verify_copy(self._source_disk, copy, self._name)

@@ -39,7 +39,8 @@ async def convert(
     """Copy a disk into a new file, an existing file, image or device, or a pipe.
 
     A new file gets its name when the copy is complete.  Until then no file has the name, or
-    the old file still has the name.
+    the old file still has the name.  On a file system without hard links an empty file may have
+    the name for a moment (`NewFile`).
 
     Args:
         source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).

@@ -1,10 +1,10 @@
 """Copying a disk chunk by chunk; each chunk is read, searched for zeros and written.
 
-For a parallel target, worker threads read chunks and search them for zeros in any order.  Then
-each thread waits until all earlier chunks of the disk are written, assigns offsets in the
-target to its own chunk and writes that chunk.  So offsets are assigned in the order of the
-disk, and the same disk always makes the same file.  For a sequential target, one chunk is
-copied after the other.
+For a parallel target, worker threads read chunks and search them for zeros in any order.  After
+that, each thread waits until all earlier chunks of the disk are written, assigns offsets in the
+target to its own chunk and writes its chunk.  So offsets are assigned in the order of the disk,
+and the same disk always makes the same file.  For a sequential target, one chunk is copied after
+the other.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class DiskCopy:
             base: The target's backing disk.  Only clusters that differ from the backing disk
                 are written.  None if the target has no backing disk.
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
-                data; 0 writes all zeros as data.  Only runs inside a chunk are measured:
-                blocks of zeros at an end of a chunk, and zeros in no chunk, are not written
-                as data unless the value is 0.  With a base all values except 0 mean the same:
-                each cluster of zeros that differs from the base becomes a zero cluster.
+                data; 0 writes all zeros as data.  A run at an end of a chunk may be shorter,
+                and so may zeros that are in no chunk.  With a base all values except 0 mean
+                the same: each cluster of zeros that differs from the base becomes a zero
+                cluster.
             write_behind: How the data of a parallel target is written back to the host's disk
-                during the copy.  ``wait``: always, and the copy waits for a slow disk, because
-                otherwise the fsync that follows would have to wait for the same data.
-                ``if fast``: as long as the disk keeps up.  ``off``: the kernel decides.
+                during the copy.  ``wait``: always, and the copy waits for a slow disk.
+                Otherwise the fsync after the copy would wait for the same data.  ``if fast``:
+                as long as the disk keeps up.  ``off``: the kernel decides.
             progress: Called with the guest offset that the copy has reached, and the size of
                 the disk.
         """
@@ -167,12 +167,10 @@ class DiskCopy:
         def copy(chunk: Chunk, ticket: Ticket) -> None:
             content = buffer[: chunk.length]
             data, zeros = self._read(chunk, content, base_buffer)
-            # The thread waits until all earlier chunks are written.  Offsets must be assigned
-            # in the order of the disk.  The write itself needs no order, but it is also made
-            # before the next thread may go on, because the kernel lets only one thread at a
-            # time write to a file.  So the waiting threads sleep here.  If they contended for
-            # the kernel's lock of the file instead, they would take processor time from the
-            # threads that read.
+            # The thread sleeps until all earlier chunks are written, for two reasons.  Offsets
+            # must be assigned in the order of the disk.  And the kernel lets only one thread at
+            # a time write to a file.  Threads that contended for the kernel's lock of the file
+            # would take processor time from the threads that read.
             ticket.wait()
             writes = target.assign_offsets(chunk.start, content.data, data, zeros)
             if target.descriptor >= 0:  # negative in a measurement, which writes nothing

@@ -1,4 +1,4 @@
-"""The format and geometry of a copy, the target for a new QED image, and opening its base."""
+"""The format and geometry of a copy, the target for a new QED image, and the image's base."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ DEFAULT_SPARSE_SIZE: Final = 4096
 class ImageSpec:
     """The format and geometry of a copy.
 
-    For an existing target only ``format`` and ``sparse_size`` are used, and ``backing``
-    must be None.  For a pipe ``format`` must be ``raw`` and ``backing`` must be None, and
-    ``sparse_size`` has no effect, because a pipe gets every byte, zeros included.
+    For an existing target only ``format`` and ``sparse_size`` are used, and ``backing`` must be
+    None.  For a pipe ``format`` must be ``raw``, and ``backing`` must be None.  A pipe gets every
+    byte, so ``sparse_size`` decides only which zeros count as data in the result.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
@@ -87,7 +87,8 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
     """Open the backing file of a new image as a source; close the source after the block.
 
     Args:
-        image: Path of the new image, as for `backing_path`.
+        image: Path of the new image; the name of the backing file is relative to the directory
+            of this path.
         spec: The name and the format of the backing file; the name must not be None.
         options: How to open the backing file.
 

@@ -210,7 +210,7 @@ class ExistingQedTarget(SequentialTarget):
     async def _discard(self, end: int) -> None:
         """Discard the range from the end of the last write or discard up to ``end``.
 
-        The range then reads as zeros.  Does nothing if the range is empty.
+        A discarded range reads as zeros.  Does nothing if the range is empty.
         """
         if self._written_end < end:
             await self._disk.discard(self._written_end, end - self._written_end)

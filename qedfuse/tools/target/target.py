@@ -40,8 +40,8 @@ class Write(NamedTuple):
 class ParallelTarget(ABC):
     """A new file.
 
-    File offsets are assigned to the chunks in the order of the disk.  The writes can then be
-    performed in any order.
+    File offsets are assigned to the chunks in the order of the disk.  The writes can be performed
+    in any order.
 
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
@@ -121,7 +121,7 @@ class SequentialTarget(ABC):
     async def finish(self, size: int) -> None:
         """Write zeros from the end of the last chunk up to ``size``, the end of the disk.
 
-        An image is then made durable.  So is a file or device, unless the target was created
+        An image is made durable.  A file or device is made durable unless the target was created
         with ``durable=False``.
 
         Raises:
@@ -159,6 +159,7 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
                 count = os.pwritev(descriptor, vector, at)
                 at += count
                 if count < sum(map(len, vector)):
+                    # The host has written only a part, so the rest is written separately.
                     rest = memoryview(b"".join(vector))[count:]
                     while rest:
                         count = os.pwrite(descriptor, rest, at)
