@@ -5,21 +5,21 @@ moment:
 
 1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Past
    the end of a shorter base the overlay reads as zeros too, so the overlay reads the same.
-2. The overlay's data is written into the base.  This changes the base only where the overlay
-   stores a range itself, and such a range is not read from the base.  So the overlay reads the
-   same, whether none, some or all of the data is written.
+2. The overlay's data is written into the base.  The base changes only where the overlay stores a
+   range itself, and such a range is not read from the base.  So the overlay reads the same,
+   whether none, some or all of the data is written.
 3. The base is made durable.  From now on the base reads the same as the overlay wherever the
    overlay stores anything.
-4. Only then do the overlay's entries become unallocated, unless the overlay is kept.  Each such
-   entry uncovers a cluster of the base that reads the same.  So the entries may change in any
-   order, and an interruption may leave some of them unchanged.  The overlay's tables and their
-   space are released last.
+4. After step 3 the overlay's entries become unallocated, unless the overlay is kept.  Each entry
+   that becomes unallocated uncovers a cluster of the base that reads the same.  So the entries
+   may change in any order, and an interruption may leave some of them unchanged.  The overlay's
+   tables and their space are released last.
 
-If the base lies further down the chain, the overlay and the images between it and the base count
-as one overlay in steps 1 to 3, and step 4 is left out.
+If the base lies further down the chain, the overlay and the images between the overlay and the
+base count as one overlay in steps 1 to 3, and step 4 is left out.
 
-The base itself reads differently as soon as the first byte has been written to it.  This is the
-purpose of a commit, but it corrupts all other overlays over the same base.
+The base itself reads differently as soon as the first byte has been written to it.  The change is
+the purpose of a commit, but corrupts all other overlays over the same base.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ async def commit(
 
     Args:
         path: The overlay.
-        base: A file of the chain below the overlay.  The data of all images over this file is
-            written into the file, and the overlay is not emptied.  An empty overlay would show
-            the old data of the images between the overlay and the file, if there are any.
-            None for the overlay's own base.
+        base: A file of the chain below the overlay.  The data of all images over the file is
+            written into the file.  The overlay is not emptied, because an empty overlay would
+            show the old data of the images between the overlay and the file.  None for the
+            overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.

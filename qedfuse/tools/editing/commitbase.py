@@ -177,8 +177,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
     Args:
         base_file: The base.
         options: How the overlay is opened.  The bases of the base are opened with the same
-            backing policy, but without its ``trusted`` path, which allows only the overlay's
-            own base.
+            backing policy, but without its ``trusted`` path, because that path is only meant
+            for the overlay's own base.
 
     Raises:
         BackingError: The chain below the base cannot be used.

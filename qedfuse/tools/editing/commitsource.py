@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class CommitSource(Protocol):
     """A disk whose stored ranges a commit writes into a base.
 
-    The disk is examined in batches, each of the same number of clusters except the last.
+    The disk is examined in batches of the same number of clusters.  The last batch may be smaller.
     """
 
     @property

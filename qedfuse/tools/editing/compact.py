@@ -59,8 +59,9 @@ async def compact(
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
-        # The bound limits what a guest can make of the file, and no guest can start this.  Without
-        # the bound, tables can move that have no free space below the end of the file.
+        # The bound protects the host against guests, and no guest can start this compaction.
+        # Without the bound more tables can move, because the file may be longer than its bound
+        # for a moment.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (

@@ -88,9 +88,9 @@ def create(
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
             file has taken the name of the image meanwhile.
-        HostError: The host refused, or is full.  No new file is left behind, unless only making
-            its name durable has failed.  An empty file may be left behind on a file system
-            without hard links.
+        HostError: The host refused, or is full.  The complete image is left behind if only
+            making its name durable has failed.  An empty file may be left behind on a file
+            system without hard links.  Otherwise no new file is left behind.
     """
     if backing == "":
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"

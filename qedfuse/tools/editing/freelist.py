@@ -32,8 +32,8 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
         was written.
 
     Raises:
-        UsageError: The sector of the file that would describe the list holds the backing file
-            name or unknown data (`refuse_occupied_descriptor`).
+        UsageError: The sector of the file in which the list would be described holds the backing
+            file name or unknown data (`refuse_occupied_descriptor`).
         QedError: The image cannot be opened for writing, or the host refused.
     """
     options = options or OpenOptions()
@@ -42,7 +42,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
 
 async def drop(path: str, options: OpenOptions | None = None) -> None:
-    """Remove the list, if any, so that programs without support for it can open the image.
+    """Remove the list, if any, so that programs without support for free lists can open the image.
 
     A check by such a program counts the clusters that were in the list as leaked.  qedfuse
     finds these clusters again when it scans the tables.

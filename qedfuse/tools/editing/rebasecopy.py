@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _COMPARE_CHUNK_BYTES: Final = 1 << 20
-"""Maximum number of bytes of each chain that are read and compared in one step."""
+"""Maximum length in bytes of a range that is read from both chains and compared."""
 
 
 class RebaseCopy:
@@ -86,18 +86,21 @@ class RebaseCopy:
     async def _next_data_cluster(self, start: int) -> int:
         """Return the guest offset of the first cluster with data in the old or the new bases.
 
-        The search begins at ``start``, the beginning of a cluster.  Bad table entries count as
-        data.  If no data follows in any base, the result is the end of the last whole cluster
-        of the disk, or ``start`` if that is later; so the caller may compare a partial last
-        cluster that holds no data.  If a base is longer than the disk, the result may lie past
-        the end of the disk.
+        The search begins at ``start``, the beginning of a cluster.  From one call to the next
+        ``start`` must not decrease.  Bad table entries count as data.
+
+        If no data follows in any base, the result is the size of the disk, rounded down to whole
+        clusters, or ``start`` if that is larger.  So the caller compares a partial last cluster
+        even if the cluster holds no data.  If a base is longer than the disk, the result may lie
+        past the end of the disk.
 
         Raises:
             HostError: The host cannot read a table or a base.
         """
         for index, chain in enumerate(self._bases):
-            # The chain is searched only if the data found last lies before ``start``.  If
-            # not, the data found last is still the first data at or past ``start``.
+            # The chain is searched only if the data found last lies before ``start``.
+            # Otherwise the data found last is still the first data at or past ``start``,
+            # because the last search began at or before ``start``.
             if self._data_at[index] < start:
                 found = await next_data(chain, start)
                 self._data_at[index] = self._disk.size if found is None else found
@@ -123,7 +126,7 @@ class RebaseCopy:
         )
 
     async def _copy_differences(self, start: int, end: int) -> None:
-        """Compare whole unallocated clusters, and copy the clusters that differ."""
+        """Compare unallocated clusters, and copy the clusters that differ."""
         size = self._cluster_size
         if size > _COMPARE_CHUNK_BYTES:
             await self._copy_large_cluster(start, end)
@@ -133,9 +136,9 @@ class RebaseCopy:
         if old == new:
             return
         data, zeros = memoryview(old), bytes(size)
-        # Adjacent clusters form a run of one of three kinds: equal clusters, clusters of zeros
-        # that differ, or clusters of data that differ.  `run_is_zero` is the kind: None, True
-        # or False.  A run of clusters that differ is written by one call.
+        # Adjacent clusters of one kind form a run.  `run_is_zero` is the kind: None for clusters
+        # that are equal, True for clusters of zeros that differ, False for other clusters that
+        # differ.  A run of clusters that differ is written by one call.
         run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):

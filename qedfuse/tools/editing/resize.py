@@ -22,7 +22,7 @@ class ResizeResult:
         size: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
-        free_clusters: Number of clusters in the file that are free after the change, for example
+        free_clusters: Number of free clusters that the change has left in the file, for example
             because the options limit the compaction.  0 also if the number is unknown.
     """
 
