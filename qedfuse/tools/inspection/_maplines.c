@@ -73,7 +73,8 @@ static char *column(char *at, uint64_t number)
 
 /* Append the line of an extent; return the end of the output.
  *
- * In the text table, only extents of data have a line. */
+ * A line of JSON begins with a comma and a newline, and does not end with a newline.  A line of the
+ * text table ends with a newline.  In the text table, only extents of data have a line. */
 static char *write_extent(char *at, const struct extent *extent, const struct style *style)
 {
     if (style->json) {
@@ -127,12 +128,12 @@ static PyObject *lines(PyObject *module, PyObject *args)
 {
     (void)module;
     Py_buffer entries, tables, pending, name;
-    unsigned long long size, low, high, table_bytes;
+    unsigned long long cluster_size, low, high, table_bytes;
     struct style style = {0};
     PyObject *text = NULL;
 
-    if (!PyArg_ParseTuple(args, "y*KKKy*Kw*py*", &entries, &size, &low, &high, &tables,
-                          &table_bytes, &pending, &style.json, &name))
+    if (!PyArg_ParseTuple(args, "y*KKKy*Kw*py*", &entries, &cluster_size, &low, &high,
+                          &tables, &table_bytes, &pending, &style.json, &name))
         return NULL;
     if (pending.len != sizeof(struct extent)) {
         PyErr_SetString(PyExc_ValueError, "pending: expected three numbers");
@@ -151,18 +152,19 @@ static PyObject *lines(PyObject *module, PyObject *args)
     char *at = PyBytes_AS_STRING(text);
     int valid = 1;
     for (size_t index = 0; valid && index < count;) {
-        uint64_t value = values[index], step = current.value > 1 ? size : 0;
-        uint64_t follows = current.value > 1 ? current.value + current.length : current.value;
+        uint64_t value = values[index], step = current.value > 1 ? cluster_size : 0;
+        /* the entry that would continue the current extent */
+        uint64_t expected = current.value > 1 ? current.value + current.length : current.value;
         size_t first = index;
-        while (current.length && index < count && values[index] == follows) {
-            follows += step;
+        while (current.length && index < count && values[index] == expected) {
+            expected += step;
             index++;
         }
         if (index > first) { /* entries were added to the current extent */
-            /* The offsets ascend, so none is too high unless the last one is. */
-            current.length += (index - first) * size;
+            /* The offsets ascend, so if any offset is too high, the last one is. */
+            current.length += (index - first) * cluster_size;
             valid = current.value <= 1 || values[index - 1] <= high;
-        } else if (value > 1 && (value & (size - 1) || value < low || value > high)) {
+        } else if (value > 1 && (value & (cluster_size - 1) || value < low || value > high)) {
             valid = 0;
         } else {
             uint64_t start = current.start + current.length;
@@ -171,7 +173,7 @@ static PyObject *lines(PyObject *module, PyObject *args)
                         !overlaps_table(&current, tables.buf, (size_t)tables.len / 8, table_bytes);
                 at = write_extent(at, &current, &style);
             }
-            current = (struct extent){start, size, value};
+            current = (struct extent){start, cluster_size, value};
             index++;
         }
     }
@@ -195,10 +197,12 @@ end:
 static PyMethodDef methods[] = {
     {"lines", lines, METH_VARARGS,
      "lines(entries, cluster_size, low, high, tables, table_bytes, pending, json, name)\n"
-     "Return the text of the extents that end within the entries, or None if an entry may be\n"
-     "invalid.  pending (start, length, value) is the extent that the entries may continue.\n"
-     "It is replaced by the last extent of the entries, but stays unchanged if None is\n"
-     "returned.  An offset below low or above high may be invalid.\n"
+     "Return the text of the extents that end within the entries, as bytes, or None if an\n"
+     "entry may be invalid.  entries (of a table) are in the byte order of the host.\n"
+     "cluster_size and table_bytes are the bytes in a cluster and in a table.\n"
+     "pending (start, length, value) is the extent that the entries may continue.  It is\n"
+     "replaced by the last extent of the entries, but stays unchanged if None is returned.\n"
+     "An offset below low or above high may be invalid.\n"
      "tables are the file offsets of the L2 tables, ascending.  json selects the format: JSON,\n"
      "or the text table.  name is the last column of the text table, with a newline."},
     {NULL, NULL, 0, NULL},
