@@ -55,11 +55,11 @@ def test_unknown_words_are_refused(words: list[str]) -> None:
         (["umount", "a", "b"], "umount: found 2 mountpoints, expected one (see: qedfuse --help)"),
         (
             ["umount", "a", "--timeout", "x"],
-            "option timeout: found x, expected 0 to 1000000 seconds",
+            "option --timeout: found x, expected 0 to 1000000 seconds",
         ),
         (
             ["umount", "a", "--timeout", "nan"],
-            "option timeout: found nan, expected 0 to 1000000 seconds",
+            "option --timeout: found nan, expected 0 to 1000000 seconds",
         ),
     ],
 )

@@ -30,7 +30,9 @@ function __PROGRAM_is -a name -d 'Test whether the line has this subcommand'
     test (__PROGRAM_command; or echo) = "$name"
 end
 """
-"""The functions that find the subcommand; COMMANDS stands for the names of all subcommands."""
+"""The functions that find the subcommand, which must be the first word that is no option.
+
+COMMANDS stands for the names of all subcommands."""
 
 _MOUNT_OPTIONS_FUNCTION: Final = """\
 function __PROGRAM_mount_options -d 'Mount options, each after the options that are already typed'
@@ -41,7 +43,10 @@ function __PROGRAM_mount_options -d 'Mount options, each after the options that 
     end
 end
 """
-"""The function that completes the value of ``-o``; WORDS stands for all mount options."""
+"""The function that completes the value of ``-o``; WORDS stands for all mount options.
+
+The variable ``before`` has the options before the last comma, with this comma; it is empty if there
+is no comma."""
 
 
 def script(program: Program) -> str:

@@ -142,7 +142,7 @@ def _parse_timeout(value: str) -> float:
         seconds = -1.0  # refused below, because it is out of range
     if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:  # NaN is refused too
         msg = (
-            f"option timeout: found {printable(value)}, expected 0 to {_MAX_TIMEOUT_SECONDS:.0f} "
+            f"option --timeout: found {printable(value)}, expected 0 to {_MAX_TIMEOUT_SECONDS:.0f} "
             "seconds"
         )
         raise UsageError(msg)
