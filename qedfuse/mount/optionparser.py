@@ -116,7 +116,7 @@ def known_options() -> dict[str, tuple[str, ...] | None]:
     Returns:
         A mapping from the name of each option to its values: a tuple of the possible values, an
         empty tuple if the value is free, or None if the option has no value.  An option that may
-        have a value or none has the tuple.
+        have a value or none (``compact``) has the tuple of its values.
     """
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
@@ -209,7 +209,7 @@ def _number(name: str, value: str, base: int, maximum: int, expected: str) -> in
     """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
 
     Raises:
-        UsageError: The value is no such integer; the message has ``expected``.
+        UsageError: The value is no such integer; the message ends with ``expected``.
     """
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
     if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:

@@ -85,8 +85,8 @@ class MountOptions:
     def absolute(self) -> MountOptions:
         """Return the options with absolute paths, and with the present working directory.
 
-        A later change of the working directory then changes neither what the paths lead to, nor
-        what names ``file:PATH`` of backing files lead to.
+        A later change of the working directory has no effect on the paths, nor on names
+        ``file:PATH`` of backing files.
 
         Raises:
             FileNotFoundError: A path is relative, and the working directory has been removed.
@@ -96,7 +96,7 @@ class MountOptions:
         try:
             working_directory = os.getcwd()  # noqa: PTH109
         except OSError:
-            # The working directory has been removed.  A name ``file:PATH`` is then relative to /.
+            # The working directory has been removed, so names ``file:PATH`` are relative to /.
             working_directory = "/"
         backing = replace(
             self.backing, directories=directories, working_directory=working_directory

@@ -118,8 +118,8 @@ class Server:
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
-                is undone, unless another mount covers it, or the kernel refuses to unmount,
-                which is logged.
+                is undone unless another mount covers it.  If the kernel refuses to unmount, the
+                refusal is logged.
         """
         mountpoint = self._mountpoint
         async with mountpoint_locked(lock_name):
@@ -143,7 +143,7 @@ class Server:
             extraops.end()
             for exported in self._disks:
                 # The caller flushes the disks once more when it closes them.  `_after_flush` must
-                # not be called then, because it would use the closed connection.
+                # not be called after the last flush, because it would use the closed connection.
                 exported.disk.when_flushed(lambda: None)
             self._laundering.stop()
             # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount here.
@@ -168,8 +168,8 @@ class Server:
         announcement.write_record(entry.device)
         readahead_failure = set_readahead(entry.device, options.readahead)
         if readahead_failure is not None and options.readahead is not None:
-            # The warning comes before the mount is announced, because after that the log of a
-            # background process no longer goes to the terminal of the user.
+            # The warning precedes the announcement of the mount, because after the announcement
+            # the log of a background process no longer goes to the terminal of the user.
             _log.warning("%s: option readahead: %s", printable(self._mountpoint), readahead_failure)
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
@@ -200,8 +200,8 @@ class Server:
             shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
             signals.handle_with(shutdown.receive)
             try:
-                # A signal that arrived before `handle_with` has cancelled this task.  The
-                # cancellation must be raised here, before the mount is announced.
+                # If a signal arrived before `handle_with`, the signal has cancelled this task.
+                # The cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 announcement.ready()
                 self._is_ready = True
@@ -218,13 +218,12 @@ class Server:
         return shutdown.failure
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log that the kernel has refused the default read-ahead, or a protection.
+        """Log refusals of the default read-ahead and of the protection from memory pressure.
 
-        The protection is the one from memory pressure.  Nothing is logged about it for a read-only
-        mount, because the kernel then has no dirty pages to write back.
+        A read-only mount needs no protection, because the kernel has no dirty pages of the mount.
 
         Args:
-            readahead_failure: Why the read-ahead was not set; None if the kernel refused nothing.
+            readahead_failure: Why the read-ahead was not set; None if it was set.
             protection_failure: The argument of `run`.
         """
         shown = printable(self._mountpoint)
@@ -239,7 +238,7 @@ class Server:
 
 
 def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None:
-    """Trim the heap and check ``st_blocks`` after a flush; each limits how often it does that."""
+    """Trim the heap and check ``st_blocks`` after a flush, unless that was done shortly before."""
     trim_heap()
     invalidator.flushed()
 

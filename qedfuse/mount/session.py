@@ -73,8 +73,8 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
             disks can be used; None to write no such file.
-        fake: Whether only to check the arguments, and to open and close the disks, without a
-            mount.  The privileges of the user are not checked then.
+        fake: Whether only to check the arguments, and to open and close the disks.  A fake mount
+            mounts nothing, and does not check the privileges of the user.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
     """
@@ -94,9 +94,9 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     exception is raised to the caller.  Either is also added to the mount record, if there is one.
     After this function has returned or raised, the process ignores signals.
 
-    The caller must not have a second thread.  Such a thread would not be protected from memory
-    pressure, and a lock that it held during the fork of the launderer, a helper process, would
-    stay locked in the launderer.
+    The caller must not have a second thread.  A second thread would not be protected from memory
+    pressure.  A lock that the thread held during the fork of the launderer, a helper process,
+    would stay locked in the launderer.
 
     Args:
         request: The arguments of the mount.
@@ -129,8 +129,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
 def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer | None]:
     """Fork the launderer; the block gets None if no launderer is needed or the fork fails.
 
-    A read-only mount needs no launderer, because the kernel then has no dirty pages.  If the
-    fork fails, the reason is logged.
+    A read-only mount needs no launderer, because the kernel has no dirty pages of the mount.  If
+    the fork fails, the reason is logged.
     """
     if request.fake or request.options.read_only:
         return nullcontext()

@@ -106,7 +106,7 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The overlay is not compacted when it is closed, because its file is gone then.
+        # The overlay is not compacted at its close, because the close frees its whole file.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
             # The file is unlinked now, so that the kernel frees its space when this process ends,

@@ -1,11 +1,12 @@
 """Finding the images of a mount that are backing files of other images in the same mount.
 
 Such an image must not be opened for writing.  A write to a backing file would change the content
-of its overlays.  Besides, opening an overlay opens its backing file too.  That fails while the
-backing file is locked for writing.  If a directory contains a golden image and its
-overlays, the user wants to write to the overlays, so the golden image becomes read-only.  If the
-user has named the golden image itself, a writable mount is refused, because the user may want to
-write to either.
+of its overlays.  Besides, opening an overlay also opens its backing file, and fails while the
+backing file is locked for writing.
+
+If a directory contains a golden image and its overlays, the user wants to write to the overlays,
+so the golden image becomes read-only.  If the user has named the golden image itself, a writable
+mount is refused, because the user may want to write to the golden image or to the overlays.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ _log = logging.getLogger(__name__)
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
     """Return the sources that must be opened read-only, because they are backing files of others.
 
-    Each of these sources is logged.  In a mount that writes to no source, the result is empty,
+    Each source in the result is logged.  In a mount that writes to no source, the result is empty,
     because all sources are opened read-only in any case.  With ``backing=none`` the result is
-    empty as well, because then every source that has a backing file is refused when it is opened.
+    empty as well, because every source that has a backing file is refused when it is opened.
 
     Raises:
         ImageInUseError: The backing file of a source is itself a source that the user named, or

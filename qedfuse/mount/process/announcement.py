@@ -40,9 +40,7 @@ class Announcement:
         pidfile: str | None,
         ready: Callable[[], None],
     ) -> None:
-        """Open the directories of the two files, and connect to the service manager.
-
-        The two files are the pid file and the mount record.
+        """Open the directories of pid file and mount record; connect to the service manager.
 
         Args:
             mountpoint: The mountpoint, absolute and free of symbolic links.
@@ -112,9 +110,9 @@ class Announcement:
     def withdraw(self, failure: str | None, exit_code: int) -> None:
         """Remove the pid file, and the mount record if nothing failed.
 
-        Also disconnect from the service manager, and close the directories of the two files.
-        The caller must call this last, after the images have been closed, because a missing
-        mount record means that the images were closed safely.
+        Also disconnect from the service manager, and close what the constructor has opened.  The
+        caller must call this last, after the images have been closed, because a missing mount
+        record means that the images were closed safely.
 
         Args:
             failure: What failed; None if nothing failed.  After a failure the mount record is

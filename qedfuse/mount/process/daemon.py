@@ -64,8 +64,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Signals are blocked until the parent can forward them.  A signal before that would end only
-    # the parent, and the child would go on.
+    # Signals are blocked until the parent can forward them.  Otherwise a signal would end only the
+    # parent, and the child would go on.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     child = os.fork()
     if child == 0:
@@ -76,8 +76,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        # The call returns when the child has ended, so that its messages precede the prompt of
-        # the shell.  It returns earlier only if the child has just become ready.
+        # The parent waits until the child has ended, so that the child's messages precede the
+        # prompt of the shell.  The wait ends earlier only if the child has just become ready.
         _read_report(reading)
         return _INTERRUPTED_EXIT_CODE
     finally:
@@ -88,7 +88,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
     """Unblock signals; forward the first one that arrives in the block to the child.
 
-    In the parent this signal raises KeyboardInterrupt, and further signals have their default
+    In the parent the first signal raises KeyboardInterrupt, and further signals have their default
     action.  The child has a session of its own, so the terminal sends signals to the parent only,
     and the parent must forward them.
 
@@ -140,9 +140,10 @@ def _be_child(
         os.chdir("/")
 
         def ready() -> None:
-            # Inherited descriptors are closed, because the caller may wait for the end of a pipe
-            # or for a lock that a descriptor keeps.  They are not closed earlier, because the
-            # user may have named a source or the pid file by a descriptor (/dev/fd/N).
+            # Inherited descriptors are closed.  Otherwise a program that waits for the end of an
+            # inherited pipe, or for an inherited lock, would wait as long as the child runs.  The
+            # descriptors are not closed earlier, because the user may have named a source or the
+            # pid file by a descriptor (/dev/fd/N).
             discard_standard_streams()
             close_descriptors(inherited)
             try:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-A disk whose tables were changed clears NEED_CHECK when it has been idle for some time, by default
-longer than this, and is then flushed once more.  So the heap is trimmed at least once after the
+A disk whose tables were changed clears NEED_CHECK, and is flushed once more, after it has been idle
+for some time, by default longer than this interval.  So the heap is trimmed at least once after the
 last change."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.

@@ -103,8 +103,9 @@ def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
     A message is dropped if the reader has no space for the message.  A server that logs to stderr
-    must call this function before it serves disks, except for debugging, because a reader that is
-    stopped must not stop the disks.
+    must call this function before it serves disks, because a reader that is stopped must not stop
+    the disks.  Only a server that logs every request (``-d``) waits for the reader instead, so that
+    no message is lost.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))
@@ -112,7 +113,7 @@ def log_to_stderr_without_waiting() -> None:
 
 
 def system_log(path: str = _SYSLOG) -> logging.Handler:
-    """Return a handler for the system log, which drops messages while no log daemon listens.
+    """Return a handler for the system log; the handler drops messages while no log daemon listens.
 
     The directory of the socket is opened now and stays open, because the path of the directory may
     lead through the mount later.  After a restart of the log daemon, the handler finds the new
@@ -174,6 +175,6 @@ def log_to(handler: logging.Handler) -> None:
         old.close()
     root.addHandler(handler)
     # A handler may be unable to write a message, for example because stderr is a closed pipe or
-    # a file on a full disk.  By default the handler would then print a traceback, and for this
-    # would read source files, which may be below the mountpoint.
+    # a file on a full disk.  By default the handler would print a traceback with source lines,
+    # and the source files may be below the mountpoint.
     logging.raiseExceptions = False

@@ -67,7 +67,7 @@ class DroppingHandler(logging.Handler):
         """Format and send a message without waiting.
 
         Returns:
-            False if sending would wait or failed; then a part may have been sent.
+            False if sending would wait or has failed.  A part of the message may have been sent.
         """
 
 

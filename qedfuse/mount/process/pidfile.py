@@ -53,8 +53,8 @@ class PidFile:
             found = _status(path)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            # The path of a special file may be a link in /proc, such as /dev/fd/N.  The target of
-            # such a link need not be in any directory.
+            # A special file is opened by its path, because the path may be a link in /proc, such
+            # as /dev/fd/N, and the target of such a link need not be in any directory.
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
@@ -119,7 +119,7 @@ class PidFile:
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
-                # There is no file to overwrite, so the error is that no new file could be made.
+                # There is no file to overwrite, so the first error is raised.
                 raise error from None
 
     @staticmethod

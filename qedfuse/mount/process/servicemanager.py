@@ -61,8 +61,8 @@ class ServiceManager:
     def close(self) -> None:
         """Disconnect; `notify` does nothing from then on.
 
-        A thread that still waits has a descriptor of its own.  This thread sends its line later,
-        unless the process exits before.
+        A thread that still waits has a descriptor of its own, and sends its line later unless the
+        process exits earlier.
         """
         if self._socket is not None:
             self._socket.close()
