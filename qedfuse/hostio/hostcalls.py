@@ -5,8 +5,8 @@ other requests.  A thread makes the call: a native thread (`NativeCalls`), or a 
 (`ThreadCalls`) if the C extension for native threads was not built.  With the environment variable
 ``QEDFUSE_HOST_CALLS`` set to ``threads`` the extension is not used.
 
-A mount has a third way for short reads, a queue of the kernel (``mount/fuse/_queuedread.c``).
-It is not used if the variable is set to ``threads`` or to ``native``.
+A mount has a third way for short reads, a queue of the kernel (``mount/fuse/_queuedread.c``).  The
+queue is not used if the variable is set to ``threads`` or ``native``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
 THREADS: Final = "threads"
 """Value: threads of trio make all calls."""
 NATIVE: Final = "native"
-"""Value: native threads make all calls, as without a queue of the kernel."""
+"""Value: native threads make all calls, and no queue of the kernel is used."""
 
 
 class HostCalls(Protocol):
@@ -44,7 +44,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether calls cost so much that a read should first be retried from the page cache."""
+        """Whether calls cost so much that reads should be retried in the page cache first."""
 
     @property
     def can_start_reads(self) -> bool:

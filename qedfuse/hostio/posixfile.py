@@ -120,6 +120,7 @@ class PosixFile:
                 done = self._read_cached(offset, view)
                 if done == len(view):
                     return done
+                # `_read_cached` disables inline reads if the file system does not support them.
                 tries = self.read_policy.is_inline
             self._missed_offset = -1
         calls = host_calls()

@@ -49,7 +49,7 @@ class ReadPolicy:
         self._is_supported = True
 
     def record_inline_miss(self) -> None:
-        """Record that an inline read has not found all its data, and goes to a thread."""
+        """Record that an inline read has not found all its data."""
         self.misses += 1
         if self.misses >= _MISSES_IN_A_ROW:
             self.is_inline = False

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FALLOC_KEEP_SIZE: Final = 1
 FALLOC_PUNCH_HOLE: Final = 3
-"""Flags of fallocate(2); the kernel accepts PUNCH_HOLE (2) together with KEEP_SIZE only."""
+"""Flags of fallocate(2); the kernel accepts PUNCH_HOLE (2) only together with KEEP_SIZE."""
 
 SYNC_START: Final = 2
 """SYNC_FILE_RANGE_WRITE: start to write the dirty pages of a range to the disk."""
@@ -49,7 +49,8 @@ _SERVER_MAGICS: Final = frozenset(
 )
 """The ``f_type`` of file systems that send requests to a server (linux/magic.h)."""
 _STATFS_BYTES: Final = 256
-"""More than struct statfs has; ``f_type``, a long, is its first field."""
+"""Length of the buffer for struct statfs, more than needed; the first field is ``f_type``, a
+long."""
 
 _MAX_PARTS: Final = 1024
 """Maximum number of buffers in one call of pwritev(2) (IOV_MAX)."""

@@ -65,8 +65,8 @@ class Portal(Generic[T]):
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
         self._close_requested = False
-        self._close_called = False  # `close` was called, and raises the error of leaving
-        self._log_failure = False  # `close` had not been called when leaving the manager began
+        self._close_called = False
+        self._log_failure = False  # True if leaving began before `close` was called
         self._closing = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
