@@ -8,12 +8,12 @@ What is done for each kind of damage, and why:
   the end of the file, and its L1 entry then points to the copy.  The later table stays if the
   earlier table itself moves because it overlaps a third table.  If two L1 entries point to the same
   table, the entry with the higher guest offset gets a copy of the table.  After that, two tables
-  refer to the same data clusters, so these clusters are copied as in the first case.
-- If a cluster is both data and part of an L2 table, the table moves and the data stays.
-  Either the entry of the data or the L1 entry of the table is wrong, and the tables do not show
-  which of the two.  If the L1 entry is wrong, the cluster holds guest data only.  Then clearing the
-  entry of the data would lose that data, and correcting the table in place would overwrite it.
-  The range of the data is reported, because the entry of the data may be the wrong one.
+  refer to the same data clusters, so the clusters are copied as described in the first item.
+- If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
+  entry of the data or the L1 entry of the table is wrong, and the tables do not show which of the
+  two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the entry of the data
+  would lose the data, and correcting the table in place would overwrite the data.  The range of the
+  data is reported, because the entry of the data may be the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.
 - An entry that points outside the file, is unaligned, or points to the header or the L1 table is

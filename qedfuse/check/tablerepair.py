@@ -43,10 +43,11 @@ class TableRepair:
         self._rounded_size = rewriter.end
         self._classifier = EntryClassifier(header, self._rounded_size)
         # The bitmap covers the file before the repair.  Clusters past the old end of the file need
-        # no owner.  They are copies and new tables, and exactly one entry refers to each.
+        # no bit: they are copies and new tables, and exactly one entry refers to each.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset after the repair, and the file offset at
-        # which it is read.  A dry run makes no copies, so it reads each table at its old offset.
+        # which the table is read.  A dry run makes no copies, so each table is read at its old
+        # offset.
         self._tables: list[tuple[int, int, int]] = []
         # Old file offsets of the tables that move because they overlap data, ascending.
         self._tables_over_data = np.empty(0, np.uint64)
@@ -160,8 +161,8 @@ class TableRepair:
             new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
             # The new bytes must be durable before the file becomes longer.  Otherwise a power
-            # failure could leave an entry that consists of the old bytes and of zeros.  This entry
-            # may be the offset of other data.
+            # failure could leave an entry that consists of the old bytes and of zeros.  Such an
+            # entry may be the offset of other data.
             await self.rewriter.sync_pending()
         await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
         await self.rewriter.sync_pending()
@@ -180,7 +181,8 @@ class TableRepair:
         self._classifier = self._classifier.with_tables(tables[~overlaps_earlier])
         overlaps_data = await self._overlapped_by_data(tables)
         self._tables_over_data = self._classifier.tables[overlaps_data]
-        # `overlaps_data` has one value for each table that does not overlap an earlier table.
+        # `overlaps_data` has one value for each table that does not overlap an earlier table.  The
+        # other tables move in any case.
         positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
         return overlaps_earlier | overlaps_data[positions]
 
