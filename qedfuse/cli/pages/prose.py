@@ -18,10 +18,10 @@ qedimg is the toolbox for disk images in QEMU's QED format.  It needs no QEMU.  
 qemu-img(1) has the same command, the options, JSON keys and exit codes are the same as
 far as possible.
 
-qedimg takes the same locks as QEMU.  It does not read an image that another program has
-open for writing, unless `-U` is given, and does not change an image that another program
-has open.  A new image gets its name only when it is complete, so no partial file is left
-behind, not even after Ctrl-C.
+qedimg takes the same locks as QEMU.  It does not change an image that another program has
+open.  Only with `-U` does it read an image that another program has open for writing.  A
+new image gets its name only when it is complete, so no partial file is left behind, not
+even after Ctrl-C.
 
 Sizes are in bytes, or have a suffix `K`, `M`, `G`, `T`, `P` or `E` (powers of 1024).
 Options and operands may be in any order; all words after `--` are operands.
@@ -29,9 +29,9 @@ Options and operands may be in any order; all words after `--` are operands.
 
 QEDIMG_BACKING: Final = """\
 The name of the base is stored in the image, so an untrusted image may name any of your
-files.  Therefore a base is used only if it is in the directory of the image that names
-it or in a directory below, unless `--backing any` or `--backing-dir` allows more.  `info`
-opens a base only with `--backing-chain`.  `check` never opens a base.
+files.  Therefore, by default, a base is used only if it is in the directory of the image
+that names it or in a directory below.  `--backing any` and `--backing-dir` allow more.
+`info` opens a base only with `--backing-chain`.  `check` never opens a base.
 """
 
 QEDIMG_SIGNALS: Final = """\

@@ -158,8 +158,7 @@ def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
     exception at an arbitrary point could leave an image half changed.  A cancelled function
     closes the image as after an error.
 
-    Outside of an `interruptible` block, signals are handled as in such a block during the
-    call.
+    If no `interruptible` block is active, this call opens one.
 
     Raises:
         KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.
