@@ -89,10 +89,10 @@ class DiskFile(io.RawIOBase):
     if the file is closed, and `io.UnsupportedOperation` for a write to a file opened with
     ``rb``.
 
-    Writes become durable with `flush` or `close`, or in the background after some seconds.
-    Threads may share a file; its operations are serialised.  For many small reads, wrap
-    the file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate`
-    raise `RuntimeError`, and `flush` and `close` have no effect on the image.
+    Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
+    threads can share a file, because its operations are serialised.  For many small reads, wrap the
+    file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate` raise
+    `RuntimeError`, and `flush` and `close` have no effect on the image.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
@@ -154,7 +154,7 @@ class DiskFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Set the position, which may lie past the end, and return it.
+        """Set the position, which can lie past the end, and return it.
 
         Raises:
             ValueError: ``whence`` is unknown, the position would be negative, or the file

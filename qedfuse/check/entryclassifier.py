@@ -59,7 +59,7 @@ class EntryClassifier:
     def l1_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
         """Yield each possible error of L1 entries, and a mask of the entries that have it.
 
-        A mask may be all False.  No entry is in two masks.
+        A mask can be all False.  No entry is in two masks.
         """
         for violation, mask in self._l1_rules.violations(values):
             yield _L1_CODES[violation], mask
@@ -67,7 +67,7 @@ class EntryClassifier:
     def l2_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:
         """Yield each possible error of L2 entries, and a mask of the entries that have it.
 
-        A mask may be all False.  No entry is in two masks.
+        A mask can be all False.  No entry is in two masks.
         """
         for violation, mask in self._l2_rules.violations(values):
             yield _L2_CODES[violation], mask

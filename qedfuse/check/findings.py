@@ -124,8 +124,8 @@ class CheckReport:
             number of clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
-        listed_clusters: Number of clusters in the persistent free list, which are not leaked;
-            None if the image has no valid list.
+        listed_clusters: Number of clusters in the persistent free list; they do not count as
+            leaked.  None if the image has no valid list.
         fragmented_clusters: Number of L2 entries whose cluster does not directly follow, in the
             file, the cluster of the entry before in the same table.  Entries without an offset
             are skipped, and the first entry with an offset does not count.
@@ -192,7 +192,7 @@ class LostRange:
 
     The range reads as zeros after the repair, with two exceptions.  If a table overlapped the data
     of the range (`Code.L2_OVER_METADATA`), the range may read as before.  If more ranges are lost
-    than `LostRanges` records separately, the last one may also cover data that is not lost.
+    than `LostRanges` records separately, the last range can also cover data that is not lost.
 
     Attributes:
         start: Guest offset in bytes.

@@ -18,9 +18,8 @@ _log = logging.getLogger(__name__)
 async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
-    The caller calls this for an image that has NEED_CHECK set, or whose length is not a multiple
-    of the cluster size.  Leaked clusters cost only space, so they are only logged.  Errors of the
-    free list are ignored.
+    For an image that has NEED_CHECK set, or whose length is not a multiple of the cluster size.
+    Leaked clusters cost only space, so they are only logged.  Errors of the free list are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.

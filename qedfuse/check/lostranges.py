@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 MAX_LOST_RANGES: Final = 100_000
 """Maximum number of ranges that are recorded separately.  The last range is extended until it
-covers all further ranges.  It may then also cover data that is not lost."""
+covers all further ranges.  So the last range can also cover data that is not lost."""
 
 
 class LostRanges:

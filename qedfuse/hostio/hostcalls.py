@@ -89,8 +89,8 @@ class HostCalls(Protocol):
         """Fill ``view`` from a file offset, as far as the file reaches.
 
         Returns:
-            The number of bytes, which is less than asked for only where the file ends, and the
-            seconds that the system call took.
+            The number of bytes, fewer than asked for only where the file ends; and the seconds that
+            the system call took.
         """
 
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:

@@ -57,7 +57,7 @@ class InlinePolicy:
         )
 
     def can_write_inline(self, length: int) -> bool:
-        """Return whether the event loop may write ``length`` bytes itself now.
+        """Return whether the event loop can write ``length`` bytes itself now.
 
         Returns False if the write is not short, or if it might wait for the inode's lock.
         """
@@ -85,7 +85,7 @@ class InlinePolicy:
         self._unsynced_bytes = 0
 
     def can_datasync_inline(self) -> bool:
-        """Return whether the event loop may make a datasync itself now.
+        """Return whether the event loop can make a datasync itself now.
 
         Returns True if the last datasyncs were fast (`_INLINE_SECONDS`), at most
         `_MAX_INLINE_DATASYNC_BYTES` must be written back, there is no contention for the

@@ -71,14 +71,14 @@ class LockMode(enum.Enum):
     READ = "read"
     """Read the file; other openers can read the file too, but cannot change it (100, 201, 203)."""
     SHARE = "share"
-    """Read the file while another opener may change it (100)."""
+    """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
     """Read the file as a raw base, with the locks of READ.  For a raw base QEMU itself locks
     byte 100 only, which excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
-        """Return the mode for reading an image; with ``share`` another opener may write."""
+        """Return the mode for reading an image; with ``share`` another opener can write."""
         return cls.SHARE if share else cls.READ
 
     @property

@@ -30,7 +30,7 @@ _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class NewFile:
     """A temporary file next to the final name, for the length of a ``with`` block.
 
-    At the end of the block the file is removed unless it has got its final name.
+    If the file has not got its final name by the end of the block, the file is removed.
 
     Attributes:
         path: The temporary name, under which the file can be opened; the file is empty when
@@ -92,7 +92,7 @@ class NewFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the temporary file, unless it was committed."""
+        """Remove the temporary file if it was not committed."""
         if self._exists:
             os.unlink(self.path)  # noqa: PTH108
 
@@ -177,7 +177,7 @@ def _copy_attributes(old: int, new: str) -> None:
     """Copy owner, mode and extended attributes of the replaced file to the new one.
 
     Extended attributes include access control lists.  An owner or an attribute that the host
-    refuses to set is skipped (only root may change the owner).
+    refuses to set is skipped (only root can change the owner).
 
     Raises:
         OSError: The host refused to set the mode.

@@ -81,7 +81,7 @@ class PosixFile:
         self._is_short = self._policy.is_short
         self._record_write = self._policy.record_write
         self.can_write_inline = self._policy.can_write_inline
-        """Return whether `try_write` may write the given number of bytes now."""
+        """Return whether `try_write` would try to write the given number of bytes now."""
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:

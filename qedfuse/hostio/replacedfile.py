@@ -51,7 +51,7 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Refuse ``path`` unless it is a regular file, because other files cannot be replaced.
+    """Refuse a file that is not a regular file, because such a file cannot be replaced.
 
     Raises:
         UsageError: The file is not a regular file.

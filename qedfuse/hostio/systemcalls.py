@@ -2,7 +2,7 @@
 
 On failure all of them but `waits_for_server` raise `OSError`.
 Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
-and `write_all` repeat preadv(2) and pwritev(2), which may transfer only a part of the data.
+and `write_all` repeat preadv(2) and pwritev(2), which can transfer only a part of the data.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class DataSlices:
     async def __anext__(self) -> int:
         """Return the file offset of the next slice with data.
 
-        This is a checkpoint of trio, unless the whole table has been walked through.
+        The call is a checkpoint of trio, except after the end of the table.
 
         Raises:
             StopAsyncIteration: No further slice holds data.

@@ -32,7 +32,7 @@ _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIP
 
 
 class WriteBehind:
-    """Sends written ranges of a file to the host's disk; any number of threads may use it.
+    """Sends written ranges of a file to the host's disk; any number of threads can use it.
 
     This makes nothing durable: the caller must still call fsync(2).
     """

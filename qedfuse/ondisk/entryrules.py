@@ -60,9 +60,9 @@ class EntryRules:
 
     Attributes:
         limits: The limits that plain numbers can express.
-        tables: File offsets of the L2 tables that no target may overlap, ascending.
-        allow_cut_short: Whether a target that begins inside the file may end past the end of
-            the file.
+        tables: File offsets of the L2 tables that targets must not overlap, ascending.
+        allow_cut_short: Whether a target that begins inside the file is allowed to end past the end
+            of the file.
     """
 
     limits: EntryLimits

@@ -59,7 +59,7 @@ class Portal(Generic[T]):
         """Start a thread called ``name`` and enter ``manager`` in it.
 
         Raises:
-            BaseException: The error of entering ``manager``; the thread has ended then.
+            BaseException: The error of entering ``manager``.  The thread has ended.
         """
         self._opened: Future[T] = Future()
         self._pending: set[Future[Any]] = set()

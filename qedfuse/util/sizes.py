@@ -19,8 +19,8 @@ _PATTERN: Final = re.compile(
 def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as ``512``, ``64K`` or ``64KiB`` means.
 
-    The text is a whole number, which may be followed by a binary suffix (K, M, G, T, P or E, also
-    with ``i``) and by ``B``.  Case does not matter.
+    The text is a whole number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
+    follow.  Case does not matter.
 
     Raises:
         UsageError: The text has another form.
