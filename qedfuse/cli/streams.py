@@ -39,7 +39,7 @@ def open_streams() -> None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A file name may contain characters that the encoding of the stream lacks.  With this
+            # A file name can contain characters that the encoding of the stream lacks.  With this
             # setting they are printed as escapes, and raise no UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
 

@@ -63,7 +63,7 @@ class Option:
         flags: The names of the option, short before long.
         help: What the option does.
         value: The value of the option; None if the option has no value.
-        repeats: Whether the option may be repeated.
+        repeats: Whether the option can be repeated.
     """
 
     flags: tuple[str, ...]
@@ -78,8 +78,8 @@ class Operand:
 
     Attributes:
         value: The name and the kind of the operand.
-        optional: Whether the operand may be omitted.
-        repeats: Whether the operand may be given several times.
+        optional: Whether the operand can be omitted.
+        repeats: Whether the operand can be given several times.
         help: What the operand is; empty if its name says so.
     """
 
@@ -140,7 +140,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program and its commands; only the first command may have an empty name."""
+    """A program and its commands; only the first command can have an empty name."""
 
     name: str
     commands: tuple[Command, ...]

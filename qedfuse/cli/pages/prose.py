@@ -24,11 +24,11 @@ new image gets its name only when it is complete, so no partial file is left beh
 even after Ctrl-C.
 
 Sizes are in bytes, or have a suffix `K`, `M`, `G`, `T`, `P` or `E` (powers of 1024).
-Options and operands may be in any order; all words after `--` are operands.
+Options and operands can be in any order; all words after `--` are operands.
 """
 
 QEDIMG_BACKING: Final = """\
-The name of the base is stored in the image, so an untrusted image may name any of your
+The name of the base is stored in the image, so an untrusted image can name any of your
 files.  Therefore, by default, a base is used only if it is in the directory of the image
 that names it or in a directory below.  `--backing any` and `--backing-dir` allow more.
 `info` opens a base only with `--backing-chain`.  `check` never opens a base.

@@ -54,7 +54,7 @@ def _arguments(program: str, command: Command) -> Iterator[str]:
     if not any("--help" in option.flags for option in command.options):
         specs.append("'(- *)'{-h,--help}'[show help]'")
     if not command.name:
-        # The first word may be an image or the name of a subcommand, so both are offered.
+        # The first word can be an image or the name of a subcommand, so both are offered.
         choice = f"_alternative 'names:image:_files' 'commands:command:_{program}_commands'"
         specs.append(_quoted(f"1:image:{{{choice}}}"))
     specs += map(_quoted, _operands(command))
@@ -67,7 +67,7 @@ def _arguments(program: str, command: Command) -> Iterator[str]:
 def _operands(command: Command) -> Iterator[str]:
     """Yield the specification of each operand of a command."""
     for number, (operand, value) in enumerate(command.completions(), 1):
-        # A second colon marks an operand that may be omitted.
+        # A second colon marks an operand that can be omitted.
         position = "*" if operand.repeats else f"{number}:" if operand.optional else f"{number}"
         yield f"{position}:{_plain(operand.value.name)}:{_action(value)}"
 
@@ -80,7 +80,7 @@ def _option(option: Option, program: str) -> str:
         action = _action(option.value).replace("_mount_options", f"_{program}_mount_options")
         value = f":{_plain(option.value.name)}:{action}"
     text = f"[{_escaped(option.help)}]{value}"
-    # "=" and "+": the value may be the next word, or may follow in the same word.
+    # "=" and "+": the value can be the next word, or follow in the same word.
     ends = ("=" if flag.startswith("--") else "+" for flag in option.flags)
     flags = [flag + (end if value else "") for flag, end in zip(option.flags, ends, strict=True)]
     if len(flags) == 1:

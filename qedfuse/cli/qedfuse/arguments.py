@@ -74,7 +74,7 @@ class UmountArguments(NamedTuple):
 
 
 def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
-    """Parse the command line of a mount; options may stand before, between and after operands.
+    """Parse the command line of a mount; options can stand before, between and after operands.
 
     The values of ``-o`` are not parsed, and the operands are not counted.
 

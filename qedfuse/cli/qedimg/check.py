@@ -248,8 +248,8 @@ def _print_repair(arguments: argparse.Namespace, result: CheckResult) -> None:
         if result.needs_force:
             print_line(arguments, "the repair needs --force")
     elif result.bytes_after != result.bytes_before or result.leaks_fixed:
-        # A repair of errors frees no space.  `leaks_fixed` may be positive nonetheless: if the
-        # repair makes an invalid table valid, the table's clusters no longer count as leaked.
+        # A repair of errors frees no space.  But `leaks_fixed` can be positive: if the repair makes
+        # an invalid table valid, the table's clusters no longer count as leaked.
         is_freed = result.leaks_fixed and not result.before.errors
         freed = f"freed: {result.leaks_fixed} leaked clusters; " if is_freed else ""
         print_line(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg commit -p overlay.qed"
 DESCRIPTION: Final = """\
-Write the data and zeros of an overlay into its base, which may be QED or raw, and
+Write the data and zeros of an overlay into its base, which can be QED or raw, and
 empty the overlay.  A base that is smaller than the overlay grows.  The disk of the
 overlay has the same content at any moment; after an interruption, run the same command
 again.

@@ -85,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         choices=_CACHES,
         default="writeback",
-        help="writeback (default): TARGET is durable when the command ends, unless it is a pipe; "
-        "unsafe (default of qemu-img): TARGET is not flushed, unless it is an existing QED image",
+        help="writeback (default): TARGET, if not a pipe, is durable when the command ends; "
+        "unsafe (default of qemu-img): TARGET is flushed only if it is an existing QED image",
     )
     parser.add_argument(
         "--compare",

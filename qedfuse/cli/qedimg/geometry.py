@@ -116,7 +116,7 @@ def _items(options: Iterable[str]) -> Iterator[str]:
 def find_base(options: Iterable[str]) -> str | None:
     """Return the last value of the key ``backing_file`` in ``-o``; None without this key.
 
-    The options may be those of a foreign target format, which `take_options` does not parse.
+    The options can be those of a foreign target format, which `take_options` does not parse.
     qemu-img uses this key for every format that can have a base.
     """
     names = [item.partition("=")[2] for item in _items(options) if item.startswith("backing_file=")]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress as ProgressCallback
 
 _BAR_DELAY_SECONDS: Final = 1.0
-"""How long work must take before a bar appears, unless ``-p`` asks for one."""
+"""How long work must take before a bar appears without ``-p``."""
 _REDRAW_SECONDS: Final = 0.1
 """Minimum time between two updates of the bar, however often the work reports progress."""
 _STDERR_FD: Final = 2
@@ -30,10 +30,10 @@ _ERASE_LINE: Final = "\r\x1b[2K"
 class Meter:
     """Shows how much of the work is done.
 
-    The first call of `report` may come late, because an image may be checked or scanned for
-    free space before the work begins.  Therefore, if there is a delay, a thread shows the bar
-    after the delay even if `report` has not been called.  Without a delay the caller can show the
-    bar with `show`.
+    The first call of `report` can come late, because some images are checked or scanned for free
+    space before the work begins.  Therefore, if there is a delay, a thread shows the bar after the
+    delay even if `report` has not been called.  Without a delay the caller can show the bar with
+    `show`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ def progress(
         arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything.  ``-p``
             shows the bar before the work begins, or prints lines if stderr is no terminal.
         label: The name of the work, printed in front of the bar or the percentage.
-        bar: Whether a bar may be shown if stderr is a terminal.
+        bar: Whether a bar can be shown if stderr is a terminal.
     """
     quiet: bool = arguments.quiet
     wanted: bool = getattr(arguments, "progress", False)

@@ -87,7 +87,7 @@ class Interruption:
         token: TrioToken = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as scope:
             # The signal handler calls `_cancel`, and may interrupt trio's own code at any
-            # point.  Of trio's functions only run_sync_soon may be called in a signal handler.
+            # point.  Of trio's functions only run_sync_soon is safe in a signal handler.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
                 # A signal that arrived before `_cancel` was set could not cancel the function,
