@@ -196,9 +196,9 @@ class _Checker:
                         refers &= ~mask
                     self._report_entries(code, label, first, values, mask, cluster_size, start)
                 where = np.flatnonzero(refers)
-                taken = self._owners.claim(values[where] >> np.uint64(geometry.cluster_bits))
+                had_owner = self._owners.claim(values[where] >> np.uint64(geometry.cluster_bits))
                 duplicates = np.zeros(len(values), np.bool_)
-                duplicates[where[taken]] = True
+                duplicates[where[had_owner]] = True
                 code = Code.DUPLICATE_CLUSTER
                 self._report_entries(code, label, first, values, duplicates, cluster_size, start)
                 self._report_listed_entries(label, first, values, refers, start)

@@ -273,8 +273,8 @@ class TableRepair:
                 for at in np.flatnonzero(mask).tolist():
                     self.lost_ranges.add(start + at * size, size, code)
         where = np.flatnonzero(valid)
-        taken = self._owners.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
-        for at in where[taken].tolist():
+        had_owner = self._owners.claim(values[where] >> np.uint64(self._geometry.cluster_bits))
+        for at in where[had_owner].tolist():
             if start + at * size < self._header.image_size:
                 fixed[at] = await self.rewriter.copy(int(values[at]), size)
                 self.copied += 1

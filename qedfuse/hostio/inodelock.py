@@ -50,8 +50,8 @@ class InodeLock:
     (`wait_for_short_writes`) and can then run inline.
 
     Attributes:
-        contention: How many calls in threads hold the lock or wait for it, plus one while
-            the kernel is assumed to throttle short writes, plus one if ``has_server`` was set.
+        contention: How many calls of `in_thread` have not ended, plus 1 while the kernel is assumed
+            to throttle short writes, plus 1 if ``has_server`` was set.
         is_throttled: Whether the kernel is assumed to throttle short writes.
     """
 

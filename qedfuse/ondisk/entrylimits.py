@@ -4,9 +4,9 @@ Image metadata is untrusted.  An entry that points to the header or to a table w
 guest overwrite the header or the table.  An entry that points past the end of the file
 would point to another entry's cluster as soon as the file has grown.
 
-The fast check, the fast map and the two C extensions use these limits.  This module does not import
-numpy, because loading numpy takes longer than a whole fast check or fast map.
-`qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
+The fast check, the fast map and their C extensions (`_sweep.c`, `_maplines.c`) use these limits.
+This module does not import numpy, because loading numpy takes longer than a whole fast check or
+fast map.  `qedfuse.ondisk.entryrules` applies the same limits to whole slices of a table.
 
 Source: QEMU's QED specification, "L1 table" and "L2 tables"; `qed_check_table_offset` and
 `qed_check_cluster_offset` in QEMU's driver.  QEMU does not check for overlaps with tables.
