@@ -45,8 +45,8 @@ end
 """
 """The function that completes the value of ``-o``; WORDS stands for all mount options.
 
-The variable ``before`` has the options before the last comma, with this comma; it is empty if there
-is no comma."""
+The variable ``before`` has the options up to the last comma, with the comma.  If there is no comma,
+the variable is empty."""
 
 
 def script(program: Program) -> str:

@@ -9,7 +9,7 @@ from qedfuse.cli.qedimg.geometry import (
     add_base,
     add_geometry,
     find_base,
-    geometry_options,
+    given_geometry_flags,
     take_options,
     warn_unless_qemu_opens,
 )
@@ -171,7 +171,7 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
         # The options of a foreign format are passed to qemu-img unparsed.  Only a base is
         # looked for in them, because `convert` refuses a base for such a target.
         arguments.base = arguments.base or find_base(foreign)
-    given = geometry_options(arguments)
+    given = given_geometry_flags(arguments)
     if given and arguments.format != "qed":
         msg = f"{given}: found -O {printable(arguments.format)}, expected -O qed"
         if arguments.format != "raw":

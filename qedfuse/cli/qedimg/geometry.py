@@ -68,7 +68,7 @@ def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None
     )
 
 
-def geometry_options(arguments: argparse.Namespace) -> str:
+def given_geometry_flags(arguments: argparse.Namespace) -> str:
     """Return those options of `add_geometry` that were given, for a message; empty if none was.
 
     The caller must call this before `take_options`, which sets the defaults.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
-from qedfuse.cli.qedimg.geometry import add_base, add_geometry, geometry_options, take_options
+from qedfuse.cli.qedimg.geometry import add_base, add_geometry, given_geometry_flags, take_options
 from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
-    given = geometry_options(arguments)
+    given = given_geometry_flags(arguments)
     if given and arguments.format == "raw":
         msg = f"{given}: found -O raw, expected -O qed"
         raise UsageError(msg)
