@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
     from qedfuse.util.backgroundtasks import Progress
 
-_MIN_SUSPICIOUS_LEAKS: Final = 16
+_MAX_PLAUSIBLE_LEAKS: Final = 16
 """A note says that the header may be wrong if the number of leaked clusters exceeds this, and also
 exceeds twice the number of allocated clusters."""
 
@@ -322,7 +322,7 @@ class _Checker:
                 f"to, expected none (the first: {shown})"
             )
             self._findings.add(Finding(Code.LEAKED_CLUSTERS, text, runs[0][0] * size), leaked)
-        if leaked > max(_MIN_SUSPICIOUS_LEAKS, 2 * self._allocated_clusters):
+        if leaked > max(_MAX_PLAUSIBLE_LEAKS, 2 * self._allocated_clusters):
             text = (
                 f"{self._file.name}: found {leaked} clusters leaked and "
                 f"{self._allocated_clusters} in use: "

@@ -36,7 +36,7 @@ class HostFile(Protocol):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """The policy that decides whether `try_read` tries a read; None if it tries every read."""
+        """The policy that decides whether `try_read` tries a read; None if every read is tried."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""

@@ -74,8 +74,8 @@ def mount(arguments: Arguments) -> int:
         # GOTO_NUM_THREADS.  Other libraries that numpy can load in place of OpenBLAS (MKL, BLIS)
         # start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # The next import loads numpy, so it must follow the assignment above, and the fork, which a
-        # thread of numpy would not survive.
+        # The next import loads numpy, so the import must follow the assignment above.  The import
+        # must also follow the fork, because a thread of numpy would not survive the fork.
         from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
         log_uncaught()
