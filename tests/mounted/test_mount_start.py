@@ -213,7 +213,7 @@ def test_refusals_before_the_mount_leave_no_trace(image: Path, mnt: Path, tmp_pa
     "failure",
     [
         # libfuse mounts between the first and the second call.
-        "calls = iter([set, fail]); attach.fuse_descriptors = lambda: next(calls)()",
+        "calls = iter([set, fail]); attach._fuse_descriptors = lambda: next(calls)()",
         "serving.find_new_mount = fail",
         "serving.set_readahead = fail",
     ],

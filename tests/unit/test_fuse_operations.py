@@ -16,7 +16,7 @@ import trio
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
-from qedfuse.mount.fuse import fuseinit
+from qedfuse.mount.fuse import attach
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
 from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
@@ -141,8 +141,8 @@ def test_an_init_reply_with_an_error_is_unchanged() -> None:
 
 def test_descriptors_that_threads_close_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A descriptor may be closed after it was listed and before it is read."""
-    monkeypatch.setattr(fuseinit, "open_descriptors", lambda: {-1})
-    assert fuseinit.fuse_descriptors() == set()
+    monkeypatch.setattr(attach, "open_descriptors", lambda: {-1})
+    assert attach._fuse_descriptors() == set()
 
 
 def test_options_for_libfuse() -> None:

@@ -159,7 +159,7 @@ async def test_requests_that_the_extension_has_taken_count_as_taken_in_a_row(
 ) -> None:
     """The limit `MAX_BURST` covers the requests that the extension has taken itself."""
     os.write(pipe[1], b"x")
-    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.burst_requests", lambda: 7)
+    monkeypatch.setattr("qedfuse.mount.fuse.scheduler.take_burst_count", lambda: 7)
     scheduler = Scheduler(POLL_SECONDS, Clock())
     for _ in range(MAX_BURST // 8 - 1):
         await scheduler.wait_readable(pipe[0])

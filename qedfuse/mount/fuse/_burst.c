@@ -8,7 +8,7 @@
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
  * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no task
  * of the event loop runs meanwhile.  To let other tasks run in time, the scheduler adds the number
- * of these requests to its own count of requests (burst_requests()).
+ * of these requests to its own count of requests (take_burst_count()).
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
@@ -30,7 +30,7 @@ static struct fuse_session *session; /* NULL while there is no session */
 static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
 static int in_burst;
 static int answered;        /* whether the last request of the burst was answered or deferred */
-static unsigned long taken; /* requests taken in bursts since the last call of burst_requests() */
+static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -113,7 +113,7 @@ void take_more(void)
     end_queued_reads(); /* submits the reads of this burst */
 }
 
-PyObject *burst_requests(PyObject *module, PyObject *unused)
+PyObject *take_burst_count(PyObject *module, PyObject *unused)
 {
     unsigned long count = taken;
 

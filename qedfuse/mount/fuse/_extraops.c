@@ -373,7 +373,7 @@ static PyMethodDef module_methods[] = {
      "Set the ReadViews by inode number, and the mask that is applied to each handle."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Let reads of the session's device no longer block; return whether that was possible."},
-    {"burst_requests", burst_requests, METH_NOARGS,
+    {"take_burst_count", take_burst_count, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"open_read_queue", open_read_queue, METH_VARARGS,
      "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"

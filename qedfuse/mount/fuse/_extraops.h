@@ -39,7 +39,7 @@ void end_bursts(void);
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
-PyObject *burst_requests(PyObject *module, PyObject *unused);
+PyObject *take_burst_count(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file.  For shorter
  * ones a copy costs less.  The reply must fit into a pipe, whose size the kernel limits to 1 MiB

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
-from qedfuse.mount.fuse.fuseinit import fuse_descriptors
 from qedfuse.mount.optionsyntax import escape_value
+from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.text import printable
+from qedfuse.util.descriptors import open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         FuseError: Mounting failed for another reason, or the connection cannot be found.
         HostError: /proc is not mounted.
     """
-    before = fuse_descriptors()
+    before = _fuse_descriptors()
     failure = None
     with ExitStack() as undo:
         with _captured_stderr() as captured:
@@ -101,13 +102,27 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         if printed:
             with suppress(OSError):  # stderr may be closed, or be a pipe without a reader
                 sys.stderr.write(f"qedfuse: {printable(printed)}\n")
-        new = fuse_descriptors() - before
+        new = _fuse_descriptors() - before
         if len(new) != 1:
             shown = printable(mountpoint)
             msg = f"{shown}: found {len(new)} new connections to the kernel, expected one"
             raise FuseError(msg)
         undo.pop_all()
         return new.pop()
+
+
+def _fuse_descriptors() -> set[int]:
+    """Return the descriptors of this process that are open on the FUSE device.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
+    on_device = set()
+    for descriptor in open_descriptors():
+        with suppress(OSError):  # a thread may have closed the descriptor in the meantime
+            if os.readlink(f"/proc/self/fd/{descriptor}") == FUSE_DEVICE:  # noqa: PTH115
+                on_device.add(descriptor)
+    return on_device
 
 
 def _explain(mountpoint: str, printed: str) -> QedError:

@@ -123,8 +123,8 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
     Args:
         answer_slowly: Answers a read that the queue could not make.
-        slow_seconds: If passing reads to the kernel takes longer, because the kernel waits, no read
-            is queued for a second.  0 if each time counts as longer.
+        slow_seconds: If it takes longer to pass reads to the kernel, because the kernel waits, no
+            read is queued for the next second.  With 0 each time counts as longer.
 
     Returns:
         A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
@@ -137,11 +137,11 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
 
 def close_read_queue() -> None:
-    """Remove the queue of `open_read_queue`; no read may be in it."""
+    """Remove the queue of `open_read_queue`.  The caller must ensure that the queue is empty."""
     _loaded().close_read_queue()
 
 
-def _none() -> int:
+def _zero() -> int:
     """Return 0, because without the extension only pyfuse3 takes requests."""
     return 0
 
@@ -150,15 +150,15 @@ def _do_nothing() -> None:
     """Do nothing, because without the extension there are no queued reads."""
 
 
-burst_requests: Final[Callable[[], int]] = (
-    _none if _extension is None else _extension.burst_requests
+take_burst_count: Final[Callable[[], int]] = (
+    _zero if _extension is None else _extension.take_burst_count
 )
 """Returns how many requests the extension itself has taken since the last call.
 
 After a request that pyfuse3 has taken, the extension takes a few more if they are there
 (`_burst.c`)."""
 
-queued_reads: Final[Callable[[], int]] = _none if _extension is None else _extension.queued_reads
+queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""
 
 end_queued_reads: Final[Callable[[], None]] = (

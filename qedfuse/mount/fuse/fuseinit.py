@@ -11,13 +11,14 @@ Without this feature the kernel sends a truncation after the open.  The server c
 truncation (`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes the size from the
 reply.
 
-This module also changes three values in libfuse's reply:
+This module also changes four values in libfuse's reply:
 
 - ``max_background``.  The kernel sends reads and writes for which no process waits
   synchronously (read-ahead, write-back, asynchronous O_DIRECT) as background requests.  By
   default the kernel has at most 12 of them in flight.  So a program with a queue depth of 16
   would have only 12 requests in flight, and a long read-ahead would be cut short.  The kernel
   accepts a larger value from an unprivileged user too, up to a limit of its own.
+- ``congestion_threshold``.  It is three quarters of ``max_background``, as by default.
 - ``max_readahead``.  The kernel reads ahead at most this number of bytes.  For an unprivileged
   user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), this value is the only
   way to lower the read-ahead.
@@ -34,7 +35,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from contextlib import suppress
 from typing import Final
 
 import pyfuse3
@@ -43,7 +43,6 @@ import trio
 from qedfuse.errors import FuseError
 from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.util.backgroundtasks import background_tasks
-from qedfuse.util.descriptors import open_descriptors
 
 # linux/fuse.h, a stable interface: struct fuse_in_header (40 bytes) and the first fields of
 # struct fuse_init_in (major, minor, max_readahead, flags); struct fuse_out_header (16 bytes)
@@ -56,8 +55,8 @@ _INIT_OUT: Final = struct.Struct("=IIIIHHII")
 _FUSE_INIT: Final = 26
 _ATOMIC_O_TRUNC: Final = 1 << 3
 _MAX_MESSAGE_BYTES: Final = 1 << 20
-"""Size of the buffer for a request or a reply.  The kernel refuses a read(2) with a buffer that is
-too small for the largest possible request."""
+"""Size of the buffer for the INIT request and for the reply.  The kernel refuses a read(2) with a
+buffer that is too small for the largest request that is possible before the reply."""
 
 _MAX_BACKGROUND_REQUESTS_OF_ONE_DISK: Final = 64
 """Maximum number of background requests in flight for a mount of one disk.
@@ -73,20 +72,6 @@ because the write-back of one disk can have some thousand requests in flight."""
 
 TIME_GRANULARITY_NS: Final = 100_000_000
 """The granularity of the times that the kernel maintains for a disk, in nanoseconds."""
-
-
-def fuse_descriptors() -> set[int]:
-    """Return the descriptors of this process that are open on the FUSE device.
-
-    Raises:
-        HostError: /proc is not mounted.
-    """
-    on_device = set()
-    for descriptor in open_descriptors():
-        with suppress(OSError):  # a thread may have closed the descriptor in the meantime
-            if os.readlink(f"/proc/self/fd/{descriptor}") == FUSE_DEVICE:  # noqa: PTH115
-                on_device.add(descriptor)
-    return on_device
 
 
 def mask_request(message: bytes, unwanted: int) -> bytes:
@@ -110,31 +95,32 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
 
 
 def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
-    """Return libfuse's INIT reply with the three values that this module changes.
+    """Return libfuse's INIT reply with the values that this module changes.
 
     A reply that is too short for these values, such as an error, is returned unchanged.
 
     Args:
         message: The reply.
         readahead: Maximum read-ahead in bytes; if the value in the reply is lower, that value
-            stays.  None for the value in the reply.
+            stays.  None for the value in libfuse's reply.
         disks: Number of disks of the mount.
     """
     if len(message) < _OUT_HEADER.size + _INIT_OUT.size:
         return message
     changed = bytearray(message)
     fields = _INIT_OUT.unpack_from(message, _OUT_HEADER.size)
-    major, minor, offered, flags, _, _, max_write, _ = fields
+    major, minor, reply_readahead, flags, _, _, max_write, _ = fields
     background = (
         _MAX_BACKGROUND_REQUESTS_OF_ONE_DISK
         if disks == 1
         else MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
     )
+    max_readahead = reply_readahead if readahead is None else min(reply_readahead, readahead)
     congestion_threshold = background * 3 // 4  # the kernel's default is the same fraction
     _INIT_OUT.pack_into(
         changed,
         _OUT_HEADER.size,
-        *(major, minor, offered if readahead is None else min(offered, readahead), flags),
+        *(major, minor, max_readahead, flags),
         *(background, congestion_threshold, max_write, TIME_GRANULARITY_NS),
     )
     return bytes(changed)
@@ -143,13 +129,13 @@ def patch_reply(message: bytes, readahead: int | None, disks: int = 1) -> bytes:
 async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) -> None:
     """Let libfuse negotiate FUSE INIT, and change the request and the reply on their way.
 
-    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  The kernel
-    accepts system calls on the mount as soon as this function has returned.
+    The caller must call this after `pyfuse3.init` and before it calls `pyfuse3.main`.  As soon as
+    the kernel has the reply, it accepts system calls on the mount.
 
     Args:
         fd: The descriptor of libfuse's connection to the kernel.
-        readahead: Maximum read-ahead in bytes, as in `patch_reply`; None for the value that the
-            kernel offers.
+        readahead: Maximum read-ahead in bytes; None for the value in libfuse's reply.  See
+            `patch_reply`.
         disks: Number of disks of the mount.
 
     Raises:

@@ -2,8 +2,8 @@
 
 pyfuse3 uses trio only through its module attribute ``trio``.  pyfuse3's asyncio mode replaces
 this attribute, and this module does the same, with a `Scheduler`.  A `Scheduler` behaves like
-trio, with two differences.  The differences are necessary because putting the event loop to
-sleep and waking it costs more than answering a request from memory.
+trio, with two differences.  The differences avoid switches of tasks and sleeps of the event loop.
+Putting the event loop to sleep and waking it costs more than answering a request from memory.
 
 *The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
 trio's lock is fair: a task that releases the lock hands it over to the next waiter, so each
@@ -12,27 +12,30 @@ lock can take the lock again before the waiters, as long as this task answers re
 waiting.  When this task has to wait for something else, a waiter takes the lock.
 
 *Waiting for the descriptor.*  First the descriptor of the connection is polled once.  If the
-kernel has no request, all other tasks run.  Then the descriptor is polled for some more
-microseconds, if such polling has succeeded lately (`AdaptivePoll`).  If the kernel still has no
-request, the event loop sleeps, so an idle server uses no processor time.
+kernel has no request, all other tasks run.  After that, the descriptor is polled for some more
+microseconds, if the last waits were so short that such polling would have found the request
+(`AdaptivePoll`).  If the kernel still has no request, the event loop sleeps, so an idle server uses
+no processor time.
 
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
 other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
-descriptor is polled only once.  The event loop is needed while a thread of trio is running,
-because only trio notices the end of the thread, and while another task retries a read of a host
-file (`qedfuse.hostio.nowaitretry`).
+descriptor is polled only once.  The event loop is needed in three cases:
+
+- A thread of trio is running, because only trio notices the end of the thread.
+- Another task retries a read of a host file (`qedfuse.hostio.nowaitretry`).
+- A task is runnable because its call on a host file has ended.
 
 A native thread that makes a call (`HostCalls`) does not need the event loop, so the descriptor is
 polled as usual meanwhile.  This module itself notices the end of the call, in each call of
-`wait_readable` and while it polls (`HostCalls.has_finished`).  The task that waits for the native
-thread then runs when the kernel has no further request, and at the latest after about
-`MAX_BURST_BESIDE_OTHERS` requests.
+`wait_readable` and while it polls (`HostCalls.has_finished`).  After the end of the call, the task
+that waits for the native thread runs when the kernel has no further request, and at the latest
+after about `MAX_BURST_BESIDE_OTHERS` requests.
 
-Reads in the queue of the kernel (`_queuedread.c`) are answered between two requests and while the
-descriptor is polled.  While there are any, the descriptor is polled before the other tasks run,
-because the next request usually follows soon after such an answer; the other tasks run after
-`MAX_BURST_BESIDE_READS` requests.
+*Queued reads.*  Reads in the queue of the kernel (`_queuedread.c`) are answered between two
+requests and while the descriptor is polled.  The next request usually follows soon after the answer
+to a queued read.  So while the queue holds reads, the descriptor is polled before the other tasks
+run, unless `MAX_BURST_BESIDE_READS` requests in a row have been taken.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ import pyfuse3
 import trio
 
 from qedfuse.hostio.hostcalls import host_calls
-from qedfuse.mount.fuse.extraops import burst_requests, end_queued_reads, queued_reads
+from qedfuse.mount.fuse.extraops import end_queued_reads, queued_reads, take_burst_count
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
 
@@ -63,16 +66,16 @@ _log = logging.getLogger(__name__)
 MAX_BURST: Final = 64
 """Number of requests in a row after which all other tasks run.
 
-The extension takes a few requests at a time (`burst_requests`), so the number may be exceeded by a
-few."""
+The extension takes a few requests at a time (`take_burst_count`), so the number may be exceeded by
+a few."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8
 """Number of requests in a row after which all other tasks run, while the event loop is needed for
 other work."""
 
 MAX_BURST_BESIDE_READS: Final = 16
-"""Maximum number of requests that are taken before all other tasks run although the kernel has no
-request, while reads are in the queue of the kernel."""
+"""Number of requests in a row after which all other tasks run as soon as the kernel has no request,
+while reads are in the queue of the kernel."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -86,7 +89,7 @@ class SchedulerStatistics:
         ready: Requests that had arrived before a task waited for them.
         polled: Requests that arrived while the descriptor was polled.
         slept: How often the event loop slept to wait for a request.
-        yields: How often all other runnable tasks were let run.
+        yields: How often the other runnable tasks were allowed to run.
         failed_polls: How often the descriptor was polled for the full time without a request.
     """
 
@@ -119,7 +122,10 @@ class UnfairLock:
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        """Release the lock, and wake one waiter unless a woken waiter has not run yet."""
+        """Release the lock and wake one waiter.
+
+        No waiter is woken while a waiter that was woken earlier has not run yet.
+        """
         self._held = False
         if self._waiting and not self._woken:
             self._woken = True
@@ -160,12 +166,13 @@ class Scheduler:
         clock: Callable[[], float] = time.perf_counter,
         calls: HostCalls | None = None,
     ) -> None:
-        """Make a scheduler for the event loop that runs now; it has not waited for a request yet.
+        """Make a scheduler for the event loop that runs now.
 
         Args:
             poll_seconds: Maximum time to poll before the event loop sleeps; 0 to poll only once.
             clock: Returns the time in seconds.
-            calls: The calls whose end is noticed; None for those of the current event loop.
+            calls: Makes calls on host files; the scheduler asks it whether calls have ended.  None
+                for the object of the current event loop (`host_calls`).
         """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
@@ -176,7 +183,7 @@ class Scheduler:
         self._poller = select.poll()
         self._fd = -1
         self._closing = False
-        self._burst = 0
+        self._burst = 0  # requests that were taken since the other tasks ran last
 
     async def wait_readable(self, fd: int) -> None:
         """Wait until the kernel has a request on ``fd``.
@@ -194,7 +201,9 @@ class Scheduler:
         if self._poller.poll(0):
             statistics.ready += self._count_taken()
             if self._calls.has_finished():
-                # The tasks of these calls run when this task waits, at the latest after the burst.
+                # The tasks that wait for the finished calls become runnable.  They run when this
+                # task waits, at the latest after `MAX_BURST_BESIDE_OTHERS` requests in a row,
+                # because `_is_loop_needed` returns True until they have run.
                 self._calls.deliver()
             end_queued_reads()
             if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
@@ -203,11 +212,13 @@ class Scheduler:
         since = self._clock()
         if self._poll_beside_reads(since):
             statistics.polled += self._count_taken()
-            self._adaptive_poll.record(0.0, slept=False)
+            self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
             return
         await self._run_other_tasks()
         if self._adaptive_poll.seconds:
             end = since + self._adaptive_poll.seconds
+            # If a task waits for a call that has ended, `_poll` returns early.  The task runs, and
+            # polling goes on.
             while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:
@@ -219,7 +230,12 @@ class Scheduler:
         await self._sleep(fd, since)
 
     async def _sleep(self, fd: int, since: float) -> None:
-        """Let the event loop sleep until a request arrives; the wait for it began at ``since``."""
+        """Let the event loop sleep until a request arrives.
+
+        Args:
+            fd: The descriptor of the connection.
+            since: The time of the clock, in seconds, when the wait for the request began.
+        """
         self.statistics.slept += 1
         # If the event loop is needed for other work, it may run this task long after a request
         # has arrived.  So the length of such a wait is not the time until a request arrives, and
@@ -232,7 +248,8 @@ class Scheduler:
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
 
-        ``since`` is the time of the clock when the wait for the request began.
+        Args:
+            since: The time of the clock, in seconds, when the wait for the request began.
         """
         seconds = self._adaptive_poll.seconds
         if not seconds or self._burst >= MAX_BURST_BESIDE_READS or not queued_reads():
@@ -240,11 +257,12 @@ class Scheduler:
         return self._poll(since + seconds)
 
     def _count_taken(self) -> int:
-        """Count the request that has arrived, and those of bursts, in the row; return the number.
+        """Count requests that were taken since the last call, and return their number.
 
-        Other tasks run after a certain number of requests in a row.
+        The requests are the one that pyfuse3 takes next, and those that the extension itself has
+        taken.
         """
-        taken = 1 + burst_requests()
+        taken = 1 + take_burst_count()
         self._burst += taken
         return taken
 
@@ -261,7 +279,9 @@ class Scheduler:
         poll, clock, has_finished = self._poller.poll, self._clock, self._calls.has_finished
         while not (self._is_loop_needed() or self._closing):
             if has_finished():
-                # Polling goes on if no task waits for these calls, as for `HostCalls.start_read`.
+                # If a task waits for one of the finished calls, `deliver` makes the task runnable,
+                # so the event loop is needed, and polling ends.  Otherwise polling goes on, for
+                # example after the end of `HostCalls.start_read`.
                 self._calls.deliver()
                 continue
             end_queued_reads()
@@ -275,9 +295,8 @@ class Scheduler:
     def _is_loop_needed(self) -> bool:
         """Return whether the event loop is needed for other work, which polling would delay.
 
-        That is so if a thread of trio is running, whose end only the event loop notices, if
-        another task retries a read of a host file, or if a task whose call has finished has not
-        run yet.
+        The result is True if another task retries a read of a host file, if a task is runnable
+        because its call on a host file has ended, or if a thread of trio is running.
         """
         return (
             self._load.polled_reads > 0
@@ -302,7 +321,7 @@ class Scheduler:
         """Return whether the kernel has a request that no task has taken yet.
 
         The caller is about to keep the event loop busy.  So first the reads of the present burst
-        are passed to the kernel, and those that have ended are answered.
+        are passed to the kernel, and queued reads that have ended are answered.
 
         Before the first call of `wait_readable` the result is False, because the descriptor is
         not known yet.
@@ -313,7 +332,7 @@ class Scheduler:
     def notify_closing(self, fd: int) -> None:
         """End the call of `wait_readable` that waits for ``fd``; no later call waits.
 
-        Where a call would wait, it raises trio.ClosedResourceError instead.
+        A later call raises trio.ClosedResourceError where it would have to wait.
         """
         self._closing = True
         trio.lowlevel.notify_closing(fd)
