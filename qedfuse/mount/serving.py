@@ -114,7 +114,7 @@ class Server:
 
         Returns:
             An error if a forced unmount may have lost data; otherwise None.  In both cases the
-            caller must still close the disks, which makes the last changes durable.
+            caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -210,7 +210,8 @@ class Server:
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
-                    # The threads of deferred reads use descriptors that the caller closes next.
+                    # Deferred reads must end here, because their threads use descriptors that the
+                    # caller closes next.
                     await data_requests.drain()
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
@@ -220,7 +221,8 @@ class Server:
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
         """Log refusals of the default read-ahead and of the protection from memory pressure.
 
-        A read-only mount needs no protection, because the kernel has no dirty pages of the mount.
+        A missing protection of a read-only mount is not logged, because the kernel has no dirty
+        pages of such a mount.
 
         Args:
             readahead_failure: Why the read-ahead was not set; None if it was set.

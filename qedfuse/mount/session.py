@@ -90,9 +90,9 @@ class MountRequest:
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, serve until the mount is gone, and close the disks; return the exit code.
 
-    If a `QedError` is raised inside, it is logged, and the result is its exit code.  Any other
-    exception is raised to the caller.  Either is also added to the mount record, if there is one.
-    After this function has returned or raised, the process ignores signals.
+    A `QedError` is logged, and its exit code is the result.  Any other exception is raised to the
+    caller.  In both cases the error is also added to the mount record, if there is one.  After this
+    function has returned or raised, the process ignores signals.
 
     The caller must not have a second thread.  A second thread would not be protected from memory
     pressure.  A lock that the thread held during the fork of the launderer, a helper process,

@@ -209,7 +209,7 @@ class Shutdown:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
         If not all data could be made durable within `_FORCED_SYNC_SECONDS`, ``failure`` is set, and
-        the mount is detached all the same.
+        the mount is detached as well.
         """
         if self._disks.open_handles:
             _log.warning(

@@ -90,7 +90,7 @@ class RebaseCopy:
         ``start`` must not decrease.  Bad table entries count as data.
 
         If no data follows in any base, the result is the size of the disk, rounded down to whole
-        clusters, or ``start`` if that is larger.  So the caller compares a partial last cluster
+        clusters, or ``start``, whichever is larger.  So the caller compares a partial last cluster
         even if the cluster holds no data.  If a base is longer than the disk, the result may lie
         past the end of the disk.
 
