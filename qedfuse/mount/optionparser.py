@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.system.readahead import Readahead
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
-"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` is missing, because that
-flag also decides how images are opened, and so has a field of its own in `MountOptions`."""
+"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` has a field of its own in
+`MountOptions`, because ``ro`` also decides how images are opened."""
 
 _DROPPED: Final = frozenset(
     {

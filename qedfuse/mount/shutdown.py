@@ -3,7 +3,7 @@
 After the first signal, the server unmounts if the mount is idle.  While a loop device or a program
 has a disk open, the kernel refuses to unmount, and a forced unmount would cause I/O errors in the
 file system on that disk.  So the server makes all disks durable immediately, serves them until the
-last close, and then unmounts.  After the second signal, the server unmounts although disks are
+last close, and then unmounts.  After the second signal, the server unmounts even if disks are
 open.
 
 Each of the two signals starts a task in the nursery of the mount.  The caller must cancel the
@@ -40,8 +40,8 @@ _RETRY_SECONDS: Final = 1.0
 attempt earlier.  The attempts without a last close are needed because the kernel does not report
 when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Time after which a forced unmount no longer waits until the disks are durable.  A write-back
-cycle that is running then is still finished."""
+"""Maximum time for which a forced unmount waits until the disks are durable.  If a write-back cycle
+is running at the end of this time, the unmount also waits for the end of the cycle."""
 _FAILURES: Final = (OSError, QedError, RuntimeError)
 """Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
 is left for reading the mount table (OSError), or no thread can be started (RuntimeError)."""

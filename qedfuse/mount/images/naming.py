@@ -37,7 +37,7 @@ def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
     The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
-    two images may differ only in such a suffix.
+    two images may differ only in their suffix.
     """
     name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
     if name.endswith(_SUFFIX) and name != _SUFFIX:

@@ -20,9 +20,9 @@ _PROGRAM: Final = "qemu-img"
 _TRIAL_DISK_BYTES: Final = 1 << 20
 """Bytes of the disk of the trial image; every format of qemu-img allows this size."""
 _SPARSE_UNIT_BYTES: Final = 512
-"""qemu-img accepts only multiples of this for ``-S``."""
+"""Unit of the sizes that ``-S`` of qemu-img accepts."""
 _MAX_SPARSE_BYTES: Final = 16 << 20
-"""qemu-img accepts at most this for ``-S``."""
+"""Maximum size that ``-S`` of qemu-img accepts."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
 """The temporary directory's name begins with at most this many bytes of the image's name.
@@ -43,7 +43,7 @@ async def foreign_image(
     Args:
         path: Final name of the image.
         temporary: Path of an existing temporary file, which is replaced by the complete image.
-            The caller then renames the image from this path to ``path``.
+            The caller must rename the image from this path to ``path``.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0

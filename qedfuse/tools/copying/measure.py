@@ -30,8 +30,8 @@ class Measurement:
     """Space for a disk, in bytes.
 
     Attributes:
-        required: Space for the copy.  For QED this is the length of the file, and for raw
-            the bytes of data without holes.
+        required: Space for the copy: for QED the length of the file, for raw the bytes of data
+            without holes.
         fully_allocated: Space for the file after every byte of the disk has been written.
     """
 

@@ -58,8 +58,8 @@ class CommitResult:
         free_clusters: Number of free clusters that the commit has left in the file of a QED
             base, for example because the options limit the compaction.  0 if the number is
             unknown, and for a raw base.
-        between: Number of images between the overlay and the base.  Each of these images now
-            reads as a mixture of its old content and the overlay's content.
+        between: Number of images between the overlay and the base.  After the commit each image
+            between them reads as a mixture of its old content and the overlay's content.
     """
 
     base: str

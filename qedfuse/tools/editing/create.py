@@ -75,7 +75,7 @@ def create(
         backing: Name of the backing file, see `backing_path`; None for no backing file.
         backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
             is refused if a backing file is named.
-        unsafe: Do not open the backing file, which then need not exist.
+        unsafe: Do not open the backing file.  The backing file need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
         fill: Called with the temporary path of the image, before the image gets its name.  If
             ``fill`` raises an error, no image is created.

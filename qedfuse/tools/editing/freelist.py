@@ -44,8 +44,8 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 async def drop(path: str, options: OpenOptions | None = None) -> None:
     """Remove the list, if any, so that programs without support for free lists can open the image.
 
-    A check by such a program counts the clusters that were in the list as leaked.  qedfuse
-    finds these clusters again when it scans the tables.
+    A check by a program without support for free lists counts the clusters that were in the list
+    as leaked.  qedfuse finds the free clusters again when it scans the tables.
 
     Args:
         path: The image.
