@@ -59,7 +59,7 @@ class Announcement:
         self._pidfile = None if pidfile is None else PidFile(pidfile)
         if self._pidfile is not None and is_below(self._pidfile.path, mountpoint):
             _log.warning(
-                "the pid file %s lies under the mountpoint, which hides it",
+                "the mount hides the pid file %s, because the file lies under the mountpoint",
                 printable(self._pidfile.path),
             )
         self._record: MountRecordFile | None = None

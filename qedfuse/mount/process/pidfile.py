@@ -53,8 +53,6 @@ class PidFile:
             found = _status(path)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            # A special file is opened by its path, because the path may be a link in /proc, such
-            # as /dev/fd/N, and the target of such a link need not be in any directory.
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
@@ -64,6 +62,8 @@ class PidFile:
             self._was_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
+            # A special file itself is opened, because its path may be a link in /proc, such as
+            # /dev/fd/N, and the target of such a link need not be in any directory.
             self._handle = os.open(
                 path if self._is_special else directory,
                 flags if self._is_special else flags | os.O_DIRECTORY,
