@@ -32,10 +32,10 @@ polled as usual meanwhile.  This module itself notices the end of the call, in e
 that waits for the native thread runs when the kernel has no further request, and at the latest
 after about `MAX_BURST_BESIDE_OTHERS` requests.
 
-*Queued reads.*  Reads in the queue of the kernel (`_queuedread.c`) are answered between two
-requests and while the descriptor is polled.  The next request usually follows soon after the answer
-to a queued read.  So while the queue holds reads, the descriptor is polled before the other tasks
-run, unless `MAX_BURST_BESIDE_READS` requests in a row have been taken.
+Reads in the queue of the kernel (`_queuedread.c`) are answered between two requests and while the
+descriptor is polled.  The next request usually follows soon after the answer to a queued read.  So
+while the queue holds reads, the descriptor is polled before the other tasks run, unless
+`MAX_BURST_BESIDE_READS` requests in a row have been taken.
 """
 
 from __future__ import annotations
