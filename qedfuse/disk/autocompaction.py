@@ -39,9 +39,9 @@ class AutoCompaction:
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say, and make the result durable.
 
-        Does nothing if the options do not demand compaction.  Also does nothing if no table has
-        changed since the last successful run, because that run has done all that the limits
-        allow.  The caller must ensure that no request is running.
+        Does nothing if compaction is not due (`_is_due`).  Also does nothing if a run has ended
+        without an error and no table has changed since, because the limits are for both runs
+        together.  The caller must ensure that no request is running.
 
         A `QedError` ends the run.  It is logged as a warning and not raised; the file may then
         stay longer than necessary.  If the error has made the disk read-only, nothing is logged,

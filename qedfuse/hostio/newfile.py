@@ -153,9 +153,9 @@ class NewFile:
     def _take_name(self) -> None:
         """Rename the temporary file to the final name, unless a file of this name exists.
 
-        On a file system without hard links, an empty file gets the final name first.  The rename
-        replaces the file that has the name at that time.  If the rename fails, the empty file
-        stays.
+        On a file system without hard links, an empty file gets the final name first, and the
+        rename replaces it.  A file that another process puts in its place in between is lost.  If
+        the rename fails, the empty file stays.
 
         Raises:
             FileExistsError: A file of the final name exists.

@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import ZERO
 from tests.support.disks import WRITABLE, build_image, header_of, inspect_image, opened
@@ -146,6 +147,24 @@ async def test_change_that_comes_while_the_bit_is_cleared(
         assert not in_file(recording)
     assert all(bit_at_table_writes(recording))
     assert inspect_image(recording.content) == inspect_image(IMAGE)
+
+
+async def test_damage_that_is_found_during_the_clearing_keeps_it_set(
+    autojump_clock: MockClock,
+) -> None:
+    """If a read finds damage while the file is being cut, the bit stays set."""
+    recording = RecordingFile(IMAGE)
+    file = FailingFile(recording)
+    async with opened(file, options=IDLE) as disk:
+        await disk.write(CLUSTER, b"new")
+        with file.hold("truncate") as held:
+            await held.reached.wait()
+            assert autojump_clock.current_time() >= IDLE.needcheck_seconds
+            layer = disk.chain.layers[0]
+            assert isinstance(layer, QedLayer)
+            layer.mark_damaged()
+        await trio.sleep(60)
+    assert in_file(recording)
 
 
 @pytest.mark.expect_log("while clearing NEED_CHECK")

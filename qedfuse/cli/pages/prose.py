@@ -89,8 +89,9 @@ QEDFUSE_SIGNALS: Final = """\
 After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
 unmounts.  If a program has the disk open, the process serves the disk until the last
 close.  After a second signal the process does not wait for the last close: the mount ends
-within 10 seconds, or when a write to the host that has begun by then has ended.  If not
-everything is durable by then, the log says so and the exit code is 2.
+after at most 10 seconds.  If changes are just being written to the image then, it ends when
+these are written.  If the mount ends before everything is durable, the log says so and the
+exit code is 2.
 """
 
 QEDFUSE_EXAMPLES: Final = """\

@@ -164,8 +164,8 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns None if the slice is not in memory, or if its L2 table cannot be found because
-        the slice of the L1 table with its entry is not in memory or has a bad entry.  Returns
+        Returns None if the slice is not in memory.  Also returns None if the slice of the L1 table
+        that refers to the L2 table is not in memory, or has any bad entry.  Returns
         `TableCache.empty_slice` if there is no L2 table.
         """
         key = self.slice_keys.get(number)

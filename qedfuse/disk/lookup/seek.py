@@ -65,8 +65,8 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # A lookup does not go past the end of a slice of L2 entries of any layer.  So the
-            # lookup returns thousands of extents and not millions, even if all clusters are
+            # Limit the lookup to the slices of L2 entries, of all layers, in which ``start`` lies.
+            # So it returns thousands of extents and not millions, even if all clusters are
             # scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
@@ -99,8 +99,9 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
     If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where
-    the range of the next L1 entry that is not 0 begins.  Only the rest of the same slice of the L1
-    table is searched; if all entries in it are 0, the result is where its range ends.
+    the range of the next L1 entry that is not 0 begins.  The search for this entry ends with the
+    slice of the L1 table that has the entry for ``start``.  If the search finds nothing, the result
+    is the guest offset where the range of this L1 slice ends.
 
     Raises:
         HostError: The host cannot read a table.
@@ -117,7 +118,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 
 async def _past_data(chain: Chain, start: int) -> int:
-    """Return the guest offset where the data that the image itself has at ``start`` ends.
+    """Return the guest offset of the end of the data at ``start`` that the image itself has.
 
     Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad L2
     entries count as data.  Returns ``start`` if the image itself has no data there, or is raw.

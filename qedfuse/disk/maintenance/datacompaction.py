@@ -1,4 +1,4 @@
-"""Compaction of data clusters: the clusters past the target move to the lowest free ones.
+"""Compaction of data clusters: those at the end of the file move to the lowest free ones.
 
 The moves are counted, so that a compaction can stay within its limits and report its progress.
 """
@@ -96,9 +96,9 @@ class DataCompaction:
             last: None to move the data clusters up to the end of the file to the lowest free
                 clusters; a cluster stays if no lower one is free.  Otherwise only clusters
                 before ``last`` move, to free clusters at or past ``last``.
-            limited: Whether to stop reading tables once all owners are found, and to flush
-                more often.  If so, no table should lie at or past ``first``: its clusters would
-                count as clusters whose owners are still missing, so all tables would be read.
+            limited: Whether to flush more often, and to stop reading tables when an L2 entry has
+                been found for each used cluster from ``first`` on.  If so, no table should lie
+                there: no L2 entry refers to the clusters of a table, so all tables would be read.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
@@ -113,9 +113,9 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # `move_data` moves the clusters of a batch in the order of their table entries in the
-        # file, so that clusters of one table that are adjacent on the disk become adjacent in
-        # the file.
+        # `move_data` sorts a batch by the file offsets of the table entries.  So data clusters
+        # that follow each other on the disk, with entries in one table, follow each other in the
+        # file afterwards.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

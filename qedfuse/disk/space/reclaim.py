@@ -231,7 +231,10 @@ class Reclaim:
                     log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:
-        """Return the bits of a block of the map: set for each cluster that `run` may free."""
+        """Return which clusters of a block of a `FreeMap` `run` may free, as a mask of bits.
+
+        The mask is a negative number: all bits from the first trusted cluster on are set.
+        """
         untrusted = (
             (self._untrusted_end >> self._bits)
             + self._allocator.free.alignment

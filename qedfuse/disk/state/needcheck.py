@@ -86,8 +86,8 @@ class NeedCheck:
     def is_set(self) -> bool:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        The bit need not be durable yet.  False also while any change of the header is being
-        written, and after one has failed.
+        The bit need not be durable yet.  Also False while any change of the header is being
+        written, and after a failed change until another one has succeeded.
         """
         return self._header_store.value.need_check and self._header_store.persisted
 
@@ -122,13 +122,14 @@ class NeedCheck:
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
         # clusters there are only leaked.
         await self._length.truncate_tail()
-        # Tables may have changed during the cut, so `only_if` checks the conditions again.  The
-        # header write begins in the same step, so no change can begin in between.
+        # During the cut tables may have changed, or damage may have been found, so `only_if` checks
+        # both.  No other task runs between this check and the beginning of the header write.
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (
                 not (
                     self._changes_under_way
+                    or self._layer.damaged
                     or self._writeback.dirty_tables
                     or self._writeback.failure
                 )

@@ -80,10 +80,11 @@ def unmount_and_wait(
     deadline = Deadline(seconds)
     unmount_deadline = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
     waited = "" if seconds is None else f" (waited {seconds:g} s)"
+    tried = "" if seconds is None else f" (waited {max(seconds, _MIN_ATTEMPT_SECONDS):g} s)"
     try:
         mountpoint, entry, found = call_in_child(partial(_find, path), unmount_deadline.remaining())
     except TimeoutError:
-        msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{waited}"
+        msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{tried}"
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
     with _host_errors_explained(f"{shown}: not unmounted"):
@@ -98,7 +99,7 @@ def unmount_and_wait(
                     if found is None
                     else f"process {found.record.pid}"
                 )
-                msg = f"{shown}: not unmounted: {server} does not answer{waited}"
+                msg = f"{shown}: not unmounted: {server} does not answer{tried}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
             # The mount may have hidden its record from `_find`, so search again.  If there is no

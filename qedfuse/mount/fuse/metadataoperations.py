@@ -230,8 +230,8 @@ class MetadataOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # `blocks` must be what the kernel gets.  So it is set only now that no exception can
-        # replace the reply by an error.
+        # `ExportedDisk.blocks` must be the value that the kernel has cached.  So it is set at the
+        # end, when no exception can replace the reply by an error any more.
         for exported, blocks in sent:
             exported.blocks = blocks
 

@@ -85,6 +85,8 @@ class Operations(MetadataOperations):
             raise FUSEError(errno.EROFS)
         self._exported.handle_opened(exported, writer=writer)
         direct = self._direct_io
+        # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
+        # all writes do.
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= HANDLE_WRITER if writer else 0
         if direct and writer and (flags & os.O_DSYNC or self._sync):

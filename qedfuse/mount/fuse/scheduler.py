@@ -74,8 +74,9 @@ MAX_BURST_BESIDE_OTHERS: Final = 8
 other work."""
 
 MAX_BURST_BESIDE_READS: Final = 16
-"""Number of requests in a row after which all other tasks run as soon as the kernel has no request,
-while reads are in the queue of the kernel."""
+"""Maximum number of requests in a row after which the descriptor is polled before other tasks run,
+while reads are in the queue of the kernel.  After more requests, all other tasks run as soon as the
+kernel has no request."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -257,10 +258,9 @@ class Scheduler:
         return self._poll(since + seconds)
 
     def _count_taken(self) -> int:
-        """Count requests that were taken since the last call, and return their number.
+        """Count the next request of pyfuse3 and those of the extension; return their number.
 
-        The requests are the one that pyfuse3 takes next, and those that the extension itself has
-        taken.
+        The requests of the extension are those that it has taken since the last call.
         """
         taken = 1 + take_burst_count()
         self._burst += taken
@@ -280,8 +280,8 @@ class Scheduler:
         while not (self._is_loop_needed() or self._closing):
             if has_finished():
                 # If a task waits for one of the finished calls, `deliver` makes the task runnable,
-                # so the event loop is needed, and polling ends.  Otherwise polling goes on, for
-                # example after the end of `HostCalls.start_read`.
+                # so the event loop is needed, and polling ends.  Otherwise polling goes on: no task
+                # waits for a read of `HostCalls.start_read`, because a thread answers it.
                 self._calls.deliver()
                 continue
             end_queued_reads()
@@ -320,8 +320,8 @@ class Scheduler:
     def has_request(self) -> bool:
         """Return whether the kernel has a request that no task has taken yet.
 
-        The caller is about to keep the event loop busy.  So first the reads of the present burst
-        are passed to the kernel, and queued reads that have ended are answered.
+        The caller is about to keep the event loop busy.  So `end_queued_reads` is called first: it
+        passes reads that are not submitted yet to the kernel, and answers those that have ended.
 
         Before the first call of `wait_readable` the result is False, because the descriptor is
         not known yet.

@@ -46,9 +46,9 @@ class ConvertResult:
     Attributes:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
-        data_bytes: Bytes of the disk that were copied as data.  Zeros that become holes or zero
-            clusters do not count.  For a pipe zeros are counted in the same way, although a pipe
-            gets all zeros.
+        data_bytes: Bytes of the disk that were copied as data.  Blocks of zeros, which become
+            holes or zero clusters, do not count.  They do not count for a pipe either, although
+            they are written to the pipe.
     """
 
     size: int

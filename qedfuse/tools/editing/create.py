@@ -37,7 +37,7 @@ class CreateResult:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: The name of the backing file, as stored; None if the image has none.
-        backing_format: Format of the backing file; None if the image has none.
+        backing_format: Format of the backing file; meaningless if the image has none.
     """
 
     path: str

@@ -114,7 +114,7 @@ class Dump:
         if header is None:
             raise self.header.problems[-1].again()
         if header.l1_end > MAX_OFFSET:
-            found, expected = header.l1_table_offset, "a table that a file can hold"
+            found, expected = header.l1_table_offset, "an L1 table that ends within a file"
             raise HeaderError(self.name, "l1_table_offset", found, expected)
         return header
 
