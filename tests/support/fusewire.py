@@ -10,12 +10,15 @@ import ctypes
 import os
 import socket
 import struct
-from contextlib import suppress
-from typing import Final
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import pytest
 
 from qedfuse.mount.fuse import extraops
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 READ: Final = 15
 WRITE: Final = 16
@@ -184,3 +187,20 @@ class Wire:
             self._library.fuse_session_destroy(self._session)
             self._queue.close()
             self._open = False
+
+
+class Served(Protocol):
+    """What a test serves a session with."""
+
+    wire: Wire
+
+
+S = TypeVar("S", bound=Served)
+
+
+@contextmanager
+def session_of(served: S) -> Iterator[S]:
+    """Give ``served`` for the block; then detach the extension and end the session."""
+    yield served
+    extraops.end()
+    served.wire.close()

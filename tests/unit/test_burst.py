@@ -19,6 +19,7 @@ from tests.support.fusewire import (
     WRITE_SLOT,
     Operation,
     Wire,
+    session_of,
 )
 
 if TYPE_CHECKING:
@@ -78,10 +79,8 @@ class Server:
 @pytest.fixture
 def server() -> Iterator[Server]:
     """Serve a session, and end it."""
-    made = Server()
-    yield made
-    extraops.end()
-    made.wire.close()
+    with session_of(Server()) as made:
+        yield made
 
 
 def test_requests_that_the_kernel_has_follow_without_the_event_loop(server: Server) -> None:

@@ -14,6 +14,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
+from tests.support.fusewire import session_of
 from tests.support.readsession import CLUSTER, INODE, Session, Tables
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def session() -> Iterator[Session]:
     """Make a session, and end it."""
-    made = Session()
-    yield made
-    extraops.end()
-    made.wire.close()
+    with session_of(Session()) as made:
+        yield made
 
 
 @pytest.fixture

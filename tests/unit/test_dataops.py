@@ -21,6 +21,7 @@ from tests.support.fusewire import (
     WRITE_SLOT,
     Operation,
     Wire,
+    session_of,
 )
 
 if TYPE_CHECKING:
@@ -75,10 +76,8 @@ class Pyfuse3:
 @pytest.fixture
 def pyfuse3() -> Iterator[Pyfuse3]:
     """Make a session with operations of pyfuse3, and end it."""
-    made = Pyfuse3()
-    yield made
-    extraops.end()
-    made.wire.close()
+    with session_of(Pyfuse3()) as made:
+        yield made
 
 
 def serve(

@@ -30,6 +30,7 @@ from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_WRITER
 from qedfuse.mount.fuse.queuedreads import queued_reads
+from tests.support.fusewire import session_of
 from tests.support.readsession import CLUSTER, INODE, Session, Tables
 
 if TYPE_CHECKING:
@@ -122,10 +123,8 @@ def pipes() -> Iterator[Pipes]:
 @pytest.fixture
 def session() -> Iterator[Session]:
     """Make a session, and end it."""
-    made = Session()
-    yield made
-    extraops.end()
-    made.wire.close()
+    with session_of(Session()) as made:
+        yield made
 
 
 @pytest.fixture

@@ -78,13 +78,13 @@ def unmount_and_wait(
         QedError: The mount cannot be unmounted for another reason.
     """
     deadline = Deadline(seconds)
-    unmount_deadline = Deadline(None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS))
-    waited = "" if seconds is None else f" (waited {seconds:g} s)"
-    tried = "" if seconds is None else f" (waited {max(seconds, _MIN_ATTEMPT_SECONDS):g} s)"
+    attempt_seconds = None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS)
+    unmount_deadline = Deadline(attempt_seconds)
     try:
         mountpoint, entry, found = call_in_child(partial(_find, path), unmount_deadline.remaining())
     except TimeoutError:
-        msg = f"{printable(path)}: not unmounted: a mount on this path does not answer{tried}"
+        msg = f"{printable(path)}: not unmounted: a mount on this path does not answer"
+        msg += _waited(attempt_seconds)
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
     with _host_errors_explained(f"{shown}: not unmounted"):
@@ -99,7 +99,7 @@ def unmount_and_wait(
                     if found is None
                     else f"process {found.record.pid}"
                 )
-                msg = f"{shown}: not unmounted: {server} does not answer{tried}"
+                msg = f"{shown}: not unmounted: {server} does not answer{_waited(attempt_seconds)}"
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
             # The mount may have hidden its record from `_find`, so search again.  If there is no
@@ -124,7 +124,7 @@ def unmount_and_wait(
             if not server_process.wait(
                 deadline.remaining(), lambda line: report(f"{shown}: {line}")
             ):
-                msg = f"{shown}: {server_process.describe()}{waited}"
+                msg = f"{shown}: {server_process.describe()}{_waited(seconds)}"
                 raise UnmountFailedError(msg)
     finally:
         if pidfd is not None:
@@ -151,6 +151,11 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
         # caller has no access to the mount, or if the server has ended.
         found = None
     return mountpoint, entry, found
+
+
+def _waited(seconds: float | None) -> str:
+    """Return the end of a message that says how long was waited; empty without a limit."""
+    return "" if seconds is None else f" (waited {seconds:g} s)"
 
 
 @contextmanager
