@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import BackingPolicy, OpenOptions
-    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.hostio.hostfile import FileIdentity, HostFile
     from qedfuse.ondisk.header import Header
 
 
@@ -97,7 +97,7 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    seen = {_identity(file)}
+    seen = {file.identity}
     trusted = options.backing.trusted
     base: PosixFile | None = None
     try:
@@ -141,7 +141,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
             layer.file.close()
 
 
-def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
+def _record_base(base: PosixFile, image: str, seen: set[FileIdentity]) -> None:
     """Add a base to ``seen``, which has the identities of the image and of the bases above.
 
     ``image`` is the name of the file that names the base, for messages.
@@ -149,7 +149,7 @@ def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> Non
     Raises:
         BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
     """
-    identity = _identity(base)
+    identity = base.identity
     if identity in seen:
         msg = f"{image}: backing file {base.name}: found a loop in the chain"
         raise BackingError(msg)
@@ -224,12 +224,6 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
         )
         raise BackingError(msg)
     return is_qed(signature)
-
-
-def _identity(file: PosixFile) -> tuple[int, int]:
-    """Return the device and the inode of a file, which together identify the file."""
-    status = file.stat()
-    return status.st_dev, status.st_ino
 
 
 def _is_same_file(file: PosixFile, path: str) -> bool:

@@ -18,6 +18,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.regular import identity_of
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ async def _check_backing_file(overlay: str, source: str, options: MountOptions) 
         reason = os.strerror(error.errno or 0)
         msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"
         raise BackingError(msg) from error
-    if (actual.st_dev, actual.st_ino) != (expected.st_dev, expected.st_ino):
+    if identity_of(actual) != identity_of(expected):
         msg = (
             f"overlay {file.name}: found backing file {printable(base)}, "
             f"expected {printable(source)}"

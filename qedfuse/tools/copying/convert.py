@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
+from qedfuse.hostio.regular import identity_of
 from qedfuse.text import printable
 from qedfuse.tools.common.pipe import is_stream, open_stream
 from qedfuse.tools.copying.conversion import Conversion, RawStream
@@ -124,8 +125,8 @@ def _refuse_same_file(source: Source, target_path: str) -> None:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path
     except OSError:
         return
-    for depth, info in enumerate(source.files()):
-        if os.path.samestat(target, info):
+    for depth, file in enumerate(source.readers()):
+        if file.identity == identity_of(target):
             found = "a base of the source" if depth else "the source itself"
             msg = f"{printable(target_path)}: target: found {found}, expected another file"
             raise UsageError(msg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -108,7 +107,7 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
             raise BackingError(msg)
         async with AsyncExitStack() as stack:
             base = await stack.enter_async_context(open_source(path, found, options))
-            if not stat.S_ISREG(base.files()[0].st_mode):
+            if base.is_device:
                 msg = f"{printable(path)}: found a block device, expected a regular file"
                 raise BackingError(msg)
             opened = stack.pop_all()

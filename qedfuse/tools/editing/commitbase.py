@@ -12,6 +12,7 @@ from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError, ImageInUseError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
+from qedfuse.hostio.regular import identity_of
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
 
@@ -213,6 +214,6 @@ def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> No
     Raises:
         ImageInUseError: The two files are not the same.
     """
-    if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
+    if identity_of(found) != identity_of(expected):
         msg = f"{printable(path)}: found another file than when the path was opened before"
         raise ImageInUseError(msg)

@@ -14,19 +14,39 @@ from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import length_of, open_raw, status_of
+from qedfuse.hostio.regular import identity_of, length_of, open_raw, status_of
 from qedfuse.hostio.sparse import seek
+from qedfuse.hostio.systemcalls import read_all
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import probe_format
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
 """`RawSource.extents` stops when it has found at least this many extents."""
+
+
+class BlockingReader(Protocol):
+    """An open file for worker threads, which may wait: the part of `ReadableFile` for them."""
+
+    @property
+    def identity(self) -> FileIdentity:
+        """What distinguishes the file from all others; see `ReadableFile`."""
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.  Several
+        threads may call it at once.
+
+        Raises:
+            HostError: The file cannot be read.
+        """
 
 
 class Source(Protocol):
@@ -37,12 +57,14 @@ class Source(Protocol):
         format: ``raw`` or ``qed``.
         name: Name of the disk in messages, as printable text.
         path: Path of the file on the host.
+        is_device: Whether the disk is a block device.
     """
 
     size: int
     format: ImageFormat
     name: str
     path: str
+    is_device: bool
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, as extents in order and without gaps.
@@ -58,14 +80,11 @@ class Source(Protocol):
             HostError: The host cannot read a file.
         """
 
-    def descriptor(self, depth: int, /) -> int:
-        """Return the descriptor of the file of the layer at ``depth``.
+    def readers(self) -> Sequence[BlockingReader]:
+        """Return the open files of all layers, by depth.
 
-        The file offsets of data extents with that depth refer to this file.
+        The file offset of a data extent refers to the file at the extent's depth.
         """
-
-    def files(self) -> list[os.stat_result]:
-        """Return the file attributes (stat(2)) of all layers, by depth."""
 
 
 class RawSource:
@@ -79,6 +98,7 @@ class RawSource:
         self.path = path
         self.name = printable(path)
         self.size = length_of(fd, self.name)
+        self.is_device = not stat.S_ISREG(status_of(fd, self.name).st_mode)
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return the data and holes of a range, or of its beginning; see `Source.extents`."""
@@ -108,13 +128,21 @@ class RawSource:
         found = seek(self._fd, offset, whence)
         return end if found is None else min(found, end)
 
-    def descriptor(self, _depth: int, /) -> int:
-        """Return the descriptor of the only file."""
-        return self._fd
+    def readers(self) -> Sequence[BlockingReader]:
+        """Return the source itself, which is its only file."""
+        return [self]
 
-    def files(self) -> list[os.stat_result]:
-        """Return the file attributes (stat(2)) of the only file."""
-        return [status_of(self._fd, self.name)]
+    @property
+    def identity(self) -> FileIdentity:
+        """The device and the inode of the file."""
+        return identity_of(status_of(self._fd, self.name))
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Read from the file; see `BlockingReader.read_blocking`."""
+        try:
+            return read_all(self._fd, offset, view)
+        except OSError as error:
+            raise HostError.from_os(error, self.name, "read") from error
 
 
 @asynccontextmanager
@@ -151,8 +179,9 @@ async def open_source(
         return
     fd = open_raw(path, os.O_RDONLY)
     try:
-        if options.lock and stat.S_ISREG(status_of(fd, printable(path)).st_mode):
+        source = RawSource(fd, path)
+        if options.lock and not source.is_device:
             lock_image(fd, LockMode.to_read(share=options.force_share), printable(path))
-        yield RawSource(fd, path)
+        yield source
     finally:
         os.close(fd)
