@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
+from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
     BackingError,
@@ -21,11 +22,13 @@ from qedfuse.errors import (
     CorruptImageError,
     HostError,
     ImageError,
+    UsageError,
 )
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.remote.address import is_below, is_url, parse_address
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.hostio.hostfile import FileIdentity, HostFile
     from qedfuse.ondisk.header import Header
+    from qedfuse.remote.options import RemoteOptions
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
@@ -45,7 +49,8 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
     Raises:
         CorruptImageError: The image ends before the end of the name.
-        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:``.
+        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:`` that
+            is no URL.
         HostError: The host cannot read the image.
     """
     size = header.backing_filename_size
@@ -56,7 +61,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
     if b"\0" in raw:
         msg = f"{file.name}: backing file name: found a NUL byte in {printable(raw)}"
         raise BackingRefusedError(msg)
-    if has_protocol(raw):
+    if has_protocol(raw) and not is_url(os.fsdecode(raw)):
         msg = (
             f"{file.name}: backing file {printable(raw)}: found a protocol, expected a plain "
             "path (a file whose name has a colon is written ./NAME)"
@@ -67,7 +72,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
 async def open_bases(
     path: str,
-    file: PosixFile,
+    file: HostFile,
     header: Header,
     options: OpenOptions,
     store: SliceStore,
@@ -99,18 +104,18 @@ async def open_bases(
     layers: list[Layer] = []
     seen = {file.identity}
     trusted = options.backing.trusted
-    base: PosixFile | None = None
+    base: HostFile | None = None
     try:
         while header.has_backing:
             if name is None:
                 name = await read_backing_name(file, header)
             path = backing_path(path, name, options.backing.working_directory)
-            base = open_base(path, file, options.backing, trusted)
+            base = await open_base(path, file, options, trusted)
             trusted = name = None
             _record_base(base, file.name, seen)
             qed = await _is_qed(base, file.name, header, options.backing)
-            if options.lock:
-                lock_image(base.fd, LockMode.READ if qed else LockMode.BASE, base.name)
+            if options.lock and base.fileno() >= 0:
+                lock_image(base.fileno(), LockMode.READ if qed else LockMode.BASE, base.name)
             if not qed:
                 layers.append(RawLayer(base))
                 break
@@ -141,7 +146,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
             layer.file.close()
 
 
-def _record_base(base: PosixFile, image: str, seen: set[FileIdentity]) -> None:
+def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
     """Add a base to ``seen``, which has the identities of the image and of the bases above.
 
     ``image`` is the name of the file that names the base, for messages.
@@ -162,20 +167,56 @@ def _record_base(base: PosixFile, image: str, seen: set[FileIdentity]) -> None:
     seen.add(identity)
 
 
-def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
+async def open_base(
+    path: str, image: HostFile, options: OpenOptions, trusted: str | None
+) -> HostFile:
     """Open one backing file of ``image``, if the policy allows it.
 
-    ``trusted`` is a path that is allowed even in another directory, unless the mode is
-    ``none``; None for no such path.
+    ``trusted`` is a path or URL that is allowed wherever it is, unless the mode is ``none``; None
+    for no such path.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
         BackingRefusedError: The policy forbids the file.
     """
-    shown = printable(path)
-    if policy.mode == "none":
-        msg = f"{image.name}: backing file {shown}: refused by backing=none"
+    if options.backing.mode == "none":
+        msg = f"{image.name}: backing file {printable(path)}: refused by backing=none"
         raise BackingRefusedError(msg)
+    if is_url(path):
+        return await _open_url_base(path, image, options.remote, trusted)
+    if is_url(image.path):
+        msg = (
+            f"{image.name}: backing file {printable(path)}: refused: found a local file, expected "
+            "a URL, as the image is one"
+        )
+        raise BackingRefusedError(msg)
+    return _open_local_base(path, image, options.backing, trusted)
+
+
+async def _open_url_base(
+    url: str, image: HostFile, remote: RemoteOptions, trusted: str | None
+) -> HostFile:
+    """Open a backing file that is a URL, if the user allows it; see `open_base`."""
+    try:
+        address = parse_address(url)
+        is_trusted = trusted is not None and is_url(trusted) and parse_address(trusted) == address
+        if not is_trusted and not any(is_below(address, prefix) for prefix in remote.allowed):
+            msg = (
+                f"{image.name}: backing file {address.shown}: refused: found a URL, expected a "
+                f"local file (allow it with backing_url={address.scheme}://{address.host}/)"
+            )
+            raise BackingRefusedError(msg)
+        return await open_url(url, remote)
+    except (HostError, UsageError) as error:
+        msg = f"{image.name}: backing file {error}"
+        raise BackingError(msg) from error
+
+
+def _open_local_base(
+    path: str, image: HostFile, policy: BackingPolicy, trusted: str | None
+) -> HostFile:
+    """Open a backing file that is a local file, if the policy allows it; see `open_base`."""
+    shown = printable(path)
     try:
         base = PosixFile.open(path)
     except (HostError, ImageError) as error:
@@ -199,7 +240,7 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
     raise BackingRefusedError(msg)
 
 
-async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
+async def _is_qed(base: HostFile, image: str, header: Header, policy: BackingPolicy) -> bool:
     """Return whether a base is a QED image rather than raw.
 
     If the user has given a format, the format decides.  Otherwise the base is raw if the header of

@@ -10,6 +10,7 @@ from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import parse_header
+from qedfuse.remote.address import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,16 +33,18 @@ def lacks_path(name: bytes) -> bool:
 
 
 def backing_path(image: str, name: str, directory: str = "") -> str:
-    """Return the path of the backing file that an image names, without any I/O.
+    """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name is relative to the directory of the image.  A path after ``file:`` is
-    relative to the working directory, as in QEMU.
+    A plain name is relative to the directory of the image, even if that is part of a URL.  A path
+    after ``file:`` is relative to the working directory, as in QEMU.
 
     Args:
-        image: The path of the image.
-        name: The name in the image: a plain path, or a path after ``file:``.
+        image: The path or URL of the image.
+        name: The name in the image: a plain path, a path after ``file:``, or a URL.
         directory: The working directory; empty for the working directory of the process.
     """
+    if is_url(name):
+        return name
     if name.startswith(_FILE):
         return os.path.join(directory, name.removeprefix(_FILE))  # noqa: PTH118  no I/O
     return os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  no I/O

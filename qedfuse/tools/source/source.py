@@ -42,7 +42,7 @@ class BlockingReader(Protocol):
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.  Several
-        threads may call it at once.
+        threads may call it concurrently.
 
         Raises:
             HostError: The file cannot be read.
