@@ -100,7 +100,7 @@ def _open_cache(
 def _complete_entry(
     directory: CacheDirectory | None, address: Address, error: RemoteError
 ) -> tuple[Version, UnitFile] | None:
-    """Return the last used complete entry of an object; None if there is none, or the server has answered."""
+    """Return the last used complete entry of an object; None if the server has answered."""
     if directory is None or error.errno not in _UNREACHABLE:
         return None
     for version, entry in directory.complete_entries(address):

@@ -1,4 +1,5 @@
-"""A web server of the tests' own, which serves one object by ranges and does wrong what a test asks.
+"""A web server of the tests' own, which serves one object and makes the faults that a test asks for.
+
 
 A real server is faultless most of the time.  This one breaks its promises in one way at a time, and
 counts how often it did, so that a test can assert that its fault has struck.
@@ -167,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._serve(fault)
 
-    def _serve(self, fault: Fault | None) -> None:
+    def _serve(self, fault: Fault | None) -> None:  # noqa: C901, PLR0912  one branch a fault
         """Send the range, wrongly if there is a fault."""
         state = self.server_state
         content, etag = state.content, state.etag
