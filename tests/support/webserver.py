@@ -1,5 +1,4 @@
-"""A web server of the tests' own, which serves one object and makes the faults that a test asks for.
-
+"""A web server of the tests, which serves one object and makes the faults that a test asks for.
 
 A real server is faultless most of the time.  This one breaks its promises in one way at a time, and
 counts how often it did, so that a test can assert that its fault has struck.
