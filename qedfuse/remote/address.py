@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
@@ -21,7 +22,7 @@ WEB: Final = ("https", "http")
 """Schemes of web servers."""
 
 _PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
+_HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _ALLOWED: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x1f\x7f/\\]")
@@ -115,8 +116,9 @@ def is_below(address: Address, prefix: Address) -> bool:
     """Return whether a prefix, which ends with a whole name of the path, allows an address."""
     if (address.scheme, address.host) != (prefix.scheme, prefix.host):
         return False
-    directory = prefix.path.rstrip("/")
-    return not directory or address.path == directory or address.path.startswith(directory + "/")
+    if not prefix.path or address.path == prefix.path:
+        return True
+    return address.path.startswith(prefix.path.removesuffix("/") + "/")
 
 
 def _parse(text: str) -> Address:
@@ -138,7 +140,12 @@ def _parse(text: str) -> Address:
     if scheme in STORES:
         if port is not None:
             raise _invalid(text, "port", str(port), "none after the name of a bucket")
-        return Address(scheme, host, _path(text, parts.path), version=_version(text, parts.query))
+        path = _path(text, parts.path)
+        try:
+            unquote_to_bytes(path).decode()
+        except UnicodeDecodeError:
+            raise _invalid(text, "path", "bytes that are no UTF-8", "the name of a key") from None
+        return Address(scheme, host, path, version=_version(text, parts.query))
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
     return Address(scheme, host, _path(text, parts.path), parts.query)
@@ -153,7 +160,9 @@ def _host(text: str, authority: str, host: str) -> str:
     if "@" in authority:
         raise _invalid(text, "user", "one", "none (credentials come from the environment)")
     host = host.lower()
-    if ":" in host:
+    if "[" in authority or ":" in host:
+        with suppress(ValueError):
+            return f"[{ipaddress.IPv6Address(host).compressed}]"
         host = f"[{host}]"
     if not _HOST.fullmatch(host):
         raise _invalid(text, "host", host or "none", "a host name or an IP address")
@@ -191,6 +200,8 @@ def _version(text: str, query: str) -> str:
 
 
 def _invalid(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a URL; the query, which may be a secret, is not shown."""
-    shown = printable(text.partition("?")[0])
+    """Return the error for a URL; the query and the user, which may be secrets, are not shown."""
+    # A password may contain each character that would end the user in a valid URL.
+    shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
+    shown = printable(shown)
     return UsageError(f"{shown}: URL {field}: found {found}, expected {expected}")

@@ -35,6 +35,13 @@ class Version:
             return f"etag {self.etag}"
         return "" if self.modified is None else f"modified {self.modified:.0f}"
 
+    def is_same(self, other: Version) -> bool:
+        """Return whether the content is the same, as far as size and validator show.
+
+        With an entity tag, the time does not count: servers of one object may differ in it.
+        """
+        return (self.size, self.validator) == (other.size, other.validator)
+
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:

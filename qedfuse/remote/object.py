@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MAX_SIZE: Final = 64 << 40
+"""Maximum size of an object: each unit takes a byte of memory and eight of the cache's map."""
 _MAX_ATTEMPTS: Final = 5
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
@@ -52,7 +54,7 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # The last attempt can begin just before the time is over.
+        # The last attempt can begin just before the time is over, and credentials are renewed once.
         self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
         self._total_seconds = deadlines.total_seconds
         self._closed = threading.Event()
@@ -124,6 +126,9 @@ def open_object(
             nothing that distinguishes versions of the object.
     """
     version = _repeated(address, client, client.head, deadlines.total_seconds, threading.Event())
+    if version.size > _MAX_SIZE:
+        msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
+        raise RemoteError(msg, errno.EFBIG)
     if not version.validator and not address.version and not allow_unpinned:
         msg = (
             f"{address.shown}: found neither a strong ETag nor a Last-Modified header, expected one"

@@ -6,10 +6,11 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import CacheError, RemoteError
+from qedfuse.errors import CacheError, HostError, RemoteError
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.fetcher import Fetcher
+from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.object import RemoteObject, make_client, open_object
 from qedfuse.remote.remotefile import RemoteFile
 
@@ -34,6 +35,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     Raises:
         RemoteError: The object is missing or cannot be read.
         CacheError: The directory that ``options`` name cannot be used.
+        HostError: The host has no further descriptor.
         UsageError: The address is not allowed.
     """
     client = make_client(
@@ -61,8 +63,15 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
         source = RemoteObject(address, client, version, options.deadlines)
     else:
         cache = _open_cache(directory, address, source.version)
+    local = None
+    if cache is not None:
+        try:
+            local = LocalData(cache)
+        except OSError as error:
+            cache.close()
+            raise HostError.from_os(error, address.shown, "open the cache") from error
     fetcher = Fetcher(source, cache, directory.make_room if directory else None)
-    return RemoteFile(source, fetcher, cache)
+    return RemoteFile(source, fetcher, local)
 
 
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
@@ -71,8 +80,8 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
     Raises:
         CacheError: The directory that the user has named cannot be used.
     """
-    path = options.cache_directory or default_directory()
     try:
+        path = options.cache_directory or default_directory()
         return CacheDirectory(CacheOptions(path, options.cache_bytes))
     except CacheError as error:
         if options.cache_directory is not None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.errors import HostError
-from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 from qedfuse.remote.unitfile import UNIT_BYTES
 
@@ -22,9 +20,10 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import Buffer, FileIdentity
     from qedfuse.hostio.readpolicy import ReadPolicy
-    from qedfuse.remote.fetcher import Fetcher, Flight
+    from qedfuse.remote.fetcher import Fetcher
+    from qedfuse.remote.flight import Flight
+    from qedfuse.remote.localdata import LocalData
     from qedfuse.remote.object import RemoteObject
-    from qedfuse.remote.unitfile import UnitFile
 
 _BLOCK_BYTES = 512
 """The unit of ``st_blocks``."""
@@ -38,13 +37,13 @@ class RemoteFile(ReadOnlyFile):
         fetcher: Fetches what is not in the cache.
     """
 
-    def __init__(self, source: RemoteObject, fetcher: Fetcher, cache: UnitFile | None) -> None:
+    def __init__(self, source: RemoteObject, fetcher: Fetcher, local: LocalData | None) -> None:
         """Read an object; `qedfuse.remote.opening.open_remote` makes the arguments.
 
         Args:
             source: The object.
-            fetcher: Fetches from ``source`` into ``cache``; the file closes it.
-            cache: Where the fetcher keeps units; None for no place.
+            fetcher: Fetches from ``source``; the file closes it.
+            local: The data of the fetcher's cache, which the file closes; None for no cache.
         """
         super().__init__(source.address.shown)
         self.path = source.address.url
@@ -53,11 +52,7 @@ class RemoteFile(ReadOnlyFile):
         self._size = source.version.size
         self._opened = time.time()
         self._last_unit = -1  # the unit of the last read, for which the fetcher was asked already
-        # A descriptor of its own, because the fetcher closes that of the cache if it is damaged.
-        self._local: PosixFile | None = None
-        if cache is not None:
-            fd = os.dup(cache.data_fd)
-            self._local = PosixFile(fd, os.path.join(cache.path, "data"), writable=False)  # noqa: PTH118
+        self._local = local
 
     @property
     def read_policy(self) -> ReadPolicy | None:
@@ -100,9 +95,7 @@ class RemoteFile(ReadOnlyFile):
                 part = view[start - offset : start - offset + count]
                 if block is not None:
                     part[:] = block
-                elif await self._read_cached(start, part):
-                    pass
-                else:
+                elif not await self._read_cached(start, part):
                     break
                 at = start - offset + count
         return length
@@ -134,12 +127,13 @@ class RemoteFile(ReadOnlyFile):
         Returns False if a byte is not in the cache or not in memory, or if the file ends before the
         view is full.  The content of ``view`` is undefined then.
         """
-        first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
-        if self._local is None or not self._is_ready(first, last):
+        end = offset + len(view)
+        first, last = offset // UNIT_BYTES, (end - 1) // UNIT_BYTES
+        if self._local is None or end > self._size or not self._is_ready(first, last):
             return False
         if first != self._last_unit:
             self._last_unit = last
-            self.fetcher.demand(first, last)
+            self.fetcher.record_read(first, last)
         return self._local.try_read(offset, view)
 
     def try_start_read(
@@ -186,7 +180,7 @@ class RemoteFile(ReadOnlyFile):
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache; of ``/`` without a cache."""
-        return os.statvfs("/" if self._local is None else self._local.fd)
+        return os.statvfs("/") if self._local is None else self._local.statvfs()
 
     def close(self) -> None:
         """Close the file; reads that are waiting fail.  A second call does nothing."""
@@ -234,28 +228,26 @@ class RemoteFile(ReadOnlyFile):
 
     async def _read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the cache; return False if the cache has lost the bytes."""
-        local = self._local
-        if local is None:
-            return False
-        try:
-            done = await local.pread_into(offset, view)
-        except HostError:
-            done = 0
-        return self._is_whole(done, view)
+        is_read = (
+            self._local is not None
+            and self._covers(offset, view)
+            and await self._local.read(offset, view)
+        )
+        if not is_read:
+            self.fetcher.discard_cache()
+        return is_read
 
     def _read_cached_blocking(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the cache in a thread; see `_read_cached`."""
-        local = self._local
-        if local is None:
-            return False
-        try:
-            done = local.read_blocking(offset, view)
-        except HostError:
-            done = 0
-        return self._is_whole(done, view)
-
-    def _is_whole(self, done: int, view: memoryview) -> bool:
-        """Return whether a read was complete; if not, use the cache no longer."""
-        if done < len(view):
+        is_read = (
+            self._local is not None
+            and self._covers(offset, view)
+            and self._local.read_blocking(offset, view)
+        )
+        if not is_read:
             self.fetcher.discard_cache()
-        return done == len(view)
+        return is_read
+
+    def _covers(self, offset: int, view: memoryview) -> bool:
+        """Return whether the cache has all units of a range, and none was discarded meanwhile."""
+        return self._is_ready(offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES)

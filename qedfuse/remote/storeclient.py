@@ -68,7 +68,7 @@ class StoreClient:
             options["if_match"] = version.etag
         result = self._get(options)
         # The server may have ignored the condition, so its answer is compared as well.
-        if _version(result.meta) != version:
+        if not _version(result.meta).is_same(version):
             raise ChangedError
         try:
             content = result.bytes()

@@ -4,12 +4,18 @@ The content is divided into *units* of 256 KiB, each with a checksum in a second
 unit counts only after its bytes were read and compared with the checksum in this process.  So
 nothing needs an order of writes, a datasync or a journal: what a crash, a full disk or another
 program has damaged differs from its checksum, and is fetched again.
+
+The data file is one byte longer than the object, and nothing writes that byte.  So a file that was
+cut while it is in use never has its length again, although later writes leave holes in it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
+import shutil
 import stat
 import struct
 import threading
@@ -30,8 +36,13 @@ _MAP_ENTRY: Final = struct.Struct("<II")
 _PRESENT: Final = 0x51454455
 """Marks an entry of the map in use, so that a hole of the map is no checksum."""
 
+_UNWRITTEN_BYTES: Final = 1
+"""Bytes at the end of the data file that are never written."""
+
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
+NEW_PREFIX: Final = "new-"
+"""How the names of directories begin in which an entry is being made or removed."""
 
 
 class UnitFile:
@@ -45,6 +56,7 @@ class UnitFile:
     Attributes:
         path: The directory of the entry.
         data_fd: The descriptor of the data, valid until `close`.
+        file_bytes: The length of the data file.
         units: Number of units.
     """
 
@@ -52,6 +64,7 @@ class UnitFile:
         """Take over the open files of an entry for an object of ``size`` bytes."""
         self.path = path
         self.data_fd = data_fd
+        self.file_bytes = size + _UNWRITTEN_BYTES
         self.units = units_of(size)
         self._map_fd = map_fd
         self._size = size
@@ -70,7 +83,7 @@ class UnitFile:
         data_fd = os.open(os.path.join(path, DATA_NAME), flags)  # noqa: PTH118  str paths
         try:
             fcntl.flock(data_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            _expect_file(data_fd, size)
+            _expect_file(data_fd, size + _UNWRITTEN_BYTES)
             map_fd = os.open(os.path.join(path, MAP_NAME), flags)  # noqa: PTH118  str paths
         except BaseException:
             os.close(data_fd)
@@ -107,12 +120,15 @@ class UnitFile:
         """Store the content of a unit.
 
         Raises:
-            OSError: The host refused, or the files were closed (EBADF).
+            OSError: The host refused, the files were closed (EBADF), or the data file was cut
+                (EBADMSG).
         """
         if not self._enter():
-            raise OSError(9, os.strerror(9))
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             _write(self.data_fd, content, unit * UNIT_BYTES)
+            if os.lseek(self.data_fd, 0, os.SEEK_END) != self.file_bytes:
+                raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
             entry = _MAP_ENTRY.pack(_checksum(unit, content), _PRESENT)
             _write(self._map_fd, entry, unit * _MAP_ENTRY.size)
         finally:
@@ -190,7 +206,8 @@ def make_files(directory: str, size: int) -> None:
         OSError: The host refused.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    for name, length in ((DATA_NAME, size), (MAP_NAME, units_of(size) * _MAP_ENTRY.size)):
+    lengths = {DATA_NAME: size + _UNWRITTEN_BYTES, MAP_NAME: units_of(size) * _MAP_ENTRY.size}
+    for name, length in lengths.items():
         fd = os.open(os.path.join(directory, name), flags, 0o600)  # noqa: PTH118  str paths
         try:
             os.ftruncate(fd, length)
@@ -198,24 +215,40 @@ def make_files(directory: str, size: int) -> None:
             os.close(fd)
 
 
+def set_aside(path: str) -> None:
+    """Give an entry that cannot be used another name, and remove it if no process has it open.
+
+    Processes that have it open go on with the files that they have.
+
+    Raises:
+        OSError: The host refused.
+    """
+    remove_entry(_renamed(path))
+
+
 def remove_entry(path: str) -> bool:
     """Remove an entry that no process has open; return whether that was done.
 
-    The host may refuse; then a part of the entry may be left.
+    The host may refuse; then a part of the entry may be left, under another name.
     """
     try:
         fd = os.open(os.path.join(path, DATA_NAME), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # noqa: PTH118  str paths
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         fd = -1
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            return False
+        fd = -1  # no file that a process could have open as an entry
     try:
         if fd >= 0:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A process that opens the data now waits for no lock, but finds the entry busy.
-        for name in os.listdir(path):  # noqa: PTH208  str paths
-            os.unlink(os.path.join(path, name))  # noqa: PTH108, PTH118  str paths
-        os.rmdir(path)  # noqa: PTH106  str paths
+        # From here on a process that opens the data waits for no lock, but finds the entry busy.
+        # It is renamed first, so that the files of a new entry of the same name are never removed.
+        aside = _renamed(path)
+        if os.path.isdir(aside) and not os.path.islink(aside):  # noqa: PTH112, PTH114  str paths
+            shutil.rmtree(aside)
+        else:
+            os.unlink(aside)  # noqa: PTH108  str paths
     except OSError:
         return False
     finally:
@@ -224,6 +257,17 @@ def remove_entry(path: str) -> bool:
     with suppress(OSError):
         os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120  only if it is empty
     return True
+
+
+def _renamed(path: str) -> str:
+    """Give an entry a new name, by which no process looks for it; return the name.
+
+    Raises:
+        OSError: The host refused.
+    """
+    aside = os.path.join(os.path.dirname(path), NEW_PREFIX + secrets.token_hex(8))  # noqa: PTH118, PTH120
+    os.rename(path, aside)  # noqa: PTH104  str paths
+    return aside
 
 
 def _expect_file(fd: int, length: int) -> None:
@@ -235,7 +279,7 @@ def _expect_file(fd: int, length: int) -> None:
         or status.st_uid != os.geteuid()
         or not status.st_nlink
     ):
-        raise OSError(74, os.strerror(74))
+        raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
 
 
 def _checksum(unit: int, content: Buffer) -> int:

@@ -6,13 +6,14 @@ so a server cannot make its clients read from other machines.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from contextlib import contextmanager, suppress
 from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urljoin
+from urllib.parse import urldefrag, urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -28,6 +29,7 @@ from qedfuse.remote.client import (
     UnusableError,
     Version,
 )
+from qedfuse.remote.deadline import make_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,11 +39,17 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions
 
+# Records of these loggers contain URLs with their queries, which may be secrets.
+for _name in ("urllib3.connection", "urllib3.connectionpool"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
 _MAX_REDIRECTS: Final = 5
 _MAX_CONNECTIONS: Final = 16
 _MAX_DRAINED_BYTES: Final = 1 << 16
 """Maximum rest of an answer that is read for the sake of the connection."""
-_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_CONTENT_RANGE: Final = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
+_ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
+"""A strong or weak tag, with or without its quotes; one with other characters is not sent back."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 425, 429)
 """Statuses below 500 with which a server asks for another attempt."""
@@ -51,7 +59,11 @@ class WebClient:
     """Reads one object of a web server."""
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
-        """Read the object at ``address``; the first connection is made by the first call."""
+        """Read the object at ``address``; the first connection is made by the first call.
+
+        Raises:
+            UnusableError: The environment names a proxy that cannot be used.
+        """
         self._address = address
         self._options = options
         # Where the last redirection led; another thread may replace it at any time.
@@ -66,10 +78,12 @@ class WebClient:
         """
         with self._open({"Range": "bytes=0-0"}) as response:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            # Only an empty object has no first byte.
+            is_empty = response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
             if (
-                response.status
-                not in {HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
+                (response.status != HTTPStatus.PARTIAL_CONTENT and not is_empty)
                 or match is None
+                or is_empty != (match[3].strip("0") == "")
             ):
                 raise _no_ranges(response)
             return _version(response, int(match[3]))
@@ -81,7 +95,6 @@ class WebClient:
             headers["If-Match"] = version.etag
         elif version.modified is not None:
             headers["If-Unmodified-Since"] = formatdate(version.modified, usegmt=True)
-        end = time.monotonic() + self._options.attempt_seconds
         with self._open(headers) as response:
             match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -89,13 +102,13 @@ class WebClient:
             if response.status != HTTPStatus.PARTIAL_CONTENT or match is None:
                 raise _no_ranges(response)
             # The server may have ignored the condition, so its answer is compared as well.
-            if _version(response, int(match[3])) != version:
+            if not _version(response, int(match[3])).is_same(version):
                 raise ChangedError
             if (match[1], match[2]) != (str(offset), str(offset + length - 1)):
                 found = f"the range {match[1]}-{match[2]}"
                 msg = f"found {found}, expected {offset}-{offset + length - 1}"
                 raise AttemptError(msg)
-            return _body(response, length, end)
+            return _body(response, length)
 
     def renew(self) -> None:
         """Forget where the last redirection led, because a signed target expires."""
@@ -108,21 +121,38 @@ class WebClient:
         At the end of the block the connection is used again if the body was read to its end, and
         closed if not.
         """
+        end = time.monotonic() + self._options.attempt_seconds
         target = self._target
+        is_remembered = target != self._address
+        # If anything fails, the next attempt asks where to read again.
+        self._target = self._address
         for _ in range(_MAX_REDIRECTS):
-            with self._request(target, headers) as response:
+            with self._request(target, headers, end) as response:
                 if response.status not in _REDIRECTS:
-                    self._target = target
-                    self._refuse(response)
+                    try:
+                        self._refuse(response)
+                    except (MissingError, UnusableError) as error:
+                        if is_remembered:
+                            msg = f"{target.shown}: found HTTP status {response.status}"
+                            raise AttemptError(msg) from error
+                        raise
                     yield response
+                    self._target = target
                     return
                 target = self._redirected(target, response.headers.get("Location", ""))
+                is_remembered = False
         msg = f"found more than {_MAX_REDIRECTS} redirections"
         raise UnusableError(msg)
 
     @contextmanager
-    def _request(self, target: Address, headers: dict[str, str]) -> Iterator[BaseHTTPResponse]:
-        """Make one request without following a redirection; yield the response."""
+    def _request(
+        self, target: Address, headers: dict[str, str], end: float
+    ) -> Iterator[BaseHTTPResponse]:
+        """Make one request without following a redirection; yield the response.
+
+        The response must be read before the moment ``end``.
+        """
+        seconds = max(end - time.monotonic(), 0.001)
         try:
             response = self._pool.request(
                 "GET",
@@ -132,12 +162,12 @@ class WebClient:
                 retries=False,
                 preload_content=False,
                 timeout=urllib3.Timeout(
-                    total=self._options.attempt_seconds, connect=self._options.connect_seconds
+                    total=seconds, connect=min(seconds, self._options.connect_seconds)
                 ),
             )
             try:
                 yield response
-                if (response.length_remaining or 0) <= _MAX_DRAINED_BYTES:
+                if (rest := response.length_remaining) is not None and rest <= _MAX_DRAINED_BYTES:
                     response.drain_conn()  # without this, the connection cannot be used again
                 else:
                     response.close()
@@ -162,14 +192,19 @@ class WebClient:
             UnusableError: The target is not allowed.
         """
         try:
-            target = parse_address(urljoin(source.url, location))
+            target = parse_address(urldefrag(urljoin(source.url, location)).url)
         except UsageError as error:
             msg = f"found a redirection that is no usable URL ({error})"
             raise UnusableError(msg) from error
+        except ValueError as error:
+            msg = "found a redirection that is no URL"
+            raise UnusableError(msg) from error
         origin = (self._address.scheme, self._address.host)
-        if (target.scheme, target.host) == origin or any(
-            is_below(target, prefix) for prefix in self._options.redirect_prefixes
-        ):
+        if (target.scheme, target.host) == origin:
+            return target
+        is_private = target.scheme == "https" or target.is_loopback or self._options.allow_http
+        is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
+        if target.is_web and is_private and is_allowed:
             return target
         msg = (
             f"found a redirection to {target.shown}, expected one on the same host "
@@ -196,27 +231,35 @@ class WebClient:
 
 
 def _make_pool(address: Address) -> urllib3.PoolManager:
-    """Return the connections for an address: through a proxy, if the environment names one."""
+    """Return the connections for an address: through a proxy, if the environment names one.
+
+    Raises:
+        UnusableError: The URL of the proxy cannot be used.
+    """
     name = address.host
     proxy = None if address.is_loopback or proxy_bypass(name) else getproxies().get(address.scheme)
-    if proxy:
-        return urllib3.ProxyManager(proxy, maxsize=_MAX_CONNECTIONS)
-    return urllib3.PoolManager(maxsize=_MAX_CONNECTIONS)
+    try:
+        return make_pool(proxy or None, _MAX_CONNECTIONS)
+    except HTTPError as error:
+        # The URL of a proxy may contain a password.
+        msg = f"found a proxy in the environment that is no usable URL ({address.scheme}_proxy)"
+        raise UnusableError(msg) from error
 
 
 def _version(response: BaseHTTPResponse, size: int) -> Version:
     """Return the version that a response is about."""
     etag = response.headers.get("ETag", "")
-    if etag.startswith("W/"):  # a weak tag is equal for contents that differ
+    # A weak tag is equal for contents that differ.
+    if etag.startswith("W/") or not _ENTITY_TAG.fullmatch(etag):
         etag = ""
     modified = None
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError, LookupError, ArithmeticError, OSError):
         modified = parsedate_to_datetime(response.headers.get("Last-Modified", "")).timestamp()
     return Version(size, etag, modified)
 
 
-def _body(response: BaseHTTPResponse, length: int, end: float) -> bytearray:
-    """Return the body, which must have ``length`` bytes; ``end`` is the attempt's deadline."""
+def _body(response: BaseHTTPResponse, length: int) -> bytearray:
+    """Return the body, which must have ``length`` bytes."""
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         msg = f"found the content encoded as {encoding}, expected no encoding"
@@ -225,9 +268,6 @@ def _body(response: BaseHTTPResponse, length: int, end: float) -> bytearray:
     view = memoryview(content)
     done = 0
     while done < length:
-        if time.monotonic() > end:
-            msg = "the answer took too long"
-            raise AttemptError(msg)
         part = response.read1(min(1 << 18, length - done), decode_content=False)
         if not part:
             msg = f"found {done} bytes, expected {length}"

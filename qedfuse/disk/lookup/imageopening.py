@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.remote.address import is_url, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.hostio.locking import LockMode
@@ -66,6 +67,38 @@ async def open_url(url: str, remote: RemoteOptions) -> HostFile:
     # Imported late: without a URL no module about remote files is needed.
     from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
 
+    handover = _Handover()
     call = partial(open_remote, parse_address(url), remote)
-    # Whoever is cancelled does not wait for the server; the file is then never used.
-    return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+    try:
+        # A task that is cancelled does not wait for the server.
+        return await trio.to_thread.run_sync(handover.keep_result, call, abandon_on_cancel=True)
+    except BaseException:
+        handover.abandon()
+        raise
+
+
+class _Handover:
+    """Closes a file that a thread opens for a task that no longer waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._file: HostFile | None = None
+        self._is_abandoned = False
+
+    def keep_result(self, call: Callable[[], HostFile]) -> HostFile:
+        """Return the file that ``call`` returns; close the file if the task has gone."""
+        file = call()
+        with self._lock:
+            self._file = file
+            is_abandoned = self._is_abandoned
+        if is_abandoned:
+            file.close()
+        return file
+
+    def abandon(self) -> None:
+        """Close the file, now or as soon as it is open."""
+        with self._lock:
+            self._is_abandoned = True
+            file = self._file
+        if file is not None:
+            file.close()
