@@ -58,7 +58,8 @@ class ReadableFile(Protocol):
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.  The call
-        blocks the thread, so only worker threads may call it; several threads may call it concurrently.
+        blocks the thread, so only worker threads may call it; several threads may call it
+        concurrently.
         """
 
     def try_read(self, offset: int, view: memoryview) -> bool:

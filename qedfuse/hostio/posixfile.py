@@ -216,7 +216,8 @@ class PosixFile:
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.  The call
-        blocks the thread, so only worker threads may call it; several threads may call it concurrently.
+        blocks the thread, so only worker threads may call it; several threads may call it
+        concurrently.
 
         Raises:
             HostError: The host refused.
