@@ -7,7 +7,7 @@
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     │   ├── CacheError            (host's)  2  the directory of the cache cannot be used
-    │   └── RemoteError           (varies) 22  a server cannot be reached, or does not serve a file
+    │   └── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
     │       └── ObjectChangedError ESTALE  23  the file on the server is another one than before
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
@@ -129,6 +129,7 @@ class RemoteError(HostError):
 class ObjectChangedError(RemoteError):
     """The file on the server is another one than when it was opened."""
 
+    errno = errnos.ESTALE
     exit_code = 23
 
     def __init__(self, message: str, errno: int = errnos.ESTALE) -> None:
