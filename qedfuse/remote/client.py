@@ -6,7 +6,7 @@ attempts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ClientOptions:
     attempt_seconds: float = 10.0
     allow_http: bool = False
     redirect_prefixes: tuple[Address, ...] = ()
-    credentials: tuple[tuple[str, str], ...] = ()
+    credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 class AttemptError(Exception):

@@ -48,4 +48,4 @@ class RemoteOptions:
     allow_http: bool = False
     allow_unpinned: bool = False
     allowed: tuple[Address, ...] = ()
-    credentials: tuple[tuple[str, str], ...] = ()
+    credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)

@@ -96,7 +96,7 @@ class _Handover:
         return file
 
     def abandon(self) -> None:
-        """Close the file, now or as soon as it is open."""
+        """Close the file, now, or after it has been opened."""
         with self._lock:
             self._is_abandoned = True
             file = self._file

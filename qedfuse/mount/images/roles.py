@@ -15,8 +15,9 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import chain_paths
-from qedfuse.errors import ImageInUseError
+from qedfuse.errors import ImageInUseError, UsageError
 from qedfuse.hostio.regular import identity_of
+from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -39,9 +40,17 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     Raises:
         ImageInUseError: The backing file of a source is itself a source that the user named, or
             two sources are the same file.
+        UsageError: A source is a URL, and the mount would write to it.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
         return set()
+    for source in sources:
+        if is_url(source.path):
+            msg = (
+                f"{source.shown}: found a URL in a mount that can be written to, expected -r, "
+                "-o snapshot or -o overlay=FILE"
+            )
+            raise UsageError(msg)
     if options.backing.mode == "none":
         return set()
     by_identity = _by_identity(sources)
