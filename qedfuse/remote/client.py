@@ -74,7 +74,7 @@ class RefusedError(AttemptError):
 
 
 class MissingError(Exception):
-    """The server has no such object."""
+    """The server has no such object, or has not what the message names."""
 
 
 class ChangedError(Exception):

@@ -159,7 +159,7 @@ def _repeated(
         try:
             return attempt()
         except MissingError as error:
-            msg = f"{address.shown}: found no such object"
+            msg = f"{address.shown}: found no such {str(error) or 'object'}"
             raise RemoteError(msg, errno.ENOENT) from error
         except ChangedError as error:
             msg = f"{address.shown}: found another version of the object than the one in use"
