@@ -129,7 +129,8 @@ def open_object(
     if version.size > _MAX_SIZE:
         msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
         raise RemoteError(msg, errno.EFBIG)
-    if not version.validator and not address.version and not allow_unpinned:
+    is_pinned = version.validator or address.version or not version.size
+    if not is_pinned and not allow_unpinned:
         msg = (
             f"{address.shown}: found neither a strong ETag nor a Last-Modified header, expected one"
             " to notice changes (allow_unpinned reads it nevertheless)"

@@ -1,4 +1,7 @@
-"""Real servers for the tests of remote files, each started once in a test process."""
+"""What surrounds tests of remote files: real servers, and a check that no thread is left.
+
+Each server is started once in a test process.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.nginx import serving_nginx, why_no_nginx
+from tests.support.remotes import fetching_threads
 from tests.support.swift import serving_swift, why_no_swift
+from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,3 +39,10 @@ def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
         pytest.skip(f"nginx: {reason}")
     with serving_nginx(tmp_path_factory.mktemp("nginx") / "web") as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Fail a test after which a thread of a closed fetcher goes on."""
+    yield
+    wait_until(lambda: not fetching_threads())

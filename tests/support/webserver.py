@@ -30,6 +30,9 @@ Fault: TypeAlias = Literal[
     "status 404",
     "status 416",
     "status 418",
+    "status 429",
+    "slow header",
+    "endless",
     "no range",
     "other range",
     "other etag",
@@ -136,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Print nothing."""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: C901, PLR0912  one branch a fault
         """Answer a request for a range, with the next fault."""
         state = self.server_state
         if state.delay_seconds:
@@ -155,6 +158,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "garbage":
             self.wfile.write(b"\0\1\2 this is no HTTP\r\n\r\n" * 10)
+            self.close_connection = True
+        elif fault == "slow header":
+            while not state.ended.wait(0.1):
+                self.wfile.write(b"H")
+            self.close_connection = True
+        elif fault == "endless":
+            self._send(503, {"Transfer-Encoding": "chunked"})
+            while not state.ended.wait(0.01):
+                self.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
             self.close_connection = True
         elif fault == "redirect":
             self._send(302, {"Location": "/moved/disk.qed", "Content-Length": "0"})
