@@ -21,7 +21,7 @@ STORES: Final = ("s3", "gs", "az")
 WEB: Final = ("https", "http")
 """Schemes of web servers."""
 
-_PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PROTOCOL: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _ALLOWED: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
@@ -84,8 +84,32 @@ class Address:
 
 
 def is_url(text: str) -> bool:
-    """Return whether ``text`` begins with a scheme and ``://``, so that it is not a path."""
+    """Return whether ``text`` begins with a scheme and ``://``, so that it is not a path.
+
+    ``file://`` is no such scheme, because a path follows ``file:`` as in QEMU.
+    """
     return _PROTOCOL.match(text) is not None
+
+
+def shown_name(name: str) -> str:
+    """Return the name of a file for messages: a URL without its query and its user."""
+    if not is_url(name):
+        return printable(name)
+    try:
+        return _parse(name).shown
+    except UsageError:
+        return _without_secrets(name)
+
+
+def require_local(name: str) -> None:
+    """Return if a file is a local one, which can be written to.
+
+    Raises:
+        UsageError: The name is a URL.
+    """
+    if is_url(name):
+        msg = f"{shown_name(name)}: found a URL, expected a local file (URLs can only be read)"
+        raise UsageError(msg)
 
 
 def parse_address(text: str) -> Address:
@@ -200,8 +224,12 @@ def _version(text: str, query: str) -> str:
 
 
 def _invalid(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a URL; the query and the user, which may be secrets, are not shown."""
+    """Return the error for a URL, whose query and user are not shown."""
+    return UsageError(f"{_without_secrets(text)}: URL {field}: found {found}, expected {expected}")
+
+
+def _without_secrets(text: str) -> str:
+    """Return a URL, valid or not, for messages: without what may be its user or its query."""
     # A password may contain each character that would end the user in a valid URL.
     shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
-    shown = printable(shown)
-    return UsageError(f"{shown}: URL {field}: found {found}, expected {expected}")
+    return printable(shown)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.object import RemoteObject
     from qedfuse.remote.unitfile import UnitFile
 
-_log = logging.getLogger(__name__)
+_outages = logging.getLogger(f"{__name__}.outages")
 
 _MAX_REQUEST_UNITS: Final = 4
 """Maximum number of units in one request: 1 MiB."""
@@ -241,6 +241,6 @@ class Fetcher:
             if was_out == self._is_out or self._threads.is_closed:
                 return
         if error is None:
-            _log.warning("%s: answers again", self._name)
+            _outages.warning("%s: answers again", self._name)
         else:
-            _log.error("%s; what is not in the cache cannot be read", error)
+            _outages.error("%s; what is not in the cache cannot be read", error)

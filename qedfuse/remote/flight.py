@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import Buffer
+
+_CANCEL_POLL_SECONDS: Final = 0.2
+"""How often a thread that waits asks whether its task was cancelled."""
 
 
 class Flight:
@@ -61,8 +65,13 @@ class Flight:
 
         Raises:
             HostError: The fetch failed.
+            trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
-        self._check(in_time=self._ended.wait(self._max_seconds))
+        end = time.monotonic() + self._max_seconds
+        while not self._ended.wait(_CANCEL_POLL_SECONDS) and time.monotonic() < end:
+            with suppress(RuntimeError):  # not a thread of trio
+                trio.from_thread.check_cancelled()
+        self._check(in_time=self._ended.is_set())
 
     async def wait(self) -> None:
         """Wait in a task until the fetch has ended.

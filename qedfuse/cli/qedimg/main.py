@@ -53,6 +53,8 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     15: "needs a check",
     16: "in use",
     17: "backing file",
+    22: "a server cannot be reached, or does not serve the file",
+    23: "the file on the server has changed",
     70: "a bug",
     130: "interrupted",
     141: "the reader of the output closed it early",
@@ -136,7 +138,7 @@ def usage() -> str:
             "",
             '"qedimg COMMAND --help" shows options.  -q: print less, -v: more.  -V: version.',
             "Exit codes: 0 done; 1 failed; 12 not a usable QED image; 13 corrupt; 14 unknown",
-            "features; 15 needs a check; 16 in use; 17 backing file; 130 interrupted.",
+            "features; 15 needs a check; 16 in use; 17 backing file; 22 server; 23 changed.",
             "",
         ]
     )

@@ -28,7 +28,7 @@ from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
-from qedfuse.remote.address import is_below, is_url, parse_address
+from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
         msg = f"{file.name}: header field backing_filename_size: found {size}, expected {len(raw)}"
         raise CorruptImageError(msg)
     if b"\0" in raw:
-        msg = f"{file.name}: backing file name: found a NUL byte in {printable(raw)}"
+        msg = f"{file.name}: backing file name: found a NUL byte in {shown_name(os.fsdecode(raw))}"
         raise BackingRefusedError(msg)
     if has_protocol(raw) and not is_url(os.fsdecode(raw)):
         msg = (
@@ -180,7 +180,7 @@ async def open_base(
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
-        msg = f"{image.name}: backing file {printable(path)}: refused by backing=none"
+        msg = f"{image.name}: backing file {shown_name(path)}: refused by backing=none"
         raise BackingRefusedError(msg)
     if is_url(path):
         return await _open_url_base(path, image, options.remote, trusted)

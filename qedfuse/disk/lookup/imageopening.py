@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.errors import UsageError
 from qedfuse.hostio.imagefile import open_image_file
-from qedfuse.remote.address import is_url, parse_address
+from qedfuse.remote.address import is_url, parse_address, require_local
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -45,10 +44,8 @@ async def open_image(
         with open_image_file(path, lock, writable=writable) as file:
             yield file
         return
-    address = parse_address(path)
     if writable:
-        msg = f"{address.shown}: found a URL, expected it opened read-only"
-        raise UsageError(msg)
+        require_local(path)
     remote_file = await open_url(path, remote)
     try:
         yield remote_file

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.text import printable
 from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
@@ -28,7 +27,7 @@ class QedSource:
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
-        self.name = printable(path)
+        self.name = disk.name
         self.size = disk.size
         self.is_device = False
 
