@@ -234,8 +234,7 @@ class CacheDirectory:
         try:
             make_files(new, version.size)
             about = {"url": address.shown, "version": asdict(version)}
-            with open(os.path.join(new, _ABOUT_NAME), "w", encoding="utf-8") as file:  # noqa: PTH118, PTH123
-                json.dump(about, file)
+            _write_private(os.path.join(new, _ABOUT_NAME), json.dumps(about))  # noqa: PTH118
             # Others see the entry only when it is whole.
             os.rename(new, path)  # noqa: PTH104  str paths
         except OSError:
@@ -267,16 +266,28 @@ def _read_about(path: str) -> Version:
         ValueError: The file is damaged.
     """
     with open(os.path.join(path, _ABOUT_NAME), "rb") as file:  # noqa: PTH118, PTH123
-        about = json.loads(file.read(_MAX_ABOUT_BYTES))
+        content = file.read(_MAX_ABOUT_BYTES)
     try:
+        about = json.loads(content)
         found = about["version"]
         version = Version(int(found["size"]), str(found["etag"]), found["modified"])
         name = _entry_name(version)
-    except (LookupError, TypeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(_ABOUT_NAME) from error
     if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
         raise ValueError(_ABOUT_NAME)
     return version
+
+
+def _write_private(path: str, text: str) -> None:
+    """Write a new file that only this user can read.
+
+    Raises:
+        OSError: The host refused.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
+        file.write(text)
 
 
 def _entry_name(version: Version) -> str:

@@ -49,11 +49,12 @@ class UnitStore:
         self.ready = bytearray(units)
         self._cache = cache
         self._make_room = make_room
+        self._room_lock = threading.Lock()  # held while room is made
+        self._room_bytes = 0
+        self._refused_bytes = _RETRY_BYTES  # not stored since room was looked for
         self._lock = threading.Lock()
         # All that follows is protected by the lock, as are changes of what precedes it.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
-        self._room_bytes = 0
-        self._refused_bytes = _RETRY_BYTES  # not stored since room was looked for
         self._cannot_store = False
         self._is_closed = False
 
@@ -138,20 +139,13 @@ class UnitStore:
         """Return whether the cache has room for some bytes; if so, count them as stored."""
         if self._make_room is None:
             return True
-        with self._lock:
-            if length <= self._room_bytes:
-                self._room_bytes -= length
-                return True
-            if self._refused_bytes < _RETRY_BYTES:
-                self._refused_bytes += length
+        with self._room_lock:
+            if length > self._room_bytes and self._refused_bytes >= _RETRY_BYTES:
+                self._room_bytes = self._make_room()
+            if length > self._room_bytes:
+                self._refused_bytes = self._refused_bytes % _RETRY_BYTES + length
                 return False
-            self._refused_bytes = 0
-        room = self._make_room()  # without the lock: it may take a while
-        with self._lock:
-            self._room_bytes = room - length
-            if self._room_bytes < 0:
-                self._room_bytes = 0
-                return False
+            self._room_bytes -= length
             self._refused_bytes = _RETRY_BYTES
             return True
 

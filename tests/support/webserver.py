@@ -173,9 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "redirect elsewhere":
             self._send(302, {"Location": state.elsewhere, "Content-Length": "0"})
         elif fault == "redirect loop":
-            self._send(302, {"Location": self.path, "Content-Length": "0"})
             with state.lock:
                 state.faults.insert(0, "redirect loop")
+            self._send(302, {"Location": self.path, "Content-Length": "0"})
         else:
             self._serve(fault)
 
@@ -226,10 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
             self.close_connection = True
         else:
-            self._send(206, headers, body)
             if fault is None:
                 with state.lock:
                     state.requests.append((first, last))
+            self._send(206, headers, body)
 
     def _is_refused(self, etag: str) -> bool:
         """Return whether a condition of the request does not hold."""
