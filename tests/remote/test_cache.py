@@ -255,7 +255,7 @@ def test_descriptors_are_closed_after_the_last_read(tmp_path: Path) -> None:
                 threads = [threading.Thread(target=run) for _ in range(3)]
                 for thread in threads:
                     thread.start()
-                wait_until(lambda file=file: all(file.fetcher.ready))  # type: ignore[misc]
+                wait_until(lambda file=file: all(file.fetcher.ready))
                 file.close()
                 # Files with other content take the numbers of descriptors that are free.
                 others = [os.open("/proc/self/exe", os.O_RDONLY) for _ in range(10)]
