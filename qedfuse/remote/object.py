@@ -66,10 +66,10 @@ class RemoteObject:
             ObjectChangedError: The server has another version of the object now.
             RemoteError: The server cannot be reached or does not serve the range.
         """
-        return _repeated(
+        return repeated(
             self.address,
-            self._client,
             lambda: self._client.get(offset, length, self.version),
+            self._client.renew,
             self._total_seconds,
             self._closed,
         )
@@ -125,7 +125,9 @@ def open_object(
         RemoteError: The object is missing, or the server cannot be reached, refuses, or gives
             nothing that distinguishes versions of the object.
     """
-    version = _repeated(address, client, client.head, deadlines.total_seconds, threading.Event())
+    version = repeated(
+        address, client.head, client.renew, deadlines.total_seconds, threading.Event()
+    )
     if version.size > _MAX_SIZE:
         msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
         raise RemoteError(msg, errno.EFBIG)
@@ -139,14 +141,17 @@ def open_object(
     return RemoteObject(address, client, version, deadlines)
 
 
-def _repeated(
+def repeated(
     address: Address,
-    client: Client,
     attempt: Callable[[], T],
+    renew: Callable[[], object],
     total_seconds: float,
     closed: threading.Event,
 ) -> T:
     """Make an attempt until it succeeds, the time is over or ``closed`` is set.
+
+    An attempt raises the exceptions of a client.  ``renew`` is called once if the server refuses
+    the credentials; see `Client.renew`.
 
     Raises:
         ObjectChangedError: The server has another version of the object.
@@ -175,7 +180,7 @@ def _repeated(
                 raise RemoteError(msg, errno.EACCES) from error
             was_renewed = True
             try:
-                client.renew()
+                renew()
             except UnusableError as reason:
                 msg = f"{address.shown}: refused: {reason}"
                 raise RemoteError(msg, errno.EACCES) from reason

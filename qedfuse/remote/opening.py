@@ -38,16 +38,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
         HostError: The host has no further descriptor.
         UsageError: The address is not allowed.
     """
-    client = make_client(
-        address,
-        ClientOptions(
-            connect_seconds=options.deadlines.connect_seconds,
-            attempt_seconds=options.deadlines.attempt_seconds,
-            allow_http=options.allow_http,
-            redirect_prefixes=options.allowed,
-            credentials=options.credentials,
-        ),
-    )
+    client = make_client(address, client_options(options))
     directory = _open_directory(options)
     cache: UnitFile | None
     try:
@@ -72,6 +63,17 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
             raise HostError.from_os(error, address.shown, "open the cache") from error
     fetcher = Fetcher(source, cache, directory.make_room if directory else None)
     return RemoteFile(source, fetcher, local)
+
+
+def client_options(options: RemoteOptions) -> ClientOptions:
+    """Return how clients connect, for the options of a user."""
+    return ClientOptions(
+        connect_seconds=options.deadlines.connect_seconds,
+        attempt_seconds=options.deadlines.attempt_seconds,
+        allow_http=options.allow_http,
+        redirect_prefixes=options.allowed,
+        credentials=options.credentials,
+    )
 
 
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:

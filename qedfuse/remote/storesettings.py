@@ -113,15 +113,13 @@ class _Variables:
         return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
 
 
-def make_store(
-    address: Address, options: ClientOptions, *, attempt_seconds: float | None = None
-) -> Store:
+def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0) -> Store:
     """Return the bucket or container of an address; nothing is connected yet.
 
     Args:
         address: The address of an object.
         options: How to connect, and the variables of a credentials file.
-        attempt_seconds: Maximum time of a request, instead of the one in ``options``.
+        max_retries: How often obstore itself repeats a request that failed.
 
     Raises:
         UnusableError: The variables configure no usable store.
@@ -134,15 +132,14 @@ def make_store(
         for name, value in variables.own.items()
         if name.startswith(prefix) and name not in decided and value
     }
-    seconds = options.attempt_seconds if attempt_seconds is None else attempt_seconds
     common: dict[str, Any] = {
         "client_options": {
             "connect_timeout": timedelta(seconds=options.connect_seconds),
-            "timeout": timedelta(seconds=seconds),
+            "timeout": timedelta(seconds=options.attempt_seconds),
             "allow_http": False,
         },
-        # `qedfuse.remote.object` repeats attempts, for all clients in the same way.
-        "retry_config": {"max_retries": 0},
+        # `qedfuse.remote.object` repeats reads, for all clients in the same way.
+        "retry_config": {"max_retries": max_retries},
     }
     try:
         if address.scheme == "s3":

@@ -5,6 +5,7 @@ Each server is started once in a test process.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,3 +47,20 @@ def _no_thread_is_left() -> Iterator[None]:
     """Fail a test after which a thread of a closed fetcher goes on."""
     yield
     wait_until(lambda: not fetching_threads())
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the variables of stores from the environment, and the files of the home directory."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nonexistent")
+
+
+@pytest.fixture
+def store(swift: Swift, bare_environment: None, monkeypatch: pytest.MonkeyPatch) -> Swift:  # noqa: ARG001  its effect counts
+    """Return the object store, which the environment names."""
+    for name, value in swift.variables.items():
+        monkeypatch.setenv(name, value)
+    return swift

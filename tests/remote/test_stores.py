@@ -30,27 +30,13 @@ CONTENT = os.urandom(700_001)
 SHORT = Deadlines(connect_seconds=1, attempt_seconds=1, total_seconds=1)
 
 
-@pytest.fixture(autouse=True)
-def _no_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the variables of stores from the environment, and the home directory's files."""
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", "/nonexistent")
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 
 @pytest.fixture
 def options(tmp_path: Path) -> RemoteOptions:
     """Return options with an empty cache."""
     return RemoteOptions(cache_directory=str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def store(swift: Swift, monkeypatch: pytest.MonkeyPatch) -> Swift:
-    """Return the object store, which the environment names."""
-    for name, value in swift.variables.items():
-        monkeypatch.setenv(name, value)
-    return swift
 
 
 def read(url: str, options: RemoteOptions) -> bytes:

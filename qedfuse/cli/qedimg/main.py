@@ -35,6 +35,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "convert": "copy a disk into another format, or a chain into one image",
     "compare": "compare the content of two disks",
     "measure": "compute how much space a copy of a disk would need",
+    "publish": "copy an image to an object store, for any number of machines",
     "resize": "change the size of the disk",
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",
