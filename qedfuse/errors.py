@@ -121,9 +121,14 @@ class CacheError(HostError):
 
 
 class RemoteError(HostError):
-    """A server cannot be reached, refuses, or does not serve a file in the way that is needed."""
+    """A server cannot be reached, refuses, or does not serve a file in the way that is needed.
+
+    Attributes:
+        is_logged: Whether the log has the cause, so that the request that fails need not log it.
+    """
 
     exit_code = 22
+    is_logged: bool = False
 
 
 class ObjectChangedError(RemoteError):

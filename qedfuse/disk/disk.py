@@ -437,6 +437,11 @@ class Disk:
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for a server, and later ones that would; others go on."""
+        for layer in self._chain.layers:
+            layer.file.stop_fetching()
+
     def stop_compacting(self) -> None:
         """End the running compaction, if any; later compactions then move nothing.
 

@@ -119,6 +119,9 @@ class ReadableFile(Protocol):
             OSError: The host refused.
         """
 
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for a server, and later ones that would; others go on."""
+
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.
 

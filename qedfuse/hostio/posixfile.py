@@ -488,6 +488,9 @@ class PosixFile:
         else:
             await self._inode.in_thread(trio.to_thread.run_sync, set_times)
 
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
+
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.
 

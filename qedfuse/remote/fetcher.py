@@ -6,12 +6,12 @@ it.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, RemoteError
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
+from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.readahead import ReadAhead
 from qedfuse.remote.unitfile import UNIT_BYTES, units_of
 from qedfuse.remote.unitstore import UnitStore
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qedfuse.remote.object import RemoteObject
     from qedfuse.remote.unitfile import UnitFile
 
-_outages = logging.getLogger(f"{__name__}.outages")
 
 _MAX_REQUEST_UNITS: Final = 4
 """Maximum number of units in one request: 1 MiB."""
@@ -64,12 +63,12 @@ class Fetcher:
         self.ready = self._store.ready
         self.fetched_bytes = 0
         self.requests = 0
+        self._outages = OutageLog(self._name)
         self._threads = FetchThreads(self._name, self._look, self._fetch, self._finish)
         self._lock = self._threads.lock
         # All that follows is protected by the lock.
         self._flights: dict[int, Flight] = {}
         self._readers = ReadAhead()
-        self._is_out = False  # whether the server did not answer the last request
 
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching those of some adjacent units that are not ready; return their flights.
@@ -121,7 +120,9 @@ class Fetcher:
         self._store.close()
 
     def _closed_error(self) -> RemoteError:
-        return RemoteError(f"{self._name}: found the file closed, expected it open")
+        error = RemoteError(f"{self._name}: found the file closed, expected it open")
+        error.is_logged = True  # the reader has gone, or has closed the file
+        return error
 
     def _begin(self, first: int, last: int, *, is_wanted: bool) -> list[Flight]:
         """Return the flights of the units that are not ready, new ones for those without."""
@@ -212,9 +213,10 @@ class Fetcher:
         try:
             content = memoryview(self._source.get(start, length))
         except RemoteError as error:
-            self._record_outage(error)
+            if not self._threads.is_closed:
+                self._outages.failed(error)
             raise
-        self._record_outage(None)
+        self._outages.answered()
         with self._lock:
             self.fetched_bytes += length
             self.requests += 1
@@ -233,14 +235,3 @@ class Fetcher:
                     del self._flights[unit]
             self._store.hold(flight.blocks)
         flight.end(error)
-
-    def _record_outage(self, error: RemoteError | None) -> None:
-        """Log the first failed request of an outage, and the first answer after it."""
-        with self._lock:
-            was_out, self._is_out = self._is_out, error is not None
-            if was_out == self._is_out or self._threads.is_closed:
-                return
-        if error is None:
-            _outages.warning("%s: answers again", self._name)
-        else:
-            _outages.error("%s; what is not in the cache cannot be read", error)

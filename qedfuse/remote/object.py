@@ -63,16 +63,23 @@ class RemoteObject:
         """Return ``length`` bytes at an offset, all within the object; blocks the thread.
 
         Raises:
-            ObjectChangedError: The server has another version of the object now.
+            ObjectChangedError: The server has another version of the object now, or none.
             RemoteError: The server cannot be reached or does not serve the range.
         """
-        return repeated(
-            self.address,
-            lambda: self._client.get(offset, length, self.version),
-            self._client.renew,
-            self._total_seconds,
-            self._closed,
-        )
+        try:
+            return repeated(
+                self.address,
+                lambda: self._client.get(offset, length, self.version),
+                self._client.renew,
+                self._total_seconds,
+                self._closed,
+            )
+        except RemoteError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # The reader has a file open, for which ENOENT would make no sense.
+            msg = f"{self.address.shown}: found no such object any more"
+            raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
         """Make no further attempt.  A running attempt ends by itself, at its deadline."""

@@ -182,6 +182,10 @@ class RemoteFile(ReadOnlyFile):
         """Return the attributes of the file system of the cache; of ``/`` without a cache."""
         return os.statvfs("/") if self._local is None else self._local.statvfs()
 
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for the server, and later ones that would."""
+        self.fetcher.close()
+
     def close(self) -> None:
         """Close the file; reads that are waiting fail.  A second call does nothing."""
         self.fetcher.close()

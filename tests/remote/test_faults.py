@@ -30,7 +30,7 @@ REPEATED: Final = {
     *("status 403", "other range", "reset", "silence", "garbage", "endless", "redirect"),
 }
 """Faults after which another attempt is made (or a redirection followed)."""
-CHANGED: Final = {"status 416", "other etag", "no etag", "other size"}
+CHANGED: Final = {"status 404", "status 416", "other etag", "no etag", "other size"}
 """Faults that look like another version of the object."""
 HARMLESS: Final = {"redirect"}
 """What is no fault in the end, however often it happens."""

@@ -260,6 +260,9 @@ class MemoryFile:
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Do nothing."""
 
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
+
     def close(self) -> None:
         """Close the file; every later call fails an assertion."""
         self.closed = True
@@ -649,6 +652,9 @@ class FailingFile:
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the times of ``inner``."""
         await self.inner.set_times(atime_ns, mtime_ns)
+
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
 
     def close(self) -> None:
         """Close ``inner``."""

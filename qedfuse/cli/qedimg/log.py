@@ -33,7 +33,7 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
     # A command ends at the first error of a server, and prints this error itself.
-    logging.getLogger("qedfuse.remote.fetcher.outages").setLevel(logging.CRITICAL)
+    logging.getLogger("qedfuse.remote.outagelog").setLevel(logging.CRITICAL)
     # If stderr cannot be written to, `logging` must not print a traceback, because the exit code
     # reports the failure.
     logging.raiseExceptions = False
