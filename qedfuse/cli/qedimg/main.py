@@ -36,6 +36,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "compare": "compare the content of two disks",
     "measure": "compute how much space a copy of a disk would need",
     "publish": "copy an image to an object store, for any number of machines",
+    "warm": "fetch a remote image into the cache before it is needed",
     "resize": "change the size of the disk",
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",

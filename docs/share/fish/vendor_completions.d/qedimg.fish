@@ -5,7 +5,7 @@ function __qedimg_command -d 'Print the subcommand on the line; fail if there is
     set -l words (commandline -opc)
     set -e words[1]
     for word in $words
-        if contains -- $word info check create map convert compare measure publish resize rebase commit compact freelist dump
+        if contains -- $word info check create map convert compare measure publish warm resize rebase commit compact freelist dump
             echo $word
             return 0
         else if not string match -q -- '-*' $word
@@ -30,6 +30,7 @@ complete -c qedimg -n 'not __qedimg_command' -a convert -d 'copy a disk into ano
 complete -c qedimg -n 'not __qedimg_command' -a compare -d 'compare the content of two disks'
 complete -c qedimg -n 'not __qedimg_command' -a measure -d 'compute how much space a copy of a disk would need'
 complete -c qedimg -n 'not __qedimg_command' -a publish -d 'copy an image to an object store, for any number of machines'
+complete -c qedimg -n 'not __qedimg_command' -a warm -d 'fetch a remote image into the cache before it is needed'
 complete -c qedimg -n 'not __qedimg_command' -a resize -d 'change the size of the disk'
 complete -c qedimg -n 'not __qedimg_command' -a rebase -d 'give an overlay another base, or none'
 complete -c qedimg -n 'not __qedimg_command' -a commit -d 'write an overlay\'s data into its base'
@@ -207,6 +208,20 @@ complete -c qedimg -n '__qedimg_is publish' -s q -l quiet -d 'print only errors 
 complete -c qedimg -n '__qedimg_is publish' -s v -l verbose -d 'print what is being done'
 complete -c qedimg -n '__qedimg_is publish' -s h -l help -d 'show help'
 complete -c qedimg -n '__qedimg_is publish' -F
+
+complete -c qedimg -n '__qedimg_is warm' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them (confined, the default), from anywhere (any), or not at all (none)'
+complete -c qedimg -n '__qedimg_is warm' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be repeated)'
+complete -c qedimg -n '__qedimg_is warm' -l backing-format -x -a 'raw qed' -d 'format of all backing files, whatever they contain'
+complete -c qedimg -n '__qedimg_is warm' -l backing-url -x -d 'allow backing files whose URLs begin with PREFIX, and redirections to there (may be repeated)'
+complete -c qedimg -n '__qedimg_is warm' -l cache-dir -x -a '(__fish_complete_directories)' -d 'keep what was read from URLs in DIR (~/.cache/qedfuse)'
+complete -c qedimg -n '__qedimg_is warm' -l remote-timeout -x -d 'give up if a server does not answer for this long (60)'
+complete -c qedimg -n '__qedimg_is warm' -l allow-http -d 'allow http:// to other machines, without TLS'
+complete -c qedimg -n '__qedimg_is warm' -l allow-unpinned -d 'read a URL even if the server sends neither a strong ETag nor Last-Modified; changes of the file may then go unnoticed'
+complete -c qedimg -n '__qedimg_is warm' -l credentials -r -F -d 'read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only its owner may have access to it (the environment)'
+complete -c qedimg -n '__qedimg_is warm' -s p -l progress -d 'show the progress immediately, and even if stderr is no terminal'
+complete -c qedimg -n '__qedimg_is warm' -s q -l quiet -d 'print only errors and JSON'
+complete -c qedimg -n '__qedimg_is warm' -s v -l verbose -d 'print what is being done'
+complete -c qedimg -n '__qedimg_is warm' -s h -l help -d 'show help'
 
 complete -c qedimg -n '__qedimg_is resize' -s f -x -a 'qed' -d 'the only supported format'
 complete -c qedimg -n '__qedimg_is resize' -l shrink -d 'let the disk become smaller'
