@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CacheError, RemoteError
 from qedfuse.remote.options import Deadlines, RemoteOptions
@@ -76,7 +77,8 @@ async def test_image_is_read_without_the_server(tmp_path: Path) -> None:
 async def test_clusters_that_are_free_are_not_fetched(tmp_path: Path) -> None:
     """Only tables and allocated clusters are fetched, not clusters that are free."""
     image = make_image(tmp_path / "disk.qed")
-    qemu.io(image, "write -z 0 6M")
+    async with open_disk(str(image), OpenOptions(writable=True, compact="off")) as disk:
+        await disk.discard(0, 6 * MIB)
     content = await trio.Path(image).read_bytes()
     with serving(content) as server:
         found = await warm(server.url, options(tmp_path / "cache"))

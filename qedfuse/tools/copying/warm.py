@@ -62,7 +62,7 @@ async def warm(
         url: The URL of the image.
         options: How to open it and its bases, and where the cache is; None for the defaults.
         progress: Called with the number of bytes that are in the cache, and the number that are
-            wanted, which is 0 as long as it is unknown.
+            wanted in all files.
 
     Raises:
         UsageError: A path was given, or the URL is not valid.
