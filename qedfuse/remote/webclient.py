@@ -83,7 +83,8 @@ class WebClient:
             if (
                 (response.status != HTTPStatus.PARTIAL_CONTENT and not is_empty)
                 or match is None
-                or is_empty != (match[3].strip("0") == "")
+                or is_empty != (match[1] is None)
+                or is_empty != (not match[3].strip("0"))
             ):
                 raise _no_ranges(response)
             return _version(response, int(match[3]))

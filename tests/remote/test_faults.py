@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final, get_args
 
 import pytest
+import trio
 
+from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.errors import ObjectChangedError, RemoteError, UsageError
 from qedfuse.remote.address import parse_address, parse_prefix
 from qedfuse.remote.client import ClientOptions
@@ -17,7 +20,7 @@ from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.webclient import WebClient
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
-from tests.support.webserver import Fault, serving
+from tests.support.webserver import Fault, serving, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -308,3 +311,79 @@ def test_http_to_another_machine() -> None:
     """A URL without TLS of another machine is refused before it is connected."""
     with pytest.raises(UsageError, match="allow_http"):
         open_remote(parse_address("http://192.0.2.1/a"), RemoteOptions())
+
+
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [
+        ({"Content-Range": "bytes 0-0/9000000000000000"}, "at most"),
+        ({"Content-Range": "bytes 0-0/" + "9" * 30}, "without a range"),
+        ({"Content-Range": "bytes 0-0/" + "9" * 5000}, "without a range"),
+        ({"Content-Range": "bytes 0-0/*"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/-1"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/0"}, "without a range"),
+        ({"Content-Range": "bytes */100"}, "without a range"),
+        ({"Content-Range": "items 0-0/100"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/\u0661"}, "without a range"),
+    ],
+)
+def test_strange_sizes(extra: dict[str, str], found: str, tmp_path: Path) -> None:
+    """A size that no object can have is an error when the object is opened, or when it is read."""
+    with serving(CONTENT) as server:
+        server.extra = {name: value.encode().decode("latin-1") for name, value in extra.items()}
+        with pytest.raises(RemoteError, match=found) as caught, opened(server.url, tmp_path):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        *("", "x", "0", "-", "Mon, 01 Jan 0000 00:00:00 GMT", "Mon, 01 Jan 9999 99:99:99 GMT"),
+        *("1 Jan 1 0:0:0 -0000", "1 Jan 9999 23:59:59 -9999999999", "9" * 5000, ",", "Mon, ,"),
+    ],
+)
+def test_strange_dates(date: str, tmp_path: Path) -> None:
+    """A time of the last change that is none counts as missing."""
+    with serving(CONTENT) as server:
+        server.extra = {"Last-Modified": date}
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.stat().st_size == len(CONTENT)
+
+
+def test_abandoned_opening(tmp_path: Path) -> None:
+    """A task that is cancelled while a server does not answer goes on; the file is closed later."""
+
+    async def run(url: str) -> None:
+        with trio.move_on_after(0.05) as scope:
+            await open_url(url, RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES))
+        assert scope.cancelled_caught
+
+    def is_unlocked() -> bool:
+        with next(tmp_path.glob("*/*/data")).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with serving(CONTENT) as server:
+        server.delay_seconds = 0.3
+        trio.run(run, server.url)
+        wait_until(lambda: bool(list(tmp_path.glob("*/*/data"))))
+        wait_until(is_unlocked)
+
+
+def test_reads_past_the_end(tmp_path: Path) -> None:
+    """A read ends where the object ends, also when all of it is cached."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        size = len(CONTENT)
+        for _ in range(2):
+            assert read(file, size - 10, 100) == CONTENT[-10:]
+            assert read(file, size, 10) == b""
+            assert read(file, size + UNIT_BYTES * 9, 10) == b""
+            assert trio.run(file.pread, size - 10, 100) == CONTENT[-10:]
+            assert trio.run(file.pread, size + UNIT_BYTES, 100) == b""
+            for offset in (size - 9, size, size + UNIT_BYTES * 9):
+                assert not file.try_read(offset, memoryview(bytearray(10)))

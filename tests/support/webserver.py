@@ -64,6 +64,7 @@ class WebServer:
         always: What goes wrong with every request for data; None for nothing.
         struck: How often each fault has struck.
         requests: The ranges (first, last) of the requests that were served well.
+        extra: Headers that replace those of the answers with data.
         delay_seconds: How long each answer is delayed.
     """
 
@@ -75,6 +76,7 @@ class WebServer:
     always: Fault | None = None
     struck: Counter[str] = field(default_factory=Counter)
     requests: list[tuple[int, int]] = field(default_factory=list)
+    extra: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     port: int = 0
     elsewhere: str = ""
@@ -211,6 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             etag = '"another"'
             body = bytes(byte ^ 255 for byte in body)
         headers.update(self._validators("" if fault == "no etag" else etag))
+        headers.update(state.extra)
         if fault == "half":
             self._send(206, headers, body[: len(body) // 2])
             self.close_connection = True
