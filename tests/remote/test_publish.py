@@ -12,7 +12,9 @@ import trio
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import ImageInUseError
-from qedfuse.remote.upload import part_bytes
+from qedfuse.remote.address import parse_address
+from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.upload import StoppedError, Upload, part_bytes
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, qemu
 
@@ -174,6 +176,33 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert struck
     assert key not in store.keys("golden")
     assert not any(name.startswith(key) for name in store.keys("golden+segments"))
+
+
+def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -> None:
+    """An upload with --force that is stopped before its end leaves the old object."""
+    store.put("golden", "kept.qed", b"old")
+    data = image.read_bytes()
+
+    class Content:
+        def read_blocking(self, offset: int, view: memoryview) -> int:
+            view[:] = data[offset : offset + len(view)]
+            return len(view)
+
+    def on_progress(done: int, _total: int) -> None:
+        if done == len(data):
+            upload.stop()
+
+    upload = Upload(
+        parse_address("s3://golden/kept.qed"),
+        Content(),
+        len(data),
+        ClientOptions(),
+        overwrite=True,
+        progress=on_progress,
+    )
+    with pytest.raises(StoppedError):
+        upload.run()
+    assert content(store, "golden/kept.qed") == b"old"
 
 
 @pytest.mark.usefixtures("store")

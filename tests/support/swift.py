@@ -153,20 +153,24 @@ class _Answer:
     body: bytes
 
 
-def _request(method: str, url: str, body: bytes | None, headers: dict[str, str]) -> _Answer:
+def _request(
+    method: str, url: str, body: bytes | None, headers: dict[str, str], seconds: float = 60.0
+) -> _Answer:
     request = urllib.request.Request(url, body, headers, method=method)  # noqa: S310  loopback
-    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310  loopback
+    with urllib.request.urlopen(request, timeout=seconds) as answer:  # noqa: S310  loopback
         return _Answer(dict(answer.headers), answer.read())
 
 
 def _is_up(endpoint: str) -> bool:
-    """Return whether the store can keep an account, so that all four servers have started."""
+    """Return whether the store can keep an object, so that all four servers have started."""
+    # A request may hang if a server starts while the proxy makes it.
+    seconds = 2.0
+    credentials = {"X-Auth-User": "test:tester", "X-Auth-Key": "testing"}
     with suppress(OSError):
-        credentials = {"X-Auth-User": "test:tester", "X-Auth-Key": "testing"}
-        token = _request("GET", f"{endpoint}/auth/v1.0", None, credentials).headers["X-Auth-Token"]
-        headers = {"X-Auth-Token": token}
-        _request("PUT", f"{endpoint}/v1/AUTH_test/first", None, headers)
-        _request("PUT", f"{endpoint}/v1/AUTH_test/first/object", b"content", headers)
+        answer = _request("GET", f"{endpoint}/auth/v1.0", None, credentials, seconds)
+        headers = {"X-Auth-Token": answer.headers["X-Auth-Token"]}
+        _request("PUT", f"{endpoint}/v1/AUTH_test/first", None, headers, seconds)
+        _request("PUT", f"{endpoint}/v1/AUTH_test/first/object", b"content", headers, seconds)
         return True
     return False
 
