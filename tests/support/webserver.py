@@ -66,6 +66,8 @@ class WebServer:
         requests: The ranges (first, last) of the requests that were served well.
         extra: Headers that replace those of the answers with data.
         delay_seconds: How long each answer is delayed.
+        healthy: How many of the next requests are served well, before any fault.
+        others: Further objects, by their paths; each has the validators of the first one.
     """
 
     content: bytes = b""
@@ -78,6 +80,8 @@ class WebServer:
     requests: list[tuple[int, int]] = field(default_factory=list)
     extra: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
+    healthy: int = 0
+    others: dict[str, bytes] = field(default_factory=dict)
     port: int = 0
     elsewhere: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
@@ -96,6 +100,9 @@ class WebServer:
     def next_fault(self) -> Fault | None:
         """Take the fault for a request and count it."""
         with self.lock:
+            if self.healthy:
+                self.healthy -= 1
+                return None
             fault = self.faults.pop(0) if self.faults else self.always
             if fault is not None:
                 self.struck[fault] += 1
@@ -141,6 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Print nothing."""
 
+    def do_HEAD(self) -> None:
+        """Answer as QEMU needs it before it reads; qedfuse never asks for this."""
+        length = len(self.server_state.others.get(self.path, self.server_state.content))
+        self._send(200, {"Content-Length": str(length), "Accept-Ranges": "bytes"})
+
     def do_GET(self) -> None:  # noqa: C901, PLR0912  one branch a fault
         """Answer a request for a range, with the next fault."""
         state = self.server_state
@@ -184,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, fault: Fault | None) -> None:  # noqa: C901, PLR0912  one branch a fault
         """Send the range, wrongly if there is a fault."""
         state = self.server_state
-        content, etag = state.content, state.etag
+        content, etag = state.others.get(self.path, state.content), state.etag
         if self._is_refused(etag):
             self._send(412, {"Content-Length": "0"})
             return

@@ -10,6 +10,7 @@ from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.remote.address import Address
     from qedfuse.remote.options import RemoteOptions
 
 
@@ -72,6 +73,7 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         action="append",
         default=[],
+        type=_prefix,
         help="allow backing files whose URLs begin with PREFIX, and redirections to there (may be "
         "repeated)",
     )
@@ -112,6 +114,20 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
 _MAX_SECONDS: Final = 86400.0
 
 
+def _prefix(text: str) -> Address:
+    """Convert a prefix of URLs for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no such prefix.
+    """
+    from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
+
+    try:
+        return parse_prefix(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _seconds(text: str) -> float:
     """Convert a duration in seconds for argparse.
 
@@ -147,7 +163,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
         writable: Whether to open the image for writing; if so, ``-U`` has no effect.
 
     Raises:
-        UsageError: A prefix of URLs or the file of credentials is invalid.
+        UsageError: The file of credentials is invalid.
         QedError: The file of credentials cannot be read.
     """
     from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  imported late: --help must not load it
@@ -169,11 +185,10 @@ def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
     """Return how URLs are read; see `open_options`.
 
     Raises:
-        UsageError: A prefix of URLs or the file of credentials is invalid.
+        UsageError: The file of credentials is invalid.
         QedError: The file of credentials cannot be read.
     """
-    from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
-    from qedfuse.remote.credentials import read_credentials  # noqa: PLC0415
+    from qedfuse.remote.credentials import read_credentials  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.remote.options import Deadlines, RemoteOptions  # noqa: PLC0415
 
     seconds = getattr(arguments, "remote_timeout", 60.0)
@@ -186,6 +201,6 @@ def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
         ),
         allow_http=getattr(arguments, "allow_http", False),
         allow_unpinned=getattr(arguments, "allow_unpinned", False),
-        allowed=tuple(parse_prefix(text) for text in getattr(arguments, "backing_url", ())),
+        allowed=tuple(getattr(arguments, "backing_url", ())),
         credentials=() if path is None else read_credentials(path),
     )
