@@ -194,8 +194,11 @@ def test_qemu_reads_an_overlay_over_a_url(
         qemu.io("over.qed", "write -P 5 4k 8k", image_format="qed")
         words = ("convert", "-O", "raw", "--backing-url", server.url, "over.qed", "copy.raw")
         run(*words, capsys=capsys)
-        expected = qemu.content("over.qed", image_format="qed")
-    assert (tmp_path / "work" / "copy.raw").read_bytes() == expected
+        # With several requests in flight QEMU 7.2 hangs now and then, over any web server.
+        one_at_a_time = ("-m", "1", "-f", "qed", "-O", "raw")
+        qemu.run("qemu-img", "convert", *one_at_a_time, "over.qed", "theirs.raw")
+    work = tmp_path / "work"
+    assert (work / "copy.raw").read_bytes() == (work / "theirs.raw").read_bytes()
 
 
 def test_a_copy_over_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +345,7 @@ def test_faults_at_opening(
 
 @pytest.mark.parametrize("name", OPEN_REQUESTS)
 @pytest.mark.parametrize(
-    ("fault", "code"), [("other etag", 23), ("half", 22), ("status 404", 22), ("stall", 22)]
+    ("fault", "code"), [("other etag", 23), ("half", 22), ("status 404", 23), ("stall", 22)]
 )
 @pytest.mark.expect_log(OUTAGE)
 def test_faults_while_reading(
