@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
+from qedfuse.disk.lookup.baseversion import forget_base
 from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
@@ -552,6 +553,14 @@ class Disk:
         await change_backing_name(
             self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
         )
+        self.forget_base()
+
+    def forget_base(self) -> None:
+        """Forget the version of the base, because the caller has changed the base itself.
+
+        The next open for writing remembers the version that it finds (`baseversion`).
+        """
+        forget_base(self._file)
 
     def fstat(self) -> os.stat_result:
         """Return the attributes of the image file.

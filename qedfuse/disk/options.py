@@ -27,6 +27,8 @@ class BackingPolicy:
             image that names it and by the magic of the base.
         trusted: A path or URL that is allowed as the first base because the user has named it;
             None if there is none.  Ignored if the mode is ``none``.
+        base_changed: Whether to accept bases that are not of the version that the image remembers,
+            and to remember the new version if the image is opened for writing.
         working_directory: The directory to which the path in a backing file name of the form
             ``file:PATH`` is relative; empty for the working directory of the process at the
             time of opening.
@@ -36,6 +38,7 @@ class BackingPolicy:
     directories: tuple[str, ...] = ()
     format: Literal["raw", "qed"] | None = None
     trusted: str | None = None
+    base_changed: bool = False
     working_directory: str = ""
 
 

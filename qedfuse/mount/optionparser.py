@@ -212,6 +212,7 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "nodiscard": {"discard": False},
     "compact": {"compact": "full"},
     "snapshot": {"snapshot": True},
+    "base_changed": {"base_changed": True},
     "allow_http": {"allow_http": True},
     "allow_unpinned": {"allow_unpinned": True},
 }

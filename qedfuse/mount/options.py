@@ -57,6 +57,7 @@ class MountOptions:
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.
+        base_changed: Whether to accept bases of another version than an image remembers.
         backing_urls: Prefixes of the URLs that images may name as backing files.
         remote_cache_directory: Where the cache for remote files is; None for the user's directory.
         remote_cache_bytes: Maximum space in bytes of this cache; None for as much as leaves a part
@@ -94,6 +95,7 @@ class MountOptions:
     readahead: Readahead = None
     snapshot: bool = False
     overlay: str | None = None
+    base_changed: bool = False
     backing_urls: tuple[Address, ...] = ()
     remote_cache_directory: str | None = None
     remote_cache_bytes: int | None = None

@@ -329,3 +329,47 @@ def test_credentials_of_others_are_refused(server: WebServer, tmp_path: Path, mn
     assert line == f"{secrets}: credentials: line 2: found something else, expected NAME=VALUE"
     secrets.unlink()
     assert "cannot open" in refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=2)
+
+
+def test_an_overlay_remembers_its_base(
+    server: WebServer, content: bytes, tmp_path: Path, mnt: Path
+) -> None:
+    """An overlay is refused over another version of its base, until ``base_changed`` is given."""
+    overlay = tmp_path / "vm1.qed"
+    url = f"http://127.0.0.1:{server.port}/images/disk.qed"
+    with mounted(server.url, mnt, "-o", f"overlay={overlay}") as directory:
+        write(directory / "disk.raw", 1000, b"new" * 100)
+    server.etag = '"two"'
+    size = len(server.content)
+    expected = (
+        f'{overlay}: backing file {url}: found size {size} and etag "two", expected size {size} '
+        'and etag "one" as when the image was first written to (base_changed accepts it)'
+    )
+    for words in ((server.url, "-o", f"overlay={overlay}"), (overlay, "-o", prefix(server))):
+        assert refused(*words, mnt, code=17) == expected
+    assert refused(overlay, mnt, "-r", "-o", prefix(server), code=17) == expected
+    # A read-only mount accepts the new base, but remembers nothing.
+    with mounted(overlay, mnt, "-r", "-o", prefix(server) + ",base_changed") as directory:
+        assert read(directory / "vm1.raw", 0) == content[:1000] + b"new" * 100 + content[1300:BLOCK]
+    assert refused(overlay, mnt, "-o", prefix(server), code=17) == expected
+    with mounted(overlay, mnt, "-o", prefix(server) + ",base_changed"):
+        pass
+    with mounted(overlay, mnt, "-o", prefix(server)):
+        pass
+
+
+def test_a_changed_local_base_is_logged(golden: Path, tmp_path: Path) -> None:
+    """An overlay over a local base that has changed is mounted, with a warning."""
+    overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
+    with mounted(golden, mnt, "-o", f"overlay={overlay}"):
+        pass
+    with mounted(overlay, mnt):
+        pass
+    qemu.io(golden, "write -P 7 0 64k")
+    for options in ((), (), ("-o", "base_changed")):
+        with front(*options, overlay, mnt) as mount:
+            log = stop(mount)
+        expected = f"qedfuse: {overlay}: backing file {golden}: found it modified since"
+        assert log[0].startswith(expected) is not bool(options), log
+    with mounted(overlay, mnt):
+        pass

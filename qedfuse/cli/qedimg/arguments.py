@@ -77,6 +77,12 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         help="allow backing files whose URLs begin with PREFIX, and redirections to there (may be "
         "repeated)",
     )
+    parser.add_argument(
+        "--base-changed",
+        action="store_true",
+        help="accept a backing file that has changed since an image over it was first opened for "
+        "writing",
+    )
     add_remote(parser)
 
 
@@ -172,6 +178,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
         mode=getattr(arguments, "backing", "confined"),
         directories=tuple(getattr(arguments, "backing_dir", ())),
         format=getattr(arguments, "backing_format", None),
+        base_changed=getattr(arguments, "base_changed", False),
     )
     return OpenOptions(
         writable=writable,

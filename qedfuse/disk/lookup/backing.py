@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
+from qedfuse.disk.lookup.baseversion import remember_base, verify_base
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
@@ -81,7 +82,8 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, that of the first base first.
 
-    The list is empty if the image has no base.
+    The list is empty if the image has no base.  If the image is open for writing, the version of
+    its bases is remembered, unless ``name`` is given.
 
     Args:
         path: Path of the image.
@@ -93,8 +95,8 @@ async def open_bases(
         name: The name of the first base; None to read the name that the image stores.
 
     Raises:
-        BackingError: A base is missing, refused or of another format, or the chain is a
-            loop or too long.
+        BackingError: A base is missing, refused, of another format or of another version than the
+            image remembers (`baseversion`), or the chain is a loop or too long.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base.
@@ -102,6 +104,8 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
+    # Of each image whose bases are open; a name that the caller gives is not stored in the image.
+    stored_names = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
     base: HostFile | None = None
@@ -111,6 +115,8 @@ async def open_bases(
                 name = await read_backing_name(file, header)
             path = backing_path(path, name, options.backing.working_directory)
             base = await open_base(path, file, options, trusted)
+            if len(stored_names) == len(layers):
+                stored_names.append((file, name))
             trusted = name = None
             _record_base(base, file.name, seen)
             qed = await _is_qed(base, file.name, header, options.backing)
@@ -124,6 +130,7 @@ async def open_bases(
             await layer.scan_l1()
             layers.append(layer)
             file, base = base, None
+        _compare_versions(stored_names, layers, accept=options.backing.base_changed)
     except BaseException:
         if base is not None:
             base.close()
@@ -131,6 +138,29 @@ async def open_bases(
             opened.file.close()
         raise
     return layers
+
+
+def _compare_versions(
+    images: list[tuple[HostFile, str]], layers: list[Layer], *, accept: bool
+) -> None:
+    """Compare the bases of each image of a chain with the version that the image remembers.
+
+    Args:
+        images: Each image that has a base, with the name of the base that the image stores; the
+            name is empty if the image stores another one, and then nothing is compared.
+        layers: The bases of the first image.
+        accept: Whether to accept other versions.
+
+    Raises:
+        BackingError: A base is of another version.
+    """
+    files = [layer.file for layer in layers]
+    for depth, (image, name) in enumerate(images):
+        if not name:
+            continue
+        verify_base(image, name, files[depth:], accept=accept)
+        if image.writable:
+            remember_base(image, name, files[depth:], accept=accept)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def disk_options(options: MountOptions) -> OpenOptions:
     return OpenOptions(
         writable=not options.read_only,
         force_share=options.force_share,
-        backing=options.backing,
+        backing=replace(options.backing, base_changed=options.base_changed),
         remote=options.remote,
         cache_bytes=options.cache_bytes,
         commit_seconds=options.commit_seconds,
