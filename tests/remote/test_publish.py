@@ -100,7 +100,6 @@ async def test_object_that_appears_meanwhile_is_kept(store: Swift, image: Path) 
     with pytest.raises(Exception, match="found an object, expected none"):
         await publish(str(image), "s3://golden/race.qed", progress=on_progress)
     assert content(store, "golden/race.qed") == b"first"
-    assert not any(key.startswith("race.qed") for key in store.keys("golden+segments"))
 
 
 def test_image_that_is_not_fit(
@@ -175,7 +174,6 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert scope.cancelled_caught
     assert struck
     assert key not in store.keys("golden")
-    assert not any(name.startswith(key) for name in store.keys("golden+segments"))
 
 
 def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -> None:
@@ -245,6 +243,7 @@ def test_object_with_other_bytes_is_deleted(
     assert damaging == ["damaged.qed"]
     assert "found other bytes stored at 0, expected the content of the file" in text
     assert "damaged.qed" not in store.keys("golden")
+    assert not any(key.startswith("damaged.qed") for key in store.keys("golden+segments"))
 
 
 def test_store_without_known_checksums_is_read(

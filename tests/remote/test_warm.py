@@ -91,7 +91,7 @@ async def test_clusters_that_are_free_are_not_fetched(tmp_path: Path) -> None:
 
 async def test_interrupted_call_goes_on(tmp_path: Path) -> None:
     """What a cancelled call has fetched is not fetched again by the next."""
-    content = some_bytes(40.5)
+    content = some_bytes(120.5)
     with serving(content) as server:
         with trio.CancelScope() as scope:
 
@@ -107,7 +107,7 @@ async def test_interrupted_call_goes_on(tmp_path: Path) -> None:
         assert found[0].is_complete
         # A request that was running when the call was cancelled may have been in vain.
         assert found[0].fetched_bytes <= len(content) // 2 + 2 * UNIT_BYTES
-        assert server.sent_bytes <= len(content) + 16 * UNIT_BYTES
+        assert server.sent_bytes <= len(content) + 32 * UNIT_BYTES
 
 
 @pytest.mark.usefixtures("bare_environment")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import socket
 import subprocess
 import textwrap
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tests.support.servers import free_ports, missing_programs, running, wait_for
+from tests.support.servers import free_ports, is_listening, missing_programs, running, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +69,7 @@ def serving_nginx(directory: Path) -> Iterator[Nginx]:
         (directory / "nginx.log").open("wb") as log,
         running(command, log, environment),
     ):
-        wait_for(lambda: _is_up(http), _START_SECONDS, directory)
+        wait_for(lambda: is_listening(http), _START_SECONDS, directory)
         yield Nginx(
             files,
             f"https://localhost:{https}",
@@ -78,12 +77,6 @@ def serving_nginx(directory: Path) -> Iterator[Nginx]:
             certificate,
             directory / "access.txt",
         )
-
-
-def _is_up(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
 
 
 def _settings(directory: Path, https: int, http: int) -> str:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tests.support.servers import free_ports, missing_programs, running, wait_for
+from tests.support.servers import free_ports, is_listening, missing_programs, running, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -137,6 +137,8 @@ def serving_swift(directory: Path) -> Iterator[Swift]:
 
         memory = ("-l", "127.0.0.1", "-p", str(ports["memcached"]), "-m", "16", "-u", user)
         start("memcached", "memcached", *memory)
+        # Swift does not use a memcached for a minute that it could not reach.
+        wait_for(lambda: is_listening(ports["memcached"]), _START_SECONDS, directory)
         pids = {
             kind: start(kind, f"swift-{kind}-server", str(directory / f"{kind}.conf"), "-v")
             for kind in (*_KINDS, "proxy")
