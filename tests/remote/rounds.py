@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, get_args
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
 from qedfuse.remote.unitfile import UNIT_BYTES
-from tests.support.remotes import MAX_SECONDS, opened, read, some_bytes
+from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
 from tests.support.webserver import Fault, WebServer, serving
 
 if TYPE_CHECKING:
@@ -162,7 +162,10 @@ class Rounds:
         else:
             self._server.always = fault
         begin = time.monotonic()
-        with suppress(RemoteError), opened(self._server.url, self._cache) as file:
+        with (
+            suppress(RemoteError),
+            opened(self._server.url, self._cache, deadlines=DEADLINES) as file,
+        ):
             if self._random.random() < 0.5:
                 self._server.always, self._server.faults = None, []
             self._read_some(file, self._server.content)

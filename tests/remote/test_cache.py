@@ -355,11 +355,11 @@ def test_complete_entry_without_a_server(outage: str, tmp_path: Path) -> None:
         fill(server, tmp_path)
         if outage != "refused":
             server.always = outage  # type: ignore[assignment]
-            with opened(server.url, tmp_path) as file:
+            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
                 assert read(file, 0, len(CONTENT)) == CONTENT
             assert server.struck[outage] >= 1
             return
-    with opened(server.url, tmp_path) as file:
+    with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, 0, len(CONTENT)) == CONTENT
 
 
@@ -390,7 +390,7 @@ def test_damaged_unit_without_a_server(tmp_path: Path) -> None:
     with serving(CONTENT) as server:
         entry = fill(server, tmp_path)
         flip(entry / "data", 3 * UNIT_BYTES)
-    with opened(server.url, tmp_path) as file:
+    with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         with pytest.raises(RemoteError):
             read(file, 0, len(CONTENT))
         assert read(file, 0, 3 * UNIT_BYTES) == CONTENT[: 3 * UNIT_BYTES]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, get_args
 
 import pytest
@@ -56,7 +57,8 @@ def marked(fault: Fault, *marks: pytest.MarkDecorator) -> object:
 @pytest.mark.parametrize("fault", sorted(REPEATED))
 def test_once_is_repeated(fault: Fault, tmp_path: Path) -> None:
     """After a fault that may pass, the attempt is repeated and the bytes are right."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+    deadlines = replace(DEADLINES, total_seconds=20.0)
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=deadlines) as file:
         server.elsewhere = "/moved/disk.qed"
         server.faults = [fault]
         assert read(file, 0, len(CONTENT)) == CONTENT
@@ -68,7 +70,7 @@ def test_once_is_repeated(fault: Fault, tmp_path: Path) -> None:
 )
 def test_once_is_an_error_of_one_range(fault: Fault, tmp_path: Path) -> None:
     """After a fault that another attempt would meet, the read fails and the next one is right."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         server.faults = [fault]
         kind = ObjectChangedError if fault in CHANGED else RemoteError
@@ -87,7 +89,10 @@ def test_once_is_an_error_of_one_range(fault: Fault, tmp_path: Path) -> None:
 )
 def test_always(fault: Fault, cached: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """While a fault lasts, what is cached is read, the rest fails in time; then all is read."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path if cached else None) as file:
+    with (
+        serving(CONTENT) as server,
+        opened(server.url, tmp_path if cached else None, deadlines=DEADLINES) as file,
+    ):
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
         server.always = fault
@@ -110,7 +115,7 @@ def test_at_opening(fault: Fault, tmp_path: Path) -> None:
         message = ""
         begin = time.monotonic()
         try:
-            with opened(server.url, tmp_path) as file:
+            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
                 server.faults = []
                 assert fault in HARMLESS | REPEATED | IN_RANGES
                 if fault not in CHANGED:
@@ -129,7 +134,7 @@ def test_always_at_opening(fault: Fault, tmp_path: Path) -> None:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         server.always = fault
         begin = time.monotonic()
-        with pytest.raises(RemoteError), opened(server.url, tmp_path):
+        with pytest.raises(RemoteError), opened(server.url, tmp_path, deadlines=DEADLINES):
             pass
         assert time.monotonic() - begin < MAX_SECONDS
         assert server.struck[fault] >= 1
@@ -137,7 +142,7 @@ def test_always_at_opening(fault: Fault, tmp_path: Path) -> None:
 
 def test_attempts_are_counted(tmp_path: Path) -> None:
     """A server with a lasting fault is asked a bounded number of times for a read."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         server.always = "status 418"
         with pytest.raises(RemoteError, match="418"):
             read(file, 0, 4096)
@@ -172,7 +177,7 @@ def test_credentials_are_renewed_once(tmp_path: Path, monkeypatch: pytest.Monkey
             source.get(0, 100)
         assert renewals.total() == 2
         assert server.struck["status 403"] == 3
-        with opened(server.url, tmp_path) as file:
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
             server.always = "status 403"
             with pytest.raises(RemoteError, match="refused") as caught:
                 read(file, 0, 100)
@@ -247,7 +252,10 @@ def test_strange_redirections(location: str, tmp_path: Path) -> None:
     with serving(CONTENT) as server:
         server.always = "redirect elsewhere"
         server.elsewhere = location
-        with pytest.raises(RemoteError) as caught, opened(server.url, tmp_path):
+        with (
+            pytest.raises(RemoteError) as caught,
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
             pass
         assert "\n" not in str(caught.value)
         assert server.struck["redirect elsewhere"] >= 1
@@ -257,7 +265,7 @@ def test_strange_redirections(location: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("obeys", [True, False])
 def test_content_replaced(obeys: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """When the object is replaced, cached units go on and the rest is ESTALE each time."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, 0, 100) == CONTENT[:100]
         server.obeys_conditions = obeys
         server.content, server.etag = some_bytes(3.5, seed=2), '"two"'
@@ -276,7 +284,7 @@ def test_only_a_time(obeys: bool, etag: str, tmp_path: Path) -> None:  # noqa: F
     with serving(CONTENT) as server:
         server.etag = etag
         server.obeys_conditions = obeys
-        with opened(server.url, tmp_path) as file:
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
             assert read(file, 0, 100) == CONTENT[:100]
             server.content = some_bytes(3.5, seed=2)
             server.modified = 1_000_000_001.0
@@ -289,19 +297,22 @@ def test_no_validator(tmp_path: Path) -> None:
     """An object without a validator is refused; if that is allowed, nothing of it is cached."""
     with serving(CONTENT) as server:
         server.etag, server.modified = 'W/"weak"', None
-        with pytest.raises(RemoteError, match="allow_unpinned"), opened(server.url, tmp_path):
+        with (
+            pytest.raises(RemoteError, match="allow_unpinned"),
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
             pass
-        with opened(server.url, tmp_path, allow_unpinned=True) as file:
+        with opened(server.url, tmp_path, allow_unpinned=True, deadlines=DEADLINES) as file:
             assert read(file, 0, len(CONTENT)) == CONTENT
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
         server.content = some_bytes(3.5, seed=2)
-        with opened(server.url, tmp_path, allow_unpinned=True) as file:
+        with opened(server.url, tmp_path, allow_unpinned=True, deadlines=DEADLINES) as file:
             assert read(file, 0, len(CONTENT)) == server.content
 
 
 def test_empty_object(tmp_path: Path) -> None:
     """An object without content is a file without content."""
-    with serving(b"") as server, opened(server.url, tmp_path) as file:
+    with serving(b"") as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         assert file.size() == 0
         assert read(file, 0, 10) == b""
         assert not file.try_read(0, memoryview(bytearray(1)))
@@ -331,7 +342,10 @@ def test_strange_sizes(extra: dict[str, str], found: str, tmp_path: Path) -> Non
     """A size that no object can have is an error when the object is opened, or when it is read."""
     with serving(CONTENT) as server:
         server.extra = {name: value.encode().decode("latin-1") for name, value in extra.items()}
-        with pytest.raises(RemoteError, match=found) as caught, opened(server.url, tmp_path):
+        with (
+            pytest.raises(RemoteError, match=found) as caught,
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
             pass
         assert "\n" not in str(caught.value)
 
@@ -347,7 +361,7 @@ def test_strange_dates(date: str, tmp_path: Path) -> None:
     """A time of the last change that is none counts as missing."""
     with serving(CONTENT) as server:
         server.extra = {"Last-Modified": date}
-        with opened(server.url, tmp_path) as file:
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
             assert read(file, 0, len(CONTENT)) == CONTENT
             assert file.stat().st_size == len(CONTENT)
 
@@ -377,7 +391,7 @@ def test_abandoned_opening(tmp_path: Path) -> None:
 
 def test_reads_past_the_end(tmp_path: Path) -> None:
     """A read ends where the object ends, also when all of it is cached."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         size = len(CONTENT)
         for _ in range(2):
             assert read(file, size - 10, 100) == CONTENT[-10:]

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-DEADLINES: Final = Deadlines(connect_seconds=1.0, attempt_seconds=0.5, total_seconds=1.5)
-MAX_SECONDS: Final = DEADLINES.total_seconds + 2 * DEADLINES.attempt_seconds + 2.0
-"""After this time a read must have ended, on a machine that is busy."""
+DEADLINES: Final = Deadlines(connect_seconds=1.0, attempt_seconds=0.8, total_seconds=2.0)
+"""Deadlines for servers with faults."""
+MAX_SECONDS: Final = DEADLINES.total_seconds + 2 * DEADLINES.attempt_seconds + 3.0
+"""After this time a read with these deadlines must have ended, on a machine that is busy."""
+PATIENT: Final = Deadlines(connect_seconds=10.0, attempt_seconds=20.0, total_seconds=60.0)
+"""Deadlines for servers that answer well, so that a busy machine causes no second attempt."""
 
 
 def some_bytes(units: float, seed: int = 1) -> bytes:
@@ -33,21 +36,26 @@ def some_bytes(units: float, seed: int = 1) -> bytes:
 
 @contextmanager
 def opened(
-    url: str, cache: Path | None, *, cache_bytes: int | None = None, allow_unpinned: bool = False
+    url: str,
+    cache: Path | None,
+    *,
+    cache_bytes: int | None = None,
+    allow_unpinned: bool = False,
+    deadlines: Deadlines = PATIENT,
 ) -> Iterator[RemoteFile]:
     """Open a URL for the block; without a directory of a cache nothing is kept on disk."""
     address = parse_address(url)
     if cache is None:
         client = make_client(
-            address, ClientOptions(DEADLINES.connect_seconds, DEADLINES.attempt_seconds)
+            address, ClientOptions(deadlines.connect_seconds, deadlines.attempt_seconds)
         )
-        source = open_object(address, client, DEADLINES)
+        source = open_object(address, client, deadlines)
         file = RemoteFile(source, Fetcher(source, None), None)
     else:
         remote = RemoteOptions(
             cache_directory=str(cache),
             cache_bytes=cache_bytes,
-            deadlines=DEADLINES,
+            deadlines=deadlines,
             allow_unpinned=allow_unpinned,
         )
         file = open_remote(address, remote)
