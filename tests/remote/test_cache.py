@@ -17,9 +17,11 @@ import pytest
 import trio
 
 from qedfuse.errors import CacheError, RemoteError
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
 from qedfuse.remote.client import Version
+from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
@@ -647,3 +649,29 @@ def test_entry_that_is_being_removed_is_busy(tmp_path: Path) -> None:
             directory.open_entry(ADDRESS, version)
         assert path.exists()
     directory.open_entry(ADDRESS, version).close()
+
+
+def test_descriptor_stays_open_during_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close during a read takes effect when the read has returned; later reads fail."""
+    make_files(str(tmp_path), UNIT_BYTES)
+    with UnitFile.open(str(tmp_path), UNIT_BYTES) as entry:
+        entry.store(0, some_bytes(1))
+        local = LocalData(entry)
+    descriptors: list[int] = []
+    read_blocking = PosixFile.read_blocking
+
+    def read_and_close(file: PosixFile, offset: int, view: memoryview) -> int:
+        descriptors.append(file.fd)
+        local.close()
+        return read_blocking(file, offset, view)
+
+    monkeypatch.setattr(PosixFile, "read_blocking", read_and_close)
+    buffer = bytearray(UNIT_BYTES)
+    assert local.read_blocking(0, memoryview(buffer))
+    assert buffer == some_bytes(1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
+    assert not local.read_blocking(0, memoryview(buffer))
+    assert len(descriptors) == 1
