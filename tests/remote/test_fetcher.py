@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import tracemalloc
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -287,10 +288,12 @@ def test_readers_wait_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(HeldObject, "max_seconds", 0.05)
     with fetching(tmp_path) as (source, fetcher, file):
         source.held = {0}
+        begin = time.monotonic()
         with pytest.raises(RemoteError, match=r"held\.qed: found no answer"):
             read(file, 0, 10)
         with pytest.raises(RemoteError, match="found no answer"):
             trio.run(file.pread, 0, 10)
+        assert time.monotonic() - begin < 10
         assert len(source.requests) == 1
         source.release()
         wait_until(lambda: fetcher.ready[0])
