@@ -29,7 +29,9 @@ EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
 Create an empty image.  With -b the image is an overlay: ranges of its disk that were never
 written are read from the base.  The name of the base is stored unchanged; a relative name
-is resolved from the directory of the image.  SIZE defaults to the size of the base."""
+is resolved from the directory of the image.  SIZE defaults to the size of the base.
+
+The base may be a URL.  QEMU opens https:// and http:// itself, but no object store."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,9 @@ shown: ok, zeros, reserved, unaligned, past the end, cut short, or over metadata
 entries with the same verdict are shown as one range if they point to adjacent offsets or have
 the same value.  A range has at most 8192 entries.
 
-The command is made for broken images, and shows invalid fields and entries as well."""
+The command is made for broken images, and shows invalid fields and entries as well.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

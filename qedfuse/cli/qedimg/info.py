@@ -32,7 +32,9 @@ Backing files are opened only with --backing-chain, as far as --backing and --ba
 allow.  The JSON has qemu-img's keys, and in "safety" the facts by which a service can
 decide whether to accept an untrusted image.
 
---allocation reads all tables, and counts the clusters of data and of zeros."""
+--allocation reads all tables, and counts the clusters of data and of zeros.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,9 @@ holes, and where in which file they are stored.  The text lists only data.  The 
 lists all extents, with qemu-img's keys.
 
 If a table entry points nowhere, the content of its range is unknown, and the exit code
-is 13.  The JSON lists such a range with "present" true and "zero" and "data" false."""
+is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
 """The beginning of the output, by the value of ``--output``."""
