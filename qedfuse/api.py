@@ -57,10 +57,10 @@ def open(  # noqa: A001  a module's open, like gzip.open
     Leaked space is no error.
 
     Args:
-        path: The image.
+        path: The image, or its URL, which can only be read.
         mode: ``rb`` to read, ``r+b`` to read and write.
-        options: Backing file policy, locks, cache size and more; None for the defaults.  The
-            option ``writable`` is ignored, because ``mode`` decides.
+        options: Backing file policy, locks, cache sizes, how URLs are read, and more; None for
+            the defaults.  The option ``writable`` is ignored, because ``mode`` decides.
 
     Returns:
         The file, at position 0.  The caller must close it.

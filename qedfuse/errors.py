@@ -4,8 +4,11 @@
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
     ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
-    │   └── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
-    │       └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
+    │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
+    │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
+    │   ├── CacheError            (host's)  2  the directory of the cache cannot be used
+    │   └── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
+    │       └── ObjectChangedError ESTALE  23  the file on the server is another one than before
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range
@@ -111,6 +114,31 @@ class PastEndError(NoSpaceError):
     """A write begins at or past the end of the disk; the host is not full."""
 
     errno = errnos.ENOSPC
+
+
+class CacheError(HostError):
+    """The directory of the cache for remote files cannot be used."""
+
+
+class RemoteError(HostError):
+    """A server cannot be reached, refuses, or does not serve a file in the way that is needed.
+
+    Attributes:
+        is_logged: Whether the log has the cause, so that the request that fails need not log it.
+    """
+
+    exit_code = 22
+    is_logged: bool = False
+
+
+class ObjectChangedError(RemoteError):
+    """The file on the server is another one than when it was opened."""
+
+    errno = errnos.ESTALE
+    exit_code = 23
+
+    def __init__(self, message: str, errno: int = errnos.ESTALE) -> None:
+        super().__init__(message, errno)
 
 
 class ImageError(QedError):

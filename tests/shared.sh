@@ -11,8 +11,43 @@ install_for_tests() {
         mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
         groff=groff-base mandoc=mandoc zsh=zsh fish=fish
     install_project test
+    install_servers
     check_fuse
     [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
+}
+
+# install_servers: install the servers that the tests of remote images start: an object store
+# (OpenStack Swift) and a web server.  If that is not possible, say so: these tests are skipped.
+install_servers() {
+    local need missing=() log policy=/usr/sbin/policy-rc.d
+    for need in swift-proxy-server=swift-proxy swift-account-server=swift-account \
+        swift-container-server=swift-container swift-object-server=swift-object \
+        memcached=memcached nginx=nginx openssl=openssl; do
+        have "${need%=*}" || missing+=("${need##*=}")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" != 0 ] || ! have apt-get; then
+        say "Not root, or no apt-get: tests of real servers are skipped without ${missing[*]}"
+        return 0
+    fi
+    say "Installing servers for the tests: ${missing[*]}"
+    log=$(mktemp)
+    # The tests start servers of their own; the services of the packages must not start as well.
+    if [ -e $policy ]; then
+        policy=
+    else
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod +x $policy
+    fi
+    if ! {
+        apt-get update -qq && env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    } </dev/null >"$log" 2>&1; then
+        cat "$log" >&2
+        say "apt-get could not install ${missing[*]}: the tests of these servers are skipped"
+    fi
+    [ -z "$policy" ] || rm -f $policy
+    rm -f "$log"
 }
 
 # make_copy DIR VARIABLE=VALUE...: copy this tree to DIR, and install the copy into DIR/.venv.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
+from qedfuse.disk.lookup.baseversion import forget_base
 from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
@@ -456,6 +457,11 @@ class Disk:
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for a server, and later ones that would; others go on."""
+        for layer in self._chain.layers:
+            layer.file.stop_fetching()
+
     def stop_compacting(self) -> None:
         """End the running compaction, if any; later compactions then move nothing.
 
@@ -567,6 +573,14 @@ class Disk:
         await change_backing_name(
             self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
         )
+        self.forget_base()
+
+    def forget_base(self) -> None:
+        """Forget the version of the base, because the caller has changed the base itself.
+
+        The next open for writing remembers the version that it finds (`baseversion`).
+        """
+        forget_base(self._file)
 
     def fstat(self) -> os.stat_result:
         """Return the attributes of the image file.

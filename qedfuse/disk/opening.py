@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
-from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from qedfuse.hostio.hostfile import HostFile
-    from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.ondisk.header import Header
 
     Inspector: TypeAlias = Callable[[HostFile, Header], Awaitable[None]]
@@ -35,7 +35,7 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The image.
+        path: The image, or its URL.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -53,7 +53,9 @@ async def open_disk(
         msg = f"{printable(path)}: force_share: expected the image opened read-only"
         raise UsageError(msg)
     store = make_store(options.cache_bytes)
-    with open_image_file(path, options.image_lock, writable=options.writable) as file:
+    async with open_image(
+        path, options.image_lock, options.remote, writable=options.writable
+    ) as file:
         header = await read_header(file)
         if options.writable:
             await _inspect(file, header, inspector)
@@ -71,7 +73,7 @@ async def open_disk(
             yield disk
 
 
-async def _inspect(file: PosixFile, header: Header, inspector: Inspector | None) -> None:
+async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) -> None:
     """Call the inspector if the tables of an image must not be trusted for writing.
 
     The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a

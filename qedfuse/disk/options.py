@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from qedfuse.hostio.locking import LockMode
+from qedfuse.remote.options import RemoteOptions
 
 DEFAULT_CACHE_BYTES: Final = 32 << 20
 DEFAULT_COMMIT_SECONDS: Final = 5.0
@@ -24,8 +25,10 @@ class BackingPolicy:
         directories: Further directories that a base may lie in.
         format: The format of every base; None to decide for each base by the header of the
             image that names it and by the magic of the base.
-        trusted: A path that is allowed as the first base because the user has named it; None
-            if there is no such path.  Ignored if the mode is ``none``.
+        trusted: A path or URL that is allowed as the first base because the user has named it;
+            None if there is none.  Ignored if the mode is ``none``.
+        base_changed: Whether to accept bases that are not of the version that the image remembers,
+            and to remember the new version if the image is opened for writing.
         working_directory: The directory to which the path in a backing file name of the form
             ``file:PATH`` is relative; empty for the working directory of the process at the
             time of opening.
@@ -35,6 +38,7 @@ class BackingPolicy:
     directories: tuple[str, ...] = ()
     format: Literal["raw", "qed"] | None = None
     trusted: str | None = None
+    base_changed: bool = False
     working_directory: str = ""
 
 
@@ -50,6 +54,7 @@ class OpenOptions:
             ``writable``.
         lock: Whether to take locks; QEMU understands them.
         backing: Which backing files may be used.
+        remote: How URLs are read, and which URLs backing files may be.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
             Only tables whose changes are not in the file yet may exceed the maximum.
         commit_seconds: Seconds from a change until a background flush begins, which makes
@@ -76,6 +81,7 @@ class OpenOptions:
     force_share: bool = False
     lock: bool = True
     backing: BackingPolicy = field(default_factory=BackingPolicy)
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     cache_bytes: int = DEFAULT_CACHE_BYTES
     commit_seconds: float = DEFAULT_COMMIT_SECONDS
     needcheck_seconds: float = DEFAULT_NEEDCHECK_SECONDS

@@ -1,6 +1,6 @@
-"""The interface that the disk needs from the file that holds an image.
+"""The interfaces that readers need from a file of a chain, and the disk from its image's file.
 
-`qedfuse.hostio.posixfile.PosixFile` implements it with system calls.  Tests implement it with
+`qedfuse.hostio.posixfile.PosixFile` implements both with system calls.  Tests implement them with
 files that record the writes, fail at a chosen step or lose power.
 """
 
@@ -16,23 +16,27 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+FileIdentity: TypeAlias = tuple[object, ...]
+"""What is equal for two open files if they are the same file, such as device and inode."""
 
-class HostFile(Protocol):
-    """A file of the host, open for reading or for writing.  Offsets and lengths are in bytes.
 
-    If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
-    (`NoSpaceError` for a full file system), unless its docstring says otherwise.
-    Nothing is certain to be durable before `datasync` has returned.
+class ReadableFile(Protocol):
+    """A file that is open for reading.  Offsets and lengths are in bytes.
+
+    If a read fails, a ``try_`` method returns False, and every other method raises `HostError`,
+    unless its docstring says otherwise.
 
     Attributes:
-        name: The file's name in messages.
-        writable: Whether the file is open for writing.
-        can_punch: True until `punch` has found that the host cannot punch holes.
+        path: The file's name as it was given: by the user, or by the image that names the file.
+        name: The file's name in messages, as printable text.
     """
 
+    path: str
     name: str
-    writable: bool
-    can_punch: bool
+
+    @property
+    def identity(self) -> FileIdentity:
+        """What distinguishes the file from all others."""
 
     @property
     def read_policy(self) -> ReadPolicy | None:
@@ -48,6 +52,14 @@ class HostFile(Protocol):
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.
+        """
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.  The call
+        blocks the thread, so only worker threads may call it; several threads may call it
+        concurrently.
         """
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -81,6 +93,56 @@ class HostFile(Protocol):
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.
         """
+
+    async def next_data(self, offset: int) -> int | None:
+        """Return where the first data at or past ``offset`` begins; None if no data follows."""
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
+
+        Returns None if ``offset`` is at or past the end of the file.
+        """
+
+    def size(self) -> int:
+        """Return the file's length in bytes."""
+
+    def stat(self) -> os.stat_result:
+        """Return the file's attributes (fstat(2)).
+
+        Reading the times slows down later changes of the file; see `size_and_blocks`.
+        """
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the attributes of the file system that holds the file (statvfs(3)).
+
+        Raises:
+            OSError: The host refused.
+        """
+
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for a server, and later ones that would; others go on."""
+
+    def close(self) -> None:
+        """Close the file, which also releases every lock taken through it.
+
+        A second call does nothing.
+        """
+
+
+class HostFile(ReadableFile, Protocol):
+    """The file of an image, open for reading or for writing.  Offsets and lengths are in bytes.
+
+    If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
+    (`NoSpaceError` for a full file system), unless its docstring says otherwise.
+    Nothing is certain to be durable before `datasync` has returned.
+
+    Attributes:
+        writable: Whether the file is open for writing.
+        can_punch: True until `punch` has found that the host cannot punch holes.
+    """
+
+    writable: bool
+    can_punch: bool
 
     def can_write_inline(self, length: int) -> bool:
         """Return whether `try_write` would try to write ``length`` bytes now.
@@ -131,43 +193,12 @@ class HostFile(Protocol):
         Does nothing if the host cannot reserve space.
         """
 
-    async def next_data(self, offset: int) -> int | None:
-        """Return where the first data at or past ``offset`` begins; None if no data follows."""
-
-    async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
-
-        Returns None if ``offset`` is at or past the end of the file.
-        """
-
-    def size(self) -> int:
-        """Return the file's length in bytes."""
-
     def stored_blocks(self) -> int:
         """Return the file's ``st_blocks``, in units of 512 bytes, without reading its times."""
-
-    def stat(self) -> os.stat_result:
-        """Return the file's attributes (fstat(2)).
-
-        Reading the times slows down later changes of the file; see `size_and_blocks`.
-        """
-
-    def statvfs(self) -> os.statvfs_result:
-        """Return the attributes of the file system that holds the file (statvfs(3)).
-
-        Raises:
-            OSError: The host refused.
-        """
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).
 
         Raises:
             OSError: The file belongs to another user, or the host refused.
-        """
-
-    def close(self) -> None:
-        """Close the file, which also releases every lock taken through it.
-
-        A second call does nothing.
         """

@@ -16,11 +16,12 @@ from qedfuse.hostio.inlinepolicy import InlinePolicy
 from qedfuse.hostio.inodelock import InodeLock, acquire
 from qedfuse.hostio.nowaitretry import NowaitRetry
 from qedfuse.hostio.readpolicy import ReadPolicy
-from qedfuse.hostio.regular import open_regular, status_of
+from qedfuse.hostio.regular import identity_of, open_regular, status_of
 from qedfuse.hostio.sparse import seek
 from qedfuse.hostio.systemcalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
+    read_all,
     size_and_blocks,
     waits_for_server,
     write_all,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from qedfuse.hostio.hostcalls import HostCalls
-    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.hostfile import Buffer, FileIdentity
 
 T = TypeVar("T")
 
@@ -98,6 +99,11 @@ class PosixFile:
     def fileno(self) -> int:
         """Return the descriptor."""
         return self.fd
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The device and the inode of the file."""
+        return identity_of(self.stat())
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
@@ -207,6 +213,21 @@ class PosixFile:
             raise self._failed(error, "read") from error
         finally:
             self._call_slots.release()
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.  The call
+        blocks the thread, so only worker threads may call it; several threads may call it
+        concurrently.
+
+        Raises:
+            HostError: The host refused.
+        """
+        try:
+            return read_all(self.fd, offset, view)
+        except OSError as error:
+            raise self._failed(error, "read") from error
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
@@ -469,6 +490,9 @@ class PosixFile:
             set_times()
         else:
             await self._inode.in_thread(trio.to_thread.run_sync, set_times)
+
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, ImageError, cannot_open, proc_missing
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from qedfuse.hostio.hostfile import FileIdentity
 
 KIND_NAMES: Final = {
     stat.S_IFDIR: "a directory",
@@ -112,6 +115,11 @@ def length_of(fd: int, name: str) -> int:
         return os.lseek(fd, 0, os.SEEK_END)
     except OSError as error:
         raise HostError.from_os(error, name, "seek") from error
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """Return the device and the inode of a file, which together identify the file."""
+    return status.st_dev, status.st_ino
 
 
 def allocated_bytes(status: os.stat_result) -> int:

@@ -9,7 +9,6 @@ Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,13 +16,25 @@ from qedfuse.disk.options import BackingPolicy
 from qedfuse.errors import UsageError
 from qedfuse.mount.options import MountOptions, validated
 from qedfuse.mount.optionsyntax import split_options
+from qedfuse.mount.optionvalues import (
+    choice,
+    parse_bytes,
+    parse_id,
+    parse_local_path,
+    parse_poll,
+    parse_prefix_url,
+    parse_readahead,
+    parse_remote_cache,
+    parse_seconds,
+    parse_table_cache,
+    parse_umask,
+)
 from qedfuse.text import printable
-from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from qedfuse.mount.system.readahead import Readahead
+    from qedfuse.remote.address import Address
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
 """Mount flags that are passed to the kernel, which enforces them.  ``ro`` has a field of its own in
@@ -51,23 +62,11 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 """Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
 values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
 
-_MAX_ID: Final = (1 << 32) - 2
-"""Largest id of a user or a group.  The next number, 0xffffffff, is -1 for chown(2), which means
-"unchanged"."""
-_MAX_SECONDS: Final = 3600.0
-"""Largest value of each option whose value is a number of seconds."""
-_MAX_POLL_MICROSECONDS: Final = 10_000
-"""Largest value of the option ``poll``."""
-_MIN_CACHE_BYTES: Final = 64 << 10
-"""Smallest value of the option ``cache_size``."""
-_MAX_READAHEAD_BYTES: Final = 1 << 30
-"""Largest value of the option ``readahead``."""
-
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Parse lists of options; a later option overrides an earlier one.
 
-    Two kinds of options add up instead: ``backing_dir``, and mount flags for the kernel.
+    Some options add up instead: ``backing_dir``, ``backing_url``, and mount flags for the kernel.
 
     Args:
         lists: The arguments of all ``-o``, in order.
@@ -82,7 +81,10 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
     if found.directories:
         backing["directories"] = tuple(found.directories)
     options = MountOptions(
-        **found.fields, backing=BackingPolicy(**backing), kernel_flags=tuple(found.kernel_flags)
+        **found.fields,
+        backing=BackingPolicy(**backing),
+        backing_urls=tuple(found.prefixes),
+        kernel_flags=tuple(found.kernel_flags),
     )
     return validated(options, explicit_rw=found.fields.get("read_only") is False)
 
@@ -106,6 +108,7 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
         all(getattr(options, name) == value for name, value in found.fields.items())
         and all(getattr(options.backing, name) == value for name, value in found.backing.items())
         and set(found.directories) <= set(options.backing.directories)
+        and set(found.prefixes) <= set(options.backing_urls)
         and set(found.kernel_flags) <= set(options.kernel_flags)
     )
 
@@ -121,7 +124,7 @@ def known_options() -> dict[str, tuple[str, ...] | None]:
     return {
         **dict.fromkeys((*_FLAGS, *KERNEL_FLAGS)),
         **{name: choices for table in (_CHOICES, _BACKING) for name, (_, choices) in table.items()},
-        **dict.fromkeys((*_VALUES, "backing_dir"), ()),
+        **dict.fromkeys((*_VALUES, *_REPEATED), ()),
     }
 
 
@@ -133,12 +136,14 @@ class _Parsed:
         fields: Values for fields of `MountOptions`.
         backing: Values for fields of `BackingPolicy`.
         directories: The values of all ``backing_dir``, in order.
+        prefixes: The values of all ``backing_url``, in order.
         kernel_flags: The mount flags for the kernel, in order, as keys.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
     backing: dict[str, Any] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
+    prefixes: list[Address] = field(default_factory=list)
     kernel_flags: dict[str, None] = field(default_factory=dict)
 
 
@@ -157,11 +162,13 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
         elif name in KERNEL_FLAGS and not equals:
             found.kernel_flags[name] = None
         elif name == "backing_dir" and value:
-            found.directories.append(value)
+            found.directories.append(parse_local_path(name, value))
+        elif name == "backing_url" and value:
+            found.prefixes.append(parse_prefix_url(name, value))
         elif name in _BACKING and value:
-            found.backing[_BACKING[name][0]] = _choice(name, value, _BACKING[name][1])
+            found.backing[_BACKING[name][0]] = choice(name, value, _BACKING[name][1])
         elif name in _CHOICES and value:
-            found.fields[_CHOICES[name][0]] = _choice(name, value, _CHOICES[name][1])
+            found.fields[_CHOICES[name][0]] = choice(name, value, _CHOICES[name][1])
         elif name in _VALUES and value:
             attribute, parse = _VALUES[name]
             found.fields[attribute] = parse(name, value)
@@ -180,104 +187,17 @@ def _is_dropped(name: str, equals: str) -> bool:
 def _is_known(name: str) -> bool:
     """Return whether an option of this name has an effect; its form may still be wrong."""
     tables = (_FLAGS, KERNEL_FLAGS, _CHOICES, _BACKING, _VALUES)
-    return name == "backing_dir" or any(name in table for table in tables)
+    return name in _REPEATED or any(name in table for table in tables)
 
 
 def _complaint(name: str, option: str) -> str:
     """Return the message for an option that is unknown, lacks a value or must not have one."""
     shown = printable(option)
-    if name in _VALUES or name in _CHOICES or name in _BACKING or name == "backing_dir":
+    if name in _VALUES or name in _CHOICES or name in _BACKING or name in _REPEATED:
         return f"option {shown}: found no value, expected {name}=VALUE"
     if name in _FLAGS or name in KERNEL_FLAGS:
         return f"option {shown}: found a value, expected {name} alone"
     return f"option {shown}: unknown"
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value`` unchanged if it is one of ``choices``.
-
-    Raises:
-        UsageError: The value is not one of ``choices``.
-    """
-    if value not in choices:
-        msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
-        raise UsageError(msg)
-    return value
-
-
-def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
-    """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
-
-    Raises:
-        UsageError: The value is no such integer; the message ends with ``expected``.
-    """
-    digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
-    if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
-        msg = f"option {name}: found {printable(value)}, expected {expected}"
-        raise UsageError(msg)
-    return number
-
-
-def _id(name: str, value: str) -> int:
-    """Parse the id of a user or a group, a number of at most `_MAX_ID`."""
-    return _number(name, value, 10, _MAX_ID, f"a number up to {_MAX_ID}")
-
-
-def _umask(name: str, value: str) -> int:
-    """Parse octal permission bits."""
-    return _number(name, value, 8, 0o777, "octal permission bits up to 777")
-
-
-def _seconds(name: str, value: str) -> float:
-    """Parse a time in seconds, more than 0 and at most `_MAX_SECONDS`."""
-    well_formed = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
-    if not well_formed or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
-        found, maximum = printable(value), int(_MAX_SECONDS)
-        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {maximum}"
-        raise UsageError(msg)
-    return seconds
-
-
-def _poll(name: str, value: str) -> float:
-    """Parse a number of microseconds, or ``off``; return seconds, 0 for ``off``."""
-    if value == "off":
-        return 0.0
-    expected = f"microseconds up to {_MAX_POLL_MICROSECONDS}, or off"
-    return _number(name, value, 10, _MAX_POLL_MICROSECONDS, expected) * 1e-6
-
-
-def _readahead(name: str, value: str) -> Readahead:
-    """Parse the maximum read-ahead in bytes, which may be 0, or ``kernel``."""
-    if value == "kernel":
-        return "kernel"
-    size = _size(name, value)
-    if size > _MAX_READAHEAD_BYTES:
-        msg = f"option {name}: found {printable(value)}, expected at most 1G, or kernel"
-        raise UsageError(msg)
-    return size
-
-
-def _size(name: str, value: str) -> int:
-    """Parse a number of bytes with an optional unit."""
-    try:
-        return parse_size(value)
-    except UsageError as error:
-        msg = f"option {name}: {error}"
-        raise UsageError(msg) from error
-
-
-def _cache(name: str, value: str) -> int:
-    """Parse the size of the table cache in bytes, at least `_MIN_CACHE_BYTES`."""
-    size = _size(name, value)
-    if size < _MIN_CACHE_BYTES:
-        msg = f"option {name}: found {printable(value)}, expected at least 64K"
-        raise UsageError(msg)
-    return size
-
-
-def _path(_name: str, value: str) -> str:
-    """Return a path unchanged."""
-    return value
 
 
 _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
@@ -292,6 +212,9 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "nodiscard": {"discard": False},
     "compact": {"compact": "full"},
     "snapshot": {"snapshot": True},
+    "base_changed": {"base_changed": True},
+    "allow_http": {"allow_http": True},
+    "allow_unpinned": {"allow_unpinned": True},
 }
 """Options without a value, and the fields of `MountOptions` that they set."""
 _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
@@ -307,15 +230,22 @@ _BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }
 """Options about backing files: the field of `BackingPolicy` that each sets, and the values."""
 _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
-    "uid": ("uid", _id),
-    "gid": ("gid", _id),
-    "umask": ("umask", _umask),
-    "commit": ("commit_seconds", _seconds),
-    "compact_size": ("compact_bytes", _size),
-    "compact_time": ("compact_seconds", _seconds),
-    "cache_size": ("cache_bytes", _cache),
-    "poll": ("poll_seconds", _poll),
-    "readahead": ("readahead", _readahead),
-    "overlay": ("overlay", _path),
+    "uid": ("uid", parse_id),
+    "gid": ("gid", parse_id),
+    "umask": ("umask", parse_umask),
+    "commit": ("commit_seconds", parse_seconds),
+    "compact_size": ("compact_bytes", parse_bytes),
+    "compact_time": ("compact_seconds", parse_seconds),
+    "cache_size": ("cache_bytes", parse_table_cache),
+    "poll": ("poll_seconds", parse_poll),
+    "readahead": ("readahead", parse_readahead),
+    "overlay": ("overlay", parse_local_path),
+    "cache_dir": ("remote_cache_directory", parse_local_path),
+    "remote_cache_size": ("remote_cache_bytes", parse_remote_cache),
+    "remote_timeout": ("remote_seconds", parse_seconds),
+    "remote_attempt_timeout": ("remote_attempt_seconds", parse_seconds),
+    "credentials": ("credentials_file", parse_local_path),
 }
 """Options with a free value: the field of `MountOptions` that each sets, and the parser."""
+_REPEATED: Final = ("backing_dir", "backing_url")
+"""Options with a free value whose values add up."""

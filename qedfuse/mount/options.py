@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from qedfuse.disk.options import (
@@ -14,9 +14,12 @@ from qedfuse.disk.options import (
     BackingPolicy,
 )
 from qedfuse.errors import UsageError
+from qedfuse.remote.credentials import read_credentials
+from qedfuse.remote.options import Deadlines, RemoteOptions
 
 if TYPE_CHECKING:
     from qedfuse.mount.system.readahead import Readahead
+    from qedfuse.remote.address import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,18 @@ class MountOptions:
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.
+        base_changed: Whether to accept bases of another version than an image remembers.
+        backing_urls: Prefixes of the URLs that images may name as backing files.
+        remote_cache_directory: Where the cache for remote files is; None for the user's directory.
+        remote_cache_bytes: Maximum space in bytes of this cache; None for as much as leaves a part
+            of the file system free.
+        remote_seconds: Maximum time in seconds that a request to a server takes, with all attempts.
+        remote_attempt_seconds: Maximum time in seconds of one attempt; at most ``remote_seconds``
+            is used.
+        allow_http: Whether ``http://`` is allowed to other machines.
+        allow_unpinned: Whether to read an object of which only the size shows a change.
+        credentials_file: A file with credentials for servers; None for no file.
+        credentials: The content of ``credentials_file``, as `with_credentials` has read it.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -80,7 +95,46 @@ class MountOptions:
     readahead: Readahead = None
     snapshot: bool = False
     overlay: str | None = None
+    base_changed: bool = False
+    backing_urls: tuple[Address, ...] = ()
+    remote_cache_directory: str | None = None
+    remote_cache_bytes: int | None = None
+    remote_seconds: float = Deadlines().total_seconds
+    remote_attempt_seconds: float = Deadlines().attempt_seconds
+    allow_http: bool = False
+    allow_unpinned: bool = False
+    credentials_file: str | None = None
+    credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     kernel_flags: tuple[str, ...] = ()
+
+    @property
+    def remote(self) -> RemoteOptions:
+        """How remote files are read."""
+        attempt_seconds = min(self.remote_attempt_seconds, self.remote_seconds)
+        return RemoteOptions(
+            cache_directory=self.remote_cache_directory,
+            cache_bytes=self.remote_cache_bytes,
+            deadlines=Deadlines(
+                connect_seconds=min(Deadlines().connect_seconds, attempt_seconds),
+                attempt_seconds=attempt_seconds,
+                total_seconds=self.remote_seconds,
+            ),
+            allow_http=self.allow_http,
+            allow_unpinned=self.allow_unpinned,
+            allowed=self.backing_urls,
+            credentials=self.credentials,
+        )
+
+    def with_credentials(self) -> MountOptions:
+        """Return the options with the content of the file with credentials.
+
+        Raises:
+            HostError: The file cannot be read.
+            UsageError: Others than its owner may read the file, or a line is not valid.
+        """
+        if self.credentials_file is None:
+            return self
+        return replace(self, credentials=read_credentials(self.credentials_file))
 
     def absolute(self) -> MountOptions:
         """Return the options with absolute paths, and with the present working directory.
@@ -92,7 +146,6 @@ class MountOptions:
             FileNotFoundError: A path is relative, and the working directory has been removed.
         """
         directories = tuple(map(os.path.abspath, self.backing.directories))
-        overlay = None if self.overlay is None else os.path.abspath(self.overlay)  # noqa: PTH100
         try:
             working_directory = os.getcwd()  # noqa: PTH109
         except OSError:
@@ -101,11 +154,22 @@ class MountOptions:
         backing = replace(
             self.backing, directories=directories, working_directory=working_directory
         )
-        return replace(self, overlay=overlay, backing=backing)
+        return replace(
+            self,
+            overlay=_absolute(self.overlay),
+            remote_cache_directory=_absolute(self.remote_cache_directory),
+            credentials_file=_absolute(self.credentials_file),
+            backing=backing,
+        )
 
     def for_read_only_disk(self) -> MountOptions:
         """Return the options for a disk that is read-only in a mount that is writable."""
         return replace(self, read_only=True, growable=False, compact="off")
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return a path made absolute; None for None."""
+    return None if path is None else os.path.abspath(path)  # noqa: PTH100  must not resolve links
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:

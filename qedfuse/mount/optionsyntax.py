@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_PATH_OPTIONS: Final = ("overlay", "backing_dir")
+_PATH_OPTIONS: Final = ("overlay", "backing_dir", "cache_dir", "credentials")
 """Options whose value is a path."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +44,8 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.launderer import Launderer
     from qedfuse.mount.options import MountOptions
@@ -138,7 +141,9 @@ class Server:
                     *(connection, readahead_bytes(self._options.readahead)),
                     disks=len(self._disks.by_inode),
                 )
-                return await self._serve(entry, signals, announcement, protection_failure)
+                return await self._serve(
+                    *(entry, connection, signals, announcement, protection_failure)
+                )
         finally:
             extraops.end()
             for exported in self._disks:
@@ -156,6 +161,7 @@ class Server:
     async def _serve(
         self,
         entry: MountEntry,
+        connection: int,
         signals: SignalDispatcher,
         announcement: Announcement,
         protection_failure: str | None,
@@ -174,6 +180,7 @@ class Server:
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
+            nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
             heap_trimmer = HeapTrimmer()
@@ -243,6 +250,18 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
     """Trim the heap and check ``st_blocks`` after a flush, unless that was done shortly before."""
     trim_heap()
     invalidator.flushed()
+
+
+async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
+    """Call ``action`` when the kernel has ended the connection, while requests may still run.
+
+    `pyfuse3.main` waits until all requests have been answered, although no program waits for the
+    answers any more.
+    """
+    with select.epoll() as epoll:
+        epoll.register(connection, 0)  # errors only, which are always reported
+        await trio.lowlevel.wait_readable(epoll.fileno())
+    action()
 
 
 def _undo_mount(mount: MountEntry) -> None:

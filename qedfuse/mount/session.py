@@ -34,7 +34,7 @@ import trio
 from qedfuse.errors import QedError, UsageError
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.launderer import Launderer
-from qedfuse.mount.images.naming import Source, find_sources
+from qedfuse.mount.images.naming import Source, find_sources, shown_source
 from qedfuse.mount.images.overlays import open_source
 from qedfuse.mount.images.roles import find_read_only
 from qedfuse.mount.process.announcement import Announcement
@@ -45,6 +45,7 @@ from qedfuse.mount.serving import Server
 from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
 from qedfuse.mount.system.privileges import check_privileges
+from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
@@ -68,7 +69,7 @@ class MountRequest:
     """The arguments of one mount.
 
     Attributes:
-        sources: Images, or directories of images; absolute paths.
+        sources: Images, or directories of images: absolute paths or URLs.
         mountpoint: The mountpoint; absolute and free of symbolic links.
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written once the
@@ -228,15 +229,17 @@ class _Session:
                 disks = await self._open(stack, sources, directory=directory)
             if request.fake:
                 return
+            # Other users can read the mount table, and the query of a URL may be a secret.
+            shown = tuple(shown_source(path) if is_url(path) else path for path in request.sources)
             self._announcement = announcement = Announcement(
-                *(request.mountpoint, request.sources, request.option_strings, request.pidfile),
+                *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer), directory=directory
             )
             self._failure = await server.run(
-                *(request.sources[0], lock_name, signals, announcement, self._protection_failure)
+                *(shown[0], lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
                 # The end of the block closes the disks one after the other, and each disk limits

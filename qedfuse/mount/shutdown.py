@@ -118,7 +118,7 @@ class Shutdown:
                 # Another process has detached the mount, or another mount covers it, so there is
                 # nothing to unmount here.
                 if not self._disks.open_handles:
-                    pyfuse3.terminate()
+                    self._terminate()
                     return
             except BusyError:
                 if not is_flushed:
@@ -231,4 +231,9 @@ class Shutdown:
                 )
         except _FAILURES as error:
             _log.warning("%s", error)
+        self._terminate()
+
+    def _terminate(self) -> None:
+        """End `pyfuse3.main`, which does not wait for a server then."""
+        self._disks.stop_fetching()
         pyfuse3.terminate()

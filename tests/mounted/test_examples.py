@@ -69,7 +69,13 @@ def image(tmp_path: Path, raw: Path) -> Path:
 
 def test_every_script_is_run() -> None:
     """Each script of the examples has an expected output here or a test of its own."""
-    others = {"install.sh", "quickstart.sh", "setup.sh", "scratch.sh"}
+    others = {
+        "golden-image-in-a-bucket.sh",
+        "install.sh",
+        "quickstart.sh",
+        "setup.sh",
+        "scratch.sh",
+    }
     assert {path.name for path in EXAMPLES.glob("*.sh")} == {*SHOWN, *others}
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Iterator
 
-    from qedfuse.hostio.hostfile import Buffer, HostFile
+    from qedfuse.hostio.hostfile import Buffer, FileIdentity, HostFile
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 SECTOR: Final = 512
@@ -101,7 +101,7 @@ class MemoryFile:
     ) -> None:
         """Start with a copy of ``content``."""
         self.content = bytearray(content)
-        self.name = name
+        self.path = self.name = name
         self.writable = writable
         self.can_punch = True
         self.read_policy: ReadPolicy | None = None
@@ -121,6 +121,17 @@ class MemoryFile:
     def fileno(self) -> int:
         """Return -1: there is no descriptor."""
         return -1
+
+    @property
+    def identity(self) -> FileIdentity:
+        """A tuple with only the object, which equals no other."""
+        return (self,)
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view``; return how many bytes the file had, which is less only at its end."""
+        data = self.content[offset : offset + len(view)]
+        view[: len(data)] = data
+        return len(data)
 
     async def pread(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes, or fewer if the file ends before."""
@@ -248,6 +259,9 @@ class MemoryFile:
 
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Do nothing."""
+
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
 
     def close(self) -> None:
         """Close the file; every later call fails an assertion."""
@@ -452,6 +466,7 @@ class FailingFile:
     def __init__(self, inner: HostFile) -> None:
         """Wrap ``inner``, without any fault yet."""
         self.inner = inner
+        self.path = inner.path
         self.name = inner.name
         self.writable = inner.writable
         self.can_punch = inner.can_punch
@@ -531,6 +546,15 @@ class FailingFile:
     def fileno(self) -> int:
         """Return -1, so that every read is a call."""
         return -1
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The identity of the file behind this one."""
+        return self.inner.identity
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Read without any fault: faults are for the calls of the event loop."""
+        return self.inner.read_blocking(offset, view)
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read, or fail."""
@@ -628,6 +652,9 @@ class FailingFile:
     async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set the times of ``inner``."""
         await self.inner.set_times(atime_ns, mtime_ns)
+
+    def stop_fetching(self) -> None:
+        """Return: the file is on no server."""
 
     def close(self) -> None:
         """Close ``inner``."""

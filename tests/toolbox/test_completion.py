@@ -159,7 +159,10 @@ def test_names_after_the_double_dash(tmp_path: Path) -> None:
 
 def test_each_placeholder_is_classified() -> None:
     """A new placeholder of a value must be listed here unless it stands for a file."""
-    free = {"SIZE", "[+|-]SIZE", "N", "FORMAT", "KEY=VALUE[,...]", "SECONDS", "OFFSET", "LENGTH"}
+    free = {
+        *("SIZE", "[+|-]SIZE", "N", "FORMAT", "KEY=VALUE[,...]", "SECONDS", "OFFSET", "LENGTH"),
+        *("PREFIX", "URL"),
+    }
     values = [
         value
         for program in (programs.qedimg(), programs.qedfuse())

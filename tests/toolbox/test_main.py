@@ -16,6 +16,7 @@ from qedfuse import errors
 from qedfuse.cli.qedimg import main as program
 from qedfuse.cli.qedimg.output import BROKEN_PIPE
 from qedfuse.cli.qedimg.parser import Parser
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.text import printable
 from tests.support.fakecommand import finish, install, qedimg, start, words
 
@@ -317,7 +318,12 @@ def test_a_logged_failure_is_not_printed_twice(
     def fail(_fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    async def fail_in_thread(_file: PosixFile) -> None:
+        fail(-1)
+
     monkeypatch.setattr(os, "fdatasync", fail)
+    # On a slow or busy host a native thread makes the call, not `os.fdatasync`.
+    monkeypatch.setattr(PosixFile, "_datasync_in_thread", fail_in_thread)
     shown = io.StringIO()
     handler = logging.StreamHandler(shown)
     logging.getLogger().addHandler(handler)

@@ -112,6 +112,12 @@ def test_listed_mount_options_are_accepted() -> None:
         "compact_time": "1",
         "overlay": "x",
         "backing_dir": "x",
+        "backing_url": "https://example.org/",
+        "cache_dir": "x",
+        "credentials": "x",
+        "remote_attempt_timeout": "5",
+        "remote_cache_size": "1G",
+        "remote_timeout": "5",
     }
     for word, choices in programs.mount_option_values().items():
         value = "" if choices is None else f"={(*choices, numbers.get(word, '65536'))[0]}"

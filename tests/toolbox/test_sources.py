@@ -62,9 +62,10 @@ def test_extents_match_the_content(seed: int, tmp_path: Path) -> None:
     def compare(source: Source, extent: Extent) -> None:
         wanted = expected[extent.start : extent.end]
         if extent.kind is Kind.DATA:
-            with open(source.descriptor(extent.depth), "rb", closefd=False) as file:
-                file.seek(extent.file_offset)
-                assert file.read(extent.length) == wanted
+            buffer = bytearray(extent.length)
+            file = source.readers()[extent.depth]
+            assert file.read_blocking(extent.file_offset, memoryview(buffer)) == extent.length
+            assert buffer == wanted
         else:
             assert not any(wanted)
 

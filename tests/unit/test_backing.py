@@ -225,8 +225,6 @@ async def test_trusted_base(place: Directories) -> None:
     [
         'json:{"driver":"file","filename":"/etc/passwd"}',
         "nbd:localhost:10809",
-        "nbd://localhost/disk",
-        "http://localhost/disk",
         "fat:/etc",
         ":",
     ],
@@ -236,6 +234,23 @@ async def test_protocols_are_refused_by_name(place: Directories, name: str) -> N
     for mode in ("confined", "any"):
         policy = BackingPolicy(mode=mode)
         await refused(place.image(name), name, "found a protocol", "./NAME", policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "error"),
+    [
+        ("http://localhost/disk", "found a URL, expected a local file", BackingRefusedError),
+        ("nbd://localhost/disk", "URL scheme: found nbd://", BackingError),
+        ("https:///disk", "URL host: found none", BackingError),
+    ],
+)
+async def test_urls_are_refused_by_default(
+    place: Directories, name: str, reason: str, error: type[QedError]
+) -> None:
+    """A URL is refused, also with ``backing=any``."""
+    for mode in ("confined", "any"):
+        policy = BackingPolicy(mode=mode)
+        await refused(place.image(name), name, reason, policy=policy, error=error)
 
 
 async def test_colon_in_a_plain_name(place: Directories) -> None:

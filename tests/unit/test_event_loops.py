@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 30
 
 SAFE_TO_SHARE: Final = {
+    "qedfuse.remote.address.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.util.portal._watcher": "has a lock",
     "qedfuse.cli.qedimg.log._recorder": "a command runs one event loop; logging has a lock",
     "qedfuse.cli.qedimg.running._active": "signals are handled in the main thread only",

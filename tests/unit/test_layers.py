@@ -20,12 +20,13 @@ MAY_IMPORT: Final = {
     "util": set[str](),
     "ondisk": set[str](),
     "hostio": {"ondisk"},
-    "disk": {"hostio", "ondisk"},
+    "remote": {"hostio", "ondisk"},
+    "disk": {"remote", "hostio", "ondisk"},
     "check": {"disk", "hostio", "ondisk"},
-    "tools": {"check", "disk", "hostio", "ondisk"},
-    "mount": {"check", "disk", "hostio", "ondisk"},
-    "api": {"check", "disk", "hostio", "ondisk"},
-    "cli": {"mount", "tools", "check", "disk", "hostio", "ondisk"},
+    "tools": {"check", "disk", "remote", "hostio", "ondisk"},
+    "mount": {"check", "disk", "remote", "hostio", "ondisk"},
+    "api": {"check", "disk", "remote", "hostio", "ondisk"},
+    "cli": {"mount", "tools", "check", "disk", "remote", "hostio", "ondisk"},
     "__main__": {"cli"},
 }
 """For each layer the layers that it may use, besides itself and ``FOR_ALL``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,11 @@ from qedfuse.errors import UsageError
 from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.options import MountOptions
 from qedfuse.mount.optionsyntax import escape_value, split_options
+from qedfuse.remote.address import parse_prefix
+from qedfuse.remote.options import Deadlines, RemoteOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_no_options_give_the_defaults() -> None:
@@ -45,6 +52,38 @@ def test_every_own_option() -> None:
     assert parse_options(["discard,detect_zeroes=off,freelist=off"]) == MountOptions(
         free_list="off"
     )
+
+
+def test_options_for_servers() -> None:
+    """Each option about servers sets its part of the options for remote files."""
+    options = parse_options(
+        [
+            "backing_url=https://a.example/x,backing_url=s3://b,cache_dir=/c,remote_cache_size=1G",
+            "remote_timeout=20,remote_attempt_timeout=3,allow_http,allow_unpinned,base_changed",
+        ]
+    )
+    assert options.remote == RemoteOptions(
+        cache_directory="/c",
+        cache_bytes=1 << 30,
+        deadlines=Deadlines(3, 3, 20),
+        allow_http=True,
+        allow_unpinned=True,
+        allowed=(parse_prefix("https://a.example/x"), parse_prefix("s3://b")),
+    )
+    assert options.base_changed
+    assert parse_options([]).remote == RemoteOptions()
+    assert parse_options(["remote_timeout=2"]).remote.deadlines == Deadlines(2, 2, 2)
+
+
+def test_credentials_are_read_and_never_shown(tmp_path: Path) -> None:
+    """The content of the file with credentials is in the options, but not in their text."""
+    path = tmp_path / "secrets"
+    path.write_text('# comment\n\nA_B1=hush\nC="x = y"\nD=\n')
+    path.chmod(0o600)
+    options = parse_options([f"credentials={path}"]).with_credentials()
+    assert options.remote.credentials == (("A_B1", "hush"), ("C", "x = y"), ("D", ""))
+    assert "hush" not in f"{options!r}{options.remote!r}"
+    assert parse_options([]).with_credentials() == MountOptions()
 
 
 def test_compaction_is_automatic_by_default() -> None:
@@ -132,6 +171,23 @@ def test_options_for_other_programs_are_dropped_and_kernel_flags_kept() -> None:
         ("overlay=a,force_share", "options overlay and force_share exclude each other"),
         ("growable,ro", "options growable and ro exclude each other"),
         ("snapshot,backing=none", "options backing=none and snapshot exclude each other"),
+        ("overlay=s3://a/b", "option overlay: found a URL, expected a path on this machine"),
+        (
+            "backing_dir=https://a/",
+            (
+                "option backing_dir: found a URL, expected a path on this machine (for URLs: "
+                "backing_url)"
+            ),
+        ),
+        (
+            "backing_url=/srv",
+            (
+                "option backing_url: /srv: URL scheme: found no scheme, expected one of s3://, "
+                "gs://, az://, https://, http://"
+            ),
+        ),
+        ("remote_cache_size=1K", "option remote_cache_size: found 1K, expected at least 1M"),
+        ("allow_http=yes", "option allow_http=yes: found a value, expected allow_http alone"),
         ("backing=any,backing_dir=/", "options backing_dir and backing=any exclude each other"),
     ],
 )
@@ -187,6 +243,10 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are resolved before the serving process changes its working directory."""
     monkeypatch.chdir("/usr")
-    options = parse_options(["overlay=o.qed,backing_dir=../etc,backing_dir=/x"]).absolute()
+    options = parse_options(
+        ["overlay=o.qed,backing_dir=../etc,backing_dir=/x,cache_dir=c,credentials=s"]
+    ).absolute()
     assert options.overlay == "/usr/o.qed"
     assert options.backing.directories == ("/etc", "/x")
+    assert options.remote.cache_directory == "/usr/c"
+    assert options.credentials_file == "/usr/s"

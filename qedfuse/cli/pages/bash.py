@@ -166,7 +166,16 @@ def _tables(program: Program) -> Iterator[str]:
     every = " ".join(word if choice is None else f"{word}=" for word, choice in words.items())
     yield from ("_PROGRAM_mount_words() {", f"    values='{every}'", "}", "")
     cases = [(word, " ".join(choices)) for word, choices in words.items() if choices]
-    cases += [("backing_dir", "-d"), ("overlay", "-f")] if words else []
+    cases += (
+        [
+            ("backing_dir", "-d"),
+            ("cache_dir", "-d"),
+            ("overlay", "-f"),
+            ("credentials", "-f"),
+        ]
+        if words
+        else []
+    )
     yield from _function("word_value", "$1", "$1: an option of -o that has a value.", cases)
 
 

@@ -110,7 +110,10 @@ def _mount_options(program: str) -> Iterator[str]:
         elif choices:
             spec = f"{word}:value:({' '.join(choices)})"
         else:
-            names = {"overlay": "_files", "backing_dir": "_files -/"}
+            names = {
+                **dict.fromkeys(("overlay", "credentials"), "_files"),
+                **dict.fromkeys(("backing_dir", "cache_dir"), "_files -/"),
+            }
             spec = f"{word}:value:{names.get(word, ' ')}"
         yield f"        {_quoted(spec)}" + ("" if number == len(words) else " \\")
     yield from ("}", "")

@@ -39,6 +39,7 @@ def mount(arguments: Arguments) -> int:
         Exception: There is a bug, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.
+    from qedfuse.mount.images.naming import absolute_source  # noqa: PLC0415
     from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
     from qedfuse.mount.optionsyntax import absolute_options, wants_remount  # noqa: PLC0415
     from qedfuse.mount.process.logs import (  # noqa: PLC0415
@@ -55,10 +56,11 @@ def mount(arguments: Arguments) -> int:
         msg = "expected SOURCE... and MOUNTPOINT (see: qedfuse --help)"
         raise UsageError(msg)
     options = parse_options(arguments.options, sloppy=arguments.sloppy).absolute()
+    options = options.with_credentials()
     log_to_stderr(debug=arguments.debug)
 
     # The background process changes its working directory, so names become absolute here.
-    sources = tuple(os.path.abspath(path) for path in arguments.paths[:-1])  # noqa: PTH100
+    sources = tuple(absolute_source(path) for path in arguments.paths[:-1])
     mountpoint = os.path.realpath(arguments.paths[-1])
     option_strings = absolute_options(arguments.options)
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100

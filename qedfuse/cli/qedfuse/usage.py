@@ -10,7 +10,8 @@ usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
 
 Show QED disk images as flat raw files.
 
-SOURCE      a QED image, or a directory, which stands for every QED image in it
+SOURCE      a QED image, or a directory, which stands for every QED image in it; or a
+            URL (https://, s3://, gs://, az://) with -r, snapshot or overlay=FILE
 MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
             NAME.raw; or, for one image, a file that becomes the disk
 
@@ -48,6 +49,17 @@ Options of -o; the default and then other values are in parentheses:
   backing_dir=DIR        allow backing files from DIR too (may be repeated)
   backing_format=raw     format of all backing files, whatever they contain (default: as
                          the image or their first bytes say; qed)
+  backing_url=PREFIX     allow backing files whose URL begins with PREFIX (may be repeated)
+  base_changed           accept a backing file that has changed since an image over it was
+                         first written to, and remember the new one
+  cache_dir=DIR          where files on servers are cached ($XDG_CACHE_HOME/qedfuse)
+  remote_cache_size=SIZE  how large that cache may become (default: 5 % of the file
+                         system stay free)
+  remote_timeout=SECONDS  how long a request to a server may take, with all attempts (60)
+  remote_attempt_timeout=SECONDS  how long one attempt may take (10)
+  credentials=FILE       lines NAME=VALUE, as in the environment; for its owner only
+  allow_http             allow http:// to other machines
+  allow_unpinned         read a file although its server gives no ETag and no time
   force_share            read-only, while another program writes to the image
   direct_io              keep nothing in the kernel's page cache
   readahead=SIZE         how far the kernel reads ahead (512K; kernel: its default);
@@ -62,5 +74,6 @@ ended.  qedimg creates, checks, repairs and converts images (see: qedimg --help)
 
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;
-18 mountpoint; 19 privileges; 21 FUSE; 32 any other failure; 70 a bug; 130 interrupted.
+18 mountpoint; 19 privileges; 21 FUSE; 22 a server; 23 a file on a server has changed;
+32 any other failure; 70 a bug; 130 interrupted.
 """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import UsageError
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.options import RemoteOptions
 
 
 def size(text: str) -> int:
@@ -46,7 +48,7 @@ def add_share(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backing(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--backing``, ``--backing-dir`` and ``--backing-format``."""
+    """Declare the options about backing files, and those of `add_remote`."""
     parser.add_argument(
         "--backing",
         choices=("confined", "any", "none"),
@@ -66,6 +68,86 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         choices=("raw", "qed"),
         help="format of all backing files, whatever they contain",
     )
+    parser.add_argument(
+        "--backing-url",
+        metavar="PREFIX",
+        action="append",
+        default=[],
+        type=_prefix,
+        help="allow backing files whose URLs begin with PREFIX, and redirections to there (may be "
+        "repeated)",
+    )
+    parser.add_argument(
+        "--base-changed",
+        action="store_true",
+        help="accept a backing file that has changed since an image over it was first opened for "
+        "writing",
+    )
+    add_remote(parser)
+
+
+def add_remote(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about how URLs are read."""
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep what was read from URLs in DIR (~/.cache/qedfuse)",
+    )
+    parser.add_argument(
+        "--remote-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="give up if a server does not answer for this long (60)",
+    )
+    parser.add_argument(
+        "--allow-http", action="store_true", help="allow http:// to other machines, without TLS"
+    )
+    parser.add_argument(
+        "--allow-unpinned",
+        action="store_true",
+        help="read a URL even if the server sends neither a strong ETag nor Last-Modified; changes "
+        "of the file may then go unnoticed",
+    )
+    parser.add_argument(
+        "--credentials",
+        metavar="FILE",
+        help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only its "
+        "owner may have access to it (the environment)",
+    )
+
+
+_MAX_SECONDS: Final = 86400.0
+
+
+def _prefix(text: str) -> Address:
+    """Convert a prefix of URLs for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no such prefix.
+    """
+    from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
+
+    try:
+        return parse_prefix(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    """Convert a duration in seconds for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no number, or out of range.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= _MAX_SECONDS:
+        msg = f"found {text}, expected seconds, more than 0 and at most {_MAX_SECONDS:.0f}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +167,10 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
         arguments: The parsed command line.  An option that the subcommand does not have gets
             its default.
         writable: Whether to open the image for writing; if so, ``-U`` has no effect.
+
+    Raises:
+        UsageError: The file of credentials is invalid.
+        QedError: The file of credentials cannot be read.
     """
     from qedfuse.disk.options import BackingPolicy, OpenOptions  # noqa: PLC0415  imported late: --help must not load it
 
@@ -92,9 +178,36 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
         mode=getattr(arguments, "backing", "confined"),
         directories=tuple(getattr(arguments, "backing_dir", ())),
         format=getattr(arguments, "backing_format", None),
+        base_changed=getattr(arguments, "base_changed", False),
     )
     return OpenOptions(
         writable=writable,
         force_share=getattr(arguments, "force_share", False) and not writable,
         backing=policy,
+        remote=remote_options(arguments),
+    )
+
+
+def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
+    """Return how URLs are read; see `open_options`.
+
+    Raises:
+        UsageError: The file of credentials is invalid.
+        QedError: The file of credentials cannot be read.
+    """
+    from qedfuse.remote.credentials import read_credentials  # noqa: PLC0415  imported late: --help must not load it
+    from qedfuse.remote.options import Deadlines, RemoteOptions  # noqa: PLC0415
+
+    seconds = getattr(arguments, "remote_timeout", 60.0)
+    usual = Deadlines()
+    path = getattr(arguments, "credentials", None)
+    return RemoteOptions(
+        cache_directory=getattr(arguments, "cache_dir", None),
+        deadlines=Deadlines(
+            min(usual.connect_seconds, seconds), min(usual.attempt_seconds, seconds), seconds
+        ),
+        allow_http=getattr(arguments, "allow_http", False),
+        allow_unpinned=getattr(arguments, "allow_unpinned", False),
+        allowed=tuple(getattr(arguments, "backing_url", ())),
+        credentials=() if path is None else read_credentials(path),
     )

@@ -10,6 +10,7 @@ from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
+from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.repair.checkresult import CheckResult
 from qedfuse.util.sizes import format_size
@@ -24,7 +25,8 @@ EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
 Find damage and leaked space, and print a line for each finding, but at most 50 of the
 same kind.  Findings that are unusual but harmless are printed as notes.  Only the image
-itself is read, never its base.
+itself is read, never its base.  Without -r, IMAGE may be a URL: https://, http://, s3://,
+gs:// or az://.
 
 -r leaks frees leaked space: it moves the highest clusters of the file into the free
 ones and shortens the file.  It does not change an image that has damage.
@@ -86,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_output(parser)
     common.add_share(parser)
+    common.add_remote(parser)
     common.add_progress(parser)
 
 
@@ -124,7 +127,7 @@ def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
 
     The full check is needed to repair, to undo, and if the fast check gives up.
     """
-    if arguments.repair is not None or arguments.undo is not None:
+    if arguments.repair is not None or arguments.undo is not None or is_url(arguments.image):
         return None
     found = fast_check(arguments.image, share=arguments.force_share)
     return found and CheckResult.of_check(*found)
@@ -138,7 +141,8 @@ async def _work(arguments: argparse.Namespace, on_progress: Progress) -> CheckRe
     if arguments.undo is not None:
         return await undo(path, arguments.undo, progress=on_progress)
     if level is None:
-        return await check(path, share=share, progress=on_progress)
+        remote = common.remote_options(arguments)
+        return await check(path, share=share, remote=remote, progress=on_progress)
     if arguments.dry_run:
         return await plan(path, level, share=share, progress=on_progress)
     return await repair(path, level, force=arguments.force, progress=on_progress)
@@ -211,7 +215,7 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     counted = sum(before.counts.values()) - before.leaks
     shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
     hidden = counted - shown
-    name = printable(arguments.image)
+    name = shown_name(arguments.image)
     if hidden > 0:
         print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
     if arguments.repair:
@@ -265,7 +269,7 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
     A dry run prints nothing if the space is kept only because there is damage.
     """
     if result.leaks_kept:
-        name = printable(arguments.image)
+        name = shown_name(arguments.image)
         force = " --force" if result.after.is_implausible and not result.after.errors else ""
         space = "leaked space" if result.before.leaks else "space that the repair leaks"
         stays = "would stay" if result.dry else "stays"
@@ -288,7 +292,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     listed = after.listed_clusters
     print_line(
         arguments,
-        f"{printable(arguments.image)}: {_state(after)}: errors: {after.errors}, leaked "
+        f"{shown_name(arguments.image)}: {_state(after)}: errors: {after.errors}, leaked "
         f"clusters: {after.leaks}, notes: {notes}"
         + ("" if listed is None else f", free clusters in the list: {listed}"),
     )

@@ -23,7 +23,9 @@ past the end of the other must be zeros.  The offset of the first byte that diff
 printed.
 
 With -s the disks must also have the same size, and data must be stored in the same
-ranges, even if the data is zeros."""
+ranges, even if the data is zeros.
+
+FIRST and SECOND may be URLs: https://, http://, s3://, gs:// or az://."""
 
 SAME: Final = 0
 DIFFERENT: Final = 1

@@ -31,7 +31,9 @@ Copy the disk of SOURCE into a new file TARGET.  A source with backing files bec
 one image, unless -B names a base for the new image.  SOURCE is a QED image, a raw file
 or a block device, or - for raw content from standard input.  TARGET is a file, or - for
 raw content to standard output.  Long runs of zeros take no space in TARGET (see -S).
-For a TARGET in a format other than raw and qed, qemu-img must be installed."""
+For a TARGET in a format other than raw and qed, qemu-img must be installed.
+
+SOURCE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 _MAX_STREAMS: Final = 16
 """Maximum of the option ``-m``: the number of chunks that are copied in parallel."""

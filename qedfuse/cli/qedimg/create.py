@@ -16,17 +16,22 @@ from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
+from qedfuse.remote.address import is_url, require_local, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.editing.create import create, preallocate
 
 if TYPE_CHECKING:
     import argparse
 
+    from qedfuse.tools.common.formatprobe import ImageFormat
+
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
 Create an empty image.  With -b the image is an overlay: ranges of its disk that were never
 written are read from the base.  The name of the base is stored unchanged; a relative name
-is resolved from the directory of the image.  SIZE defaults to the size of the base."""
+is resolved from the directory of the image.  SIZE defaults to the size of the base.
+
+The base may be a URL.  QEMU opens https:// and http:// itself, but no object store."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not open the base, which then need not exist; requires -F and SIZE",
     )
+    common.add_remote(parser)
     add_geometry(parser, "size")
     parser.add_argument(
         "--preallocate",
@@ -62,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: An option is invalid, or options contradict each other.
         QedError: The image cannot be created, or the base cannot be opened.
     """
+    require_local(arguments.image)
     take_options(arguments, "-b", "size")
     if arguments.base is None and arguments.unsafe:
         msg = "-u: expected -b as well"
@@ -73,27 +80,41 @@ def run(arguments: argparse.Namespace) -> int:
             "because a full image reads nothing from a base"
         )
         raise UsageError(msg)
+    size, base_format, unsafe = arguments.size, arguments.base_format, arguments.unsafe
+    if arguments.base is not None and is_url(arguments.base) and not unsafe:
+        base_size, base_format = run_async(_open_base, arguments)
+        size, unsafe = base_size if size is None else size, True
     made = create(
         arguments.image,
-        arguments.size,
+        size,
         cluster_size=arguments.cluster_size,
         table_size=arguments.table_size,
         backing=arguments.base,
-        backing_format=arguments.base_format,
-        unsafe=arguments.unsafe,
+        backing_format=base_format,
+        unsafe=unsafe,
         overwrite=arguments.force,
         fill=partial(_fill, arguments) if full else None,
     )
     warn_unless_qemu_opens(made.path, made.cluster_size, made.table_size)
     over_base = ""
     if made.backing is not None:
-        over_base = f", over {printable(made.backing)} ({made.backing_format})"
+        over_base = f", over {shown_name(made.backing)} ({made.backing_format})"
     print_line(
         arguments,
         f"{printable(made.path)}: created: {made.size} bytes, clusters of {made.cluster_size} "
         f"bytes, tables of {made.table_size} clusters{over_base}",
     )
     return 0
+
+
+async def _open_base(arguments: argparse.Namespace) -> tuple[int, ImageFormat]:
+    """Return the size of the disk in a base that is a URL, and the format of the base."""
+    from qedfuse.tools.common.newbacking import size_and_format_of_url  # noqa: PLC0415  imported late: --help must not load it
+
+    remote = common.remote_options(arguments)
+    return await size_and_format_of_url(
+        arguments.image, arguments.base, arguments.base_format, remote
+    )
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:

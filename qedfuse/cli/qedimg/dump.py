@@ -27,7 +27,9 @@ shown: ok, zeros, reserved, unaligned, past the end, cut short, or over metadata
 entries with the same verdict are shown as one range if they point to adjacent offsets or have
 the same value.  A range has at most 8192 entries.
 
-The command is made for broken images, and shows invalid fields and entries as well."""
+The command is made for broken images, and shows invalid fields and entries as well.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE")
     common.add_output(parser)
     common.add_share(parser)
+    common.add_remote(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,7 +86,8 @@ async def _work(arguments: argparse.Namespace, l1_index: int) -> None:
     """Print the header, the L1 table, or the L2 table that an L1 entry points to."""
     from qedfuse.tools.inspection.dump import open_dump  # noqa: PLC0415  imported late: --help must not load it
 
-    async with open_dump(arguments.image, share=arguments.force_share) as dump:
+    remote = common.remote_options(arguments)
+    async with open_dump(arguments.image, share=arguments.force_share, remote=remote) as dump:
         if arguments.structure == "header":
             _show_header(arguments, dump.header)
         elif arguments.structure == "l1":

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
     """Show, write or drop the list; describe the list that the image has afterwards."""
     from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
+    from qedfuse.remote.address import require_local  # noqa: PLC0415
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415
     from qedfuse.tools.inspection.freelistinfo import describe_free_list  # noqa: PLC0415
 
@@ -68,6 +69,7 @@ async def _work(arguments: argparse.Namespace) -> FreeListInfo:
         return await enable(arguments.image)
     if arguments.action == "off":
         await drop(arguments.image)
+    require_local(arguments.image)
     lock = LockMode.to_read(share=arguments.force_share)
     return await describe_free_list(arguments.image, lock=lock)
 

@@ -11,6 +11,7 @@ from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.hostio.locking import LockMode
+from qedfuse.remote.address import is_url
 from qedfuse.tools.inspection.info import describe
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ Backing files are opened only with --backing-chain, as far as --backing and --ba
 allow.  The JSON has qemu-img's keys, and in "safety" the facts by which a service can
 decide whether to accept an untrusted image.
 
---allocation reads all tables, and counts the clusters of data and of zeros."""
+--allocation reads all tables, and counts the clusters of data and of zeros.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     form: FormatChoice = arguments.format or "auto"
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
+    elif is_url(arguments.image):
+        images = [run_async(_url, arguments, form)]
     else:
         lock = LockMode.to_read(share=arguments.force_share)
         images = [describe(arguments.image, form, lock=lock)]
@@ -66,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_line(arguments, "\n\n".join(as_text(*item) for item in described))
     return 0
+
+
+async def _url(arguments: argparse.Namespace, form: FormatChoice) -> ImageInfo:
+    """Return the description of an image that is a URL."""
+    from qedfuse.tools.inspection.chaininfo import describe_any  # noqa: PLC0415  imported late: plain info must not load it
+
+    return await describe_any(arguments.image, form, common.open_options(arguments))
 
 
 async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[ImageInfo]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.text import printable
+from qedfuse.remote.address import shown_name
 from qedfuse.util.sizes import format_size
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
     """Yield the lines of the description; for a raw file only the lines that apply."""
-    yield f"image: {printable(image.path)}"
+    yield f"image: {shown_name(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size
     yield f"virtual size: {'unknown' if size is None else _readable_and_exact(size)}"
@@ -57,8 +57,8 @@ def _readable_and_exact(size: int) -> str:
 
 def _backing(backing: BackingName) -> Iterator[str]:
     """Describe the backing file: its name, its path and its format."""
-    actual = "" if backing.path == backing.name else f" (actual path: {printable(backing.path)})"
-    yield f"backing file: {printable(backing.name)}{actual}"
+    actual = "" if backing.path == backing.name else f" (actual path: {shown_name(backing.path)})"
+    yield f"backing file: {shown_name(backing.name)}{actual}"
     if backing.is_raw:
         yield "backing file format: raw"
 
@@ -84,7 +84,7 @@ def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> 
         yield f"zero clusters: {details.allocation.zero}"
     if qed.backing is not None:
         where = "may be outside" if qed.backing.escapes else "is inside"
-        yield f"resolved backing file: {printable(qed.backing.resolved)}"
+        yield f"resolved backing file: {shown_name(qed.backing.resolved)}"
         yield f"backing file {where} the image's directory"
 
 

@@ -8,6 +8,13 @@ from typing import Final
 
 from qedfuse.errors import QedError
 
+_OUTAGES: Final = "qedfuse.remote.outagelog"
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Return whether a record is no outage of a server: a command prints this error at its end."""
+    return record.name != _OUTAGES
+
 
 class _Recorder(logging.Handler):
     """Keeps the errors that the log has shown, so that `main` does not print them again."""
@@ -31,11 +38,14 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     With ``verbose`` the lowest level is INFO, and with ``quiet`` it is ERROR.
     """
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(format="qedimg: %(message)s", level=level, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_shown)
+    logging.basicConfig(format="qedimg: %(message)s", level=level, handlers=[handler])
     # If stderr cannot be written to, `logging` must not print a traceback, because the exit code
     # reports the failure.
     logging.raiseExceptions = False
     _recorder.errors.clear()
+    _recorder.addFilter(_is_shown)
     _recorder.setLevel(level)
     logging.getLogger().addHandler(_recorder)
 

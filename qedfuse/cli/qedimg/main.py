@@ -35,6 +35,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "convert": "copy a disk into another format, or a chain into one image",
     "compare": "compare the content of two disks",
     "measure": "compute how much space a copy of a disk would need",
+    "publish": "copy an image to an object store, for any number of machines",
+    "warm": "fetch a remote image into the cache before it is needed",
     "resize": "change the size of the disk",
     "rebase": "give an overlay another base, or none",
     "commit": "write an overlay's data into its base",
@@ -53,6 +55,8 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     15: "needs a check",
     16: "in use",
     17: "backing file",
+    22: "a server cannot be reached, or does not serve the file",
+    23: "the file on the server has changed",
     70: "a bug",
     130: "interrupted",
     141: "the reader of the output closed it early",
@@ -136,7 +140,7 @@ def usage() -> str:
             "",
             '"qedimg COMMAND --help" shows options.  -q: print less, -v: more.  -V: version.',
             "Exit codes: 0 done; 1 failed; 12 not a usable QED image; 13 corrupt; 14 unknown",
-            "features; 15 needs a check; 16 in use; 17 backing file; 130 interrupted.",
+            "features; 15 needs a check; 16 in use; 17 backing file; 22 server; 23 changed.",
             "",
         ]
     )

@@ -10,6 +10,7 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import CorruptImageError
+from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.inspection.fastmap import open_fast_map
 
@@ -25,7 +26,9 @@ holes, and where in which file they are stored.  The text lists only data.  The 
 lists all extents, with qemu-img's keys.
 
 If a table entry points nowhere, the content of its range is unknown, and the exit code
-is 13.  The JSON lists such a range with "present" true and "zero" and "data" false."""
+is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.
+
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
 """The beginning of the output, by the value of ``--output``."""
@@ -100,6 +103,8 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
     is_partial = arguments.start_offset or arguments.max_length is not None
     if is_partial or arguments.format == "raw" or _is_silent(arguments):
         return nothing
+    if is_url(arguments.image):
+        return nothing
     as_json = arguments.output == "json"
     with open_fast_map(arguments.image, share=arguments.force_share) as fast_map:
         if fast_map is None:
@@ -136,7 +141,7 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
 
     options = common.open_options(arguments)
     async with open_map(arguments.image, arguments.format or "auto", options) as disk_map:
-        names = [printable(path) for path in disk_map.files]
+        names = [shown_name(path) for path in disk_map.files]
         writer = make_writer(arguments.output, names, continued=listed.has_extents)
         write = (lambda _text: 0) if _is_silent(arguments) else sys.stdout.write
         if not listed.has_head:
@@ -153,7 +158,7 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
         write(writer.tail(arguments.start_offset))
     if bad:
         msg = (
-            f"{printable(arguments.image)}: tables: found {bad} extents whose entries point "
+            f"{shown_name(arguments.image)}: tables: found {bad} extents whose entries point "
             "nowhere, expected offsets inside the file (see: qedimg check)"
         )
         raise CorruptImageError(msg)

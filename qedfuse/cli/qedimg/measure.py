@@ -22,7 +22,9 @@ DESCRIPTION: Final = """\
 Compute two sizes: of the file that "qedimg convert" would make of SOURCE with the same
 options, and of the same file after the whole disk has been written to.  For a raw copy the
 first size counts the data only, not the holes.  SOURCE is read to find ranges of zeros.
-With --size in place of SOURCE the sizes are those for a new, empty disk."""
+With --size in place of SOURCE the sizes are those for a new, empty disk.
+
+SOURCE may be a URL: https://, http://, s3://, gs:// or az://."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
+from qedfuse.remote.address import shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Change the base, and print how much was copied; return 0."""
     with progress(arguments, "Rebasing") as on_progress:
         result = run_async(_work, arguments, on_progress)
-    base = "no base" if result.backing is None else f"the base {printable(result.backing)}"
+    base = "no base" if result.backing is None else f"the base {shown_name(result.backing)}"
     text = f"{printable(arguments.image)}: has {base}"
     if not arguments.unsafe:
         text += (

@@ -14,6 +14,7 @@ from qedfuse.ondisk.constants import (
 )
 from qedfuse.ondisk.geometry import expected_size
 from qedfuse.ondisk.header import Header
+from qedfuse.remote.address import is_url, parse_address
 from qedfuse.text import printable
 
 
@@ -22,9 +23,15 @@ def backing_name(backing: str | None) -> bytes:
 
     Raises:
         UsageError: The name has more than `MAX_BACKING_NAME` bytes, contains a NUL byte, has
-            a protocol other than ``file:``, or is ``file:`` without a path.
+            a protocol other than ``file:`` and is no valid URL, or is ``file:`` without a path.
     """
     name = os.fsencode(backing or "")
+    if backing and is_url(backing):
+        shown = parse_address(backing).shown
+        if len(name) > MAX_BACKING_NAME:
+            msg = f"backing file {shown}: expected a URL of at most {MAX_BACKING_NAME} bytes"
+            raise UsageError(msg)
+        return name
     if lacks_path(name):
         msg = f"backing file {printable(name)}: found no path after file:, expected a path"
         raise UsageError(msg)
@@ -51,7 +58,8 @@ def new_header(
             probed.  Has no effect without a backing file.
 
     Raises:
-        UsageError: A size is out of its range, or the name is too long or not a plain path.
+        UsageError: A size is out of its range, or the name is too long or neither a plain path
+            nor a URL.
     """
     for field, value in (("cluster_size", cluster_size), ("table_size", table_size)):
         expected = expected_size(field, value)

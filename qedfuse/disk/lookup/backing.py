@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
+from qedfuse.disk.lookup.baseversion import remember_base, verify_base
+from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
     BackingError,
@@ -21,11 +23,13 @@ from qedfuse.errors import (
     CorruptImageError,
     HostError,
     ImageError,
+    UsageError,
 )
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -34,8 +38,9 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import BackingPolicy, OpenOptions
-    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.hostio.hostfile import FileIdentity, HostFile
     from qedfuse.ondisk.header import Header
+    from qedfuse.remote.options import RemoteOptions
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
@@ -45,7 +50,8 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
     Raises:
         CorruptImageError: The image ends before the end of the name.
-        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:``.
+        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:`` that
+            is no URL.
         HostError: The host cannot read the image.
     """
     size = header.backing_filename_size
@@ -54,9 +60,9 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
         msg = f"{file.name}: header field backing_filename_size: found {size}, expected {len(raw)}"
         raise CorruptImageError(msg)
     if b"\0" in raw:
-        msg = f"{file.name}: backing file name: found a NUL byte in {printable(raw)}"
+        msg = f"{file.name}: backing file name: found a NUL byte in {shown_name(os.fsdecode(raw))}"
         raise BackingRefusedError(msg)
-    if has_protocol(raw):
+    if has_protocol(raw) and not is_url(os.fsdecode(raw)):
         msg = (
             f"{file.name}: backing file {printable(raw)}: found a protocol, expected a plain "
             "path (a file whose name has a colon is written ./NAME)"
@@ -67,7 +73,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
 async def open_bases(
     path: str,
-    file: PosixFile,
+    file: HostFile,
     header: Header,
     options: OpenOptions,
     store: SliceStore,
@@ -76,7 +82,8 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, that of the first base first.
 
-    The list is empty if the image has no base.
+    The list is empty if the image has no base.  If the image is open for writing, the version of
+    its bases is remembered, unless ``name`` is given.
 
     Args:
         path: Path of the image.
@@ -88,8 +95,8 @@ async def open_bases(
         name: The name of the first base; None to read the name that the image stores.
 
     Raises:
-        BackingError: A base is missing, refused or of another format, or the chain is a
-            loop or too long.
+        BackingError: A base is missing, refused, of another format or of another version than the
+            image remembers (`baseversion`), or the chain is a loop or too long.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base.
@@ -97,20 +104,24 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    seen = {_identity(file)}
+    # Of each image whose bases are open; a name that the caller gives is not stored in the image.
+    stored_names = [] if name is None else [(file, "")]
+    seen = {file.identity}
     trusted = options.backing.trusted
-    base: PosixFile | None = None
+    base: HostFile | None = None
     try:
         while header.has_backing:
             if name is None:
                 name = await read_backing_name(file, header)
             path = backing_path(path, name, options.backing.working_directory)
-            base = open_base(path, file, options.backing, trusted)
+            base = await open_base(path, file, options, trusted)
+            if len(stored_names) == len(layers):
+                stored_names.append((file, name))
             trusted = name = None
             _record_base(base, file.name, seen)
             qed = await _is_qed(base, file.name, header, options.backing)
-            if options.lock:
-                lock_image(base.fd, LockMode.READ if qed else LockMode.BASE, base.name)
+            if options.lock and base.fileno() >= 0:
+                lock_image(base.fileno(), LockMode.READ if qed else LockMode.BASE, base.name)
             if not qed:
                 layers.append(RawLayer(base))
                 break
@@ -119,6 +130,7 @@ async def open_bases(
             await layer.scan_l1()
             layers.append(layer)
             file, base = base, None
+        _compare_versions(stored_names, layers, accept=options.backing.base_changed)
     except BaseException:
         if base is not None:
             base.close()
@@ -126,6 +138,29 @@ async def open_bases(
             opened.file.close()
         raise
     return layers
+
+
+def _compare_versions(
+    images: list[tuple[HostFile, str]], layers: list[Layer], *, accept: bool
+) -> None:
+    """Compare the bases of each image of a chain with the version that the image remembers.
+
+    Args:
+        images: Each image that has a base, with the name of the base that the image stores; the
+            name is empty if the image stores another one, and then nothing is compared.
+        layers: The bases of the first image.
+        accept: Whether to accept other versions.
+
+    Raises:
+        BackingError: A base is of another version.
+    """
+    files = [layer.file for layer in layers]
+    for depth, (image, name) in enumerate(images):
+        if not name:
+            continue
+        verify_base(image, name, files[depth:], accept=accept)
+        if image.writable:
+            remember_base(image, name, files[depth:], accept=accept)
 
 
 @contextmanager
@@ -141,7 +176,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
             layer.file.close()
 
 
-def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> None:
+def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
     """Add a base to ``seen``, which has the identities of the image and of the bases above.
 
     ``image`` is the name of the file that names the base, for messages.
@@ -149,7 +184,7 @@ def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> Non
     Raises:
         BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
     """
-    identity = _identity(base)
+    identity = base.identity
     if identity in seen:
         msg = f"{image}: backing file {base.name}: found a loop in the chain"
         raise BackingError(msg)
@@ -162,20 +197,56 @@ def _record_base(base: PosixFile, image: str, seen: set[tuple[int, int]]) -> Non
     seen.add(identity)
 
 
-def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str | None) -> PosixFile:
+async def open_base(
+    path: str, image: HostFile, options: OpenOptions, trusted: str | None
+) -> HostFile:
     """Open one backing file of ``image``, if the policy allows it.
 
-    ``trusted`` is a path that is allowed even in another directory, unless the mode is
-    ``none``; None for no such path.
+    ``trusted`` is a path or URL that is allowed wherever it is, unless the mode is ``none``; None
+    for no such path.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
         BackingRefusedError: The policy forbids the file.
     """
-    shown = printable(path)
-    if policy.mode == "none":
-        msg = f"{image.name}: backing file {shown}: refused by backing=none"
+    if options.backing.mode == "none":
+        msg = f"{image.name}: backing file {shown_name(path)}: refused by backing=none"
         raise BackingRefusedError(msg)
+    if is_url(path):
+        return await _open_url_base(path, image, options.remote, trusted)
+    if is_url(image.path):
+        msg = (
+            f"{image.name}: backing file {printable(path)}: refused: found a local file, expected "
+            "a URL, as the image is one"
+        )
+        raise BackingRefusedError(msg)
+    return _open_local_base(path, image, options.backing, trusted)
+
+
+async def _open_url_base(
+    url: str, image: HostFile, remote: RemoteOptions, trusted: str | None
+) -> HostFile:
+    """Open a backing file that is a URL, if the user allows it; see `open_base`."""
+    try:
+        address = parse_address(url)
+        is_trusted = trusted is not None and is_url(trusted) and parse_address(trusted) == address
+        if not is_trusted and not any(is_below(address, prefix) for prefix in remote.allowed):
+            msg = (
+                f"{image.name}: backing file {address.shown}: refused: found a URL, expected a "
+                f"local file (allow it with backing_url={address.scheme}://{address.host}/)"
+            )
+            raise BackingRefusedError(msg)
+        return await open_url(url, remote)
+    except (HostError, UsageError) as error:
+        msg = f"{image.name}: backing file {error}"
+        raise BackingError(msg) from error
+
+
+def _open_local_base(
+    path: str, image: HostFile, policy: BackingPolicy, trusted: str | None
+) -> HostFile:
+    """Open a backing file that is a local file, if the policy allows it; see `open_base`."""
+    shown = printable(path)
     try:
         base = PosixFile.open(path)
     except (HostError, ImageError) as error:
@@ -199,7 +270,7 @@ def open_base(path: str, image: PosixFile, policy: BackingPolicy, trusted: str |
     raise BackingRefusedError(msg)
 
 
-async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPolicy) -> bool:
+async def _is_qed(base: HostFile, image: str, header: Header, policy: BackingPolicy) -> bool:
     """Return whether a base is a QED image rather than raw.
 
     If the user has given a format, the format decides.  Otherwise the base is raw if the header of
@@ -224,12 +295,6 @@ async def _is_qed(base: PosixFile, image: str, header: Header, policy: BackingPo
         )
         raise BackingError(msg)
     return is_qed(signature)
-
-
-def _identity(file: PosixFile) -> tuple[int, int]:
-    """Return the device and the inode of a file, which together identify the file."""
-    status = file.stat()
-    return status.st_dev, status.st_ino
 
 
 def _is_same_file(file: PosixFile, path: str) -> bool:

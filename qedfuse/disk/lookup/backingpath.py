@@ -10,6 +10,7 @@ from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import parse_header
+from qedfuse.remote.address import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,18 +33,22 @@ def lacks_path(name: bytes) -> bool:
 
 
 def backing_path(image: str, name: str, directory: str = "") -> str:
-    """Return the path of the backing file that an image names, without any I/O.
+    """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name is relative to the directory of the image.  A path after ``file:`` is
-    relative to the working directory, as in QEMU.
+    A plain name is relative to the directory of the image, even if that is part of a URL, whose
+    query is left out.  A path after ``file:`` is relative to the working directory, as in QEMU.
 
     Args:
-        image: The path of the image.
-        name: The name in the image: a plain path, or a path after ``file:``.
+        image: The path or URL of the image.
+        name: The name in the image: a plain path, a path after ``file:``, or a URL.
         directory: The working directory; empty for the working directory of the process.
     """
+    if is_url(name):
+        return name
     if name.startswith(_FILE):
         return os.path.join(directory, name.removeprefix(_FILE))  # noqa: PTH118  no I/O
+    if is_url(image):
+        image = image.partition("?")[0]
     return os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  no I/O
 
 
@@ -51,10 +56,10 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
     The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
-    or stores a name with a NUL byte.  The path of this file is still yielded, so the last path may
-    lead to no file.  If the image itself is such a file, no path is yielded.  If the chain is a
-    loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.  Bases that a policy
-    forbids are yielded as well.
+    stores a name with a NUL byte, or is a URL, which is not opened.  The path of this file is still
+    yielded, so the last path may lead to no file.  If the image itself is such a file, no path is
+    yielded.  If the chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
+    Bases that a policy forbids are yielded as well.
 
     Names after ``file:`` are relative to ``directory``, or to the working directory of the process
     if ``directory`` is empty.
@@ -76,6 +81,8 @@ def _base_of(path: str) -> tuple[str, bool]:
     The name is empty if the image has no base or cannot be read, or if the name contains a NUL
     byte.  The second value then has no meaning.
     """
+    if is_url(path):  # no base of a URL is a local file
+        return "", True
     try:
         fd = open_regular(path, os.O_RDONLY)
     except (OSError, QedError):

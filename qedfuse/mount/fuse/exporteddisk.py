@@ -108,6 +108,11 @@ class ExportedDisks:
         """
         return self._all_closed
 
+    def stop_fetching(self) -> None:
+        """Make reads of all disks fail that wait for a server, because their readers have gone."""
+        for exported in self:
+            exported.disk.stop_fetching()
+
     def stop_compacting(self) -> None:
         """End the compaction of all disks; clusters that have been moved stay moved.
 

@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from qedfuse.errors import PastEndError, QedError
+from qedfuse.errors import PastEndError, QedError, RemoteError
 from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
 from qedfuse.text import printable
 
@@ -60,7 +60,8 @@ class RequestErrors:
 
         A FUSEError is not logged, because it has only an errno and no message.  A PastEndError
         is not logged, because the program that made the request has made a mistake, and neither
-        the image nor the host has failed.  Any other QedError is logged with its message.  An
+        the image nor the host has failed.  A RemoteError is not logged if the outage of the server
+        was.  Any other QedError is logged with its message.  An
         exception of another type is a bug, so it is logged with its traceback, and the errno is
         EIO.  The log is rate-limited (see the module).
 
@@ -78,8 +79,11 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log an error of a disk with its message; do nothing for a write past the end."""
-        if isinstance(error, PastEndError):
+        """Log an error of a disk with its message.
+
+        A write past the end is not logged, nor an outage of a server that was logged when it began.
+        """
+        if isinstance(error, PastEndError) or (isinstance(error, RemoteError) and error.is_logged):
             return
         message = str(error)
         if self._register(inode, message):

@@ -6,15 +6,19 @@ import os
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote_to_bytes
 
 from qedfuse.errors import MountpointError, NotQedError, cannot_open
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
+from qedfuse.remote.address import is_url, parse_address
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SUFFIX: Final = ".qed"
+_MAX_NAME_BYTES: Final = 255
+"""Maximum length of the file name of a disk, as in other file systems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Source:
     """An image to be mounted.
 
     Attributes:
-        path: The absolute path of the image.
+        path: The absolute path of the image, or its normalised URL.
         name: The file name of the disk in the mount.
         is_named: True if the user named the image itself; False if the user named the directory
             of the image.
@@ -32,13 +36,30 @@ class Source:
     name: bytes
     is_named: bool = True
 
+    @property
+    def shown(self) -> str:
+        """The path or URL for messages."""
+        return shown_source(self.path)
+
+
+def absolute_source(path: str) -> str:
+    """Return a path of the user as an absolute path; a URL is returned unchanged."""
+    return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100  must not resolve links
+
+
+def shown_source(path: str) -> str:
+    """Return a path or URL for messages, without the query of a URL, which may be a secret."""
+    return parse_address(path).shown if is_url(path) else printable(path)
+
 
 def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
     The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
-    two images may differ only in their suffix.
+    two images may differ only in their suffix.  For a URL, the last name of its path counts.
     """
+    if is_url(path):
+        path = os.fsdecode(unquote_to_bytes(parse_address(path).path))
     name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
     if name.endswith(_SUFFIX) and name != _SUFFIX:
         name = name.removesuffix(_SUFFIX)
@@ -48,25 +69,33 @@ def disk_file_name(path: str) -> bytes:
 def find_sources(paths: Iterable[str]) -> list[Source]:
     """Return the images that the paths of sources stand for, in the order of the paths.
 
-    A directory stands for all images in it, sorted by name.  Any other path stands for itself,
-    and need not exist.
+    A directory stands for all images in it, sorted by name.  Any other path, and a URL, stands for
+    itself, and need not exist.
 
     Raises:
+        UsageError: A URL is not valid.
         HostError: A directory cannot be read.
         NotQedError: A directory contains no image.
-        MountpointError: The disks of two images would have the same file name.
+        MountpointError: The disks of two images would have the same file name, or a name is too
+            long.
     """
     images: dict[bytes, Source] = {}
     for path in paths:
-        absolute = os.path.abspath(path)  # noqa: PTH100  must not resolve links
-        is_directory = os.path.isdir(absolute)  # noqa: PTH112
+        absolute = parse_address(path).url if is_url(path) else absolute_source(path)
+        is_directory = not is_url(path) and os.path.isdir(absolute)  # noqa: PTH112
         for image in _images_in(absolute) if is_directory else [absolute]:
             source = Source(image, disk_file_name(image), is_named=not is_directory)
+            if len(source.name) > _MAX_NAME_BYTES:
+                msg = (
+                    f"{source.shown}: found a name of {len(source.name)} bytes for the disk, "
+                    f"expected at most {_MAX_NAME_BYTES}"
+                )
+                raise MountpointError(msg)
             other = images.setdefault(source.name, source)
             if other is not source:
                 msg = (
-                    f"{printable(image)}: found the name {printable(source.name)} taken by "
-                    f"{printable(other.path)}, expected a different name for each image"
+                    f"{source.shown}: found the name {printable(source.name)} taken by "
+                    f"{other.shown}, expected a different name for each image"
                 )
                 raise MountpointError(msg)
     return list(images.values())

@@ -18,6 +18,9 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.regular import identity_of
+from qedfuse.mount.images.naming import shown_source
+from qedfuse.remote.address import is_url, parse_address
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -33,7 +36,8 @@ def disk_options(options: MountOptions) -> OpenOptions:
     return OpenOptions(
         writable=not options.read_only,
         force_share=options.force_share,
-        backing=options.backing,
+        backing=replace(options.backing, base_changed=options.base_changed),
+        remote=options.remote,
         cache_bytes=options.cache_bytes,
         commit_seconds=options.commit_seconds,
         discard=options.discard,
@@ -122,9 +126,17 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
     """Open the overlay that the user named; make the overlay if it is missing.
 
     Raises:
-        UsageError: The overlay exists, and the image at ``path`` is not its backing file.
+        UsageError: The overlay exists, and the image at ``path`` is not its backing file; or the
+            image's URL has a query, which would be stored in the overlay.
         QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
     """
+    if is_url(path) and parse_address(path).query:
+        # The query may be a secret, and the overlay can be copied to others.  It may also expire.
+        msg = (
+            f"{shown_source(path)}: found a URL with a query, expected one without, because the "
+            "overlay stores the URL (-o snapshot stores nothing)"
+        )
+        raise UsageError(msg)
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block
         await _check_backing_file(overlay, path, options)
     else:
@@ -162,7 +174,7 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
 
 
 async def _check_backing_file(overlay: str, source: str, options: MountOptions) -> None:
-    """Check that the backing file of an existing overlay is ``source``.
+    """Check that the backing file of an existing overlay is ``source``, a path or a URL.
 
     Raises:
         UsageError: The overlay has no backing file, or the backing file is another file.
@@ -172,10 +184,14 @@ async def _check_backing_file(overlay: str, source: str, options: MountOptions) 
     with open_image_file(overlay, None) as file:
         header = await read_header(file)
         if not header.has_backing:
-            msg = f"overlay {file.name}: found no backing file, expected {printable(source)}"
+            msg = f"overlay {file.name}: found no backing file, expected {shown_source(source)}"
             raise UsageError(msg)
         name = await read_backing_name(file, header)
     base = backing_path(overlay, name, options.backing.working_directory)
+    if is_url(base) or is_url(source):
+        if not (is_url(base) and is_url(source) and parse_address(base) == parse_address(source)):
+            raise _other_backing_file(file.name, base, source)
+        return
     try:
         expected = os.stat(source)  # noqa: PTH116
     except OSError as error:
@@ -186,9 +202,13 @@ async def _check_backing_file(overlay: str, source: str, options: MountOptions) 
         reason = os.strerror(error.errno or 0)
         msg = f"overlay {file.name}: backing file {printable(base)}: {reason}"
         raise BackingError(msg) from error
-    if (actual.st_dev, actual.st_ino) != (expected.st_dev, expected.st_ino):
-        msg = (
-            f"overlay {file.name}: found backing file {printable(base)}, "
-            f"expected {printable(source)}"
-        )
-        raise UsageError(msg)
+    if identity_of(actual) != identity_of(expected):
+        raise _other_backing_file(file.name, base, source)
+
+
+def _other_backing_file(overlay: str, base: str, source: str) -> UsageError:
+    """Return the error for an overlay whose backing file is ``base`` instead of ``source``."""
+    return UsageError(
+        f"overlay {overlay}: found backing file {shown_source(base)}, "
+        f"expected {shown_source(source)}"
+    )

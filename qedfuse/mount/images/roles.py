@@ -16,12 +16,15 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import chain_paths
-from qedfuse.errors import ImageInUseError
+from qedfuse.errors import ImageInUseError, UsageError
+from qedfuse.hostio.regular import identity_of
+from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.mount.images.naming import Source
     from qedfuse.mount.options import MountOptions
 
@@ -38,9 +41,17 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     Raises:
         ImageInUseError: The backing file of a source is itself a source that the user named, or
             two sources are the same file.
+        UsageError: A source is a URL, and the mount would write to it.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
         return set()
+    for source in sources:
+        if is_url(source.path):
+            msg = (
+                f"{source.shown}: found a URL in a mount that can be written to, expected -r, "
+                "-o snapshot or -o overlay=FILE"
+            )
+            raise UsageError(msg)
     if options.backing.mode == "none":
         return set()
     by_identity = _by_identity(sources)
@@ -63,13 +74,13 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     return set(overlays)
 
 
-def _by_identity(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Source]:
+def _by_identity(sources: Sequence[Source]) -> dict[FileIdentity | None, Source]:
     """Return the sources by device and inode, without those that are missing or inaccessible.
 
     Raises:
         ImageInUseError: Two sources are the same file.
     """
-    by_identity: dict[tuple[int, int] | None, Source] = {}
+    by_identity: dict[FileIdentity | None, Source] = {}
     for source in sources:
         identity = _identity(source.path)
         other = by_identity.setdefault(identity, source)
@@ -83,10 +94,10 @@ def _by_identity(sources: Sequence[Source]) -> dict[tuple[int, int] | None, Sour
     return by_identity
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str) -> FileIdentity | None:
     """Return the device and inode of a file; None if there is no file or no access to it."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return identity_of(found)

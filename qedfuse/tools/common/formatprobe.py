@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import HostError, NotQedError, UsageError
 from qedfuse.hostio.regular import open_raw
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_luks, is_qed
+from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from typing import Literal, TypeAlias
+
+    from qedfuse.remote.options import RemoteOptions
 
     ImageFormat: TypeAlias = Literal["raw", "qed"]
 
@@ -46,6 +49,30 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
     finally:
         os.close(fd)
     return format_of(signature, printable(path), expected)
+
+
+async def probe_any(
+    path: str, remote: RemoteOptions, expected: str = _EXPECTED_SOURCE
+) -> ImageFormat:
+    """Return the format of a local file, as `probe_format` does, or of a URL.
+
+    Args:
+        path: The file, block device or URL.
+        remote: How to read a URL.
+        expected: The end of the message about a foreign format, as for `probe_format`.
+
+    Raises:
+        UsageError: As `probe_format`, or the URL is not valid.
+        HostError: The file cannot be opened or read.
+        ImageError: The file is neither a regular file nor a block device.
+    """
+    if not is_url(path):
+        return probe_format(path, expected)
+    # Imported late, because this module must not load trio.
+    from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
+
+    async with open_image(path, None, remote) as file:
+        return format_of(await file.pread(0, SIGNATURE_BYTES), file.name, expected)
 
 
 def format_of(

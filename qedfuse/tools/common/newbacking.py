@@ -10,14 +10,16 @@ import os
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import backing_path, chain_paths
-from qedfuse.errors import BackingError, QedError
+from qedfuse.errors import BackingError, NotQedError, QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.formats import is_qed
 from qedfuse.ondisk.header import parse_header
+from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    from qedfuse.remote.options import RemoteOptions
     from qedfuse.tools.common.formatprobe import ImageFormat
 
 
@@ -38,12 +40,12 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     about = f"{printable(image)}: backing file"
     path = backing_path(image, backing, directory)
     if _is_same_file(path, image):
-        msg = f"{about} {printable(path)}: found the image itself"
+        msg = f"{about} {shown_name(path)}: found the image itself"
         raise BackingError(msg)
     for below in chain_paths(path, directory):
         if _is_same_file(below, image):
             msg = f"{about} {printable(below)}: found the image itself through "
-            msg += printable(backing)
+            msg += shown_name(backing)
             raise BackingError(msg)
 
 
@@ -72,25 +74,74 @@ def size_and_format(
             start, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
         finally:
             os.close(fd)
-        if wanted == "raw":
-            return size, "raw"
-        if is_qed(start):
-            header = parse_header(start, shown)
-            header.check_fits(size, shown)
-            return header.image_size, "qed"
+        return _size_and_format(start, size, shown, wanted)
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error
     except OSError as error:
         msg = f"{about} {shown}: {error.strerror}"
         raise BackingError(msg) from error
+
+
+async def size_and_format_of_url(
+    image: str, url: str, wanted: ImageFormat | None, remote: RemoteOptions
+) -> tuple[int, ImageFormat]:
+    """Return the size of the disk in a backing file that is a URL, and the file's format.
+
+    Args:
+        image: Path of the new image.
+        url: The backing file.
+        wanted: Format of the backing file; None accepts only QED.
+        remote: How to read the URL.
+
+    Raises:
+        BackingError: The URL cannot be read, is not QED although only QED is accepted, or has an
+            invalid header.
+    """
+    # Imported late, because this module must not load trio.
+    from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
+
+    try:
+        async with open_image(url, None, remote) as file:
+            start = bytes(await file.pread(0, HEADER_BYTES))
+            return _size_and_format(start, file.size(), file.name, wanted)
+    except QedError as error:
+        msg = f"{printable(image)}: backing file {error}"
+        raise BackingError(msg) from error
+
+
+def _size_and_format(
+    start: bytes, size: int, shown: str, wanted: ImageFormat | None
+) -> tuple[int, ImageFormat]:
+    """Return the size of the disk in a backing file, and the file's format.
+
+    Args:
+        start: The first bytes of the file.
+        size: Length of the file in bytes.
+        shown: Name of the file in messages.
+        wanted: Format of the file; None accepts only QED.
+
+    Raises:
+        ImageError: The file is not QED although only QED is accepted, or has an invalid header.
+    """
+    if wanted == "raw":
+        return size, "raw"
+    if is_qed(start):
+        header = parse_header(start, shown)
+        header.check_fits(size, shown)
+        return header.image_size, "qed"
     expected = "a QED image" if wanted else "a QED image, or -F raw for any other content"
-    msg = f"{about} {shown}: found no QED magic, expected {expected}"
-    raise BackingError(msg)
+    msg = f"{shown}: found no QED magic, expected {expected}"
+    raise NotQedError(msg)
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether two paths lead to the same file; neither need exist yet."""
+    """Return whether a path or URL leads to the same file as another path.
+
+    Neither file need exist yet.
+    """
+    if is_url(first):
+        return False
     return os.path.realpath(first) == os.path.realpath(second) or (
         os.path.exists(first)  # noqa: PTH110
         and os.path.exists(second)  # noqa: PTH110

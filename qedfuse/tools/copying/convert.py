@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import UsageError
+from qedfuse.hostio.regular import identity_of
+from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.common.pipe import is_stream, open_stream
 from qedfuse.tools.copying.conversion import Conversion, RawStream
@@ -43,7 +45,7 @@ async def convert(
     the name for a moment (`NewFile`).
 
     Args:
-        source_path: A QED image, a raw file or device, or a pipe (``-``: standard input).
+        source_path: A QED image, a raw file or device, a URL, or a pipe (``-``: standard input).
         target_path: The file or device to write, or a pipe for raw content (``-``: standard
             output).
         spec: Format, geometry and backing file of the target; None for a QED image with the
@@ -68,9 +70,9 @@ async def convert(
             copied so far.
 
     Raises:
-        UsageError: The arguments contradict each other, or do not fit the kind of the source or
-            of the target.  Or the target is the source or one of its bases, exists and may not
-            be replaced, or cannot hold a disk of this size.
+        UsageError: The target is a URL, or the arguments contradict each other, or do not fit the
+            kind of the source or of the target.  Or the target is the source or one of its bases,
+            exists and may not be replaced, or cannot hold a disk of this size.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program, or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.
@@ -78,6 +80,7 @@ async def convert(
         QedError: The source cannot be read, the target cannot be written, or the comparison
             found a difference.
     """
+    require_local(target_path)
     spec, options = spec or ImageSpec(), options or OpenOptions()
     async with AsyncExitStack() as stack:
         source: Source | RawStream
@@ -125,8 +128,8 @@ def _refuse_same_file(source: Source, target_path: str) -> None:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path
     except OSError:
         return
-    for depth, info in enumerate(source.files()):
-        if os.path.samestat(target, info):
+    for depth, file in enumerate(source.readers()):
+        if file.identity == identity_of(target):
             found = "a base of the source" if depth else "the source itself"
             msg = f"{printable(target_path)}: target: found {found}, expected another file"
             raise UsageError(msg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -11,8 +10,9 @@ from qedfuse.disk.creation.newheader import backing_name, new_header
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.errors import BackingError, QedError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.remote.address import shown_name
 from qedfuse.text import printable
-from qedfuse.tools.common.formatprobe import probe_format
+from qedfuse.tools.common.formatprobe import probe_any
 from qedfuse.tools.source.source import open_source
 from qedfuse.tools.target.qedtarget import NewQedTarget
 
@@ -103,13 +103,15 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         expected = "a QED image"
         if spec.backing_format is None:
             expected += ", or -F raw for any other content"
-        found = probe_format(path, expected) if spec.backing_format != "raw" else "raw"
+        found: ImageFormat = "raw"
+        if spec.backing_format != "raw":
+            found = await probe_any(path, options.remote, expected)
         if found != (spec.backing_format or "qed"):
-            msg = f"{printable(path)}: found no QED magic, expected {expected}"
+            msg = f"{shown_name(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
         async with AsyncExitStack() as stack:
             base = await stack.enter_async_context(open_source(path, found, options))
-            if not stat.S_ISREG(base.files()[0].st_mode):
+            if base.is_device:
                 msg = f"{printable(path)}: found a block device, expected a regular file"
                 raise BackingError(msg)
             opened = stack.pop_all()

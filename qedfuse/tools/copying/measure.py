@@ -70,7 +70,7 @@ async def measure(
     """Return the space for a copy of a disk; read the whole disk, because zeros take no space.
 
     Args:
-        path: A QED image, a raw file or a block device.
+        path: A QED image, a raw file or a block device; or a URL.
         spec: Format (``raw`` or ``qed``) and geometry of the copy.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         image: Path that the copy would have; the name of its backing file is relative to the
@@ -91,7 +91,7 @@ async def measure(
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(open_source(path, source_format, options))
-        name = printable(path)
+        name = source.name
         if spec.format == "raw":
             raw = NewRawTarget(_NO_FILE, name, spec.sparse_size)
             copy = DiskCopy(source, raw, sparse_size=spec.sparse_size, progress=progress)

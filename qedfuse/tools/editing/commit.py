@@ -28,9 +28,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
+from qedfuse.disk.lookup.baseversion import forget_base
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.imagefile import open_image_file
+from qedfuse.remote.address import require_local
 from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, find_base, open_base
 from qedfuse.tools.editing.commitsource import OverlayAlone, open_upper_images
 
@@ -95,6 +98,7 @@ async def commit(
         progress: Called with the work done and the whole work, in any unit.
 
     Raises:
+        UsageError: The overlay or the base is a URL.
         BackingError: The overlay has no base, its chain has no file ``base``, or a base
             cannot be used.
         CorruptImageError: A table entry of one of the images is bad, or a check found damage.
@@ -104,11 +108,16 @@ async def commit(
 
     After an error the overlay reads the same as before, but the base may have changed.
     """
+    require_local(path)
     options = replace(options or OpenOptions(), force_share=False)
     if base is not None:
+        require_local(base)
         async with open_upper_images(path, base, replace(options, writable=False)) as found:
             source, base_file = found
             result = await _commit(source, base_file, options, progress)
+            if not result.between:
+                with open_image_file(path, None) as file:
+                    forget_base(file)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
     # The overlay is opened without its base.  Otherwise the base would be locked for reading
     # as long as the overlay is open, and could not be opened for writing.
@@ -130,6 +139,7 @@ async def commit(
         )
         if progress is not None:
             progress(overlay.size, overlay.size)
+        overlay.forget_base()
         after = before if keep else overlay.statistics().file_bytes
         return replace(result, bytes_before=before, bytes_after=after)
 

@@ -6,12 +6,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from qedfuse.disk.lookup.backing import closing_layers, open_bases
+from qedfuse.disk.lookup.backing import closing_layers, open_bases, read_backing_name
+from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError, ImageInUseError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
+from qedfuse.hostio.regular import identity_of
+from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.common.writabledisk import open_writable
 
@@ -153,6 +156,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     could conflict.  The base is locked later, when `open_base` opens the base for writing.
 
     Raises:
+        UsageError: The base is a URL.
         BackingError: The overlay has no base, or a base cannot be used.
         ImageInUseError: Another file has taken the overlay's name.
     """
@@ -162,6 +166,8 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         if not header.has_backing:
             msg = f"{overlay.name}: backing file: found none, expected one to commit to"
             raise BackingError(msg)
+        name = await read_backing_name(file, header)
+        require_local(backing_path(overlay.path, name, options.backing.working_directory))
         bases = await open_bases(
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
@@ -213,6 +219,6 @@ def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> No
     Raises:
         ImageInUseError: The two files are not the same.
     """
-    if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino):
+    if identity_of(found) != identity_of(expected):
         msg = f"{printable(path)}: found another file than when the path was opened before"
         raise ImageInUseError(msg)

@@ -14,6 +14,7 @@ from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
+from qedfuse.remote.address import require_local
 from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import BaseFile
 from qedfuse.tools.editing.ownextents import batch_starts, own_extents, refuse_bad
@@ -148,6 +149,7 @@ async def open_upper_images(
         options: How to open the chain.
 
     Raises:
+        UsageError: The base is a URL.
         BackingError: The chain has no such file, or cannot be used.
         QedError: An image cannot be opened or locked.
     """
@@ -158,6 +160,7 @@ async def open_upper_images(
         await top.scan_l1()
         with closing_layers(await open_bases(path, file, header, options, store)) as layers:
             depth = _depth_of(path, base, layers, options.backing.working_directory)
+            require_local(layers[depth - 1].file.path)
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)

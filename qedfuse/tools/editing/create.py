@@ -13,6 +13,7 @@ from qedfuse.disk.creation.create import make_image
 from qedfuse.disk.creation.newheader import new_header
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.remote.address import require_local, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.newbacking import size_and_format
 
@@ -72,7 +73,8 @@ def create(
             file; None is refused with ``unsafe``, and without a backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file, see `backing_path`; None for no backing file.
+        backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
+            is allowed only with ``unsafe``; see `size_and_format_of_url`.
         backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
             is refused if a backing file is named.
         unsafe: Do not open the backing file.  The backing file need not exist.
@@ -82,7 +84,7 @@ def create(
 
     Raises:
         UsageError: A size, the geometry or the backing file name is invalid, a size or format
-            is missing, or the file exists and ``overwrite`` is False.
+            is missing, the path is a URL, or the file exists and ``overwrite`` is False.
         BackingError: The backing file cannot be read, has an invalid header or is not of the
             given format, or the image is among the files of its chain.
         ImageError: The existing file is not a regular file.
@@ -92,15 +94,17 @@ def create(
             making its name durable has failed.  An empty file may be left behind on a file
             system without hard links.  Otherwise no new file is left behind.
     """
+    require_local(path)
     if backing == "":
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     if backing is not None and not unsafe:
+        require_local(backing)
         backing_size, backing_format = size_and_format(path, backing, backing_format)
         size = backing_size if size is None else size
     elif backing is not None and backing_format is None:
         msg = (
-            f"{printable(path)}: backing file {printable(backing)}: found no format, expected "
+            f"{printable(path)}: backing file {shown_name(backing)}: found no format, expected "
             "-F raw or -F qed"
         )
         raise UsageError(msg)

@@ -23,6 +23,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, UsageError
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.ondisk.constants import Feature
+from qedfuse.remote.address import require_local, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.newbacking import refuse_backing_loop
 from qedfuse.tools.common.writabledisk import open_writable
@@ -78,7 +79,7 @@ async def rebase(
             disk; not called with ``unsafe``.
 
     Raises:
-        UsageError: The name cannot be stored, or the format is missing.
+        UsageError: The image is a URL, the name cannot be stored, or the format is missing.
         BackingError: A backing file is missing, refused by the policy for bases, or not of the
             given format, or the image is among the files of the new chain.
         CorruptImageError: A table entry of the image or of a base is bad, or a check found
@@ -88,6 +89,7 @@ async def rebase(
     After an error the image names the old or the new backing file.  Without ``unsafe`` its
     disk reads the same in both cases.
     """
+    require_local(path)
     backing = backing or None
     name = backing_name(backing)
     options = options or OpenOptions()
@@ -171,6 +173,6 @@ async def _new_chain(
 def _no_format(path: str, backing: str) -> str:
     """Return the message that the format of a base must be given."""
     return (
-        f"{printable(path)}: backing file {printable(backing)}: found no format, expected -F raw "
+        f"{printable(path)}: backing file {shown_name(backing)}: found no format, expected -F raw "
         "or -F qed"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -119,9 +118,8 @@ class RebaseCopy:
             one.kind is other.kind is Kind.DATA
             and (one.start, one.length, one.file_offset)
             == (other.start, other.length, other.file_offset)
-            and os.path.samestat(
-                self._old.layers[one.depth].file.stat(), self._new.layers[other.depth].file.stat()
-            )
+            and self._old.layers[one.depth].file.identity
+            == self._new.layers[other.depth].file.identity
             for one, other in zip(old, new, strict=True)
         )
 

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
-from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.imagefile import read_header
+from qedfuse.remote.address import is_url
+from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
 from qedfuse.tools.inspection.info import describe, describe_open
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
-    from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.hostio.hostfile import HostFile
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.info import ImageInfo
+
+
+async def describe_any(
+    path: str, image_format: FormatChoice = "auto", options: OpenOptions | None = None
+) -> ImageInfo:
+    """Return the description of a local file, as `describe` does, or of a URL.
+
+    Args:
+        path: The file, or the URL.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
+        options: How to open the file; None for the defaults.
+
+    Raises:
+        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
+            ``image_format`` is ``qed`` and the file has no QED magic.
+        QedError: The file cannot be opened, locked or read.
+    """
+    options = options or OpenOptions()
+    if not is_url(path):
+        return describe(path, image_format, lock=options.read_lock)
+    async with open_image(path, None, options.remote) as file:
+        return await _describe_file(file, path, image_format)
 
 
 async def describe_chain(
@@ -40,25 +68,38 @@ async def describe_chain(
         QedError: The image or a base cannot be opened, locked or read.
     """
     options = options or OpenOptions()
-    top = describe(path, image_format, lock=options.read_lock)
+    top = await describe_any(path, image_format, options)
     if top.qed is None or not top.qed.readable:
         # The chain is not followed, because a raw file has no base, and the base that an
         # invalid header names must not be opened.
         return [top]
-    with open_image_file(path, options.read_lock) as file:
+    async with open_image(path, options.read_lock, options.remote) as file:
         header = await read_header(file)
         with closing_layers(await open_bases(path, file, header, options, make_store(0))) as bases:
-            return [top, *(_describe_base(base) for base in bases)]
+            return [top, *[await _describe_base(base) for base in bases]]
 
 
-def _describe_base(base: Layer) -> ImageInfo:
+async def _describe_base(base: Layer) -> ImageInfo:
     """Return the description of a base that is open.
 
     Raises:
         HostError: The base cannot be read.
     """
-    file = cast("PosixFile", base.file)
+    image_format: FormatChoice = "raw" if isinstance(base, RawLayer) else "qed"
+    return await _describe_file(base.file, base.file.path, image_format)
+
+
+async def _describe_file(file: HostFile, path: str, image_format: FormatChoice) -> ImageInfo:
+    """Return the description of an open file.
+
+    Raises:
+        NotQedError: As `describe_any`.
+        HostError: The file cannot be read.
+    """
     try:
-        return describe_open(file.fd, file.path, "raw" if isinstance(base, RawLayer) else "qed")
+        if file.fileno() >= 0:
+            return describe_open(DescriptorReader(file.fileno()), path, image_format)
+        call = partial(describe_open, FileReader(file), path, image_format)
+        return await trio.to_thread.run_sync(call)
     except OSError as error:
         raise HostError.from_os(error, file.name, "read") from error

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.tables import read_l1_table
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import HostError
-from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.errors import HostError, RemoteError
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO
 from qedfuse.tools.inspection.freelistinfo import FreeListInfo, describe_free_list
@@ -85,12 +86,16 @@ async def read_details(
         return Details()
     counted = None
     if allocation:
-        with open_image_file(info.path, options.read_lock) as file:
+        async with open_image(info.path, options.read_lock, options.remote) as file:
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
     if info.qed.header.header is not None and info.qed.header.header.free_list:
         try:
-            listed = await describe_free_list(info.path, lock=options.read_lock)
+            listed = await describe_free_list(
+                info.path, lock=options.read_lock, remote=options.remote
+            )
+        except RemoteError:
+            raise
         except HostError as error:
             # The rest of the description is useful although the host cannot read the list.
             listed = FreeListInfo(present=True, problem=str(error))

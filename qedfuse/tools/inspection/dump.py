@@ -18,14 +18,15 @@ import trio
 
 from qedfuse.check.entryclassifier import EntryClassifier
 from qedfuse.check.findings import Code
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.errors import HeaderError, NotQedError, UsageError
-from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET, UNALLOCATED, ZERO
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.entryrules import NO_TABLES, EntryRules
 from qedfuse.ondisk.formats import is_qed
+from qedfuse.remote.options import RemoteOptions
 from qedfuse.tools.inspection.rawheader import read_raw
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.entryrules import Values
     from qedfuse.ondisk.header import Header
     from qedfuse.tools.inspection.rawheader import RawHeader
@@ -98,7 +99,7 @@ class Dump:
         header: The fields of the header, valid or not.
     """
 
-    def __init__(self, file: PosixFile, header: RawHeader) -> None:
+    def __init__(self, file: HostFile, header: RawHeader) -> None:
         """Read a file that the caller has opened and closes."""
         self._file = file
         self.name = file.name
@@ -273,18 +274,22 @@ def _entry_range(
 
 
 @asynccontextmanager
-async def open_dump(path: str, *, share: bool = False) -> AsyncIterator[Dump]:
+async def open_dump(
+    path: str, *, share: bool = False, remote: RemoteOptions | None = None
+) -> AsyncIterator[Dump]:
     """Open an image to list its header and tables; close the image at the end of the block.
 
     Args:
-        path: The image.
+        path: The image, or its URL.
         share: Allow that another program writes to the image.
+        remote: How to read a URL; None for the defaults.
 
     Raises:
         NotQedError: The file has no QED magic.
         QedError: The image cannot be opened, locked or read.
     """
-    with open_image_file(path, LockMode.to_read(share=share)) as file:
+    lock = LockMode.to_read(share=share)
+    async with open_image(path, lock, remote or RemoteOptions()) as file:
         raw_header = bytes(await file.pread(0, HEADER_BYTES))
         if not is_qed(raw_header):
             msg = f"{file.name}: not a QED image: found no QED magic at the file's beginning"

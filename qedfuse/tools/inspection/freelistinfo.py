@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.state.freelistreader import read_list
 from qedfuse.errors import CorruptImageError
-from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode
+from qedfuse.remote.options import RemoteOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +40,25 @@ class FreeListInfo:
     problem: str = ""
 
 
-async def describe_free_list(path: str, *, lock: LockMode | None = LockMode.READ) -> FreeListInfo:
+async def describe_free_list(
+    path: str,
+    *,
+    lock: LockMode | None = LockMode.READ,
+    remote: RemoteOptions | None = None,
+) -> FreeListInfo:
     """Read and summarize the free list of an image.
 
     The list is not compared with the entries of the L2 tables.  Only a check compares them.
 
     Args:
-        path: The image.
+        path: The image, or its URL.
         lock: The mode in which to lock the image; None to take no lock.
+        remote: How to read a URL; None for the defaults.
 
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    with open_image_file(path, lock) as file:
+    async with open_image(path, lock, remote or RemoteOptions()) as file:
         header = await read_header(file)
         if not header.free_list:
             return FreeListInfo(present=False)

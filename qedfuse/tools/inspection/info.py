@@ -7,18 +7,17 @@ take longer than the reads.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, NotQedError
 from qedfuse.hostio.lockedfile import locked_descriptor
 from qedfuse.hostio.locking import LockMode
-from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.ondisk.constants import SECTOR, Feature
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
-from qedfuse.text import printable
+from qedfuse.remote.address import require_local, shown_name
 from qedfuse.tools.common.formatprobe import is_qed_image
+from qedfuse.tools.inspection.imagereader import DescriptorReader
 from qedfuse.tools.inspection.l1summary import L1Summary, summarize_l1
 from qedfuse.tools.inspection.nameresolution import BackingName, resolve_name
 from qedfuse.tools.inspection.problems import (
@@ -32,6 +31,7 @@ from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
 
 if TYPE_CHECKING:
     from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
+    from qedfuse.tools.inspection.imagereader import ImageReader
 
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
 """Header fields without which the backing file's name cannot be read."""
@@ -110,12 +110,12 @@ class ImageInfo:
     """The description of a QED or raw file; sizes in bytes.
 
     Attributes:
-        path: Path by which the file was opened.
+        path: Path or URL by which the file was opened.
         format: ``qed`` or ``raw``.
         virtual_size: Size of the disk; None if a QED file ends before the header field
             ``image_size``.  For a raw file, the length of the file, rounded up to whole sectors.
         file_size: Length of the file.
-        disk_usage: Space that the file uses on the host.
+        disk_usage: Space that the file uses where it is stored.
         qed: The description of a QED image; None for a raw file.
     """
 
@@ -141,56 +141,58 @@ def describe(
         lock: The mode in which to lock the file; None to take no lock.
 
     Raises:
+        UsageError: The file is a URL, which `qedfuse.tools.inspection.chaininfo` can describe.
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
         ImageInUseError: Another program holds a lock that excludes this one.
         QedError: The file cannot be opened or read.
     """
+    require_local(path)
     with locked_descriptor(path, lock) as fd:
         try:
-            return describe_open(fd, path, image_format)
+            return describe_open(DescriptorReader(fd), path, image_format)
         except OSError as error:
-            raise HostError.from_os(error, printable(path), "read") from error
+            raise HostError.from_os(error, shown_name(path), "read") from error
 
 
-def describe_open(fd: int, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
+def describe_open(image: ImageReader, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
     """Return the description of a file that the caller has opened, and locked if necessary.
 
     Args:
-        fd: Descriptor of the file.
-        path: Path by which the file was opened.
+        image: The file.
+        path: Path or URL by which the file was opened.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
         OSError: The beginning of the file cannot be read.
+        RemoteError: The file is a URL, and the server does not give what is needed.
     """
-    name = printable(path)
-    status = os.fstat(fd)
-    signature = os.pread(fd, SIGNATURE_BYTES, 0)  # includes the whole header of a QED image
-    usage = allocated_bytes(status)
+    name = shown_name(path)
+    file_size, usage = image.size, image.disk_usage
+    signature = image.read(0, SIGNATURE_BYTES)  # includes the whole header of a QED image
     if not is_qed_image(signature, image_format, name):
-        size = -(-status.st_size // SECTOR) * SECTOR
-        return ImageInfo(path, "raw", size, status.st_size, usage)
+        size = -(-file_size // SECTOR) * SECTOR
+        return ImageInfo(path, "raw", size, file_size, usage)
     if not is_qed(signature):
         msg = f"{name}: not a QED image: found no QED magic at the file's beginning"
         raise NotQedError(msg)
-    raw = read_raw(signature, status.st_size, name)
+    raw = read_raw(signature, file_size, name)
     header = raw.header
-    l1 = L1Summary() if header is None else summarize_l1(fd, header, status.st_size)
-    backing = _read_backing(fd, raw, path)
+    l1 = L1Summary() if header is None else summarize_l1(image, header)
+    backing = _read_backing(image, raw, path)
     problems = (
-        *header_problems(raw, status.st_size, name),
-        *l1_problems(l1, status.st_size, name),
+        *header_problems(raw, file_size, name),
+        *l1_problems(l1, file_size, name),
         *backing_problems(raw, backing, name),
     )
     known = backing if isinstance(backing, BackingName) else None
     info = QedInfo(raw, known, problems, l1.used if l1.complete else None)
-    return ImageInfo(path, "qed", raw.values.get("image_size"), status.st_size, usage, info)
+    return ImageInfo(path, "qed", raw.values.get("image_size"), file_size, usage, info)
 
 
-def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | str | None:
+def _read_backing(image: ImageReader, raw: RawHeader, path: str) -> BackingName | str | None:
     """Read and resolve the name of the backing file.
 
     If the host cannot read the name, the result is a text that says why.  The result is None if
@@ -202,7 +204,7 @@ def _read_backing(fd: int, raw: RawHeader, path: str) -> BackingName | str | Non
     if header is None or not header.has_backing or refused & _NAME_FIELDS:
         return None
     try:
-        name = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+        name = image.read(header.backing_filename_offset, header.backing_filename_size)
     except OSError as error:
         return error.strerror or str(error)
     return resolve_name(name, path, raw_format=header.backing_is_raw)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.hostio.sparse import data_slices
 from qedfuse.ondisk.constants import ENTRY_BYTES, MAX_OFFSET, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits, overlaps
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 
 if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
+    from qedfuse.tools.inspection.imagereader import ImageReader
 
 MAX_L1_BYTES: Final = 8 << 20
 """Maximum number of bytes of an L1 table that are read, not counting slices of zeros or holes.
@@ -42,7 +41,7 @@ class L1Summary:
     failure: str = ""
 
 
-def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
+def summarize_l1(image: ImageReader, header: Header) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
 
     If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
@@ -50,20 +49,22 @@ def summarize_l1(fd: int, header: Header, file_size: int) -> L1Summary:
     before that part are counted, and the summary is not complete.
 
     Args:
-        fd: Descriptor of the image.
+        image: The image.
         header: The header, whose geometry must be valid.
-        file_size: Length of the file in bytes.
+
+    Raises:
+        RemoteError: The image is a URL, and the server does not give the table.
     """
     if header.l1_table_offset > MAX_OFFSET:
         return L1Summary()
-    limits = EntryLimits.for_l1(header, file_size)
+    limits = EntryLimits.for_l1(header, image.size)
     used = 0
     tables: list[int] = []
     start, left, complete, failure = header.l1_table_offset, MAX_L1_BYTES, True, ""
-    end = min(header.l1_end, file_size)
+    end = min(header.l1_end, image.size)
     try:
-        for offset in data_slices(fd, start, end - start):
-            raw = os.pread(fd, min(SLICE_BYTES, end - offset), offset) if left > 0 else b""
+        for offset in image.data_slices(start, end - start):
+            raw = image.read(offset, min(SLICE_BYTES, end - offset)) if left > 0 else b""
             if not raw:
                 complete = False
                 break

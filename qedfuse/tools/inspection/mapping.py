@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
-from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.tools.common.formatprobe import is_qed_image
 from qedfuse.tools.source.chainruns import ChainRunReader
@@ -77,7 +78,7 @@ async def open_map(
     """Open an image and its chain read-only; yield a reader of the runs of the chain.
 
     Args:
-        path: A QED image or a raw file.
+        path: A QED image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
 
@@ -88,7 +89,7 @@ async def open_map(
             or the policy for bases refuses a base.
     """
     options = options or OpenOptions()
-    with open_image_file(path, options.read_lock) as file:
+    async with open_image(path, options.read_lock, options.remote) as file:
         signature = await file.pread(0, SIGNATURE_BYTES)
         if not is_qed_image(signature, image_format, file.name):
             yield ChainRunReader([RawLayer(file)])
@@ -115,7 +116,7 @@ async def map_image(
     An invalid L1 or L2 entry does not raise: its range is a `MapEntry` with ``bad`` set.
 
     Args:
-        path: A QED image or a raw file.
+        path: A QED image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
         start: Guest offset in bytes where the range begins.  The list is empty if the offset

@@ -8,6 +8,8 @@ mount a file system, or the test may hang on a network server.  So a name is loo
 as it leads into the image's directory.  Symbolic links in that directory are untrusted as well,
 because they may be from the archive that the image was in.  A link that leads out is read, but not
 followed.
+
+If the image is a URL, a plain name is relative to that URL, and nothing is looked up.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from qedfuse.disk.lookup.backingpath import backing_path, has_protocol
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import is_url, parse_address
 
 _MAX_LINKS: Final = 40
 """Maximum number of symbolic links in the resolution of a name, as in the Linux kernel."""
@@ -28,18 +32,20 @@ class BackingName:
 
     Attributes:
         name: The name, as stored.
-        path: The path that QEMU composes: the directory in the path of the image, followed by
-            the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
+        path: The path or URL that QEMU composes: the directory in the path of the image, followed
+            by the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
         resolved: Absolute path of the backing file without ``.`` and ``..``, and without
             symbolic links if ``escapes`` is False.  The name itself if it has a protocol or a
-            NUL byte, or if it begins with ``file:`` and the working directory has been removed.
+            NUL byte, if it begins with ``file:`` and the working directory has been removed, or if
+            it is the path of a local file in an image that is a URL.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
             with or without ``file:`` before it.
         escapes: Whether the name may lead out of the image's directory; True for a name that
             cannot be resolved.
+        is_local: Whether the image is a URL and the name is the path of a local file.
     """
 
     name: str
@@ -49,6 +55,7 @@ class BackingName:
     absolute: bool
     scheme: str | None
     escapes: bool
+    is_local: bool = False
 
 
 def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
@@ -56,7 +63,7 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
 
     Args:
         stored: The bytes of the name, as stored.
-        image: Path of the image.
+        image: Path or URL of the image.
         raw_format: Whether the image states that the backing file is raw.
     """
     name = os.fsdecode(stored)
@@ -64,6 +71,8 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
     absolute = name.removeprefix("file:").startswith("/")
     if scheme is not None or "\0" in name:
         return BackingName(name, name, name, raw_format, absolute, scheme, escapes=True)
+    if is_url(image):
+        return _resolve_in_url(name, image, raw_format=raw_format, absolute=absolute)
     image_directory = image[: image.rfind("/") + 1]
     path = location = name
     if name.startswith("file:"):
@@ -76,6 +85,20 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
     directory = os.path.realpath(image_directory or ".")
     resolved, escapes = _resolve(location, directory)
     return BackingName(name, path, resolved, raw_format, absolute, scheme, escapes)
+
+
+def _resolve_in_url(name: str, image: str, *, raw_format: bool, absolute: bool) -> BackingName:
+    """Resolve a path in an image that is a URL, without any I/O."""
+    path = backing_path(image, name)
+    if not is_url(path):
+        return BackingName(
+            name, name, name, raw_format, absolute, None, escapes=True, is_local=True
+        )
+    try:
+        parse_address(path)
+    except UsageError:  # for example a name with ".."
+        return BackingName(name, path, path, raw_format, absolute, None, escapes=True)
+    return BackingName(name, path, path, raw_format, absolute, None, escapes=False)
 
 
 def _resolve(name: str, directory: str) -> tuple[str, bool]:

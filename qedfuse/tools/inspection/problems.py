@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.headernotes import header_notes
-from qedfuse.errors import NotQedError
-from qedfuse.text import printable
+from qedfuse.errors import NotQedError, UsageError
+from qedfuse.remote.address import is_url, parse_address, shown_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,8 @@ def backing_problems(
 ) -> Iterator[Problem]:
     """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
-    All of them are fatal, because every mount refuses an image with such a name.
+    All but one of them are fatal, because every mount refuses an image with such a name.  A URL is
+    refused only unless the user allows it.
 
     Args:
         raw: The header.
@@ -104,10 +105,22 @@ def backing_problems(
     if found < expected:
         msg = f"{name}: backing file name: found {found} bytes, expected {expected}"
         yield Problem("backing-name-cut-short", msg, fatal=True)
-    shown = printable(backing.name)
-    if backing.scheme is not None:
+    shown = shown_name(backing.name)
+    if is_url(backing.name):
+        try:
+            parse_address(backing.name)
+            msg = f"{name}: backing file {shown}: found a URL, which must be allowed (backing_url)"
+            yield Problem("backing-url", msg, fatal=False)
+        except UsageError as error:
+            yield Problem("backing-scheme", f"{name}: backing file {error}", fatal=True)
+    elif backing.scheme is not None:
         msg = f"{name}: backing file {shown}: found a protocol, expected a plain path"
         yield Problem("backing-scheme", msg, fatal=True)
+    if backing.is_local:
+        msg = (
+            f"{name}: backing file {shown}: found a local file, expected a URL, as the image is one"
+        )
+        yield Problem("backing-local", msg, fatal=True)
     if "\0" in backing.name:
         msg = f"{name}: backing file name: found a NUL byte in {shown}"
         yield Problem("backing-nul", msg, fatal=True)

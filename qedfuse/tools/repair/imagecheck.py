@@ -11,6 +11,7 @@ from qedfuse.check.checker import check_image
 from qedfuse.check.findings import RepairPlan
 from qedfuse.check.repair import plan_repair, repair_image
 from qedfuse.disk.disk import Disk
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CorruptImageError, HostError, NoSpaceError
@@ -18,6 +19,8 @@ from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import allocated_bytes
+from qedfuse.remote.address import require_local
+from qedfuse.remote.options import RemoteOptions
 from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.checkresult import CheckResult
 from qedfuse.tools.repair.undo import undo_repair
@@ -36,18 +39,27 @@ _ALWAYS_ALLOWED_BYTES: Final = 64 << 20
 """A repair may write this many bytes without ``force``, however small the file is."""
 
 
-async def check(path: str, *, share: bool = False, progress: Progress | None = None) -> CheckResult:
+async def check(
+    path: str,
+    *,
+    share: bool = False,
+    remote: RemoteOptions | None = None,
+    progress: Progress | None = None,
+) -> CheckResult:
     """Check an image and change nothing; the backing file is not opened.
 
     Args:
-        path: The image.
+        path: The image, or its URL.
         share: Allow that another program writes to the image.
+        remote: How to read a URL; None for the defaults.
         progress: Called with the number of tables read so far and in all.
 
     Raises:
         QedError: The image cannot be opened, locked or read.
     """
-    async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
+    lock = LockMode.to_read(share=share)
+    async with open_image(path, lock, remote or RemoteOptions()) as file:
+        header = await read_header(file)
         report = await check_image(file, header, progress)
         return CheckResult.of_check(header, file.size(), report)
 
@@ -306,6 +318,12 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
 
 @asynccontextmanager
 async def _open_image(path: str, mode: LockMode) -> AsyncIterator[tuple[PosixFile, Header]]:
-    """Open and lock an image without its backing file; yield the file and its header."""
+    """Open and lock an image without its backing file; yield the file and its header.
+
+    Raises:
+        UsageError: The image is a URL.
+        QedError: The image cannot be opened, locked or read.
+    """
+    require_local(path)
     with open_image_file(path, mode, writable=mode is LockMode.WRITE) as file:
         yield file, await read_header(file)

@@ -8,7 +8,7 @@ whole arrays instead of single entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qedfuse.disk.lookup.layer import Layer
-    from qedfuse.hostio.posixfile import PosixFile
 
     Array = NDArray[np.int64]
 
@@ -96,7 +95,7 @@ class ChainRunReader:
             for layer in layers
         ]
         self.size = self._readers[0].size
-        self.files = [cast("PosixFile", layer.file).path for layer in layers]
+        self.files = [layer.file.path for layer in layers]
 
     async def batches(
         self, start: int = 0, length: int | None = None

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.errors import HostError
-from qedfuse.hostio.systemcalls import read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from qedfuse.tools.common.blocks import Bytes
     from qedfuse.tools.source.extentbatches import ExtentBatch
-    from qedfuse.tools.source.source import Source
+    from qedfuse.tools.source.source import BlockingReader, Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length of a chunk; large enough that the cost per chunk is negligible."""
@@ -37,13 +36,13 @@ class Segment(NamedTuple):
     """A part of a chunk that is stored as adjacent bytes of a file.
 
     Attributes:
-        descriptor: Descriptor of the file.
+        file: The file.
         offset: File offset in bytes.
         at: Distance in bytes from the beginning of the chunk to the beginning of the segment.
         length: Number of bytes.
     """
 
-    descriptor: int
+    file: BlockingReader
     offset: int
     at: int
     length: int
@@ -94,14 +93,11 @@ class Chunker:
         self._max_chunk_bytes = max_chunk_bytes
         self._include_zeros = include_zeros
         self._has_base = base is not None
-        # Each list has one item for each layer, by depth: the device and inode of the layer's
-        # file, or the descriptor of the file.
-        self._source_ids = [(info.st_dev, info.st_ino) for info in source.files()]
-        self._base_ids = [(info.st_dev, info.st_ino) for info in base.files()] if base else []
-        self._source_fds = [source.descriptor(depth) for depth in range(len(self._source_ids))]
-        self._base_fds = (
-            [base.descriptor(depth) for depth in range(len(self._base_ids))] if base else []
-        )
+        # Each list has one item for each layer, by depth.
+        self._files = source.readers()
+        self._base_files = base.readers() if base else []
+        self._identities = [file.identity for file in self._files]
+        self._base_identities = [file.identity for file in self._base_files]
 
     def chunks(self, batch: ExtentBatch) -> Iterator[Chunk]:
         """Yield the chunks of a batch in order."""
@@ -113,8 +109,8 @@ class Chunker:
             ranges = self._unshared(data, base_data)
         else:
             ranges = [(extent.start, extent.end) for extent in data]
-        cursor = _SegmentCursor(data, self._source_fds)
-        base_cursor = _SegmentCursor(base_data, self._base_fds)
+        cursor = _SegmentCursor(data, self._files)
+        base_cursor = _SegmentCursor(base_data, self._base_files)
         for first, last in _aligned(ranges, self._block_size, batch.start, batch.end):
             at = first
             while at < last:
@@ -155,7 +151,7 @@ class Chunker:
     def _is_shared(self, upper: Extent, lower: Extent) -> bool:
         """Return whether two extents are the same bytes of the same file where they overlap."""
         return (
-            self._source_ids[upper.depth] == self._base_ids[lower.depth]
+            self._identities[upper.depth] == self._base_identities[lower.depth]
             and upper.file_offset - upper.start == lower.file_offset - lower.start
         )
 
@@ -186,15 +182,15 @@ def _aligned(
 class _SegmentCursor:
     """Finds the segments of one range after another, in ascending order."""
 
-    def __init__(self, extents: list[Extent], descriptors: list[int]) -> None:
+    def __init__(self, extents: list[Extent], files: Sequence[BlockingReader]) -> None:
         """Begin at the first extent.
 
         Args:
             extents: The data extents of a batch, ascending.
-            descriptors: The descriptors of the files of the layers, by depth.
+            files: The files of the layers, by depth.
         """
         self._extents = extents
-        self._descriptors = descriptors
+        self._files = files
         self._next = 0
 
     def within(self, start: int, end: int) -> tuple[Segment, ...]:
@@ -208,8 +204,8 @@ class _SegmentCursor:
             first, last = max(extent.start, start), min(extent.end, end)
             if first < last:
                 offset = extent.file_offset + first - extent.start
-                descriptor = self._descriptors[extent.depth]
-                result.append(Segment(descriptor, offset, first - start, last - first))
+                file = self._files[extent.depth]
+                result.append(Segment(file, offset, first - start, last - first))
             if extent.end > end:
                 break
             self._next += 1
@@ -243,10 +239,7 @@ def _read(view: memoryview, segment: Segment, name: str) -> None:
     Raises:
         HostError: The host refused, or the file ends before the end of the segment.
     """
-    try:
-        done = read_all(segment.descriptor, segment.offset, view)
-    except OSError as error:
-        raise HostError.from_os(error, name, "read") from error
+    done = segment.file.read_blocking(segment.offset, view)
     if done < segment.length:
         msg = f"{name}: data at {segment.offset}: found {done} bytes, expected {segment.length}"
         raise HostError(msg)

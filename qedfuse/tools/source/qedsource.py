@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.text import printable
 from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
 if TYPE_CHECKING:
-    import os
-
     from qedfuse.disk.disk import Disk
-    from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.hostio.hostfile import HostFile
     from qedfuse.tools.common.formatprobe import ImageFormat
 
 _KINDS: Final = {UNALLOCATED: Kind.UNALLOCATED, ZEROS: Kind.ZERO, HOLE: Kind.ZERO, DATA: Kind.DATA}
@@ -30,8 +27,9 @@ class QedSource:
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path
-        self.name = printable(path)
+        self.name = disk.name
         self.size = disk.size
+        self.is_device = False
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how the chain stores a range, or the beginning of it; see `Source.extents`.
@@ -55,10 +53,6 @@ class QedSource:
                 result.append(Extent(_KINDS[kind], at, count, offset, depth))
         return result
 
-    def descriptor(self, depth: int) -> int:
-        """Return the descriptor of the file of the layer at ``depth``."""
-        return cast("PosixFile", self._disk.chain.layers[depth].file).fd
-
-    def files(self) -> list[os.stat_result]:
-        """Return the file attributes (stat(2)) of the image and of its bases, by depth."""
-        return [layer.file.stat() for layer in self._disk.chain.layers]
+    def readers(self) -> list[HostFile]:
+        """Return the open files of the image and of its bases, by depth."""
+        return [layer.file for layer in self._disk.chain.layers]

@@ -11,22 +11,41 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from qedfuse.disk.lookup.extents import Extent, Kind
+from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import HostError
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.regular import length_of, open_raw, status_of
-from qedfuse.hostio.sparse import seek
-from qedfuse.text import printable
-from qedfuse.tools.common.formatprobe import probe_format
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.regular import length_of, open_raw
+from qedfuse.remote.address import is_url
+from qedfuse.tools.common.formatprobe import probe_any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
     from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
 """`RawSource.extents` stops when it has found at least this many extents."""
+
+
+class BlockingReader(Protocol):
+    """An open file for worker threads, which may wait: the part of `ReadableFile` for them."""
+
+    @property
+    def identity(self) -> FileIdentity:
+        """What distinguishes the file from all others; see `ReadableFile`."""
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.  Several
+        threads may call it concurrently.
+
+        Raises:
+            HostError: The file cannot be read.
+        """
 
 
 class Source(Protocol):
@@ -36,13 +55,15 @@ class Source(Protocol):
         size: Bytes of the disk.
         format: ``raw`` or ``qed``.
         name: Name of the disk in messages, as printable text.
-        path: Path of the file on the host.
+        path: Path of the file on the host, or its URL.
+        is_device: Whether the disk is a block device.
     """
 
     size: int
     format: ImageFormat
     name: str
     path: str
+    is_device: bool
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return how a range is stored, as extents in order and without gaps.
@@ -58,27 +79,25 @@ class Source(Protocol):
             HostError: The host cannot read a file.
         """
 
-    def descriptor(self, depth: int, /) -> int:
-        """Return the descriptor of the file of the layer at ``depth``.
+    def readers(self) -> Sequence[BlockingReader]:
+        """Return the open files of all layers, by depth.
 
-        The file offsets of data extents with that depth refer to this file.
+        The file offset of a data extent refers to the file at the extent's depth.
         """
-
-    def files(self) -> list[os.stat_result]:
-        """Return the file attributes (stat(2)) of all layers, by depth."""
 
 
 class RawSource:
-    """A raw file or block device, whose bytes are those of the disk."""
+    """A raw file, block device or URL, whose bytes are those of the disk."""
 
     format: ImageFormat = "raw"
 
-    def __init__(self, fd: int, path: str) -> None:
-        """Read a file that the caller has opened and closes."""
-        self._fd = fd
-        self.path = path
-        self.name = printable(path)
-        self.size = length_of(fd, self.name)
+    def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
+        """Read a file of ``size`` bytes that the caller has opened and closes."""
+        self._file = file
+        self.path = file.path
+        self.name = file.name
+        self.size = size
+        self.is_device = is_device
 
     async def extents(self, start: int, length: int) -> list[Extent]:
         """Return the data and holes of a range, or of its beginning; see `Source.extents`."""
@@ -86,35 +105,25 @@ class RawSource:
         end = min(start + length, self.size)
         result: list[Extent] = []
         at = start
-        try:
-            while at < end and len(result) < _MAX_EXTENTS_PER_CALL:
-                data = self._seek(at, os.SEEK_DATA, end)
-                if data > at:
-                    result.append(Extent(Kind.ZERO, at, data - at))
-                if data < end:
-                    at = self._seek(data, os.SEEK_HOLE, end)
-                    result.append(Extent(Kind.DATA, data, at - data, data))
-                else:
-                    at = end
-        except OSError as error:
-            raise HostError.from_os(error, self.name, "seek") from error
+        while at < end and len(result) < _MAX_EXTENTS_PER_CALL:
+            data = _limited(await self._file.next_data(at), end)
+            if data > at:
+                result.append(Extent(Kind.ZERO, at, data - at))
+            if data < end:
+                at = _limited(await self._file.next_hole(data), end)
+                result.append(Extent(Kind.DATA, data, at - data, data))
+            else:
+                at = end
         return result
 
-    def _seek(self, offset: int, whence: int, end: int) -> int:
-        """Return the offset of the first data or hole at or past ``offset``, at most ``end``.
+    def readers(self) -> Sequence[BlockingReader]:
+        """Return the only file."""
+        return [self._file]
 
-        The result is also ``end`` if the file has no such data or hole.
-        """
-        found = seek(self._fd, offset, whence)
-        return end if found is None else min(found, end)
 
-    def descriptor(self, _depth: int, /) -> int:
-        """Return the descriptor of the only file."""
-        return self._fd
-
-    def files(self) -> list[os.stat_result]:
-        """Return the file attributes (stat(2)) of the only file."""
-        return [status_of(self._fd, self.name)]
+def _limited(found: int | None, end: int) -> int:
+    """Return an offset that was searched for, or ``end`` if it is None or lies past ``end``."""
+    return end if found is None else min(found, end)
 
 
 @asynccontextmanager
@@ -125,21 +134,22 @@ async def open_source(
 ) -> AsyncIterator[Source]:
     """Open and lock a disk for reading; close it at the end of the ``async with`` block.
 
-    A block device is not locked.
+    A block device or a URL is not locked.
 
     Args:
-        path: A QED image, or a regular file or block device with raw content.
+        path: A QED image, or a regular file or block device with raw content; or a URL.
         format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
 
     Raises:
-        UsageError: The format is ``auto`` and the file is an image of a foreign format.
+        UsageError: The format is ``auto`` and the file is an image of a foreign format, or the
+            URL is not valid.
         QedError: The file or a base cannot be opened or locked, the header of one of them is
             invalid, or the backing policy refuses a base.
     """
     options = options or OpenOptions()
     if format == "auto":
-        format = probe_format(path)  # noqa: A001
+        format = await probe_any(path, options.remote)  # noqa: A001
     if format == "qed":
         # Imported late, because loading these modules takes time, and a raw source does not
         # need them.
@@ -149,10 +159,16 @@ async def open_source(
         async with open_disk(path, replace(options, writable=False)) as disk:
             yield QedSource(disk, path)
         return
-    fd = open_raw(path, os.O_RDONLY)
+    if is_url(path):
+        async with open_image(path, None, options.remote) as remote_file:
+            yield RawSource(remote_file, remote_file.size())
+        return
+    file = PosixFile(open_raw(path, os.O_RDONLY), path, writable=False)
     try:
-        if options.lock and stat.S_ISREG(status_of(fd, printable(path)).st_mode):
-            lock_image(fd, LockMode.to_read(share=options.force_share), printable(path))
-        yield RawSource(fd, path)
+        is_device = not stat.S_ISREG(file.stat().st_mode)
+        if options.lock and not is_device:
+            lock_image(file.fd, LockMode.to_read(share=options.force_share), file.name)
+        # fstat(2) reports 0 for a block device.
+        yield RawSource(file, length_of(file.fd, file.name), is_device=is_device)
     finally:
-        os.close(fd)
+        file.close()

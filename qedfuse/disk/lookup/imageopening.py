@@ -1,0 +1,101 @@
+"""Opening the file of an image that the user has named: a local file, or a URL."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.hostio.imagefile import open_image_file
+from qedfuse.remote.address import is_url, parse_address, require_local
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.hostio.locking import LockMode
+    from qedfuse.remote.options import RemoteOptions
+
+
+@asynccontextmanager
+async def open_image(
+    path: str, lock: LockMode | None, remote: RemoteOptions, *, writable: bool = False
+) -> AsyncIterator[HostFile]:
+    """Open a regular file and lock it, or open a URL; close it at the end of the block.
+
+    The block may also close the file earlier, for example through a disk that owns the file.
+
+    Args:
+        path: The file, or the URL.
+        lock: The mode in which to lock a file; None to take no lock.  A URL is never locked.
+        remote: How to read a URL.
+        writable: Whether to open the file for writing as well.
+
+    Raises:
+        UsageError: A URL is not valid, or ``writable`` is set for one.
+        HostError: The file cannot be opened or locked, or the server does not serve the object.
+        ImageError: The file is not a regular file.
+        ImageInUseError: Another program holds a lock that excludes this one.
+    """
+    if not is_url(path):
+        with open_image_file(path, lock, writable=writable) as file:
+            yield file
+        return
+    if writable:
+        require_local(path)
+    remote_file = await open_url(path, remote)
+    try:
+        yield remote_file
+    finally:
+        remote_file.close()
+
+
+async def open_url(url: str, remote: RemoteOptions) -> HostFile:
+    """Open a URL; the caller closes the file.
+
+    Raises:
+        UsageError: The URL is not valid.
+        RemoteError: The server cannot be reached, or does not serve the object.
+        CacheError: The directory of the cache that the user has named cannot be used.
+    """
+    # Imported late: without a URL no module about remote files is needed.
+    from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
+
+    handover = _Handover()
+    call = partial(open_remote, parse_address(url), remote)
+    try:
+        # A task that is cancelled does not wait for the server.
+        return await trio.to_thread.run_sync(handover.keep_result, call, abandon_on_cancel=True)
+    except BaseException:
+        handover.abandon()
+        raise
+
+
+class _Handover:
+    """Closes a file that a thread opens for a task that no longer waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._file: HostFile | None = None
+        self._is_abandoned = False
+
+    def keep_result(self, call: Callable[[], HostFile]) -> HostFile:
+        """Return the file that ``call`` returns; close the file if the task has gone."""
+        file = call()
+        with self._lock:
+            self._file = file
+            is_abandoned = self._is_abandoned
+        if is_abandoned:
+            file.close()
+        return file
+
+    def abandon(self) -> None:
+        """Close the file, now, or after it has been opened."""
+        with self._lock:
+            self._is_abandoned = True
+            file = self._file
+        if file is not None:
+            file.close()

@@ -1,0 +1,146 @@
+"""Parsing the value of an option of ``-o``; the message of an error names the option."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import is_url, parse_prefix
+from qedfuse.text import printable
+from qedfuse.util.sizes import parse_size
+
+if TYPE_CHECKING:
+    from qedfuse.mount.system.readahead import Readahead
+    from qedfuse.remote.address import Address
+
+_MAX_ID: Final = (1 << 32) - 2
+"""Largest id of a user or a group.  The next number, 0xffffffff, is -1 for chown(2), which means
+"unchanged"."""
+_MAX_SECONDS: Final = 3600.0
+"""Largest value of each option whose value is a number of seconds."""
+_MAX_POLL_MICROSECONDS: Final = 10_000
+"""Largest value of the option ``poll``."""
+_MIN_CACHE_BYTES: Final = 64 << 10
+"""Smallest value of the option ``cache_size``."""
+_MAX_READAHEAD_BYTES: Final = 1 << 30
+"""Largest value of the option ``readahead``."""
+_MIN_REMOTE_CACHE_BYTES: Final = 1 << 20
+"""Smallest value of the option ``remote_cache_size``."""
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value`` unchanged if it is one of ``choices``.
+
+    Raises:
+        UsageError: The value is not one of ``choices``.
+    """
+    if value not in choices:
+        msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
+        raise UsageError(msg)
+    return value
+
+
+def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
+    """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
+
+    Raises:
+        UsageError: The value is no such integer; the message ends with ``expected``.
+    """
+    digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
+    if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
+        msg = f"option {name}: found {printable(value)}, expected {expected}"
+        raise UsageError(msg)
+    return number
+
+
+def parse_id(name: str, value: str) -> int:
+    """Parse the id of a user or a group, a number of at most `_MAX_ID`."""
+    return _number(name, value, 10, _MAX_ID, f"a number up to {_MAX_ID}")
+
+
+def parse_umask(name: str, value: str) -> int:
+    """Parse octal permission bits."""
+    return _number(name, value, 8, 0o777, "octal permission bits up to 777")
+
+
+def parse_seconds(name: str, value: str) -> float:
+    """Parse a time in seconds, more than 0 and at most `_MAX_SECONDS`."""
+    well_formed = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
+    if not well_formed or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
+        found, maximum = printable(value), int(_MAX_SECONDS)
+        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {maximum}"
+        raise UsageError(msg)
+    return seconds
+
+
+def parse_poll(name: str, value: str) -> float:
+    """Parse a number of microseconds, or ``off``; return seconds, 0 for ``off``."""
+    if value == "off":
+        return 0.0
+    expected = f"microseconds up to {_MAX_POLL_MICROSECONDS}, or off"
+    return _number(name, value, 10, _MAX_POLL_MICROSECONDS, expected) * 1e-6
+
+
+def parse_readahead(name: str, value: str) -> Readahead:
+    """Parse the maximum read-ahead in bytes, which may be 0, or ``kernel``."""
+    if value == "kernel":
+        return "kernel"
+    size = parse_bytes(name, value)
+    if size > _MAX_READAHEAD_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at most 1G, or kernel"
+        raise UsageError(msg)
+    return size
+
+
+def parse_bytes(name: str, value: str) -> int:
+    """Parse a number of bytes with an optional unit."""
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        msg = f"option {name}: {error}"
+        raise UsageError(msg) from error
+
+
+def parse_table_cache(name: str, value: str) -> int:
+    """Parse the size of the table cache in bytes, at least `_MIN_CACHE_BYTES`."""
+    size = parse_bytes(name, value)
+    if size < _MIN_CACHE_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at least 64K"
+        raise UsageError(msg)
+    return size
+
+
+def parse_remote_cache(name: str, value: str) -> int:
+    """Parse the size of the cache for remote files in bytes, at least 1 MiB."""
+    size = parse_bytes(name, value)
+    if size < _MIN_REMOTE_CACHE_BYTES:
+        msg = f"option {name}: found {printable(value)}, expected at least 1M"
+        raise UsageError(msg)
+    return size
+
+
+def parse_local_path(name: str, value: str) -> str:
+    """Return a path unchanged.
+
+    Raises:
+        UsageError: The value is a URL.
+    """
+    if is_url(value):
+        hint = " (for URLs: backing_url)" if name == "backing_dir" else ""
+        msg = f"option {name}: found a URL, expected a path on this machine{hint}"
+        raise UsageError(msg)
+    return value
+
+
+def parse_prefix_url(name: str, value: str) -> Address:
+    """Parse the URL below which backing files may be.
+
+    Raises:
+        UsageError: The value is no such URL.
+    """
+    try:
+        return parse_prefix(value)
+    except UsageError as error:
+        msg = f"option {name}: {error}"
+        raise UsageError(msg) from error

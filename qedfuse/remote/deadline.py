@@ -1,0 +1,90 @@
+"""Connections of urllib3 that read no response for longer than its timeout.
+
+The timeout of a socket is one for each read.  With it alone, a server that sends a byte now and
+then could keep a thread forever, in the header as well as in the body.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+if TYPE_CHECKING:
+    import socket
+
+    from typing_extensions import Buffer
+
+
+class _TimedSocket(io.RawIOBase):
+    """The reading end of a socket; all reads together take at most the timeout of the socket."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock = sock
+        self._raw = raw
+        seconds = sock.gettimeout()
+        self._end = time.monotonic() + (math.inf if seconds is None else seconds)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int | None:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            msg = "timed out"
+            raise TimeoutError(msg)
+        self._sock.settimeout(None if math.isinf(left) else left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """A response that is read within the timeout that its socket has at the beginning."""
+
+    def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
+        super().__init__(sock, *args, **options)  # type: ignore[arg-type]
+        raw = self.fp.detach()
+        self.fp = io.BufferedReader(_TimedSocket(sock, raw))
+
+
+class _TimedHTTPConnection(HTTPConnection):
+    response_class = _TimedResponse
+
+
+class _TimedHTTPSConnection(HTTPSConnection):
+    response_class = _TimedResponse
+
+
+class _TimedHTTPPool(HTTPConnectionPool):
+    ConnectionCls = _TimedHTTPConnection
+
+
+class _TimedHTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _TimedHTTPSConnection
+
+
+_POOLS: Final = {"http": _TimedHTTPPool, "https": _TimedHTTPSPool}
+
+
+def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
+    """Return connections, through a proxy if one is given, whose timeouts hold for whole responses.
+
+    Raises:
+        HTTPError: The URL of the proxy cannot be used.
+    """
+    pool: urllib3.PoolManager
+    if proxy is None:
+        pool = urllib3.PoolManager(maxsize=max_connections)
+    else:
+        pool = urllib3.ProxyManager(proxy, maxsize=max_connections)
+    pool.pool_classes_by_scheme = _POOLS
+    return pool

@@ -1,0 +1,237 @@
+"""Fetching the units of an object: each once, neighbours together, ahead of sequential readers.
+
+A unit is looked for in the cache first.  Only a reader of a unit waits for the thread that fetches
+it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import HostError, RemoteError
+from qedfuse.remote.fetchthreads import FetchThreads
+from qedfuse.remote.flight import Flight
+from qedfuse.remote.outagelog import OutageLog
+from qedfuse.remote.readahead import ReadAhead
+from qedfuse.remote.unitfile import UNIT_BYTES, units_of
+from qedfuse.remote.unitstore import UnitStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.remote.object import RemoteObject
+    from qedfuse.remote.unitfile import UnitFile
+
+
+_MAX_REQUEST_UNITS: Final = 4
+"""Maximum number of units in one request: 1 MiB."""
+_MAX_WINDOW_UNITS: Final = 32
+"""Maximum number of units that are fetched ahead of a sequential reader: 8 MiB."""
+_MAX_HELD_WINDOW_UNITS: Final = 8
+"""The same if units are held in memory only, so that several readers find theirs there."""
+
+
+class Fetcher:
+    """Fetches units of one version of an object, into the cache if there is one.
+
+    Threads and tasks may use a fetcher concurrently.
+
+    Attributes:
+        ready: See `UnitStore.ready`.
+        fetched_bytes: How many bytes the server has sent.
+        requests: How many requests the server has answered with a range.
+    """
+
+    def __init__(
+        self,
+        source: RemoteObject,
+        cache: UnitFile | None,
+        make_room: Callable[[], int] | None = None,
+    ) -> None:
+        """Fetch from ``source``; no thread is started yet.
+
+        Args:
+            source: The object, which the fetcher closes.
+            cache: Where units are kept, which the fetcher closes; None for no place.
+            make_room: Keeps the cache within its limits; see `UnitStore`.
+        """
+        self._source = source
+        self._name = source.address.shown
+        self._size = source.version.size
+        self._units = units_of(self._size)
+        self._store = UnitStore(self._units, cache, make_room)
+        self.ready = self._store.ready
+        self.fetched_bytes = 0
+        self.requests = 0
+        self._outages = OutageLog(self._name)
+        self._threads = FetchThreads(self._name, self._look, self._fetch, self._finish)
+        self._lock = self._threads.lock
+        # All that follows is protected by the lock.
+        self._flights: dict[int, Flight] = {}
+        self._readers = ReadAhead()
+
+    def demand(self, first: int, last: int) -> list[Flight]:
+        """Start fetching those of some adjacent units that are not ready; return their flights.
+
+        The caller must wait for the flights, and then finds each unit in the blocks of its flight,
+        or ready in the cache.  What a sequential reader will read next is fetched as well.
+
+        Raises:
+            RemoteError: The fetcher is closed.
+        """
+        with self._lock:
+            flights = self._begin(first, last, is_wanted=True)
+            self._fetch_ahead(first, last)
+        return flights
+
+    def prefetch(self, first: int, last: int) -> list[Flight]:
+        """Start fetching units that no reader waits for; return their flights.
+
+        Such a fetch begins only while few others like it are running.
+
+        Raises:
+            RemoteError: The fetcher is closed.
+        """
+        with self._lock:
+            return self._begin(first, last, is_wanted=False)
+
+    def record_read(self, first: int, last: int) -> None:
+        """Record a read of units that are ready; fetch what a sequential reader will read next."""
+        with self._lock:
+            if not self._threads.is_closed:
+                self._fetch_ahead(first, last)
+
+    def discard_cache(self) -> None:
+        """Stop using the cache's file, because it has lost bytes that were in it."""
+        self._store.discard()
+
+    def close(self) -> None:
+        """End the threads, and all flights with an error; a second call does nothing.
+
+        Threads that wait for the server are not waited for: each ends at its deadline.
+        """
+        with self._lock:
+            self._threads.close()
+            flights = set(self._flights.values())
+            self._flights.clear()
+        self._source.close()
+        for flight in flights:
+            flight.end(self._closed_error())
+        self._store.close()
+
+    def _closed_error(self) -> RemoteError:
+        error = RemoteError(f"{self._name}: found the file closed, expected it open")
+        error.is_logged = True  # the reader has gone, or has closed the file
+        return error
+
+    def _begin(self, first: int, last: int, *, is_wanted: bool) -> list[Flight]:
+        """Return the flights of the units that are not ready, new ones for those without."""
+        if self._threads.is_closed:
+            raise self._closed_error()
+        found: list[Flight] = []
+        unit = first
+        while unit <= last:
+            if self.ready[unit]:
+                unit += 1
+                continue
+            flight = self._flights.get(unit)
+            if flight is None and (held := self._store.held(unit)) is not None:
+                flight = Flight(unit, unit, self._name, self._source.max_seconds)
+                flight.blocks[unit] = held
+                flight.end()
+            elif flight is None:
+                flight = self._new_flight(unit, last)
+                flight.is_wanted = is_wanted
+                if is_wanted:
+                    self._threads.add_look(flight)
+                else:
+                    self._threads.add_prefetch(flight)
+            elif is_wanted and not flight.is_wanted:
+                flight.is_wanted = True
+                self._threads.promote(flight)
+            found.append(flight)
+            unit = flight.last + 1
+        return found
+
+    def _new_flight(self, first: int, last: int) -> Flight:
+        """Return a new flight of adjacent units that are neither ready, held nor in a flight."""
+        end = first + 1
+        while (
+            end <= last
+            and end - first < _MAX_REQUEST_UNITS
+            and not self.ready[end]
+            and end not in self._flights
+            and self._store.held(end) is None
+        ):
+            end += 1
+        flight = Flight(first, end - 1, self._name, self._source.max_seconds)
+        self._flights.update(dict.fromkeys(range(first, end), flight))
+        return flight
+
+    def _fetch_ahead(self, first: int, last: int) -> None:
+        """Start fetching what a sequential reader will read next."""
+        most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
+        window = self._readers.window(first, last, most)
+        end = min(last + window, self._units - 1)
+        ahead = last + 1
+        while ahead <= end and (self.ready[ahead] or ahead in self._flights):
+            ahead += 1
+        # Half a window is fetched together, so that the requests are long.
+        if ahead <= end and ahead - last <= 1 + window // 2:
+            self._begin(ahead, end, is_wanted=False)
+
+    def _look(self, flight: Flight) -> None:
+        """Look for the units of a flight in the cache; queue what is missing for a fetch."""
+        if self._missing(flight):
+            self._threads.add_fetch(flight)
+        else:
+            self._finish(flight)
+
+    def _missing(self, flight: Flight) -> list[int]:
+        """Return the units of a flight that are neither ready nor intact in the cache."""
+        return [u for u in range(flight.first, flight.last + 1) if not self._store.load(u)]
+
+    def _fetch(self, flight: Flight) -> None:
+        """Fetch the units of a flight that are not ready, and end the flight."""
+        try:
+            missing = self._missing(flight)
+            if missing:
+                self._fetch_units(flight, missing[0], missing[-1])
+        except HostError as error:
+            self._finish(flight, error)
+        else:
+            self._finish(flight)
+
+    def _fetch_units(self, flight: Flight, first: int, last: int) -> None:
+        """Fetch adjacent units with one request; store them, or add them to the flight's blocks.
+
+        Raises:
+            HostError: The server does not give them.
+        """
+        start = first * UNIT_BYTES
+        length = min((last + 1) * UNIT_BYTES, self._size) - start
+        try:
+            content = memoryview(self._source.get(start, length))
+        except RemoteError as error:
+            if not self._threads.is_closed:
+                self._outages.failed(error)
+            raise
+        self._outages.answered()
+        with self._lock:
+            self.fetched_bytes += length
+            self.requests += 1
+        for unit in range(first, last + 1):
+            begin = (unit - first) * UNIT_BYTES
+            block = content[begin : begin + UNIT_BYTES]
+            if not self.ready[unit] and not self._store.store(unit, block):
+                # A copy, which does not keep the other units in memory.
+                flight.blocks[unit] = bytes(block)
+
+    def _finish(self, flight: Flight, error: HostError | None = None) -> None:
+        """Remove a flight from the table and end it; hold its blocks for later readers."""
+        with self._lock:
+            for unit in range(flight.first, flight.last + 1):
+                if self._flights.get(unit) is flight:
+                    del self._flights[unit]
+            self._store.hold(flight.blocks)
+        flight.end(error)

@@ -1,0 +1,177 @@
+"""The threads that fetch, and the queues of what they do next.
+
+A slow server takes no thread from reads of local files, and no fetch takes a thread from the looks
+into the cache.  So cached units can be read while the server does not answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import RemoteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.errors import HostError
+    from qedfuse.remote.flight import Flight
+
+_log = logging.getLogger(__name__)
+
+_MAX_FETCHING_THREADS: Final = 16
+_LOOKING_THREADS: Final = 4
+_MAX_PREFETCHES: Final = 4
+"""Maximum number of requests to the server that no reader waits for yet."""
+_IDLE_SECONDS = 10.0
+"""A thread ends when it has had nothing to do for this long."""
+
+
+class FetchThreads:
+    """Runs the steps of flights: looks into the cache, fetches for readers, and prefetches.
+
+    Threads and tasks may use the object concurrently.
+
+    Attributes:
+        lock: Protects the queues.  A step runs without it.
+        is_closed: Whether `close` was called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        look: Callable[[Flight], None],
+        fetch: Callable[[Flight], None],
+        fail: Callable[[Flight, HostError], None],
+    ) -> None:
+        """Start no thread yet.
+
+        Args:
+            name: The name of the object for messages.
+            look: Looks for the units of a flight in the cache; ends the flight, or queues it with
+                `add_fetch`.
+            fetch: Fetches the units of a flight, and ends the flight.
+            fail: Ends a flight with an error, unless it has ended; called if a step raises an
+                exception, or if there is no thread for it.
+        """
+        self.lock = threading.Condition()
+        self.is_closed = False
+        self._name = name
+        self._look = look
+        self._fetch = fetch
+        self._fail = fail
+        self._looks: deque[Flight] = deque()
+        self._fetches: deque[Flight] = deque()
+        self._ahead: deque[Flight] = deque()
+        self._threads = self._idle = self._fetching = self._prefetching = 0
+
+    def add_look(self, flight: Flight) -> None:
+        """Queue a flight that a reader waits for; the cache was not looked at yet."""
+        with self.lock:
+            self._looks.append(flight)
+            self._need_thread()
+
+    def add_fetch(self, flight: Flight) -> None:
+        """Queue a flight that a reader waits for, and that the cache does not have."""
+        with self.lock:
+            if not self.is_closed:
+                self._fetches.append(flight)
+                self._need_thread()
+
+    def add_prefetch(self, flight: Flight) -> None:
+        """Queue a flight that no reader waits for."""
+        with self.lock:
+            self._ahead.append(flight)
+            self._need_thread()
+
+    def promote(self, flight: Flight) -> None:
+        """Put a prefetch that has not begun among the flights that readers wait for."""
+        with self.lock, suppress(ValueError):
+            self._ahead.remove(flight)
+            self.add_look(flight)
+
+    def close(self) -> None:
+        """Forget what is queued, and let each thread end after its step."""
+        with self.lock:
+            self.is_closed = True
+            for queue in (self._looks, self._fetches, self._ahead):
+                queue.clear()
+            self.lock.notify_all()
+
+    def _need_thread(self) -> None:
+        """Wake or start a thread for a flight that was queued; the caller holds the lock."""
+        self.lock.notify()
+        queued = len(self._looks) + len(self._fetches) + len(self._ahead)
+        if queued <= self._idle or self._threads >= _MAX_FETCHING_THREADS + _LOOKING_THREADS:
+            return
+        self._threads += 1
+        try:
+            threading.Thread(target=self._work, name="qedfuse-fetch", daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._threads -= 1
+            # The threads that are left take the flight later.
+            if not self._threads:
+                self._fail_queued()
+
+    def _fail_queued(self) -> None:
+        """End all queued flights, because the host has no thread for them."""
+        flights = [*self._looks, *self._fetches, *self._ahead]
+        for queue in (self._looks, self._fetches, self._ahead):
+            queue.clear()
+        for flight in flights:
+            self._fail(flight, RemoteError(f"{self._name}: found no thread, expected one"))
+
+    def _work(self) -> None:
+        """Run steps until there has been none for a while: the main function of a thread."""
+        while True:
+            with self.lock:
+                step = self._next()
+                while step is None:
+                    if self.is_closed:
+                        self._threads -= 1
+                        return
+                    self._idle += 1
+                    woken = self.lock.wait(_IDLE_SECONDS)
+                    self._idle -= 1
+                    step = self._next()
+                    if step is None and not woken:
+                        self._threads -= 1
+                        return
+            self._run(*step)
+
+    def _next(self) -> tuple[Callable[[Flight], None], Flight, int, int] | None:
+        """Take a step out of the queues; return it with what it adds to the counts.
+
+        Returns None if there is no step that may begin now.
+        """
+        if self._looks:
+            return self._look, self._looks.popleft(), 0, 0
+        if self._fetching >= _MAX_FETCHING_THREADS:
+            return None
+        if self._fetches:
+            self._fetching += 1
+            return self._fetch, self._fetches.popleft(), 1, 0
+        if self._ahead and self._prefetching < _MAX_PREFETCHES:
+            self._fetching += 1
+            self._prefetching += 1
+            return self._fetch, self._ahead.popleft(), 1, 1
+        return None
+
+    def _run(
+        self, step: Callable[[Flight], None], flight: Flight, fetching: int, prefetching: int
+    ) -> None:
+        """Run one step of a flight.  Whatever it raises, no reader is left waiting."""
+        try:
+            step(flight)
+        except BaseException as failure:  # noqa: BLE001  see above
+            _log.exception("%s: cannot be fetched", self._name)
+            self._fail(flight, RemoteError(f"{self._name}: {type(failure).__name__}"))
+        finally:
+            with self.lock:
+                self._fetching -= fetching
+                self._prefetching -= prefetching
+                if self._fetches or self._ahead:
+                    self._need_thread()

@@ -1,0 +1,98 @@
+"""A flight: the fetch of some adjacent units, for which any number of readers wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.errors import HostError, RemoteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import Buffer
+
+_CANCEL_POLL_SECONDS: Final = 0.2
+"""How often a thread that waits asks whether its task was cancelled."""
+
+
+class Flight:
+    """The fetch of some adjacent units, on which any number of readers wait.
+
+    Attributes:
+        first: The first unit.
+        last: The last unit.
+        blocks: The content of the units that could not be stored in the cache; filled before the
+            end.
+        is_wanted: Whether a reader waits for it.
+    """
+
+    def __init__(self, first: int, last: int, name: str, max_seconds: float) -> None:
+        """Describe a fetch that has not begun, of units of the object ``name``.
+
+        Readers wait at most ``max_seconds``, also for a flight that no thread takes for so long.
+        """
+        self.first = first
+        self.last = last
+        self.blocks: dict[int, Buffer] = {}
+        self.is_wanted = False
+        self._name = name
+        self._max_seconds = max_seconds
+        self._error: HostError | None = None
+        self._ended = threading.Event()
+        self._callbacks: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
+
+    def end(self, error: HostError | None = None) -> None:
+        """Wake all who wait.  A second call does nothing."""
+        with self._lock:
+            if self._ended.is_set():
+                return
+            self._error = error
+            self._ended.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            # The event loop of a reader that has gone may have ended.
+            with suppress(trio.RunFinishedError):
+                callback()
+
+    def wait_blocking(self) -> None:
+        """Wait in a thread until the fetch has ended.
+
+        Raises:
+            HostError: The fetch failed.
+            trio.Cancelled: The thread is one of trio, and its task was cancelled.
+        """
+        end = time.monotonic() + self._max_seconds
+        while not self._ended.wait(_CANCEL_POLL_SECONDS) and time.monotonic() < end:
+            with suppress(RuntimeError):  # not a thread of trio
+                trio.from_thread.check_cancelled()
+        self._check(in_time=self._ended.is_set())
+
+    async def wait(self) -> None:
+        """Wait in a task until the fetch has ended.
+
+        Raises:
+            HostError: The fetch failed.
+        """
+        event = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        with self._lock:
+            if not self._ended.is_set():
+                self._callbacks.append(lambda: token.run_sync_soon(event.set, idempotent=True))
+            else:
+                event.set()
+        with trio.move_on_after(self._max_seconds) as scope:
+            await event.wait()
+        self._check(in_time=not scope.cancelled_caught)
+
+    def _check(self, *, in_time: bool) -> None:
+        if not in_time:
+            msg = f"{self._name}: found no answer within {self._max_seconds:.0f} seconds"
+            raise RemoteError(msg)
+        if self._error is not None:
+            raise self._error.again()

@@ -1,0 +1,203 @@
+"""One version of an object, read by ranges: attempts are repeated, and bounded in time."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from qedfuse.errors import ObjectChangedError, RemoteError, UsageError
+from qedfuse.remote.client import (
+    AttemptError,
+    ChangedError,
+    Client,
+    ClientOptions,
+    MissingError,
+    RefusedError,
+    UnusableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import Version
+    from qedfuse.remote.options import Deadlines
+
+T = TypeVar("T")
+
+_MAX_SIZE: Final = 64 << 40
+"""Maximum size of an object: each unit takes a byte of memory and eight of the cache's map."""
+_MAX_ATTEMPTS: Final = 5
+_FIRST_PAUSE_SECONDS: Final = 0.2
+_MAX_PAUSE_SECONDS: Final = 5.0
+
+
+class RemoteObject:
+    """An object of a server, of which one version is read.
+
+    Threads may read concurrently.
+
+    Attributes:
+        address: The address of the object.
+        version: The version that is read.
+        max_seconds: Maximum time that a call takes, unless the server sends its answer in drops.
+    """
+
+    def __init__(
+        self, address: Address, client: Client, version: Version, deadlines: Deadlines
+    ) -> None:
+        """Read ``version`` with ``client``; see `open_object`."""
+        self.address = address
+        self.version = version
+        self._client = client
+        # The last attempt can begin just before the time is over, and credentials are renewed once.
+        self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
+        self._total_seconds = deadlines.total_seconds
+        self._closed = threading.Event()
+
+    def get(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at an offset, all within the object; blocks the thread.
+
+        Raises:
+            ObjectChangedError: The server has another version of the object now, or none.
+            RemoteError: The server cannot be reached or does not serve the range.
+        """
+        try:
+            return repeated(
+                self.address,
+                lambda: self._client.get(offset, length, self.version),
+                self._client.renew,
+                self._total_seconds,
+                self._closed,
+            )
+        except RemoteError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # The reader has a file open, for which ENOENT would make no sense.
+            msg = f"{self.address.shown}: found no such object any more"
+            raise ObjectChangedError(msg) from error
+
+    def close(self) -> None:
+        """Make no further attempt.  A running attempt ends by itself, at its deadline."""
+        self._closed.set()
+
+
+def make_client(address: Address, options: ClientOptions) -> Client:
+    """Return a client for an address.
+
+    Raises:
+        RemoteError: The library for the scheme is not installed, or the environment configures no
+            usable store.
+        UsageError: The address is that of another machine without TLS, and this is not allowed.
+    """
+    if address.scheme == "http" and not (address.is_loopback or options.allow_http):
+        msg = (
+            f"{address.shown}: URL scheme: found http:// to another machine, expected https:// "
+            "(allow it with allow_http)"
+        )
+        raise UsageError(msg)
+    try:
+        if address.is_web:
+            # Imported late: only a URL needs these libraries, which are not always installed.
+            from qedfuse.remote.webclient import WebClient  # noqa: PLC0415  late, see above
+
+            return WebClient(address, options)
+        from qedfuse.remote.storeclient import StoreClient  # noqa: PLC0415  late, see above
+
+        return StoreClient(address, options)
+    except ImportError as error:
+        msg = f"{address.shown}: found no {error.name}, expected it (pip install 'qedfuse[remote]')"
+        raise RemoteError(msg, errno.ENOPKG) from error
+    except UnusableError as error:
+        msg = f"{address.shown}: {error}"
+        raise RemoteError(msg, errno.EINVAL) from error
+
+
+def open_object(
+    address: Address, client: Client, deadlines: Deadlines, *, allow_unpinned: bool = False
+) -> RemoteObject:
+    """Ask the server for the present version of an object; return the object; blocks the thread.
+
+    Args:
+        address: The address of the object.
+        client: A client for this address.
+        deadlines: How long to wait for the server.
+        allow_unpinned: Whether to accept a version that only its size distinguishes from others.
+
+    Raises:
+        RemoteError: The object is missing, or the server cannot be reached, refuses, or gives
+            nothing that distinguishes versions of the object.
+    """
+    version = repeated(
+        address, client.head, client.renew, deadlines.total_seconds, threading.Event()
+    )
+    if version.size > _MAX_SIZE:
+        msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
+        raise RemoteError(msg, errno.EFBIG)
+    is_pinned = version.validator or address.version or not version.size
+    if not is_pinned and not allow_unpinned:
+        msg = (
+            f"{address.shown}: found neither a strong ETag nor a Last-Modified header, expected one"
+            " to notice changes (allow_unpinned reads it nevertheless)"
+        )
+        raise RemoteError(msg, errno.EINVAL)
+    return RemoteObject(address, client, version, deadlines)
+
+
+def repeated(
+    address: Address,
+    attempt: Callable[[], T],
+    renew: Callable[[], object],
+    total_seconds: float,
+    closed: threading.Event,
+) -> T:
+    """Make an attempt until it succeeds, the time is over or ``closed`` is set.
+
+    An attempt raises the exceptions of a client.  ``renew`` is called once if the server refuses
+    the credentials; see `Client.renew`.
+
+    Raises:
+        ObjectChangedError: The server has another version of the object.
+        RemoteError: No attempt succeeded.
+    """
+    end = time.monotonic() + total_seconds
+    was_renewed = False
+    pause = _FIRST_PAUSE_SECONDS
+    number = 1
+    while True:
+        try:
+            return attempt()
+        except MissingError as error:
+            msg = f"{address.shown}: found no such {str(error) or 'object'}"
+            raise RemoteError(msg, errno.ENOENT) from error
+        except ChangedError as error:
+            msg = f"{address.shown}: found another version of the object than the one in use"
+            raise ObjectChangedError(msg) from error
+        except UnusableError as error:
+            msg = f"{address.shown}: {error}"
+            raise RemoteError(msg) from error
+        except RefusedError as error:
+            # Credentials expire; those that are valid now may differ from those at the beginning.
+            if was_renewed:
+                msg = f"{address.shown}: refused: {error}"
+                raise RemoteError(msg, errno.EACCES) from error
+            was_renewed = True
+            try:
+                renew()
+            except UnusableError as reason:
+                msg = f"{address.shown}: refused: {reason}"
+                raise RemoteError(msg, errno.EACCES) from reason
+            continue
+        except AttemptError as error:
+            # Machines that were stopped by the same outage must not all come back at one moment.
+            seconds = pause * random.uniform(0.5, 1)  # noqa: S311  no secret
+            is_last = number == _MAX_ATTEMPTS or time.monotonic() + seconds >= end
+            if is_last or closed.wait(seconds):
+                msg = f"{address.shown}: {error} (attempts: {number})"
+                raise RemoteError(msg) from error
+        number += 1
+        pause = min(_MAX_PAUSE_SECONDS, 2 * pause)

@@ -1,0 +1,119 @@
+"""Opening a URL as a file of a chain."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import CacheError, HostError, RemoteError
+from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
+from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.fetcher import Fetcher
+from qedfuse.remote.localdata import LocalData
+from qedfuse.remote.object import RemoteObject, make_client, open_object
+from qedfuse.remote.remotefile import RemoteFile
+
+if TYPE_CHECKING:
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import Version
+    from qedfuse.remote.options import RemoteOptions
+    from qedfuse.remote.unitfile import UnitFile
+
+_log = logging.getLogger(__name__)
+
+_UNREACHABLE: Final = (errno.EIO, errno.EACCES)
+"""Errors with which a complete entry of the cache is used instead of the server."""
+
+
+def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
+    """Open an object; the caller closes the file.  The call blocks until the server answers.
+
+    If the server cannot be reached or refuses, and the cache has all of the object, the object is
+    read from the cache, and this is logged.
+
+    Raises:
+        RemoteError: The object is missing or cannot be read.
+        CacheError: The directory that ``options`` name cannot be used.
+        HostError: The host has no further descriptor.
+        UsageError: The address is not allowed.
+    """
+    client = make_client(address, client_options(options))
+    directory = _open_directory(options)
+    cache: UnitFile | None
+    try:
+        source = open_object(
+            address, client, options.deadlines, allow_unpinned=options.allow_unpinned
+        )
+    except RemoteError as error:
+        entry = _complete_entry(directory, address, error)
+        if entry is None:
+            raise
+        version, cache = entry
+        _log.warning("%s; reading it from the cache", error)
+        source = RemoteObject(address, client, version, options.deadlines)
+    else:
+        cache = _open_cache(directory, address, source.version)
+    local = None
+    if cache is not None:
+        try:
+            local = LocalData(cache)
+        except OSError as error:
+            cache.close()
+            raise HostError.from_os(error, address.shown, "open the cache") from error
+    fetcher = Fetcher(source, cache, directory.make_room if directory else None)
+    return RemoteFile(source, fetcher, local)
+
+
+def client_options(options: RemoteOptions) -> ClientOptions:
+    """Return how clients connect, for the options of a user."""
+    return ClientOptions(
+        connect_seconds=options.deadlines.connect_seconds,
+        attempt_seconds=options.deadlines.attempt_seconds,
+        allow_http=options.allow_http,
+        redirect_prefixes=options.allowed,
+        credentials=options.credentials,
+    )
+
+
+def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
+    """Return the directory of the cache; None if the default one cannot be used, which is logged.
+
+    Raises:
+        CacheError: The directory that the user has named cannot be used.
+    """
+    try:
+        path = options.cache_directory or default_directory()
+        return CacheDirectory(CacheOptions(path, options.cache_bytes))
+    except CacheError as error:
+        if options.cache_directory is not None:
+            raise
+        _log.warning("%s; going on without a cache", error)
+        return None
+
+
+def _open_cache(
+    directory: CacheDirectory | None, address: Address, version: Version
+) -> UnitFile | None:
+    """Open the entry of the cache for a version; None if it cannot be used, which is logged.
+
+    A version that nothing distinguishes from others has no entry.
+    """
+    if directory is None or not (version.validator or address.version):
+        return None
+    try:
+        return directory.open_entry(address, version)
+    except CacheError as error:
+        _log.warning("%s; going on without a cache", error)
+        return None
+
+
+def _complete_entry(
+    directory: CacheDirectory | None, address: Address, error: RemoteError
+) -> tuple[Version, UnitFile] | None:
+    """Return the last used complete entry of an object; None if the server has answered."""
+    if directory is None or error.errno not in _UNREACHABLE:
+        return None
+    for version, entry in directory.complete_entries(address):
+        return version, entry
+    return None

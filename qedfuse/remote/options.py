@@ -1,0 +1,51 @@
+"""How files on servers are read: the options, apart from the code that loads libraries for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qedfuse.remote.address import Address
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long to wait for a server.
+
+    Attributes:
+        connect_seconds: Maximum time to connect.
+        attempt_seconds: Maximum time of one attempt, connecting included.
+        total_seconds: Maximum time of all attempts of one request, except that an attempt that has
+            begun is finished.
+    """
+
+    connect_seconds: float = 5.0
+    attempt_seconds: float = 10.0
+    total_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """How remote files are read.
+
+    Attributes:
+        cache_directory: Where the cache is; None for the user's directory, or no cache if that
+            cannot be used.
+        cache_bytes: Maximum space of the cache; None for as much as leaves a part of the file
+            system free.
+        deadlines: How long to wait for a server.
+        allow_http: Whether ``http://`` is allowed to other machines.
+        allow_unpinned: Whether to read an object of which only the size shows a change.
+        allowed: The addresses, each with all that lies below it, that images may name as backing
+            files, and to which web servers may redirect.
+        credentials: Variables as in the environment, which they replace.
+    """
+
+    cache_directory: str | None = None
+    cache_bytes: int | None = None
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    allow_http: bool = False
+    allow_unpinned: bool = False
+    allowed: tuple[Address, ...] = ()
+    credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)

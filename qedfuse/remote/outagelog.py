@@ -1,0 +1,58 @@
+"""The log of outages: one line when a server stops answering, and one when it answers again.
+
+An answer that the object has changed begins an outage of its own kind.
+
+A server that fails now and then would fill the log, so an outage that begins shortly after the
+last logged one of its kind is not logged here.  Its errors are then logged where they are reported
+(`RemoteError.is_logged`), which limits their rate.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Final
+
+from qedfuse.errors import ObjectChangedError, RemoteError
+
+_log = logging.getLogger(__name__)
+
+_MIN_SECONDS_BETWEEN: Final = 60.0
+"""Minimum time between the beginnings of two outages of one kind that are logged."""
+
+
+class OutageLog:
+    """Logs the outages of one object's server.  Threads may use it concurrently."""
+
+    def __init__(self, name: str) -> None:
+        """Log outages of the server of the object ``name``; none has been seen yet."""
+        self._name = name
+        self._lock = threading.Lock()
+        self._kind: type[RemoteError] | None = None  # of the present outage
+        self._is_logged = False  # whether the present outage was logged
+        self._last_seconds: dict[type[RemoteError], float] = {}
+
+    def failed(self, error: RemoteError) -> None:
+        """Log a failed request if it begins an outage; mark the error if the outage was logged."""
+        kind = ObjectChangedError if isinstance(error, ObjectChangedError) else RemoteError
+        with self._lock:
+            begins, self._kind = self._kind is not kind, kind
+            must_log = False
+            if begins:
+                now = time.monotonic()
+                last = self._last_seconds.get(kind)
+                must_log = self._is_logged = last is None or now - last >= _MIN_SECONDS_BETWEEN
+                if must_log:
+                    self._last_seconds[kind] = now
+            error.is_logged = self._is_logged
+        if must_log:
+            _log.error("%s; what is not in the cache cannot be read", error)
+
+    def answered(self) -> None:
+        """Log the end of an outage whose beginning was logged."""
+        with self._lock:
+            must_log = self._is_logged
+            self._kind, self._is_logged = None, False
+        if must_log:
+            _log.warning("%s: answers again", self._name)

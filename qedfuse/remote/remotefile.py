@@ -1,0 +1,257 @@
+"""One version of an object as a file of a chain: a `HostFile` that cannot be changed.
+
+What is in the cache is read like a local file.  The rest is fetched first.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.hostio.readonlyfile import ReadOnlyFile
+from qedfuse.remote.unitfile import UNIT_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import Buffer, FileIdentity
+    from qedfuse.hostio.readpolicy import ReadPolicy
+    from qedfuse.remote.fetcher import Fetcher
+    from qedfuse.remote.flight import Flight
+    from qedfuse.remote.localdata import LocalData
+    from qedfuse.remote.object import RemoteObject
+
+_BLOCK_BYTES = 512
+"""The unit of ``st_blocks``."""
+
+
+class RemoteFile(ReadOnlyFile):
+    """A file on a server, read through the cache.
+
+    Attributes:
+        path: The URL.
+        fetcher: Fetches what is not in the cache.
+    """
+
+    def __init__(self, source: RemoteObject, fetcher: Fetcher, local: LocalData | None) -> None:
+        """Read an object; `qedfuse.remote.opening.open_remote` makes the arguments.
+
+        Args:
+            source: The object.
+            fetcher: Fetches from ``source``; the file closes it.
+            local: The data of the fetcher's cache, which the file closes; None for no cache.
+        """
+        super().__init__(source.address.shown)
+        self.path = source.address.url
+        self.fetcher = fetcher
+        self._version = source.version
+        self._size = source.version.size
+        self._opened = time.time()
+        self._last_unit = -1  # the unit of the last read, for which the fetcher was asked already
+        self._local = local
+
+    @property
+    def read_policy(self) -> ReadPolicy | None:
+        """None, because only `try_read` knows what is in the cache."""
+        return None
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The URL and what distinguishes the version from others."""
+        return (self.path, self._size, self._version.validator)
+
+    def fileno(self) -> int:
+        """Return -1: the descriptor of the cache does not have all bytes."""
+        return -1
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
+        buffer = bytearray(max(0, min(length, self._size - offset)))
+        await self.pread_into(offset, memoryview(buffer))
+        return buffer
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.
+
+        Raises:
+            RemoteError: The server does not give what is not in the cache.
+        """
+        length = max(0, min(len(view), self._size - offset))
+        if not length:
+            await trio.lowlevel.checkpoint()
+            return 0
+        at = 0
+        while at < length:
+            flights = self._demand(offset + at, length - at)
+            for flight in flights:
+                await flight.wait()
+            for start, count, block in self._parts(offset + at, length - at, flights):
+                part = view[start - offset : start - offset + count]
+                if block is not None:
+                    part[:] = block
+                elif not await self._read_cached(start, part):
+                    break
+                at = start - offset + count
+        return length
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
+
+        Raises:
+            RemoteError: The server does not give what is not in the cache.
+        """
+        length = max(0, min(len(view), self._size - offset))
+        at = 0
+        while at < length:
+            flights = self._demand(offset + at, length - at)
+            for flight in flights:
+                flight.wait_blocking()
+            for start, count, block in self._parts(offset + at, length - at, flights):
+                part = view[start - offset : start - offset + count]
+                if block is not None:
+                    part[:] = block
+                elif not self._read_cached_blocking(start, part):
+                    break
+                at = start - offset + count
+        return length
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from a file offset without blocking; return whether that succeeded.
+
+        Returns False if a byte is not in the cache or not in memory, or if the file ends before the
+        view is full.  The content of ``view`` is undefined then.
+        """
+        end = offset + len(view)
+        first, last = offset // UNIT_BYTES, (end - 1) // UNIT_BYTES
+        if self._local is None or end > self._size or not self._is_ready(first, last):
+            return False
+        if first != self._last_unit:
+            self._last_unit = last
+            self.fetcher.record_read(first, last)
+        return self._local.try_read(offset, view)
+
+    def try_start_read(
+        self,
+        _offset: int,
+        _view: memoryview,
+        _take_answer: Callable[[], object],
+        _ended: Callable[[int], object],
+    ) -> bool:
+        """Return False: reads of the cache are not worth it, and others take long anyway."""
+        return False
+
+    async def next_data(self, offset: int) -> int | None:
+        """Return ``offset`` itself, because a server knows no holes; None past the end."""
+        await trio.lowlevel.checkpoint()
+        return offset if offset < self._size else None
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Return the end of the file; None if ``offset`` is at or past it."""
+        await trio.lowlevel.checkpoint()
+        return self._size if offset < self._size else None
+
+    def size(self) -> int:
+        """Return the file's length in bytes."""
+        return self._size
+
+    def stored_blocks(self) -> int:
+        """Return the number of blocks of 512 bytes that the file has on the server."""
+        return -(-self._size // _BLOCK_BYTES)
+
+    def stat(self) -> os.stat_result:
+        """Return attributes as for a local file of this user without permission to write."""
+        modified = self._opened if self._version.modified is None else self._version.modified
+        values = (
+            *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self._size),
+            *(int(modified), int(modified), int(modified)),
+        )
+        seconds = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), modified)
+        nanoseconds = {f"{name}_ns": int(value * 1e9) for name, value in seconds.items()}
+        return os.stat_result(
+            values,
+            {**seconds, **nanoseconds, "st_blocks": self.stored_blocks(), "st_blksize": 4096},
+        )
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the attributes of the file system of the cache; of ``/`` without a cache."""
+        return os.statvfs("/") if self._local is None else self._local.statvfs()
+
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for the server, and later ones that would."""
+        self.fetcher.close()
+
+    def close(self) -> None:
+        """Close the file; reads that are waiting fail.  A second call does nothing."""
+        self.fetcher.close()
+        if self._local is not None:
+            self._local.close()
+
+    def _demand(self, offset: int, length: int) -> list[Flight]:
+        """Start fetching what a range needs; return the flights to wait for."""
+        first, last = offset // UNIT_BYTES, (offset + length - 1) // UNIT_BYTES
+        if first == last == self._last_unit and self._is_ready(first, last):
+            return []
+        self._last_unit = last
+        return self.fetcher.demand(first, last)
+
+    def _is_ready(self, first: int, last: int) -> bool:
+        """Return whether some adjacent units can be read from the cache."""
+        return self.fetcher.ready.find(0, first, last + 1) < 0
+
+    def _parts(
+        self, offset: int, length: int, flights: list[Flight]
+    ) -> list[tuple[int, int, Buffer | None]]:
+        """Divide a range whose flights have ended into parts, each with its content.
+
+        Returns:
+            (file offset, number of bytes, content) of each part; the content is None if the part
+            is in the cache.
+        """
+        blocks = {unit: block for flight in flights for unit, block in flight.blocks.items()}
+        parts: list[tuple[int, int, Buffer | None]] = []
+        end = offset + length
+        at = offset
+        while at < end:
+            unit, within = divmod(at, UNIT_BYTES)
+            stop = min(end, at - within + UNIT_BYTES)
+            block = blocks.get(unit)
+            if block is not None:
+                parts.append((at, stop - at, memoryview(block)[within : within + stop - at]))
+            elif parts and parts[-1][2] is None:
+                parts[-1] = (parts[-1][0], stop - parts[-1][0], None)
+            else:
+                parts.append((at, stop - at, None))
+            at = stop
+        return parts
+
+    async def _read_cached(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the cache; return False if the cache has lost the bytes."""
+        is_read = (
+            self._local is not None
+            and self._covers(offset, view)
+            and await self._local.read(offset, view)
+        )
+        if not is_read:
+            self.fetcher.discard_cache()
+        return is_read
+
+    def _read_cached_blocking(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the cache in a thread; see `_read_cached`."""
+        is_read = (
+            self._local is not None
+            and self._covers(offset, view)
+            and self._local.read_blocking(offset, view)
+        )
+        if not is_read:
+            self.fetcher.discard_cache()
+        return is_read
+
+    def _covers(self, offset: int, view: memoryview) -> bool:
+        """Return whether the cache has all units of a range, and none was discarded meanwhile."""
+        return self._is_ready(offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES)

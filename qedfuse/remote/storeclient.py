@@ -1,0 +1,100 @@
+"""A client for object stores, by obstore: S3, Google Cloud Storage and Azure.
+
+obstore hangs in a child process that was forked after its first use, so a client must be made after
+the mount has become a daemon.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import obstore
+
+from qedfuse.remote.client import (
+    AttemptError,
+    ChangedError,
+    MissingError,
+    RefusedError,
+    Version,
+)
+from qedfuse.remote.storeerrors import ERRORS, translated
+from qedfuse.remote.storesettings import make_store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obstore import GetOptions, GetResult, ObjectMeta
+
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import ClientOptions
+
+
+class StoreClient:
+    """Reads one object of an object store."""
+
+    def __init__(self, address: Address, options: ClientOptions) -> None:
+        """Read the object at ``address``; nothing is connected yet.
+
+        Raises:
+            UnusableError: The environment or the credentials configure no usable store.
+        """
+        self._address = address
+        self._options = options
+        self._store = make_store(address, options)
+
+    def head(self) -> Version:
+        """Return the object's present version."""
+        options: GetOptions = {"head": True}
+        try:
+            return version_of(self._get(options).meta)
+        except (MissingError, RefusedError):
+            # The answer to a HEAD has no body, which would say what is missing or refused.
+            return version_of(self._get({"range": (0, 1)}).meta)
+
+    def get(self, offset: int, length: int, version: Version) -> memoryview:
+        """Return a range of a version of the object; see `Client.get`."""
+        options: GetOptions = {"range": (offset, offset + length)}
+        if version.etag:
+            options["if_match"] = version.etag
+        result = self._get(options)
+        # The server may have ignored the condition, so its answer is compared as well.
+        if not version_of(result.meta).is_same(version):
+            raise ChangedError
+        with translating(self._store.hint):
+            content = result.bytes()
+        if len(content) != length:
+            msg = f"found {len(content)} bytes, expected {length}"
+            raise AttemptError(msg)
+        return memoryview(content)
+
+    def renew(self) -> None:
+        """Make the store again, with the credentials that are valid now."""
+        self._store = make_store(self._address, self._options)
+
+    def _get(self, options: GetOptions) -> GetResult:
+        if self._address.version:
+            options["version"] = self._address.version
+        with translating(self._store.hint):
+            return obstore.get(self._store.handle, self._address.key, options=options)
+
+
+@contextmanager
+def translating(hint: str) -> Iterator[None]:
+    """Raise the exceptions of `qedfuse.remote.client` instead of obstore's.
+
+    Args:
+        hint: What a user without credentials can do; empty for a user who has some.
+    """
+    try:
+        yield
+    except ERRORS as error:
+        raise translated(error, hint) from error
+
+
+def version_of(meta: ObjectMeta) -> Version:
+    """Return the version that an answer is about."""
+    etag = meta["e_tag"] or ""
+    if etag.startswith("W/"):  # a weak tag is equal for contents that differ
+        etag = ""
+    return Version(meta["size"], etag, meta["last_modified"].timestamp())

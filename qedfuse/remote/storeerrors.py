@@ -1,0 +1,120 @@
+"""The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
+
+obstore's own texts contain the URL of the request, which may hold a secret (a signature of Azure),
+and the answer of the server, so only known parts of them are shown.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Final
+
+from obstore.exceptions import (
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+
+from qedfuse.remote.client import (
+    AttemptError,
+    ChangedError,
+    MissingError,
+    RefusedError,
+    UnusableError,
+)
+from qedfuse.text import printable
+
+ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
+"""The exceptions of obstore's functions."""
+
+_STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
+_CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
+_NO_BUCKET: Final = "<Code>NoSuchBucket</Code>"
+_SENTENCE: Final = re.compile(r"<Message>([^<\n.]{1,200})")
+_CAUSES: Final = (
+    re.compile(r"InvalidCertificate\(\s*([A-Za-z]+)"),
+    re.compile(r'\b(?:message|error): "([^"]{1,200})"'),
+    re.compile(r"kind: (Timeout)\b"),
+    re.compile(r"source: (TimedOut)\b"),
+)
+_RETRIED: Final = (
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.TOO_EARLY,
+    HTTPStatus.TOO_MANY_REQUESTS,
+)
+_EXPIRED: Final = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+"""Codes with which S3 refuses credentials, although the status is 400."""
+
+
+def translated(error: Exception, hint: str = "") -> Exception:
+    """Return the exception of `qedfuse.remote.client` for one of obstore's.
+
+    Args:
+        error: One of `ERRORS`.
+        hint: What a user without credentials can do; empty for a user who has some.
+    """
+    text, _, details = str(error).partition("\n\nDebug source")
+    for kind, failure in (
+        (PreconditionError, ChangedError()),
+        (FileNotFoundError, MissingError("bucket" if _NO_BUCKET in text else "object")),
+        (NotSupportedError, UnusableError("found no range in the answer, expected one")),
+    ):
+        if isinstance(error, kind):
+            return failure
+    match = _STATUS.search(text)
+    if match is not None:
+        return _for_status(int(match[1]), text, hint)
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        return RefusedError(_last_part(text))
+    if isinstance(error, ValueError) or "Config error" in text:
+        return UnusableError(_last_part(text))
+    return _for_no_answer(text, details)
+
+
+def code_of(error: Exception) -> str:
+    """Return the code that an S3 server gives for an error, such as ``NotImplemented``, or ''."""
+    match = _CODE.search(str(error).partition("\n\nDebug source")[0])
+    return match[1] if match else ""
+
+
+def _for_status(status: int, text: str, hint: str) -> Exception:
+    """Return the exception for the status of an answer, and the body in ``text``."""
+    code, sentence = _CODE.search(text), _SENTENCE.search(text)
+    msg = f"found HTTP status {status}"
+    if code is not None:
+        msg += f" ({code[1]}{f': {sentence[1].strip()}' if sentence else ''})"
+    msg = printable(msg)
+    if status in {401, 403, 407} or (code is not None and code[1] in _EXPIRED):
+        return RefusedError(f"{msg} (found no credentials: {hint})" if hint else msg)
+    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        return ChangedError()
+    if status in _RETRIED or (
+        status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED
+    ):
+        return AttemptError(msg)
+    if hint:
+        # Stores answer requests without a signature in different ways.
+        return RefusedError(f"{msg} (found no credentials: {hint})")
+    return UnusableError(msg)
+
+
+def _for_no_answer(text: str, details: str) -> Exception:
+    """Return the exception for a request without an answer, by obstore's debugging details."""
+    cause = next((found[1] for each in _CAUSES if (found := each.search(details))), None)
+    if "InvalidCertificate" in details:
+        msg = (
+            f"TLS: certificate: found {cause}, expected one that is trusted (SSL_CERT_FILE names a "
+            "file with others)"
+        )
+        return UnusableError(msg)
+    if cause in {"Timeout", "TimedOut"}:
+        return AttemptError("found no answer in time")
+    return AttemptError(_last_part(text) if cause is None else printable(cause))
+
+
+def _last_part(text: str) -> str:
+    """Return the part of a text after the URL of the request, in one line."""
+    return printable(" ".join(text.rpartition(" - ")[2].split())[:300])

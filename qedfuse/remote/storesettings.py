@@ -1,0 +1,282 @@
+"""How an object store is found and with which credentials: from variables, files and the machine.
+
+obstore itself reads the environment.  Four things are decided here instead: a credentials file must
+replace a whole identity, never half of one; no credentials mean anonymous access, not a wait for an
+instance metadata service that only machines of the cloud have; an endpoint without TLS must be
+allowed; and the credentials file of Amazon's command line is read.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import parse_prefix
+from qedfuse.remote.client import UnusableError
+from qedfuse.remote.storeerrors import translated
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore, S3Credential
+
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import ClientOptions
+
+_PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+"""How the names of the variables begin that configure each kind of store."""
+_KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_REGIONS: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+_OF_OTHER_TOOLS: Final = (
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_EC2_METADATA_DISABLED",
+)
+"""Variables that obstore does not know."""
+_WEB_IDENTITY: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
+_CONTAINER: Final = (
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+_GOOGLE: Final = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+)
+_AZURE: Final = (
+    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
+    *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
+    *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
+    *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
+    "AZURE_STORAGE_USE_EMULATOR",
+)
+_MACHINES: Final = {
+    "s3": ("sys_vendor", "Amazon EC2"),
+    "gs": ("product_name", "Google Compute Engine"),
+    "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
+}
+"""By which file of the firmware's names a machine of each cloud is known."""
+_DMI: Final = "/sys/class/dmi/id"
+_NO_CREDENTIALS: Final = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A bucket or container, as obstore knows it.
+
+    Attributes:
+        handle: obstore's object.
+        hint: What a user without credentials can do; empty if there are credentials.
+    """
+
+    handle: ObjectStore
+    hint: str
+
+
+class _Variables:
+    """The variables of a credentials file, and those of the environment that it does not replace.
+
+    An empty variable counts as none.
+    """
+
+    def __init__(self, own: dict[str, str]) -> None:
+        self.own = own
+
+    def first(self, names: tuple[str, ...]) -> str | None:
+        """Return the first of some variables that is set; the file's hide the environment's."""
+        for source in (self.own, os.environ):
+            for name in names:
+                if source.get(name):
+                    return source[name]
+        return None
+
+    def together(self, names: tuple[str, ...]) -> list[str]:
+        """Return the values of variables that belong together, all from the same source."""
+        source = self.own if any(self.own.get(name) for name in names) else os.environ
+        return [source.get(name, "") for name in names]
+
+    def is_true(self, name: str) -> bool:
+        """Return whether a variable says yes."""
+        return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
+
+
+def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0) -> Store:
+    """Return the bucket or container of an address; nothing is connected yet.
+
+    Args:
+        address: The address of an object.
+        options: How to connect, and the variables of a credentials file.
+        max_retries: How often obstore itself repeats a request that failed.
+
+    Raises:
+        UnusableError: The variables configure no usable store.
+    """
+    variables = _Variables(dict(options.credentials))
+    prefix = _PREFIXES[address.scheme]
+    decided = (*_KEYS, *_ENDPOINTS, *_REGIONS, *_OF_OTHER_TOOLS)
+    config: Any = {
+        name.lower(): value
+        for name, value in variables.own.items()
+        if name.startswith(prefix) and name not in decided and value
+    }
+    common: dict[str, Any] = {
+        "client_options": {
+            "connect_timeout": timedelta(seconds=options.connect_seconds),
+            "timeout": timedelta(seconds=options.attempt_seconds),
+            "allow_http": False,
+        },
+        # `qedfuse.remote.object` repeats reads, for all clients in the same way.
+        "retry_config": {"max_retries": max_retries},
+    }
+    try:
+        if address.scheme == "s3":
+            endpoint = _endpoint(variables, options)
+            if endpoint is not None:
+                # This name precedes all others, so no variable of the environment can replace it.
+                common["aws_endpoint_url_s3"] = endpoint
+                common["client_options"]["allow_http"] = endpoint.startswith("http://")
+            common["region"] = variables.first(_REGIONS) or "us-east-1"
+            is_known = _add_s3_identity(variables, common, is_amazon=endpoint is None)
+            handle: ObjectStore = S3Store(address.host, config=config, **common)
+        elif address.scheme == "gs":
+            is_known = _add_identity("gs", variables, _GOOGLE, common)
+            handle = GCSStore(address.host, config=config, **common)
+        else:
+            is_known = _add_identity("az", variables, _AZURE, common)
+            handle = AzureStore(address.host, config=config, **common)
+    except (BaseError, ValueError) as error:
+        raise UnusableError(str(translated(error))) from error
+    return Store(handle, "" if is_known else _NO_CREDENTIALS[address.scheme])
+
+
+def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:
+    """Add to the settings how requests are signed; return False if they are not signed.
+
+    Raises:
+        UnusableError: One half of a key is missing, or a credentials file cannot be read.
+    """
+    key, secret, token = variables.together(_KEYS)
+    if bool(key) != bool(secret):
+        found = _KEYS[0 if key else 1]
+        msg = f"credentials: found {found} alone, expected {_KEYS[0]} and {_KEYS[1]}"
+        raise UnusableError(msg)
+    if not key and not variables.is_true("AWS_SKIP_SIGNATURE"):
+        if variables.first(_WEB_IDENTITY):
+            return True
+        key, secret, token = _shared_credentials(variables)
+        if not key and variables.first(_CONTAINER):
+            return True
+        if not key and is_amazon and _has_metadata("s3", variables):
+            return True
+    if not key:
+        settings["skip_signature"] = True
+        return False
+    credential: S3Credential = {
+        "access_key_id": key,
+        "secret_access_key": secret,
+        "token": token or None,
+        "expires_at": None,
+    }
+    # A function and not settings: those would be mixed with variables of the environment.
+    settings["credential_provider"] = lambda: credential
+    return True
+
+
+def _add_identity(
+    scheme: str, variables: _Variables, names: tuple[str, ...], settings: dict[str, Any]
+) -> bool:
+    """Turn signatures off if nothing has credentials for them; return whether something has."""
+    known = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
+    if variables.first(names) or (scheme == "gs" and known.is_file()):
+        return True
+    if _has_metadata(scheme, variables):
+        return True
+    settings["skip_signature"] = True
+    return False
+
+
+def _has_metadata(scheme: str, variables: _Variables) -> bool:
+    """Return whether the machine is one of the cloud's own, which can have credentials."""
+    if scheme == "s3":
+        if variables.is_true("AWS_EC2_METADATA_DISABLED"):
+            return False
+        if variables.first(("AWS_METADATA_ENDPOINT",)):
+            return True
+    name, expected = _MACHINES[scheme]
+    try:
+        return Path(_DMI, name).read_text(encoding="utf-8").strip() == expected
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
+    """Return key, secret and token of the profile in the file of Amazon's tools; '' for none.
+
+    Raises:
+        UnusableError: The file or the profile that a variable names cannot be used.
+    """
+    named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
+    profile = variables.first(("AWS_PROFILE",))
+    path = Path(named or "~/.aws/credentials").expanduser()
+    shown = printable(str(path))
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        if named is None and profile is None:
+            return "", "", ""
+        msg = f"credentials: {shown}: {error.strerror}"
+        raise UnusableError(msg) from error
+    except (configparser.Error, UnicodeDecodeError):
+        msg = f"credentials: {shown}: found no sections of NAME = VALUE, expected them"
+        raise UnusableError(msg) from None
+    section = profile or "default"
+    if section not in parser:
+        if profile is None:
+            return "", "", ""
+        msg = f"credentials: {shown}: found no profile {printable(section)}, expected it"
+        raise UnusableError(msg)
+    found = parser[section]
+    key, secret = found.get("aws_access_key_id", ""), found.get("aws_secret_access_key", "")
+    if not key or not secret:
+        return "", "", ""
+    return key, secret, found.get("aws_session_token", "")
+
+
+def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
+    """Return the endpoint of the S3 store; None for Amazon's.
+
+    Raises:
+        UnusableError: The endpoint is no URL of a web server, or on another machine without TLS.
+    """
+    text = variables.first(_ENDPOINTS)
+    if text is None:
+        return None
+    try:
+        endpoint = parse_prefix(text)
+    except UsageError as error:
+        msg = f"endpoint: {error}"
+        raise UnusableError(msg) from error
+    if not endpoint.is_web:
+        msg = f"endpoint: found {endpoint.shown}, expected https://HOST"
+        raise UnusableError(msg)
+    if endpoint.scheme == "http" and not (endpoint.is_loopback or options.allow_http):
+        msg = (
+            f"endpoint: found {endpoint.shown} without TLS on another machine, expected https:// "
+            "(allow it with allow_http)"
+        )
+        raise UnusableError(msg)
+    return endpoint.url.rstrip("/")

@@ -1,0 +1,279 @@
+"""Storing a file as one object of a store, in parts, and comparing what the store has then."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import obstore
+from obstore.exceptions import AlreadyExistsError
+
+from qedfuse.errors import RemoteError, UsageError
+from qedfuse.remote.object import make_client, open_object, repeated
+from qedfuse.remote.options import Deadlines
+from qedfuse.remote.storeclient import translating
+from qedfuse.remote.storeerrors import ERRORS, code_of
+from qedfuse.remote.storesettings import Store, make_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import ClientOptions
+    from qedfuse.remote.object import RemoteObject
+
+_MIN_PART_BYTES: Final = 8 << 20
+_MAX_PART_BYTES: Final = 64 << 20
+_FEW_PARTS: Final = 1_000
+"""Maximum number of parts in some stores (Swift); others take `_MAX_PARTS`."""
+_MAX_PARTS: Final = 10_000
+_PARALLEL_PARTS: Final = 4
+_PART_SECONDS: Final = 120.0
+"""Maximum time for one part; 4 parts at a time need at least 280 KiB/s."""
+_MAX_RETRIES: Final = 4
+_NOT_IMPLEMENTED: Final = "NotImplemented"
+"""The code of a store that knows no conditional put."""
+
+
+class Content(Protocol):
+    """What is uploaded."""
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from an offset; return how many bytes were read.
+
+        Raises:
+            HostError: The content cannot be read.
+        """
+
+
+class StoppedError(Exception):
+    """The upload was stopped, and the store has no object of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """The result of an upload.
+
+    Attributes:
+        size: Length of the object in bytes.
+        version: The version that a store with versions has given it; empty for none.
+    """
+
+    size: int
+    version: str
+
+
+class Upload:
+    """One upload; `run` may be called once, and `stop` at any time by another thread."""
+
+    def __init__(
+        self,
+        address: Address,
+        content: Content,
+        size: int,
+        options: ClientOptions,
+        *,
+        overwrite: bool,
+        progress: Callable[[int, int], object] | None,
+    ) -> None:
+        """Prepare to store ``size`` bytes of ``content`` as the object at ``address``.
+
+        Args:
+            address: An address of a store.
+            content: What to store.
+            size: Length of the content.
+            options: How to connect.
+            overwrite: Whether to replace an object.
+            progress: Called with the number of bytes that are done, and the size: at first of
+                the upload, and then of the comparison if the object must be read for it.
+        """
+        self._address = address
+        self._content = content
+        self._size = size
+        self._options = options
+        self._overwrite = overwrite
+        self._progress = progress or (lambda _done, _total: None)
+        self._stopped = threading.Event()
+        self._part_bytes = part_bytes(size)
+        self._digests: list[bytes] = []
+
+    def stop(self) -> None:
+        """Let `run` remove what it has stored, and raise StoppedError soon."""
+        self._stopped.set()
+
+    def run(self) -> Uploaded:
+        """Store the content, and compare what the store has then; blocks the thread.
+
+        Raises:
+            UsageError: There is an object and it may not be replaced.
+            RemoteError: The store cannot be reached, refuses, or has other content afterwards.
+            HostError: The content cannot be read.
+            StoppedError: `stop` was called.
+        """
+        self._refuse_existing()
+        slow = replace(self._options, attempt_seconds=_PART_SECONDS)
+        store: Store = self._once(lambda: make_store(self._address, slow, max_retries=_MAX_RETRIES))
+        result = self._once(lambda: self._put(store))
+        try:
+            self._compare(result["e_tag"] or "")
+        except BaseException:
+            self._delete(store, result["e_tag"])
+            raise
+        return Uploaded(self._size, result["version"] or "")
+
+    def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
+        """Store the content under a condition, if it is short, or in parts."""
+        self._digests.clear()
+        if self._size <= self._part_bytes:
+            block = next(self._parts(), b"")
+            if not self._overwrite:
+                try:
+                    return self._put_short(store, block, "create")
+                except AlreadyExistsError:
+                    raise self._exists() from None
+                except ERRORS as error:
+                    if code_of(error) != _NOT_IMPLEMENTED:
+                        raise
+            with translating(store.hint):
+                return self._put_short(store, block, "overwrite")
+        with translating(store.hint):
+            return obstore.put(
+                store.handle,
+                self._address.key,
+                self._parts(),
+                chunk_size=self._part_bytes,
+                max_concurrency=_PARALLEL_PARTS,
+                use_multipart=True,
+            )
+
+    def _put_short(self, store: Store, block: bytes | bytearray, mode: Any) -> Any:  # noqa: ANN401
+        """Store content that is one part."""
+        return obstore.put(
+            store.handle, self._address.key, bytes(block), mode=mode, use_multipart=False
+        )
+
+    def _parts(self) -> Iterator[bytearray]:
+        """Yield the content in parts; record the checksum of each.
+
+        The store makes the object after the last part, so the last look for another object, which
+        may have been stored meanwhile, is before that.
+        """
+        for start in range(0, self._size, self._part_bytes):
+            if self._stopped.is_set():
+                raise StoppedError
+            block = bytearray(min(self._part_bytes, self._size - start))
+            count = self._content.read_blocking(start, memoryview(block))
+            if count < len(block):
+                msg = f"found {start + count} bytes, expected {self._size}: the file was cut"
+                raise RemoteError(msg)
+            self._digests.append(hashlib.md5(block, usedforsecurity=False).digest())
+            yield block
+            self._progress(start + len(block), self._size)
+        if self._stopped.is_set():
+            raise StoppedError
+        _in_thread(self._refuse_existing)
+
+    def _refuse_existing(self) -> None:
+        """Raise UsageError if there is an object that may not be replaced."""
+        if self._overwrite:
+            return
+        try:
+            self._open()
+        except RemoteError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        raise self._exists()
+
+    def _exists(self) -> UsageError:
+        return UsageError(
+            f"{self._address.shown}: found an object, expected none (--force replaces it)"
+        )
+
+    def _compare(self, etag: str) -> None:
+        """Compare the object with the content.
+
+        Most stores return the checksum of what they have received; otherwise all is read.
+
+        Raises:
+            RemoteError: The object differs.
+        """
+        if self._stopped.is_set():
+            raise StoppedError
+        source = self._open()
+        found = source.version
+        if found.size != self._size:
+            msg = f"{self._address.shown}: found {found.size} bytes stored, expected {self._size}"
+            raise RemoteError(msg)
+        if found.etag != etag and etag and not etag.startswith("W/"):
+            msg = f"{self._address.shown}: found another object than the one that was stored"
+            raise RemoteError(msg)
+        if found.etag.strip('"') not in self._expected_etags():
+            self._compare_content(source)
+
+    def _expected_etags(self) -> tuple[str, str]:
+        """Return what the entity tag is if the store has the content: in parts, or as a whole."""
+        digests = b"".join(self._digests)
+        of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
+        return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
+
+    def _compare_content(self, source: RemoteObject) -> None:
+        """Read the object and compare it with the content.
+
+        Raises:
+            RemoteError: The object differs or cannot be read.
+            HostError: The content cannot be read.
+        """
+        for number, start in enumerate(range(0, self._size, self._part_bytes)):
+            if self._stopped.is_set():
+                raise StoppedError
+            length = min(self._part_bytes, self._size - start)
+            block = source.get(start, length)
+            if hashlib.md5(block, usedforsecurity=False).digest() != self._digests[number]:
+                msg = f"{self._address.shown}: found other bytes stored at {start}, expected the "
+                msg += "content of the file"
+                raise RemoteError(msg)
+            self._progress(start + length, self._size)
+
+    def _open(self) -> RemoteObject:
+        """Ask the store for the object; see `open_object`."""
+        client = make_client(self._address, self._options)
+        return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
+
+    def _delete(self, store: Store, etag: str | None) -> None:
+        """Delete the object, unless another program has replaced it meanwhile.
+
+        Does nothing if the store does not answer.
+        """
+        try:
+            if etag is None or self._open().version.etag == etag:
+                obstore.delete(store.handle, self._address.key)
+        except (RemoteError, *ERRORS):
+            pass
+
+    def _once(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
+        """Call something that raises the exceptions of a client; raise those for users.
+
+        If the store refuses the credentials, the call is made again.
+        """
+        return repeated(self._address, call, lambda: None, 0, threading.Event())
+
+
+def _in_thread(call: Callable[[], object]) -> None:
+    """Call something in a thread of its own.
+
+    In the thread from which obstore takes parts, no function of obstore can be called.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(call).result()
+
+
+def part_bytes(size: int) -> int:
+    """Return the length of all parts but the last, in which content of ``size`` bytes is stored."""
+    few = min(-(-size // _FEW_PARTS), _MAX_PART_BYTES)
+    part = max(_MIN_PART_BYTES, few, -(-size // _MAX_PARTS))
+    return -(-part // _MIN_PART_BYTES) * _MIN_PART_BYTES

@@ -1,0 +1,221 @@
+"""Copying an image to an object store, from which any number of machines can read it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError, ImageInUseError, UsageError
+from qedfuse.hostio.lockedfile import open_locked
+from qedfuse.hostio.locking import LockMode
+from qedfuse.hostio.regular import status_of
+from qedfuse.hostio.systemcalls import read_all
+from qedfuse.remote.address import STORES, is_url, parse_address
+from qedfuse.remote.object import make_client
+from qedfuse.remote.opening import client_options
+from qedfuse.text import printable
+from qedfuse.tools.copying.convert import convert
+from qedfuse.tools.inspection.imagereader import DescriptorReader
+from qedfuse.tools.inspection.info import describe_open
+
+if TYPE_CHECKING:
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.upload import Upload, Uploaded
+    from qedfuse.util.backgroundtasks import Progress
+
+_STOP_SECONDS: Final = 15.0
+"""How long a cancelled upload is waited for, while it removes what it has stored."""
+_FLATTENED_NAME: Final = "flattened.qed"
+_TEMPORARY_DIRECTORY: Final = "/var/tmp"  # noqa: S108  for large files; TMPDIR names another one
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The result of `publish`.
+
+    Attributes:
+        url: The URL of the object.
+        size: Length of the object in bytes.
+        version: The version that a store with versions has given the object; empty for none.
+    """
+
+    url: str
+    size: int
+    version: str
+
+
+async def publish(
+    path: str,
+    url: str,
+    *,
+    flatten: bool = False,
+    overwrite: bool = False,
+    options: OpenOptions | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Copy an image or a raw file to an object store as one object.
+
+    The object appears when it is complete, and is compared with the file then.  A cancelled or
+    failed call leaves none.  The file is locked for reading meanwhile.
+
+    Args:
+        path: The image or raw file.
+        url: The URL of the object.
+        flatten: Whether to publish one new image with the content of the whole chain.
+        overwrite: Whether to replace an object.
+        options: How to open the image, and how to connect; None for the defaults.
+        progress: Called with the number of bytes that are done and the number of all bytes, which
+            begin again at 0 for each part of the work.
+
+    Raises:
+        UsageError: The URL is not that of an object store, or has an object that may not be
+            replaced.  Or the image needs a check or its backing file.
+        RemoteError: The store cannot be reached, refuses, or has other content afterwards.
+        QedError: The image cannot be opened, locked or read, or has changed meanwhile.
+    """
+    options = options or OpenOptions()
+    address = _address_in_store(url)
+    if is_url(path) and not flatten:
+        msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
+        raise UsageError(msg)
+    connection = client_options(options.remote)
+    # Before all else, because this fails if the library is not installed.
+    make_client(address, connection)
+    from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
+
+    with ExitStack() as stack:
+        source = path
+        if flatten:
+            directory = os.environ.get("TMPDIR") or _TEMPORARY_DIRECTORY
+            try:
+                directory = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="qedimg-", dir=directory)
+                )
+            except OSError as error:
+                raise HostError.from_os(error, printable(directory), "make a directory") from error
+            source = os.path.join(directory, _FLATTENED_NAME)  # noqa: PTH118  str paths
+            await convert(path, source, durable=False, options=options, progress=progress)
+        lock = LockMode.to_read(share=options.force_share) if options.lock else None
+        fd = open_locked(source, lock)
+        stack.callback(os.close, fd)
+        file = _File(fd, source)
+        if not flatten:
+            _refuse_unfit(file)
+        upload = Upload(
+            address, file, file.size, connection, overwrite=overwrite, progress=progress
+        )
+        uploaded = await _run(upload, stack)
+        return Published(address.url, uploaded.size, uploaded.version)
+
+
+class _File:
+    """The file that is published, which must not change."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Read an open file."""
+        self.fd = fd
+        self.path = path
+        self.name = printable(path)
+        self._status = status_of(fd, self.name)
+        self.size = self._status.st_size
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from an offset; return how many bytes were read.
+
+        Raises:
+            ImageInUseError: Another program has changed the file.
+            HostError: The file cannot be read.
+        """
+        try:
+            count = read_all(self.fd, offset, view)
+        except OSError as error:
+            raise HostError.from_os(error, self.name, "read") from error
+        now = status_of(self.fd, self.name)
+        before = self._status
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            msg = f"{self.name}: found the file changed meanwhile, expected it unchanged"
+            raise ImageInUseError(msg)
+        return count
+
+
+def _address_in_store(url: str) -> Address:
+    """Return the address for the URL of an object in a store.
+
+    Raises:
+        UsageError: The URL is not valid, is not that of a store, or names a version.
+    """
+    expected = "one of " + ", ".join(f"{scheme}://BUCKET/KEY" for scheme in STORES)
+    if not is_url(url):
+        msg = f"{printable(url)}: target: found a path, expected {expected}"
+        raise UsageError(msg)
+    address = parse_address(url)
+    if address.is_web:
+        msg = f"{address.shown}: target: found a web server, expected {expected}"
+        raise UsageError(msg)
+    if address.version:
+        msg = f"{address.shown}: target: found a version, expected none"
+        raise UsageError(msg)
+    return address
+
+
+def _refuse_unfit(file: _File) -> None:
+    """Refuse an image that other machines could not use.
+
+    Raises:
+        UsageError: The image needs a check or a backing file.
+        ImageError: The file is an image that cannot be mounted, or is of a foreign format.
+    """
+    qed = describe_open(DescriptorReader(file.fd), file.path).qed
+    if qed is None:
+        return
+    if qed.need_check:
+        msg = (
+            f"{file.name}: found NEED_CHECK set, expected an image that was closed cleanly "
+            f"(qedimg check -r all {file.name})"
+        )
+        raise UsageError(msg)
+    if qed.names_backing:
+        msg = (
+            f"{file.name}: found a backing file, expected none (--flatten publishes the chain as "
+            "one image)"
+        )
+        raise UsageError(msg)
+
+
+async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
+    """Run an upload in a thread; if cancelled, let it remove what it has stored.
+
+    The files of ``stack`` stay open as long as the thread may read them.
+    """
+    from qedfuse.remote.upload import StoppedError  # noqa: PLC0415  needs the library
+
+    token = trio.lowlevel.current_trio_token()
+    ended = trio.Event()
+
+    def work() -> Uploaded | None:
+        try:
+            return upload.run()
+        except StoppedError:
+            return None
+        finally:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(ended.set)
+
+    try:
+        result = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+    except trio.Cancelled:
+        upload.stop()
+        with trio.move_on_after(_STOP_SECONDS, shield=True):
+            await ended.wait()
+        if not ended.is_set():
+            # The thread still reads; the process ends soon.
+            stack.pop_all()
+        raise
+    assert result is not None  # noqa: S101  only `stop` ends an upload without a result
+    return result

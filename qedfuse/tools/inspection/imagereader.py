@@ -1,0 +1,85 @@
+"""The blocking reads by which an image is described, of a descriptor or of a file of a chain."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Protocol
+
+from qedfuse.hostio.regular import allocated_bytes
+from qedfuse.hostio.sparse import data_slices
+from qedfuse.ondisk.table import SLICE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.hostio.hostfile import ReadableFile
+
+
+class ImageReader(Protocol):
+    """Reads an image, and blocks the thread.
+
+    Attributes:
+        size: Length of the file in bytes.
+        disk_usage: Space in bytes that the file uses where it is stored.
+    """
+
+    size: int
+    disk_usage: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes at a file offset; fewer only where the file ends.
+
+        Raises:
+            OSError: The host refused.
+            RemoteError: The server does not give the bytes.
+        """
+
+    def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
+        """Yield the file offset of each slice of a table that may hold data.
+
+        Raises:
+            OSError: The host refused.
+        """
+
+
+class DescriptorReader:
+    """Reads a local file by its descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        """Read a file that the caller has opened and closes.
+
+        Raises:
+            OSError: The host refused.
+        """
+        self._fd = fd
+        status = os.fstat(fd)
+        self.size = status.st_size
+        self.disk_usage = allocated_bytes(status)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range of the file; see `ImageReader.read`."""
+        return os.pread(self._fd, length, offset)
+
+    def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
+        """Yield the slices that are not in a hole; see `qedfuse.hostio.sparse.data_slices`."""
+        return data_slices(self._fd, table_offset, length)
+
+
+class FileReader:
+    """Reads a file of a chain that has no descriptor, in a worker thread."""
+
+    def __init__(self, file: ReadableFile) -> None:
+        """Read a file that the caller has opened and closes."""
+        self._file = file
+        self.size = file.size()
+        self.disk_usage = allocated_bytes(file.stat())
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range of the file; see `ImageReader.read`."""
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        count = self._file.read_blocking(offset, memoryview(buffer))
+        return bytes(buffer[:count])
+
+    def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
+        """Yield all slices, because only `ReadableFile.next_data` knows holes."""
+        return iter(range(table_offset, table_offset + max(0, length), SLICE_BYTES))

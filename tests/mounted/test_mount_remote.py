@@ -1,0 +1,375 @@
+"""Mounts of images on a web server: reads, overlays, outages, and objects that change."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import qemu
+from tests.support.mounted import (
+    FrontMount,
+    clean_up,
+    environment,
+    front,
+    mounted,
+    qedfuse,
+    refused,
+)
+from tests.support.webserver import WebServer, serving, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DISK_BYTES = 8 << 20
+BLOCK = 4096
+FAR = 6 << 20
+"""Offset in the disk of data that no test reads before its fault."""
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """Give an image with data in several places; the rest is unallocated."""
+    path = tmp_path / "golden.qed"
+    qemu.create(path, DISK_BYTES)
+    data = tmp_path / "data"
+    data.write_bytes(random.Random(5).randbytes(3 << 20))
+    qemu.io(path, f"write -s {data} 0 3M", f"write -s {data} {FAR} 1M")
+    return path
+
+
+@pytest.fixture
+def content(golden: Path, tmp_path: Path) -> bytes:
+    """Give the content of the disk."""
+    raw = tmp_path / "golden.raw"
+    qemu.run("qemu-img", "convert", "-O", "raw", golden, raw)
+    return raw.read_bytes()
+
+
+@pytest.fixture
+def server(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """Serve the image, with an empty cache for those who read it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serving(golden.read_bytes()) as server:
+        yield server
+
+
+def prefix(server: WebServer) -> str:
+    """Return the option that allows the server's objects as backing files."""
+    return f"backing_url=http://127.0.0.1:{server.port}/images"
+
+
+def read(path: Path, offset: int, length: int = BLOCK) -> bytes:
+    """Read a range with one call, without read-ahead of the kernel."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(fd, length, offset)
+    finally:
+        os.close(fd)
+
+
+def write(path: Path, offset: int, data: bytes) -> None:
+    """Write a range durably."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        assert os.pwrite(fd, data, offset) == len(data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check(image: Path) -> None:
+    """Assert that ``qedimg check`` finds nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qedfuse.cli.qedimg", "check", image],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done
+
+
+def stop(mount: FrontMount) -> list[str]:
+    """End an idle mount by a signal; return the lines of its log."""
+    mount.signal(signal.SIGTERM)
+    code, log = mount.finish()
+    assert code == 0, log
+    return log.splitlines()
+
+
+def test_a_read_only_mount_shows_the_image(
+    server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """The disk of a URL has its last name, is read-only, and equals the disk of the image."""
+    url = server.url + "?signature=secret"
+    with mounted(url, tmp_path / "mnt", "-r") as directory:
+        assert [path.name for path in directory.iterdir()] == ["disk.raw"]
+        disk = directory / "disk.raw"
+        assert read(disk, FAR + BLOCK) == content[FAR + BLOCK : FAR + 2 * BLOCK]
+        assert disk.read_bytes() == content
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+            disk.open("r+b")
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+        assert f"{server.url}?... " in table
+        assert "secret" not in table
+    assert server.requests
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/images/my%20disk.qed", "my disk.raw"),
+        ("/images/%C3%A4.img?x=1", "ä.img.raw"),
+    ],
+)
+def test_names_in_urls_are_decoded(
+    server: WebServer, source: str, name: str, tmp_path: Path
+) -> None:
+    """The name of a disk has no escapes of the URL and no query."""
+    url = f"http://127.0.0.1:{server.port}{source}"
+    with mounted(url, tmp_path / "mnt", "-r") as directory:
+        assert [path.name for path in directory.iterdir()] == [name]
+
+
+def test_a_writable_mount_is_refused(server: WebServer, golden: Path, mnt: Path) -> None:
+    """A mount that would write to a URL is refused with a line that says what to give instead."""
+    expected = "found a URL in a mount that can be written to, expected -r, -o snapshot or -o"
+    assert expected in refused(server.url, mnt, code=1)
+    assert expected in refused(golden, server.url, mnt, code=1)
+    assert server.requests == []
+
+
+def test_a_snapshot_takes_writes(server: WebServer, content: bytes, tmp_path: Path) -> None:
+    """With -o snapshot a disk can be written to, and the writes are gone after the mount."""
+    for _ in range(2):
+        with mounted(server.url + "?secret", tmp_path / "mnt", "-o", "snapshot") as directory:
+            disk = directory / "disk.raw"
+            assert disk.read_bytes() == content
+            write(disk, FAR - 100, b"new" * 100)
+            assert disk.read_bytes() == content[: FAR - 100] + b"new" * 100 + content[FAR + 200 :]
+
+
+def test_an_overlay_keeps_writes(server: WebServer, content: bytes, tmp_path: Path) -> None:
+    """An overlay over a URL stores its URL, keeps the writes, and can be mounted by itself."""
+    overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
+    expected = content[:1000] + b"new" * 100 + content[1300:]
+    with mounted(server.url, mnt, "-o", f"overlay={overlay}") as directory:
+        write(directory / "disk.raw", 1000, b"new" * 100)
+        assert (directory / "disk.raw").read_bytes() == expected
+    assert server.url.encode() in overlay.read_bytes()[:4096]
+    check(overlay)
+    with mounted(server.url, mnt, "-o", f"overlay={overlay}") as directory:
+        assert (directory / "disk.raw").read_bytes() == expected
+    line = refused(overlay, mnt, code=17)
+    assert "found a URL, expected a local file (allow it with backing_url=" in line
+    with mounted(overlay, mnt, "-o", prefix(server)) as directory:
+        assert (directory / "vm1.raw").read_bytes() == expected
+        write(directory / "vm1.raw", DISK_BYTES - 100, b"end" * 10)
+    check(overlay)
+
+
+def test_overlays_of_other_images_are_refused(
+    server: WebServer, golden: Path, tmp_path: Path
+) -> None:
+    """An overlay over another image than the URL, and a URL that is a secret, are refused."""
+    overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
+    with mounted(golden, mnt, "-o", f"overlay={overlay}"):
+        pass
+    option = f"overlay={overlay}"
+    line = refused(server.url, mnt, "-o", option, code=1)
+    assert line == f"overlay {overlay}: found backing file {golden}, expected {server.url}"
+    line = refused(server.url + "?token=secret", mnt, "-o", option, code=1)
+    assert "found a URL with a query" in line
+    assert "secret" not in line
+
+
+def test_an_outage_fails_only_what_is_not_cached(
+    server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """While the server fails, cached data is read, the rest gets EIO; then all works again."""
+    options = "remote_timeout=0.5,remote_attempt_timeout=0.5"
+    with front("-r", "-o", options, server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        assert read(disk, 0) == content[:BLOCK]
+        server.always = "status 503"
+        for _ in range(2):
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                read(disk, FAR)
+            assert read(disk, 2 * BLOCK) == content[2 * BLOCK : 3 * BLOCK]
+        assert server.struck["status 503"] > 0
+        server.always = None
+        assert read(disk, FAR) == content[FAR : FAR + BLOCK]
+        assert disk.read_bytes() == content
+        first, *rest = stop(mount)
+        assert first.startswith(f"qedfuse: {server.url}: found HTTP status 503 (attempts: ")
+        assert first.endswith("); what is not in the cache cannot be read")
+        assert rest == [
+            f"qedfuse: {server.url}: answers again",
+            f"qedfuse: {mount.mountpoint}: unmounted; the images are closed",
+        ]
+
+
+def test_a_changed_object_is_stale(server: WebServer, content: bytes, tmp_path: Path) -> None:
+    """When the object changes, cached data of its old version is read, the rest gets ESTALE."""
+    with front("-r", server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        assert read(disk, 0) == content[:BLOCK]
+        server.content = bytes(len(server.content))
+        server.etag = '"two"'
+        for _ in range(2):
+            with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+                read(disk, FAR)
+        assert read(disk, 2 * BLOCK) == content[2 * BLOCK : 3 * BLOCK]
+        assert len(stop(mount)) == 2
+
+
+def test_a_removed_object_is_stale(server: WebServer, content: bytes, tmp_path: Path) -> None:
+    """When the object is removed, what is not cached gets ESTALE, as if it had changed."""
+    with front("-r", server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        assert read(disk, 0) == content[:BLOCK]
+        server.always = "status 404"
+        with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+            read(disk, FAR)
+        assert server.struck["status 404"] > 0
+        assert "no such object any more" in stop(mount)[0]
+
+
+def test_a_stuck_request_delays_no_end(server: WebServer, tmp_path: Path) -> None:
+    """While a read waits for a silent server, a forced end of the mount fails the read."""
+    with front("-r", server.url, tmp_path / "mnt") as mount:
+        server.always = "silence"
+        reader = subprocess.Popen(
+            [sys.executable, "-c", "import sys; open(sys.argv[1], 'rb').read()",
+             mount.mountpoint / "disk.raw"],
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_until(lambda: server.struck["silence"])
+        start = time.monotonic()
+        mount.signal(signal.SIGTERM)
+        assert "still in use" in mount.read_line()
+        mount.signal(signal.SIGTERM)
+        assert mount.finish()[0] == 0
+        assert reader.wait(10) == 1
+        assert time.monotonic() - start < 8
+
+
+def test_a_stuck_read_ahead_delays_no_end(server: WebServer, tmp_path: Path) -> None:
+    """After the last close, ``qedfuse umount`` does not wait for read-ahead that is stuck."""
+    with front("-r", server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        fd = os.open(disk, os.O_RDONLY)
+        server.always = "silence"
+        os.posix_fadvise(fd, FAR, 1 << 18, os.POSIX_FADV_WILLNEED)
+        wait_until(lambda: server.struck["silence"])
+        os.close(fd)
+        start = time.monotonic()
+        assert qedfuse("umount", mount.mountpoint).returncode == 0
+        assert mount.finish()[0] == 0
+        assert time.monotonic() - start < 8
+
+
+def test_a_silent_server_delays_no_interruption(server: WebServer, mnt: Path) -> None:
+    """Ctrl-C ends a mount that waits for the server, before anything is mounted."""
+    server.always = "silence"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qedfuse", "-r", server.url, mnt],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    wait_until(lambda: server.struck["silence"])
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 130, log
+    assert time.monotonic() - start < 8
+    clean_up(mnt)
+
+
+def test_a_complete_entry_needs_no_server(
+    server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """An object whose content is all in the cache is mounted while its server fails."""
+    cache = tmp_path / "chosen"
+    options = f"remote_timeout=0.5,cache_dir={cache},remote_cache_size=1G"
+    with mounted(server.url, tmp_path / "mnt", "-r", "-o", options) as directory:
+        assert (directory / "disk.raw").read_bytes() == content
+    assert any(cache.iterdir())
+    assert not (tmp_path / "cache").exists()
+    server.always = "status 503"
+    with front("-r", "-o", options, server.url, tmp_path / "mnt") as mount:
+        assert "reading it from the cache" in mount.read_line()
+        assert (mount.mountpoint / "disk.raw").read_bytes() == content
+    assert server.struck["status 503"] > 0
+
+
+def test_credentials_of_others_are_refused(server: WebServer, tmp_path: Path, mnt: Path) -> None:
+    """A file with credentials that others can read, or with another form, is refused."""
+    secrets = tmp_path / "secrets"
+    secrets.write_text("# a comment\n\nAWS_SECRET=hush\n")
+    secrets.chmod(0o640)
+    line = refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=1)
+    assert "found permissions 0640, expected none for the group" in line
+    secrets.chmod(0o600)
+    with mounted(server.url, mnt, "-r", "-o", f"credentials={secrets}"):
+        pass
+    secrets.write_text("AWS_SECRET=hush\nhush hush\n")
+    line = refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=1)
+    assert line == f"{secrets}: credentials: line 2: found something else, expected NAME=VALUE"
+    secrets.unlink()
+    assert "cannot open" in refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=2)
+
+
+def test_an_overlay_remembers_its_base(
+    server: WebServer, content: bytes, tmp_path: Path, mnt: Path
+) -> None:
+    """An overlay is refused over another version of its base, until ``base_changed`` is given."""
+    overlay = tmp_path / "vm1.qed"
+    url = f"http://127.0.0.1:{server.port}/images/disk.qed"
+    with mounted(server.url, mnt, "-o", f"overlay={overlay}") as directory:
+        write(directory / "disk.raw", 1000, b"new" * 100)
+    server.etag = '"two"'
+    size = len(server.content)
+    expected = (
+        f'{overlay}: backing file {url}: found size {size} and etag "two", expected size {size} '
+        'and etag "one" as when the image was first written to (base_changed accepts it)'
+    )
+    for words in ((server.url, "-o", f"overlay={overlay}"), (overlay, "-o", prefix(server))):
+        assert refused(*words, mnt, code=17) == expected
+    assert refused(overlay, mnt, "-r", "-o", prefix(server), code=17) == expected
+    # A read-only mount accepts the new base, but remembers nothing.
+    with mounted(overlay, mnt, "-r", "-o", prefix(server) + ",base_changed") as directory:
+        assert read(directory / "vm1.raw", 0) == content[:1000] + b"new" * 100 + content[1300:BLOCK]
+    assert refused(overlay, mnt, "-o", prefix(server), code=17) == expected
+    with mounted(overlay, mnt, "-o", prefix(server) + ",base_changed"):
+        pass
+    with mounted(overlay, mnt, "-o", prefix(server)):
+        pass
+
+
+def test_a_changed_local_base_is_logged(golden: Path, tmp_path: Path) -> None:
+    """An overlay over a local base that has changed is mounted, with a warning."""
+    overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
+    with mounted(golden, mnt, "-o", f"overlay={overlay}"):
+        pass
+    with mounted(overlay, mnt):
+        pass
+    qemu.io(golden, "write -P 7 0 64k")
+    for options in ((), (), ("-o", "base_changed")):
+        with front(*options, overlay, mnt) as mount:
+            log = stop(mount)
+        expected = f"qedfuse: {overlay}: backing file {golden}: found it modified since"
+        assert log[0].startswith(expected) is not bool(options), log
+    with mounted(overlay, mnt):
+        pass

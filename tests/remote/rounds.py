@@ -1,0 +1,301 @@
+"""Disasters of the cache and of the server, drawn at random: right bytes or an error, nothing else.
+
+    python -m tests.remote.rounds --rounds 1000 --seed 7
+
+A cache lives through all rounds, so that damage meets what earlier damage has left.  After each
+disaster the server is well again, and then all bytes must be right, without an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, get_args
+
+from qedfuse.errors import HostError, ObjectChangedError, RemoteError
+from qedfuse.remote.unitfile import UNIT_BYTES
+from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
+from tests.support.webserver import Fault, WebServer, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.remote.remotefile import RemoteFile
+
+_ROOT: Final = Path(__file__).parents[2]
+_UNITS: Final = 5.5
+_QUICK_FAULTS: Final[list[Fault]] = [
+    fault
+    for fault in get_args(Fault)
+    if fault not in {"stall", "silence", "trickle", "slow header", "endless", "redirect elsewhere"}
+]
+_SLOW_FAULTS: Final[list[Fault]] = ["stall", "silence", "trickle", "slow header", "endless"]
+
+
+class WrongBytesError(Exception):
+    """A read has returned bytes that the object does not have."""
+
+
+class Rounds:
+    """A server, a cache, and what happens to them.
+
+    Attributes:
+        happened: How often each disaster has happened, and how many reads failed or succeeded.
+    """
+
+    def __init__(self, server: WebServer, directory: Path, seed: int) -> None:
+        """Draw from ``seed``; the cache lies in ``directory``."""
+        self.happened = Counter[str]()
+        self._server = server
+        self._cache = directory / "cache"
+        self._other = directory / "other"
+        self._random = random.Random(seed)
+        self._number = 0
+        self._replace()
+        self._disasters: list[Callable[[], None]] = [
+            *(self.kill, self.flip, self.flip, self.cut, self.remove, self.remove),
+            *(self.two_processes, self.overwrite, self.damage_in_use, self.damage_in_use),
+            *(self.fault, self.fault, self.full, self.read_only, self.limit),
+        ]
+
+    def round(self) -> None:
+        """Let one disaster happen, and check all bytes afterwards.
+
+        Raises:
+            WrongBytesError: A read has returned other bytes than those of the object.
+        """
+        self._number += 1
+        disaster = self._random.choice(self._disasters)
+        self.happened[disaster.__name__] += 1
+        disaster()
+        self._server.always, self._server.faults = None, []
+        with opened(self._server.url, self._cache) as file:
+            self._compare(file, 0, self._server.content)
+
+    def kill(self) -> None:
+        """Kill a process that fills the cache."""
+        with self._start() as process:
+            assert process.stdout is not None
+            for _ in range(self._random.randrange(8)):
+                process.stdout.readline()
+            process.kill()
+
+    def two_processes(self) -> None:
+        """Let processes fill one entry; sometimes kill one."""
+        processes = [self._start() for _ in range(2)]
+        if self._random.random() < 0.3:
+            processes[0].kill()
+        for process in processes:
+            process.communicate(timeout=60)
+            if process.returncode not in {0, -9}:
+                raise WrongBytesError(process.args)
+
+    def flip(self) -> None:
+        """Flip bits of files of the cache, of the map more often than chance would have it."""
+        for _ in range(self._random.randrange(1, 4)):
+            if path := self._some_file():
+                size = path.stat().st_size
+                with path.open("r+b") as file:
+                    offset = self._random.randrange(max(size, 1))
+                    file.seek(offset)
+                    byte = file.read(1) or b"\0"
+                    file.seek(offset)
+                    file.write(bytes([byte[0] ^ (1 << self._random.randrange(8))]))
+
+    def cut(self) -> None:
+        """Change the length of a file of the cache."""
+        if path := self._some_file():
+            size = path.stat().st_size
+            os.truncate(path, self._random.choice([0, size // 2, max(0, size - 1), size + 1]))
+
+    def remove(self) -> None:
+        """Remove a file or a directory of the cache, or replace it by something else."""
+        paths = [self._cache, *self._cache.rglob("*")]
+        path = self._random.choice(paths)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if path not in {self._cache, *self._cache.glob("*")} and self._random.random() < 0.3:
+            path.write_bytes(b"x")
+
+    def damage_in_use(self) -> None:
+        """Cut or remove files of the cache while they are read, beside another reader."""
+        with opened(self._server.url, self._cache) as file:
+            self._read_some(file, self._server.content)
+            self._random.choice([self.cut, self.remove])()
+            self._read_some(file, self._server.content)
+            with suppress(HostError), opened(self._server.url, self._cache) as other:
+                self._read_some(other, self._server.content)
+                self._read_some(file, self._server.content)
+            self._compare(file, 0, self._server.content)
+
+    def overwrite(self) -> None:
+        """Replace the object while it is read."""
+        with opened(self._server.url, self._cache) as file:
+            before = self._server.content
+            self._read_some(file, before)
+            self._server.obeys_conditions = self._random.random() < 0.5
+            self._replace()
+            for _ in range(3):
+                self._read_some(file, before, ObjectChangedError)
+
+    def fault(self) -> None:
+        """Read, also the cache afresh, from a server with faults."""
+        if self._random.random() < 0.5:
+            shutil.rmtree(self._cache)
+        faults = _SLOW_FAULTS if self._random.random() < 0.1 else _QUICK_FAULTS
+        fault = self._random.choice(faults)
+        self.happened[f"fault {fault}"] += 1
+        if self._random.random() < 0.5:
+            self._server.faults = [fault] * self._random.randrange(1, 4)
+        else:
+            self._server.always = fault
+        begin = time.monotonic()
+        with (
+            suppress(RemoteError),
+            opened(self._server.url, self._cache, deadlines=DEADLINES) as file,
+        ):
+            if self._random.random() < 0.5:
+                self._server.always, self._server.faults = None, []
+            self._read_some(file, self._server.content)
+        if time.monotonic() - begin > 2 * MAX_SECONDS:
+            raise TimeoutError(fault)
+
+    def full(self) -> None:
+        """Read through a cache on a file system that becomes full, and once more through it."""
+        size = self._random.randrange(16, int(_UNITS * UNIT_BYTES) // 1024 * 2)
+        with _Mounted(self._other, f"size={size}k,mode=700") as is_mounted:
+            if not is_mounted:
+                self.happened["full: cannot mount"] += 1
+            for _ in range(2):
+                with opened(self._server.url, self._other) as file:
+                    self._compare(file, 0, self._server.content)
+                    self._compare(file, 0, self._server.content)
+
+    def read_only(self) -> None:
+        """Read through a cache on a file system that becomes read-only before or meanwhile."""
+        with _Mounted(self._other, "size=16m,mode=700") as is_mounted:
+            with opened(self._server.url, self._other) as file:
+                self._read_some(file, self._server.content)
+            if not is_mounted:
+                self.happened["read-only: cannot mount"] += 1
+                return
+            subprocess.run(["mount", "-o", "remount,ro", self._other], check=True)
+            with opened(self._server.url, self._other) as file:
+                self._compare(file, 0, self._server.content)
+
+    def limit(self) -> None:
+        """Read through a cache that may not hold all of the object."""
+        limit = self._random.randrange(int(_UNITS * UNIT_BYTES))
+        with opened(self._server.url, self._cache, cache_bytes=limit) as file:
+            self._compare(file, 0, self._server.content)
+
+    def _replace(self) -> None:
+        """Give the server another object."""
+        self._server.content = some_bytes(_UNITS, seed=self._number)
+        self._server.etag = f'"{self._number}"'
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Start a process that reads all, compares it, and prints a line for each unit."""
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.remote.rounds", "--read", self._server.url),
+                *(str(self._cache), self._server.etag.strip('"')),
+            ],
+            stdout=subprocess.PIPE,
+            cwd=_ROOT,
+        )
+
+    def _some_file(self) -> Path | None:
+        paths = [path for path in sorted(self._cache.rglob("*")) if path.is_file()]
+        return self._random.choice(paths) if paths else None
+
+    def _read_some(
+        self, file: RemoteFile, content: bytes, kind: type[HostError] = RemoteError
+    ) -> None:
+        """Read some ranges at random; each read has the right bytes or fails with ``kind``."""
+        for _ in range(4):
+            offset = self._random.randrange(len(content))
+            length = self._random.choice([1, 4096, UNIT_BYTES, 3 * UNIT_BYTES])
+            try:
+                self._compare(file, offset, content[offset : offset + length])
+            except kind:
+                self.happened["reads that failed"] += 1
+
+    def _compare(self, file: RemoteFile, offset: int, expected: bytes) -> None:
+        view = memoryview(bytearray(len(expected)))
+        is_right = not file.try_read(offset, view) or view == expected
+        if not is_right or read(file, offset, len(expected)) != expected:
+            msg = f"round {self._number}: wrong bytes at {offset}, {len(expected)} bytes"
+            raise WrongBytesError(msg)
+        self.happened["reads that succeeded"] += 1
+
+
+class _Mounted:
+    """A tmpfs for a block, if the host permits that; otherwise only a directory."""
+
+    def __init__(self, path: Path, options: str) -> None:
+        self._path = path
+        self._options = options
+        self._is_mounted = False
+
+    def __enter__(self) -> bool:
+        self._path.mkdir(mode=0o700)
+        mount = ["mount", "-t", "tmpfs", "-o", self._options, "qedfuse-test", str(self._path)]
+        done = subprocess.run(mount, check=False, stderr=subprocess.DEVNULL)
+        self._is_mounted = not done.returncode
+        return self._is_mounted
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_mounted:
+            subprocess.run(["umount", "-l", self._path], check=True)
+        shutil.rmtree(self._path)
+
+
+def read_all(url: str, cache: str, number: int) -> int:
+    """Read and compare a whole object; return the exit code: 1 if a byte is wrong."""
+    content = some_bytes(_UNITS, seed=number)
+    with opened(url, Path(cache)) as file:
+        for offset in range(0, len(content), UNIT_BYTES):
+            if read(file, offset, UNIT_BYTES) != content[offset : offset + UNIT_BYTES]:
+                return 1
+            print(offset, flush=True)  # noqa: T201  output of a script
+    return 0
+
+
+def main() -> int:
+    """Run the rounds that the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.disable()
+    if arguments.read:
+        url, cache, number = arguments.read
+        return read_all(url, cache, int(number))
+    print(f"seed {arguments.seed}", flush=True)  # noqa: T201  output of a script
+    with tempfile.TemporaryDirectory() as directory, serving(b"") as server:
+        rounds = Rounds(server, Path(directory), arguments.seed)
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        for _ in range(arguments.rounds):
+            rounds.round()
+    for name, count in sorted(rounds.happened.items()):
+        print(f"{count:7} {name}")  # noqa: T201  output of a script
+    print(f"{arguments.rounds} rounds: all bytes right")  # noqa: T201  output of a script
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

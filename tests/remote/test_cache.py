@@ -1,0 +1,677 @@
+"""The cache: right after any damage, shared by processes, within its limits."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from qedfuse.errors import CacheError, RemoteError
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.remote.address import parse_address
+from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
+from qedfuse.remote.client import Version
+from qedfuse.remote.localdata import LocalData
+from qedfuse.remote.opening import open_remote
+from qedfuse.remote.options import RemoteOptions
+from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
+from tests.support.remotes import DEADLINES, opened, read, some_bytes
+from tests.support.webserver import WebServer, serving, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNITS: Final = 9
+CONTENT: Final = some_bytes(UNITS - 0.5)
+ADDRESS: Final = parse_address("https://host/disk.qed")
+
+damaged = pytest.mark.expect_log("the cache was damaged; going on without it")
+from_cache = pytest.mark.expect_log("reading it from the cache")
+
+
+def entry_of(cache: Path) -> Path:
+    """Return the directory of the only entry of a cache."""
+    (entry,) = cache.glob("*/*")
+    return entry
+
+
+def fill(server: WebServer, cache: Path) -> Path:
+    """Read all of an object through a cache; return the directory of its entry."""
+    with opened(server.url, cache) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+    return entry_of(cache)
+
+
+def flip(path: Path, offset: int, bits: int = 1) -> None:
+    """Flip bits of a byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ bits]))
+
+
+def remove(path: Path) -> None:
+    """Remove a file."""
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    """Cut a file in its middle."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    """Cut a file at its beginning."""
+    os.truncate(path, 0)
+
+
+def lengthen(path: Path) -> None:
+    """Add a byte to a file."""
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def zero(path: Path) -> None:
+    """Replace the content of a file by a hole."""
+    size = path.stat().st_size
+    os.truncate(path, 0)
+    os.truncate(path, size)
+
+
+def into_link(path: Path) -> None:
+    """Replace a file by a symbolic link to a copy of it."""
+    copy = path.with_name("copy")
+    path.rename(copy)
+    path.symlink_to(copy)
+
+
+def into_directory(path: Path) -> None:
+    """Replace a file by a directory."""
+    path.unlink()
+    path.mkdir()
+
+
+def into_fifo(path: Path) -> None:
+    """Replace a file by a FIFO."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: Final = (*(remove, truncate, empty, lengthen, zero, into_link, into_directory, into_fifo),)
+
+
+def test_second_reading_needs_no_request(tmp_path: Path) -> None:
+    """What was read once is read from the cache by the next process, without a request for data."""
+    with serving(CONTENT) as server:
+        fill(server, tmp_path)
+        server.requests.clear()
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert trio.run(file.pread, 5, len(CONTENT)) == CONTENT[5:]
+            assert file.fetcher.requests == 0
+        assert server.requests == [(0, 0)]
+
+
+@pytest.mark.parametrize("name", ["data", "map"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_between_sessions(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    """A damaged entry costs requests, never wrong bytes, and the next reading makes it whole."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        damage(entry / name)
+        for is_repaired in (False, True):
+            with opened(server.url, tmp_path) as file:
+                assert read(file, 0, len(CONTENT)) == CONTENT
+                assert (file.fetcher.requests == 0) == is_repaired
+
+
+@pytest.mark.parametrize("name", ["about.json", "", "..", "../.."])
+def test_removal_between_sessions(name: str, tmp_path: Path) -> None:
+    """A cache of which files or directories were removed is filled again."""
+    cache = tmp_path / "cache"
+    with serving(CONTENT) as server:
+        path = Path(os.path.normpath(fill(server, cache) / name))
+        subprocess.run(["rm", "-r", path], check=True)
+        for is_repaired in (False, True):
+            with opened(server.url, cache) as file:
+                assert read(file, 0, len(CONTENT)) == CONTENT
+                assert file.fetcher.requests == 0 or not is_repaired
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "entry",
+        pytest.param("parent", marks=pytest.mark.expect_log("File exists; going on without a")),
+    ],
+)
+def test_something_else_in_the_place_of_a_directory(what: str, tmp_path: Path) -> None:
+    """A file where a directory of the cache should be costs only the cache."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        path = entry if what == "entry" else entry.parent
+        subprocess.run(["rm", "-r", path], check=True)
+        path.write_text("x")
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("unit", [0, 3, UNITS - 1])
+@pytest.mark.parametrize("place", ["first", "last", "checksum", "mark"])
+def test_flipped_bit(place: str, unit: int, tmp_path: Path) -> None:
+    """A flipped bit of data or map costs one request for that unit."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        end = min((unit + 1) * UNIT_BYTES, len(CONTENT))
+        if place in {"first", "last"}:
+            flip(entry / "data", unit * UNIT_BYTES if place == "first" else end - 1)
+        else:
+            flip(entry / "map", unit * 8 + (4 if place == "mark" else 0), 128)
+        server.requests.clear()
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.fetched_bytes == end - unit * UNIT_BYTES
+        assert server.requests[1:] == [(unit * UNIT_BYTES, end - 1)]
+
+
+def test_units_that_were_exchanged(tmp_path: Path) -> None:
+    """A unit with the content and the checksum of another one is not taken for its own."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        data, table = (entry / "data").read_bytes(), (entry / "map").read_bytes()
+        data = data[UNIT_BYTES : 2 * UNIT_BYTES] + data[:UNIT_BYTES] + data[2 * UNIT_BYTES :]
+        (entry / "data").write_bytes(data)
+        (entry / "map").write_bytes(table[8:16] + table[:8] + table[16:])
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 1
+
+
+@damaged
+@pytest.mark.parametrize("way", ["blocking", "async", "try"])
+@pytest.mark.parametrize("writer", ["none", "self", "other"])
+def test_data_cut_while_it_is_in_use(writer: str, way: str, tmp_path: Path) -> None:
+    """Ready units read right after the file was cut, also if writes made it long again."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        assert read(file, 0, 4 * UNIT_BYTES) == CONTENT[: 4 * UNIT_BYTES]
+        entry = entry_of(tmp_path)
+        with UnitFile.open(str(entry), len(CONTENT)) as other:
+            empty(entry / "data")
+            if writer == "self":
+                read(file, (UNITS - 1) * UNIT_BYTES, 10)
+            if writer == "other":
+                with suppress(OSError):
+                    other.store(UNITS - 1, CONTENT[(UNITS - 1) * UNIT_BYTES :])
+        view = memoryview(bytearray(UNIT_BYTES))
+        for unit in range(3):
+            part = CONTENT[unit * UNIT_BYTES :][:UNIT_BYTES]
+            if way == "try" and file.try_read(unit * UNIT_BYTES, view):
+                assert bytes(view) == part
+            elif way == "async":
+                assert trio.run(file.pread, unit * UNIT_BYTES, UNIT_BYTES) == part
+            assert read(file, unit * UNIT_BYTES, UNIT_BYTES) == part
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+def test_cache_removed_while_it_is_in_use(tmp_path: Path) -> None:
+    """Removal of the whole cache does not disturb those who have it open, nor the next ones."""
+    cache = tmp_path / "cache"
+    with serving(CONTENT) as server:
+        with opened(server.url, cache) as file:
+            assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
+            subprocess.run(["rm", "-r", cache], check=True)
+            with opened(server.url, cache) as other:
+                assert read(other, 0, len(CONTENT)) == CONTENT
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        with opened(server.url, cache) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 0
+
+
+def test_descriptors_are_closed_after_the_last_read(tmp_path: Path) -> None:
+    """A descriptor that a reader uses is not closed under it, and all are closed in the end."""
+    descriptors = Path("/proc/self/fd")
+    with serving(CONTENT) as server:
+        before = len(list(descriptors.iterdir()))
+        for _ in range(5):
+            with opened(server.url, tmp_path) as file:
+                wrong: list[bytes] = []
+
+                def run(file: object = file, wrong: list[bytes] = wrong) -> None:
+                    with suppress(RemoteError):
+                        while True:
+                            found = read(file, 0, len(CONTENT))  # type: ignore[arg-type]
+                            if found != CONTENT:
+                                wrong.append(found)
+
+                threads = [threading.Thread(target=run) for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                wait_until(lambda file=file: all(file.fetcher.ready))
+                file.close()
+                # Files with other content take the numbers of descriptors that are free.
+                others = [os.open("/proc/self/exe", os.O_RDONLY) for _ in range(10)]
+                for thread in threads:
+                    thread.join(20)
+                for fd in others:
+                    os.close(fd)
+                assert not wrong
+        wait_until(lambda: len(list(descriptors.iterdir())) <= before + 16)
+
+
+FILLER: Final = """
+import sys
+from pathlib import Path
+from tests.support.remotes import opened, read
+url, cache, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+with opened(url, cache) as file:
+    print("open", flush=True)
+    for offset in range(0, size, 1 << 18):
+        read(file, offset, 1 << 18)
+        print(offset, flush=True)
+"""
+
+
+def start_filling(url: str, cache: Path) -> subprocess.Popen[bytes]:
+    """Start a process that fills the cache and prints a line for each unit."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FILLER, url, str(cache), str(len(CONTENT))],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_kill_while_the_cache_fills(tmp_path: Path) -> None:
+    """After SIGKILL of a process that fills the cache the bytes are right, in 20 rounds."""
+    kept = 0
+    with serving(CONTENT) as server:
+        for number in range(20):
+            cache = tmp_path / str(number)
+            with start_filling(server.url, cache) as process:
+                assert process.stdout is not None
+                for _ in range(1 + number % UNITS):
+                    process.stdout.readline()
+                process.kill()
+            with opened(server.url, cache) as file:
+                assert read(file, 0, len(CONTENT)) == CONTENT
+                kept += file.fetcher.fetched_bytes < len(CONTENT)
+    assert kept >= 10
+
+
+def test_processes_fill_one_entry(tmp_path: Path) -> None:
+    """Processes that fill one entry at the same time leave it whole."""
+    with serving(CONTENT) as server:
+        processes = [start_filling(server.url, tmp_path) for _ in range(3)]
+        for process in processes:
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 0
+        entry_of(tmp_path)
+
+
+def test_threads_make_and_remove_one_entry(tmp_path: Path) -> None:
+    """An entry that is made, opened and removed concurrently is always usable or refused."""
+    failures: list[BaseException] = []
+    version = Version(len(CONTENT), '"one"')
+    block = CONTENT[:UNIT_BYTES]
+
+    def run(number: int) -> None:
+        directory = CacheDirectory(CacheOptions(str(tmp_path), 1 if number % 2 else None))
+        try:
+            for _ in range(60):
+                with suppress(CacheError), directory.open_entry(ADDRESS, version) as entry:
+                    entry.store(0, block)
+                    assert entry.load(0) == block
+                directory.make_room()
+        except BaseException as error:  # noqa: BLE001  reported by the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    with CacheDirectory(CacheOptions(str(tmp_path))).open_entry(ADDRESS, version) as entry:
+        entry.store(0, block)
+        assert entry.load(0) == block
+
+
+@from_cache
+@pytest.mark.parametrize("outage", ["refused", "status 503", "status 403", "silence"])
+def test_complete_entry_without_a_server(outage: str, tmp_path: Path) -> None:
+    """A complete entry is read while the server is out or refuses."""
+    with serving(CONTENT) as server:
+        fill(server, tmp_path)
+        if outage != "refused":
+            server.always = outage  # type: ignore[assignment]
+            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+                assert read(file, 0, len(CONTENT)) == CONTENT
+            assert server.struck[outage] >= 1
+            return
+    with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+def test_no_entry_instead_of_an_answer(tmp_path: Path) -> None:
+    """An object that the server does not have any more is not read from the cache."""
+    with serving(CONTENT) as server:
+        fill(server, tmp_path)
+        server.always = "status 404"
+        with pytest.raises(RemoteError, match="no such object") as caught:
+            open_remote(parse_address(server.url), options(tmp_path))
+        assert caught.value.errno == errno.ENOENT
+        assert server.struck["status 404"] == 1
+
+
+def test_no_incomplete_entry_without_a_server(tmp_path: Path) -> None:
+    """An entry that lacks a unit is not used while the server is out."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        flip(entry / "map", 8 * 3 + 4)
+    with pytest.raises(RemoteError):
+        open_remote(parse_address(server.url), options(tmp_path))
+
+
+@pytest.mark.expect_log("what is not in the cache cannot be read")
+@from_cache
+def test_damaged_unit_without_a_server(tmp_path: Path) -> None:
+    """A damaged unit of an entry that claims to be complete is an error while the server is out."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        flip(entry / "data", 3 * UNIT_BYTES)
+    with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        with pytest.raises(RemoteError):
+            read(file, 0, len(CONTENT))
+        assert read(file, 0, 3 * UNIT_BYTES) == CONTENT[: 3 * UNIT_BYTES]
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"version": 1}',
+        b'{"version": {"size": "x", "etag": "", "modified": null}}',
+        b'{"version": {"size": -1, "etag": "", "modified": null}}',
+        b'{"version": {"size": 1e400, "etag": "", "modified": null}}',
+        b'{"version": {"size": 1, "etag": "", "modified": []}}',
+        b"[" * 100_000,
+    ],
+)
+def test_damaged_description(about: bytes, tmp_path: Path) -> None:
+    """An entry whose description is damaged is not used while the server is out."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        (entry / "about.json").write_bytes(about)
+    with pytest.raises(RemoteError):
+        open_remote(parse_address(server.url), options(tmp_path))
+
+
+def test_description_of_another_version(tmp_path: Path) -> None:
+    """An entry that describes another version than its name does is not used."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+        path = entry / "about.json"
+        assert json.loads(path.read_text())["version"]["etag"] == '"one"'
+        path.write_text(path.read_text().replace("one", "two"))
+    with pytest.raises(RemoteError):
+        open_remote(parse_address(server.url), options(tmp_path))
+
+
+def options(cache: Path, cache_bytes: int | None = None) -> RemoteOptions:
+    """Return options with a cache."""
+    return RemoteOptions(cache_directory=str(cache), cache_bytes=cache_bytes, deadlines=DEADLINES)
+
+
+def make_entry(directory: CacheDirectory, name: str, used: int) -> UnitFile:
+    """Make an entry with one unit, last used at a given time."""
+    address = parse_address(f"https://host/{name}")
+    entry = directory.open_entry(address, Version(UNIT_BYTES, f'"{name}"'))
+    entry.store(0, some_bytes(1))
+    os.utime(entry.path, (used, used))
+    return entry
+
+
+def test_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
+    """Entries are removed in the order of their last use, and none that is open."""
+    unlimited = CacheDirectory(CacheOptions(str(tmp_path)))
+    names = ("b", "d", "a", "c")
+    entries = {name: make_entry(unlimited, name, used) for used, name in enumerate(names)}
+    for name in "bac":
+        entries[name].close()
+    limited = CacheDirectory(CacheOptions(str(tmp_path), 5 * UNIT_BYTES // 2))
+    limited.make_room()
+    assert {name for name in entries if Path(entries[name].path).exists()} == {"d", "c"}
+    CacheDirectory(CacheOptions(str(tmp_path), 0)).make_room()
+    assert {name for name in entries if Path(entries[name].path).exists()} == {"d"}
+    assert entries["d"].load(0) == some_bytes(1)
+    entries["d"].close()
+    CacheDirectory(CacheOptions(str(tmp_path), 0)).make_room()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_is_a_use(tmp_path: Path) -> None:
+    """An entry that was opened is removed later than one that was not."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    paths = {}
+    for used, name in enumerate("ab"):
+        entry = make_entry(directory, name, used)
+        paths[name] = Path(entry.path)
+        entry.close()
+    directory.open_entry(parse_address("https://host/a"), Version(UNIT_BYTES, '"a"')).close()
+    CacheDirectory(CacheOptions(str(tmp_path), 3 * UNIT_BYTES // 2)).make_room()
+    assert paths["a"].exists()
+    assert not paths["b"].exists()
+
+
+def test_entry_of_another_process_is_kept(tmp_path: Path) -> None:
+    """An entry that another process has open is not removed."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path), 0))
+    entry = make_entry(directory, "a", 0)
+    entry.close()
+    path = Path(entry.path)
+    program = (
+        "import sys; from qedfuse.remote.unitfile import UnitFile\n"
+        f"e = UnitFile.open(sys.argv[1], {UNIT_BYTES}); print('open', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        directory.make_room()
+        assert path.exists()
+        process.kill()
+    directory.make_room()
+    assert not path.exists()
+
+
+def test_what_a_crash_has_left_is_removed(tmp_path: Path) -> None:
+    """A directory in which an entry was being made is removed if that was a while ago."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path), 0))
+    make_entry(directory, "a", 0).close()
+    parent = next(tmp_path.iterdir())
+    old, new = parent / "new-old", parent / "new-new"
+    for path in (old, new):
+        path.mkdir()
+        make_files(str(path), UNIT_BYTES)
+    os.utime(old, (0, 0))
+    directory.make_room()
+    assert [path.name for path in parent.iterdir()] == ["new-new"]
+
+
+@pytest.mark.expect_log("cannot store in the cache: no room is left")
+def test_limit_with_one_entry_in_use(tmp_path: Path) -> None:
+    """The only entry does not grow over the limit while it is in use; what is read is right."""
+    limit = 3 * UNIT_BYTES
+    with serving(CONTENT) as server, opened(server.url, tmp_path, cache_bytes=limit) as file:
+        for _ in range(2):
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        data = entry_of(tmp_path) / "data"
+        assert 0 < data.stat().st_blocks * 512 <= limit
+
+
+@pytest.mark.expect_log("cannot store in the cache: no room is left")
+def test_no_room_at_all(tmp_path: Path) -> None:
+    """With a limit of no bytes nothing is stored."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, cache_bytes=0) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        assert (entry_of(tmp_path) / "data").stat().st_blocks == 0
+
+
+@pytest.mark.expect_log("cannot store in the cache: No space left on device")
+def test_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write to the cache that fails costs the cache only, and is logged once."""
+    pwrite = os.pwrite
+    failed: list[int] = []
+
+    def fail(fd: int, data: bytes, offset: int) -> int:
+        if len(data) > 8 and len(failed) < 3:
+            failed.append(offset)
+            pwrite(fd, data[:1000], offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    with serving(CONTENT) as server:
+        monkeypatch.setattr(os, "pwrite", fail)
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        assert len(failed) == 3
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_directory_that_others_can_write_to(mode: int, tmp_path: Path) -> None:
+    """A directory that other users can change is refused, and nothing is written there."""
+    tmp_path.chmod(mode)
+    with pytest.raises(CacheError, match="write access for others"):
+        CacheDirectory(CacheOptions(str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner")
+def test_directory_of_another_user(tmp_path: Path) -> None:
+    """A directory of another user is refused; so is an entry whose file is another user's."""
+    version = Version(UNIT_BYTES, '"one"')
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    entry = directory.open_entry(ADDRESS, version)
+    entry.store(0, some_bytes(1))
+    entry.close()
+    os.chown(Path(entry.path) / "data", 65534, 65534)
+    with directory.open_entry(ADDRESS, version) as entry:
+        assert entry.load(0) is None
+    os.chown(tmp_path, 65534, 65534)
+    with pytest.raises(CacheError, match="another owner"):
+        CacheDirectory(CacheOptions(str(tmp_path)))
+
+
+def test_directory_that_is_none(tmp_path: Path) -> None:
+    """A file in the place of the directory is refused with its name."""
+    path = tmp_path / "file"
+    path.write_text("x")
+    with pytest.raises(CacheError, match="file: cache directory: File exists"):
+        CacheDirectory(CacheOptions(str(path)))
+    with pytest.raises(CacheError, match="file/x: cache directory: Not a directory"):
+        CacheDirectory(CacheOptions(str(path / "x")))
+
+
+def test_files_are_private(tmp_path: Path) -> None:
+    """No other user can read what is cached, whatever the umask is."""
+    cache = tmp_path / "cache"
+    before = os.umask(0)
+    try:
+        with serving(CONTENT) as server:
+            fill(server, cache)
+    finally:
+        os.umask(before)
+    assert not [path for path in (cache, *cache.rglob("*")) if path.stat().st_mode & 0o077]
+
+
+def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default directory follows XDG_CACHE_HOME if that is absolute, else the home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_directory() == "/cache/qedfuse"
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert default_directory() == "/home/user/.cache/qedfuse"
+    monkeypatch.setenv("HOME", "nowhere")
+    with pytest.raises(CacheError, match="no home directory"):
+        default_directory()
+
+
+def test_secret_query_is_not_on_disk(tmp_path: Path) -> None:
+    """The query of a URL is written nowhere in the cache."""
+    with serving(CONTENT) as server:
+        with opened(server.url + "?token=SECRET", tmp_path) as file:
+            assert read(file, 0, 10) == CONTENT[:10]
+        for path in tmp_path.rglob("*"):
+            assert "SECRET" not in str(path)
+            assert not path.is_file() or b"SECRET" not in path.read_bytes()
+
+
+def test_entries_of_versions_are_apart(tmp_path: Path) -> None:
+    """Each version of an object has an entry of its own, and each sees its own bytes."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        server.content, server.etag = some_bytes(UNITS, seed=2), '"two"'
+        with opened(server.url, tmp_path) as other:
+            assert read(other, 0, len(server.content)) == server.content
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        assert len(list(tmp_path.glob("*/*"))) == 2
+
+
+def test_entry_that_is_being_removed_is_busy(tmp_path: Path) -> None:
+    """An entry that another process holds alone is refused after a while, and is not touched."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    version = Version(UNIT_BYTES, '"one"')
+    with directory.open_entry(ADDRESS, version) as entry:
+        path = Path(entry.path)
+    with (path / "data").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match="temporarily unavailable"):
+            directory.open_entry(ADDRESS, version)
+        assert path.exists()
+    directory.open_entry(ADDRESS, version).close()
+
+
+def test_descriptor_stays_open_during_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close during a read takes effect when the read has returned; later reads fail."""
+    make_files(str(tmp_path), UNIT_BYTES)
+    with UnitFile.open(str(tmp_path), UNIT_BYTES) as entry:
+        entry.store(0, some_bytes(1))
+        local = LocalData(entry)
+    descriptors: list[int] = []
+    read_blocking = PosixFile.read_blocking
+
+    def read_and_close(file: PosixFile, offset: int, view: memoryview) -> int:
+        descriptors.append(file.fd)
+        local.close()
+        return read_blocking(file, offset, view)
+
+    monkeypatch.setattr(PosixFile, "read_blocking", read_and_close)
+    buffer = bytearray(UNIT_BYTES)
+    assert local.read_blocking(0, memoryview(buffer))
+    assert buffer == some_bytes(1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
+    assert not local.read_blocking(0, memoryview(buffer))
+    assert len(descriptors) == 1

@@ -1,0 +1,403 @@
+"""Faults of a web server: right bytes, or an error for that range in bounded time."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, get_args
+
+import pytest
+import trio
+
+from qedfuse.disk.lookup.imageopening import open_url
+from qedfuse.errors import ObjectChangedError, RemoteError, UsageError
+from qedfuse.remote.address import parse_address, parse_prefix
+from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.object import make_client, open_object
+from qedfuse.remote.opening import open_remote
+from qedfuse.remote.options import RemoteOptions
+from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.remote.webclient import WebClient
+from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
+from tests.support.webserver import Fault, serving, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALL: Final[tuple[Fault, ...]] = get_args(Fault)
+CONTENT: Final = some_bytes(3.5)
+
+REPEATED: Final = {
+    *("half", "stall", "trickle", "slow header", "status 503", "status 500", "status 429"),
+    *("status 403", "other range", "reset", "silence", "garbage", "endless", "redirect"),
+}
+"""Faults after which another attempt is made (or a redirection followed)."""
+CHANGED: Final = {"status 404", "status 416", "other etag", "no etag", "other size"}
+"""Faults that look like another version of the object."""
+HARMLESS: Final = {"redirect"}
+"""What is no fault in the end, however often it happens."""
+IN_RANGES: Final = {
+    *("half", "stall", "trickle", "gzip", "other range", "other etag", "no etag", "other size"),
+}
+"""Faults of which the answer for the first byte shows nothing."""
+
+OUTAGE: Final = "what is not in the cache cannot be read"
+BACK: Final = "answers again"
+logs_outage = pytest.mark.expect_log(OUTAGE)
+logs_end = pytest.mark.expect_log(BACK)
+
+
+def marked(fault: Fault, *marks: pytest.MarkDecorator) -> object:
+    """Return a parameter with marks."""
+    return pytest.param(fault, marks=marks)
+
+
+@pytest.mark.parametrize("fault", sorted(REPEATED))
+def test_once_is_repeated(fault: Fault, tmp_path: Path) -> None:
+    """After a fault that may pass, the attempt is repeated and the bytes are right."""
+    deadlines = replace(DEADLINES, total_seconds=20.0)
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=deadlines) as file:
+        server.elsewhere = "/moved/disk.qed"
+        server.faults = [fault]
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        assert server.struck[fault] == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [marked(f, logs_outage, logs_end) for f in ALL if f not in REPEATED]
+)
+def test_once_is_an_error_of_one_range(fault: Fault, tmp_path: Path) -> None:
+    """After a fault that another attempt would meet, the read fails and the next one is right."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        server.faults = [fault]
+        kind = ObjectChangedError if fault in CHANGED else RemoteError
+        with pytest.raises(kind) as caught:
+            read(file, 0, 4096)
+        assert type(caught.value) is kind
+        assert "\n" not in str(caught.value)
+        assert server.struck[fault] >= 1
+        server.faults = []
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    "fault", [marked(f, logs_outage, logs_end) for f in ALL if f not in HARMLESS]
+)
+def test_always(fault: Fault, cached: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """While a fault lasts, what is cached is read, the rest fails in time; then all is read."""
+    with (
+        serving(CONTENT) as server,
+        opened(server.url, tmp_path if cached else None, deadlines=DEADLINES) as file,
+    ):
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
+        server.always = fault
+        begin = time.monotonic()
+        with pytest.raises(RemoteError):
+            read(file, 2 * UNIT_BYTES, UNIT_BYTES)
+        assert time.monotonic() - begin < MAX_SECONDS
+        assert server.struck[fault] >= 1
+        assert read(file, 100, 1000) == CONTENT[100:1100]
+        server.always, server.faults = None, []
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize("fault", ALL)
+def test_at_opening(fault: Fault, tmp_path: Path) -> None:
+    """A fault at opening leads to an error in bounded time, or to a file with the right bytes."""
+    with serving(CONTENT) as server:
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        server.faults = [fault]
+        message = ""
+        begin = time.monotonic()
+        try:
+            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+                server.faults = []
+                assert fault in HARMLESS | REPEATED | IN_RANGES
+                if fault not in CHANGED:
+                    assert read(file, 0, len(CONTENT)) == CONTENT
+        except RemoteError as error:
+            message = str(error)
+        assert "\n" not in message
+        assert time.monotonic() - begin < MAX_SECONDS
+        assert server.struck[fault] >= 1
+
+
+@pytest.mark.parametrize("fault", [f for f in ALL if f not in HARMLESS | IN_RANGES])
+def test_always_at_opening(fault: Fault, tmp_path: Path) -> None:
+    """A server with a lasting fault is not opened, or serves only errors; in bounded time."""
+    with serving(CONTENT) as server:
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        server.always = fault
+        begin = time.monotonic()
+        with pytest.raises(RemoteError), opened(server.url, tmp_path, deadlines=DEADLINES):
+            pass
+        assert time.monotonic() - begin < MAX_SECONDS
+        assert server.struck[fault] >= 1
+
+
+def test_attempts_are_counted(tmp_path: Path) -> None:
+    """A server with a lasting fault is asked a bounded number of times for a read."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        server.always = "status 418"
+        with pytest.raises(RemoteError, match="418"):
+            read(file, 0, 4096)
+        assert server.struck["status 418"] == 1
+        server.always = "status 404"
+        with pytest.raises(RemoteError, match="no such object"):
+            read(file, 0, 4096)
+        assert server.struck["status 404"] == 1
+        server.always = "status 503"
+        with pytest.raises(RemoteError, match="503"):
+            read(file, 0, 4096)
+        assert 2 <= server.struck["status 503"] <= 5
+
+
+test_attempts_are_counted = logs_outage(test_attempts_are_counted)
+
+
+@logs_outage
+def test_credentials_are_renewed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a refusal the credentials are read again, once for each read."""
+    with serving(CONTENT) as server:
+        address = parse_address(server.url)
+        client = make_client(address, ClientOptions(attempt_seconds=1.0))
+        source = open_object(address, client, DEADLINES)
+        renewals = Counter[str]()
+        monkeypatch.setattr(WebClient, "renew", lambda _: renewals.update(["renew"]))
+        server.faults = ["status 403"]
+        assert bytes(source.get(0, 100)) == CONTENT[:100]
+        assert renewals.total() == 1
+        server.faults = ["status 403", "status 403"]
+        with pytest.raises(RemoteError, match="refused"):
+            source.get(0, 100)
+        assert renewals.total() == 2
+        assert server.struck["status 403"] == 3
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            server.always = "status 403"
+            with pytest.raises(RemoteError, match="refused") as caught:
+                read(file, 0, 100)
+            assert caught.value.errno == 13
+            assert server.struck["status 403"] == 5
+
+
+def test_redirection_to_an_allowed_prefix(tmp_path: Path) -> None:
+    """A redirection to another server is followed below a prefix that the user allows."""
+    with serving(CONTENT) as other, serving(b"") as server:
+        server.always = "redirect elsewhere"
+        server.elsewhere = other.url
+        allowed = other.url.rpartition("/")[0]
+        options = RemoteOptions(
+            cache_directory=str(tmp_path), deadlines=DEADLINES, allowed=(parse_prefix(allowed),)
+        )
+        file = open_remote(parse_address(server.url), options)
+        try:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        finally:
+            file.close()
+        # What the redirection leads to is remembered.
+        assert server.struck["redirect elsewhere"] == 1
+        options = RemoteOptions(
+            cache_directory=str(tmp_path),
+            deadlines=DEADLINES,
+            allowed=(parse_prefix(allowed[:-1]),),
+        )
+        asked = len(other.requests)
+        with pytest.raises(RemoteError, match="redirection"):
+            open_remote(parse_address(server.url + "2"), options)
+        assert len(other.requests) == asked
+
+
+def test_remembered_redirection_that_fails_is_forgotten(tmp_path: Path) -> None:
+    """When the target of a redirection is gone, the next attempt asks the first server again."""
+    with serving(CONTENT) as server:
+        with serving(CONTENT) as gone, serving(CONTENT) as missing:
+            server.always = "redirect elsewhere"
+            server.elsewhere = gone.url
+            allowed = tuple(parse_prefix(other.url.rpartition("/")[0]) for other in (gone, missing))
+            options = RemoteOptions(
+                cache_directory=str(tmp_path), deadlines=DEADLINES, allowed=allowed
+            )
+            file = open_remote(parse_address(server.url), options)
+            assert read(file, 0, 10) == CONTENT[:10]
+            gone.always = "status 404"
+            server.elsewhere = missing.url
+            assert read(file, UNIT_BYTES, 10) == CONTENT[UNIT_BYTES:][:10]
+            assert gone.struck["status 404"] == 1
+            server.always = None
+        try:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        finally:
+            file.close()
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "",
+        "//",
+        "http://[::1/x",
+        "http://user@127.0.0.1/x",
+        "s3://b/x",
+        "file:///etc/passwd",
+        "/a%2f",
+    ],
+)
+def test_strange_redirections(location: str, tmp_path: Path) -> None:
+    """A redirection that leads to no URL of a web server is refused with one line."""
+    with serving(CONTENT) as server:
+        server.always = "redirect elsewhere"
+        server.elsewhere = location
+        with (
+            pytest.raises(RemoteError) as caught,
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+        assert server.struck["redirect elsewhere"] >= 1
+
+
+@logs_outage
+@pytest.mark.parametrize("obeys", [True, False])
+def test_content_replaced(obeys: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """When the object is replaced, cached units go on and the rest is ESTALE each time."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert read(file, 0, 100) == CONTENT[:100]
+        server.obeys_conditions = obeys
+        server.content, server.etag = some_bytes(3.5, seed=2), '"two"'
+        for _ in range(2):
+            with pytest.raises(ObjectChangedError) as caught:
+                read(file, 2 * UNIT_BYTES, 100)
+            assert caught.value.errno == 116
+            assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
+
+
+@logs_outage
+@pytest.mark.parametrize("etag", ["", 'W/"weak"', '"bad tag\x7f"'])
+@pytest.mark.parametrize("obeys", [True, False])
+def test_only_a_time(obeys: bool, etag: str, tmp_path: Path) -> None:  # noqa: FBT001
+    """Without a strong tag, the time of the last change shows that the object was replaced."""
+    with serving(CONTENT) as server:
+        server.etag = etag
+        server.obeys_conditions = obeys
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            assert read(file, 0, 100) == CONTENT[:100]
+            server.content = some_bytes(3.5, seed=2)
+            server.modified = 1_000_000_001.0
+            with pytest.raises(ObjectChangedError):
+                read(file, 2 * UNIT_BYTES, 100)
+            assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
+
+
+def test_no_validator(tmp_path: Path) -> None:
+    """An object without a validator is refused; if that is allowed, nothing of it is cached."""
+    with serving(CONTENT) as server:
+        server.etag, server.modified = 'W/"weak"', None
+        with (
+            pytest.raises(RemoteError, match="allow_unpinned"),
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
+            pass
+        with opened(server.url, tmp_path, allow_unpinned=True, deadlines=DEADLINES) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        server.content = some_bytes(3.5, seed=2)
+        with opened(server.url, tmp_path, allow_unpinned=True, deadlines=DEADLINES) as file:
+            assert read(file, 0, len(CONTENT)) == server.content
+
+
+def test_empty_object(tmp_path: Path) -> None:
+    """An object without content is a file without content."""
+    with serving(b"") as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert file.size() == 0
+        assert read(file, 0, 10) == b""
+        assert not file.try_read(0, memoryview(bytearray(1)))
+
+
+def test_http_to_another_machine() -> None:
+    """A URL without TLS of another machine is refused before it is connected."""
+    with pytest.raises(UsageError, match="allow_http"):
+        open_remote(parse_address("http://192.0.2.1/a"), RemoteOptions())
+
+
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [
+        ({"Content-Range": "bytes 0-0/9000000000000000"}, "at most"),
+        ({"Content-Range": "bytes 0-0/" + "9" * 30}, "without a range"),
+        ({"Content-Range": "bytes 0-0/" + "9" * 5000}, "without a range"),
+        ({"Content-Range": "bytes 0-0/*"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/-1"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/0"}, "without a range"),
+        ({"Content-Range": "bytes */100"}, "without a range"),
+        ({"Content-Range": "items 0-0/100"}, "without a range"),
+        ({"Content-Range": "bytes 0-0/\u0661"}, "without a range"),
+    ],
+)
+def test_strange_sizes(extra: dict[str, str], found: str, tmp_path: Path) -> None:
+    """A size that no object can have is an error when the object is opened, or when it is read."""
+    with serving(CONTENT) as server:
+        server.extra = {name: value.encode().decode("latin-1") for name, value in extra.items()}
+        with (
+            pytest.raises(RemoteError, match=found) as caught,
+            opened(server.url, tmp_path, deadlines=DEADLINES),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        *("", "x", "0", "-", "Mon, 01 Jan 0000 00:00:00 GMT", "Mon, 01 Jan 9999 99:99:99 GMT"),
+        *("1 Jan 1 0:0:0 -0000", "1 Jan 9999 23:59:59 -9999999999", "9" * 5000, ",", "Mon, ,"),
+    ],
+)
+def test_strange_dates(date: str, tmp_path: Path) -> None:
+    """A time of the last change that is none counts as missing."""
+    with serving(CONTENT) as server:
+        server.extra = {"Last-Modified": date}
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.stat().st_size == len(CONTENT)
+
+
+def test_abandoned_opening(tmp_path: Path) -> None:
+    """A task that is cancelled while a server does not answer goes on; the file is closed later."""
+
+    async def run(url: str) -> None:
+        with trio.move_on_after(0.05) as scope:
+            await open_url(url, RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES))
+        assert scope.cancelled_caught
+
+    def is_unlocked() -> bool:
+        with next(tmp_path.glob("*/*/data")).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with serving(CONTENT) as server:
+        server.delay_seconds = 0.3
+        trio.run(run, server.url)
+        wait_until(lambda: bool(list(tmp_path.glob("*/*/data"))))
+        wait_until(is_unlocked)
+
+
+def test_reads_past_the_end(tmp_path: Path) -> None:
+    """A read ends where the object ends, also when all of it is cached."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        size = len(CONTENT)
+        for _ in range(2):
+            assert read(file, size - 10, 100) == CONTENT[-10:]
+            assert read(file, size, 10) == b""
+            assert read(file, size + UNIT_BYTES * 9, 10) == b""
+            assert trio.run(file.pread, size - 10, 100) == CONTENT[-10:]
+            assert trio.run(file.pread, size + UNIT_BYTES, 100) == b""
+            for offset in (size - 9, size, size + UNIT_BYTES * 9):
+                assert not file.try_read(offset, memoryview(bytearray(10)))

@@ -1,0 +1,379 @@
+"""Fetching: each unit once, neighbours together, demand first, no reader left waiting."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import tracemalloc
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.errors import RemoteError
+from qedfuse.remote import fetchthreads
+from qedfuse.remote.fetcher import Fetcher
+from qedfuse.remote.localdata import LocalData
+from qedfuse.remote.readahead import ReadAhead
+from qedfuse.remote.remotefile import RemoteFile
+from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
+from tests.support.remotes import HeldObject, fetching_threads, read, some_bytes
+from tests.support.webserver import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+UNITS = 80
+CONTENT = some_bytes(UNITS - 0.5)
+
+
+@contextmanager
+def fetching(
+    directory: Path | None = None, content: bytes = CONTENT
+) -> Iterator[tuple[HeldObject, Fetcher, RemoteFile]]:
+    """Read a held object, with an entry of a cache in ``directory`` if one is given."""
+    source = HeldObject(content)
+    cache = local = None
+    if directory is not None:
+        if not (directory / "data").exists():
+            make_files(str(directory), len(content))
+        cache = UnitFile.open(str(directory), len(content))
+        local = LocalData(cache)
+    fetcher = Fetcher(source, cache)  # type: ignore[arg-type]
+    file = RemoteFile(source, fetcher, local)  # type: ignore[arg-type]
+    try:
+        yield source, fetcher, file
+    finally:
+        file.close()
+
+
+def unit_bytes(first: int, last: int | None = None) -> bytes:
+    """Return the content of some adjacent units."""
+    return CONTENT[first * UNIT_BYTES : ((first if last is None else last) + 1) * UNIT_BYTES]
+
+
+def test_single_flight(tmp_path: Path) -> None:
+    """All readers of a unit wait for one request."""
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = {5}
+        flights = [fetcher.demand(5, 5) for _ in range(20)]
+        assert all(flight == flights[0] for flight in flights)
+        source.release()
+        for flight in flights:
+            flight[0].wait_blocking()
+        assert read(file, 5 * UNIT_BYTES, UNIT_BYTES) == unit_bytes(5)
+        assert source.units() == [[5]]
+        assert fetcher.requests == 1
+        assert fetcher.fetched_bytes == UNIT_BYTES
+
+
+def test_readers_in_threads_share_requests(tmp_path: Path) -> None:
+    """Threads and tasks that read the same units concurrently cause one request for each."""
+    with fetching(tmp_path) as (source, _, file):
+        source.held = set(range(UNITS))
+        found: list[bytes] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(read(file, 0, 8 * UNIT_BYTES)))
+            for _ in range(8)
+        ]
+
+        def asked() -> set[int]:
+            return {unit for units in source.units() for unit in units}
+
+        async def run() -> None:
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(check, number)
+                await trio.testing.wait_all_tasks_blocked()
+                for thread in threads:
+                    thread.start()
+                await trio.to_thread.run_sync(wait_until, lambda: asked() >= set(range(8)))
+                source.release()
+
+        async def check(number: int) -> None:
+            with trio.CancelScope() as scope:
+                if number % 2:
+                    scope.cancel()
+                data = await file.pread(UNIT_BYTES // 2, 4 * UNIT_BYTES)
+                assert data == CONTENT[UNIT_BYTES // 2 :][: 4 * UNIT_BYTES]
+            assert scope.cancelled_caught == bool(number % 2)
+
+        trio.run(run)
+        for thread in threads:
+            thread.join(20)
+        assert found == [unit_bytes(0, 7)] * 8
+        units = [unit for units in source.units() for unit in units if unit < 8]
+        assert sorted(units) == list(range(8))
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 11])
+def test_neighbours_are_joined(count: int, tmp_path: Path) -> None:
+    """Adjacent units are fetched by requests of 1 MiB; only the last one may be shorter."""
+    with fetching(tmp_path) as (source, fetcher, _):
+        for flight in fetcher.demand(0, count - 1):
+            flight.wait_blocking()
+        requests = sorted(source.units())
+        assert [unit for units in requests for unit in units] == list(range(count))
+        assert all(len(units) == 4 for units in requests[:-1])
+        assert all(length <= 1 << 20 for _, length in source.requests)
+
+
+def test_cached_units_are_not_fetched_again(tmp_path: Path) -> None:
+    """A request covers only what is missing, also in a later session."""
+    with fetching(tmp_path) as (source, _, file):
+        assert read(file, UNIT_BYTES, UNIT_BYTES) == unit_bytes(1)
+    with fetching(tmp_path) as (source, _, file):
+        assert read(file, 0, 3 * UNIT_BYTES) == unit_bytes(0, 2)
+        assert sum(length for _, length in source.requests) <= 3 * UNIT_BYTES
+    with fetching(tmp_path) as (source, _, file):
+        assert read(file, 0, 3 * UNIT_BYTES) == unit_bytes(0, 2)
+        assert [units for units in source.units() if units[0] < 3] == []
+
+
+def test_window_of_a_sequential_reader() -> None:
+    """The window grows while units are read in order, up to the maximum, and not within a unit."""
+    readers = ReadAhead()
+    windows = [readers.window(unit, unit, 32) for unit in (0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8)]
+    assert windows == [0, 0, 1, 1, 1, 2, 4, 8, 16, 32, 32, 32]
+    # Two other readers do not disturb it.
+    assert readers.window(1000, 1000, 32) == 0
+    assert readers.window(2000, 2003, 32) == 0
+    assert readers.window(9, 9, 32) == 32
+    assert readers.window(2004, 2004, 32) == 1
+
+
+def test_no_window_for_random_reads() -> None:
+    """Reads in no order have no window."""
+    readers = ReadAhead()
+    units = list(range(0, 1000, 3))
+    random.Random(1).shuffle(units)
+    assert {readers.window(unit, unit, 32) for unit in units} == {0}
+
+
+def test_fetched_ahead_of_a_sequential_reader(tmp_path: Path) -> None:
+    """Units are fetched ahead of a sequential reader, each once, and of a random one none."""
+    with fetching(tmp_path) as (source, _, file):
+        for unit in range(12):
+            assert read(file, unit * UNIT_BYTES, 4096) == unit_bytes(unit)[:4096]
+        wait_until(lambda: max(unit for units in source.units() for unit in units) >= 20)
+        asked = [unit for units in source.units() for unit in units]
+        assert len(asked) == len(set(asked))
+        assert len(source.requests) < len(asked) / 2
+    other = tmp_path / "other"
+    other.mkdir()
+    with fetching(other) as (source, _, file):
+        for unit in (40, 7, 60, 21, 3, 50):
+            assert read(file, unit * UNIT_BYTES, 4096) == unit_bytes(unit)[:4096]
+        assert source.units() == [[40], [7], [60], [21], [3], [50]]
+
+
+def test_reads_of_cached_units_fetch_ahead(tmp_path: Path) -> None:
+    """A sequential reader that finds its units ready has the next ones fetched as well."""
+    with fetching(tmp_path) as (_, fetcher, file):
+        assert read(file, 0, 8 * UNIT_BYTES) == unit_bytes(0, 7)
+        view = memoryview(bytearray(4096))
+        for unit in range(8):
+            wait_until(lambda unit=unit: file.try_read(unit * UNIT_BYTES, view))
+            assert bytes(view) == unit_bytes(unit)[:4096]
+        wait_until(lambda: fetcher.ready[8] and fetcher.ready[9])
+
+
+def test_demand_does_not_wait_for_prefetches(tmp_path: Path) -> None:
+    """While the prefetches that may run hang, a reader's unit is fetched, also a queued one."""
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = set(range(20, 36))
+        fetcher.prefetch(20, 79)
+        wait_until(lambda: len(source.requests) == 4)
+        assert read(file, 3 * UNIT_BYTES, UNIT_BYTES) == unit_bytes(3)
+        assert read(file, 70 * UNIT_BYTES, UNIT_BYTES) == unit_bytes(70)
+        assert len(source.requests) == 6  # no further prefetch has begun
+        source.release()
+        wait_until(lambda: all(fetcher.ready[20:]))
+
+
+def test_cached_units_are_read_while_all_fetches_hang(tmp_path: Path) -> None:
+    """While 16 requests hang and more wait, units of the cache are looked up and read."""
+    with fetching(tmp_path) as (_, _, file):
+        assert read(file, 0, 4 * UNIT_BYTES) == unit_bytes(0, 3)
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = set(range(10, UNITS))
+        for unit in range(10, UNITS, 2):
+            fetcher.demand(unit, unit)
+        wait_until(lambda: len(source.requests) == 16)
+        assert read(file, 0, 4 * UNIT_BYTES) == unit_bytes(0, 3)
+        assert trio.run(file.pread, 100, UNIT_BYTES) == CONTENT[100:][:UNIT_BYTES]
+        assert len(source.requests) == 16
+        source.release()
+
+
+def test_close_while_requests_hang(tmp_path: Path) -> None:
+    """Close returns while requests hang; their readers fail then, and later reads fail as well."""
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = {0, 2, 4}
+        flights = [flight for unit in (0, 2, 4) for flight in fetcher.demand(unit, unit)]
+        wait_until(lambda: len(source.requests) == 3)
+        source.ignores_close = True
+        file.close()
+        for flight in flights:
+            with pytest.raises(RemoteError, match="closed"):
+                flight.wait_blocking()
+        with pytest.raises(RemoteError, match="closed"):
+            read(file, 0, 10)
+        with pytest.raises(RemoteError, match="closed"):
+            fetcher.prefetch(0, 1)
+        assert not file.try_read(0, memoryview(bytearray(10)))
+        source.release()
+
+
+@pytest.mark.expect_log("cannot be fetched")
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(), ValueError()])
+def test_no_reader_waits_for_a_thread_that_fails(error: BaseException, tmp_path: Path) -> None:
+    """Whatever is raised in a thread, its readers fail, and the unit can be read afterwards."""
+    with fetching(tmp_path) as (source, _, file):
+        source.errors = {1: error}
+        with pytest.raises(RemoteError, match=type(error).__name__):
+            read(file, UNIT_BYTES, 10)
+        assert not source.errors
+        assert read(file, UNIT_BYTES, 10) == unit_bytes(1)[:10]
+
+
+@pytest.mark.expect_log("cannot be fetched")
+def test_no_reader_waits_for_a_look_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look into the cache that raises fails its readers, and later reads work."""
+    with fetching(tmp_path) as (_, _, file):
+        with monkeypatch.context() as context:
+            context.setattr(UnitFile, "load", lambda *_: 1 / 0)
+            with pytest.raises(RemoteError, match="ZeroDivisionError"):
+                read(file, 0, 10)
+        assert read(file, 0, 10) == CONTENT[:10]
+
+
+def test_no_thread_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the host has no thread, a read fails, and works later."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError
+
+    with fetching(tmp_path) as (_, _, file):
+        with monkeypatch.context() as context:
+            context.setattr(threading.Thread, "start", start)
+            with pytest.raises(RemoteError, match="no thread"):
+                read(file, 0, 10)
+        assert read(file, 0, 10) == CONTENT[:10]
+
+
+def test_idle_threads_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that have nothing to do end; the next read starts others.  There are at most 20."""
+    monkeypatch.setattr(fetchthreads, "_IDLE_SECONDS", 0.01)
+    with fetching(tmp_path) as (source, fetcher, file):
+        for _ in range(3):
+            source.held = set(range(UNITS))
+            flights = [f for unit in range(0, UNITS, 2) for f in fetcher.demand(unit, unit)]
+            assert 0 < len(fetching_threads()) <= 20
+            source.release()
+            for flight in flights:
+                flight.wait_blocking()
+            wait_until(lambda: not fetching_threads())
+            fetcher.ready[:] = bytes(UNITS)
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+def test_readers_wait_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader, thread or task, gives up on a request that hangs; later readers get its bytes."""
+    monkeypatch.setattr(HeldObject, "max_seconds", 0.05)
+    with fetching(tmp_path) as (source, fetcher, file):
+        source.held = {0}
+        begin = time.monotonic()
+        with pytest.raises(RemoteError, match=r"held\.qed: found no answer"):
+            read(file, 0, 10)
+        with pytest.raises(RemoteError, match="found no answer"):
+            trio.run(file.pread, 0, 10)
+        assert time.monotonic() - begin < 10
+        assert len(source.requests) == 1
+        source.release()
+        wait_until(lambda: fetcher.ready[0])
+        assert read(file, 0, 10) == CONTENT[:10]
+        assert len(source.requests) == 1
+
+
+def test_held_blocks_are_bounded() -> None:
+    """Without a cache, at most 16 MiB of fetched units are held, and each for itself."""
+    content = some_bytes(200)
+    tracemalloc.start()
+    try:
+        with fetching(None, content) as (_, fetcher, file):
+            before = tracemalloc.get_traced_memory()[0]
+            for offset in range(0, len(content), UNIT_BYTES):
+                assert read(file, offset, UNIT_BYTES) == content[offset : offset + UNIT_BYTES]
+            held = fetcher._store._held
+            assert 0 < sum(len(block) for block in held.values()) <= 16 << 20
+            assert all(isinstance(block, bytes) for block in held.values())
+            # The held units, prefetches that run, and the buffers of this test.
+            assert tracemalloc.get_traced_memory()[0] - before < 24 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_without_a_cache_readers_share_held_units() -> None:
+    """Without a cache, a unit that was read a moment ago is not fetched again."""
+    with fetching() as (source, _, file):
+        for _ in range(3):
+            assert read(file, 10 * UNIT_BYTES, UNIT_BYTES) == unit_bytes(10)
+        assert source.units() == [[10]]
+
+
+def test_an_outage_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An outage is one line in the log, and its end is another."""
+    with fetching(tmp_path) as (source, _, file):
+        for unit in (1, 11, 21):
+            source.errors[unit] = RemoteError("out")
+            with pytest.raises(RemoteError, match="out"):
+                read(file, unit * UNIT_BYTES, 10)
+        assert read(file, 0, 10) == CONTENT[:10]
+        assert read(file, 31 * UNIT_BYTES, 10) == unit_bytes(31)[:10]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].endswith("what is not in the cache cannot be read")
+    assert lines[1].endswith("answers again")
+
+
+test_an_outage_is_logged_once = pytest.mark.expect_log("answers again")(
+    pytest.mark.expect_log("what is not in the cache")(test_an_outage_is_logged_once)
+)
+
+
+def test_random_readers_see_right_bytes(tmp_path: Path) -> None:
+    """Threads that read ranges at random, beside prefetches and failures, see right bytes only."""
+    generator = random.Random(3)
+    with fetching(tmp_path) as (source, fetcher, file):
+        wrong: list[tuple[int, int]] = []
+
+        def run(seed: int) -> None:
+            mine = random.Random(seed)
+            for _ in range(60):
+                offset = mine.randrange(len(CONTENT))
+                length = mine.randrange(1, 3 * UNIT_BYTES)
+                try:
+                    if read(file, offset, length) != CONTENT[offset : offset + length]:
+                        wrong.append((offset, length))
+                except RemoteError:
+                    pass
+
+        source.errors = {unit: RemoteError("out") for unit in generator.sample(range(UNITS), 20)}
+        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        fetcher.prefetch(30, 60)
+        for thread in threads:
+            thread.join(60)
+        assert not wrong
+
+
+test_random_readers_see_right_bytes = pytest.mark.expect_log("what is not in the cache")(
+    pytest.mark.expect_log("answers again")(test_random_readers_see_right_bytes)
+)

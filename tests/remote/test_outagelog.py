@@ -1,0 +1,63 @@
+"""The log of outages names each outage once, and is not filled by a server that fails at times."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from qedfuse.errors import ObjectChangedError, RemoteError
+from qedfuse.remote import outagelog
+from qedfuse.remote.outagelog import OutageLog
+
+CANNOT = "what is not in the cache cannot be read"
+
+
+class Clock:
+    """Replaces the module ``time``."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        """Return the time that the test has set."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+    """Give the clock of the log."""
+    caplog.set_level(logging.CRITICAL, "")
+    caplog.set_level(logging.WARNING, outagelog.__name__)
+    clock = Clock()
+    monkeypatch.setattr(outagelog, "time", clock)
+    return clock
+
+
+@pytest.mark.expect_log(CANNOT)
+@pytest.mark.expect_log("answers again")
+def test_frequent_outages_are_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Outages within a minute are logged once; the errors of the others are left to requests."""
+    log = OutageLog("x")
+    for second in range(0, 70, 10):
+        clock.now = second
+        for number in range(3):
+            error = RemoteError(f"x: {second} {number}")
+            log.failed(error)
+            assert error.is_logged is error.again().is_logged is (second in {0, 60})
+        log.answered()
+        log.answered()
+    expected = [f"x: 0 0; {CANNOT}", "x: answers again", f"x: 60 0; {CANNOT}", "x: answers again"]
+    assert caplog.messages == expected
+
+
+@pytest.mark.expect_log(CANNOT)
+def test_a_change_during_an_outage_is_logged(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A change of the object is logged beside an outage, although both end together."""
+    clock.now = 5.0
+    log = OutageLog("x")
+    log.failed(RemoteError("x: out"))
+    log.failed(ObjectChangedError("x: changed"))
+    log.failed(ObjectChangedError("x: changed"))
+    assert caplog.messages == [f"x: out; {CANNOT}", f"x: changed; {CANNOT}"]

@@ -1,0 +1,263 @@
+"""``qedimg publish`` into a real store: what it stores, refuses and leaves behind."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+import obstore
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import ImageInUseError
+from qedfuse.remote.address import parse_address
+from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.upload import StoppedError, Upload, part_bytes
+from qedfuse.tools.copying.publish import publish
+from tests.support import chains, qemu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.swift import Swift
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Make an image of 20 MiB of data, which is stored in three parts."""
+    path = qemu.create(tmp_path / "golden.qed", 32 * MIB)
+    raw = tmp_path / "data.raw"
+    raw.write_bytes(os.urandom(20 * MIB))
+    qemu.io(path, f"write -s {raw} 0 20M")
+    raw.unlink()
+    return path
+
+
+def content(store: Swift, path: str) -> bytes:
+    """Return an object, as the store's own interface gives it."""
+    return store.request("GET", path).body
+
+
+def failed(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int) -> str:
+    """Run a publish that fails; return its message, which is one line."""
+    assert main(["publish", *map(str, words)]) == code
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_published_image_is_the_file(
+    store: Swift, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The object has the bytes of the file, and the output says how to use it."""
+    assert main(["publish", str(image), "s3://golden/pub/golden image.qed"]) == 1
+    capsys.readouterr()
+    url = "s3://golden/pub/golden%20image.qed"
+    assert main(["publish", str(image), url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{url}: {image.stat().st_size} bytes, compared with the file"
+    assert lines[1] == f"qedfuse -o overlay=vm1.qed {url} /mnt/vm1"
+    assert content(store, "golden/pub/golden%20image.qed") == image.read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, 8 * MIB, 8 * MIB + 1, 16 * MIB])
+def test_raw_file_of_any_length(store: Swift, tmp_path: Path, size: int) -> None:
+    """Files that are empty, one part, just more than one, or whole parts are stored exactly."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(size))
+    assert main(["publish", "-q", str(path), f"s3://golden/raw-{size}"]) == 0
+    assert content(store, f"golden/raw-{size}") == path.read_bytes()
+
+
+def test_existing_object_is_kept(
+    store: Swift, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An object is replaced with --force only."""
+    store.put("golden", "taken.qed", b"precious")
+    text = failed(capsys, image, "s3://golden/taken.qed", code=1)
+    assert text == (
+        "qedimg: s3://golden/taken.qed: found an object, expected none (--force replaces it)\n"
+    )
+    assert content(store, "golden/taken.qed") == b"precious"
+    assert main(["publish", "--force", str(image), "s3://golden/taken.qed"]) == 0
+    assert content(store, "golden/taken.qed") == image.read_bytes()
+
+
+@pytest.mark.usefixtures("store")
+async def test_object_that_appears_meanwhile_is_kept(store: Swift, image: Path) -> None:
+    """An object that another program stores during the upload is not replaced."""
+
+    def on_progress(done: int, _total: int) -> None:
+        if done == image.stat().st_size:
+            store.put("golden", "race.qed", b"first")
+
+    with pytest.raises(Exception, match="found an object, expected none"):
+        await publish(str(image), "s3://golden/race.qed", progress=on_progress)
+    assert content(store, "golden/race.qed") == b"first"
+
+
+def test_image_that_is_not_fit(
+    store: Swift, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An overlay and an image with NEED_CHECK are refused with what to do."""
+    overlay = qemu.create(tmp_path / "top.qed", 32 * MIB, backing="golden.qed")
+    text = failed(capsys, overlay, "s3://golden/top.qed", code=1)
+    assert "found a backing file, expected none (--flatten publishes the chain" in text
+    with image.open("r+b") as file:
+        file.seek(16)
+        file.write(b"\2")
+    text = failed(capsys, image, "s3://golden/top.qed", code=1)
+    assert "found NEED_CHECK set, expected an image that was closed cleanly (qedimg check " in text
+    assert "top.qed" not in store.keys("golden")
+
+
+def test_flattened_chain(store: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --flatten the object is one image with the content of the chain; no file is left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    top = chains.draw_chain(tmp_path, random.Random(5), "c", 3)
+    assert main(["publish", "-q", "--flatten", str(top), "s3://golden/flat.qed"]) == 0
+    flat = tmp_path / "flat.qed"
+    flat.write_bytes(content(store, "golden/flat.qed"))
+    assert "backing-filename" not in qemu.info(flat)
+    assert qemu.content(flat) == qemu.content(top)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("golden.qed", "target: found a path, expected one of s3://BUCKET/KEY"),
+        ("https://localhost/golden.qed", "target: found a web server, expected one of s3://"),
+        ("s3://golden/x?versionId=1", "target: found a version, expected none"),
+        ("s3://golden/", "URL path: found no object"),
+    ],
+)
+def test_target_that_is_no_object(
+    image: Path, url: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A target that cannot be written to is refused with what was expected."""
+    assert expected in failed(capsys, image, url, code=1)
+
+
+@pytest.mark.usefixtures("store")
+def test_store_that_refuses(
+    image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing bucket and a wrong secret have the messages and exit code that reads have."""
+    text = failed(capsys, image, "s3://no-bucket/x", code=22)
+    assert text == "qedimg: s3://no-bucket/x: found no such bucket\n"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=22)
+
+
+@pytest.mark.parametrize("at", ["first", "last"])
+async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: str) -> None:
+    """A publish that is cancelled, early or late, leaves no object."""
+    key = f"cancelled-{at}.qed"
+    struck: list[int] = []
+    with trio.CancelScope() as scope:
+        token = trio.lowlevel.current_trio_token()
+
+        def on_progress(done: int, total: int) -> None:
+            if not struck and (done == total or at == "first"):
+                struck.append(done)
+                token.run_sync_soon(scope.cancel)
+
+        await publish(str(image), f"s3://golden/{key}", progress=on_progress)
+    assert scope.cancelled_caught
+    assert struck
+    assert key not in store.keys("golden")
+
+
+def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -> None:
+    """An upload with --force that is stopped before its end leaves the old object."""
+    store.put("golden", "kept.qed", b"old")
+    data = image.read_bytes()
+
+    class Content:
+        def read_blocking(self, offset: int, view: memoryview) -> int:
+            view[:] = data[offset : offset + len(view)]
+            return len(view)
+
+    def on_progress(done: int, _total: int) -> None:
+        if done == len(data):
+            upload.stop()
+
+    upload = Upload(
+        parse_address("s3://golden/kept.qed"),
+        Content(),
+        len(data),
+        ClientOptions(),
+        overwrite=True,
+        progress=on_progress,
+    )
+    with pytest.raises(StoppedError):
+        upload.run()
+    assert content(store, "golden/kept.qed") == b"old"
+
+
+@pytest.mark.usefixtures("store")
+async def test_changed_file_is_not_published(store: Swift, image: Path) -> None:
+    """A file that changes during the upload is not published."""
+
+    def on_progress(_done: int, _total: int) -> None:
+        os.utime(image)
+
+    with pytest.raises(ImageInUseError, match="found the file changed meanwhile"):
+        await publish(str(image), "s3://golden/moving.qed", progress=on_progress)
+    assert "moving.qed" not in store.keys("golden")
+
+
+@pytest.fixture
+def damaging(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Damage one byte of each upload; the list has the keys of those that were."""
+    struck: list[str] = []
+    put = obstore.put
+
+    def damaged(handle: Any, key: str, parts: Any, **options: Any) -> Any:  # noqa: ANN401
+        def changed() -> Iterator[bytearray]:
+            for part in parts:
+                if not struck:
+                    struck.append(key)
+                    part[1000] ^= 1
+                yield part
+
+        return put(handle, key, changed(), **options)
+
+    monkeypatch.setattr(obstore, "put", damaged)
+    return struck
+
+
+def test_object_with_other_bytes_is_deleted(
+    store: Swift, image: Path, damaging: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An object that differs from the file is noticed and deleted."""
+    text = failed(capsys, image, "s3://golden/damaged.qed", code=22)
+    assert damaging == ["damaged.qed"]
+    assert "found other bytes stored at 0, expected the content of the file" in text
+    assert "damaged.qed" not in store.keys("golden")
+    assert not any(key.startswith("damaged.qed") for key in store.keys("golden+segments"))
+
+
+def test_store_without_known_checksums_is_read(
+    store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the entity tag is no checksum, the object is read and compared."""
+    monkeypatch.setattr("qedfuse.remote.upload.Upload._expected_etags", lambda _: ("", ""))
+    assert main(["publish", "-q", str(image), "s3://golden/read.qed"]) == 0
+    assert content(store, "golden/read.qed") == image.read_bytes()
+
+
+def test_part_lengths() -> None:
+    """Parts are as few as stores allow, and no larger than memory allows."""
+    assert part_bytes(0) == part_bytes(8000 * MIB) == 8 * MIB
+    assert part_bytes(8001 * MIB) == 16 * MIB
+    assert part_bytes(100 << 30) == part_bytes(600 << 30) == 64 * MIB
+    assert part_bytes(5 << 40) == 528 * MIB

@@ -1,0 +1,167 @@
+"""``qedimg warm``: what it fetches, and that it fetches nothing twice."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import CacheError, RemoteError
+from qedfuse.remote.options import Deadlines, RemoteOptions
+from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.tools.copying.warm import warm
+from tests.support import qemu
+from tests.support.remotes import opened, read, some_bytes
+from tests.support.webserver import serving
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.nginx import Nginx
+
+MIB = 1 << 20
+
+
+def options(cache: Path) -> OpenOptions:
+    """Return options with a cache, and a server that is given up soon."""
+    return OpenOptions(
+        remote=RemoteOptions(cache_directory=str(cache), deadlines=Deadlines(1, 1, 1))
+    )
+
+
+def make_image(path: Path) -> Path:
+    """Make an image with data, a range that was discarded, and data again."""
+    qemu.create(path, 64 * MIB)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(some_bytes(24))
+    qemu.io(path, f"write -s {raw} 0 6M")
+    qemu.io(path, f"write -s {raw} 40M 6M")
+    raw.unlink()
+    return path
+
+
+async def test_image_is_read_without_the_server(tmp_path: Path) -> None:
+    """After a warm-up all of an image is read from the cache, and no byte was fetched twice."""
+    image = make_image(tmp_path / "disk.qed")
+    content = await trio.Path(image).read_bytes()
+    with serving(content) as server:
+        calls: list[tuple[int, int]] = []
+        found = await warm(
+            server.url,
+            options(tmp_path / "cache"),
+            progress=lambda done, total: calls.append((done, total)),
+        )
+        assert [file.is_complete for file in found] == [True]
+        assert found[0].cached_bytes == found[0].fetched_bytes == len(content)
+        # Each request to open the object is for its first byte.
+        assert sum(last > first for first, last in server.requests) >= 3
+        fetched = [(first, last) for first, last in server.requests if last > first]
+        assert sum(last - first + 1 for first, last in fetched) == len(content)
+        assert calls == sorted(calls)
+        assert calls[-1] == (len(content), len(content))
+        requests = len(fetched)
+        again = await warm(server.url, options(tmp_path / "cache"))
+        assert again[0].fetched_bytes == 0
+        assert again[0].cached_bytes == len(content)
+        assert len([first for first, last in server.requests if last > first]) == requests
+        url = server.url
+    with pytest.raises(RemoteError):
+        await warm(url.replace("disk", "other"), options(tmp_path / "cache"))
+
+
+async def test_clusters_that_are_free_are_not_fetched(tmp_path: Path) -> None:
+    """Only tables and allocated clusters are fetched, not clusters that are free."""
+    image = make_image(tmp_path / "disk.qed")
+    async with open_disk(str(image), OpenOptions(writable=True, compact="off")) as disk:
+        await disk.discard(0, 6 * MIB)
+    content = await trio.Path(image).read_bytes()
+    with serving(content) as server:
+        found = await warm(server.url, options(tmp_path / "cache"))
+        assert not found[0].is_complete
+        assert 6 * MIB < found[0].cached_bytes < len(content) - 5 * MIB
+        assert server.sent_bytes - found[0].fetched_bytes == 2  # opened twice
+    cached = tmp_path / "cache"
+    assert sum(path.stat().st_blocks * 512 for path in cached.rglob("data")) < len(content) - MIB
+
+
+async def test_interrupted_call_goes_on(tmp_path: Path) -> None:
+    """What a cancelled call has fetched is not fetched again by the next."""
+    content = some_bytes(120.5)
+    with serving(content) as server:
+        with trio.CancelScope() as scope:
+
+            def on_progress(done: int, total: int) -> None:
+                if done > total // 2:
+                    scope.cancel()
+
+            await warm(server.url, options(tmp_path / "cache"), progress=on_progress)
+        assert scope.cancelled_caught
+        first = server.sent_bytes
+        assert len(content) // 2 < first
+        found = await warm(server.url, options(tmp_path / "cache"))
+        assert found[0].is_complete
+        # A request that was running when the call was cancelled may have been in vain.
+        assert found[0].fetched_bytes <= len(content) // 2 + 2 * UNIT_BYTES
+        assert server.sent_bytes <= len(content) + 32 * UNIT_BYTES
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_chain_of_urls(nginx: Nginx, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bases that --backing-url allows are fetched as well; others are refused."""
+    base = make_image(nginx.directory / "base.qed")
+    raw = nginx.directory / "lowest.raw"
+    raw.write_bytes(some_bytes(10))
+    top = nginx.directory / "top.qed"
+    qemu.create(tmp_path / "top.qed", 64 * MIB)
+    qemu.io(tmp_path / "top.qed", "write -P 1 0 1M")
+    for path, name in ((tmp_path / "top.qed", "base.qed"), (base, "lowest.raw")):
+        words = ["-u", "-b", f"{nginx.http}/{name}", "-F", "raw" if "raw" in name else "qed"]
+        assert main(["rebase", *words, str(path)]) == 0
+    (tmp_path / "top.qed").rename(top)
+    cache = tmp_path / "cache"
+    words = ["warm", "--cache-dir", str(cache), f"{nginx.http}/top.qed"]
+    assert main(words) == 17
+    capsys.readouterr()
+    assert main([*words, "--backing-url", f"{nginx.http}/"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{nginx.http}/{name}" for name in ("top.qed", "base.qed", "lowest.raw")
+    ]
+    size = raw.stat().st_size
+    assert lines[2].endswith(
+        f": {size} bytes in the cache, fetched now: {size}, no server is needed to read it"
+    )
+    with opened(f"{nginx.http}/lowest.raw", cache) as file:
+        assert read(file, 0, size) == raw.read_bytes()
+        assert file.fetcher.fetched_bytes == 0
+
+
+@pytest.mark.expect_log("cannot store in the cache")
+async def test_cache_without_room(tmp_path: Path) -> None:
+    """A cache that cannot keep the file is an error, and not a warm-up without effect."""
+    content = some_bytes(40)
+    remote = RemoteOptions(cache_directory=str(tmp_path / "cache"), cache_bytes=10 * UNIT_BYTES)
+    with (
+        serving(content) as server,
+        pytest.raises(CacheError, match="found no room in the cache, expected 10485760"),
+    ):
+        await warm(server.url, OpenOptions(remote=remote))
+
+
+def test_server_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server that fails in between gives one line and exit code 22."""
+    with serving(some_bytes(20)) as server:
+        words = ["warm", "--cache-dir", str(tmp_path / "cache"), "--remote-timeout", "1"]
+        assert main([*words, server.url]) == 0
+        server.always = "status 404"
+        assert main(["warm", "--cache-dir", str(tmp_path / "other"), server.url]) == 22
+        assert server.struck["status 404"]
+    captured = capsys.readouterr()
+    assert captured.err == f"qedimg: {server.url}: found no such object\n"
+    assert main(["warm", os.devnull]) == 1
+    assert "found a path, expected a URL" in capsys.readouterr().err
