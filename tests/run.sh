@@ -13,13 +13,9 @@ say "Lint"
 shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/*.sh tests/vm/*.sh tests/vm/init .ci/run
 "$venv/bin/ruff" check .
 read -r -a flags < <(pkg-config --cflags fuse3)
-gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" \
-    -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
-    qedfuse/mount/fuse/_extraops.c qedfuse/mount/fuse/_dataops.c \
-    qedfuse/mount/fuse/_burst.c qedfuse/mount/fuse/_cachedread.c
-gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror \
-    -I"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
-    qedfuse/check/_sweep.c qedfuse/tools/inspection/_maplines.c qedfuse/hostio/_iothreads.c
+includes=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" -I"$includes" \
+    qedfuse/{mount/fuse,check,tools/inspection,hostio}/*.c
 gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/passthrough.c
 "$venv/bin/ruff" format --check .
 say "Types"
