@@ -17,7 +17,7 @@ from urllib.parse import urldefrag, urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
-from urllib3.exceptions import HTTPError, ProxyError, SSLError
+from urllib3.exceptions import HTTPError, ProtocolError, ProxyError, SSLError
 
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_below, parse_address
@@ -53,6 +53,10 @@ _ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 425, 429)
 """Statuses below 500 with which a server asks for another attempt."""
+
+
+class _BrokenOffError(AttemptError):
+    """The server has ended an answer before its end."""
 
 
 class WebClient:
@@ -91,6 +95,17 @@ class WebClient:
 
     def get(self, offset: int, length: int, version: Version) -> bytearray:
         """Return a range of a version of the object; see `Client.get`."""
+        try:
+            return self._get(offset, length, version)
+        except _BrokenOffError as error:
+            # A cache between begins an answer with what it has of an old version, and breaks it off
+            # where the store has another one.  Further attempts would end in the same way.
+            with suppress(AttemptError, RefusedError, UnusableError):
+                if not self.head().is_same(version):
+                    raise ChangedError from error
+            raise
+
+    def _get(self, offset: int, length: int, version: Version) -> bytearray:
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:
             headers["If-Match"] = version.etag
@@ -269,10 +284,13 @@ def _body(response: BaseHTTPResponse, length: int) -> bytearray:
     view = memoryview(content)
     done = 0
     while done < length:
-        part = response.read1(min(1 << 18, length - done), decode_content=False)
+        try:
+            part = response.read1(min(1 << 18, length - done), decode_content=False)
+        except ProtocolError as error:
+            raise _BrokenOffError(_reason(error)) from error
         if not part:
             msg = f"found {done} bytes, expected {length}"
-            raise AttemptError(msg)
+            raise _BrokenOffError(msg)
         view[done : done + len(part)] = part
         done += len(part)
     return content

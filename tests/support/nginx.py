@@ -1,4 +1,4 @@
-"""A real web server of the tests: nginx with a certificate of the tests' own."""
+"""A real web server of the tests, and a cache of it: nginx with certificates of the tests' own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import pwd
 import subprocess
 import textwrap
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from tests.support.sandbox import ROOT
 from tests.support.servers import free_ports, is_listening, missing_programs, running, wait_for
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _START_SECONDS: Final = 30.0
+CACHE_SETTINGS: Final = ROOT / "examples" / "nginx-cache.conf"
+"""The configuration of a cache that docs/remote.md recommends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,19 @@ class Nginx:
     certificate: Path
     log: Path
 
+    def requests(self, path: str) -> list[tuple[int, int]]:
+        """Return status and length of the body of each answer for a path, once all are logged.
+
+        nginx logs an answer after it has sent it, so a client may be faster.  A request that is
+        made here comes after all others, because there is one worker.
+        """
+        marker = f"/logged-{len(self.log.read_bytes())}"
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{self.http}{marker}"):  # noqa: S310  loopback
+            pass
+        wait_for(lambda: marker in self.log.read_text("utf-8"), _START_SECONDS, self.log.parent)
+        lines = [line.split(" ") for line in self.log.read_text("utf-8").splitlines()]
+        return [(int(words[-2]), int(words[-1])) for words in lines if words[1] == path]
+
 
 def why_no_nginx() -> str:
     """Return why nginx cannot be started here; empty if it can."""
@@ -49,6 +67,45 @@ def serving_nginx(directory: Path) -> Iterator[Nginx]:
     """Run a server in a new directory for the block."""
     files = directory / "files"
     files.mkdir(parents=True)
+    certificate = _certificate(directory)
+    https, http = free_ports(2)
+    with _running(directory, _settings(directory, https, http), http):
+        yield Nginx(
+            files,
+            f"https://localhost:{https}",
+            f"http://127.0.0.1:{http}",
+            certificate,
+            directory / "access.txt",
+        )
+
+
+@contextmanager
+def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
+    """Run a cache of another server in a new directory for the block; yield URL and certificate.
+
+    The configuration is the example's, with other names, ports and certificates.
+    """
+    directory.mkdir(parents=True)
+    certificate = _certificate(directory)
+    (port,) = free_ports(1)
+    text = CACHE_SETTINGS.read_text("utf-8")
+    for old, new in {
+        "/var/cache/nginx/images": f"{directory}/cache",
+        "server images.example:443": f"server {origin.https.removeprefix('https://')}",
+        " images.example;": " localhost;",
+        "/etc/ssl/certs/ca-certificates.crt": str(origin.certificate),
+        "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
+        "/etc/ssl/cache.example.pem": str(certificate),
+        "/etc/ssl/private/cache.example.key": f"{directory}/key.pem",
+    }.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    with _running(directory, _frame(directory, text), port):
+        yield f"https://localhost:{port}", certificate
+
+
+def _certificate(directory: Path) -> Path:
+    """Make a certificate for localhost and its key; return the certificate's file."""
     certificate = directory / "certificate.pem"
     subprocess.run(
         [
@@ -60,27 +117,43 @@ def serving_nginx(directory: Path) -> Iterator[Nginx]:
         check=True,
         capture_output=True,
     )
-    https, http = free_ports(2)
-    settings = directory / "nginx.conf"
-    settings.write_text(_settings(directory, https, http))
+    return certificate
+
+
+@contextmanager
+def _running(directory: Path, settings: str, port: int) -> Iterator[None]:
+    """Run nginx in a directory for the block; it serves when the block begins."""
+    path = directory / "nginx.conf"
+    path.write_text(settings)
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-    command = ["nginx", "-p", str(directory), "-c", str(settings)]
+    command = ["nginx", "-p", str(directory), "-c", str(path)]
     with (
         (directory / "nginx.log").open("wb") as log,
         running(command, log, environment),
     ):
-        wait_for(lambda: is_listening(http), _START_SECONDS, directory)
-        yield Nginx(
-            files,
-            f"https://localhost:{https}",
-            f"http://127.0.0.1:{http}",
-            certificate,
-            directory / "access.txt",
-        )
+        wait_for(lambda: is_listening(port), _START_SECONDS, directory)
+        yield
 
 
 def _settings(directory: Path, https: int, http: int) -> str:
-    """Return the configuration file; all that the server writes is in ``directory``."""
+    """Return the configuration file of a server of files."""
+    return _frame(
+        directory,
+        f"""
+server {{
+    listen 127.0.0.1:{https} ssl;
+    listen 127.0.0.1:{http};
+    server_name localhost;
+    ssl_certificate {directory}/certificate.pem;
+    ssl_certificate_key {directory}/key.pem;
+    root {directory}/files;
+}}
+""",
+    )
+
+
+def _frame(directory: Path, servers: str) -> str:
+    """Return a configuration file with some servers; nginx writes only to ``directory``."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     places = "\n".join(
         f"    {name}_temp_path {directory}/{name};"
@@ -100,16 +173,9 @@ def _settings(directory: Path, https: int, http: int) -> str:
             log_format line '$request_method $uri $http_range $status $body_bytes_sent';
             access_log {directory}/access.txt line;
             default_type application/octet-stream;
-            server {{
-                listen 127.0.0.1:{https} ssl;
-                listen 127.0.0.1:{http};
-                server_name localhost;
-                ssl_certificate {directory}/certificate.pem;
-                ssl_certificate_key {directory}/key.pem;
-                root {directory}/files;
-            }}
         """
         )
         + places
+        + servers
         + "\n}\n"
     )
