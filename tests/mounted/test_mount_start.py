@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount.system.mountrecord import record_directories
 from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
+from qedfuse.mount.system.recorddirectory import record_directories
 from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import pytest
 
 from qedfuse.errors import HostError, PrivilegeError
-from qedfuse.mount.system import mountrecord
+from qedfuse.mount.system import recordfile, recordlookup
 from qedfuse.mount.system.mountrecord import (
     MountRecord,
-    MountRecordFile,
-    find_record,
     has_ended,
     process_start,
-    take_record,
+    read_record,
 )
 from qedfuse.mount.system.mounttable import read_mounts
+from qedfuse.mount.system.recordfile import MountRecordFile
+from qedfuse.mount.system.recordlookup import find_record, take_record
 from qedfuse.util.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ DEVICE = "0:42"
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep records in a directory of the test's own."""
     path = tmp_path / "records"
-    monkeypatch.setattr(mountrecord, "record_directories", lambda _user: [path])
+    for module in (recordfile, recordlookup):
+        monkeypatch.setattr(module, "record_directories", lambda _user: [path])
     return path
 
 
@@ -141,12 +142,12 @@ def test_the_records_of_a_readable_directory_count(
     loop.parent.symlink_to(loop.parent)
     unreadable = tmp_path / ("x" * 300) / "records"
     monkeypatch.setattr(
-        mountrecord, "record_directories", lambda _user: [loop, unreadable, directory]
+        recordlookup, "record_directories", lambda _user: [loop, unreadable, directory]
     )
     assert find_record(DEVICE, USER) is not None
     with pytest.raises(HostError, match="File name too long"):
         find_record("0:1", USER)
-    monkeypatch.setattr(mountrecord, "record_directories", lambda _user: [loop])
+    monkeypatch.setattr(recordlookup, "record_directories", lambda _user: [loop])
     assert find_record("0:1", USER) is None
 
 
@@ -168,7 +169,7 @@ def test_a_record_that_cannot_be_written_leaves_nothing(
     """A failed write keeps the record as it was, and leaves no other file."""
     file = MountRecordFile()
     for module, name, replacement in (
-        (mountrecord, "open", full_file),
+        (recordfile, "open", full_file),
         (os, "rename", failing(errno.EIO)),
     ):
         with monkeypatch.context() as patched:
@@ -212,7 +213,7 @@ def test_a_failed_removal_of_old_records_does_not_matter(
     before = open_descriptors()
     with monkeypatch.context() as patched:
         patched.setattr(os, "listdir", failing(errno.EIO))
-        patched.setattr(mountrecord, "read_mounts", failing(errno.EMFILE))
+        patched.setattr(recordfile, "read_mounts", failing(errno.EMFILE))
         file = MountRecordFile()
     file.write(DEVICE, own_record())
     assert len(list(directory.iterdir())) == 1
@@ -359,7 +360,7 @@ def test_a_record_is_removed_from_the_checked_directory(
     other = tmp_path / "other"
     other.mkdir()
     (other / name).touch()
-    read = mountrecord._read
+    read = read_record
 
     def read_and_swap(opened: int, name: str, user: int) -> MountRecord | None:
         record = read(opened, name, user)
@@ -367,7 +368,7 @@ def test_a_record_is_removed_from_the_checked_directory(
         directory.symlink_to(other)
         return record
 
-    monkeypatch.setattr(mountrecord, "_read", read_and_swap)
+    monkeypatch.setattr(recordlookup, "read_record", read_and_swap)
     record = take_record(directory / name, USER)
     assert record is not None
     assert (record.failure, record.exit_code) == ("failed", 2)

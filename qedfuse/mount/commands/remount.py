@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError, UsageError
 from qedfuse.mount.optionparser import is_in_effect, parse_options
 from qedfuse.mount.optionsyntax import absolute_options, split_options
-from qedfuse.mount.system.mountrecord import find_record
 from qedfuse.mount.system.mounttable import find_qedfuse_mount
+from qedfuse.mount.system.recordlookup import find_record
 from qedfuse.text import printable
 
 if TYPE_CHECKING:

@@ -12,15 +12,10 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import HostError, MountpointError, QedError
 from qedfuse.mount.system.boundedcall import Deadline, call_in_child
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
-from qedfuse.mount.system.mountrecord import (
-    FoundRecord,
-    MountRecord,
-    find_record,
-    has_ended,
-    record_directories,
-    take_record,
-)
+from qedfuse.mount.system.mountrecord import MountRecord, has_ended
 from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_qedfuse_mount
+from qedfuse.mount.system.recorddirectory import record_directories
+from qedfuse.mount.system.recordlookup import FoundRecord, find_record, take_record
 from qedfuse.mount.system.unmount import BusyError, unmount
 from qedfuse.mount.system.visiblemounts import describe_visible_mounts
 from qedfuse.text import printable

@@ -14,7 +14,8 @@ from qedfuse.errors import QedError
 from qedfuse.mount.process.pidfile import PidFile
 from qedfuse.mount.process.servicemanager import ServiceManager
 from qedfuse.mount.system.mountpoint import is_below
-from qedfuse.mount.system.mountrecord import MountRecord, MountRecordFile, process_start
+from qedfuse.mount.system.mountrecord import MountRecord, process_start
+from qedfuse.mount.system.recordfile import MountRecordFile
 from qedfuse.text import printable
 
 if TYPE_CHECKING:

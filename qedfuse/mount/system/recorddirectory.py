@@ -1,0 +1,64 @@
+"""The directories of mount records (`mountrecord`), and who may write to them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from qedfuse.errors import PrivilegeError
+from qedfuse.text import printable
+
+NO_RECORD: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""The errors of open(2) for a directory or a file that is missing or of the wrong type.  After any
+other error there may be a record that cannot be read."""
+
+
+def record_directories(user: int) -> list[Path]:
+    """List the directories in which records of a user's mounts may be, the preferred one first.
+
+    The environment variable ``XDG_RUNTIME_DIR`` counts only for the user of this process.
+    """
+    if user == 0:
+        return [Path("/run/qedfuse")]
+    directories = [
+        Path(f"/run/user/{user}/qedfuse"),
+        Path(f"/tmp/qedfuse-{user}"),  # noqa: S108  its owner and mode are checked before use
+    ]
+    own = os.environ.get("XDG_RUNTIME_DIR")
+    if own and user == os.getuid():
+        directories.insert(0, Path(own) / "qedfuse")
+    return directories
+
+
+def open_directory(path: Path, user: int, *, make: bool) -> int:
+    """Open a directory of records, if only ``user`` can write to the directory.
+
+    Args:
+        path: The directory.
+        user: The user who must own the directory.
+        make: Whether to make the directory if it is missing.
+
+    Returns:
+        A descriptor of the directory.
+
+    Raises:
+        OSError: The directory cannot be made or opened, or the path is no directory.
+        PrivilegeError: The directory has another owner, or others can write to it.
+    """
+    if make:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(fd)
+    if status.st_uid != user or stat.S_IMODE(status.st_mode) & 0o022:
+        os.close(fd)
+        msg = (
+            f"{printable(path)}: found a directory of another user, or to which others can write, "
+            "expected a directory of this user, to which no other can write"
+        )
+        raise PrivilegeError(msg)
+    return fd

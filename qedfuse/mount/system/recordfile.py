@@ -1,0 +1,184 @@
+"""The file with the record of one mount, and the removal of records of servers that have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from dataclasses import replace
+from typing import Final
+
+from qedfuse.errors import HostError
+from qedfuse.mount.system.mountrecord import (
+    MountRecord,
+    format_record,
+    has_ended,
+    process_start,
+    read_record,
+)
+from qedfuse.mount.system.mounttable import read_mounts
+from qedfuse.mount.system.recorddirectory import open_directory, record_directories
+
+_NEW_SUFFIX: Final = ".new"
+"""The end of a file's name while a record is written to the file."""
+_ENDED_MODE: Final = 0o400
+"""The mode that marks a record whose server has ended and whose mount is gone."""
+_MIN_ENDED_SECONDS: Final = 60.0
+"""Minimum time for which a record with `_ENDED_MODE` is kept, because a running ``qedfuse
+umount`` may still need the record."""
+
+
+class MountRecordFile:
+    """The file with the record of one mount, from before the mount until after its end.
+
+    The caller must construct the object before the mount exists, because the constructor opens
+    the directory of the record, and later the path of this directory may lead through the mount.
+    """
+
+    def __init__(self) -> None:
+        """Open a directory of records, and remove old records of servers that have ended.
+
+        If old records cannot be read or removed, they are left to a later mount.
+
+        Raises:
+            HostError: No directory of records can be made or opened.
+            PrivilegeError: The first directory of records that can be opened has another owner,
+                or others can write to it.
+        """
+        self._written: tuple[str, MountRecord] | None = None
+        self._directory = self._open_first_usable()
+        with contextlib.suppress(OSError, HostError):
+            _remove_stale(self._directory)
+
+    def write(self, device: str, record: MountRecord) -> None:
+        """Write the record of a mount.
+
+        Args:
+            device: The device number of the mount, ``MAJOR:MINOR``.
+            record: The record.
+
+        Raises:
+            HostError: The record cannot be written.
+        """
+        name = f"{device}.{record.pid}"
+        self._write(name, record)
+        self._written = (name, record)
+
+    @staticmethod
+    def _open_first_usable() -> int:
+        """Open the first of `record_directories` that can be made or opened.
+
+        Raises:
+            HostError: None of them can be made or opened.
+            PrivilegeError: The first that can be opened has another owner, or others can write
+                to it.  A later directory is not tried.
+        """
+        user = os.geteuid()
+        failure: OSError | None = None
+        for path in record_directories(user):
+            try:
+                return open_directory(path, user, make=True)
+            except OSError as error:
+                failure = error
+        raise HostError.from_os(failure or OSError(), str(path), "cannot write the mount record")
+
+    def _write(self, name: str, record: MountRecord) -> None:
+        """Write the file ``name`` with a record.
+
+        The file is replaced atomically, so a reader sees the complete old or new content.
+
+        Raises:
+            HostError: The file cannot be written; an earlier file ``name`` is unchanged.
+        """
+        text = format_record(record)
+        new = name + _NEW_SUFFIX
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(new, flags, 0o600, dir_fd=self._directory)
+            with open(fd, "wb") as file:  # noqa: PTH123
+                file.write(text)
+            os.rename(new, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=self._directory)
+            raise HostError.from_os(error, name, "cannot write the mount record") from error
+
+    def finish(self, failure: str | None, exit_code: int) -> None:
+        """Remove the record, or add a failure to it; then close the directory.
+
+        Nothing is removed or added if no record was written.  An error of the host is ignored.
+
+        Args:
+            failure: What failed; None if nothing failed, and the record must be removed.
+            exit_code: The exit code of the server, recorded with the failure.
+        """
+        try:
+            if self._written is None:
+                return
+            name, record = self._written
+            if failure is None:
+                os.unlink(name, dir_fd=self._directory)
+            else:
+                self._write(name, replace(record, failure=failure, exit_code=exit_code))
+        except (OSError, HostError):
+            pass  # the mount is gone, so no caller could act on the error
+        finally:
+            os.close(self._directory)
+
+
+def _remove_stale(directory: int) -> None:
+    """Remove records of servers that have ended, unless a ``qedfuse umount`` may need them.
+
+    The mount of a killed server stays in the mount table until the mount is unmounted, and the
+    record must stay until then.  After the unmount, ``qedfuse umount`` waits for the end of the
+    server and reads the record once more.  So a record whose mount is gone is first made
+    read-only, and the first mount that begins at least a minute later removes the record.  Mounts
+    that are only in other mount namespaces count as gone.
+
+    If a server was killed while it wrote its record, the unfinished file is removed as well.
+
+    Args:
+        directory: A descriptor of the directory of records.
+
+    Raises:
+        OSError: The directory or the mount table cannot be read.
+        HostError: /proc is not mounted.
+    """
+    user = os.geteuid()
+    ended = []
+    for name in os.listdir(directory):
+        with contextlib.suppress(OSError, HostError):  # a record that cannot be read stays
+            if name.endswith(_NEW_SUFFIX):
+                _remove_unfinished(directory, name)
+            elif (record := read_record(directory, name, user)) is not None and has_ended(record):
+                ended.append(name)
+    # The mount table is read after the records.  A server writes its record after it has
+    # mounted, so a record whose mount is missing in this table belongs to a mount that is gone.
+    mounted = {entry.device for entry in read_mounts()}
+    for name in ended:
+        if name.partition(".")[0] in mounted:
+            continue
+        with contextlib.suppress(OSError):
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_IMODE(status.st_mode) != _ENDED_MODE:
+                os.chmod(name, _ENDED_MODE, dir_fd=directory)
+            elif time.time() - status.st_ctime >= _MIN_ENDED_SECONDS:
+                os.unlink(name, dir_fd=directory)
+
+
+def _remove_unfinished(directory: int, name: str) -> None:
+    """Remove the unfinished file of a record, unless its server may still be writing it.
+
+    Args:
+        directory: A descriptor of the directory of records.
+        name: The name of the file, which ends in `_NEW_SUFFIX`.
+
+    Raises:
+        OSError: The file cannot be removed.
+        HostError: The start time of the process with the server's pid cannot be read.
+    """
+    pid = name.removesuffix(_NEW_SUFFIX).rpartition(".")[2]
+    if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
+        os.unlink(name, dir_fd=directory)

@@ -1,0 +1,134 @@
+"""Finding the record of a mount, for ``qedfuse umount`` and ``qedfuse -o remount``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qedfuse.errors import HostError, PrivilegeError
+from qedfuse.mount.system.mountrecord import MountRecord, read_record
+from qedfuse.mount.system.recorddirectory import NO_RECORD, open_directory, record_directories
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_CANNOT_READ: Final = "cannot read the mount record"
+
+
+class FoundRecord(NamedTuple):
+    """A mount record and the path of its file."""
+
+    path: Path
+    record: MountRecord
+
+
+def find_record(device: str, user: int) -> FoundRecord | None:
+    """Find the record of a mount, in the directories of the user who has mounted.
+
+    Args:
+        device: The device number of the mount, ``MAJOR:MINOR``.
+        user: The user who has mounted.
+
+    Returns:
+        The record; if there are several, that of the server that started last.  None if there is
+        no record in a directory to which only ``user`` can write.
+
+    Raises:
+        HostError: A directory or a record cannot be read, and no other record was found.
+    """
+    records: list[FoundRecord] = []
+    failure: HostError | None = None
+    for directory in record_directories(user):
+        try:
+            for found in _records_in(directory, device, user):
+                if isinstance(found, FoundRecord):
+                    records.append(found)
+                else:
+                    failure = found
+        except PrivilegeError:
+            continue
+        except OSError as error:
+            if error.errno not in NO_RECORD:
+                failure = HostError.from_os(error, printable(str(directory)), _CANNOT_READ)
+    if failure is not None and not records:
+        raise failure
+    # The kernel reuses device numbers, so there may be records of earlier mounts with the same
+    # number.  Normally the server that started last has also mounted last.
+    return max(records, key=lambda found: found.record.started, default=None)
+
+
+def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:
+    """Yield the records of a mount in one directory, or an error for each that cannot be read.
+
+    Args:
+        directory: The directory.
+        device: The device number of the mount, ``MAJOR:MINOR``.
+        user: The user who has mounted.
+
+    Raises:
+        OSError: The directory is missing or cannot be read.
+        PrivilegeError: The directory has another owner, or others can write to it.
+    """
+    fd = open_directory(directory, user, make=False)
+    try:
+        for name in os.listdir(fd):  # noqa: PTH208  of a descriptor
+            if name.rpartition(".")[0] != device:
+                continue
+            try:
+                record = read_record(fd, name, user)
+            except OSError as error:
+                yield HostError.from_os(error, printable(str(directory / name)), _CANNOT_READ)
+            else:
+                if record is not None:
+                    yield FoundRecord(directory / name, record)
+    finally:
+        os.close(fd)
+
+
+def take_record(path: Path, user: int) -> MountRecord | None:
+    """Read a record that `find_record` has found, remove its file, and return the record.
+
+    Args:
+        path: The path of the file.
+        user: The user who has mounted.
+
+    Returns:
+        The record, even if its file cannot be removed.  None if the file is gone or has no valid
+        record any more, or if others than ``user`` can write to its directory; then nothing is
+        removed.
+
+    Raises:
+        HostError: The directory or the file cannot be read.
+    """
+    try:
+        return _take(path, user)
+    except PrivilegeError:
+        return None
+    except OSError as error:
+        if error.errno in NO_RECORD:
+            return None
+        raise HostError.from_os(error, printable(str(path)), _CANNOT_READ) from error
+
+
+def _take(path: Path, user: int) -> MountRecord | None:
+    """Read a record, remove its file, and return the record, as `take_record` does.
+
+    Raises:
+        OSError: The directory is missing, or the directory or the file cannot be read.
+        PrivilegeError: The directory has another owner, or others can write to it.
+    """
+    fd = open_directory(path.parent, user, make=False)
+    try:
+        record = read_record(fd, path.name, user)
+        if record is not None:
+            # The file is removed through the descriptor of its directory.  If root used the path
+            # of the file, ``user`` could put a link in place of a directory in the path, and so
+            # make root remove a file in another directory.
+            with contextlib.suppress(OSError):
+                os.unlink(path.name, dir_fd=fd)
+        return record
+    finally:
+        os.close(fd)
