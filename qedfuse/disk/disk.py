@@ -155,11 +155,8 @@ class Disk:
         """
         return self._fast_path.try_read(start, length)
 
-    def read_tables(self) -> ReadTables | None:
-        """Return the objects with which the mount's extension answers reads by itself.
-
-        Returns None if the extension cannot read a file of the chain: see `FastPath.read_tables`.
-        """
+    def read_tables(self) -> ReadTables:
+        """Return the objects with which the mount's extension answers reads by itself."""
         return self._fast_path.read_tables(self._epochs)
 
     @property
@@ -176,11 +173,13 @@ class Disk:
     def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
         """Return where a range is stored, as a descriptor and a file offset, without waiting.
 
-        Returns None if the range is not known to be one run in one file; see `FastPath.locate`.
-        The result is valid until the caller awaits something.
+        Returns None if the range is not known to be one run in one local file; see
+        `FastPath.locate`.  The result is valid until the caller awaits something.
         """
         location = self._fast_path.locate(start, length)
-        return None if location is None else (location[0].fileno(), location[1])
+        if location is None or (fd := location[0].fileno()) < 0:
+            return None
+        return fd, location[1]
 
     def try_start_read(
         self,
@@ -456,6 +455,11 @@ class Disk:
         is not logged either, because the close raises it.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
+
+    @property
+    def uses_server(self) -> bool:
+        """Whether a server has the image or a base."""
+        return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
         """Make reads fail that wait for a server, and later ones that would; others go on."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -41,6 +42,10 @@ class ReadableFile(Protocol):
     @property
     def read_policy(self) -> ReadPolicy | None:
         """The policy that decides whether `try_read` tries a read; None if every read is tried."""
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """What the mount's extension needs to read the file itself; None if it must not."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""

@@ -15,6 +15,7 @@ from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.hostio.inlinepolicy import InlinePolicy
 from qedfuse.hostio.inodelock import InodeLock, acquire
 from qedfuse.hostio.nowaitretry import NowaitRetry
+from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.regular import identity_of, open_regular, status_of
 from qedfuse.hostio.sparse import seek
@@ -99,6 +100,11 @@ class PosixFile:
     def fileno(self) -> int:
         """Return the descriptor."""
         return self.fd
+
+    @property
+    def page_source(self) -> PageSource:
+        """The descriptor, all of which may be read."""
+        return PageSource(self.read_policy, self.fd)
 
     @property
     def identity(self) -> FileIdentity:

@@ -10,6 +10,7 @@ from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.pagesource import PageSource
 
 
 class ReadOnlyFile:
@@ -27,6 +28,11 @@ class ReadOnlyFile:
     def __init__(self, name: str) -> None:
         """Refuse the changes of the file ``name``."""
         self.name = name
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """None: the mount's extension reads only files that say how."""
+        return None
 
     def can_write_inline(self, _length: int) -> bool:
         """Return False."""

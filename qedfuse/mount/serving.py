@@ -180,7 +180,8 @@ class Server:
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
-            nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
+            if self._disks.use_servers:
+                nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
             heap_trimmer = HeapTrimmer()
@@ -256,7 +257,8 @@ async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
     """Call ``action`` when the kernel has ended the connection, while requests may still run.
 
     `pyfuse3.main` waits until all requests have been answered, although no program waits for the
-    answers any more.
+    answers any more.  The kernel wakes this task's epoll for every request, so a mount without a
+    server has no such task.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.remote.unitfile import DATA_NAME
+from qedfuse.remote.unitfile import DATA_NAME, UNIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,17 @@ class LocalData:
         self._lock = threading.Lock()
         self._users = 1
         self._is_closed = False
+
+    def page_source(self, ready: bytearray, content_bytes: int) -> PageSource:
+        """Return how the mount's extension reads the file.
+
+        Args:
+            ready: For each unit 1 if it may be read, otherwise 0.
+            content_bytes: The length of the object.
+        """
+        bits = UNIT_BYTES.bit_length() - 1
+        units = CheckedUnits(ready, bits, content_bytes, self._file_bytes)
+        return PageSource(self._file.read_policy, self._file.fd, units)
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without blocking; return whether that succeeded.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import Buffer, FileIdentity
+    from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.readpolicy import ReadPolicy
     from qedfuse.remote.fetcher import Fetcher
     from qedfuse.remote.flight import Flight
@@ -58,6 +59,13 @@ class RemoteFile(ReadOnlyFile):
     def read_policy(self) -> ReadPolicy | None:
         """None, because only `try_read` knows what is in the cache."""
         return None
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """The data of the cache, of which the ready units may be read; None without a cache."""
+        if self._local is None:
+            return None
+        return self._local.page_source(self.fetcher.ready, self._size)
 
     @property
     def identity(self) -> FileIdentity:

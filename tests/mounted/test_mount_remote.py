@@ -219,6 +219,29 @@ def test_an_outage_fails_only_what_is_not_cached(
         ]
 
 
+def epolls(pid: int) -> int:
+    """Return how many epoll instances a process has."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]  # noqa: PTH115
+    return links.count("anon_inode:[eventpoll]")
+
+
+def is_idle(pid: int) -> bool:
+    """Return whether the event loop of a process sleeps, so all its tasks have begun to wait."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0] == "S"
+
+
+def test_only_a_mount_of_a_url_waits_for_the_end_of_the_connection(
+    server: WebServer, golden: Path, content: bytes, tmp_path: Path
+) -> None:
+    """A mount of local files has one epoll, that of the event loop; one of a URL has another."""
+    for source, name, expected in ((golden, "golden.raw", 1), (server.url, "disk.raw", 2)):
+        with front("-r", source, tmp_path / "mnt") as mount:
+            assert read(mount.mountpoint / name, FAR) == content[FAR : FAR + BLOCK]
+            wait_until(lambda: is_idle(mount.process.pid))
+            assert epolls(mount.process.pid) == expected
+            stop(mount)
+
+
 def test_a_changed_object_is_stale(server: WebServer, content: bytes, tmp_path: Path) -> None:
     """When the object changes, cached data of its old version is read, the rest gets ESTALE."""
     with front("-r", server.url, tmp_path / "mnt") as mount:

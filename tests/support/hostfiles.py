@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qedfuse.hostio.hostfile import Buffer, FileIdentity, HostFile
+    from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 SECTOR: Final = 512
@@ -105,6 +106,7 @@ class MemoryFile:
         self.writable = writable
         self.can_punch = True
         self.read_policy: ReadPolicy | None = None
+        self.page_source: PageSource | None = None
         self.in_page_cache = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
@@ -471,6 +473,7 @@ class FailingFile:
         self.writable = inner.writable
         self.can_punch = inner.can_punch
         self.read_policy: ReadPolicy | None = None
+        self.page_source: PageSource | None = None
         self.calls: Counter[Action] = Counter()
         self.struck: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}

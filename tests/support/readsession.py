@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS
 from qedfuse.disk.space.epochs import Epochs
+from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
@@ -128,7 +129,7 @@ class Tables:
             fd = self._file.fileno()
         return (
             *(self.layer, self.keys, self.slices.get, "codes"),
-            ((self.policy, fd), (self.base_policy, self._base.fileno())),
+            (PageSource(self.policy, fd), PageSource(self.base_policy, self._base.fileno())),
             *(BITS, SLICE_BITS, self.epochs),
         )
 

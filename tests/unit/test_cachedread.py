@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from array import array
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import pytest
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
 from tests.support.fusewire import session_of
-from tests.support.readsession import CLUSTER, INODE, Session, Tables
+from tests.support.readsession import BITS, CLUSTER, CLUSTERS, INODE, Session, Tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +44,19 @@ def tables(tmp_path: Path, session: Session) -> Iterator[Tables]:
     session.show(*made.arguments())
     yield made
     made.close()
+
+
+@pytest.fixture
+def ready(tmp_path: Path, session: Session, tables: Tables) -> Iterator[bytearray]:
+    """Show the file by units of a cluster, with one byte more; give which units may be read."""
+    may_read = bytearray(b"\1" * (CLUSTERS + 1))
+    path = tmp_path / "units"
+    path.write_bytes(tables.content + b"\0")
+    units = CheckedUnits(may_read, BITS, len(tables.content), len(tables.content) + 1)
+    with path.open("rb") as file:
+        source = PageSource(tables.policy, file.fileno(), units)
+        session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
+        yield may_read
 
 
 @pytest.mark.parametrize(
@@ -171,6 +186,72 @@ def test_a_file_that_ends_early_is_passed_on(
     assert session.read(0, CLUSTER - 1) == tables.content[CLUSTER : 2 * CLUSTER - 1]
 
 
+def test_only_units_that_are_ready_are_answered(
+    session: Session, tables: Tables, ready: bytearray
+) -> None:
+    """A read of several units is answered while all of them may be read."""
+    expected = tables.content[CLUSTER + 5 : 4 * CLUSTER + 5]
+    tables.slices["key", 0].entries[3] = 4 * CLUSTER
+    for unit in (1, 2, 3, 4):
+        assert session.read(5, 3 * CLUSTER) == expected
+        ready[unit] = 0
+        assert session.read(5, 3 * CLUSTER) is None
+        ready[unit] = 1
+    ready[:] = bytes(len(ready))
+    assert session.read(5, 1) is None
+
+
+def test_a_reader_at_the_end_of_a_unit_is_passed_on_if_more_must_be_fetched(
+    session: Session, tables: Tables, ready: bytearray
+) -> None:
+    """A read to the end of its unit is answered only if all is ready that may follow."""
+    assert session.read(0, CLUSTER) == tables.content[CLUSTER : 2 * CLUSTER]
+    ready[CLUSTERS] = 0
+    assert session.read(0, CLUSTER) is None
+    assert session.read(0, CLUSTER - 1) == tables.content[CLUSTER : 2 * CLUSTER - 1]
+    assert session.read(CLUSTER - 1, 2) is None
+    ready[CLUSTERS] = 1
+    last = tables.content[-CLUSTER:]
+    assert session.read((CLUSTERS - 1) * CLUSTER, CLUSTER) == last, "the last unit"
+
+
+def test_bytes_past_the_content_are_passed_on(
+    session: Session, tables: Tables, ready: bytearray
+) -> None:
+    """The byte that a file has after its content is not read."""
+    assert all(ready)
+    tables.slices["key", 0].entries[0] = CLUSTERS * CLUSTER
+    assert session.read(0, CLUSTER) == tables.content[-CLUSTER:]
+    tables.slices["key", 0].entries[0] = (CLUSTERS + 1) * CLUSTER
+    assert session.read(0, 1) is None
+
+
+def test_a_file_with_units_that_was_cut_is_passed_on(
+    session: Session, tables: Tables, ready: bytearray, tmp_path: Path
+) -> None:
+    """Once the file has another length, nothing of it is answered, present bytes included."""
+    assert all(ready)
+    assert session.read(0, 8) is not None
+    os.truncate(tmp_path / "units", len(tables.content))
+    assert session.read(0, 8) is None
+    with (tmp_path / "units").open("ab") as file:
+        file.write(b"\0")
+    assert session.read(0, 8) is not None, "the length alone was wrong"
+
+
+def test_a_file_without_a_source_is_passed_on(session: Session, tables: Tables) -> None:
+    """Reads of a file that has no source go to the function, those of the other files do not."""
+    tables.slices["key", 0].entries[:] = array("Q", [CLUSTER, 0, 0, 0])
+    view = tables.arguments()
+    files = view[4]
+    assert isinstance(files, tuple)
+    session.show(*view)
+    assert session.read(2 * CLUSTER, 8) == tables.base_content[3 * CLUSTER : 3 * CLUSTER + 8]
+    session.show(*view[:4], (files[0], None), *view[5:])
+    assert session.read(2 * CLUSTER, 8) is None
+    assert session.read(0, 8) == tables.content[CLUSTER : CLUSTER + 8]
+
+
 def test_a_hit_ends_a_row_of_misses(session: Session, tables: Tables) -> None:
     """After an answer from the page cache the policy has no misses in a row."""
     tables.policy.record_inline_miss()
@@ -246,8 +327,9 @@ async def test_the_extension_and_the_disk_read_the_same(
     # A small budget of the table cache, so that slices are evicted.
     async with open_disk(path, OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
         found = disk.read_tables()
-        assert found is not None
         session.show(*found)
+        assert found.files[0] is not None
+        own_fd = found.files[0].fd
         for _ in range(200):
             await change(disk, rng)
             for _ in range(10):
@@ -260,7 +342,7 @@ async def test_the_extension_and_the_disk_read_the_same(
                     passed += 1
                 else:
                     answered += 1
-                    from_base += location is not None and location[0] != found.files[0][1]
+                    from_base += location is not None and location[0] != own_fd
                     assert got == await disk.read(start, size)
     assert answered > 100
     assert passed > 100

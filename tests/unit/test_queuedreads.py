@@ -25,13 +25,14 @@ from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE, NATIVE, THREADS
+from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_WRITER
 from qedfuse.mount.fuse.queuedreads import queued_reads
 from tests.support.fusewire import session_of
-from tests.support.readsession import CLUSTER, INODE, Session, Tables
+from tests.support.readsession import BITS, CLUSTER, INODE, Session, Tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -389,6 +390,22 @@ def test_files_of_a_server_are_not_queued(
     assert not ReadPolicy().can_queue
 
 
+def test_files_with_checked_units_are_not_queued(
+    session: Session, queue: Queue, tables: Tables, pipes: Pipes
+) -> None:
+    """A file whose bytes on the disk must be compared with checksums is not read by the queue."""
+    reader, _ = pipes.make()
+    units = CheckedUnits(bytearray(b"\1" * 9), BITS, 9 * CLUSTER, 9 * CLUSTER + 1)
+    for given, queued in ((units, 0), (None, 1)):
+        source = PageSource(tables.policy, reader, given)
+        session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
+        session.send(0, 8)
+        assert extraops.queued_reads() == queued
+        assert len(session.asked) == 1 - queued
+        session.asked.clear()
+    assert not queue.is_notified()
+
+
 def test_a_read_that_was_tried_inline_is_queued_and_counts_as_a_miss(
     session: Session, queue: Queue, tables: Tables, tmp_path: Path
 ) -> None:
@@ -637,12 +654,12 @@ async def test_a_cluster_is_not_reused_while_it_is_read(
         await disk.write(0, b"old" * CLUSTER)
         await disk.flush()
         found = disk.read_tables()
-        assert found is not None
-        policy = found.files[0][0]
+        assert found.files[0] is not None
+        policy = found.files[0].policy
         assert policy.can_queue
         policy.is_inline = False
         reader, writer = pipes.make()
-        session.show(*found._replace(files=((policy, reader),)))
+        session.show(*found._replace(files=(PageSource(policy, reader),)))
         old = disk.try_locate(0, 8)
         session.send(0, 8)
         assert (session.asked, extraops.queued_reads()) == ([], 1)
@@ -668,7 +685,8 @@ async def test_queued_reads_return_what_the_disk_returns(
     count = waited = 0
     async with open_disk(str(path), OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
         found = disk.read_tables()
-        assert found is not None
+        assert found.files[0] is not None
+        policy = found.files[0].policy
         session.show(*found)
         for _ in range(100):
             start = rng.randrange(256) * CLUSTER
@@ -688,7 +706,7 @@ async def test_queued_reads_return_what_the_disk_returns(
                 at, size = rng.randrange(disk.size - 16384), rng.choice([1, 512, CLUSTER])
                 if disk.try_locate(at, size) is None:
                     continue
-                found.files[0][0].is_inline = rng.random() < 0.3
+                policy.is_inline = rng.random() < 0.3
                 before = len(session.wire.answers)
                 number = session.send(at, size)
                 waited += len(session.wire.answers) == before

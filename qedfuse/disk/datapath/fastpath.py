@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
-    from qedfuse.hostio.readpolicy import ReadPolicy
+    from qedfuse.hostio.pagesource import PageSource
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
 """Maximum bytes of one read on the fast path, and length of the buffer for reads.  Requests of the
@@ -59,7 +59,8 @@ class ReadTables(NamedTuple):
         codes_key: First part of the keys of slices that say where backing files hold data
             (`FlattenedBacking.store_key`); the second part is the slice's number.  None without
             backing files.
-        files: For each file of the chain, by depth, its `ReadPolicy` and its descriptor.
+        files: For each file of the chain, by depth, its `PageSource`; None if the extension must
+            not read the file.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
         epochs: What a read enters that waits for the host.
@@ -69,7 +70,7 @@ class ReadTables(NamedTuple):
     slice_keys: dict[int, tuple[int, int]]
     get_slice: Callable[[tuple[int, int]], Slice | None]
     codes_key: int | None
-    files: tuple[tuple[ReadPolicy, int], ...]
+    files: tuple[PageSource | None, ...]
     cluster_bits: int
     slice_bits: int
     epochs: Epochs
@@ -127,24 +128,14 @@ class FastPath:
             return view if location[0].try_read(location[1], view) else None
         return self._gather(start, start + length)
 
-    def read_tables(self, epochs: Epochs) -> ReadTables | None:
-        """Return what ``_cachedread.c`` needs for reads; None if a file has no `ReadPolicy`.
-
-        ``epochs`` counts the requests of the disk.
-        """
-        files = tuple(
-            (file.read_policy, file.fileno())
-            for file in self._files
-            if file.read_policy is not None
-        )
-        if len(files) < len(self._files):
-            return None
+    def read_tables(self, epochs: Epochs) -> ReadTables:
+        """Return what ``_cachedread.c`` needs for reads; ``epochs`` counts the disk's requests."""
         return ReadTables(
             self._layer,
             self._layer.slice_keys,
             self._layer.tables.get,
             None if self._flattened is None else self._flattened.store_key,
-            files,
+            tuple(file.page_source for file in self._files),
             self._bits,
             self._slice_bits,
             epochs,

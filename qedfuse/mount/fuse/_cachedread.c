@@ -20,9 +20,14 @@
 
 #include <errno.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 /* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
+
+/* How many units after a sequential reader are read ahead at most (_MAX_WINDOW_UNITS in
+ * remote/fetcher.py). */
+#define MAX_AHEAD_UNITS 32
 
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
@@ -179,6 +184,50 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
+/* Returns whether a file has checked units (see PageSource). */
+static int has_units(const struct read_file *file)
+{
+    return file->ready.obj != NULL;
+}
+
+/* Returns whether all units from `first` to `last`, inclusive, may be read. */
+static int are_ready(const struct read_file *file, uint64_t first, uint64_t last)
+{
+    return last < (uint64_t)file->ready.len &&
+           memchr((char *)file->ready.buf + first, 0, last - first + 1) == NULL;
+}
+
+/* Returns whether a range of a file with checked units may be read here.  A read up to the end of its
+ * unit must be passed on if a unit is missing that a sequential reader soon needs, because the
+ * Python function has it fetched. */
+static int may_read_units(const struct read_file *file, uint64_t offset, size_t size)
+{
+    uint64_t first = offset >> file->unit_bits, last = (offset + size - 1) >> file->unit_bits;
+    uint64_t units = (uint64_t)file->ready.len, ahead;
+
+    if (offset + size > file->content_bytes || !are_ready(file, first, last))
+        return 0;
+    if ((offset + size) >> file->unit_bits == first || last + 1 >= units)
+        return 1;
+    ahead = units - last - 1 < MAX_AHEAD_UNITS ? units - 1 : last + MAX_AHEAD_UNITS;
+    return are_ready(file, last + 1, ahead);
+}
+
+/* Reads from the page cache into the buffer.  Returns 1 if all of the data was there, 0 if not, and -1
+ * if that failed, or if a file with checked units was cut. */
+static int read_cached(const struct read_file *file, uint64_t offset, size_t size)
+{
+    struct iovec vector = {buffer, size};
+    ssize_t count = preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
+
+    if (count < 0 && errno != EAGAIN)
+        return -1;
+    /* The length is looked at after the read, as LocalData does. */
+    if (has_units(file) && lseek(file->fd, 0, SEEK_END) != file->file_bytes)
+        return -1;
+    return count == (ssize_t)size; /* perhaps fewer because the file ends there */
+}
+
 /* What became of the attempt to answer a read from the page cache. */
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
@@ -187,19 +236,17 @@ enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 static enum attempt answer_from_file(struct read_file *file, fuse_req_t request, uint64_t offset,
                                      size_t size)
 {
-    struct iovec vector = {buffer, size};
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
-    ssize_t count;
+    int found;
 
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
-    if (!splice_reply(request, file->fd, (off_t)offset, size)) {
-        count = preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
-        if (count < 0 && errno != EAGAIN)
-            return FAILED;
-        if (count != (ssize_t)size) /* perhaps because the file ends there */
-            return NOT_CACHED;
+    /* The length of a file could not be looked at after its pages were passed on. */
+    if (has_units(file) || !splice_reply(request, file->fd, (off_t)offset, size)) {
+        found = read_cached(file, offset, size);
+        if (found <= 0)
+            return found < 0 ? FAILED : NOT_CACHED;
         fuse_reply_buf(request, buffer, size);
     }
     reset_misses(file->policy);
@@ -211,10 +258,18 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
 static int serve(struct read_place place, fuse_req_t request, uint64_t handle, off_t start,
                  size_t size)
 {
-    enum attempt attempt = answer_from_file(place.file, request, place.offset, size);
+    enum attempt attempt;
 
+    if (place.file->policy == NULL)
+        return 0;
+    if (has_units(place.file) && !may_read_units(place.file, place.offset, size))
+        return 0;
+    attempt = answer_from_file(place.file, request, place.offset, size);
     if (attempt == ANSWERED || attempt == FAILED)
         return attempt == ANSWERED;
+    /* What comes from the disk must be compared with its checksum. */
+    if (has_units(place.file))
+        return 0;
     return queue_read(request, handle, start, size, place, attempt == NOT_CACHED);
 }
 
@@ -253,14 +308,18 @@ static void view_free(PyObject *object)
 {
     ReadView *self = (ReadView *)object;
     PyTypeObject *type = Py_TYPE(object);
+    struct read_file *file;
 
     Py_XDECREF(self->layer);
     Py_XDECREF(self->keys);
     Py_XDECREF(self->get_slice);
     Py_XDECREF(self->codes_key);
     Py_XDECREF(self->epochs);
-    while (self->file_count > 0)
-        Py_DECREF(self->files[--self->file_count].policy);
+    while (self->file_count > 0) {
+        file = &self->files[--self->file_count];
+        Py_XDECREF(file->policy);
+        PyBuffer_Release(&file->ready);
+    }
     PyMem_Free(self->files);
     type->tp_free(object);
     Py_DECREF(type);
@@ -295,13 +354,31 @@ int init_cached_reads(void)
     return 0;
 }
 
-/* Fills `files` from a tuple of pairs (ReadPolicy, descriptor).  Returns 0, or -1 with an
- * exception. */
-static int fill_files(ReadView *self, PyObject *pairs)
+/* Fills a file from a PageSource, or from None.  Returns 0, or -1 with an exception. */
+static int fill_file(struct read_file *file, PyObject *source)
 {
-    Py_ssize_t count = PyTuple_GET_SIZE(pairs), at;
-    PyObject *policy;
-    int fd;
+    PyObject *policy, *units;
+    long long file_bytes;
+
+    memset(file, 0, sizeof *file);
+    if (source == Py_None)
+        return 0;
+    if (!PyArg_ParseTuple(source, "OiO", &policy, &file->fd, &units))
+        return -1;
+    if (units != Py_None) {
+        if (!PyArg_ParseTuple(units, "y*IKL", &file->ready, &file->unit_bits,
+                              &file->content_bytes, &file_bytes))
+            return -1;
+        file->file_bytes = (off_t)file_bytes;
+    }
+    file->policy = Py_NewRef(policy);
+    return 0;
+}
+
+/* Fills `files` from a tuple.  Returns 0, or -1 with an exception. */
+static int fill_files(ReadView *self, PyObject *sources)
+{
+    Py_ssize_t count = PyTuple_GET_SIZE(sources), at;
 
     self->files = PyMem_New(struct read_file, (size_t)count);
     if (self->files == NULL) {
@@ -309,9 +386,8 @@ static int fill_files(ReadView *self, PyObject *pairs)
         return -1;
     }
     for (at = 0; at < count; at++) {
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, at), "Oi", &policy, &fd))
+        if (fill_file(&self->files[at], PyTuple_GET_ITEM(sources, at)))
             return -1;
-        self->files[at] = (struct read_file){Py_NewRef(policy), fd, 0};
         self->file_count++;
     }
     return 0;

@@ -64,11 +64,15 @@ PyObject *read_view(PyObject *module, PyObject *args);
 /* Sets the ReadViews by which reads are answered from now on (_cachedread.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
 
-/* A file of a chain. */
+/* A file of a chain, as a PageSource describes it (hostio/pagesource.py). */
 struct read_file {
-    PyObject *policy; /* ReadPolicy */
+    PyObject *policy; /* ReadPolicy; NULL if the file's reads are not answered here */
     int fd;
     unsigned int queued; /* number of queued reads */
+    Py_buffer ready;     /* for each unit whether it may be read; `obj` is NULL if all of the file may */
+    unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
+    uint64_t content_bytes; /* where the readable part of the file ends */
+    off_t file_bytes;       /* length of the file unless it was cut */
 };
 
 /* Where the bytes of a read are. */

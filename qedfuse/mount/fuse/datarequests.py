@@ -94,16 +94,9 @@ class DataRequests:
         return read.is_taken
 
     def read_tables(self) -> dict[int, ReadTables]:
-        """Return, by inode number, the objects with which the extension can answer reads itself.
-
-        A disk for which `Disk.read_tables` returns None is left out.
-        """
-        found = {}
-        for inode, exported in self._operations.fast.disks.items():
-            tables = exported.disk.read_tables()
-            if tables is not None:
-                found[inode] = tables
-        return found
+        """Return, by inode number, the objects with which the extension can answer reads itself."""
+        disks = self._operations.fast.disks
+        return {inode: exported.disk.read_tables() for inode, exported in disks.items()}
 
     async def drain(self) -> None:
         """Wait until the threads have ended all deferred reads.

@@ -79,6 +79,11 @@ class ExportedDisks:
         """The number of open handles of all disks."""
         return sum(exported.handles for exported in self)
 
+    @property
+    def use_servers(self) -> bool:
+        """Whether a server has a file of a disk."""
+        return any(exported.disk.uses_server for exported in self)
+
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Count a new handle of a disk; ``writer`` says whether the handle may write."""
         exported.handles += 1

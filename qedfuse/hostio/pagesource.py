@@ -1,0 +1,42 @@
+"""How the mount's extension reads a file by itself (``mount/fuse/_cachedread.c``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from qedfuse.hostio.readpolicy import ReadPolicy
+
+
+class CheckedUnits(NamedTuple):
+    """The parts of a file that may be read, for a file of the cache for servers.
+
+    A *unit* is a power of two of bytes.
+
+    Attributes:
+        ready: For each unit 1 if its bytes may be read, otherwise 0.  The extension looks at the
+            object before each read, so its length must not change.
+        unit_bits: Binary logarithm of the number of bytes in a unit.
+        content_bytes: Where the bytes end that may be read.
+        file_bytes: The length of the file.  A file that has another length after a read was cut,
+            and the bytes that were read do not count.
+    """
+
+    ready: bytearray
+    unit_bits: int
+    content_bytes: int
+    file_bytes: int
+
+
+class PageSource(NamedTuple):
+    """A file whose pages answer reads.
+
+    Attributes:
+        policy: Decides whether a read is tried.
+        fd: The descriptor.
+        units: Which parts of the file may be read; None if all of it may.
+    """
+
+    policy: ReadPolicy
+    fd: int
+    units: CheckedUnits | None = None
