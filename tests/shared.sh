@@ -16,13 +16,13 @@ install_for_tests() {
     [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
 }
 
-# install_servers: install the servers that the tests of remote images start: an object store
-# (OpenStack Swift) and a web server.  If that is not possible, say so: these tests are skipped.
+# install_servers: install the servers that the tests of images on servers start: an object store
+# (OpenStack Swift), a web server and an NBD server.  If that is not possible, say so: these tests are skipped.
 install_servers() {
     local need missing=() log policy=/usr/sbin/policy-rc.d
     for need in swift-proxy-server=swift-proxy swift-account-server=swift-account \
         swift-container-server=swift-container swift-object-server=swift-object \
-        memcached=memcached nginx=nginx openssl=openssl; do
+        memcached=memcached nginx=nginx openssl=openssl nbdkit=nbdkit; do
         have "${need%=*}" || missing+=("${need##*=}")
     done
     [ ${#missing[@]} -gt 0 ] || return 0

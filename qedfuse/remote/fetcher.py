@@ -63,7 +63,7 @@ class Fetcher:
         self.ready = self._store.ready
         self.fetched_bytes = 0
         self.requests = 0
-        self._outages = OutageLog(self._name)
+        self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
         self._threads = FetchThreads(self._name, self._look, self._fetch, self._finish)
         self._lock = self._threads.lock
         # All that follows is protected by the lock.

@@ -25,9 +25,13 @@ _MIN_SECONDS_BETWEEN: Final = 60.0
 class OutageLog:
     """Logs the outages of one object's server.  Threads may use it concurrently."""
 
-    def __init__(self, name: str) -> None:
-        """Log outages of the server of the object ``name``; none has been seen yet."""
+    def __init__(self, name: str, consequence: str) -> None:
+        """Log outages of the server of the object ``name``; none has been seen yet.
+
+        ``consequence`` is the end of the line for the beginning of an outage.
+        """
         self._name = name
+        self._consequence = consequence
         self._lock = threading.Lock()
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
@@ -47,7 +51,7 @@ class OutageLog:
                     self._last_seconds[kind] = now
             error.is_logged = self._is_logged
         if must_log:
-            _log.error("%s; what is not in the cache cannot be read", error)
+            _log.error("%s; %s", error, self._consequence)
 
     def answered(self) -> None:
         """Log the end of an outage whose beginning was logged."""

@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.expect_log("answers again")
 def test_frequent_outages_are_logged_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """Outages within a minute are logged once; the errors of the others are left to requests."""
-    log = OutageLog("x")
+    log = OutageLog("x", CANNOT)
     for second in range(0, 70, 10):
         clock.now = second
         for number in range(3):
@@ -56,7 +56,7 @@ def test_a_change_during_an_outage_is_logged(
 ) -> None:
     """A change of the object is logged beside an outage, although both end together."""
     clock.now = 5.0
-    log = OutageLog("x")
+    log = OutageLog("x", CANNOT)
     log.failed(RemoteError("x: out"))
     log.failed(ObjectChangedError("x: changed"))
     log.failed(ObjectChangedError("x: changed"))

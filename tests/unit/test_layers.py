@@ -21,12 +21,13 @@ MAY_IMPORT: Final = {
     "ondisk": set[str](),
     "hostio": {"ondisk"},
     "remote": {"hostio", "ondisk"},
-    "disk": {"remote", "hostio", "ondisk"},
+    "nbd": {"remote", "hostio", "ondisk"},
+    "disk": {"nbd", "remote", "hostio", "ondisk"},
     "check": {"disk", "hostio", "ondisk"},
-    "tools": {"check", "disk", "remote", "hostio", "ondisk"},
-    "mount": {"check", "disk", "remote", "hostio", "ondisk"},
-    "api": {"check", "disk", "remote", "hostio", "ondisk"},
-    "cli": {"mount", "tools", "check", "disk", "remote", "hostio", "ondisk"},
+    "tools": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "mount": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "api": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "cli": {"mount", "tools", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
     "__main__": {"cli"},
 }
 """For each layer the layers that it may use, besides itself and ``FOR_ALL``."""

@@ -1,0 +1,1 @@
+"""Exports of NBD servers as files of a chain: the protocol, connections, and the file itself."""

@@ -1,0 +1,119 @@
+"""Making a connection to an export: the socket, TLS, and the handshake within a limited time."""
+
+from __future__ import annotations
+
+import select
+import ssl
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qedfuse.nbd.connection import Connection
+from qedfuse.nbd.failures import BrokenError
+from qedfuse.nbd.handshake import Receive, Send, handshake
+from qedfuse.nbd.wire import PlainWire, TlsWire
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from qedfuse.nbd.handshake import Export
+    from qedfuse.nbd.wire import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to use TLS.
+
+    Attributes:
+        host: The name that the certificate of the server must have.
+    """
+
+    host: str
+
+
+def make_connection(
+    connect: Callable[[], socket.socket], name: str, tls: Tls | None, attempt_seconds: float
+) -> Connection:
+    """Connect to an export; the call blocks.
+
+    Args:
+        connect: Returns a connected socket, within a limited time.
+        name: The name of the export.
+        tls: How to use TLS; None to use none.
+        attempt_seconds: Maximum time of the handshake, and maximum time in which a server sends
+            nothing later, although a reply is expected.
+
+    Raises:
+        BrokenError: The server cannot be reached, or does not answer in the way of the protocol.
+        RefusedError: The server does not serve the export in a way that can be used.
+    """
+    end = time.monotonic() + attempt_seconds
+    try:
+        sock = connect()
+        try:
+            wire, export = _shake_hands(PlainWire(sock), name, tls, end)
+        except BaseException:
+            sock.close()
+            raise
+    except ssl.SSLCertVerificationError as error:
+        msg = f"found a certificate that is not trusted ({error.verify_message})"
+        raise BrokenError(msg) from error
+    except OSError as error:
+        raise BrokenError(error.strerror or str(error)) from error
+    return Connection(wire, export, attempt_seconds)
+
+
+def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wire, Export]:
+    """Make the handshake; return the connection, which may be one of TLS now, and the export."""
+    steps = handshake(name, use_tls=tls is not None)
+    data: bytes | None = None
+    while True:
+        try:
+            step = next(steps) if data is None else steps.send(data)
+        except StopIteration as ended:
+            export: Export = ended.value
+            return wire, export
+        data = None
+        if isinstance(step, Send):
+            wire.send(step.data)
+        elif isinstance(step, Receive):
+            data = _receive(wire, step.length, end)
+        else:
+            assert tls is not None  # noqa: S101  the handshake was told so
+            tls_wire = TlsWire(wire.socket, ssl.create_default_context(), tls.host)
+            while not tls_wire.try_handshake():
+                _wait(wire, end)
+            wire = tls_wire
+
+
+def _receive(wire: Wire, length: int, end: float) -> bytes:
+    """Receive exactly ``length`` bytes."""
+    data = bytearray(length)
+    at = 0
+    while at < length:
+        count = wire.receive_into(memoryview(data)[at:])
+        if count is None:
+            _wait(wire, end)
+        elif count:
+            at += count
+        else:
+            msg = "found the end of the connection during the handshake"
+            raise BrokenError(msg)
+    return bytes(data)
+
+
+def _wait(wire: Wire, end: float) -> None:
+    """Wait until there is something to receive.
+
+    Raises:
+        BrokenError: The time is over.
+    """
+    seconds = end - time.monotonic()
+    if seconds > 0:
+        poll = select.poll()
+        poll.register(wire.socket, select.POLLIN)
+        if poll.poll(1 + 1000 * seconds):
+            return
+    msg = "found no answer in time during the handshake"
+    raise BrokenError(msg)

@@ -1,0 +1,40 @@
+"""Why a connection to an NBD server cannot be used: exceptions between the modules of `nbd`.
+
+Readers of a file get a `qedfuse.errors.RemoteError` instead.
+"""
+
+from __future__ import annotations
+
+
+class BrokenError(Exception):
+    """A connection broke, or could not be made; another attempt may succeed."""
+
+
+class ProtocolError(BrokenError):
+    """The server has sent what the protocol does not allow, so the connection was closed."""
+
+
+class RefusedError(Exception):
+    """The server does not serve the export in a way that can be used.
+
+    Attributes:
+        errno: The error number for readers.
+    """
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class ReplyError(Exception):
+    """The server has answered a request with an error.
+
+    Attributes:
+        errno: The host's number of the error.
+        text: What the server says of it; may be empty.
+    """
+
+    def __init__(self, errno: int, text: str) -> None:
+        super().__init__(errno, text)
+        self.errno = errno
+        self.text = text

@@ -1,0 +1,64 @@
+"""Opening an export of an NBD server as a file of a chain."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import RemoteError
+from qedfuse.nbd.connecting import Tls, make_connection
+from qedfuse.nbd.failures import BrokenError, RefusedError
+from qedfuse.nbd.links import Links
+from qedfuse.nbd.nbdfile import NbdFile
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from qedfuse.nbd.connection import Connection
+    from qedfuse.remote.options import Deadlines
+
+
+def open_nbd(
+    connect: Callable[[], socket.socket],
+    export_name: str,
+    shown_name: str,
+    deadlines: Deadlines,
+    *,
+    path: str | None = None,
+    tls: Tls | None = None,
+) -> NbdFile:
+    """Open an export; the caller closes the file.  The call blocks until the server answers.
+
+    Args:
+        connect: Returns a connected socket (of a stream), in a limited time.  It is called again,
+            in other threads too, after a connection broke and if the server allows several.  After
+            an OSError, reads call it again until their time is over; a `QedError` ends them.
+        export_name: The name of the export; empty for the default export of the server.
+        shown_name: The name in messages.
+        deadlines: How long to wait for the server.
+        path: The name by which the file was given, such as its URL; None for ``shown_name``.
+        tls: How to use TLS; None to use none.
+
+    Raises:
+        RemoteError: The server cannot be reached, or does not serve the export.
+    """
+    size: int | None = None
+
+    def make() -> Connection:
+        """Make a connection to the same export; see `make_connection`."""
+        connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds)
+        if size is not None and connection.export.size != size:
+            connection.close()
+            msg = f"found an export of {connection.export.size} bytes, expected {size} as before"
+            raise RefusedError(msg, errno.ESTALE)
+        return connection
+
+    try:
+        first = make()
+    except (BrokenError, RefusedError) as error:
+        number = error.errno if isinstance(error, RefusedError) else errno.EIO
+        msg = f"{shown_name}: {error}"
+        raise RemoteError(msg, number) from error
+    size = first.export.size
+    return NbdFile(path or shown_name, shown_name, first.export, Links(make, first), deadlines)

@@ -1,0 +1,293 @@
+"""Requests to an NBD server and its replies, without any I/O.
+
+Every field of a reply is checked.  A reply to no request, a byte outside its request, twice or
+missing is a `ProtocolError`, after which the connection cannot be used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.nbd import messages
+from qedfuse.nbd.failures import ProtocolError, ReplyError
+from qedfuse.nbd.requests import CONTEXT_BYTES, EXTENT_BYTES, BlockStatus, Read
+
+if TYPE_CHECKING:
+    from qedfuse.nbd.failures import BrokenError
+    from qedfuse.nbd.requests import Request
+
+_SCRATCH_BYTES: Final = 64 << 10
+_MAX_COPIED_BYTES: Final = 16 << 10
+"""Maximum length of a rest of data that is received together with what follows it."""
+_MAX_EXTENTS: Final = 1 << 20
+"""Maximum number of extents in a reply, which the protocol recommends."""
+_MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
+"""Maximum length of an error chunk; its message has at most half of it."""
+
+
+class Replies:
+    """Divides the bytes that a server sends into replies.
+
+    The driver asks `buffer` where to put the next bytes, receives some, and calls `advance`.
+
+    Attributes:
+        pending: The requests that wait for their replies, by their cookies.
+    """
+
+    def __init__(self, context: int | None, *, is_structured: bool) -> None:
+        """Expect the replies that were agreed on; the arguments are those of `Export`."""
+        self.pending: dict[int, Request] = {}
+        self._done: list[Request] = []
+        self._context = context
+        self._is_structured = is_structured
+        self._cookie = 0
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._start = self._end = 0  # of what is in the scratch buffer and was not used yet
+        self._chunk: _Chunk | None = None  # whose payload is being received
+        self._is_direct = False  # whether the last `buffer` was the view of a reader
+
+    def add(self, request: Request) -> bytes:
+        """Expect the reply to a request; return the message to send."""
+        self._cookie += 1
+        request.cookie = self._cookie
+        self.pending[self._cookie] = request
+        return messages.request(request.command, self._cookie, request.offset, request.length)
+
+    def take_done(self) -> list[Request]:
+        """Return the requests that have ended since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def fail(self, failure: BrokenError) -> None:
+        """End all requests with a failure, as no further byte will come."""
+        for request in self.pending.values():
+            request.failure = failure
+            request.is_done = True
+            self._done.append(request)
+        self.pending.clear()
+
+    def buffer(self) -> memoryview:
+        """Return where to put the bytes that come next; at least one byte long."""
+        chunk = self._chunk
+        if chunk is not None and chunk.left > _MAX_COPIED_BYTES:
+            view = chunk.destination(chunk.left)
+            if view is not None:
+                self._is_direct = True
+                return view
+        self._is_direct = False
+        count = self._end - self._start
+        self._scratch[:count] = self._scratch[self._start : self._end]
+        self._start, self._end = 0, count
+        return self._scratch[count:]
+
+    def advance(self, count: int) -> None:
+        """Take ``count`` bytes, at least one, that were put into the last `buffer`.
+
+        Raises:
+            ProtocolError: They are not what the protocol allows.
+        """
+        if self._is_direct:
+            self._received(count)
+            return
+        self._end += count
+        while self._start < self._end:
+            if self._chunk is not None:
+                count = min(self._chunk.left, self._end - self._start)
+                self._chunk.put(self._scratch[self._start : self._start + count])
+                self._start += count
+                self._received(count)
+            elif not self._parse_header():
+                return
+
+    def _received(self, count: int) -> None:
+        """Record that bytes of the payload were put where they go; end the chunk after its last."""
+        chunk = self._chunk
+        assert chunk is not None  # noqa: S101  the callers have a chunk
+        chunk.at += count
+        chunk.left -= count
+        if not chunk.left:
+            self._chunk = None
+            self._end_chunk(chunk)
+
+    def _parse_header(self) -> bool:
+        """Parse the header of a reply or of a chunk; return False if bytes of it are missing."""
+        available = self._end - self._start
+        if available < messages.SIMPLE_REPLY.size:
+            return False
+        magic, error, cookie = messages.SIMPLE_REPLY.unpack_from(self._scratch, self._start)
+        if magic == messages.SIMPLE_MAGIC:
+            self._start += messages.SIMPLE_REPLY.size
+            self._begin_simple(self._find(cookie), error)
+            return True
+        if magic != messages.STRUCTURED_MAGIC or not self._is_structured:
+            msg = f"found {magic:#010x} where a reply begins"
+            raise ProtocolError(msg)
+        if available < messages.STRUCTURED_REPLY.size:
+            return False
+        _, flags, kind, cookie, length = messages.STRUCTURED_REPLY.unpack_from(
+            self._scratch, self._start
+        )
+        fixed = messages.DATA_OFFSET.size if kind == messages.REPLY_OFFSET_DATA else 0
+        if available < messages.STRUCTURED_REPLY.size + fixed:
+            return False
+        self._start += messages.STRUCTURED_REPLY.size
+        request = self._find(cookie)
+        request.count_chunk()
+        is_last = bool(flags & messages.REPLY_FLAG_DONE)
+        if fixed:
+            (offset,) = messages.DATA_OFFSET.unpack_from(self._scratch, self._start)
+            self._start += fixed
+            self._begin_data(request, offset, length - fixed, is_last=is_last)
+            return True
+        _check_chunk(request, kind, length, is_last=is_last)
+        chunk = _Chunk(request, kind, length, bytearray(length), is_last=is_last)
+        if length:
+            self._chunk = chunk
+        else:
+            self._end_chunk(chunk)
+        return True
+
+    def _find(self, cookie: int) -> Request:
+        """Return the request of a reply."""
+        request = self.pending.get(cookie)
+        if request is None:
+            msg = "found a reply to no request"
+            raise ProtocolError(msg)
+        return request
+
+    def _begin_simple(self, request: Request, error: int) -> None:
+        """Take the header of a simple reply."""
+        if error:
+            request.failure = ReplyError(messages.host_errno(error), "")
+            self._finish(request)
+        elif self._is_structured:
+            msg = "found a simple reply, expected a structured one"
+            raise ProtocolError(msg)
+        else:
+            self._begin_data(request, request.offset, request.length, is_last=True)
+
+    def _begin_data(self, request: Request, offset: int, length: int, *, is_last: bool) -> None:
+        """Take the header of data of the export."""
+        if not isinstance(request, Read):
+            msg = "found data that were not asked for"
+            raise ProtocolError(msg)
+        request.take(offset, length)
+        at = offset - request.offset
+        self._chunk = _Chunk(
+            request, messages.REPLY_OFFSET_DATA, length, None, is_last=is_last, at=at
+        )
+
+    def _end_chunk(self, chunk: _Chunk) -> None:
+        """Take the payload of a chunk."""
+        request, payload = chunk.request, chunk.payload
+        if payload is None or chunk.kind == messages.REPLY_NONE:
+            pass
+        elif chunk.kind & messages.REPLY_IS_ERROR:
+            failure = _parse_error(request, chunk.kind, payload)
+            request.failure = request.failure or failure
+        elif isinstance(request, Read):
+            offset, length = messages.HOLE.unpack(payload)
+            request.take(offset, length)
+            view = request.destination(offset, length)
+            if view is not None:
+                view[:] = bytes(length)
+        elif isinstance(request, BlockStatus):
+            request.take(payload, self._context)
+        if chunk.is_last:
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        """End a request whose last chunk has come."""
+        request.check_complete()
+        del self.pending[request.cookie]
+        request.is_done = True
+        self._done.append(request)
+
+
+class _Chunk:
+    """A chunk of a reply whose payload is being received.
+
+    Attributes:
+        request: The request.
+        kind: The type of the chunk.
+        payload: Where the payload goes; None for data, which go to the reader.
+        at: Where the next byte goes, in the payload or in the range of the request.
+        left: Number of bytes that are missing.
+        is_last: Whether it is the last chunk of the reply.
+    """
+
+    __slots__ = ("at", "is_last", "kind", "left", "payload", "request")
+
+    def __init__(
+        self,
+        request: Request,
+        kind: int,
+        length: int,
+        payload: bytearray | None,
+        *,
+        is_last: bool,
+        at: int = 0,
+    ) -> None:
+        self.request = request
+        self.kind = kind
+        self.payload = payload
+        self.at = at
+        self.left = length
+        self.is_last = is_last
+
+    def destination(self, count: int) -> memoryview | None:
+        """Return where the next ``count`` bytes go; None for nowhere."""
+        if self.payload is not None:
+            return memoryview(self.payload)[self.at : self.at + count]
+        assert isinstance(self.request, Read)  # noqa: S101  see `Replies._begin_data`
+        return self.request.destination(self.request.offset + self.at, count)
+
+    def put(self, data: memoryview) -> None:
+        """Put the next bytes where they go."""
+        view = self.destination(len(data))
+        if view is not None:
+            view[:] = data
+
+
+def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> None:
+    """Return if the header of a chunk that has no data is one that the request allows.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if kind == messages.REPLY_NONE:
+        is_valid = is_last and not length
+    elif kind & messages.REPLY_IS_ERROR:
+        is_valid = messages.ERROR.size <= length <= _MAX_ERROR_BYTES
+    elif kind == messages.REPLY_OFFSET_HOLE:
+        is_valid = isinstance(request, Read) and length == messages.HOLE.size
+    elif kind == messages.REPLY_BLOCK_STATUS:
+        extents, rest = divmod(length - CONTEXT_BYTES, EXTENT_BYTES)
+        is_valid = isinstance(request, BlockStatus) and not rest and 0 < extents <= _MAX_EXTENTS
+    else:
+        is_valid = False
+    if not is_valid:
+        msg = f"found a chunk of type {kind} with {length} bytes, expected another one"
+        raise ProtocolError(msg)
+
+
+def _parse_error(request: Request, kind: int, payload: bytearray) -> ReplyError:
+    """Return the error of an error chunk.
+
+    Raises:
+        ProtocolError: The chunk contradicts itself or the request.
+    """
+    error, length = messages.ERROR.unpack_from(payload)
+    end = messages.ERROR.size + length
+    rest = len(payload) - end
+    is_offset = kind == messages.REPLY_ERROR_OFFSET
+    if not error or rest < (messages.DATA_OFFSET.size if is_offset else 0):
+        msg = "found an error chunk that contradicts itself"
+        raise ProtocolError(msg)
+    if is_offset:
+        (offset,) = messages.DATA_OFFSET.unpack_from(payload, end)
+        if not request.offset <= offset < request.offset + request.length:
+            msg = f"found an error at {offset}, expected one in {request.offset}+{request.length}"
+            raise ProtocolError(msg)
+    text = messages.server_text(bytes(payload[messages.ERROR.size : end]))
+    return ReplyError(messages.host_errno(error), text)

@@ -1,0 +1,140 @@
+"""The bytes of a connection, plain or with TLS, without blocking.
+
+A wire is not safe for concurrent use; `qedfuse.nbd.connection.Connection` has the lock.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    import socket
+
+_RECEIVE_BYTES = 256 << 10
+
+
+class Wire(Protocol):
+    """A connection as a stream of bytes.
+
+    Attributes:
+        socket: The socket, to wait for.
+    """
+
+    socket: socket.socket
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``, now or with a later call, because the server does not take it yet.
+
+        Raises:
+            OSError: The connection is broken.
+        """
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """Receive at least one byte; return the number; None if none has come, 0 at the end.
+
+        Raises:
+            OSError: The connection is broken.
+        """
+
+
+class PlainWire:
+    """A connection without TLS."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Use a connected socket, which becomes one that does not block."""
+        sock.setblocking(False)  # noqa: FBT003  no keyword
+        self.socket = sock
+        self._unsent = bytearray()
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``; see `Wire`."""
+        if self._unsent:
+            self._unsent += data
+            self._flush()
+            return
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self._unsent += data[sent:]
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """Receive some bytes; see `Wire`."""
+        if self._unsent:
+            self._flush()
+        try:
+            return self.socket.recv_into(view)
+        except BlockingIOError:
+            return None
+
+    def _flush(self) -> None:
+        try:
+            sent = self.socket.send(self._unsent)
+        except BlockingIOError:
+            return
+        del self._unsent[:sent]
+
+
+class TlsWire:
+    """A connection with TLS, whose handshake is made with the first bytes."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:
+        """Use a connected socket; ``host`` is the name that the certificate must have."""
+        self._plain = PlainWire(sock)
+        self.socket = sock
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._received = memoryview(bytearray(_RECEIVE_BYTES))
+
+    def try_handshake(self) -> bool:
+        """Go on with the handshake of TLS; return whether it has ended.
+
+        Raises:
+            OSError: The handshake failed, or the connection is broken.
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._send_outgoing()
+                if not self._receive_more():
+                    return False
+            else:
+                self._send_outgoing()
+                return True
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``; see `Wire`."""
+        self._tls.write(data)
+        self._send_outgoing()
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """Receive some bytes; see `Wire`."""
+        while True:
+            try:
+                # An end of the stream without the message of TLS for it is an error.
+                return cast("int", self._tls.read(len(view), view))
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLWantReadError:
+                self._send_outgoing()
+                if not self._receive_more():
+                    return None
+
+    def _send_outgoing(self) -> None:
+        if self._outgoing.pending:
+            self._plain.send(self._outgoing.read())
+
+    def _receive_more(self) -> bool:
+        """Receive bytes of TLS, or its end; return False if none has come."""
+        count = self._plain.receive_into(self._received)
+        if count is None:
+            return False
+        if count:
+            self._incoming.write(self._received[:count])
+        else:
+            self._incoming.write_eof()
+        return True
