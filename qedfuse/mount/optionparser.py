@@ -221,6 +221,7 @@ _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "compact": ("compact", ("auto", "off", "full")),
     "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
     "freelist": ("free_list", ("on", "off")),
+    "prefetch": ("prefetch", ("off", "all")),
     "truncate": ("truncate", ("refuse", "zero")),
 }
 """Options with a choice of values: the field of `MountOptions` that each sets, and the values."""

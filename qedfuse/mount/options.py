@@ -69,6 +69,8 @@ class MountOptions:
         allow_unpinned: Whether to read an object of which only the size shows a change.
         credentials_file: A file with credentials for servers; None for no file.
         credentials: The content of ``credentials_file``, as `with_credentials` has read it.
+        prefetch: Whether all that the disks can need of remote files is fetched into the cache
+            while no reader waits for a server.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -105,20 +107,16 @@ class MountOptions:
     allow_unpinned: bool = False
     credentials_file: str | None = None
     credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    prefetch: Literal["off", "all"] = "off"
     kernel_flags: tuple[str, ...] = ()
 
     @property
     def remote(self) -> RemoteOptions:
         """How remote files are read."""
-        attempt_seconds = min(self.remote_attempt_seconds, self.remote_seconds)
         return RemoteOptions(
             cache_directory=self.remote_cache_directory,
             cache_bytes=self.remote_cache_bytes,
-            deadlines=Deadlines(
-                connect_seconds=min(Deadlines().connect_seconds, attempt_seconds),
-                attempt_seconds=attempt_seconds,
-                total_seconds=self.remote_seconds,
-            ),
+            deadlines=Deadlines.limited(self.remote_attempt_seconds, self.remote_seconds),
             allow_http=self.allow_http,
             allow_unpinned=self.allow_unpinned,
             allowed=self.backing_urls,

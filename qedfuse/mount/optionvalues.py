@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, parse_prefix
+from qedfuse.remote.options import MIN_CACHE_BYTES
 from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
 
@@ -25,8 +26,6 @@ _MIN_CACHE_BYTES: Final = 64 << 10
 """Smallest value of the option ``cache_size``."""
 _MAX_READAHEAD_BYTES: Final = 1 << 30
 """Largest value of the option ``readahead``."""
-_MIN_REMOTE_CACHE_BYTES: Final = 1 << 20
-"""Smallest value of the option ``remote_cache_size``."""
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -114,7 +113,7 @@ def parse_table_cache(name: str, value: str) -> int:
 def parse_remote_cache(name: str, value: str) -> int:
     """Parse the size of the cache for remote files in bytes, at least 1 MiB."""
     size = parse_bytes(name, value)
-    if size < _MIN_REMOTE_CACHE_BYTES:
+    if size < MIN_CACHE_BYTES:
         msg = f"option {name}: found {printable(value)}, expected at least 1M"
         raise UsageError(msg)
     return size

@@ -44,7 +44,7 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.launderer import Launderer
@@ -95,6 +95,13 @@ class Server:
             *(disks, options, truncation, self._size_fixup), directory=directory
         )
         self._is_ready = False
+        self._prefetch: Callable[[], Awaitable[None]] | None = None
+        if options.prefetch == "all":
+            # Imported late: without the option no module about remote files is needed.  While the
+            # mount is served, nothing may be imported.
+            from qedfuse.mount.prefetch import Prefetch  # noqa: PLC0415  late, see above
+
+            self._prefetch = Prefetch((exported.disk for exported in disks), mountpoint).run
 
     async def run(
         self,
@@ -214,6 +221,8 @@ class Server:
                 announcement.ready()
                 self._is_ready = True
                 self._log_refusals(readahead_failure, protection_failure)
+                if self._prefetch is not None:
+                    nursery.start_soon(self._prefetch)
                 async with queued_reads(data_requests.answer_slowly):
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:

@@ -6,6 +6,8 @@ it.
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, RemoteError
@@ -68,6 +70,8 @@ class Fetcher:
         self._lock = self._threads.lock
         # All that follows is protected by the lock.
         self._flights: dict[int, Flight] = {}
+        self._wanted: set[Flight] = set()  # flights for which readers wait
+        self._last_wanted = -math.inf  # when the last of them has ended
         self._readers = ReadAhead()
 
     def demand(self, first: int, last: int) -> list[Flight]:
@@ -95,6 +99,16 @@ class Fetcher:
         with self._lock:
             return self._begin(first, last, is_wanted=False)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._threads.is_closed
+
+    def quiet_seconds(self) -> float:
+        """Return for how long no reader has waited for a fetch; 0 if one waits now."""
+        with self._lock:
+            return 0.0 if self._wanted else time.monotonic() - self._last_wanted
+
     def record_read(self, first: int, last: int) -> None:
         """Record a read of units that are ready; fetch what a sequential reader will read next."""
         with self._lock:
@@ -114,6 +128,7 @@ class Fetcher:
             self._threads.close()
             flights = set(self._flights.values())
             self._flights.clear()
+            self._wanted.clear()
         self._source.close()
         for flight in flights:
             flight.end(self._closed_error())
@@ -141,17 +156,22 @@ class Fetcher:
                 flight.end()
             elif flight is None:
                 flight = self._new_flight(unit, last)
-                flight.is_wanted = is_wanted
                 if is_wanted:
+                    self._want(flight)
                     self._threads.add_look(flight)
                 else:
                     self._threads.add_prefetch(flight)
             elif is_wanted and not flight.is_wanted:
-                flight.is_wanted = True
+                self._want(flight)
                 self._threads.promote(flight)
             found.append(flight)
             unit = flight.last + 1
         return found
+
+    def _want(self, flight: Flight) -> None:
+        """Record that a reader waits for a flight."""
+        flight.is_wanted = True
+        self._wanted.add(flight)
 
     def _new_flight(self, first: int, last: int) -> Flight:
         """Return a new flight of adjacent units that are neither ready, held nor in a flight."""
@@ -233,5 +253,8 @@ class Fetcher:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:
                     del self._flights[unit]
+            if flight in self._wanted:
+                self._wanted.remove(flight)
+                self._last_wanted = time.monotonic()
             self._store.hold(flight.blocks)
         flight.end(error)

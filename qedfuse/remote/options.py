@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from qedfuse.remote.address import Address
+
+MIN_CACHE_BYTES: Final = 1 << 20
+"""Minimum for the maximum space of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,12 @@ class Deadlines:
     connect_seconds: float = 5.0
     attempt_seconds: float = 10.0
     total_seconds: float = 60.0
+
+    @classmethod
+    def limited(cls, attempt_seconds: float, total_seconds: float) -> Self:
+        """Return deadlines of which the shorter limits are no longer than the longer ones."""
+        attempt_seconds = min(attempt_seconds, total_seconds)
+        return cls(min(cls().connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 
 
 @dataclass(frozen=True, slots=True)

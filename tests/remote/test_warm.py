@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,12 +16,13 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CacheError, RemoteError
+from qedfuse.remote.cachedirectory import CacheDirectory
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.tools.copying.warm import warm
 from tests.support import qemu
 from tests.support.remotes import opened, read, some_bytes
-from tests.support.webserver import serving
+from tests.support.webserver import serving, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,16 +146,75 @@ def test_chain_of_urls(nginx: Nginx, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert file.fetcher.fetched_bytes == 0
 
 
+@pytest.mark.parametrize("name", ["disk.qed", "disk.raw"])
+def test_limit_of_the_cache_that_is_too_low(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the needed data exceeds the limit, no data is fetched: one line, and exit code 1."""
+    image = tmp_path / name
+    if name == "disk.qed":
+        make_image(image)
+    else:
+        image.write_bytes(some_bytes(40))
+    words = ["--cache-dir", str(tmp_path / "cache"), "--remote-cache-size", "4M"]
+    with serving(image.read_bytes()) as server:
+        assert main(["warm", *words, server.url]) == 1
+        captured = capsys.readouterr()
+        size = image.stat().st_size
+        assert captured.out == ""
+        assert captured.err == (
+            f"qedimg: {server.url}: found {size} bytes to keep in the cache, expected at most "
+            f"{4 << 20} (the limit of its size)\n"
+        )
+        assert server.sent_bytes < 4 * MIB
+        words[-1] = "64M"
+        assert main(["warm", "-q", *words, server.url]) == 0
+    assert main(["warm", "--remote-cache-size", "4k", "https://example.org/x"]) == 1
+    assert "found 4k, expected at least 1M" in capsys.readouterr().err
+
+
 @pytest.mark.expect_log("cannot store in the cache")
-async def test_cache_without_room(tmp_path: Path) -> None:
+async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that cannot keep the file is an error, and not a warm-up without effect."""
-    content = some_bytes(40)
-    remote = RemoteOptions(cache_directory=str(tmp_path / "cache"), cache_bytes=10 * UNIT_BYTES)
+    room = [10 * UNIT_BYTES]
+    monkeypatch.setattr(CacheDirectory, "make_room", lambda _: room.pop() if room else 0)
     with (
-        serving(content) as server,
-        pytest.raises(CacheError, match="found no room in the cache, expected 10485760"),
+        serving(some_bytes(40)) as server,
+        pytest.raises(CacheError, match="found no room in the cache, expected room for all"),
     ):
-        await warm(server.url, OpenOptions(remote=remote))
+        await warm(server.url, options(tmp_path / "cache"))
+    assert not room
+
+
+def test_interruption_by_a_signal(tmp_path: Path) -> None:
+    """Ctrl-C ends the command with exit code 130; the next command fetches the rest only."""
+    content = some_bytes(120)
+    command = [sys.executable, "-m", "qedfuse.cli.qedimg", "warm", "-p"]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    with serving(content) as server:
+        server.healthy = 20
+        server.always = "silence"
+        process = subprocess.Popen(
+            [*command, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_until(lambda: server.struck["silence"])
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        out, log = process.communicate(timeout=60)
+        assert time.monotonic() - start < 8
+        assert process.returncode == 130
+        assert out == ""
+        lines = log.splitlines()
+        assert lines[0] == "Fetching: 0.0 %"
+        assert lines[-1] == "qedimg: interrupted"
+        assert all(line.startswith("Fetching: ") for line in lines[:-1])
+        assert server.sent_bytes > 40 * UNIT_BYTES
+        server.always = None
+        done = subprocess.run([*command, server.url], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(f"{server.url}: {len(content)} bytes in the cache, fetched")
+        assert "Fetching: 100.0 %" in done.stderr
+        # What the server had sent last may not have been stored: at most 4 requests of 1 MiB.
+        assert server.sent_bytes < len(content) + 17 * UNIT_BYTES
 
 
 def test_server_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,8 @@ Options of -o; the default and then other values are in parentheses:
   cache_dir=DIR          where files on servers are cached ($XDG_CACHE_HOME/qedfuse)
   remote_cache_size=SIZE  how large that cache may become (default: 5 % of the file
                          system stay free)
+  prefetch=all           fetch all that the disk can need of files on servers, while no
+                         reader waits for one (off)
   remote_timeout=SECONDS  how long a request to a server may take, with all attempts (60)
   remote_attempt_timeout=SECONDS  how long one attempt may take (10)
   credentials=FILE       lines NAME=VALUE, as in the environment; for its owner only

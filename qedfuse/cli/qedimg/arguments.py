@@ -94,11 +94,24 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
         help="keep what was read from URLs in DIR (~/.cache/qedfuse)",
     )
     parser.add_argument(
+        "--remote-cache-size",
+        metavar="SIZE",
+        type=_cache_size,
+        help="how large this cache may become (default: 5 %% of the file system stay free)",
+    )
+    parser.add_argument(
         "--remote-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=60.0,
         help="give up if a server does not answer for this long (60)",
+    )
+    parser.add_argument(
+        "--remote-attempt-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=10.0,
+        help="how long one attempt may take (10)",
     )
     parser.add_argument(
         "--allow-http", action="store_true", help="allow http:// to other machines, without TLS"
@@ -118,6 +131,21 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
 
 
 _MAX_SECONDS: Final = 86400.0
+
+
+def _cache_size(text: str) -> int:
+    """Convert the maximum space of the cache for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is no size, or too small.
+    """
+    from qedfuse.remote.options import MIN_CACHE_BYTES  # noqa: PLC0415  imported late: --help must not load it
+
+    value = size(text)
+    if value < MIN_CACHE_BYTES:
+        msg = f"found {text}, expected at least {MIN_CACHE_BYTES >> 20}M"
+        raise argparse.ArgumentTypeError(msg)
+    return value
 
 
 def _prefix(text: str) -> Address:
@@ -198,13 +226,14 @@ def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
     from qedfuse.remote.credentials import read_credentials  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.remote.options import Deadlines, RemoteOptions  # noqa: PLC0415
 
-    seconds = getattr(arguments, "remote_timeout", 60.0)
     usual = Deadlines()
     path = getattr(arguments, "credentials", None)
     return RemoteOptions(
         cache_directory=getattr(arguments, "cache_dir", None),
-        deadlines=Deadlines(
-            min(usual.connect_seconds, seconds), min(usual.attempt_seconds, seconds), seconds
+        cache_bytes=getattr(arguments, "remote_cache_size", None),
+        deadlines=Deadlines.limited(
+            getattr(arguments, "remote_attempt_timeout", usual.attempt_seconds),
+            getattr(arguments, "remote_timeout", usual.total_seconds),
         ),
         allow_http=getattr(arguments, "allow_http", False),
         allow_unpinned=getattr(arguments, "allow_unpinned", False),

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.disk.lookup.extents import Kind
+import trio
+
 from qedfuse.disk.lookup.imageopening import open_image
-from qedfuse.disk.lookup.layer import QedLayer
+from qedfuse.disk.lookup.layer import RawLayer
+from qedfuse.disk.lookup.neededunits import NeededUnits
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CacheError, UsageError
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
-from qedfuse.remote.address import is_url
+from qedfuse.remote.address import is_url, parse_address
+from qedfuse.remote.filling import MAX_RUN_UNITS, fill
 from qedfuse.remote.remotefile import RemoteFile
-from qedfuse.remote.unitfile import UNIT_BYTES, units_of
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import format_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from qedfuse.disk.lookup.layer import Layer
-    from qedfuse.remote.flight import Flight
     from qedfuse.util.backgroundtasks import Progress
 
-_MAX_REQUEST_UNITS: Final = 4
 _MAX_REQUESTS: Final = 8
 """How many requests are queued at a time.  A request that waits too long in the queue fails."""
-_CLUSTERS_PER_LOOKUP: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class WarmedFile:
 
     Attributes:
         url: The normalised URL, without its query.
-        cached_bytes: How many bytes were wanted, and are in the cache.
+        cached_bytes: How many bytes are needed, and are in the cache.
         fetched_bytes: How many of them were not in the cache before.
         is_complete: Whether all bytes of the file are in the cache, so that no server is needed.
     """
@@ -62,11 +60,12 @@ async def warm(
         url: The URL of the image.
         options: How to open it and its bases, and where the cache is; None for the defaults.
         progress: Called with the number of bytes that are in the cache, and the number that are
-            wanted in all files.
+            needed of all files.
 
     Raises:
         UsageError: A path was given, or the URL is not valid.
-        CacheError: There is no cache, or not enough room in it.
+        CacheError: There is no cache, or not enough room in it; if its limit is too low for what
+            is needed, no data has been fetched.
         RemoteError: A server cannot be reached, or does not serve a file.
         QedError: An image cannot be opened, or a base is refused.
     """
@@ -80,22 +79,23 @@ async def warm(
             probed = first.fetcher.fetched_bytes if isinstance(first, RemoteFile) else 0
         if found == "qed":
             disk = await stack.enter_async_context(open_disk(url, options))
-            layers: list[Layer | None] = list(disk.chain.layers)
-            files = [layer.file for layer in disk.chain.layers]
+            layers: list[Layer] = list(disk.chain.layers)
         else:
-            layers = [None]
-            files = [await stack.enter_async_context(open_image(url, None, options.remote))]
+            file = await stack.enter_async_context(open_image(url, None, options.remote))
+            layers = [RawLayer(file)]
         parts = [
-            _Part(file, layer, 0 if depth else probed)
-            for depth, (file, layer) in enumerate(zip(files, layers, strict=True))
-            if isinstance(file, RemoteFile)
+            _Part(layer.file, layer, 0 if depth else probed)
+            for depth, layer in enumerate(layers)
+            if isinstance(layer.file, RemoteFile)
         ]
         for part in parts:
-            part.want_tables()
-            await part.fill(lambda _: None)
+            part.units.add_tables()
+        _refuse_excess(url, parts, options.remote.cache_bytes)
         for part in parts:
-            await part.want_data()
-        total = sum(part.wanted_bytes for part in parts)
+            await part.fill(lambda _: None)
+            await part.units.add_data()
+        _refuse_excess(url, parts, options.remote.cache_bytes)
+        total = sum(part.units.total_bytes for part in parts)
         done = 0
 
         def report(length: int) -> None:
@@ -110,105 +110,55 @@ async def warm(
 
 
 class _Part:
-    """One file of the chain, and which of its units are wanted."""
+    """One file of the chain, and which of its units are needed."""
 
-    def __init__(self, file: RemoteFile, layer: Layer | None, fetched_before: int) -> None:
+    def __init__(self, file: RemoteFile, layer: Layer, fetched_before: int) -> None:
         """Fetch an open file.
 
         Args:
             file: The file.
-            layer: The layer of the file; None for a raw file without a chain.
+            layer: The layer of the file.
             fetched_before: How many bytes were fetched before the file was opened.
         """
+        self.units = NeededUnits(layer)
         self._file = file
         self._fetched_before = fetched_before
-        self._layer = layer if isinstance(layer, QedLayer) else None
-        self._size = file.size()
-        self._wanted = bytearray(units_of(self._size))
 
-    @property
-    def wanted_bytes(self) -> int:
-        """How many bytes the wanted units have."""
-        missing = len(self._wanted) * UNIT_BYTES - self._size
-        return sum(self._wanted) * UNIT_BYTES - (missing if self._wanted[-1:] == b"\1" else 0)
-
-    def want_tables(self) -> None:
-        """Want the header and all tables of an image; nothing of a raw file."""
-        layer = self._layer
-        if layer is None:
-            return
-        self._want(0, layer.header.header_end)
-        length = layer.geometry.table_bytes
-        self._want(layer.header.l1_table_offset, length)
-        for offset in layer.l2_tables.tolist():
-            self._want(offset, length)
-
-    async def want_data(self) -> None:
-        """Want the allocated clusters of an image, whose tables are in the cache; or a whole file.
-
-        Entries that are not valid are left out, because nothing can be read by them.
-        """
-        layer = self._layer
-        if layer is None:
-            self._want(0, self._size)
-            return
-        step = _CLUSTERS_PER_LOOKUP * layer.geometry.cluster_size
-        for start in range(0, layer.size, step):
-            for extent in await layer.lookup(start, min(step, layer.size - start)):
-                if extent.kind is Kind.DATA:
-                    self._want(extent.file_offset, extent.length)
-
-    async def fill(self, report: Callable[[int], None]) -> None:
-        """Fetch the wanted units that are not in the cache.
+    async def fill(self, report: Callable[[int], object]) -> None:
+        """Fetch the needed units that are not in the cache.
 
         Args:
             report: Called with the length of each range that is in the cache then.
 
         Raises:
-            CacheError: The cache cannot keep a unit.
+            CacheError: The cache has not kept a unit.
             RemoteError: The server does not give a unit.
         """
-        running: deque[tuple[int, int, list[Flight]]] = deque()
-        for first, last in self._runs():
-            running.append((first, last, self._file.fetcher.prefetch(first, last)))
-            if len(running) == _MAX_REQUESTS:
-                report(await self._wait(*running.popleft()))
-        while running:
-            report(await self._wait(*running.popleft()))
+        await fill(
+            self._file,
+            self.units.runs(MAX_RUN_UNITS),
+            max_requests=_MAX_REQUESTS,
+            wait_turn=trio.lowlevel.checkpoint,
+            report=report,
+        )
 
     def result(self) -> WarmedFile:
         """Return what the cache has now."""
         fetcher = self._file.fetcher
         return WarmedFile(
             self._file.name,
-            self.wanted_bytes,
+            self.units.total_bytes,
             self._fetched_before + fetcher.fetched_bytes,
             is_complete=0 not in fetcher.ready,
         )
 
-    def _want(self, offset: int, length: int) -> None:
-        """Want the units of a range, as far as the file has them."""
-        first = offset // UNIT_BYTES
-        end = min(units_of(offset + length), len(self._wanted))
-        if first < end:
-            self._wanted[first:end] = b"\1" * (end - first)
 
-    def _runs(self) -> Iterator[tuple[int, int]]:
-        """Yield the first and last unit of each run of adjacent wanted units, of limited length."""
-        first = self._wanted.find(1)
-        while first >= 0:
-            end = self._wanted.find(0, first, first + _MAX_REQUEST_UNITS)
-            if end < 0:
-                end = min(first + _MAX_REQUEST_UNITS, len(self._wanted))
-            yield first, end - 1
-            first = self._wanted.find(1, end)
-
-    async def _wait(self, first: int, last: int, flights: list[Flight]) -> int:
-        """Wait until a run was fetched; return its length in bytes."""
-        for flight in flights:
-            await flight.wait()
-        if self._file.fetcher.ready.find(0, first, last + 1) >= 0:
-            msg = f"{self._file.name}: found no room in the cache, expected {self.wanted_bytes} "
-            msg += "bytes of it"
-            raise CacheError(msg)
-        return min((last + 1) * UNIT_BYTES, self._size) - first * UNIT_BYTES
+def _refuse_excess(url: str, parts: list[_Part], max_bytes: int | None) -> None:
+    """Raise CacheError if the cache may not become as large as what is needed."""
+    total = sum(part.units.total_bytes for part in parts)
+    if max_bytes is not None and total > max_bytes:
+        msg = (
+            f"{parse_address(url).shown}: found {total} bytes to keep in the cache, expected at "
+            f"most {max_bytes} (the limit of its size)"
+        )
+        raise CacheError(msg)

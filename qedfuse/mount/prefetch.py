@@ -1,0 +1,136 @@
+"""Option ``prefetch=all``: fetching what the disks of a mount can need of files on servers.
+
+The task begins when the mount is ready.  It fetches the tables of all files, then their data.  It
+begins no request while a reader waits for a server, nor shortly after that, because the reader will
+probably need something else then.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.disk.lookup.neededunits import NeededUnits
+from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
+from qedfuse.remote.filling import MAX_RUN_UNITS, fill
+from qedfuse.remote.remotefile import RemoteFile
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qedfuse.disk.disk import Disk
+
+_log = logging.getLogger(__name__)
+
+_MAX_REQUESTS: Final = 3
+"""How many requests of 1 MiB run at a time.  One more is left for what sequential readers will read
+next (`qedfuse.remote.fetchthreads`)."""
+_QUIET_SECONDS: Final = 0.1
+"""How long no reader must have waited for a server before a request begins."""
+_PAUSE_SECONDS: Final = 30.0
+"""How long to wait after a failure of a server."""
+
+
+class Prefetch:
+    """Fetches what some disks can need of remote files into the cache."""
+
+    def __init__(self, disks: Iterable[Disk], mountpoint: str) -> None:
+        """Fetch for ``disks``; log with the name of ``mountpoint``."""
+        self._shown = printable(mountpoint)
+        self._parts = [
+            (layer.file, NeededUnits(layer))
+            for disk in disks
+            for layer in disk.chain.layers
+            if isinstance(layer.file, RemoteFile)
+        ]
+
+    async def run(self) -> None:
+        """Fetch all that is needed, and log the end; return early if the files are closed.
+
+        After a failure of a server the task goes on later.
+        """
+        try:
+            for file, units in self._parts:
+                units.add_tables()
+                await self._fill(file, units)
+            for file, units in self._parts:
+                await self._add_data(file, units)
+                await self._fill(file, units)
+        except (CacheError, HostError) as error:
+            if not self._is_closed():
+                _log.warning("%s: prefetch ended: %s", self._shown, error)
+            return
+        if self._parts:
+            needed = sum(units.total_bytes for _, units in self._parts)
+            fetched = sum(file.fetcher.fetched_bytes for file, _ in self._parts)
+            _log.info(
+                "%s: prefetch ended: all %d bytes that the disks can need are in the cache "
+                "(fetched since the mount began: %d)",
+                *(self._shown, needed, fetched),
+            )
+
+    async def _add_data(self, file: RemoteFile, units: NeededUnits) -> None:
+        """Add the data of a file, whose tables are in the cache; try again after a failure.
+
+        Raises:
+            ObjectChangedError: The server has another version of the object.
+            RemoteError: The file was closed.
+            HostError: The cache cannot be read.
+        """
+        while True:
+            try:
+                await units.add_data()
+            except RemoteError as error:
+                await self._pause(file, error)
+            else:
+                return
+
+    async def _fill(self, file: RemoteFile, units: NeededUnits) -> None:
+        """Fetch the units of a file; try again after a failure.
+
+        Raises:
+            CacheError: The cache has not kept a unit.
+            ObjectChangedError: The server has another version of the object.
+            RemoteError: The file was closed.
+        """
+        while True:
+            try:
+                await fill(
+                    file,
+                    units.runs(MAX_RUN_UNITS),
+                    max_requests=_MAX_REQUESTS,
+                    wait_turn=self._wait_for_quiet,
+                    report=lambda _: None,
+                )
+            except RemoteError as error:
+                await self._pause(file, error)
+            else:
+                return
+
+    async def _pause(self, file: RemoteFile, error: RemoteError) -> None:
+        """Wait after a failure of a server, which the file has logged.
+
+        Raises:
+            RemoteError: ``error``, if another attempt would fail too.
+        """
+        if isinstance(error, ObjectChangedError) or file.fetcher.is_closed:
+            raise error
+        await trio.sleep(_PAUSE_SECONDS)
+
+    async def _wait_for_quiet(self) -> None:
+        """Wait until no reader has waited for a server for a while; always a checkpoint."""
+        await trio.lowlevel.checkpoint()
+        while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time
+            await trio.sleep(_QUIET_SECONDS - quiet)
+
+    def _quiet_seconds(self) -> float:
+        """Return for how long no reader of a file has waited for its server."""
+        return min((file.fetcher.quiet_seconds() for file, _ in self._parts), default=math.inf)
+
+    def _is_closed(self) -> bool:
+        """Return whether a file was closed, because the mount ends."""
+        return any(file.fetcher.is_closed for file, _ in self._parts)
