@@ -57,6 +57,12 @@ class QedError(Exception):
         copy.__dict__.update(self.__dict__)
         return copy
 
+    def prefixed(self, text: str) -> Self:
+        """Return a copy whose message begins with ``text``."""
+        copy = self.again()
+        copy.args = (f"{text}{self}",)
+        return copy
+
     def equals(self, other: QedError) -> bool:
         """Return whether ``other`` has the same class and the same message."""
         return type(self) is type(other) and self.args == other.args

@@ -11,23 +11,24 @@ D1 and D7 are rules in docs/durability.md.
 
 from __future__ import annotations
 
+import os
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
-from qedfuse.disk.lookup.baseversion import forget_base
+from qedfuse.disk.lookup.baseversion import replace_base
 from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
 from qedfuse.errors import BackingError, PastEndError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.lookup.baseversion import BaseVersions
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.extents import Extent
     from qedfuse.disk.lookup.layer import Layer
@@ -559,7 +560,9 @@ class Disk:
         await self._components.scan.run()
         await self._components.shrinking.empty(progress)
 
-    async def set_backing(self, name: bytes, *, raw: bool) -> None:
+    async def set_backing(
+        self, name: bytes, *, raw: bool, versions: BaseVersions | None = None
+    ) -> None:
         """Store the name of another base in the image, durably; an empty name removes the base.
 
         Everything that was written before this call becomes durable before the name does.
@@ -568,6 +571,8 @@ class Disk:
         Args:
             name: The name as `backing_name` in `qedfuse.disk.creation.newheader` returns it.
             raw: Whether the header must say that the base is raw; ignored if ``name`` is empty.
+            versions: The versions of the new bases, which are remembered.  If None, the next open
+                for writing remembers the versions that it finds.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -577,14 +582,7 @@ class Disk:
         await change_backing_name(
             self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
         )
-        self.forget_base()
-
-    def forget_base(self) -> None:
-        """Forget the version of the base, because the caller has changed the base itself.
-
-        The next open for writing remembers the version that it finds (`baseversion`).
-        """
-        forget_base(self._file)
+        replace_base(self._file, os.fsdecode(name), versions)
 
     def fstat(self) -> os.stat_result:
         """Return the attributes of the image file.

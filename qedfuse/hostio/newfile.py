@@ -23,6 +23,10 @@ _MAX_PREFIX_BYTES: Final = 200
 """Maximum number of bytes of the final name that the temporary name repeats.  The temporary name
 adds a few bytes, and a file name has at most 255 bytes (NAME_MAX)."""
 
+CONTENT_ATTRIBUTES: Final = "user.qedfuse."
+"""How the names of the attributes begin that qedfuse sets and that are about the content of a file,
+so that a file with other content must not get them."""
+
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
 
@@ -49,7 +53,7 @@ class NewFile:
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
                 to replace no file.  The caller must keep the descriptor open until the end of
                 the block.  The new file gets the owner, permissions and extended attributes
-                of the old one.
+                of the old one, except those about its content (`CONTENT_ATTRIBUTES`).
             overwrite: Whether the user has agreed to replace a file.  This only chooses the
                 error that is raised for a file other than ``old``.
         """
@@ -176,8 +180,8 @@ class NewFile:
 def _copy_attributes(old: int, new: str) -> None:
     """Copy owner, mode and extended attributes of the replaced file to the new one.
 
-    Extended attributes include access control lists.  An owner or an attribute that the host
-    refuses to set is skipped (only root can change the owner).
+    Extended attributes include access control lists; `CONTENT_ATTRIBUTES` are left out.  An owner
+    or an attribute that the host refuses to set is skipped (only root can change the owner).
 
     Raises:
         OSError: The host refused to set the mode.
@@ -190,5 +194,7 @@ def _copy_attributes(old: int, new: str) -> None:
     os.chmod(new, status.st_mode & 0o7777)  # noqa: PTH101
     with suppress(OSError):
         for name in os.listxattr(old):
+            if name.startswith(CONTENT_ATTRIBUTES):
+                continue
             with suppress(OSError):
                 os.setxattr(new, name, os.getxattr(old, name))

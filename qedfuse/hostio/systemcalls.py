@@ -1,6 +1,6 @@
 """System calls on files, as functions that may block.
 
-On failure all of them but `waits_for_server` raise `OSError`.
+On failure all of them but `waits_for_server` and `keeps_inode_numbers` raise `OSError`.
 Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
 and `write_all` repeat preadv(2) and pwritev(2), which can transfer only a part of the data.
 """
@@ -48,6 +48,8 @@ _SERVER_MAGICS: Final = frozenset(
     }
 )
 """The ``f_type`` of file systems that send requests to a server (linux/magic.h)."""
+_FAT_MAGICS: Final = frozenset({0x4D44, 0x2011BAB0})
+"""The ``f_type`` of FAT and exFAT, which store no inode numbers: the kernel makes them up."""
 _STATFS_BYTES: Final = 256
 """Length of the buffer for struct statfs, more than needed; the first field is ``f_type``, a
 long."""
@@ -101,11 +103,25 @@ def waits_for_server(fd: int) -> bool:
     The server is another process or another machine (FUSE, NFS).  Returns True also if fstatfs(2)
     fails, because this call fails only in a file system that asks a server for the answer.
     """
+    magic = _file_system_magic(fd)
+    return magic is None or magic in _SERVER_MAGICS
+
+
+def keeps_inode_numbers(fd: int) -> bool:
+    """Return whether a file keeps its inode number while no program has the file open.
+
+    Returns False also if fstatfs(2) fails.
+    """
+    magic = _file_system_magic(fd)
+    return magic is not None and magic not in _FAT_MAGICS
+
+
+def _file_system_magic(fd: int) -> int | None:
+    """Return the ``f_type`` of the file system of an open file; None if fstatfs(2) fails."""
     result = ctypes.create_string_buffer(_STATFS_BYTES)
     if _fstatfs(fd, result):
-        return True
-    magic = result.raw[: ctypes.sizeof(ctypes.c_long)]
-    return int.from_bytes(magic, sys.byteorder) in _SERVER_MAGICS
+        return None
+    return int.from_bytes(result.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

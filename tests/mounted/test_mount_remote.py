@@ -366,7 +366,7 @@ def test_an_overlay_remembers_its_base(
     size = len(server.content)
     expected = (
         f'{overlay}: backing file {url}: found size {size} and etag "two", expected size {size} '
-        'and etag "one" as when the image was first written to (base_changed accepts it)'
+        'and etag "one" as when the image was made over it (base_changed accepts it)'
     )
     for words in ((server.url, "-o", f"overlay={overlay}"), (overlay, "-o", prefix(server))):
         assert refused(*words, mnt, code=17) == expected
@@ -382,17 +382,20 @@ def test_an_overlay_remembers_its_base(
 
 
 def test_a_changed_local_base_is_logged(golden: Path, tmp_path: Path) -> None:
-    """An overlay over a local base that has changed is mounted, with a warning."""
+    """An overlay over a local base that has changed is mounted, with one warning."""
     overlay, mnt = tmp_path / "vm1.qed", tmp_path / "mnt"
     with mounted(golden, mnt, "-o", f"overlay={overlay}"):
         pass
     with mounted(overlay, mnt):
         pass
     qemu.io(golden, "write -P 7 0 64k")
-    for options in ((), (), ("-o", "base_changed")):
+    expected = f"qedfuse: {overlay}: backing file {golden}: found it modified since"
+    for options, is_logged in ((("-r",), True), ((), True), ((), False)):
         with front(*options, overlay, mnt) as mount:
             log = stop(mount)
-        expected = f"qedfuse: {overlay}: backing file {golden}: found it modified since"
-        assert log[0].startswith(expected) is not bool(options), log
-    with mounted(overlay, mnt):
-        pass
+        assert log[0].startswith(expected) is is_logged, log
+    qemu.io(golden, "write -P 8 0 64k")
+    for words in (["-o", "base_changed"], []):
+        with front(*words, overlay, mnt) as mount:
+            log = stop(mount)
+        assert not log[0].startswith(expected), log

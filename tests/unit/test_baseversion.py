@@ -1,4 +1,4 @@
-"""An image remembers the version of its bases, and forgets it when they are changed through it."""
+"""An image remembers the version of a local base, and a change of the base is logged once."""
 
 from __future__ import annotations
 
@@ -20,22 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ATTRIBUTE = "user.qedfuse.base"
-MODIFIED = "found it modified since the image was first written to"
-REPLACED = "found it replaced since the image was first written to"
+MODIFIED = "found it modified since the image was last opened for writing"
+REPLACED = "found it replaced since the image was last opened for writing"
 WRITABLE = OpenOptions(writable=True)
-
-
-@pytest.fixture(params=["attribute", "file"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give where the record is: an attribute, or a file where the host has no attributes."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
-    if request.param == "file":
-        for name in ("getxattr", "setxattr", "removexattr"):
-            monkeypatch.setattr(os, name, refuse)
-    return str(request.param)
+ACCEPTING = OpenOptions(backing=BackingPolicy(base_changed=True))
 
 
 @pytest.fixture
@@ -47,13 +35,24 @@ async def overlay(tmp_path: Path) -> Path:
     return path
 
 
-def remembers(path: Path, place: str) -> bool:
-    """Return whether there is a record."""
-    record = path.with_name(path.name + ".base")
-    if place == "file":
-        return record.exists()
-    assert not record.exists()
+def names(directory: Path) -> list[str]:
+    """Return the sorted names of the files in a directory."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def remembers(path: Path) -> bool:
+    """Return whether there is a record; assert that there is no file beside the images."""
+    assert names(path.parent) == ["base.qed", path.name]
     return ATTRIBUTE in os.listxattr(path)
+
+
+def replace(path: Path, *, keep_times: bool = False) -> None:
+    """Replace a file by a copy of it."""
+    status, new = path.stat(), path.with_name("new")
+    new.write_bytes(path.read_bytes())
+    if keep_times:
+        os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+    new.rename(path)
 
 
 async def warnings(path: Path, options: OpenOptions, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -67,76 +66,131 @@ async def warnings(path: Path, options: OpenOptions, caplog: pytest.LogCaptureFi
 
 @pytest.mark.expect_log(MODIFIED)
 @pytest.mark.expect_log(REPLACED)
-async def test_a_difference_is_logged(
-    overlay: Path, place: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A base that was modified or replaced is logged at each open until it is accepted."""
+async def test_a_difference_is_logged(overlay: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A base that was modified or replaced is logged until an image over it is written to."""
     base = overlay.with_name("base.qed")
     assert await warnings(overlay, OpenOptions(), caplog) == []
-    assert not remembers(overlay, place)
+    assert not remembers(overlay)
     assert await warnings(overlay, WRITABLE, caplog) == []
-    assert remembers(overlay, place)
+    assert remembers(overlay)
     os.utime(base, ns=(1, 1))
-    for options in (OpenOptions(), WRITABLE, WRITABLE):
+    for options in (OpenOptions(), OpenOptions(), WRITABLE):
         (line,) = await warnings(overlay, options, caplog)
         assert line.startswith(f"{overlay}: backing file {base}: {MODIFIED}")
-    new = base.with_name("new")
-    new.write_bytes(base.read_bytes())
-    new.rename(base)
-    (line,) = await warnings(overlay, WRITABLE, caplog)
-    assert REPLACED in line
-    accepting = OpenOptions(writable=True, backing=BackingPolicy(base_changed=True))
-    assert await warnings(overlay, accepting, caplog) == []
+    for options in (OpenOptions(), WRITABLE):
+        assert await warnings(overlay, options, caplog) == []
+    replace(base)
+    assert await warnings(overlay, ACCEPTING, caplog) == []
+    for options in (OpenOptions(), WRITABLE):
+        (line,) = await warnings(overlay, options, caplog)
+        assert REPLACED in line
     assert await warnings(overlay, WRITABLE, caplog) == []
 
 
 async def test_a_copy_with_the_same_times_is_the_same(
-    overlay: Path, place: str, caplog: pytest.LogCaptureFixture
+    overlay: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A base that was restored with its size and its time of modification is not logged."""
-    base = overlay.with_name("base.qed")
     await warnings(overlay, WRITABLE, caplog)
-    assert remembers(overlay, place)
-    status = base.stat()
-    new = base.with_name("new")
-    new.write_bytes(base.read_bytes())
-    os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
-    new.rename(base)
-    assert await warnings(overlay, WRITABLE, caplog) == []
+    assert remembers(overlay)
+    replace(overlay.with_name("base.qed"), keep_times=True)
+    for _ in range(2):
+        assert await warnings(overlay, WRITABLE, caplog) == []
 
 
-@pytest.mark.parametrize("keep", [False, True])
-async def test_commit_forgets(
-    overlay: Path,
-    place: str,
-    caplog: pytest.LogCaptureFixture,
-    keep: bool,  # noqa: FBT001
-) -> None:
-    """After a commit to the base, the version of the base is remembered anew."""
+@pytest.mark.expect_log(MODIFIED)
+@pytest.mark.parametrize("how", ["emptied", "kept", "named"])
+async def test_commit_remembers(overlay: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    """A commit remembers the version of the base that it has made, so that later ones differ."""
+    base = overlay.with_name("base.qed")
     async with open_disk(str(overlay), WRITABLE) as disk:
         await disk.write(0, b"data")
-    assert remembers(overlay, place)
-    await commit(str(overlay), keep=keep)
-    assert not remembers(overlay, place)
+    before = os.getxattr(overlay, ATTRIBUTE)
+    if how == "named":
+        await commit(str(overlay), base=str(base))
+    else:
+        await commit(str(overlay), keep=how == "kept")
+    assert remembers(overlay)
+    assert os.getxattr(overlay, ATTRIBUTE) != before
     assert await warnings(overlay, WRITABLE, caplog) == []
+    os.utime(base, ns=(1, 1))
+    assert len(await warnings(overlay, WRITABLE, caplog)) == 1
 
 
-async def test_rebase_forgets(overlay: Path, place: str, caplog: pytest.LogCaptureFixture) -> None:
-    """After another name of the base was stored, its version is remembered anew."""
+async def test_commit_of_an_image_without_a_record(overlay: Path) -> None:
+    """A commit of an image that remembers nothing makes no record."""
+    await commit(str(overlay), keep=True)
+    assert not remembers(overlay)
+
+
+@pytest.mark.expect_log(MODIFIED)
+async def test_rebase_remembers(overlay: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rebase remembers the version of the new base."""
+    base = overlay.with_name("base.qed")
+    await rebase(str(overlay), str(base))
+    os.utime(base, ns=(1, 1))
+    policy = BackingPolicy(mode="any")
+    assert len(await warnings(overlay, OpenOptions(backing=policy), caplog)) == 1
+    await rebase(str(overlay), None, options=OpenOptions(backing=policy))
+    assert not remembers(overlay)
+
+
+async def test_an_unsafe_rebase_forgets(overlay: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After only the name of the base was changed, the next open for writing remembers it."""
     await warnings(overlay, WRITABLE, caplog)
-    assert remembers(overlay, place)
+    assert remembers(overlay)
     os.utime(overlay.with_name("base.qed"), ns=(1, 1))
     await rebase(str(overlay), "base.qed", backing_format="qed", unsafe=True)
-    assert not remembers(overlay, place)
+    assert not remembers(overlay)
     assert await warnings(overlay, WRITABLE, caplog) == []
 
 
-CHECKSUM = b"%08x" % zlib.crc32(b"base.qed")
+@pytest.mark.parametrize("name", ["vm.qed.base", ".vm.qed.qedfuse-base", ".vm.qed.base"])
+async def test_a_base_is_never_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A base that has the name of a record survives opens, commits and rebases of its overlay."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    for call in ("getxattr", "setxattr", "removexattr"):
+        monkeypatch.setattr(os, call, refuse)
+    base, overlay = tmp_path / name, tmp_path / "vm.qed"
+    await create_image(str(base), 1 << 20)
+    await create_image(str(overlay), 1 << 20, backing=name)
+    async with open_disk(str(overlay), WRITABLE) as disk:
+        await disk.write(0, b"data")
+    await commit(str(overlay), keep=True)
+    await commit(str(overlay), base=name)
+    await commit(str(overlay))
+    await rebase(str(overlay), name)
+    await rebase(str(overlay), name, backing_format="qed", unsafe=True)
+    async with open_disk(str(overlay)) as disk:
+        assert await disk.read(0, 4) == b"data"
+    await rebase(str(overlay), None)
+    async with open_disk(str(base)) as disk:
+        assert await disk.read(0, 4) == b"data"
+    assert names(tmp_path) == sorted([name, "vm.qed"])
+
+
+def checksummed(body: bytes) -> bytes:
+    """Return a record with a valid checksum."""
+    return b"%08x\n" % zlib.crc32(b"base.qed\0" + body) + body
 
 
 @pytest.mark.parametrize(
     "record",
-    [b"", b"\xff", b"00000000\n1 2.3", CHECKSUM, CHECKSUM + b"\n", CHECKSUM + b"\nsize 2.3"],
+    [
+        b"",
+        b"\xff",
+        b"00000000\n1 2.3",
+        checksummed(b""),
+        checksummed(b"size 2.3"),
+        checksummed(b"u1"),
+        checksummed(b"\xff 2.3"),
+        checksummed(b"1 2.3")[:-1],
+    ],
 )
 async def test_a_damaged_record_is_replaced(
     overlay: Path, caplog: pytest.LogCaptureFixture, record: bytes
@@ -145,3 +199,20 @@ async def test_a_damaged_record_is_replaced(
     os.setxattr(overlay, ATTRIBUTE, record)
     assert await warnings(overlay, WRITABLE, caplog) == []
     assert os.getxattr(overlay, ATTRIBUTE) != record
+
+
+@pytest.mark.expect_log("cannot read the version of the backing file")
+@pytest.mark.expect_log("cannot remember the version of the backing file: Permission denied")
+async def test_a_host_that_refuses_is_logged(
+    overlay: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the host refuses to read or to store the record, this is logged, and the image opens."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for call in ("getxattr", "setxattr"):
+        monkeypatch.setattr(os, call, refuse)
+    lines = await warnings(overlay, WRITABLE, caplog)
+    assert all(line.endswith(": Permission denied") for line in lines)
+    assert len(lines) == 2

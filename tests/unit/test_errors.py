@@ -11,7 +11,7 @@ import pytest
 
 import qedfuse
 from qedfuse import errors
-from qedfuse.errors import HostError, NoSpaceError, QedError, cannot_open
+from qedfuse.errors import HostError, NoSpaceError, QedError, RemoteError, cannot_open
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,3 +99,14 @@ def test_name_is_escaped() -> None:
     """A file name with a newline gives a message of one line."""
     error = cannot_open("a\nb.qed", OSError(errno.ENOENT, "ignored"))
     assert str(error) == "a\\nb.qed: cannot open: No such file or directory"
+
+
+def test_a_prefixed_error_is_of_the_same_kind() -> None:
+    """An error whose message gets a prefix keeps its class and its attributes."""
+    error = RemoteError("https://h/a: found HTTP status 503", errno.EACCES)
+    error.is_logged = True
+    found = error.prefixed("vm.qed: backing file ")
+    assert type(found) is RemoteError
+    assert str(found) == "vm.qed: backing file https://h/a: found HTTP status 503"
+    assert (found.errno, found.is_logged) == (errno.EACCES, True)
+    assert str(error) == "https://h/a: found HTTP status 503"

@@ -50,8 +50,8 @@ Options of -o; the default and then other values are in parentheses:
   backing_format=raw     format of all backing files, whatever they contain (default: as
                          the image or their first bytes say; qed)
   backing_url=PREFIX     allow backing files whose URL begins with PREFIX (may be repeated)
-  base_changed           accept a backing file that has changed since an image over it was
-                         first written to, and remember the new one
+  base_changed           accept a backing file that has changed since the image was made
+                         over it, and remember the new one
   cache_dir=DIR          where files on servers are cached ($XDG_CACHE_HOME/qedfuse)
   remote_cache_size=SIZE  how large that cache may become (default: 5 % of the file
                          system stay free)

@@ -80,8 +80,7 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-changed",
         action="store_true",
-        help="accept a backing file that has changed since an image over it was first opened for "
-        "writing",
+        help="accept a backing file that has changed since the image was made over it",
     )
     add_remote(parser)
 

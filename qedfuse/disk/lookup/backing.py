@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
-from qedfuse.disk.lookup.baseversion import remember_base, verify_base
+from qedfuse.disk.lookup.baseversion import verify_base
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
@@ -97,6 +97,7 @@ async def open_bases(
     Raises:
         BackingError: A base is missing, refused, of another format or of another version than the
             image remembers (`baseversion`), or the chain is a loop or too long.
+        RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base.
@@ -143,7 +144,9 @@ async def open_bases(
 def _compare_versions(
     images: list[tuple[HostFile, str]], layers: list[Layer], *, accept: bool
 ) -> None:
-    """Compare the bases of each image of a chain with the version that the image remembers.
+    """Compare the bases of each image of a chain with the versions that the image remembers.
+
+    If the first image is open for writing, it remembers its bases (`verify_base`).
 
     Args:
         images: Each image that has a base, with the name of the base that the image stores; the
@@ -153,14 +156,13 @@ def _compare_versions(
 
     Raises:
         BackingError: A base is of another version.
+        HostError: The attributes of a local base cannot be read.
     """
     files = [layer.file for layer in layers]
-    for depth, (image, name) in enumerate(images):
-        if not name:
-            continue
-        verify_base(image, name, files[depth:], accept=accept)
-        if image.writable:
-            remember_base(image, name, files[depth:], accept=accept)
+    # The first image comes last: nothing is remembered with it if a lower one is refused.
+    for depth, (image, name) in reversed(list(enumerate(images))):
+        if name:
+            verify_base(image, name, files[depth:], accept=accept)
 
 
 @contextmanager
@@ -207,6 +209,8 @@ async def open_base(
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
+        RemoteError: The server cannot be reached, or does not serve the file.
+        HostError: The cache or a further descriptor that a URL needs cannot be opened.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -237,7 +241,11 @@ async def _open_url_base(
             )
             raise BackingRefusedError(msg)
         return await open_url(url, remote)
-    except (HostError, UsageError) as error:
+    except HostError as error:
+        # The class stays, so that an outage differs from a base that can never be used.
+        about = f"{image.name}: backing file "
+        raise error.prefixed(about) from error
+    except UsageError as error:
         msg = f"{image.name}: backing file {error}"
         raise BackingError(msg) from error
 

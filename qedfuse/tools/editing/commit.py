@@ -28,12 +28,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.lookup.baseversion import forget_base
+from qedfuse.disk.lookup.backing import read_backing_name
+from qedfuse.disk.lookup.baseversion import accept_commit
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.hostio.imagefile import open_image_file
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.regular import status_of
 from qedfuse.remote.address import require_local
+from qedfuse.text import printable
 from qedfuse.tools.editing.commitbase import COPY_CHUNK_BYTES, find_base, open_base
 from qedfuse.tools.editing.commitsource import OverlayAlone, open_upper_images
 
@@ -116,8 +119,7 @@ async def commit(
             source, base_file = found
             result = await _commit(source, base_file, options, progress)
             if not result.between:
-                with open_image_file(path, None) as file:
-                    forget_base(file)
+                await _accept_commit(path, base_file)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
     # The overlay is opened without its base.  Otherwise the base would be locked for reading
     # as long as the overlay is open, and could not be opened for writing.
@@ -130,16 +132,17 @@ async def commit(
         async def empty() -> None:
             await overlay.empty(_half_of(progress, second=True))
 
+        base_file = await find_base(overlay, options)
         result = await _commit(
             OverlayAlone(overlay),
-            await find_base(overlay, options),
+            base_file,
             options,
             progress if keep else _half_of(progress),
             None if keep else empty,
         )
         if progress is not None:
             progress(overlay.size, overlay.size)
-        overlay.forget_base()
+        await _accept_commit(path, base_file)
         after = before if keep else overlay.statistics().file_bytes
         return replace(result, bytes_before=before, bytes_after=after)
 
@@ -178,6 +181,19 @@ async def _commit(
             free_clusters=base.free_clusters,
             between=base_file.depth - 1,
         )
+
+
+async def _accept_commit(path: str, base_file: BaseFile) -> None:
+    """Remember with an overlay that its base has been changed by the commit (`baseversion`).
+
+    The caller holds the lock of the overlay.
+
+    Raises:
+        QedError: The overlay or the attributes of the base cannot be read.
+    """
+    with open_image_file(path, None) as file:
+        name = await read_backing_name(file, await read_header(file))
+        accept_commit(file, name, status_of(base_file.path, printable(base_file.path)))
 
 
 def _half_of(progress: Progress | None, *, second: bool = False) -> Progress | None:

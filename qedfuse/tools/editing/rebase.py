@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from qedfuse.disk.creation.newheader import backing_name
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.baseversion import versions_of
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
@@ -105,10 +106,13 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
+        # Taken before the copy, which is made over these versions.
+        bases = [layer.file for layer in chain.layers[1:]]
+        versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
         await copy.run(progress)
         raw = chain.has_base and isinstance(chain.layers[1], RawLayer)
-        await disk.set_backing(name, raw=raw)
+        await disk.set_backing(name, raw=raw, versions=versions)
         if progress is not None:
             progress(disk.size, disk.size)
     found = "raw" if raw else "qed"
