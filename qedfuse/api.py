@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.text import printable
+from qedfuse.remote.address import shown_name, without_secrets
 from qedfuse.util.portal import Portal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def open(  # noqa: A001  a module's open, like gzip.open
     name = os.fsdecode(path)
     options = replace(options or OpenOptions(), writable=mode == "r+b")
     manager = open_disk(name, options, inspector=inspect_image)
-    return DiskFile(Portal(manager, f"qedfuse {printable(name)}"), mode)
+    return DiskFile(Portal(manager, f"qedfuse {shown_name(name)}"), mode)
 
 
 class DiskFile(io.RawIOBase):
@@ -321,7 +321,12 @@ class DiskFile(io.RawIOBase):
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """If the program has not closed the file, warn, and begin to close it."""
         if not self.closed:
-            _warn(f"unclosed disk {self.name!r}", ResourceWarning, stacklevel=2, source=self)
+            _warn(
+                f"unclosed disk {without_secrets(self.name)!r}",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
             # Do not wait for the close, because the garbage collector may be running in the
             # portal's own thread, which would wait for itself.
             self._portal.ask_to_close()

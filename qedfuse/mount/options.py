@@ -121,6 +121,7 @@ class MountOptions:
             allow_unpinned=self.allow_unpinned,
             allowed=self.backing_urls,
             credentials=self.credentials,
+            credentials_file=self.credentials_file,
         )
 
     def with_credentials(self) -> MountOptions:

@@ -6,12 +6,11 @@ server, so that addresses can be compared, and can name entries of the cache.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
@@ -23,6 +22,8 @@ WEB: Final = ("https", "http")
 
 _PROTOCOL: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+"""The name of a bucket or container; some stores distinguish upper and lower case."""
 _ALLOWED: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x1f\x7f/\\]")
@@ -54,14 +55,21 @@ class Address:
     @property
     def url(self) -> str:
         """The normalised URL."""
-        query = self.query or (f"versionId={quote(self.version, safe='')}" if self.version else "")
+        query = self.query or self._version_query
         return f"{self.scheme}://{self.host}/{self.path}" + (f"?{query}" if query else "")
 
     @property
     def shown(self) -> str:
         """The URL for messages, without its query."""
-        query = "?..." if self.query else f"?versionId={self.version}" if self.version else ""
-        return printable(f"{self.scheme}://{self.host}/{self.path}{query}")
+        query = "..." if self.query else self._version_query
+        return printable(
+            f"{self.scheme}://{self.host}/{self.path}" + (f"?{query}" if query else "")
+        )
+
+    @property
+    def _version_query(self) -> str:
+        """The query that names the version; empty for the latest one."""
+        return f"versionId={quote(self.version, safe='')}" if self.version else ""
 
     @property
     def key(self) -> str:
@@ -76,6 +84,8 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether the host is the machine itself, by its name or its IP address."""
+        import ipaddress  # noqa: PLC0415  late: this module is loaded for local files as well
+
         name = urlsplit(f"//{self.host}").hostname or ""
         try:
             return ipaddress.ip_address(name).is_loopback
@@ -101,6 +111,11 @@ def shown_name(name: str) -> str:
         return _without_secrets(name)
 
 
+def without_secrets(name: str) -> str:
+    """Return the name of a local file unchanged, and a URL without its query and its user."""
+    return shown_name(name) if is_url(name) else name
+
+
 def require_local(name: str) -> None:
     """Return if a file is a local one, which can be written to.
 
@@ -109,6 +124,26 @@ def require_local(name: str) -> None:
     """
     if is_url(name):
         msg = f"{shown_name(name)}: found a URL, expected a local file (URLs can only be read)"
+        raise UsageError(msg)
+
+
+def require_storable(name: str, hint: str = "") -> None:
+    """Return if an image may store the name of its backing file, for all who may read the image.
+
+    A query may be a secret, and it may expire.
+
+    Args:
+        name: The name of the backing file.
+        hint: What the user can do instead.
+
+    Raises:
+        UsageError: The name is a URL with a query, or a URL that is not valid.
+    """
+    if is_url(name) and (address := parse_address(name)).query:
+        msg = (
+            f"{address.shown}: found a URL with a query, expected one without, because the overlay "
+            f"stores the URL{hint}"
+        )
         raise UsageError(msg)
 
 
@@ -160,8 +195,12 @@ def _parse(text: str) -> Address:
         port = parts.port
     except ValueError:
         raise _invalid(text, "host", "no valid one", "a host name or an IP address") from None
-    host = _host(text, parts.netloc, parts.hostname or "")
+    if "@" in parts.netloc:
+        raise _invalid(text, "user", "one", "none (credentials come from the environment)")
     if scheme in STORES:
+        bucket = parts.netloc.partition(":")[0]
+        if not _BUCKET.fullmatch(bucket):
+            raise _invalid(text, "host", bucket or "none", "the name of a bucket or container")
         if port is not None:
             raise _invalid(text, "port", str(port), "none after the name of a bucket")
         path = _path(text, parts.path)
@@ -169,7 +208,8 @@ def _parse(text: str) -> Address:
             unquote_to_bytes(path).decode()
         except UnicodeDecodeError:
             raise _invalid(text, "path", "bytes that are no UTF-8", "the name of a key") from None
-        return Address(scheme, host, path, version=_version(text, parts.query))
+        return Address(scheme, bucket, path, version=_version(text, parts.query))
+    host = _host(text, parts.netloc, parts.hostname or "")
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
     return Address(scheme, host, _path(text, parts.path), parts.query)
@@ -179,12 +219,12 @@ def _host(text: str, authority: str, host: str) -> str:
     """Return the host of a URL as it stands in a URL, without its port.
 
     Raises:
-        UsageError: There is no valid host, or there is a user.
+        UsageError: There is no valid host.
     """
-    if "@" in authority:
-        raise _invalid(text, "user", "one", "none (credentials come from the environment)")
     host = host.lower()
     if "[" in authority or ":" in host:
+        import ipaddress  # noqa: PLC0415  late: this module is loaded for local files as well
+
         with suppress(ValueError):
             return f"[{ipaddress.IPv6Address(host).compressed}]"
         host = f"[{host}]"
@@ -217,10 +257,12 @@ def _version(text: str, query: str) -> str:
     """Return the version that the query of a store's URL names; empty for no query."""
     if not query:
         return ""
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if len(pairs) != 1 or pairs[0][0] != "versionId" or not pairs[0][1]:
+    name, _, value = query.partition("=")
+    # Not as in forms, where a plus sign stands for a space.
+    raw = unquote_to_bytes(value)
+    if name != "versionId" or not raw or "&" in value or not raw.isascii():
         raise _invalid(text, "query", "something else", "versionId=VERSION or no query")
-    return pairs[0][1]
+    return raw.decode()
 
 
 def _invalid(text: str, field: str, found: str, expected: str) -> UsageError:

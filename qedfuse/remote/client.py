@@ -6,12 +6,22 @@ attempts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from qedfuse.errors import QedError
+from qedfuse.remote.credentials import read_credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
+
+_STRONG_SECONDS: Final = 2.0
+"""After this time, another change of an object has another time in Last-Modified (RFC 9110)."""
+_MAX_ASKED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,8 @@ class ClientOptions:
         allow_http: Whether ``http://`` is allowed to other machines.
         redirect_prefixes: Where a web server may redirect to, besides its own host.
         credentials: Variables as in the environment, which they replace.
+        credentials_file: The file from which ``credentials`` were read, and are read again when a
+            server refuses them; None for no file.
     """
 
     connect_seconds: float = 5.0
@@ -60,6 +72,20 @@ class ClientOptions:
     allow_http: bool = False
     redirect_prefixes: tuple[Address, ...] = ()
     credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    credentials_file: str | None = None
+
+    def renewed(self) -> ClientOptions:
+        """Return the options with what the file of credentials has now.
+
+        Raises:
+            UnusableError: The file cannot be read, or its content is not valid.
+        """
+        if self.credentials_file is None:
+            return self
+        try:
+            return replace(self, credentials=read_credentials(self.credentials_file))
+        except QedError as error:
+            raise UnusableError(str(error)) from error
 
 
 class AttemptError(Exception):
@@ -67,6 +93,10 @@ class AttemptError(Exception):
 
     The message is the reason, without the name of the object.
     """
+
+
+class UnreachableError(AttemptError):
+    """No connection to the server was made: its name is unknown, or nothing answers there."""
 
 
 class RefusedError(AttemptError):
@@ -106,3 +136,31 @@ class Client(Protocol):
 
     def renew(self) -> None:
         """Read the credentials again before the next attempt."""
+
+
+def settled_version(ask: Callable[[], tuple[Version, float | None]]) -> Version:
+    """Return the present version of an object, as soon as its validator can be relied on.
+
+    A time of the last change counts whole seconds.  An object without a strong entity tag that was
+    just changed could be changed again in the same second, and nothing would show it.  So such an
+    object is asked for again, until it has stayed unchanged for a while.
+
+    Args:
+        ask: Returns the version, and for how many seconds it is unchanged; None if that is unknown.
+
+    Raises:
+        AttemptError: The object changes again and again.
+        Exception: What ``ask`` raises.
+    """
+    version, seconds = ask()
+    for _ in range(_MAX_ASKED):
+        is_old = seconds is not None and seconds >= _STRONG_SECONDS
+        if version.etag or version.modified is None or is_old:
+            return version
+        time.sleep(_STRONG_SECONDS)
+        former = version
+        version, seconds = ask()
+        if version.is_same(former):
+            return version
+    msg = "found changes every few seconds and no strong ETag, expected the object to stay"
+    raise AttemptError(msg)

@@ -1,4 +1,4 @@
-"""Connections of urllib3 that read no response for longer than its timeout.
+"""Connections of urllib3 that neither connect nor read a response for longer than their timeouts.
 
 The timeout of a socket is one for each read.  With it alone, a server that sends a byte now and
 then could keep a thread forever, in the header as well as in the body.
@@ -11,10 +11,14 @@ import io
 import math
 import time
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 import urllib3
+import urllib3.util
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from qedfuse.remote.connecting import connect
 
 if TYPE_CHECKING:
     import socket
@@ -59,9 +63,15 @@ class _TimedResponse(http.client.HTTPResponse):
 class _TimedHTTPConnection(HTTPConnection):
     response_class = _TimedResponse
 
+    def _new_conn(self) -> socket.socket:
+        return connect(self, self._dns_host)
+
 
 class _TimedHTTPSConnection(HTTPSConnection):
     response_class = _TimedResponse
+
+    def _new_conn(self) -> socket.socket:
+        return connect(self, self._dns_host)
 
 
 class _TimedHTTPPool(HTTPConnectionPool):
@@ -78,6 +88,10 @@ _POOLS: Final = {"http": _TimedHTTPPool, "https": _TimedHTTPSPool}
 def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
     """Return connections, through a proxy if one is given, whose timeouts hold for whole responses.
 
+    Args:
+        proxy: The URL of a proxy, perhaps with a user and a password; None for no proxy.
+        max_connections: How many connections to a host are kept.
+
     Raises:
         HTTPError: The URL of the proxy cannot be used.
     """
@@ -85,6 +99,9 @@ def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
     if proxy is None:
         pool = urllib3.PoolManager(maxsize=max_connections)
     else:
-        pool = urllib3.ProxyManager(proxy, maxsize=max_connections)
+        user = urllib3.util.parse_url(proxy).auth
+        # urllib3 itself ignores the user.
+        headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
+        pool = urllib3.ProxyManager(proxy, maxsize=max_connections, proxy_headers=headers)
     pool.pool_classes_by_scheme = _POOLS
     return pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 import threading
 import time
@@ -16,6 +17,7 @@ from qedfuse.remote.client import (
     ClientOptions,
     MissingError,
     RefusedError,
+    UnreachableError,
     UnusableError,
 )
 
@@ -31,7 +33,6 @@ T = TypeVar("T")
 
 _MAX_SIZE: Final = 64 << 40
 """Maximum size of an object: each unit takes a byte of memory and eight of the cache's map."""
-_MAX_ATTEMPTS: Final = 5
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 
@@ -44,7 +45,7 @@ class RemoteObject:
     Attributes:
         address: The address of the object.
         version: The version that is read.
-        max_seconds: Maximum time that a call takes, unless the server sends its answer in drops.
+        max_seconds: Maximum time that a call takes.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # The last attempt can begin just before the time is over, and credentials are renewed once.
+        # The last attempt begins when the time is over, and credentials are renewed once.
         self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
         self._total_seconds = deadlines.total_seconds
         self._closed = threading.Event()
@@ -110,7 +111,9 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 
         return StoreClient(address, options)
     except ImportError as error:
-        msg = f"{address.shown}: found no {error.name}, expected it (pip install 'qedfuse[remote]')"
+        # A version of urllib3 that is too old lacks names that are imported.
+        library = "urllib3>=2" if address.is_web else "obstore>=0.12"
+        msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
         raise RemoteError(msg, errno.ENOPKG) from error
     except UnusableError as error:
         msg = f"{address.shown}: {error}"
@@ -133,7 +136,12 @@ def open_object(
             nothing that distinguishes versions of the object.
     """
     version = repeated(
-        address, client.head, client.renew, deadlines.total_seconds, threading.Event()
+        address,
+        client.head,
+        client.renew,
+        deadlines.total_seconds,
+        threading.Event(),
+        unreachable_seconds=deadlines.attempt_seconds,
     )
     if version.size > _MAX_SIZE:
         msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
@@ -154,18 +162,27 @@ def repeated(
     renew: Callable[[], object],
     total_seconds: float,
     closed: threading.Event,
+    *,
+    unreachable_seconds: float = math.inf,
 ) -> T:
     """Make an attempt until it succeeds, the time is over or ``closed`` is set.
 
-    An attempt raises the exceptions of a client.  ``renew`` is called once if the server refuses
-    the credentials; see `Client.renew`.
+    Args:
+        address: The address of the object.
+        attempt: Makes one attempt; raises the exceptions of a client.
+        renew: Called once if the server refuses the credentials; see `Client.renew`.
+        total_seconds: For how long attempts are repeated.  The last one begins at the end of this
+            time.
+        closed: Ends the attempts when it is set.
+        unreachable_seconds: For how long attempts are repeated at most if no connection is made:
+            nothing may be wrong but the name of the server.
 
     Raises:
         ObjectChangedError: The server has another version of the object.
         RemoteError: No attempt succeeded.
     """
-    end = time.monotonic() + total_seconds
-    was_renewed = False
+    begin = time.monotonic()
+    renewal: str | None = None  # why the credentials could not be read again; empty if they were
     pause = _FIRST_PAUSE_SECONDS
     number = 1
     while True:
@@ -182,22 +199,30 @@ def repeated(
             raise RemoteError(msg) from error
         except RefusedError as error:
             # Credentials expire; those that are valid now may differ from those at the beginning.
-            if was_renewed:
-                msg = f"{address.shown}: refused: {error}"
+            if renewal is not None:
+                msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error
-            was_renewed = True
-            try:
-                renew()
-            except UnusableError as reason:
-                msg = f"{address.shown}: refused: {reason}"
-                raise RemoteError(msg, errno.EACCES) from reason
+            renewal = _renewed(renew)
             continue
         except AttemptError as error:
+            seconds = total_seconds
+            if isinstance(error, UnreachableError):
+                seconds = min(seconds, unreachable_seconds)
+            left = begin + seconds - time.monotonic()
             # Machines that were stopped by the same outage must not all come back at one moment.
-            seconds = pause * random.uniform(0.5, 1)  # noqa: S311  no secret
-            is_last = number == _MAX_ATTEMPTS or time.monotonic() + seconds >= end
-            if is_last or closed.wait(seconds):
+            wait = min(pause * random.uniform(0.5, 1), left)  # noqa: S311  no secret
+            if left <= 0 or closed.wait(wait):
                 msg = f"{address.shown}: {error} (attempts: {number})"
                 raise RemoteError(msg) from error
         number += 1
         pause = min(_MAX_PAUSE_SECONDS, 2 * pause)
+
+
+def _renewed(renew: Callable[[], object]) -> str:
+    """Read the credentials again; return why that is not possible, or an empty string."""
+    try:
+        renew()
+    except UnusableError as error:
+        # The former ones are used once more: the file may be about to be replaced.
+        return str(error)
+    return ""

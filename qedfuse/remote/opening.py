@@ -73,6 +73,7 @@ def client_options(options: RemoteOptions) -> ClientOptions:
         allow_http=options.allow_http,
         redirect_prefixes=options.allowed,
         credentials=options.credentials,
+        credentials_file=options.credentials_file,
     )
 
 

@@ -49,6 +49,8 @@ class RemoteOptions:
         allowed: The addresses, each with all that lies below it, that images may name as backing
             files, and to which web servers may redirect.
         credentials: Variables as in the environment, which they replace.
+        credentials_file: The file from which ``credentials`` were read, and are read again when a
+            server refuses them; None for no file.
     """
 
     cache_directory: str | None = None
@@ -58,3 +60,4 @@ class RemoteOptions:
     allow_unpinned: bool = False
     allowed: tuple[Address, ...] = ()
     credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    credentials_file: str | None = None

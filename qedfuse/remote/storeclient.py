@@ -7,6 +7,7 @@ the mount has become a daemon.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import obstore
@@ -17,6 +18,7 @@ from qedfuse.remote.client import (
     MissingError,
     RefusedError,
     Version,
+    settled_version,
 )
 from qedfuse.remote.storeerrors import ERRORS, translated
 from qedfuse.remote.storesettings import make_store
@@ -45,18 +47,24 @@ class StoreClient:
 
     def head(self) -> Version:
         """Return the object's present version."""
+        return settled_version(self._ask)
+
+    def _ask(self) -> tuple[Version, None]:
+        """Return the object's present version; obstore does not say what the server's clock is."""
         options: GetOptions = {"head": True}
         try:
-            return version_of(self._get(options).meta)
+            return version_of(self._get(options).meta), None
         except (MissingError, RefusedError):
             # The answer to a HEAD has no body, which would say what is missing or refused.
-            return version_of(self._get({"range": (0, 1)}).meta)
+            return version_of(self._get({"range": (0, 1)}).meta), None
 
     def get(self, offset: int, length: int, version: Version) -> memoryview:
         """Return a range of a version of the object; see `Client.get`."""
         options: GetOptions = {"range": (offset, offset + length)}
         if version.etag:
             options["if_match"] = version.etag
+        elif version.modified is not None:
+            options["if_unmodified_since"] = datetime.fromtimestamp(version.modified, UTC)
         result = self._get(options)
         # The server may have ignored the condition, so its answer is compared as well.
         if not version_of(result.meta).is_same(version):
@@ -70,6 +78,7 @@ class StoreClient:
 
     def renew(self) -> None:
         """Make the store again, with the credentials that are valid now."""
+        self._options = self._options.renewed()
         self._store = make_store(self._address, self._options)
 
     def _get(self, options: GetOptions) -> GetResult:

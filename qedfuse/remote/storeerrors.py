@@ -23,6 +23,7 @@ from qedfuse.remote.client import (
     ChangedError,
     MissingError,
     RefusedError,
+    UnreachableError,
     UnusableError,
 )
 from qedfuse.text import printable
@@ -40,6 +41,8 @@ _CAUSES: Final = (
     re.compile(r"kind: (Timeout)\b"),
     re.compile(r"source: (TimedOut)\b"),
 )
+_NO_CONNECTION: Final = re.compile(r"client::legacy::Error\(\s*Connect\b")
+_NO_ADDRESS: Final = "failed to lookup address information: "
 _RETRIED: Final = (
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.TOO_EARLY,
@@ -110,9 +113,16 @@ def _for_no_answer(text: str, details: str) -> Exception:
             "file with others)"
         )
         return UnusableError(msg)
+    kind = UnreachableError if _NO_CONNECTION.search(details) else AttemptError
     if cause in {"Timeout", "TimedOut"}:
-        return AttemptError("found no answer in time")
-    return AttemptError(_last_part(text) if cause is None else printable(cause))
+        return kind("found no answer in time")
+    if cause is None:
+        return kind(_last_part(text))
+    reason = printable(cause)
+    if reason.startswith(_NO_ADDRESS):
+        reason = reason.removeprefix(_NO_ADDRESS)
+        return kind(f"found no address of the host ({reason}), expected one")
+    return kind(reason)
 
 
 def _last_part(text: str) -> str:

@@ -51,14 +51,17 @@ _GOOGLE: Final = (
     "GOOGLE_SERVICE_ACCOUNT",
     "GOOGLE_SERVICE_ACCOUNT_PATH",
     "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GOOGLE_BEARER_TOKEN",
 )
 _AZURE: Final = (
     *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
     *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
     *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
+    *("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET", "AZURE_CREDENTIAL_TYPE"),
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
+_GOOGLES_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
 _MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
     "gs": ("product_name", "Google Compute Engine"),
@@ -198,14 +201,32 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
 def _add_identity(
     scheme: str, variables: _Variables, names: tuple[str, ...], settings: dict[str, Any]
 ) -> bool:
-    """Turn signatures off if nothing has credentials for them; return whether something has."""
-    known = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
-    if variables.first(names) or (scheme == "gs" and known.is_file()):
+    """Turn signatures off if nothing has credentials for them; return whether something has.
+
+    Raises:
+        UnusableError: The file and the environment both have credentials, of different kinds.
+    """
+    if any(variables.own.get(name) for name in names):
+        # obstore would add those of the environment, and choose among them.
+        for name in names:
+            if os.environ.get(name) and not variables.own.get(name):
+                msg = (
+                    f"credentials: found {name} in the environment beside others in the file, "
+                    "expected only those"
+                )
+                raise UnusableError(msg)
+        return True
+    if variables.first(names) or (scheme == "gs" and _home(_GOOGLES_FILE).is_file()):
         return True
     if _has_metadata(scheme, variables):
         return True
     settings["skip_signature"] = True
     return False
+
+
+def _home(path: str) -> Path:
+    """Return a path with the home directory for ``~``; unchanged if the user has none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 
 def _has_metadata(scheme: str, variables: _Variables) -> bool:
@@ -230,7 +251,7 @@ def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
-    path = Path(named or "~/.aws/credentials").expanduser()
+    path = _home(named or "~/.aws/credentials")
     shown = printable(str(path))
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:

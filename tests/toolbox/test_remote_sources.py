@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ import trio
 
 import qedfuse
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingRefusedError, RemoteError, UsageError
 from qedfuse.remote.address import parse_prefix
@@ -231,17 +233,54 @@ def test_an_overlay_gets_a_base_on_a_server(
 
 
 def test_an_unsafe_overlay_is_made_without_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    """Create -u stores the name unchanged and asks no server; messages do not show its query."""
+    """Create -u stores the name unchanged and asks no server."""
     with serving(b"") as server:
-        url = f"{server.url}?token=secret"
-        said = run("create", "-u", "-b", url, "-F", "qed", "over.qed", "1M", capsys=capsys)
-        assert "secret" not in said
+        run("create", "-u", "-b", server.url, "-F", "qed", "over.qed", "1M", capsys=capsys)
         value = json.loads(run("info", "--output", "json", "over.qed", capsys=capsys))
-        assert value["backing-filename"] == url
+        assert value["backing-filename"] == server.url
         assert value["problems"][0]["code"] == "backing-url"
-        assert "secret" not in run("info", "over.qed", capsys=capsys)
-        assert "secret" not in run("map", "over.qed", capsys=capsys, code=17)
         assert not server.requests
+
+
+def test_a_query_in_an_image_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """No output has the query of a URL that an image names, nor that of a URL that was given."""
+    with serving(bytes(build_image(MIB))) as server:
+        url = f"{server.url}?token=secret"
+        trio.run(partial(create_image, "over.qed", MIB, backing=url))
+        for words in (("info",), ("info", "--output", "json")):
+            for image in ("over.qed", url):
+                said = run(*words, image, capsys=capsys)
+                assert f"{server.url}?..." in said
+                assert "secret" not in said
+        assert "secret" not in run("map", "over.qed", capsys=capsys, code=17)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("create", "-b", "URL", "new.qed"),
+        ("create", "-u", "-b", "URL", "-F", "qed", "new.qed", "1M"),
+        ("convert", "-O", "qed", "-B", "URL", "old.qed", "new.qed"),
+        ("rebase", "-b", "URL", "old.qed"),
+        ("rebase", "-u", "-b", "URL", "-F", "qed", "old.qed"),
+    ],
+)
+def test_a_query_is_not_stored(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command stores a URL with a query, which may be a secret, in an image."""
+    old = tmp_path / "work" / "old.qed"
+    content = bytes(build_image(MIB))
+    old.write_bytes(content)
+    with serving(content) as server:
+        given = [word.replace("URL", f"{server.url}?token=secret") for word in words]
+        line = run(*given, capsys=capsys, code=1)
+    assert line == (
+        f"qedimg: {server.url}?...: found a URL with a query, expected one without, because the "
+        "overlay stores the URL\n"
+    )
+    assert old.read_bytes() == content
+    assert [path.name for path in old.parent.iterdir()] == ["old.qed"]
 
 
 @pytest.mark.parametrize(

@@ -238,4 +238,5 @@ def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
         allow_unpinned=getattr(arguments, "allow_unpinned", False),
         allowed=tuple(getattr(arguments, "backing_url", ())),
         credentials=() if path is None else read_credentials(path),
+        credentials_file=path,
     )

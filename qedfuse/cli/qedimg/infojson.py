@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qedfuse.ondisk.constants import SECTOR
+from qedfuse.remote.address import without_secrets
 
 if TYPE_CHECKING:
     from qedfuse.tools.inspection.details import Details
@@ -24,7 +25,7 @@ def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
     if backing is not None and backing.is_raw:
         value["backing-filename-format"] = "raw"
     value["virtual-size"] = image.virtual_size
-    value["filename"] = image.path
+    value["filename"] = without_secrets(image.path)
     if qed is not None:
         value["cluster-size"] = qed.header.values.get("cluster_size")
     value |= {"format": image.format, "actual-size": image.disk_usage}
@@ -32,8 +33,8 @@ def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
         properties = _qed_properties(image, qed, details)
         value["format-specific"] = {"type": "qed", "data": properties}
     if backing is not None:
-        value["full-backing-filename"] = backing.path
-        value["backing-filename"] = backing.name
+        value["full-backing-filename"] = without_secrets(backing.path)
+        value["backing-filename"] = without_secrets(backing.name)
     value["dirty-flag"] = qed is not None and qed.need_check
     if qed is not None:
         value["safety"] = _safety(qed)
@@ -49,7 +50,7 @@ def _host_file(image: ImageInfo) -> dict[str, Any]:
     return {
         "children": [],
         "virtual-size": -(-image.file_size // SECTOR) * SECTOR,
-        "filename": image.path,
+        "filename": without_secrets(image.path),
         "format": "file",
         "actual-size": image.disk_usage,
         "format-specific": {"type": "file", "data": {}},
@@ -76,7 +77,7 @@ def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> 
         "l2-tables-possible": qed.max_l2_tables,
     }
     if qed.backing is not None:
-        properties["resolved-backing-filename"] = qed.backing.resolved
+        properties["resolved-backing-filename"] = without_secrets(qed.backing.resolved)
     if details is not None and details.allocation is not None:
         counted = details.allocation
         properties["allocation"] = {

@@ -20,7 +20,7 @@ from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import identity_of
 from qedfuse.mount.images.naming import shown_source
-from qedfuse.remote.address import is_url, parse_address
+from qedfuse.remote.address import is_url, parse_address, require_storable
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -130,13 +130,7 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
             image's URL has a query, which would be stored in the overlay.
         QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
     """
-    if is_url(path) and parse_address(path).query:
-        # The query may be a secret, and the overlay can be copied to others.  It may also expire.
-        msg = (
-            f"{shown_source(path)}: found a URL with a query, expected one without, because the "
-            "overlay stores the URL (-o snapshot stores nothing)"
-        )
-        raise UsageError(msg)
+    require_storable(path, " (-o snapshot keeps no file)")
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block
         await _check_backing_file(overlay, path, options)
     else:

@@ -10,7 +10,7 @@ from qedfuse.disk.creation.newheader import backing_name, new_header
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.errors import BackingError, QedError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
-from qedfuse.remote.address import shown_name
+from qedfuse.remote.address import require_storable, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import probe_any
 from qedfuse.tools.source.source import open_source
@@ -72,6 +72,7 @@ def qed_target(
         UsageError: The geometry is invalid or too small for the disk, or the name of the
             backing file cannot be stored.
     """
+    require_storable(spec.backing or "")
     header = new_header(
         0 if source is None else source.size,
         spec.cluster_size,

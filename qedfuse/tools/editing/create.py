@@ -13,7 +13,7 @@ from qedfuse.disk.creation.create import make_image
 from qedfuse.disk.creation.newheader import new_header
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
-from qedfuse.remote.address import require_local, shown_name
+from qedfuse.remote.address import require_local, require_storable, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.newbacking import size_and_format
 
@@ -98,6 +98,7 @@ def create(
     if backing == "":
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
+    require_storable(backing or "")
     if backing is not None and not unsafe:
         require_local(backing)
         backing_size, backing_format = size_and_format(path, backing, backing_format)

@@ -24,7 +24,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, UsageError
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.ondisk.constants import Feature
-from qedfuse.remote.address import require_local, shown_name
+from qedfuse.remote.address import require_local, require_storable, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.newbacking import refuse_backing_loop
 from qedfuse.tools.common.writabledisk import open_writable
@@ -91,6 +91,7 @@ async def rebase(
     disk reads the same in both cases.
     """
     require_local(path)
+    require_storable(backing or "")
     backing = backing or None
     name = backing_name(backing)
     options = options or OpenOptions()

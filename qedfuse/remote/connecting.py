@@ -1,0 +1,74 @@
+"""Connecting to a host within one time limit, with the lookup of its name and all its addresses.
+
+urllib3's own function has no limit for the lookup, and a limit for each address.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+from qedfuse.remote.resolver import RESOLVER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from urllib3.connection import HTTPConnection
+
+    from qedfuse.remote.resolver import SocketAddress
+
+
+def connect(connection: HTTPConnection, host: str) -> socket.socket:
+    """Return a connected socket for a connection of urllib3, within the timeout of the connection.
+
+    Raises:
+        NameResolutionError: The host has no address.
+        ConnectTimeoutError: The time is over.
+        NewConnectionError: No address accepts a connection.
+    """
+    seconds = float(connection.timeout or 0)
+    end = time.monotonic() + seconds
+    try:
+        addresses = RESOLVER.resolve(host, connection.port, seconds)
+        sock = _connect_to_any(addresses, end)
+    except socket.gaierror as error:
+        raise NameResolutionError(connection.host, connection, error) from error
+    except TimeoutError as error:
+        msg = f"found no connection to {connection.host} within {seconds:.1f} seconds"
+        raise ConnectTimeoutError(connection, msg) from error
+    except OSError as error:
+        raise NewConnectionError(connection, error.strerror or str(error)) from error
+    for level, name, value in connection.socket_options or ():
+        with suppress(OSError):
+            sock.setsockopt(level, name, value)
+    sock.settimeout(max(end - time.monotonic(), 0.001))  # the handshake of TLS follows
+    return sock
+
+
+def _connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
+    """Return a socket that is connected to the first address that accepts in its share of the time.
+
+    Raises:
+        OSError: No address accepts; the error is that of the last one.
+    """
+    failure: OSError = TimeoutError()
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(left / (len(addresses) - number))
+            sock.connect(address)
+        except OSError as error:
+            failure = error
+            if sock is not None:
+                sock.close()
+        else:
+            return sock
+    raise failure

@@ -1,0 +1,97 @@
+"""Looking up the addresses of a host in bounded time.
+
+getaddrinfo(3) has no deadline: with a name server that does not answer, it blocks for tens of
+seconds.  So it runs in a thread of its own, which is left behind when the time is over.  Lookups of
+the same name share a thread, so a dead name server costs one thread for each name.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from urllib3.util.connection import allowed_gai_family
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SocketAddress = tuple[
+    socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]
+]
+"""What getaddrinfo(3) returns for one address."""
+
+
+class _Lookup:
+    """A lookup that runs, and its result."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self.ended = threading.Event()
+        self.addresses: Sequence[SocketAddress] = ()
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        """Look the name up."""
+        try:
+            self.addresses = _lookup(self._host, self._port, 0)
+        except OSError as error:
+            self.error = error
+        except UnicodeError:  # a label that is empty or too long
+            self.error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+class Resolver:
+    """Looks up addresses.  Threads may use it concurrently."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[tuple[str, int], _Lookup] = {}
+
+    def resolve(self, host: str, port: int, seconds: float) -> Sequence[SocketAddress]:
+        """Return the addresses of a host, of which there is at least one.
+
+        Raises:
+            TimeoutError: The name servers did not answer within ``seconds``.
+            OSError: There is no such host, or no thread.
+        """
+        host = host.strip("[]")
+        with suppress(OSError, UnicodeError):
+            return _lookup(host, port, socket.AI_NUMERICHOST)
+        with self._lock:
+            lookup = self._running.get((host, port))
+            if lookup is None:
+                lookup = self._start(host, port)
+        if not lookup.ended.wait(seconds):
+            raise TimeoutError
+        if lookup.error is not None:
+            raise type(lookup.error)(*lookup.error.args)
+        return lookup.addresses
+
+    def _start(self, host: str, port: int) -> _Lookup:
+        """Start a lookup; the caller holds the lock."""
+        lookup = _Lookup(host, port)
+
+        def run() -> None:
+            lookup.run()
+            with self._lock:
+                del self._running[host, port]
+            lookup.ended.set()
+
+        try:
+            threading.Thread(target=run, name="qedfuse-resolve", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            msg = "found no thread to look up a name, expected one"
+            raise OSError(msg) from error
+        self._running[host, port] = lookup
+        return lookup
+
+
+RESOLVER: Final = Resolver()
+
+
+def _lookup(host: str, port: int, flags: int) -> Sequence[SocketAddress]:
+    """Return the addresses of a host; blocks until the name servers answer."""
+    return socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM, 0, flags)

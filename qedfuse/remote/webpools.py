@@ -1,0 +1,58 @@
+"""The connections of a client of web servers: direct ones, and ones through proxies.
+
+The variables of the environment that other programs know (``https_proxy``, ``no_proxy``) decide.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final
+from urllib.request import getproxies, proxy_bypass
+
+from urllib3.exceptions import HTTPError
+
+from qedfuse.remote.client import UnusableError
+from qedfuse.remote.deadline import make_pool
+
+if TYPE_CHECKING:
+    import urllib3
+
+    from qedfuse.remote.address import Address
+
+_MAX_CONNECTIONS: Final = 16
+
+
+class WebPools:
+    """Chooses the connections for a request.  Threads may use it concurrently."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: dict[tuple[str, str], urllib3.PoolManager] = {}
+
+    def pool_for(self, target: Address) -> urllib3.PoolManager:
+        """Return the connections for an address: through a proxy, if the environment names one.
+
+        Raises:
+            UnusableError: The URL of the proxy cannot be used.
+        """
+        with self._lock:
+            pool = self._pools.get((target.scheme, target.host))
+            if pool is None:
+                pool = self._pools[target.scheme, target.host] = _make_pool(target)
+            return pool
+
+
+def _make_pool(target: Address) -> urllib3.PoolManager:
+    """Return new connections for an address.
+
+    Raises:
+        UnusableError: The URL of the proxy cannot be used.
+    """
+    is_direct = target.is_loopback or proxy_bypass(target.host)
+    proxy = None if is_direct else getproxies().get(target.scheme)
+    try:
+        return make_pool(proxy or None, _MAX_CONNECTIONS)
+    except (HTTPError, ValueError) as error:
+        # The URL of a proxy may contain a password.
+        msg = f"found a proxy in the environment that is no usable URL ({target.scheme}_proxy)"
+        raise UnusableError(msg) from error
