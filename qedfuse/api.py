@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from qedfuse.check.inspector import inspect_image
+from qedfuse.disk.disk import Disk
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.remote.address import shown_name, without_secrets
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from qedfuse.disk.disk import Disk
 
 _MAX_CALL_BYTES: Final = 1 << 24
 """Maximum number of bytes in one call of `Disk.read` or `Disk.write`.  Longer operations are split,
@@ -77,7 +77,8 @@ def open(  # noqa: A001  a module's open, like gzip.open
     name = os.fsdecode(path)
     options = replace(options or OpenOptions(), writable=mode == "r+b")
     manager = open_disk(name, options, inspector=inspect_image)
-    return DiskFile(Portal(manager, f"qedfuse {shown_name(name)}"), mode)
+    portal = Portal(manager, f"qedfuse {shown_name(name)}", before_leaving=Disk.stop_fetching)
+    return DiskFile(portal, mode)
 
 
 class DiskFile(io.RawIOBase):
@@ -306,11 +307,15 @@ class DiskFile(io.RawIOBase):
         With ``r+b`` the image is compacted first, as its `OpenOptions` say.  With ``rb`` only the
         locks are released.  If the file is closed already, nothing is done.
 
+        The close waits for no server: a read or a write of another thread that waits for one fails.
+
         Raises:
             HostError: Something could not be made durable.  The file is closed in this case
                 too.  If the image could not be marked as clean, it will be checked when it is
                 next opened for writing.
         """
+        # Another thread may hold the lock while it waits for a server.
+        self._portal.call_soon(self._disk.stop_fetching)
         with self._lock:
             if not self.closed:
                 try:

@@ -8,6 +8,8 @@ A portal ends in one of these ways:
 
 - `close` lets running calls finish, leaves the context manager and waits until the thread
   has ended.
+- If `close` or `ask_to_close` is called while the context manager is being entered, or if a
+  KeyboardInterrupt interrupts the constructor, entering is cancelled.
 - If a background task of the context manager fails, running calls are cancelled, and the context
   manager is left.
 - A portal that is still open when the program ends is closed by a watcher thread.  The watcher
@@ -55,12 +57,25 @@ class Portal(Generic[T]):
 
     value: T
 
-    def __init__(self, manager: AbstractAsyncContextManager[T], name: str) -> None:
-        """Start a thread called ``name`` and enter ``manager`` in it.
+    def __init__(
+        self,
+        manager: AbstractAsyncContextManager[T],
+        name: str,
+        *,
+        before_leaving: Callable[[T], object] = lambda _: None,
+    ) -> None:
+        """Start a thread and enter a context manager in it.
+
+        Args:
+            manager: The context manager.
+            name: The name of the thread.
+            before_leaving: Called in the event loop with ``value`` when the portal ends, before the
+                running calls are waited for.
 
         Raises:
             BaseException: The error of entering ``manager``.  The thread has ended.
         """
+        self._before_leaving = before_leaving
         self._opened: Future[T] = Future()
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
@@ -68,6 +83,7 @@ class Portal(Generic[T]):
         self._close_called = False
         self._log_failure = False  # True if leaving began before `close` was called
         self._closing = trio.Event()
+        self._scope = trio.CancelScope()  # of the whole event loop; cancelled only before `_opened`
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
         # Not a daemon, because Python must wait until the context manager has been left.
@@ -139,6 +155,16 @@ class Portal(Generic[T]):
         if failure is not None:
             raise failure
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function in the event loop, and do not wait for it.
+
+        Nothing is called if the event loop has ended or runs in another process.  The function must
+        not raise.
+        """
+        if self._token is not None and self.is_alive():
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(function)
+
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
@@ -148,9 +174,14 @@ class Portal(Generic[T]):
         thread.
         """
         self._close_requested = True
-        if self._token is not None and self.is_alive():
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._closing.set)
+        self.call_soon(self._begin_closing)
+
+    def _begin_closing(self) -> None:
+        """End `_serve`.  Runs in the event loop."""
+        if self._opened.done():
+            self._closing.set()
+        else:
+            self._scope.cancel()
 
     def _run(self, manager: AbstractAsyncContextManager[T]) -> None:
         """Run the event loop; the thread ends with it."""
@@ -173,23 +204,33 @@ class Portal(Generic[T]):
             _watcher.forget(self)
 
     async def _serve(self, manager: AbstractAsyncContextManager[T]) -> None:
-        """Keep the context manager open until closing is requested."""
+        """Keep the context manager open until closing is requested.
+
+        Raises:
+            PortalClosedError: Closing was requested before the context manager was entered.
+        """
         # `_serve` sets the token before it reads `_close_requested`.  `ask_to_close` sets
         # `_close_requested` before it reads the token.  So at least one of the two sees what
         # the other has set, and the request is not lost.
         self._token = trio.lowlevel.current_trio_token()
-        async with manager as value, trio.open_nursery() as nursery:
-            self._nursery = nursery
-            self._opened.set_result(value)
-            try:
-                if not self._close_requested:
-                    await self._closing.wait()
-            finally:
-                self._log_failure = not self._close_called
-                # No call starts from here on.  The nursery waits for the running calls
-                # before the context manager is left.  If the wait for `_closing` has
-                # raised, the nursery cancels the running calls first.
-                self._nursery = None
+        with self._scope:
+            if self._close_requested:
+                self._scope.cancel()
+            async with manager as value, trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._opened.set_result(value)
+                try:
+                    if not self._close_requested:
+                        await self._closing.wait()
+                finally:
+                    self._log_failure = not self._close_called
+                    # No call starts from here on.  The nursery waits for the running calls
+                    # before the context manager is left.  If the wait for `_closing` has
+                    # raised, the nursery cancels the running calls first.
+                    self._nursery = None
+                    self._before_leaving(value)
+        if not self._opened.done():
+            raise _closed()
 
     def _start(self, future: Future[R], function: Callable[[], Awaitable[R]]) -> None:
         """Start a call, or fail its future if the portal is closing.  Runs in the event loop."""
