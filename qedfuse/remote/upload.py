@@ -1,4 +1,4 @@
-"""Storing a file as one object of a store, in parts, and comparing what the store has then."""
+"""Storing a file as one object of a store, in parts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.errors import RemoteError, UsageError
-from qedfuse.remote.object import make_client, open_object, repeated
-from qedfuse.remote.options import Deadlines
+from qedfuse.remote.object import repeated
 from qedfuse.remote.storeclient import translating
-from qedfuse.remote.storeerrors import ERRORS, code_of
+from qedfuse.remote.storeerrors import ERRORS, code_of, translated
 from qedfuse.remote.storesettings import Store, make_store
+from qedfuse.remote.uploadcheck import DifferentError, StoppedError, UploadCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions
-    from qedfuse.remote.object import RemoteObject
 
 _MIN_PART_BYTES: Final = 8 << 20
 _MAX_PART_BYTES: Final = 64 << 20
@@ -48,10 +47,6 @@ class Content(Protocol):
         Raises:
             HostError: The content cannot be read.
         """
-
-
-class StoppedError(Exception):
-    """The upload was stopped, and the store has no object of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +95,12 @@ class Upload:
         self._stopped = threading.Event()
         self._part_bytes = part_bytes(size)
         self._digests: list[bytes] = []
+        self._check = UploadCheck(
+            *(address, size, options, self._part_bytes, self._digests),
+            progress=self._progress,
+            stopped=self._stopped,
+        )
+        self._is_handed_over = False  # whether the client has all of the content
 
     def stop(self) -> None:
         """Let `run` remove what it has stored, and raise StoppedError soon."""
@@ -110,26 +111,74 @@ class Upload:
 
         Raises:
             UsageError: There is an object and it may not be replaced.
-            RemoteError: The store cannot be reached, refuses, or has other content afterwards.
+            RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
+                it does not say what it has, the object may be there, as the message says.
             HostError: The content cannot be read.
             StoppedError: `stop` was called.
         """
         self._refuse_existing()
         slow = replace(self._options, attempt_seconds=_PART_SECONDS)
         store: Store = self._once(lambda: make_store(self._address, slow, max_retries=_MAX_RETRIES))
-        result = self._once(lambda: self._put(store))
         try:
-            self._compare(result["e_tag"] or "")
-        except BaseException:
-            self._delete(store, result["e_tag"])
-            raise
+            result = self._once(lambda: self._put(store))
+        except (RemoteError, UsageError) as error:
+            if not self._is_handed_over:
+                raise
+            self._look_after_failure(error)
+            return Uploaded(self._size, "")
+        self._compare_or_delete(store, result["e_tag"] or "")
         return Uploaded(self._size, result["version"] or "")
+
+    def _look_after_failure(self, error: RemoteError | UsageError) -> None:
+        """Return if the store has the content although storing it has failed; else raise.
+
+        The answer of the store can get lost.  obstore then repeats the request, to which the store
+        answers that there is an object, or no such upload any more.
+
+        Raises:
+            RemoteError: ``error``, or the store does not say what it has.
+            UsageError: ``error``.
+            StoppedError: `stop` was called.
+        """
+        try:
+            self._check.compare("")
+        except DifferentError:
+            raise error from None
+        except RemoteError as failure:
+            if failure.errno == errno.ENOENT:
+                raise error from None
+            msg = f"{error}; found no answer whether the object was stored nevertheless"
+            raise RemoteError(msg, error.errno) from failure
+
+    def _compare_or_delete(self, store: Store, etag: str) -> None:
+        """Compare the object that was stored with the content; delete it if it differs.
+
+        Raises:
+            RemoteError: The object differs, or the store does not say.
+            StoppedError: `stop` was called; the object is deleted unless it has replaced another.
+        """
+        try:
+            self._check.compare(etag)
+        except DifferentError:
+            self._delete(store, etag)
+            raise
+        except StoppedError:
+            if not self._overwrite:
+                self._delete(store, etag)
+            raise
+        except RemoteError as error:
+            if error.errno == errno.ENOENT:
+                raise
+            msg = f"{error}; the object is stored, but was not compared with the file"
+            raise RemoteError(msg, error.errno) from error
 
     def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
         """Store the content under a condition, if it is short, or in parts."""
         self._digests.clear()
+        self._is_handed_over = False
         if self._size <= self._part_bytes:
             block = next(self._parts(), b"")
+            self._is_handed_over = True
             if not self._overwrite:
                 try:
                     return self._put_short(store, block, "create")
@@ -137,7 +186,7 @@ class Upload:
                     raise self._exists() from None
                 except ERRORS as error:
                     if code_of(error) != _NOT_IMPLEMENTED:
-                        raise
+                        raise translated(error, store.hint) from error
             with translating(store.hint):
                 return self._put_short(store, block, "overwrite")
         with translating(store.hint):
@@ -176,13 +225,14 @@ class Upload:
         if self._stopped.is_set():
             raise StoppedError
         _in_thread(self._refuse_existing)
+        self._is_handed_over = True
 
     def _refuse_existing(self) -> None:
         """Raise UsageError if there is an object that may not be replaced."""
         if self._overwrite:
             return
         try:
-            self._open()
+            self._check.open()
         except RemoteError as error:
             if error.errno == errno.ENOENT:
                 return
@@ -194,63 +244,13 @@ class Upload:
             f"{self._address.shown}: found an object, expected none (--force replaces it)"
         )
 
-    def _compare(self, etag: str) -> None:
-        """Compare the object with the content.
-
-        Most stores return the checksum of what they have received; otherwise all is read.
-
-        Raises:
-            RemoteError: The object differs.
-        """
-        if self._stopped.is_set():
-            raise StoppedError
-        source = self._open()
-        found = source.version
-        if found.size != self._size:
-            msg = f"{self._address.shown}: found {found.size} bytes stored, expected {self._size}"
-            raise RemoteError(msg)
-        if found.etag != etag and etag and not etag.startswith("W/"):
-            msg = f"{self._address.shown}: found another object than the one that was stored"
-            raise RemoteError(msg)
-        if found.etag.strip('"') not in self._expected_etags():
-            self._compare_content(source)
-
-    def _expected_etags(self) -> tuple[str, str]:
-        """Return what the entity tag is if the store has the content: in parts, or as a whole."""
-        digests = b"".join(self._digests)
-        of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
-        return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
-
-    def _compare_content(self, source: RemoteObject) -> None:
-        """Read the object and compare it with the content.
-
-        Raises:
-            RemoteError: The object differs or cannot be read.
-            HostError: The content cannot be read.
-        """
-        for number, start in enumerate(range(0, self._size, self._part_bytes)):
-            if self._stopped.is_set():
-                raise StoppedError
-            length = min(self._part_bytes, self._size - start)
-            block = source.get(start, length)
-            if hashlib.md5(block, usedforsecurity=False).digest() != self._digests[number]:
-                msg = f"{self._address.shown}: found other bytes stored at {start}, expected the "
-                msg += "content of the file"
-                raise RemoteError(msg)
-            self._progress(start + length, self._size)
-
-    def _open(self) -> RemoteObject:
-        """Ask the store for the object; see `open_object`."""
-        client = make_client(self._address, self._options)
-        return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
-
-    def _delete(self, store: Store, etag: str | None) -> None:
+    def _delete(self, store: Store, etag: str) -> None:
         """Delete the object, unless another program has replaced it meanwhile.
 
-        Does nothing if the store does not answer.
+        Does nothing if the store does not answer, or has given no entity tag.
         """
         try:
-            if etag is None or self._open().version.etag == etag:
+            if etag and self._check.open().version.etag == etag:
                 obstore.delete(store.handle, self._address.key)
         except (RemoteError, *ERRORS):
             pass

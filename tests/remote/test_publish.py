@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import obstore
 import pytest
 import trio
+from obstore.exceptions import AlreadyExistsError, GenericError
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.errors import ImageInUseError
+from qedfuse.errors import ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
-from qedfuse.remote.upload import StoppedError, Upload, part_bytes
+from qedfuse.remote.upload import Upload, part_bytes
+from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, qemu
 
@@ -41,6 +43,11 @@ def image(tmp_path: Path) -> Path:
 def content(store: Swift, path: str) -> bytes:
     """Return an object, as the store's own interface gives it."""
     return store.request("GET", path).body
+
+
+def parts(store: Swift, key: str) -> list[str]:
+    """Return the parts that the store has of an object, and the marks of unfinished uploads."""
+    return [name for name in store.keys("golden+segments") if name.startswith(f"{key}/")]
 
 
 def failed(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int) -> str:
@@ -151,8 +158,11 @@ def test_store_that_refuses(
     image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing bucket and a wrong secret have the messages and exit code that reads have."""
-    text = failed(capsys, image, "s3://no-bucket/x", code=22)
-    assert text == "qedimg: s3://no-bucket/x: found no such bucket\n"
+    short = image.with_name("short.raw")
+    short.write_bytes(b"some bytes")
+    for path in (image, short):
+        text = failed(capsys, path, "s3://no-bucket/x", code=22)
+        assert text == "qedimg: s3://no-bucket/x: found no such bucket\n"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=22)
 
@@ -174,6 +184,7 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert scope.cancelled_caught
     assert struck
     assert key not in store.keys("golden")
+    assert parts(store, key) == []
 
 
 def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -> None:
@@ -201,6 +212,7 @@ def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -
     with pytest.raises(StoppedError):
         upload.run()
     assert content(store, "golden/kept.qed") == b"old"
+    assert parts(store, "kept.qed") == []
 
 
 @pytest.mark.usefixtures("store")
@@ -243,14 +255,113 @@ def test_object_with_other_bytes_is_deleted(
     assert damaging == ["damaged.qed"]
     assert "found other bytes stored at 0, expected the content of the file" in text
     assert "damaged.qed" not in store.keys("golden")
-    assert not any(key.startswith("damaged.qed") for key in store.keys("golden+segments"))
+    assert parts(store, "damaged.qed") == []
+
+
+def lose_answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[str]:
+    """Let each upload succeed and then raise; the list has the keys of those that did."""
+    struck: list[str] = []
+    put = obstore.put
+
+    def failing(handle: Any, key: str, content: Any, **options: Any) -> Any:  # noqa: ANN401
+        options["mode"] = "overwrite"  # Swift knows no condition
+        put(handle, key, content, **options)
+        struck.append(key)
+        raise error
+
+    monkeypatch.setattr(obstore, "put", failing)
+    return struck
+
+
+LOST = GenericError("Generic S3 error: Error performing POST http://x - HTTP error: lost")
+EXISTS = AlreadyExistsError("Object at location x already exists")
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "error"),
+    [(20 * MIB, [], LOST), (20 * MIB, ["--force"], LOST), (MIB, [], EXISTS), (MIB, [], LOST)],
+)
+def test_lost_answer(
+    store: Swift,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    words: list[str],
+    error: Exception,
+) -> None:
+    """If the answer of the store is lost but the object is the file, the command succeeds."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(size))
+    struck = lose_answers(monkeypatch, error)
+    key = f"lost-{size}-{len(words)}-{error is LOST}.raw"
+    assert main(["publish", "-q", *words, str(path), f"s3://golden/{key}"]) == 0
+    assert struck == [key]
+    assert content(store, f"golden/{key}") == path.read_bytes()
+
+
+def test_lost_answer_and_another_object(
+    store: Swift,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If the store has another object, that stays, and the failure is the one of the upload."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(MIB))
+
+    def put(*_: object, **__: object) -> None:
+        store.put("golden", "other.raw", b"first")
+        raise errors.pop()
+
+    monkeypatch.setattr(obstore, "put", put)
+    errors: list[Exception] = [LOST, EXISTS]
+    text = failed(capsys, path, "s3://golden/other.raw", code=1)
+    assert "found an object, expected none (--force replaces it)" in text
+    text = failed(capsys, "--force", path, "s3://golden/other.raw", code=22)
+    assert text.startswith("qedimg: s3://golden/other.raw: HTTP error: lost")
+    assert not errors
+    assert content(store, "golden/other.raw") == b"first"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_store_that_fails_before_the_comparison(
+    store: Swift,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    lost: bool,
+) -> None:
+    """An object that was not compared is kept, and the message says so."""
+    if lost:
+        lose_answers(monkeypatch, LOST)
+
+    def compare(*_: object) -> None:
+        msg = "s3://golden/kept: found HTTP status 503 (attempts: 5)"
+        raise RemoteError(msg)
+
+    monkeypatch.setattr(UploadCheck, "compare", compare)
+    key = f"uncompared-{lost}.qed"
+    store.put("golden", key, b"old")
+    text = failed(capsys, "--force", image, f"s3://golden/{key}", code=22)
+    if lost:
+        assert "HTTP error: lost" in text
+        assert text.endswith("; found no answer whether the object was stored nevertheless\n")
+    else:
+        assert text == (
+            "qedimg: s3://golden/kept: found HTTP status 503 (attempts: 5); the object is stored, "
+            "but was not compared with the file\n"
+        )
+    assert content(store, f"golden/{key}") == image.read_bytes()
 
 
 def test_store_without_known_checksums_is_read(
     store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the entity tag is no checksum, the object is read and compared."""
-    monkeypatch.setattr("qedfuse.remote.upload.Upload._expected_etags", lambda _: ("", ""))
+    monkeypatch.setattr(
+        "qedfuse.remote.uploadcheck.UploadCheck._expected_etags", lambda _: ("", "")
+    )
     assert main(["publish", "-q", str(image), "s3://golden/read.qed"]) == 0
     assert content(store, "golden/read.qed") == image.read_bytes()
 

@@ -62,7 +62,9 @@ async def publish(
     """Copy an image or a raw file to an object store as one object.
 
     The object appears when it is complete, and is compared with the file then.  A cancelled or
-    failed call leaves none.  The file is locked for reading meanwhile.
+    failed call leaves none, with two exceptions: a store that stops answering at the end may have
+    the object, which the message says, and an object that has replaced another one is deleted only
+    if it differs from the file.  The file is locked for reading meanwhile.
 
     Args:
         path: The image or raw file.
@@ -193,7 +195,7 @@ async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
 
     The files of ``stack`` stay open as long as the thread may read them.
     """
-    from qedfuse.remote.upload import StoppedError  # noqa: PLC0415  needs the library
+    from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
     token = trio.lowlevel.current_trio_token()
     ended = trio.Event()

@@ -1,0 +1,114 @@
+"""Comparing an object that was stored with its content, by checksums of its parts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import RemoteError
+from qedfuse.remote.object import make_client, open_object
+from qedfuse.remote.options import Deadlines
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import ClientOptions
+    from qedfuse.remote.object import RemoteObject
+
+
+class StoppedError(Exception):
+    """The upload was stopped.
+
+    The store has no object of it, unless an object was replaced before the stop.
+    """
+
+
+class DifferentError(RemoteError):
+    """The store has an object that differs from the content."""
+
+
+class UploadCheck:
+    """Compares an object with what was uploaded."""
+
+    def __init__(
+        self,
+        address: Address,
+        size: int,
+        options: ClientOptions,
+        part_bytes: int,
+        digests: list[bytes],
+        *,
+        progress: Callable[[int, int], object],
+        stopped: threading.Event,
+    ) -> None:
+        """Compare the object at ``address`` with content of ``size`` bytes.
+
+        Args:
+            address: An address of a store.
+            size: Length of the content.
+            options: How to connect.
+            part_bytes: Length of all parts of the content but the last.
+            digests: The MD5 checksum of each part; the caller fills the list before `compare`.
+            progress: Called with the number of bytes that were compared, and the size, if the
+                object must be read.
+            stopped: Set if the comparison should end.
+        """
+        self._address = address
+        self._size = size
+        self._options = options
+        self._part_bytes = part_bytes
+        self._digests = digests
+        self._progress = progress
+        self._stopped = stopped
+
+    def open(self) -> RemoteObject:
+        """Ask the store for the object; see `open_object`."""
+        client = make_client(self._address, self._options)
+        return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
+
+    def compare(self, etag: str) -> None:
+        """Compare the object with the content.
+
+        Most stores return the checksum of what they have received; otherwise all is read.
+
+        Raises:
+            RemoteError: The object differs.
+        """
+        if self._stopped.is_set():
+            raise StoppedError
+        source = self.open()
+        found = source.version
+        if found.size != self._size:
+            msg = f"{self._address.shown}: found {found.size} bytes stored, expected {self._size}"
+            raise DifferentError(msg)
+        if found.etag != etag and etag and not etag.startswith("W/"):
+            msg = f"{self._address.shown}: found another object than the one that was stored"
+            raise DifferentError(msg)
+        if found.etag.strip('"') not in self._expected_etags():
+            self._compare_content(source)
+
+    def _expected_etags(self) -> tuple[str, str]:
+        """Return what the entity tag is if the store has the content: in parts, or as a whole."""
+        digests = b"".join(self._digests)
+        of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
+        return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
+
+    def _compare_content(self, source: RemoteObject) -> None:
+        """Read the object and compare it with the content.
+
+        Raises:
+            RemoteError: The object differs or cannot be read.
+            HostError: The content cannot be read.
+        """
+        for number, start in enumerate(range(0, self._size, self._part_bytes)):
+            if self._stopped.is_set():
+                raise StoppedError
+            length = min(self._part_bytes, self._size - start)
+            block = source.get(start, length)
+            if hashlib.md5(block, usedforsecurity=False).digest() != self._digests[number]:
+                msg = f"{self._address.shown}: found other bytes stored at {start}, expected the "
+                msg += "content of the file"
+                raise DifferentError(msg)
+            self._progress(start + length, self._size)
