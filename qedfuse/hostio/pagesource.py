@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 
 class CheckedUnits(NamedTuple):
     """The parts of a file that may be read, for a file of the cache for servers.
 
-    A *unit* is a power of two of bytes.
+    A *unit* is a power of two of bytes.  A read must find all of its bytes in the page cache, and
+    no block that is all zeros, which may be a hole; `qedfuse.remote.localdata` says why.
 
     Attributes:
         ready: For each unit 1 if its bytes may be read, otherwise 0.  The extension looks at the
@@ -20,12 +23,15 @@ class CheckedUnits(NamedTuple):
         content_bytes: Where the bytes end that may be read.
         file_bytes: The length of the file.  A file that has another length after a read was cut,
             and the bytes that were read do not count.
+        forget: Called with the first and the last unit of a read that failed, which makes them not
+            ready.
     """
 
     ready: bytearray
     unit_bits: int
     content_bytes: int
     file_bytes: int
+    forget: Callable[[int, int], object]
 
 
 class PageSource(NamedTuple):

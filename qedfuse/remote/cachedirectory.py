@@ -162,7 +162,7 @@ class CacheDirectory:
             except (OSError, ValueError):
                 continue
             try:
-                is_complete = entry.count_present() == entry.units
+                is_complete = entry.count_present(0, entry.units - 1) == entry.units
             except OSError:
                 is_complete = False
             if is_complete:
@@ -172,8 +172,11 @@ class CacheDirectory:
             else:
                 entry.close()
 
-    def make_room(self) -> int:
+    def make_room(self, hidden_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
+
+        Args:
+            hidden_bytes: The space that open files take up which were removed from the cache.
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is at a limit
@@ -186,15 +189,15 @@ class CacheDirectory:
                 if time.time() - os.lstat(path).st_mtime > _MAX_MAKING_SECONDS:
                     remove_entry(path)
             for path in paths:
-                if self._room_bytes() > 0:
+                if self._room_bytes(hidden_bytes) > 0:
                     break
                 if not _is_new(path):
                     remove_entry(path)
-            return min(max(self._room_bytes(), 0), _MAX_ROOM_BYTES)
+            return min(max(self._room_bytes(hidden_bytes), 0), _MAX_ROOM_BYTES)
         except OSError:
             return 0
 
-    def _room_bytes(self) -> int:
+    def _room_bytes(self, hidden_bytes: int) -> int:
         """Return how many bytes may be stored; a negative number if the cache is too large.
 
         Raises:
@@ -206,7 +209,7 @@ class CacheDirectory:
             kept = int(host.f_blocks * _FREE_FRACTION)
             room = (host.f_bavail - kept) * host.f_frsize
         if self._max_bytes is not None:
-            room = min(room, self._max_bytes - self._used_bytes())
+            room = min(room, self._max_bytes - self._used_bytes() - hidden_bytes)
         return room
 
     def _used_bytes(self) -> int:

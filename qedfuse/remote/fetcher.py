@@ -48,7 +48,7 @@ class Fetcher:
         self,
         source: RemoteObject,
         cache: UnitFile | None,
-        make_room: Callable[[], int] | None = None,
+        make_room: Callable[[int], int] | None = None,
     ) -> None:
         """Fetch from ``source``; no thread is started yet.
 
@@ -78,7 +78,7 @@ class Fetcher:
         """Start fetching those of some adjacent units that are not ready; return their flights.
 
         The caller must wait for the flights, and then finds each unit in the blocks of its flight,
-        or ready in the cache.  What a sequential reader will read next is fetched as well.
+        or else ready.  What a sequential reader will read next is fetched as well.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -114,6 +114,14 @@ class Fetcher:
         with self._lock:
             if not self._threads.is_closed:
                 self._fetch_ahead(first, last)
+
+    def is_stored(self, first: int, last: int) -> bool:
+        """Return whether the cache claims to have some adjacent units."""
+        return self._store.is_stored(first, last)
+
+    def forget(self, first: int, last: int) -> None:
+        """Make units not ready that the page cache does not have; see `UnitStore.forget`."""
+        self._store.forget(first, last)
 
     def discard_cache(self) -> None:
         """Stop using the cache's file, because it has lost bytes that were in it."""
@@ -208,8 +216,20 @@ class Fetcher:
             self._finish(flight)
 
     def _missing(self, flight: Flight) -> list[int]:
-        """Return the units of a flight that are neither ready nor intact in the cache."""
-        return [u for u in range(flight.first, flight.last + 1) if not self._store.load(u)]
+        """Return the units of a flight that are neither ready nor intact in the cache.
+
+        Those that are intact are added to the flight's blocks.
+        """
+        missing = []
+        for unit in range(flight.first, flight.last + 1):
+            if self.ready[unit] or unit in flight.blocks:
+                continue
+            content = self._store.load(unit)
+            if content is None:
+                missing.append(unit)
+            else:
+                flight.blocks[unit] = content
+        return missing
 
     def _fetch(self, flight: Flight) -> None:
         """Fetch the units of a flight that are not ready, and end the flight."""
@@ -223,7 +243,7 @@ class Fetcher:
             self._finish(flight)
 
     def _fetch_units(self, flight: Flight, first: int, last: int) -> None:
-        """Fetch adjacent units with one request; store them, or add them to the flight's blocks.
+        """Fetch adjacent units with one request; store them, and add them to the flight's blocks.
 
         Raises:
             HostError: The server does not give them.
@@ -243,12 +263,13 @@ class Fetcher:
         for unit in range(first, last + 1):
             begin = (unit - first) * UNIT_BYTES
             block = content[begin : begin + UNIT_BYTES]
-            if not self.ready[unit] and not self._store.store(unit, block):
-                # A copy, which does not keep the other units in memory.
-                flight.blocks[unit] = bytes(block)
+            if not self.ready[unit] and unit not in flight.blocks:
+                flight.blocks[unit] = block
+                if not self._store.store(unit, block):
+                    self._store.hold(unit, block)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
-        """Remove a flight from the table and end it; hold its blocks for later readers."""
+        """Remove a flight from the table and end it."""
         with self._lock:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:
@@ -256,5 +277,4 @@ class Fetcher:
             if flight in self._wanted:
                 self._wanted.remove(flight)
                 self._last_wanted = time.monotonic()
-            self._store.hold(flight.blocks)
         flight.end(error)

@@ -60,7 +60,7 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
     """
     for flight in flights:
         await flight.wait()
-    if file.fetcher.ready.find(0, first, last + 1) >= 0:
+    if not file.fetcher.is_stored(first, last):
         msg = f"{file.name}: found no room in the cache, expected room for all that is needed of it"
         raise CacheError(msg)
     return min((last + 1) * UNIT_BYTES, file.size()) - first * UNIT_BYTES

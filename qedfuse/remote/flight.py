@@ -26,8 +26,8 @@ class Flight:
     Attributes:
         first: The first unit.
         last: The last unit.
-        blocks: The content of the units that could not be stored in the cache; filled before the
-            end.
+        blocks: The content of the units that were read from the cache or fetched; filled before
+            the end.
         is_wanted: Whether a reader waits for it.
     """
 

@@ -1,29 +1,55 @@
-"""Reads of the cache's data file, which fail if the file was cut or closed meanwhile."""
+"""Reads of the cache's data file from the page cache, the only ones that need no checksum.
+
+A unit is compared with its checksum when it is read from the disk (`UnitFile.load`), and then read
+here as often as the page cache has it.  So what the disk returns is never used unchecked, also if
+bits have flipped on it or a write has failed since.
+
+Three things can make a read with ``RWF_NOWAIT`` return what was not compared:
+
+- A read that misses starts reading from the disk, and the next one finds what came.  So after a
+  miss, the units of the range are not ready (`RemoteFile`), and nothing is read ahead (`UnitFile`).
+- The kernel answers from a hole without reading from the disk.  A failed write can leave one.  So a
+  block of zeros counts as a miss.
+- The file was cut, and a later write has made it longer.  So its length is compared after the read.
+
+The extension of the mount reads the file by the same rules (``_cachedread.c``).
+
+What is left is a block that another program, or for less than a millisecond another process of
+qedfuse, has read from a damaged disk into the page cache.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import HostError
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
-from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.remote.unitfile import DATA_NAME, UNIT_BYTES
+from qedfuse.hostio.readpolicy import ReadPolicy
+from qedfuse.hostio.systemcalls import waits_for_server
+from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from qedfuse.remote.unitfile import UnitFile
+
+_BLOCK_BYTES: Final = 4096
+"""The smallest hole that is recognised.  In a file system with smaller blocks nothing is read from
+the page cache unchecked."""
+_ZEROS: Final = bytes(_BLOCK_BYTES)
 
 
 class LocalData:
     """The data file of an entry of the cache, open for reading.
 
     It has a descriptor of its own, because the fetcher closes that of an entry that is damaged.
-    Every method except `try_read` may be called by threads concurrently; the descriptor is closed
-    when the last read has returned.
+    Threads may read concurrently; the descriptor is closed when the last read has returned.
+
+    Attributes:
+        is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,
+            FUSE), since reads run in the event loop.
     """
 
     def __init__(self, entry: UnitFile) -> None:
@@ -32,59 +58,64 @@ class LocalData:
         Raises:
             OSError: The host has no further descriptor.
         """
-        path = os.path.join(entry.path, DATA_NAME)  # noqa: PTH118  str paths
-        self._file = PosixFile(os.dup(entry.data_fd), path, writable=False)
+        self._fd = os.dup(entry.data_fd)
         self._file_bytes = entry.file_bytes
         self._lock = threading.Lock()
         self._users = 1
         self._is_closed = False
+        self.is_readable = not waits_for_server(self._fd) and _block_bytes(self._fd) >= _BLOCK_BYTES
 
-    def page_source(self, ready: bytearray, content_bytes: int) -> PageSource:
-        """Return how the mount's extension reads the file.
+    def page_source(
+        self, ready: bytearray, content_bytes: int, forget: Callable[[int, int], object]
+    ) -> PageSource | None:
+        """Return how the mount's extension reads the file; None if the page cache is not read.
 
         Args:
             ready: For each unit 1 if it may be read, otherwise 0.
             content_bytes: The length of the object.
+            forget: Called with the first and the last unit of a read that failed.
         """
+        if not self.is_readable:
+            return None
         bits = UNIT_BYTES.bit_length() - 1
-        units = CheckedUnits(ready, bits, content_bytes, self._file_bytes)
-        return PageSource(self._file.read_policy, self._file.fd, units)
+        units = CheckedUnits(ready, bits, content_bytes, self._file_bytes, forget)
+        return PageSource(ReadPolicy(), self._fd, units)
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` without blocking; return whether that succeeded.
+        """Fill ``view`` from the page cache; return whether that succeeded.
 
-        Only the thread that calls `close` may call this.
+        Returns False without a reason that is known: a byte is not in the page cache or may be in a
+        hole, the file system cannot tell, or the file was cut or closed.
         """
-        file = self._file
-        return file.try_read(offset, view) and os.lseek(file.fd, 0, 2) == self._file_bytes
-
-    async def read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view``; return False if the file is closed, has lost the bytes or was cut."""
+        if not self.is_readable:
+            return False
         with self._in_use() as is_open:
             try:
                 return (
                     is_open
-                    and await self._file.pread_into(offset, view) == len(view)
-                    and self._is_whole()
+                    and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
+                    and os.lseek(self._fd, 0, os.SEEK_END) == self._file_bytes
+                    and not _may_have_holes(offset, view)
                 )
-            except HostError:
+            except OSError:
                 return False
 
-    def read_blocking(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` in a thread; see `read`."""
+    def is_whole(self) -> bool:
+        """Return False if the file was cut.
+
+        A file that was cut never has its length again (`UnitFile`).
+        """
+        if not self.is_readable:
+            return True  # not known without a call that may wait
         with self._in_use() as is_open:
             try:
-                return (
-                    is_open
-                    and self._file.read_blocking(offset, view) == len(view)
-                    and self._is_whole()
-                )
-            except HostError:
+                return not is_open or os.lseek(self._fd, 0, os.SEEK_END) == self._file_bytes
+            except OSError:
                 return False
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache."""
-        return self._file.statvfs()
+        return os.fstatvfs(self._fd)
 
     def close(self) -> None:
         """Close the file, when the reads that are running have returned.
@@ -96,17 +127,6 @@ class LocalData:
                 return
             self._is_closed = True
         self._leave()
-
-    def _is_whole(self) -> bool:
-        """Return whether the file still has its length.
-
-        A file that was cut never has it again (`UnitFile`).  So if this is true after a read, the
-        read was not one of a hole that a later write has left.
-        """
-        try:
-            return os.lseek(self._file.fd, 0, os.SEEK_END) == self._file_bytes
-        except OSError:
-            return False
 
     @contextmanager
     def _in_use(self) -> Iterator[bool]:
@@ -125,4 +145,28 @@ class LocalData:
             self._users -= 1
             is_last = not self._users
         if is_last:
-            self._file.close()
+            os.close(self._fd)
+
+
+def _block_bytes(fd: int) -> int:
+    """Return the block size of a file system; 0 if the host does not say."""
+    try:
+        return os.fstatvfs(fd).f_bsize
+    except OSError:
+        return 0
+
+
+def _may_have_holes(offset: int, view: memoryview) -> bool:
+    """Return whether what was read of a block of the file is all zeros, for any of the blocks."""
+    begin = -offset % _BLOCK_BYTES
+    if begin and view[:begin] == _ZEROS[: len(view[:begin])]:
+        return True
+    firsts = bytes(view[begin::_BLOCK_BYTES])
+    number = firsts.find(0)
+    while number >= 0:
+        at = begin + number * _BLOCK_BYTES
+        block = view[at : at + _BLOCK_BYTES]
+        if block == _ZEROS[: len(block)]:
+            return True
+        number = firsts.find(0, number + 1)
+    return False

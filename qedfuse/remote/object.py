@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MAX_SIZE: Final = 64 << 40
-"""Maximum size of an object: each unit takes a byte of memory and eight of the cache's map."""
+_MAX_SIZE: Final = 16 << 40
+"""Maximum size of an object, as of a file of ext4: each unit takes a byte of memory (64 MiB for the
+largest object) and eight of the cache's map."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 

@@ -65,7 +65,7 @@ class RemoteFile(ReadOnlyFile):
         """The data of the cache, of which the ready units may be read; None without a cache."""
         if self._local is None:
             return None
-        return self._local.page_source(self.fetcher.ready, self._size)
+        return self._local.page_source(self.fetcher.ready, self._size, self.fetcher.forget)
 
     @property
     def identity(self) -> FileIdentity:
@@ -99,13 +99,7 @@ class RemoteFile(ReadOnlyFile):
             flights = self._demand(offset + at, length - at)
             for flight in flights:
                 await flight.wait()
-            for start, count, block in self._parts(offset + at, length - at, flights):
-                part = view[start - offset : start - offset + count]
-                if block is not None:
-                    part[:] = block
-                elif not await self._read_cached(start, part):
-                    break
-                at = start - offset + count
+            at += self._fill(offset + at, view[at:length], flights)
         return length
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
@@ -120,13 +114,7 @@ class RemoteFile(ReadOnlyFile):
             flights = self._demand(offset + at, length - at)
             for flight in flights:
                 flight.wait_blocking()
-            for start, count, block in self._parts(offset + at, length - at, flights):
-                part = view[start - offset : start - offset + count]
-                if block is not None:
-                    part[:] = block
-                elif not self._read_cached_blocking(start, part):
-                    break
-                at = start - offset + count
+            at += self._fill(offset + at, view[at:length], flights)
         return length
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -137,12 +125,12 @@ class RemoteFile(ReadOnlyFile):
         """
         end = offset + len(view)
         first, last = offset // UNIT_BYTES, (end - 1) // UNIT_BYTES
-        if self._local is None or end > self._size or not self._is_ready(first, last):
+        if end > self._size or not self._is_ready(first, last):
             return False
         if first != self._last_unit:
             self._last_unit = last
             self.fetcher.record_read(first, last)
-        return self._local.try_read(offset, view)
+        return self._read_cached(offset, view)
 
     def try_start_read(
         self,
@@ -212,14 +200,30 @@ class RemoteFile(ReadOnlyFile):
         """Return whether some adjacent units can be read from the cache."""
         return self.fetcher.ready.find(0, first, last + 1) < 0
 
+    def _fill(self, offset: int, view: memoryview, flights: list[Flight]) -> int:
+        """Fill ``view`` from flights that have ended and from the cache.
+
+        Returns:
+            How many bytes at its begin are right; the caller must demand the rest again.
+        """
+        filled = len(view)
+        for start, count, block in self._parts(offset, len(view), flights):
+            part = view[start - offset : start - offset + count]
+            if block is not None:
+                part[:] = block
+            elif not self._read_cached(start, part):
+                # All of the rest is tried, so that what is missing is demanded together.
+                filled = min(filled, start - offset)
+        return filled
+
     def _parts(
         self, offset: int, length: int, flights: list[Flight]
     ) -> list[tuple[int, int, Buffer | None]]:
         """Divide a range whose flights have ended into parts, each with its content.
 
         Returns:
-            (file offset, number of bytes, content) of each part; the content is None if the part
-            is in the cache.
+            (file offset, number of bytes, content) of each part, which lies in one unit; the
+            content is None if no flight has it.
         """
         blocks = {unit: block for flight in flights for unit, block in flight.blocks.items()}
         parts: list[tuple[int, int, Buffer | None]] = []
@@ -231,35 +235,25 @@ class RemoteFile(ReadOnlyFile):
             block = blocks.get(unit)
             if block is not None:
                 parts.append((at, stop - at, memoryview(block)[within : within + stop - at]))
-            elif parts and parts[-1][2] is None:
-                parts[-1] = (parts[-1][0], stop - parts[-1][0], None)
             else:
                 parts.append((at, stop - at, None))
             at = stop
         return parts
 
-    async def _read_cached(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from the cache; return False if the cache has lost the bytes."""
-        is_read = (
-            self._local is not None
-            and self._covers(offset, view)
-            and await self._local.read(offset, view)
-        )
-        if not is_read:
-            self.fetcher.discard_cache()
-        return is_read
+    def _read_cached(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the page cache; return whether that succeeded.
 
-    def _read_cached_blocking(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from the cache in a thread; see `_read_cached`."""
-        is_read = (
-            self._local is not None
-            and self._covers(offset, view)
-            and self._local.read_blocking(offset, view)
-        )
-        if not is_read:
+        If not, the units of the range are not ready any more.
+        """
+        first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
+        local = self._local
+        if local is None or not self._is_ready(first, last):
+            return False
+        # Units may be forgotten during the read, so what was read counts only if they were not.
+        if local.try_read(offset, view) and self._is_ready(first, last):
+            return True
+        if local.is_whole():
+            self.fetcher.forget(first, last)
+        else:
             self.fetcher.discard_cache()
-        return is_read
-
-    def _covers(self, offset: int, view: memoryview) -> bool:
-        """Return whether the cache has all units of a range, and none was discarded meanwhile."""
-        return self._is_ready(offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES)
+        return False

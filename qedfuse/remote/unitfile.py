@@ -1,9 +1,10 @@
 """A file of the cache: the content of one version of an object, as far as it was fetched.
 
 The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map.  A
-unit counts only after its bytes were read and compared with the checksum in this process.  So
-nothing needs an order of writes, a datasync or a journal: what a crash, a full disk or another
-program has damaged differs from its checksum, and is fetched again.
+unit counts only after its bytes were read and compared with the checksum in this process, and again
+whenever its bytes have left the page cache (`qedfuse.remote.localdata`).  So nothing needs an order
+of writes, a datasync or a journal: what a crash, a full disk, a failed write or another program has
+damaged differs from its checksum, and is fetched again.
 
 The data file is one byte longer than the object, and nothing writes that byte.  So a file that was
 cut while it is in use never has its length again, although later writes leave holes in it.
@@ -22,6 +23,8 @@ import threading
 import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
+
+from qedfuse.hostio.regular import allocated_bytes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,6 +93,8 @@ class UnitFile:
             raise
         try:
             _expect_file(map_fd, units_of(size) * _MAP_ENTRY.size)
+            # No readahead: only what `load` compares gets from the disk into the page cache.
+            os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
             os.close(data_fd)
             os.close(map_fd)
@@ -97,7 +102,10 @@ class UnitFile:
         return cls(path, data_fd, map_fd, size)
 
     def load(self, unit: int) -> bytes | None:
-        """Return the content of a unit; None if it is not there or not intact."""
+        """Return the content of a unit; None if it is not there or not intact.
+
+        What is not intact is dropped from the page cache, where other processes could read it.
+        """
         if not self._enter():
             return None
         try:
@@ -107,14 +115,16 @@ class UnitFile:
             checksum, mark = _MAP_ENTRY.unpack(raw)
             if mark != _PRESENT:
                 return None
-            content = os.pread(self.data_fd, self.length(unit), unit * UNIT_BYTES)
+            length, offset = self.length(unit), unit * UNIT_BYTES
+            content = os.pread(self.data_fd, length, offset)
+            if len(content) == length and _checksum(unit, content) == checksum:
+                return content
+            os.posix_fadvise(self.data_fd, offset, UNIT_BYTES, os.POSIX_FADV_DONTNEED)
         except OSError:
             return None
         finally:
             self._leave()
-        if len(content) != self.length(unit) or _checksum(unit, content) != checksum:
-            return None
-        return content
+        return None
 
     def store(self, unit: int, content: Buffer) -> None:
         """Store the content of a unit.
@@ -134,20 +144,32 @@ class UnitFile:
         finally:
             self._leave()
 
-    def count_present(self) -> int:
-        """Return how many units the map claims to be there.
+    def count_present(self, first: int, last: int) -> int:
+        """Return how many of some adjacent units the map claims to be there.
 
         Raises:
             OSError: The host refused.
         """
         present = 0
         step = 1 << 16
-        for first in range(0, self.units, step):
-            count = min(step, self.units - first)
-            raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, first * _MAP_ENTRY.size)
+        for begin in range(first, last + 1, step):
+            count = min(step, last + 1 - begin)
+            raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
             whole = len(raw) - len(raw) % _MAP_ENTRY.size
             present += sum(mark == _PRESENT for _, mark in _MAP_ENTRY.iter_unpack(raw[:whole]))
         return present
+
+    def hidden_bytes(self) -> int:
+        """Return the space of the data if its file was removed from the cache, otherwise 0."""
+        if not self._enter():
+            return 0
+        try:
+            status = os.fstat(self.data_fd)
+        except OSError:
+            return 0
+        finally:
+            self._leave()
+        return 0 if status.st_nlink else allocated_bytes(status)
 
     def length(self, unit: int) -> int:
         """Return the number of bytes in a unit; only the last may be shorter than the others."""

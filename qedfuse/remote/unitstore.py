@@ -7,8 +7,10 @@ import logging
 import os
 import threading
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.remote.room import Room
 from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_HELD_BYTES: Final = 16 << 20
 """Maximum memory for units that could not be stored in the cache, and that no reader waits for."""
-_RETRY_BYTES: Final = 64 << 20
-"""How many bytes are not stored for want of room before room is looked for again."""
+_MAX_CLEARED_UNITS: Final = 1 << 16
+"""How many units are made not ready in one step, which takes as many bytes of memory."""
 
 
 class UnitStore:
@@ -31,57 +33,59 @@ class UnitStore:
     Threads may use the object concurrently.
 
     Attributes:
-        ready: For each unit 1 if its content is in the cache's file and was compared with its
-            checksum, otherwise 0.  The object is never replaced.
+        ready: For each unit 1 if its content was compared with its checksum, and no byte of it was
+            missing in the page cache since, otherwise 0.  The object is never replaced.
     """
 
     def __init__(
-        self, units: int, cache: UnitFile | None, make_room: Callable[[], int] | None
+        self, units: int, cache: UnitFile | None, make_room: Callable[[int], int] | None
     ) -> None:
         """Keep units in ``cache``.
 
         Args:
             units: Number of units of the object.
             cache: Where units are kept, which the store closes; None for no place.
-            make_room: Makes room in the cache; returns how many bytes may be stored before it must
-                be called again, 0 for none.
+            make_room: Makes room in the cache (`CacheDirectory.make_room`); None for no limit.
         """
         self.ready = bytearray(units)
         self._cache = cache
-        self._make_room = make_room
-        self._room_lock = threading.Lock()  # held while room is made
-        self._room_bytes = 0
-        self._refused_bytes = _RETRY_BYTES  # not stored since room was looked for
+        self._room: Room | None = None
+        if cache is not None and make_room is not None:
+            self._room = Room(lambda: make_room(cache.hidden_bytes()))
         self._lock = threading.Lock()
         # All that follows is protected by the lock, as are changes of what precedes it.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
         self._cannot_store = False
         self._is_closed = False
+        self._forgotten = 0  # how often `forget` was called
 
     @property
     def can_store(self) -> bool:
         """Whether the last unit was stored in the cache."""
         return self._cache is not None and not self._cannot_store
 
-    def load(self, unit: int) -> bool:
-        """Make a unit ready if it is intact in the cache; return whether it is ready."""
-        if self.ready[unit]:
-            return True
+    def load(self, unit: int) -> bytes | None:
+        """Return a unit that is intact in the cache, and make it ready; None if it is not."""
         cache = self._cache
-        if cache is None or cache.load(unit) is None:
-            return False
-        return self._set_ready(unit, cache)
+        forgotten = self._forgotten
+        content = None if cache is None else cache.load(unit)
+        if cache is None or content is None:
+            return None
+        self._set_ready(unit, cache, forgotten)
+        return content
 
     def store(self, unit: int, block: Buffer) -> bool:
         """Store a unit in the cache and make it ready; return whether that was done."""
         cache = self._cache
+        forgotten = self._forgotten
         if cache is None:
             return False
-        if not self._has_room(len(block)):
-            self._record_refusal(cache, "no room is left")
-            return False
         try:
-            cache.store(unit, block)
+            with self._room.reserve(len(block)) if self._room else nullcontext("") as reason:
+                if reason:
+                    self._record_refusal(cache, reason)
+                    return False
+                cache.store(unit, block)
         except OSError as error:
             if error.errno == errno.EBADMSG:
                 self.discard()
@@ -90,7 +94,24 @@ class UnitStore:
             return False
         with self._lock:
             self._cannot_store = False
-        return self._set_ready(unit, cache)
+        return self._set_ready(unit, cache, forgotten)
+
+    def is_stored(self, first: int, last: int) -> bool:
+        """Return whether the cache claims to have some adjacent units."""
+        cache = self._cache
+        try:
+            return cache is not None and cache.count_present(first, last) == last + 1 - first
+        except OSError:
+            return False
+
+    def forget(self, first: int, last: int) -> None:
+        """Make adjacent units not ready, because a byte of them was not in the page cache.
+
+        What the kernel now reads from the disk was not compared with a checksum.
+        """
+        with self._lock:
+            self._forgotten += 1
+            self.ready[first : last + 1] = bytes(last + 1 - first)
 
     def held(self, unit: int) -> Buffer | None:
         """Return the content of a unit that is kept in memory; None if there is none."""
@@ -100,12 +121,12 @@ class UnitStore:
                 self._held.move_to_end(unit)
             return block
 
-    def hold(self, blocks: dict[int, Buffer]) -> None:
-        """Keep units in memory that could not be stored; those that were not used for long go."""
+    def hold(self, unit: int, block: Buffer) -> None:
+        """Keep a unit in memory that could not be stored; those that were not used for long go."""
         with self._lock:
             if self._is_closed:
                 return
-            self._held.update(blocks)
+            self._held[unit] = bytes(block)  # a copy, which keeps no other unit in memory
             while len(self._held) * UNIT_BYTES > _MAX_HELD_BYTES:
                 self._held.popitem(last=False)
 
@@ -113,7 +134,9 @@ class UnitStore:
         """Stop using the cache's file, because it has lost bytes that were in it."""
         with self._lock:
             cache, self._cache = self._cache, None
-            self.ready[:] = bytes(len(self.ready))
+            for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):
+                part = self.ready[first : first + _MAX_CLEARED_UNITS]
+                self.ready[first : first + len(part)] = bytes(len(part))
             is_closed = self._is_closed
         if cache is not None:
             if not is_closed:
@@ -129,25 +152,16 @@ class UnitStore:
         if cache is not None:
             cache.close()
 
-    def _set_ready(self, unit: int, cache: UnitFile) -> bool:
-        """Make a unit ready that is in ``cache``, unless that is discarded; return whether."""
-        with self._lock:
-            self.ready[unit] = self._cache is cache
-            return bool(self.ready[unit])
+    def _set_ready(self, unit: int, cache: UnitFile, forgotten: int) -> bool:
+        """Make a unit ready that was read or written; return False if ``cache`` is discarded.
 
-    def _has_room(self, length: int) -> bool:
-        """Return whether the cache has room for some bytes; if so, count them as stored."""
-        if self._make_room is None:
-            return True
-        with self._room_lock:
-            if length > self._room_bytes and self._refused_bytes >= _RETRY_BYTES:
-                self._room_bytes = self._make_room()
-            if length > self._room_bytes:
-                self._refused_bytes = self._refused_bytes % _RETRY_BYTES + length
-                return False
-            self._room_bytes -= length
-            self._refused_bytes = _RETRY_BYTES
-            return True
+        The unit does not become ready if `forget` was called since ``forgotten`` was read, because
+        that call may have been about this unit.
+        """
+        with self._lock:
+            is_used = self._cache is cache
+            self.ready[unit] = is_used and self._forgotten == forgotten
+            return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
         """Log that a unit cannot be stored, if the one before it could."""

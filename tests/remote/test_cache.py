@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from qedfuse.errors import CacheError, RemoteError
-from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
 from qedfuse.remote.client import Version
@@ -221,6 +221,113 @@ def test_data_cut_while_it_is_in_use(writer: str, way: str, tmp_path: Path) -> N
                 assert trio.run(file.pread, unit * UNIT_BYTES, UNIT_BYTES) == part
             assert read(file, unit * UNIT_BYTES, UNIT_BYTES) == part
         assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+def flip_on_disk(path: Path) -> None:
+    """Flip a bit of a file on its disk."""
+    flip(path, 2 * UNIT_BYTES + 70_000)
+
+
+def punch(path: Path) -> None:
+    """Make a hole of one block, as a write that failed can leave it."""
+    with path.open("r+b") as file:
+        fallocate(file.fileno(), FALLOC_PUNCH_HOLE, 2 * UNIT_BYTES + 65_536, 4096)
+
+
+def exchange(path: Path) -> None:
+    """Replace a block by another one, as a misdirected write does."""
+    with path.open("r+b") as file:
+        block = os.pread(file.fileno(), 4096, 0)
+        os.pwrite(file.fileno(), block, 2 * UNIT_BYTES + 65_536)
+
+
+def drop_pages(path: Path) -> None:
+    """Write a file to its disk, and drop it from the page cache."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+ROTS: Final = (flip_on_disk, punch, exchange)
+
+
+@pytest.mark.parametrize("way", ["blocking", "async", "try"])
+@pytest.mark.parametrize("length", [4096, 100_000, UNIT_BYTES, 4 * UNIT_BYTES])
+@pytest.mark.parametrize("rot", ROTS)
+def test_disk_that_loses_data_in_use(
+    rot: Callable[[Path], None], length: int, way: str, tmp_path: Path
+) -> None:
+    """What rots on the disk while it is in use is fetched again, and no wrong byte is returned."""
+    offset = 2 * UNIT_BYTES + 65_536
+    if length > UNIT_BYTES:
+        offset = UNIT_BYTES + 1
+    expected = CONTENT[offset : offset + length]
+    with serving(CONTENT) as server:
+        fill(server, tmp_path)
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 0
+            data = entry_of(tmp_path) / "data"
+            rot(data)
+            drop_pages(data)
+            view = memoryview(bytearray(length))
+            for _ in range(20):
+                if way == "try" and file.try_read(offset, view):
+                    assert view == expected
+            if way == "async":
+                assert trio.run(file.pread, offset, length) == expected
+            assert read(file, offset, length) == expected
+            assert file.fetcher.requests == 1
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 1
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.requests == 0
+
+
+@pytest.mark.expect_log("what is not in the cache cannot be read")
+@pytest.mark.expect_log("answers again")
+@pytest.mark.parametrize("rot", ROTS)
+def test_disk_that_loses_data_without_a_server(rot: Callable[[Path], None], tmp_path: Path) -> None:
+    """What rots while the server is out cannot be read, and the rest can."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        data = entry_of(tmp_path) / "data"
+        rot(data)
+        drop_pages(data)
+        server.always = "status 503"
+        for _ in range(2):
+            with pytest.raises(RemoteError):
+                read(file, 2 * UNIT_BYTES + 65_536, 8192)
+        for unit in (1, 3):
+            part = CONTENT[unit * UNIT_BYTES :][:UNIT_BYTES]
+            assert read(file, unit * UNIT_BYTES, UNIT_BYTES) == part
+        server.always = None
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+def test_nothing_is_read_ahead_of_the_comparison(tmp_path: Path) -> None:
+    """Reads of some units bring no byte of another unit from the disk into the page cache."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        data = entry_of(tmp_path) / "data"
+        drop_pages(data)
+        for unit in range(2):
+            assert read(file, unit * UNIT_BYTES, UNIT_BYTES)
+        with data.open("rb") as probe:
+            os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            with pytest.raises(OSError, match=r"temporarily unavailable|not supported"):
+                os.preadv(probe.fileno(), [bytearray(4096)], 2 * UNIT_BYTES, os.RWF_NOWAIT)
+
+
+def test_zeros_are_compared(tmp_path: Path) -> None:
+    """Blocks of zeros that belong to the object are right, although they look like holes."""
+    content = bytes(UNIT_BYTES) + some_bytes(1) + bytes(UNIT_BYTES // 2)
+    with serving(content) as server, opened(server.url, tmp_path) as file:
+        for _ in range(3):
+            assert read(file, 0, len(content)) == content
+            assert trio.run(file.pread, 1, len(content)) == content[1:]
+        assert file.fetcher.fetched_bytes == len(content)
 
 
 def test_cache_removed_while_it_is_in_use(tmp_path: Path) -> None:
@@ -660,18 +767,19 @@ def test_descriptor_stays_open_during_a_read(
         entry.store(0, some_bytes(1))
         local = LocalData(entry)
     descriptors: list[int] = []
-    read_blocking = PosixFile.read_blocking
 
-    def read_and_close(file: PosixFile, offset: int, view: memoryview) -> int:
-        descriptors.append(file.fd)
+    def read_and_close(fd: int, views: tuple[memoryview], offset: int, _flags: int) -> int:
+        descriptors.append(fd)
         local.close()
-        return read_blocking(file, offset, view)
+        views[0][:] = os.pread(fd, len(views[0]), offset)
+        return len(views[0])
 
-    monkeypatch.setattr(PosixFile, "read_blocking", read_and_close)
+    monkeypatch.setattr(os, "preadv", read_and_close)
+    local.is_readable = True
     buffer = bytearray(UNIT_BYTES)
-    assert local.read_blocking(0, memoryview(buffer))
+    assert local.try_read(0, memoryview(buffer))
     assert buffer == some_bytes(1)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptors[0])
-    assert not local.read_blocking(0, memoryview(buffer))
+    assert not local.try_read(0, memoryview(buffer))
     assert len(descriptors) == 1

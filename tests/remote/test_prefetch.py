@@ -207,7 +207,7 @@ async def test_a_full_cache_ends_it(
 ) -> None:
     """If the cache has no more room, the prefetch ends, and says so in one line."""
     room = [4 * UNIT_BYTES]
-    monkeypatch.setattr(CacheDirectory, "make_room", lambda _: room.pop() if room else 0)
+    monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: room.pop() if room else 0)
     async with opened_disk(server.url, tmp_path / "cache") as (_, task):
         with trio.fail_after(10):
             await task.run()

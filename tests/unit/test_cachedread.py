@@ -52,7 +52,11 @@ def ready(tmp_path: Path, session: Session, tables: Tables) -> Iterator[bytearra
     may_read = bytearray(b"\1" * (CLUSTERS + 1))
     path = tmp_path / "units"
     path.write_bytes(tables.content + b"\0")
-    units = CheckedUnits(may_read, BITS, len(tables.content), len(tables.content) + 1)
+
+    def forget(first: int, last: int) -> None:
+        may_read[first : last + 1] = bytes(last + 1 - first)
+
+    units = CheckedUnits(may_read, BITS, len(tables.content), len(tables.content) + 1, forget)
     with path.open("rb") as file:
         source = PageSource(tables.policy, file.fileno(), units)
         session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
@@ -201,6 +205,29 @@ def test_only_units_that_are_ready_are_answered(
     assert session.read(5, 1) is None
 
 
+def test_a_block_of_zeros_may_be_a_hole(
+    session: Session, tables: Tables, ready: bytearray, tmp_path: Path
+) -> None:
+    """A read of zeros, or of a block of zeros, is passed on, and its units are forgotten."""
+    tables.slices["key", 0].entries[3] = 4 * CLUSTER
+    expected = bytearray(tables.content[CLUSTER : 4 * CLUSTER])
+    with (tmp_path / "units").open("r+b") as file:
+        for start, length, is_hole in (
+            *((0, 4096, True), (CLUSTER, 4096, True), (2 * CLUSTER - 4096, 4096, True)),
+            *((1, 4096, False), (CLUSTER + 1, 4095, False), (0, 4095, False), (0, 1, False)),
+        ):
+            zeroed = bytearray(expected)
+            zeroed[start : start + length] = bytes(length)
+            os.pwrite(file.fileno(), zeroed, CLUSTER)
+            assert session.read(0, 3 * CLUSTER) == (None if is_hole else zeroed)
+            assert list(ready[1:4]) == [not is_hole] * 3
+            ready[:] = b"\1" * len(ready)
+            assert session.read(start, min(length, 100)) is None
+            assert ready[0] == 1
+            assert not ready[1 + start // CLUSTER]
+            ready[:] = b"\1" * len(ready)
+
+
 def test_a_reader_at_the_end_of_a_unit_is_passed_on_if_more_must_be_fetched(
     session: Session, tables: Tables, ready: bytearray
 ) -> None:
@@ -236,6 +263,8 @@ def test_a_file_with_units_that_was_cut_is_passed_on(
     assert session.read(0, 8) is None
     with (tmp_path / "units").open("ab") as file:
         file.write(b"\0")
+    assert session.read(0, 8) is None, "the unit was not forgotten"
+    ready[1] = 1
     assert session.read(0, 8) is not None, "the length alone was wrong"
 
 

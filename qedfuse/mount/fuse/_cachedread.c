@@ -29,6 +29,9 @@
  * remote/fetcher.py). */
 #define MAX_AHEAD_UNITS 32
 
+/* The smallest hole that a file with checked units can have (_BLOCK_BYTES in remote/localdata.py). */
+#define BLOCK_BYTES 4096
+
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
  * clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an array of
@@ -213,6 +216,22 @@ static int may_read_units(const struct read_file *file, uint64_t offset, size_t 
     return are_ready(file, last + 1, ahead);
 }
 
+/* Returns whether the buffer has nothing but zeros of a block of the file, for any of the blocks; the
+ * kernel answers from a hole without reading from the disk. */
+static int may_have_holes(uint64_t offset, size_t size)
+{
+    size_t at = 0, length;
+
+    for (; at < size; at += length) {
+        length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
+        if (length > size - at)
+            length = size - at;
+        if (buffer[at] == 0 && memcmp(buffer + at, buffer + at + 1, length - 1) == 0)
+            return 1;
+    }
+    return 0;
+}
+
 /* Reads from the page cache into the buffer.  Returns 1 if all of the data was there, 0 if not, and -1
  * if that failed, or if a file with checked units was cut. */
 static int read_cached(const struct read_file *file, uint64_t offset, size_t size)
@@ -225,7 +244,19 @@ static int read_cached(const struct read_file *file, uint64_t offset, size_t siz
     /* The length is looked at after the read, as LocalData does. */
     if (has_units(file) && lseek(file->fd, 0, SEEK_END) != file->file_bytes)
         return -1;
-    return count == (ssize_t)size; /* perhaps fewer because the file ends there */
+    if (count != (ssize_t)size) /* perhaps fewer because the file ends there */
+        return 0;
+    return !has_units(file) || !may_have_holes(offset, size);
+}
+
+/* Makes the units of a range not ready, because a read of it failed: what the kernel now brings into
+ * the page cache was not compared with a checksum.  Perhaps leaves an exception. */
+static void forget_units(const struct read_file *file, uint64_t offset, size_t size)
+{
+    uint64_t first = offset >> file->unit_bits, last = (offset + size - 1) >> file->unit_bits;
+
+    Py_XDECREF(PyObject_CallFunction(file->forget, "KK", (unsigned long long)first,
+                                     (unsigned long long)last));
 }
 
 /* What became of the attempt to answer a read from the page cache. */
@@ -265,6 +296,8 @@ static int serve(struct read_place place, fuse_req_t request, uint64_t handle, o
     if (has_units(place.file) && !may_read_units(place.file, place.offset, size))
         return 0;
     attempt = answer_from_file(place.file, request, place.offset, size);
+    if (attempt != ANSWERED && attempt != NOT_ALLOWED && has_units(place.file) && !PyErr_Occurred())
+        forget_units(place.file, place.offset, size);
     if (attempt == ANSWERED || attempt == FAILED)
         return attempt == ANSWERED;
     /* What comes from the disk must be compared with its checksum. */
@@ -318,6 +351,7 @@ static void view_free(PyObject *object)
     while (self->file_count > 0) {
         file = &self->files[--self->file_count];
         Py_XDECREF(file->policy);
+        Py_XDECREF(file->forget);
         PyBuffer_Release(&file->ready);
     }
     PyMem_Free(self->files);
@@ -357,7 +391,7 @@ int init_cached_reads(void)
 /* Fills a file from a PageSource, or from None.  Returns 0, or -1 with an exception. */
 static int fill_file(struct read_file *file, PyObject *source)
 {
-    PyObject *policy, *units;
+    PyObject *policy, *units, *forget;
     long long file_bytes;
 
     memset(file, 0, sizeof *file);
@@ -366,9 +400,10 @@ static int fill_file(struct read_file *file, PyObject *source)
     if (!PyArg_ParseTuple(source, "OiO", &policy, &file->fd, &units))
         return -1;
     if (units != Py_None) {
-        if (!PyArg_ParseTuple(units, "y*IKL", &file->ready, &file->unit_bits,
-                              &file->content_bytes, &file_bytes))
+        if (!PyArg_ParseTuple(units, "y*IKLO", &file->ready, &file->unit_bits,
+                              &file->content_bytes, &file_bytes, &forget))
             return -1;
+        file->forget = Py_NewRef(forget);
         file->file_bytes = (off_t)file_bytes;
     }
     file->policy = Py_NewRef(policy);

@@ -73,6 +73,7 @@ struct read_file {
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* where the readable part of the file ends */
     off_t file_bytes;       /* length of the file unless it was cut */
+    PyObject *forget;       /* called with the first and last unit of a read that failed; or NULL */
 };
 
 /* Where the bytes of a read are. */

@@ -18,6 +18,7 @@ from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.remote.address import is_url, parse_address
 from qedfuse.remote.filling import MAX_RUN_UNITS, fill
 from qedfuse.remote.remotefile import RemoteFile
+from qedfuse.remote.unitfile import units_of
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import format_of
 
@@ -149,7 +150,7 @@ class _Part:
             self._file.name,
             self.units.total_bytes,
             self._fetched_before + fetcher.fetched_bytes,
-            is_complete=0 not in fetcher.ready,
+            is_complete=fetcher.is_stored(0, units_of(self._file.size()) - 1),
         )
 
 
