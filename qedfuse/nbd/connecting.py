@@ -59,6 +59,9 @@ def make_connection(
     except ssl.SSLCertVerificationError as error:
         msg = f"found a certificate that is not trusted ({error.verify_message})"
         raise BrokenError(msg) from error
+    except TimeoutError as error:
+        msg = "found no connection in time"
+        raise BrokenError(msg) from error
     except OSError as error:
         raise BrokenError(error.strerror or str(error)) from error
     return Connection(wire, export, attempt_seconds)
@@ -80,7 +83,7 @@ def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wi
         elif isinstance(step, Receive):
             data = _receive(wire, step.length, end)
         else:
-            assert tls is not None  # noqa: S101  the handshake was told so
+            assert tls is not None  # noqa: S101  otherwise there is no such step
             tls_wire = TlsWire(wire.socket, ssl.create_default_context(), tls.host)
             while not tls_wire.try_handshake():
                 _wait(wire, end)

@@ -34,7 +34,7 @@ _MAX_REQUEST_BYTES: Final = 1 << 20
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _MAX_PAUSE_SECONDS: Final = 5.0
 _MAX_PROTOCOL_ERRORS: Final = 2
-"""After so many of them in one read the read fails, as the server would not do better later."""
+"""After this number of them in one read the read fails, because the server has a bug."""
 
 
 class NbdFile(ReadOnlyFile):

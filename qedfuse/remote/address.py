@@ -1,4 +1,4 @@
-"""The address of an object: a URL of an object store or of a web server, normalised.
+"""The address of an object: a URL of an object store, a web server or an NBD server, normalised.
 
 Two URLs of the same object become the same address wherever that can be known without asking the
 server, so that addresses can be compared, and can name entries of the cache.
@@ -7,29 +7,38 @@ server, so that addresses can be compared, and can name entries of the cache.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from qedfuse.errors import UsageError
+from qedfuse.remote.nbdquery import UNIX, nbd_query
+from qedfuse.remote.urlsyntax import (
+    hide_secrets,
+    invalid_url,
+    parse_host,
+    parse_name,
+    parse_path,
+    parse_version,
+)
 from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
 
 STORES: Final = ("s3", "gs", "az")
 """Schemes of object stores: S3 and compatible stores, Google Cloud Storage, Azure."""
 WEB: Final = ("https", "http")
 """Schemes of web servers."""
+NBD: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+"""Schemes of NBD servers, as in ``doc/uri.md`` of the NBD project; those with ``s`` use TLS."""
 
 _PROTOCOL: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
-_HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 """The name of a bucket or container; some stores distinguish upper and lower case."""
 _ALLOWED: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
-_FORBIDDEN: Final = re.compile(rb"[\x00-\x1f\x7f/\\]")
-_DEFAULT_PORTS: Final = {"https": 443, "http": 80}
-_SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
-"""Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
+_DEFAULT_PORTS: Final = {"https": 443, "http": 80, "nbd": 10809, "nbds": 10809}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +46,13 @@ class Address:
     """The address of an object.
 
     Attributes:
-        scheme: One of `STORES` or `WEB`.
-        host: Name of the bucket or container; for a web server, its host and, unless it is the
-            default of the scheme, its port.
-        path: Path of the object, escaped as in a URL, without a slash at the beginning.
-        query: Query of a URL of a web server, without ``?``; it may be a secret, so it is in no
-            message.
+        scheme: One of `STORES`, `WEB` or `NBD`.
+        host: Name of the bucket or container; for a server, its host and, unless it is the default
+            of the scheme, its port; empty for a socket of this machine.
+        path: Path of the object, or name of the export, escaped as in a URL, without a slash at the
+            beginning.
+        query: Query of the URL of a server, without ``?``.  That of a web server may be a secret,
+            so it is in no message.
         version: Version of an object in a store; empty for the latest.
     """
 
@@ -59,8 +69,16 @@ class Address:
         return f"{self.scheme}://{self.host}/{self.path}" + (f"?{query}" if query else "")
 
     @property
+    def server(self) -> str:
+        """The URL that stands for all objects of the server, bucket or container, for messages."""
+        query = f"?{self.query}" if self.is_nbd and self.query else ""
+        return printable(f"{self.scheme}://{self.host}/{query}")
+
+    @property
     def shown(self) -> str:
         """The URL for messages, without its query."""
+        if self.is_nbd:
+            return printable(self.url)
         query = "..." if self.query else self._version_query
         return printable(
             f"{self.scheme}://{self.host}/{self.path}" + (f"?{query}" if query else "")
@@ -80,6 +98,16 @@ class Address:
     def is_web(self) -> bool:
         """Whether the object is on a web server and not in an object store."""
         return self.scheme in WEB
+
+    @property
+    def is_nbd(self) -> bool:
+        """Whether the object is an export of an NBD server."""
+        return self.scheme in NBD
+
+    @property
+    def may_have_secret(self) -> bool:
+        """Whether the query may be a secret, so that no image may store the URL."""
+        return bool(self.query) and not self.is_nbd
 
     @property
     def is_loopback(self) -> bool:
@@ -108,7 +136,7 @@ def shown_name(name: str) -> str:
     try:
         return _parse(name).shown
     except UsageError:
-        return _without_secrets(name)
+        return hide_secrets(name)
 
 
 def without_secrets(name: str) -> str:
@@ -139,7 +167,7 @@ def require_storable(name: str, hint: str = "") -> None:
     Raises:
         UsageError: The name is a URL with a query, or a URL that is not valid.
     """
-    if is_url(name) and (address := parse_address(name)).query:
+    if is_url(name) and (address := parse_address(name)).may_have_secret:
         msg = (
             f"{address.shown}: found a URL with a query, expected one without, because the overlay "
             f"stores the URL{hint}"
@@ -154,8 +182,8 @@ def parse_address(text: str) -> Address:
         UsageError: The URL is not valid, its scheme is unknown, or it names no object.
     """
     address = _parse(text)
-    if not address.path or address.path.endswith("/"):
-        raise _invalid(text, "path", "no object", "the path of an object")
+    if not address.is_nbd and (not address.path or address.path.endswith("/")):
+        raise invalid_url(text, "path", "no object", "the path of an object")
     return address
 
 
@@ -166,14 +194,16 @@ def parse_prefix(text: str) -> Address:
         UsageError: The URL is not valid, its scheme is unknown, or it has a query.
     """
     address = _parse(text)
-    if address.query or address.version:
-        raise _invalid(text, "query", "one", "none in a prefix")
+    if address.may_have_secret or address.version:
+        raise invalid_url(text, "query", "one", "none in a prefix")
     return address
 
 
 def is_below(address: Address, prefix: Address) -> bool:
     """Return whether a prefix, which ends with a whole name of the path, allows an address."""
     if (address.scheme, address.host) != (prefix.scheme, prefix.host):
+        return False
+    if address.is_nbd and address.query != prefix.query:  # another socket, or another certificate
         return False
     if not prefix.path or address.path == prefix.path:
         return True
@@ -184,94 +214,39 @@ def _parse(text: str) -> Address:
     """Return the address for a URL whose path may be empty."""
     match = _PROTOCOL.match(text)
     scheme = match[1].lower() if match else ""
-    if scheme not in (*STORES, *WEB):
+    if scheme not in (*STORES, *WEB, *NBD):
         found = f"{scheme}://" if match else "no scheme"
-        expected = ", ".join(f"{known}://" for known in (*STORES, *WEB))
-        raise _invalid(text, "scheme", found, f"one of {expected}")
+        expected = ", ".join(f"{known}://" for known in (*STORES, *WEB, *NBD))
+        raise invalid_url(text, "scheme", found, f"one of {expected}")
     if not _ALLOWED.fullmatch(text):
-        raise _invalid(text, "characters", "one that is not allowed", "%XX for it")
+        raise invalid_url(text, "characters", "one that is not allowed", "%XX for it")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise _invalid(text, "host", "no valid one", "a host name or an IP address") from None
+        raise invalid_url(text, "host", "no valid one", "a host name or an IP address") from None
     if "@" in parts.netloc:
-        raise _invalid(text, "user", "one", "none (credentials come from the environment)")
+        raise invalid_url(text, "user", "one", "none (credentials come from the environment)")
+    if scheme in UNIX and parts.netloc:
+        raise invalid_url(text, "host", "one", "none, but ?socket=PATH (three slashes before it)")
     if scheme in STORES:
-        bucket = parts.netloc.partition(":")[0]
-        if not _BUCKET.fullmatch(bucket):
-            raise _invalid(text, "host", bucket or "none", "the name of a bucket or container")
-        if port is not None:
-            raise _invalid(text, "port", str(port), "none after the name of a bucket")
-        path = _path(text, parts.path)
-        try:
-            unquote_to_bytes(path).decode()
-        except UnicodeDecodeError:
-            raise _invalid(text, "path", "bytes that are no UTF-8", "the name of a key") from None
-        return Address(scheme, bucket, path, version=_version(text, parts.query))
-    host = _host(text, parts.netloc, parts.hostname or "")
+        return _store_address(text, parts, port)
+    host = "" if scheme in UNIX else parse_host(text, parts.netloc, parts.hostname or "")
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
-    return Address(scheme, host, _path(text, parts.path), parts.query)
+    if scheme in NBD:
+        return Address(
+            scheme, host, parse_name(text, parts.path), nbd_query(text, scheme, parts.query)
+        )
+    return Address(scheme, host, parse_path(text, parts.path), parts.query)
 
 
-def _host(text: str, authority: str, host: str) -> str:
-    """Return the host of a URL as it stands in a URL, without its port.
-
-    Raises:
-        UsageError: There is no valid host.
-    """
-    host = host.lower()
-    if "[" in authority or ":" in host:
-        import ipaddress  # noqa: PLC0415  late: this module is loaded for local files as well
-
-        with suppress(ValueError):
-            return f"[{ipaddress.IPv6Address(host).compressed}]"
-        host = f"[{host}]"
-    if not _HOST.fullmatch(host):
-        raise _invalid(text, "host", host or "none", "a host name or an IP address")
-    return host
-
-
-def _path(text: str, path: str) -> str:
-    """Return the path of a URL with each segment escaped in the same way."""
-    segments = path.removeprefix("/").split("/")
-    return "/".join(_segment(text, segment) for segment in segments)
-
-
-def _segment(text: str, segment: str) -> str:
-    """Return one segment of a path, with only those characters escaped that need it.
-
-    Raises:
-        UsageError: The segment could lead out of its directory, or could be read as two.
-    """
-    raw = unquote_to_bytes(segment)
-    if raw in (b".", b".."):
-        raise _invalid(text, "path", printable(segment), "no . or .. in it")
-    if _FORBIDDEN.search(raw):
-        raise _invalid(text, "path", printable(segment), "no escaped slash or control character")
-    return quote(raw, safe=_SAFE_IN_SEGMENT)
-
-
-def _version(text: str, query: str) -> str:
-    """Return the version that the query of a store's URL names; empty for no query."""
-    if not query:
-        return ""
-    name, _, value = query.partition("=")
-    # Not as in forms, where a plus sign stands for a space.
-    raw = unquote_to_bytes(value)
-    if name != "versionId" or not raw or "&" in value or not raw.isascii():
-        raise _invalid(text, "query", "something else", "versionId=VERSION or no query")
-    return raw.decode()
-
-
-def _invalid(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a URL, whose query and user are not shown."""
-    return UsageError(f"{_without_secrets(text)}: URL {field}: found {found}, expected {expected}")
-
-
-def _without_secrets(text: str) -> str:
-    """Return a URL, valid or not, for messages: without what may be its user or its query."""
-    # A password may contain each character that would end the user in a valid URL.
-    shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
-    return printable(shown)
+def _store_address(text: str, parts: SplitResult, port: int | None) -> Address:
+    """Return the address for a URL of an object store."""
+    bucket = parts.netloc.partition(":")[0]
+    if not _BUCKET.fullmatch(bucket):
+        raise invalid_url(text, "host", bucket or "none", "the name of a bucket or container")
+    if port is not None:
+        raise invalid_url(text, "port", str(port), "none after the name of a bucket")
+    path = parse_name(text, parts.path)
+    return Address(parts.scheme, bucket, path, version=parse_version(text, parts.query))

@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING
 
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
-from qedfuse.remote.resolver import RESOLVER
+from qedfuse.remote.resolver import RESOLVER, connect_to_any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from urllib3.connection import HTTPConnection
-
-    from qedfuse.remote.resolver import SocketAddress
 
 
 def connect(connection: HTTPConnection, host: str) -> socket.socket:
@@ -34,7 +30,7 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
     end = time.monotonic() + seconds
     try:
         addresses = RESOLVER.resolve(host, connection.port, seconds)
-        sock = _connect_to_any(addresses, end)
+        sock = connect_to_any(addresses, end)
     except socket.gaierror as error:
         raise NameResolutionError(connection.host, connection, error) from error
     except TimeoutError as error:
@@ -47,28 +43,3 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
             sock.setsockopt(level, name, value)
     sock.settimeout(max(end - time.monotonic(), 0.001))  # the handshake of TLS follows
     return sock
-
-
-def _connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
-    """Return a socket that is connected to the first address that accepts in its share of the time.
-
-    Raises:
-        OSError: No address accepts; the error is that of the last one.
-    """
-    failure: OSError = TimeoutError()
-    for number, (family, kind, protocol, _, address) in enumerate(addresses):
-        left = end - time.monotonic()
-        if left <= 0:
-            break
-        sock = None
-        try:
-            sock = socket.socket(family, kind, protocol)
-            sock.settimeout(left / (len(addresses) - number))
-            sock.connect(address)
-        except OSError as error:
-            failure = error
-            if sock is not None:
-                sock.close()
-        else:
-            return sock
-    raise failure

@@ -1,4 +1,4 @@
-"""Looking up the addresses of a host in bounded time.
+"""Looking up the addresses of a host, and connecting to one of them, in bounded time.
 
 getaddrinfo(3) has no deadline: with a name server that does not answer, it blocks for tens of
 seconds.  So it runs in a thread of its own, which is left behind when the time is over.  Lookups of
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
-
-from urllib3.util.connection import allowed_gai_family
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +91,31 @@ class Resolver:
 RESOLVER: Final = Resolver()
 
 
+def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
+    """Return a socket that is connected to the first address that accepts in its share of the time.
+
+    Raises:
+        OSError: No address accepts; the error is that of the last one.
+    """
+    failure: OSError = TimeoutError()
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        sock = None
+        try:
+            sock = socket.socket(family, kind, protocol)
+            sock.settimeout(left / (len(addresses) - number))
+            sock.connect(address)
+        except OSError as error:
+            failure = error
+            if sock is not None:
+                sock.close()
+        else:
+            return sock
+    raise failure
+
+
 def _lookup(host: str, port: int, flags: int) -> Sequence[SocketAddress]:
     """Return the addresses of a host; blocks until the name servers answer."""
-    return socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM, 0, flags)
+    return socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM, 0, flags)

@@ -237,7 +237,7 @@ async def _open_url_base(
         if not is_trusted and not any(is_below(address, prefix) for prefix in remote.allowed):
             msg = (
                 f"{image.name}: backing file {address.shown}: refused: found a URL, expected a "
-                f"local file (allow it with backing_url={address.scheme}://{address.host}/)"
+                f"local file (allow it with backing_url={address.server})"
             )
             raise BackingRefusedError(msg)
         return await open_url(url, remote)

@@ -61,11 +61,18 @@ async def open_url(url: str, remote: RemoteOptions) -> HostFile:
         RemoteError: The server cannot be reached, or does not serve the object.
         CacheError: The directory of the cache that the user has named cannot be used.
     """
-    # Imported late: without a URL no module about remote files is needed.
-    from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
-
+    address = parse_address(url)
     handover = _Handover()
-    call = partial(open_remote, parse_address(url), remote)
+    call: Callable[[], HostFile]
+    # Imported late: without a URL no module about remote files is needed.
+    if address.is_nbd:
+        from qedfuse.nbd.export import open_export  # noqa: PLC0415  late, see above
+
+        call = partial(open_export, address, remote.deadlines)
+    else:
+        from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
+
+        call = partial(open_remote, address, remote)
     try:
         # A task that is cancelled does not wait for the server.
         return await trio.to_thread.run_sync(handover.keep_result, call, abandon_on_cancel=True)

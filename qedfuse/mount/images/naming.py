@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _SUFFIX: Final = ".qed"
+_EXPORT: Final = "export"
+"""What stands for an export without a name."""
 _MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 
@@ -56,10 +58,11 @@ def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
     The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
-    two images may differ only in their suffix.  For a URL, the last name of its path counts.
+    two images may differ only in their suffix.  For a URL, the last name of its path counts; an
+    export of an NBD server may have none.
     """
     if is_url(path):
-        path = os.fsdecode(unquote_to_bytes(parse_address(path).path))
+        path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT
     name = os.path.basename(path)  # noqa: PTH119  also for names that are not text
     if name.endswith(_SUFFIX) and name != _SUFFIX:
         name = name.removesuffix(_SUFFIX)

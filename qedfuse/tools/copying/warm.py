@@ -73,6 +73,10 @@ async def warm(
     if not is_url(url):
         msg = f"{printable(url)}: found a path, expected a URL"
         raise UsageError(msg)
+    address = parse_address(url)
+    if address.is_nbd:
+        msg = f"{address.shown}: found an NBD server, expected another one (exports are not cached)"
+        raise UsageError(msg)
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
         async with open_image(url, None, options.remote) as first:

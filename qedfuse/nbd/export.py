@@ -1,0 +1,67 @@
+"""Opening the export that a URL of an NBD server names."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from qedfuse.nbd.connecting import Tls
+from qedfuse.nbd.opening import open_nbd
+from qedfuse.remote.nbdquery import nbd_parameters
+from qedfuse.remote.resolver import RESOLVER, connect_to_any
+
+if TYPE_CHECKING:
+    from qedfuse.nbd.nbdfile import NbdFile
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.options import Deadlines
+
+_PORT: Final = 10809
+"""The port of NBD servers."""
+
+
+def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
+    """Open an export; the caller closes the file.  The call blocks until the server answers.
+
+    Args:
+        address: A URL of an NBD server.
+        deadlines: How long to wait for the server.
+
+    Raises:
+        RemoteError: The server cannot be reached, or does not serve the export.
+    """
+    parameters = nbd_parameters(address.query)
+    place = urlsplit(f"//{address.host}")
+    host, port = place.hostname or "", place.port or _PORT
+    path = parameters.get("socket")
+    if path is None:
+        connect = partial(_connect_tcp, host, port, deadlines.connect_seconds)
+    else:
+        connect = partial(_connect_unix, path, deadlines.connect_seconds)
+    tls = None
+    if address.scheme.startswith("nbds"):
+        tls = Tls(parameters.get("tls-hostname") or host or "localhost")
+    return open_nbd(connect, address.key, address.shown, deadlines, path=address.url, tls=tls)
+
+
+def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
+    """Return a socket that is connected to a port of a host."""
+    end = time.monotonic() + seconds
+    sock = connect_to_any(RESOLVER.resolve(host, port, seconds), end)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _connect_unix(path: str, seconds: float) -> socket.socket:
+    """Return a socket that is connected to one of this machine."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(os.fsencode(path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

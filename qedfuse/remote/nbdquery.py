@@ -1,0 +1,55 @@
+"""The query of the URL of an NBD server: where its socket is, and what name its certificate has.
+
+The parameters are those of ``doc/uri.md`` of the NBD project, as far as they have a meaning here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+from qedfuse.remote.urlsyntax import invalid_url
+from qedfuse.text import printable
+
+UNIX: Final = ("nbd+unix", "nbds+unix")
+"""Schemes of servers at a socket of this machine."""
+
+_PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
+    "nbd": (),
+    "nbds": ("tls-hostname",),
+    "nbd+unix": ("socket",),
+    "nbds+unix": ("socket", "tls-hostname"),
+}
+_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+def nbd_query(text: str, scheme: str, query: str) -> str:
+    """Return the query of the URL ``text``, with its parameters escaped and in order.
+
+    Raises:
+        UsageError: A parameter is unknown or not valid, or one that is needed is missing.
+    """
+    allowed = _PARAMETERS[scheme]
+    values: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        if name not in allowed or name in values:
+            expected = " and ".join(f"{known}=" for known in allowed)
+            expected = f"{expected}, each once" if allowed else "none"
+            raise invalid_url(text, "query", printable(name), expected)
+        raw = unquote_to_bytes(value)
+        if not raw or _CONTROL.search(raw):
+            found = f"{name}={printable(raw)}"
+            raise invalid_url(text, "query", found, "a value without control characters")
+        values[name] = quote(raw, safe="/-._~")
+    if "socket" in allowed and not values.get("socket", "").startswith("/"):
+        found = values.get("socket") or "no socket"
+        raise invalid_url(text, "query", found, "socket=PATH with an absolute path")
+    return "&".join(f"{name}={values[name]}" for name in allowed if name in values)
+
+
+def nbd_parameters(query: str) -> dict[str, str]:
+    """Return the values in a query that `nbd_query` has returned, without their escapes."""
+    pairs = [part.partition("=") for part in query.split("&")] if query else []
+    return {name: unquote(value, errors="surrogateescape") for name, _, value in pairs}
