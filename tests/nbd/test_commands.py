@@ -1,0 +1,148 @@
+"""The commands on URLs of NBD servers, each run as a user runs it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+import qedfuse
+from tests.support import qemu
+from tests.support.mounted import environment, mounted, refused
+from tests.support.nbdservers import serving_nbd, why_no_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(bool(why_no_server("nbdkit")), reason=why_no_server("nbdkit"))
+
+MIB = 1 << 20
+
+
+@contextmanager
+def served(directory: Path, *words: str | Path) -> Iterator[str]:
+    """Run nbdkit for the block; yield the URL of its export."""
+    directory.mkdir()
+    with serving_nbd(directory, "nbdkit", *words):
+        yield f"nbd+unix:///?socket={directory}/socket"
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """Return a QED image of 8 MiB with some data."""
+    path = tmp_path / "golden.qed"
+    qemu.create(path, 8 * MIB)
+    qemu.io(path, "write -P 7 1M 1M", "write -P 9 5M 64k")
+    return path
+
+
+def qedimg(*words: str | Path, code: int = 0) -> str:
+    """Run qedimg; return what it prints, on stderr if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qedfuse.cli.qedimg", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_qedimg_reads_a_qed_image_on_a_server(golden: Path, tmp_path: Path) -> None:
+    """Info, map, check, measure, convert and compare work as for the file that is served."""
+    with served(tmp_path / "server", "file", golden) as url:
+        for words in (["map", "--output=json"], ["check"], ["measure", "-O", "qed"]):
+            assert qedimg(*words, url) == qedimg(*words, golden).replace(str(golden), url)
+        assert "virtual size: 8 MiB" in qedimg("info", url)
+        qedimg("convert", "-O", "raw", url, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == qemu.content(golden)
+        assert qedimg("compare", url, golden) == "Images are identical.\n"
+
+
+def test_a_raw_export_is_converted(tmp_path: Path) -> None:
+    """A raw export of a plugin becomes a QED image with the same bytes."""
+    with served(tmp_path / "server", "data", "data=@1048576 1*65536 @3145728", "size=4M") as url:
+        qedimg("convert", "-f", "raw", "-O", "qed", url, tmp_path / "copy.qed")
+    expected = bytes(MIB) + b"\1" * 65536
+    assert qemu.content(tmp_path / "copy.qed") == expected.ljust(4 * MIB, b"\0")
+
+
+def test_a_mount_reads_and_an_overlay_takes_the_writes(golden: Path, tmp_path: Path) -> None:
+    """A mount of a URL shows the disk; an overlay over it keeps the writes."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    expected = qemu.content(golden)
+    with served(tmp_path / "server", "file", golden) as url:
+        with mounted(url, mountpoint, "-r"):
+            assert (mountpoint / "export.raw").read_bytes() == expected
+        for _ in range(2):
+            with mounted(url, mountpoint, "-o", f"overlay={tmp_path}/vm.qed"):
+                disk = mountpoint / "export.raw"
+                assert disk.read_bytes()[MIB:] == expected[MIB:]
+                with disk.open("r+b") as file:
+                    file.write(b"written")
+                assert disk.read_bytes()[:7] == b"written"
+        with qedfuse.open(url) as opened:
+            assert opened.read() == expected
+
+
+def test_a_backing_url_needs_a_prefix(golden: Path, tmp_path: Path) -> None:
+    """A header may name an export only below an allowed prefix; the line names the prefix."""
+    overlay = tmp_path / "vm.qed"
+    with served(tmp_path / "server", "file", golden) as url:
+        qedimg("create", "-b", url, overlay)
+        line = qedimg("map", overlay, code=17)
+        assert line == (
+            f"qedimg: {overlay}: backing file {url}: refused: found a URL, expected a local file "
+            f"(allow it with backing_url={url})\n"
+        )
+        assert "0x100000" in qedimg("map", "--backing-url", url, overlay)
+
+
+def test_a_server_that_cannot_be_used_is_one_line(golden: Path, tmp_path: Path) -> None:
+    """No server, a closed port, a missing export, and TLS that the server lacks: code 22."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    gone = f"nbd+unix:///?socket={tmp_path}/gone"
+    assert qedimg("info", gone, code=22) == f"qedimg: {gone}: No such file or directory\n"
+    assert "Connection refused" in qedimg("info", "nbd://localhost:1/x", code=22)
+    assert refused("-r", gone, mountpoint, code=22) == f"{gone}: No such file or directory"
+    if not why_no_server("qemu-nbd"):
+        with serving_nbd(tmp_path, "qemu-nbd", "-r", "-f", "raw", "-x", "one", golden):
+            line = qedimg("info", f"nbd+unix:///other?socket={tmp_path}/socket", code=22)
+        assert "found no such export" in line
+        assert line.count("\n") == 1
+    with served(tmp_path / "server", "file", golden) as url:
+        line = qedimg("info", url.replace("nbd+unix", "nbds+unix"), code=22)
+    assert "for TLS" in line
+
+
+def test_an_export_that_is_shorter_than_its_image_is_refused(golden: Path, tmp_path: Path) -> None:
+    """An export that ends inside the tables is an invalid image, not a disk of zeros."""
+    short = tmp_path / "short.qed"
+    shutil.copy(golden, short)
+    with short.open("r+b") as file:
+        file.truncate(70000)
+    with served(tmp_path / "server", "file", short) as url:
+        line = qedimg("info", url, code=0)
+        assert "l1_table_offset" in line or "L1" in line
+        qedimg("convert", "-O", "raw", url, tmp_path / "copy.raw", code=12)
+
+
+def test_what_cannot_be_done_is_refused(golden: Path, tmp_path: Path) -> None:
+    """A writable mount, a repair, a resize and warm are usage errors."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    with served(tmp_path / "server", "file", golden) as url:
+        assert "expected -r" in refused(url, mountpoint, code=1)
+        for words in (["check", "-r", "all", url], ["resize", url, "1G"], ["warm", url]):
+            line = qedimg(*words, code=1)
+            assert line.startswith(f"qedimg: {url}: found")
+            assert line.count("\n") == 1
