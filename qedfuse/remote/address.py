@@ -6,6 +6,7 @@ server, so that addresses can be compared, and can name entries of the cache.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -112,8 +113,6 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether the host is the machine itself, by its name or its IP address."""
-        import ipaddress  # noqa: PLC0415  late: this module is loaded for local files as well
-
         name = urlsplit(f"//{self.host}").hostname or ""
         try:
             return ipaddress.ip_address(name).is_loopback

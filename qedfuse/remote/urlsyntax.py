@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from contextlib import suppress
 from typing import Final
@@ -26,8 +27,6 @@ def parse_host(text: str, authority: str, host: str) -> str:
     """
     host = host.lower()
     if "[" in authority or ":" in host:
-        import ipaddress  # noqa: PLC0415  late: this module is loaded for local files as well
-
         with suppress(ValueError):
             return f"[{ipaddress.IPv6Address(host).compressed}]"
         host = f"[{host}]"

@@ -32,14 +32,15 @@ CONTENT: Final = some_bytes(3.5)
 REPEATED: Final = {
     *("half", "stall", "trickle", "slow header", "status 503", "status 500", "status 429"),
     *("status 403", "other range", "reset", "silence", "garbage", "endless", "redirect"),
+    *("longer", "chunked", "chunked longer"),
 }
 """Faults after which another attempt is made (or a redirection followed)."""
 CHANGED: Final = {"status 404", "status 416", "other etag", "no etag", "other size"}
 """Faults that look like another version of the object."""
-HARMLESS: Final = {"redirect"}
+HARMLESS: Final = {"redirect", "chunked"}
 """What is no fault in the end, however often it happens."""
 IN_RANGES: Final = {
-    *("half", "stall", "trickle", "gzip", "other range", "other etag", "no etag", "other size"),
+    *("half", "stall", "trickle", "other range", "other etag", "no etag", "other size"),
 }
 """Faults of which the answer for the first byte shows nothing."""
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Fault: TypeAlias = Literal[
     "half",
+    "longer",
+    "chunked",
+    "chunked longer",
     "stall",
     "trickle",
     "status 503",
@@ -68,6 +71,9 @@ class WebServer:
         delay_seconds: How long each answer is delayed.
         healthy: How many of the next requests are served well, before any fault.
         others: Further objects, by their paths; each has the validators of the first one.
+        required: What the header ``Authorization`` of each request must contain.
+        refusal: The status of the answer to a request without it.
+        authorizations: The headers ``Authorization`` of all requests; "" for none.
     """
 
     content: bytes = b""
@@ -82,6 +88,9 @@ class WebServer:
     delay_seconds: float = 0.0
     healthy: int = 0
     others: dict[str, bytes] = field(default_factory=dict)
+    required: str = ""
+    refusal: int = 403
+    authorizations: list[str] = field(default_factory=list)
     port: int = 0
     elsewhere: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
@@ -149,15 +158,23 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_HEAD(self) -> None:
-        """Answer as QEMU needs it before it reads; qedfuse never asks for this."""
-        length = len(self.server_state.others.get(self.path, self.server_state.content))
-        self._send(200, {"Content-Length": str(length), "Accept-Ranges": "bytes"})
+        """Answer as QEMU and clients of stores need it before they read."""
+        state = self.server_state
+        if self._is_unauthorized():
+            self._send(state.refusal, {"Content-Length": "0"})
+            return
+        length = len(state.others.get(self.path, state.content))
+        headers = {"Content-Length": str(length), "Accept-Ranges": "bytes"}
+        self._send(200, headers | self._validators(state.etag))
 
     def do_GET(self) -> None:  # noqa: C901, PLR0912  one branch a fault
         """Answer a request for a range, with the next fault."""
         state = self.server_state
         if state.delay_seconds:
             state.ended.wait(state.delay_seconds)
+        if self._is_unauthorized():
+            self._send(state.refusal, {"Content-Length": "0"})
+            return
         fault = state.next_fault()
         if self.path.startswith("/moved"):
             fault = None
@@ -193,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._serve(fault)
 
-    def _serve(self, fault: Fault | None) -> None:  # noqa: C901, PLR0912  one branch a fault
+    def _serve(self, fault: Fault | None) -> None:  # noqa: C901, PLR0912, PLR0915  a branch a fault
         """Send the range, wrongly if there is a fault."""
         state = self.server_state
         content, etag = state.others.get(self.path, state.content), state.etag
@@ -226,7 +243,15 @@ class _Handler(BaseHTTPRequestHandler):
             body = bytes(byte ^ 255 for byte in body)
         headers.update(self._validators("" if fault == "no etag" else etag))
         headers.update(state.extra)
-        if fault == "half":
+        if fault == "longer":
+            headers["Content-Length"] = str(len(body) + 512)
+            self._send(206, headers, body + bytes(512))
+        elif fault in {"chunked", "chunked longer"}:
+            del headers["Content-Length"]
+            body += bytes(512) if fault == "chunked longer" else b""
+            headers["Transfer-Encoding"] = "chunked"
+            self._send(206, headers, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        elif fault == "half":
             self._send(206, headers, body[: len(body) // 2])
             self.close_connection = True
         elif fault == "stall":
@@ -245,6 +270,13 @@ class _Handler(BaseHTTPRequestHandler):
                 with state.lock:
                     state.requests.append((first, last))
             self._send(206, headers, body)
+
+    def _is_unauthorized(self) -> bool:
+        """Return whether a request lacks what its header must have; note the header."""
+        found = self.headers.get("Authorization", "")
+        with self.server_state.lock:
+            self.server_state.authorizations.append(found)
+        return self.server_state.required not in found
 
     def _is_refused(self, etag: str) -> bool:
         """Return whether a condition of the request does not hold."""
