@@ -19,15 +19,16 @@ ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 MAY_IMPORT: Final = {
     "util": set[str](),
     "ondisk": set[str](),
+    "partitions": set[str](),
     "hostio": {"ondisk"},
     "remote": {"hostio", "ondisk"},
     "nbd": {"remote", "hostio", "ondisk"},
     "disk": {"nbd", "remote", "hostio", "ondisk"},
     "check": {"disk", "hostio", "ondisk"},
-    "tools": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
-    "mount": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "tools": {"partitions", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "mount": {"partitions", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
     "api": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
-    "cli": {"mount", "tools", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "cli": {"partitions", "mount", "tools", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
     "__main__": {"cli"},
 }
 """For each layer the layers that it may use, besides itself and ``FOR_ALL``."""

@@ -8,6 +8,7 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.infojson import json_value
 from qedfuse.cli.qedimg.infotext import as_text
 from qedfuse.cli.qedimg.output import print_json, print_line
+from qedfuse.cli.qedimg.partitions import partition_lines, partitions_json
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.hostio.locking import LockMode
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.details import Details
     from qedfuse.tools.inspection.info import ImageInfo
+    from qedfuse.tools.inspection.partitioninfo import PartitionInfo
     from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg info --output json vm.qed"
@@ -33,6 +35,9 @@ allow.  The JSON has qemu-img's keys, and in "safety" the facts by which a servi
 decide whether to accept an untrusted image.
 
 --allocation reads all tables, and counts the clusters of data and of zeros.
+
+--partitions reads the partition table of the disk, with its backing files, and looks for
+file systems with blkid.
 
 IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
@@ -48,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allocation", action="store_true", help="count the clusters of data and of zeros"
+    )
+    parser.add_argument(
+        "--partitions", action="store_true", help="list the partitions and their file systems"
     )
     common.add_output(parser)
     common.add_share(parser)
@@ -65,12 +73,25 @@ def run(arguments: argparse.Namespace) -> int:
         lock = LockMode.to_read(share=arguments.force_share)
         images = [describe(arguments.image, form, lock=lock)]
     described = [(image, _details(arguments, image)) for image in images]
+    partitions = run_async(_partitions, arguments, form) if arguments.partitions else None
     if arguments.output == "json":
         values: list[dict[str, Any]] = [json_value(*item) for item in described]
+        if partitions is not None:
+            values[0]["partitions"] = partitions_json(partitions)
         print_json(values if arguments.backing_chain else values[0])
     else:
-        print_line(arguments, "\n\n".join(as_text(*item) for item in described))
+        texts = [as_text(*item) for item in described]
+        if partitions is not None:
+            texts[0] = "\n".join([texts[0], *partition_lines(partitions)])
+        print_line(arguments, "\n\n".join(texts))
     return 0
+
+
+async def _partitions(arguments: argparse.Namespace, form: FormatChoice) -> PartitionInfo:
+    """Return the partitions of the disk."""
+    from qedfuse.tools.inspection.partitioninfo import describe_partitions  # noqa: PLC0415  imported late: plain info must not load it
+
+    return await describe_partitions(arguments.image, form, common.open_options(arguments))
 
 
 async def _url(arguments: argparse.Namespace, form: FormatChoice) -> ImageInfo:

@@ -41,6 +41,7 @@ complete -c qedimg -n 'not __qedimg_command' -a dump -d 'show the header or a ta
 complete -c qedimg -n '__qedimg_is info' -s f -x -a 'qed raw' -d 'format of IMAGE (detected)'
 complete -c qedimg -n '__qedimg_is info' -l backing-chain -d 'describe the backing files as well'
 complete -c qedimg -n '__qedimg_is info' -l allocation -d 'count the clusters of data and of zeros'
+complete -c qedimg -n '__qedimg_is info' -l partitions -d 'list the partitions and their file systems'
 complete -c qedimg -n '__qedimg_is info' -l output -x -a 'human json' -d 'human (default): text; json: JSON, with qemu-img\'s keys where they exist'
 complete -c qedimg -n '__qedimg_is info' -s U -l force-share -d 'read even if another program has the image open for writing; reads may mix old and new data'
 complete -c qedimg -n '__qedimg_is info' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them (confined, the default), from anywhere (any), or not at all (none)'

@@ -1,0 +1,1 @@
+"""Partition tables of a disk: bytes to values, without any I/O of their own."""

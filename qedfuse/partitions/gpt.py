@@ -1,0 +1,163 @@
+"""GUID partition tables (UEFI specification, chapter 5).
+
+A table has a primary header in sector 1 and a backup in the last sector of the disk.  Each has
+checksums of itself and of the entries.  As in sfdisk, the backup is used if the primary one is
+damaged.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from uuid import UUID
+
+from construct import (
+    Bytes,
+    Const,
+    ConstructError,
+    GreedyRange,
+    Int32ul,
+    Int64ul,
+    Padding,
+    Struct,
+)
+
+from qedfuse.partitions.mbr import parse_record
+from qedfuse.partitions.partition import Partition, PartitionTable
+
+if TYPE_CHECKING:
+    from qedfuse.partitions.partition import ReadDisk
+
+SECTOR_SIZES: Final = (512, 4096)
+"""The sizes of sectors for which a table is looked for, in bytes."""
+_HEADER_BYTES: Final = 92
+_ENTRY_BYTES: Final = 128
+_MAX_TABLE_BYTES: Final = 1 << 20
+"""Maximum length of the entries; the specification asks for at least 16 KiB."""
+_MAX_PARTITIONS: Final = 255
+"""Maximum number of a partition, as in Linux."""
+
+_HEADER: Final[Any] = Struct(
+    "signature" / Const(b"EFI PART"),
+    "revision" / Int32ul,
+    "header_bytes" / Int32ul,
+    "header_crc" / Int32ul,
+    Padding(4),
+    "own_sector" / Int64ul,
+    "other_sector" / Int64ul,
+    "first_usable" / Int64ul,
+    "last_usable" / Int64ul,
+    "disk_uuid" / Bytes(16),
+    "entries_sector" / Int64ul,
+    "entry_count" / Int32ul,
+    "entry_bytes" / Int32ul,
+    "entries_crc" / Int32ul,
+)
+_ENTRIES: Final[Any] = GreedyRange(
+    Struct(
+        "type" / Bytes(16),
+        "uuid" / Bytes(16),
+        "first" / Int64ul,
+        "last" / Int64ul,  # inclusive
+        "attributes" / Int64ul,
+        "name" / Bytes(72),  # UTF-16LE
+    )
+)
+
+
+class _Table(NamedTuple):
+    """A header whose checksums are right, and its entries."""
+
+    header: Any
+    entries: list[Any]
+
+
+async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
+    """Return the GUID partition table of a disk of ``size`` bytes; None if there is none.
+
+    As for Linux, the first sector must have a protective entry, without which another program has
+    replaced the table.
+
+    Raises:
+        QedError: The disk cannot be read.
+    """
+    if size < SECTOR_SIZES[0]:
+        return None
+    record = parse_record(await read(0, SECTOR_SIZES[0]))
+    if record is None or not record.is_protective:
+        return None
+    for sector_bytes in SECTOR_SIZES:
+        problems: list[str] = []
+        last_sector = size // sector_bytes - 1
+        table = await _read_table(read, 1, sector_bytes, last_sector)
+        if table is None:
+            table = await _read_table(read, last_sector, sector_bytes, last_sector)
+            problems.append("the primary table is damaged, the backup is used")
+        elif await _read_table(read, table.header.other_sector, sector_bytes, last_sector) is None:
+            problems.append("the backup of the table is missing or damaged")
+        if table is not None:
+            return PartitionTable(
+                "gpt",
+                _uuid(table.header.disk_uuid),
+                sector_bytes,
+                tuple(_partitions(table.entries, sector_bytes, last_sector, problems)),
+                tuple(problems),
+            )
+    return None
+
+
+async def _read_table(
+    read: ReadDisk, sector: int, sector_bytes: int, last_sector: int
+) -> _Table | None:
+    """Return the table whose header is in a sector; None if there is none, or it is damaged."""
+    if not 1 <= sector <= last_sector:
+        return None
+    raw = await read(sector * sector_bytes, sector_bytes)
+    try:
+        header = _HEADER.parse(raw)
+    except ConstructError:
+        return None
+    if not _HEADER_BYTES <= header.header_bytes <= sector_bytes:
+        return None
+    # The checksum is computed with the field of the checksum itself as zeros.
+    checked = raw[:16] + bytes(4) + raw[20 : header.header_bytes]
+    length = header.entry_count * header.entry_bytes
+    sectors = -(-length // sector_bytes)
+    if not (
+        zlib.crc32(checked) == header.header_crc
+        and header.own_sector == sector
+        and header.first_usable <= header.last_usable <= last_sector
+        and header.entry_bytes == _ENTRY_BYTES
+        and 0 < length <= _MAX_TABLE_BYTES
+        and 1 <= header.entries_sector <= last_sector + 1 - sectors
+    ):
+        return None
+    entries = await read(header.entries_sector * sector_bytes, length)
+    if zlib.crc32(entries) != header.entries_crc:
+        return None
+    return _Table(header, _ENTRIES.parse(entries))
+
+
+def _partitions(
+    entries: list[Any], sector_bytes: int, last_sector: int, problems: list[str]
+) -> list[Partition]:
+    """Return the partitions in a list of entries."""
+    found = []
+    for number, entry in enumerate(entries, 1):
+        if entry.type == bytes(16):
+            continue
+        if not 1 <= entry.first <= entry.last <= last_sector:
+            problems.append(f"partition {number}: lies outside of the disk")
+            continue
+        if number > _MAX_PARTITIONS:
+            problems.append(f"partition {number}: more than {_MAX_PARTITIONS} partitions")
+            break
+        name = entry.name.decode("utf-16-le", errors="replace").partition("\0")[0]
+        start, length = entry.first * sector_bytes, (entry.last - entry.first + 1) * sector_bytes
+        found.append(Partition(number, start, length, _uuid(entry.type), _uuid(entry.uuid), name))
+    return found
+
+
+def _uuid(raw: bytes) -> str:
+    """Return a UUID as sfdisk writes it; the first three parts are little-endian."""
+    return str(UUID(bytes_le=raw)).upper()

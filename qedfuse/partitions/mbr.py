@@ -1,0 +1,182 @@
+"""DOS partition tables: the master boot record, and the chain of extended boot records.
+
+Partitions are numbered as Linux numbers them (``block/partitions/msdos.c``): the four entries of
+the master boot record are 1 to 4, also if some are empty, and logical partitions follow from 5 in
+the order of the chain.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from construct import Array, Bytes, Const, ConstructError, Int8ul, Int32ul, Padding, Struct
+
+from qedfuse.partitions.partition import Partition, PartitionTable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from qedfuse.partitions.partition import ReadDisk
+
+SECTOR_BYTES: Final = 512
+"""The bytes of a boot record, and the sector in which the table counts."""
+PROTECTIVE_TYPE: Final = 0xEE
+"""The type of the entry that protects a GPT from programs that know only this table."""
+_EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
+_MAX_LOGICAL: Final = 251
+"""Maximum number of logical partitions; Linux has at most 255 partitions on a disk."""
+_MAX_EMPTY_RECORDS: Final = 100
+"""Maximum number of records in a row without a partition, as in Linux."""
+
+_ENTRY: Final[Any] = Struct(
+    "boot" / Int8ul,
+    Padding(3),  # the first sector as cylinder, head and sector, which nothing uses any more
+    "type" / Int8ul,
+    Padding(3),
+    "start" / Int32ul,
+    "length" / Int32ul,
+)
+_RECORD: Final[Any] = Struct(
+    "code" / Bytes(440),
+    "id" / Int32ul,
+    Padding(2),
+    "entries" / Array(4, _ENTRY),
+    "magic" / Const(b"\x55\xaa"),
+)
+
+
+class Entry(NamedTuple):
+    """An entry of a boot record; start and length are in sectors."""
+
+    boot: int
+    type: int
+    start: int
+    length: int
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether the entry describes a container of logical partitions."""
+        return self.type in _EXTENDED_TYPES and self.length > 0
+
+
+class Record(NamedTuple):
+    """A boot record: the disk's identifier, and four entries."""
+
+    id: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def is_protective(self) -> bool:
+        """Whether the record belongs to a GPT."""
+        return any(entry.type == PROTECTIVE_TYPE for entry in self.entries)
+
+
+def parse_record(sector: bytes) -> Record | None:
+    """Return the boot record in the first 512 bytes of a sector; None if there is none.
+
+    A file system without a partition table may have the magic number of a boot record as well.
+    Then the bytes of the four entries are program code, as the first byte of an entry shows, which
+    can only be 0 or 0x80.
+    """
+    try:
+        found = _RECORD.parse(sector)
+    except ConstructError:
+        return None
+    entries = tuple(Entry(item.boot, item.type, item.start, item.length) for item in found.entries)
+    if any(entry.boot & 0x7F for entry in entries):
+        return None
+    return Record(found.id, entries)
+
+
+async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
+    """Return the DOS partition table of a disk of ``size`` bytes; None if there is none.
+
+    A table without a partition counts as none unless it has an identifier, because the boot sector
+    of a file system can look like one.
+
+    Raises:
+        QedError: The disk cannot be read.
+    """
+    if size < SECTOR_BYTES:
+        return None
+    record = parse_record(await read(0, SECTOR_BYTES))
+    if record is None or record.is_protective:
+        return None
+    used = [entry for entry in record.entries if entry.length and entry.type]
+    if not used and not record.id:
+        return None
+    problems: list[str] = []
+    partitions: list[Partition] = []
+    logical: list[Partition] = []
+    sectors = size // SECTOR_BYTES
+    for number, entry in enumerate(record.entries, 1):
+        if not entry.length or not entry.type:
+            continue
+        found = _partition(number, entry, entry.start, sectors, problems)
+        if found is not None:
+            partitions.append(found)
+            # Like sfdisk, and unlike Linux, use only the first extended partition.
+            if entry.is_extended and not logical:
+                chain = _logical(read, entry, sectors, problems)
+                logical += [partition async for partition in chain]
+    return PartitionTable(
+        "dos", f"0x{record.id:08x}", SECTOR_BYTES, (*partitions, *logical), tuple(problems)
+    )
+
+
+def _partition(
+    number: int, entry: Entry, start: int, sectors: int, problems: list[str]
+) -> Partition | None:
+    """Return the partition that begins at the sector ``start``, cut at the end of the disk."""
+    if start >= sectors or not start:
+        problems.append(f"partition {number}: begins outside of the disk, at sector {start}")
+        return None
+    length = entry.length
+    if start + length > sectors:
+        problems.append(f"partition {number}: ends after the end of the disk, is cut there")
+        length = sectors - start
+    return Partition(
+        number,
+        start * SECTOR_BYTES,
+        length * SECTOR_BYTES,
+        f"{entry.type:x}",
+        bootable=bool(entry.boot),
+        is_container=entry.is_extended,
+    )
+
+
+async def _logical(
+    read: ReadDisk, extended: Entry, sectors: int, problems: list[str]
+) -> AsyncIterator[Partition]:
+    """Yield the logical partitions in an extended one.
+
+    Each extended boot record has an entry for one logical partition, which counts from this record,
+    and an entry for the next record, which counts from the beginning of the extended partition.
+    """
+    at = extended.start
+    seen: set[int] = set()
+    number = 5
+    empty = 0
+    while number < 5 + _MAX_LOGICAL and empty <= _MAX_EMPTY_RECORDS:
+        if at in seen or at >= sectors:
+            what = "a loop" if at in seen else f"sector {at} outside of the disk"
+            problems.append(f"extended partition: the chain of records leads to {what}")
+            return
+        seen.add(at)
+        record = parse_record(await read(at * SECTOR_BYTES, SECTOR_BYTES))
+        if record is None:
+            problems.append(f"extended partition: sector {at} is no boot record")
+            return
+        empty += 1
+        for entry in record.entries[:2]:
+            if entry.length and entry.type and not entry.is_extended:
+                found = _partition(number, entry, at + entry.start, sectors, problems)
+                if found is not None:
+                    yield found
+                number += 1
+                empty = 0
+        following = next((entry for entry in record.entries if entry.is_extended), None)
+        if following is None:
+            return
+        at = extended.start + following.start
+    problems.append("extended partition: the chain of records is too long")

@@ -1,0 +1,90 @@
+"""What a partition holds: the file system, its label and its UUID, as blkid(8) finds them.
+
+blkid gets a file in memory with the beginning and the end of the partition, where the file systems
+that it knows have their superblocks; the rest of the file is a hole.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from qedfuse.partitions.partition import ReadDisk
+
+_HEAD_BYTES: Final = 2 << 20
+"""How much of the beginning blkid gets.  ZFS has its labels in the first and last half MiB."""
+_TAIL_BYTES: Final = 1 << 20
+_TIMEOUT_SECONDS: Final = 10.0
+_MAX_OUTPUT_BYTES: Final = 1 << 16
+_PROGRAM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where blkid is looked for; the path of an ordinary user may lack the first directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """A file system, or what else blkid knows, such as swap space or an encrypted volume.
+
+    Attributes:
+        type: The type by its name in blkid: ``ext4``, ``ntfs``, ``swap``.
+        label: The label; empty if there is none.
+        uuid: The UUID or the serial number as blkid writes it; empty if there is none.
+    """
+
+    type: str
+    label: str = ""
+    uuid: str = ""
+
+
+async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSystem | None:
+    """Return what is in a range of a disk; None if blkid is missing or does not know it.
+
+    Args:
+        read: Reads the disk.
+        start: Guest offset of the range.
+        length: Bytes in the range.
+
+    Raises:
+        QedError: The disk cannot be read.
+    """
+    head = await read(start, min(length, _HEAD_BYTES))
+    tail_at = max(len(head), length - _TAIL_BYTES)
+    tail = await read(start + tail_at, length - tail_at) if length > tail_at else b""
+    return await trio.to_thread.run_sync(_ask_blkid, head, tail_at, tail, length)
+
+
+def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:
+    """Return what blkid finds in a file of ``length`` bytes with this beginning and end."""
+    try:
+        fd = os.memfd_create("partition", os.MFD_CLOEXEC)
+        with open(fd, "r+b", buffering=0) as file:  # noqa: PTH123  a descriptor
+            file.truncate(length)
+            file.write(head)
+            file.seek(tail_at)
+            file.write(tail)
+            found = subprocess.run(  # noqa: S603  a fixed program, which gets a descriptor
+                ["blkid", "--probe", "--output", "export", f"/proc/self/fd/{fd}"],  # noqa: S607
+                pass_fds=(fd,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_TIMEOUT_SECONDS,
+                env={"PATH": _PROGRAM_PATH, "LC_ALL": "C"},
+                check=False,
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return _parse(found.stdout[:_MAX_OUTPUT_BYTES]) if found.returncode == 0 else None
+
+
+def _parse(output: bytes) -> FileSystem | None:
+    """Return what the lines ``NAME=VALUE`` of blkid say; None if they name no type."""
+    lines = output.decode(errors="replace").splitlines()
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    if "TYPE" not in values:
+        return None
+    return FileSystem(values["TYPE"], values.get("LABEL", ""), values.get("UUID", ""))
