@@ -36,6 +36,7 @@ setup(
                 "qedfuse/mount/fuse/_cachedread.c",
                 "qedfuse/mount/fuse/_queuedread.c",
                 "qedfuse/mount/fuse/_ring.c",
+                "qedfuse/mount/fuse/_splice.c",
             ],
             depends=["qedfuse/mount/fuse/_extraops.h", "qedfuse/hostio/_iothreads.h"],
             extra_compile_args=["-std=gnu11", *libfuse("--cflags")],

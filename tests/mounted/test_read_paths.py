@@ -19,6 +19,7 @@ from qedfuse.mount.fuse import extraops
 from tests.support import extensions, qemu
 from tests.support.extensions import needs_extensions
 from tests.support.mounted import front
+from tests.support.webserver import serving
 
 FUSE_DEVICE: Final = Path("/dev/fuse")
 DISK_BYTES: Final = 16 << 20
@@ -115,6 +116,44 @@ def test_long_reads_are_passed_on_from_the_page_cache(tmp_path: Path) -> None:
         has_pipe = pipes(mount.process.pid) > before
         assert has_pipe == extensions.EXPECTED, "libfuse has a pipe for its replies"
         os.close(fd)
+
+
+def test_long_reads_of_a_cached_base_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads of all lengths return what a server has, from its cache and after that was cut."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths, _ = make_image(tmp_path)
+    content = qemu.content(paths[1])
+    chance = random.Random(2)
+    with (
+        serving(paths[1].read_bytes()) as server,
+        front("-r", server.url, tmp_path / "mnt") as mount,
+    ):
+        fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
+
+        def check(rounds: int) -> None:
+            for length in (4096, 16384, 32768, 65536, 1 << 18, 1 << 19, (1 << 19) + 4096, 1 << 20):
+                for _ in range(rounds):
+                    offset = chance.randrange((DISK_BYTES - length) // 4096 + 1) * 4096
+                    assert read_direct(fd, offset, length) == content[offset : offset + length]
+
+        for offset in range(0, DISK_BYTES, 1 << 20):
+            assert read_direct(fd, offset, 1 << 20) == content[offset : offset + (1 << 20)]
+        requests, before = len(server.requests), pipes(mount.process.pid)
+        check(12)
+        assert len(server.requests) == requests
+        expected = 4 if extensions.EXPECTED else 0
+        assert pipes(mount.process.pid) - before == expected, "one of libfuse, one of the extension"
+        (data,) = (tmp_path / "cache").rglob("data")
+        os.truncate(data, data.stat().st_size - 1)
+        assert read_direct(fd, 0, 65536) == content[:65536]
+        assert len(server.requests) > requests, "read from a file with another length"
+        check(4)
+        os.close(fd)
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+        assert (code, "the cache was damaged" in log) == (0, True), log
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -11,6 +11,9 @@
  * table that could become stale.  A read that waits enters an epoch in the same step, as
  * Disk.try_start_read does.
  *
+ * Of a file in the cache for servers only the units that were compared with their checksums are
+ * read here, and only from the page cache, because what comes from the disk must be compared again.
+ *
  * Every other read, and every read that fails here, goes to the Python function for reads
  * (_dataops.c), which begins anew.  The functions that other files call are described in
  * _extraops.h.
@@ -268,13 +271,13 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
                                      size_t size)
 {
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
+    off_t file_bytes = has_units(file) ? file->file_bytes : ANY_LENGTH;
     int found;
 
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
-    /* The length of a file could not be looked at after its pages were passed on. */
-    if (has_units(file) || !splice_reply(request, file->fd, (off_t)offset, size)) {
+    if (!splice_reply(request, file->fd, (off_t)offset, size, file_bytes)) {
         found = read_cached(file, offset, size);
         if (found <= 0)
             return found < 0 ? FAILED : NOT_CACHED;

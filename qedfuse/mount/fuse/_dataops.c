@@ -24,10 +24,6 @@
 #include "_extraops.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 typedef void (*read_operation)(fuse_req_t, fuse_ino_t, size_t, off_t, struct fuse_file_info *);
 typedef void (*write_operation)(fuse_req_t, fuse_ino_t, const char *, size_t, off_t,
@@ -72,59 +68,6 @@ PyObject *defer_read(PyObject *module, PyObject *unused)
 
 /* --- replies from a file ------------------------------------------------------------- */
 
-/* cachestat(2), which the headers of Debian 12 lack. */
-#ifndef SYS_cachestat
-#define SYS_cachestat 451
-#endif
-
-struct page_range {
-    uint64_t offset, length;
-};
-
-struct page_counts {
-    uint64_t cached, dirty, writeback, evicted, recently_evicted;
-};
-
-static int can_splice; /* whether libfuse may splice in this session */
-
-/* Returns whether the page cache holds all of a range, so that a reply with these pages does not
- * wait for the disk.  Returns 0 also if the file ends within the range, or if the kernel cannot
- * say. */
-static int is_cached(int fd, off_t offset, size_t size)
-{
-    struct page_range range = {(uint64_t)offset, size};
-    struct page_counts counts;
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t pages = ((uint64_t)offset + size - 1) / page - (uint64_t)offset / page + 1;
-    struct statx status;
-
-    /* Not fstat(), which would also read the times and so make later writes slower; see
-     * size_and_blocks() in hostio/systemcalls.py. */
-    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_SIZE, &status) ||
-        status.stx_size < (uint64_t)offset + size)
-        return 0;
-    if (syscall(SYS_cachestat, fd, &range, &counts, 0)) {
-        if (errno == ENOSYS) /* before Linux 6.5 */
-            can_splice = 0;
-        return 0;
-    }
-    return counts.cached == pages;
-}
-
-int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size)
-{
-    struct fuse_bufvec pages = FUSE_BUFVEC_INIT(size);
-
-    if (!can_splice || size < MIN_SPLICE_BYTES || size > MAX_SPLICE_BYTES ||
-        !is_cached(fd, offset, size))
-        return 0;
-    pages.buf[0].flags = FUSE_BUF_IS_FD | FUSE_BUF_FD_SEEK;
-    pages.buf[0].fd = fd;
-    pages.buf[0].pos = offset;
-    fuse_reply_data(request, &pages, 0);
-    return 1;
-}
-
 PyObject *reply_from_file(PyObject *module, PyObject *args)
 {
     long long offset;
@@ -137,7 +80,7 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
         return NULL;
     }
-    if (!splice_reply(read_request, fd, (off_t)offset, read_size))
+    if (!splice_reply(read_request, fd, (off_t)offset, read_size, ANY_LENGTH))
         Py_RETURN_FALSE;
     read_request = NULL;
     Py_RETURN_TRUE;
@@ -147,9 +90,10 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
-    can_splice = (connection->capable & FUSE_CAP_SPLICE_WRITE) != 0;
-    if (can_splice)
+    if (connection->capable & FUSE_CAP_SPLICE_WRITE) {
         connection->want |= FUSE_CAP_SPLICE_WRITE;
+        begin_splicing();
+    }
 }
 
 /* --- the operations ------------------------------------------------------------------ */
@@ -261,7 +205,7 @@ void replace_data_operations(struct fuse_lowlevel_ops *table)
      * come a second time, with this module's operations. */
     if (table->read == on_read)
         return;
-    can_splice = 0;
+    end_splicing();
     if (table->init != NULL) {
         pyfuse3_init = table->init;
         table->init = on_init;

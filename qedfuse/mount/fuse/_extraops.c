@@ -356,6 +356,7 @@ static PyObject *end(PyObject *module, PyObject *unused)
     in_session = 0;
     forget_requests();
     end_bursts();
+    end_splicing();
     Py_RETURN_NONE;
 }
 

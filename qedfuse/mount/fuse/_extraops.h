@@ -47,9 +47,19 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused);
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
-/* Answers a read with the pages of a file, if its length permits that and all pages are in the page
- * cache; returns whether it did.  The caller must hold the GIL (_dataops.c). */
-int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
+/* A file whose length does not matter to splice_reply(). */
+#define ANY_LENGTH (-1)
+
+/* Answers a read with the pages of a file, if its length permits that, all pages are in the page cache,
+ * and the file's length is `file_bytes`; returns whether it did.  The caller must hold the GIL
+ * (_splice.c). */
+int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size, off_t file_bytes);
+
+/* Lets splice_reply() answer reads of the session that begins (_splice.c). */
+void begin_splicing(void);
+
+/* Lets splice_reply() answer no further read (_splice.c). */
+void end_splicing(void);
 
 /* Answers a read whose tables and data are in memory, or queues one whose tables are; returns whether it
  * did.  The caller must hold the GIL (_cachedread.c). */
