@@ -7,8 +7,9 @@
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     │   ├── CacheError            (host's)  2  the directory of the cache cannot be used
-    │   └── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
-    │       └── ObjectChangedError ESTALE  23  the file on the server is another one than before
+    │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
+    │   │   └── ObjectChangedError ESTALE  23  the file on the server is another one than before
+    │   └── ForeignError          EIO      25  an image of another format cannot be served by QEMU
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
     │   ├── HeaderError           EINVAL   12  a header field is out of its range
@@ -145,6 +146,17 @@ class ObjectChangedError(RemoteError):
 
     def __init__(self, message: str, errno: int = errnos.ESTALE) -> None:
         super().__init__(message, errno)
+
+
+class ForeignError(HostError):
+    """An image in another format of QEMU cannot be served: without QEMU, or QEMU refuses or fails.
+
+    Attributes:
+        is_logged: Whether the log has the cause, so that the request that fails need not log it.
+    """
+
+    exit_code = 25
+    is_logged: bool = False
 
 
 class ImageError(QedError):

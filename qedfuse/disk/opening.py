@@ -5,18 +5,23 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
+from qedfuse.disk.creation.emptyimage import EmptyImage
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.lookup.backing import open_bases
+from qedfuse.disk.lookup.foreignopening import foreign_disk, foreign_driver
 from qedfuse.disk.lookup.imageopening import open_image
+from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
 from qedfuse.hostio.imagefile import read_header
+from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
 
@@ -35,7 +40,7 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The image, or its URL.
+        path: The image, or its URL.  An image of another format is only read, by QEMU.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -56,6 +61,11 @@ async def open_disk(
     async with open_image(
         path, options.image_lock, options.remote, writable=options.writable
     ) as file:
+        driver = foreign_driver(await file.pread(0, SIGNATURE_BYTES))
+        if driver is not None:
+            async with _open_foreign_disk(file, driver, options, store, path) as disk:
+                yield disk
+            return
         header = await read_header(file)
         if options.writable:
             await _inspect(file, header, inspector)
@@ -70,6 +80,30 @@ async def open_disk(
                 # again would make its file longer each time.  A short scan takes only
                 # milliseconds, so wait for it.
                 await disk.ensure_scanned()
+            yield disk
+
+
+@asynccontextmanager
+async def _open_foreign_disk(
+    file: HostFile, driver: str, options: OpenOptions, store: SliceStore, path: str
+) -> AsyncIterator[Disk]:
+    """Open an image of another format, as the base of an empty image in memory; see `open_disk`.
+
+    Raises:
+        UsageError: The image was to be opened for writing, or is not a local file.
+        ForeignError: QEMU is not installed, refuses the image or fails.
+        QedError: A file that the image names is refused, or the host refused.
+    """
+    if options.writable:
+        msg = (
+            f"{file.name}: found a {driver} image, which is only read, expected QED (or -r, "
+            "-o snapshot or -o overlay=FILE)"
+        )
+        raise UsageError(msg)
+    async with foreign_disk(file, driver, options) as below:
+        top = EmptyImage(below)
+        disk = Disk(top, top.header, [RawLayer(below)], options, store, path)
+        async with disk.serving():
             yield disk
 
 

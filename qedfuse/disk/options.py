@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from qedfuse.hostio.locking import LockMode
 from qedfuse.remote.options import RemoteOptions
@@ -15,6 +15,12 @@ DEFAULT_COMPACT_BYTES: Final = 64 << 20
 DEFAULT_COMPACT_SECONDS: Final = 1.0
 
 
+BackingFormat: TypeAlias = Literal[
+    "raw", "qed", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "parallels", "qcow"
+]
+"""A format of a backing file, as QEMU calls it."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackingPolicy:
     """Which backing files an image may use; docs/security.md explains why this is limited.
@@ -23,8 +29,11 @@ class BackingPolicy:
         mode: ``confined`` allows bases inside the directory of the image that names them, or
             inside ``directories``; ``any`` allows all files; ``none`` allows no base.
         directories: Further directories that a base may lie in.
-        format: The format of every base; None to decide for each base by the header of the
-            image that names it and by the magic of the base.
+        format: The format of every base, with the name that QEMU has for it; None to decide for
+            each base by the header of the image that names it and by the magic of the base.
+        foreign: Whether images may name bases in formats other than QED and raw, which QEMU then
+            serves (``qemu``), or not (``off``).  A base that the user has named, or whose format
+            the user has given, may have any of these formats.
         trusted: A path or URL that is allowed as the first base because the user has named it;
             None if there is none.  Ignored if the mode is ``none``.
         base_changed: Whether to accept bases that are not of the version that the image remembers,
@@ -36,7 +45,8 @@ class BackingPolicy:
 
     mode: Literal["confined", "any", "none"] = "confined"
     directories: tuple[str, ...] = ()
-    format: Literal["raw", "qed"] | None = None
+    format: BackingFormat | None = None
+    foreign: Literal["off", "qemu"] = "off"
     trusted: str | None = None
     base_changed: bool = False
     working_directory: str = ""

@@ -29,6 +29,7 @@ from qedfuse.mount.optionvalues import (
     parse_table_cache,
     parse_umask,
 )
+from qedfuse.ondisk.formats import BACKING_FORMATS
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 """Options with a choice of values: the field of `MountOptions` that each sets, and the values."""
 _BACKING: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "backing": ("mode", ("confined", "any", "none")),
-    "backing_format": ("format", ("raw", "qed")),
+    "backing_format": ("format", BACKING_FORMATS),
+    "foreign": ("foreign", ("off", "qemu")),
 }
 """Options about backing files: the field of `BackingPolicy` that each sets, and the values."""
 _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {

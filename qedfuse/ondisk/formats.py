@@ -11,14 +11,32 @@ SIGNATURE_BYTES: Final = 0x44
 
 _QED: Final = MAGIC.to_bytes(4, "little")
 _FOREIGN: Final = (
+    (0, b"QFI\xfb\x00\x00\x00\x01", "QCOW"),
     (0, b"QFI\xfb", "qcow2"),
     (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK"),
+    (0, b"# Disk DescriptorFile", "VMDK"),
     (0, b"vhdxfile", "VHDX"),
     (0, b"conectix", "VHD"),
+    (0, b"WithoutFreeSpace", "Parallels"),
+    (0, b"WithouFreSpacExt", "Parallels"),
     (0x40, b"\x7f\x10\xda\xbe", "VDI"),
 )
 """File offset of the magic bytes, the magic bytes, and the name of the format."""
+
+DRIVERS: Final = {
+    "QCOW": "qcow",
+    "qcow2": "qcow2",
+    "VMDK": "vmdk",
+    "VHDX": "vhdx",
+    "VHD": "vpc",
+    "Parallels": "parallels",
+    "VDI": "vdi",
+}
+"""The name that QEMU's options have for each format, by the name in messages."""
+
+BACKING_FORMATS: Final = ("raw", "qed", *sorted(DRIVERS.values()))
+"""The formats that a backing file can have, as QEMU calls them."""
 
 _LUKS: Final = b"LUKS\xba\xbe"
 

@@ -48,7 +48,8 @@ Options of -o; the default and then other values are in parentheses:
                          directory of the image that names them; none: refuse all)
   backing_dir=DIR        allow backing files from DIR too (may be repeated)
   backing_format=raw     format of all backing files, whatever they contain (default: as
-                         the image or their first bytes say; qed)
+                         the image or their first bytes say; qed, qcow2, vmdk, ...)
+  foreign=qemu           let QEMU read backing files in other formats than QED and raw (off)
   backing_url=PREFIX     allow backing files whose URL begins with PREFIX (may be repeated)
   base_changed           accept a backing file that has changed since the image was made
                          over it, and remember the new one

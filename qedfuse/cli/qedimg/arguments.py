@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import UsageError
+from qedfuse.ondisk.formats import BACKING_FORMATS
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -65,8 +66,17 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backing-format",
-        choices=("raw", "qed"),
-        help="format of all backing files, whatever they contain",
+        choices=BACKING_FORMATS,
+        metavar="FORMAT",
+        help="format of all backing files, whatever they contain: raw, qed, or one that QEMU reads "
+        "(qcow2, vmdk, vdi, vhdx, vpc, parallels, qcow)",
+    )
+    parser.add_argument(
+        "--foreign",
+        choices=("off", "qemu"),
+        default="off",
+        help="whether QEMU reads backing files in other formats than QED and raw (qemu), or they "
+        "are refused (off, the default)",
     )
     parser.add_argument(
         "--backing-url",
@@ -205,6 +215,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
         mode=getattr(arguments, "backing", "confined"),
         directories=tuple(getattr(arguments, "backing_dir", ())),
         format=getattr(arguments, "backing_format", None),
+        foreign=getattr(arguments, "foreign", "off"),
         base_changed=getattr(arguments, "base_changed", False),
     )
     return OpenOptions(

@@ -13,6 +13,7 @@ from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.hostio.locking import LockMode
 from qedfuse.remote.address import is_url
+from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.info import describe
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ decide whether to accept an untrusted image.
 --partitions reads the partition table of the disk, with its backing files, and looks for
 file systems with blkid.
 
-IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
+IMAGE may be a URL: https://, http://, s3://, gs:// or az://.  If QEMU is installed, IMAGE
+may also be in one of its other formats, such as qcow2 or VMDK."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     form: FormatChoice = arguments.format or "auto"
     if arguments.backing_chain:
         images = run_async(_chain, arguments, form)
-    elif is_url(arguments.image):
-        images = [run_async(_url, arguments, form)]
+    elif is_url(arguments.image) or (form == "auto" and foreign_driver_of(arguments.image)):
+        images = [run_async(_any, arguments, form)]
     else:
         lock = LockMode.to_read(share=arguments.force_share)
         images = [describe(arguments.image, form, lock=lock)]
@@ -94,8 +96,8 @@ async def _partitions(arguments: argparse.Namespace, form: FormatChoice) -> Part
     return await describe_partitions(arguments.image, form, common.open_options(arguments))
 
 
-async def _url(arguments: argparse.Namespace, form: FormatChoice) -> ImageInfo:
-    """Return the description of an image that is a URL."""
+async def _any(arguments: argparse.Namespace, form: FormatChoice) -> ImageInfo:
+    """Return the description of an image that is a URL, or in a format that QEMU reads."""
     from qedfuse.tools.inspection.chaininfo import describe_any  # noqa: PLC0415  imported late: plain info must not load it
 
     return await describe_any(arguments.image, form, common.open_options(arguments))

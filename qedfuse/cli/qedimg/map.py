@@ -142,7 +142,8 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
     options = common.open_options(arguments)
     async with open_map(arguments.image, arguments.format or "auto", options) as disk_map:
         names = [shown_name(path) for path in disk_map.files]
-        writer = make_writer(arguments.output, names, continued=listed.has_extents)
+        unknown = disk_map.unknown_depths
+        writer = make_writer(arguments.output, names, unknown, continued=listed.has_extents)
         write = (lambda _text: 0) if _is_silent(arguments) else sys.stdout.write
         if not listed.has_head:
             write(HEADS[arguments.output])

@@ -21,6 +21,10 @@ _HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 """A zero in the first or the third column of a line, as Python's ``%#x`` prints it."""
 
 
+_NO_OFFSET: Final = "-               %.0s"
+"""What a line has instead of the format of a file offset: the argument is used and not printed."""
+
+
 class Writer(Protocol):
     """Formats extents as text."""
 
@@ -38,9 +42,13 @@ class Writer(Protocol):
 class HumanWriter:
     """Formats a table of the data extents, like qemu-img; omits the other extents."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """Create a writer for the files ``names``, in the order of their depth in the chain."""
-        self._lines = [f"%#-16x%#-16x%#-16x{name.replace('%', '%%')}\n" for name in names]
+    def __init__(self, names: Sequence[str], unknown_depths: Sequence[int]) -> None:
+        """Create a writer; for the arguments see `make_writer`."""
+        self._lines = [
+            f"%#-16x%#-16x{_NO_OFFSET if depth in unknown_depths else '%#-16x'}"
+            f"{name.replace('%', '%%')}\n"
+            for depth, name in enumerate(names)
+        ]
 
     def body(self, batch: ChainRuns) -> str:
         """Return a line for each extent of data; an empty text if there is none."""
@@ -62,20 +70,24 @@ class HumanWriter:
 class JsonWriter:
     """Formats JSON like qemu-img since version 8.2, byte for byte."""
 
-    def __init__(self, *, continued: bool) -> None:
-        """Create a writer; ``continued`` means that extents have been printed before."""
+    def __init__(self, unknown_depths: Sequence[int], *, continued: bool) -> None:
+        """Create a writer; for the arguments see `make_writer`."""
+        self._unknown_depths = unknown_depths
         self._lines: dict[int, str] = {}
         self._has_extents = continued
 
     def body(self, batch: ChainRuns) -> str:
         """Return a line for each extent, after a comma if extents were printed before."""
         has_offset = (batch.kinds == DATA) | (batch.kinds == HOLE)
+        if self._unknown_depths:
+            has_offset &= ~np.isin(batch.depths, self._unknown_depths)
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)
         wanted = np.ones(columns.shape, np.bool_)
         wanted[:, 2] = has_offset
         keys = (batch.depths * _KINDS + batch.kinds).tolist()
         for key in set(keys) - self._lines.keys():
-            self._lines[key] = _json_line(*divmod(key, _KINDS))
+            depth, kind = divmod(key, _KINDS)
+            self._lines[key] = _json_line(depth, kind, offset=depth not in self._unknown_depths)
         text = ",\n".join([self._lines[key] for key in keys]) % tuple(columns[wanted].tolist())
         separator = ",\n" if self._has_extents else ""
         self._has_extents = True
@@ -87,7 +99,7 @@ class JsonWriter:
         As in qemu-img's output, a list without extents gets a line for an extent of length 0,
         whose flags are all false.
         """
-        empty = "" if self._has_extents else _json_line(0, BAD) % (start, 0)
+        empty = "" if self._has_extents else _json_line(0, BAD, offset=False) % (start, 0)
         return f"{empty.replace('true', 'false')}]\n"
 
 
@@ -95,8 +107,11 @@ _KINDS: Final = 8
 """Greater than any kind of run, so that ``depth * _KINDS + kind`` stands for both."""
 
 
-def _json_line(depth: int, kind: int) -> str:
-    """Return the format string of a line of JSON for extents of this depth and kind."""
+def _json_line(depth: int, kind: int, *, offset: bool) -> str:
+    """Return the format string of a line of JSON for extents of this depth and kind.
+
+    ``offset`` means that data of this depth has a file offset.
+    """
     words = {
         "present": kind != UNALLOCATED,
         "zero": kind in (UNALLOCATED, ZEROS, HOLE),
@@ -104,10 +119,25 @@ def _json_line(depth: int, kind: int) -> str:
         "compressed": False,
     }
     flags = ", ".join(f'"{word}": {str(value).lower()}' for word, value in words.items())
-    offset = ', "offset": %d' if kind in (DATA, HOLE) else ""
-    return f'{{ "start": %d, "length": %d, "depth": {depth}, {flags}{offset}}}'
+    last = ', "offset": %d' if offset and kind in (DATA, HOLE) else ""
+    return f'{{ "start": %d, "length": %d, "depth": {depth}, {flags}{last}}}'
 
 
-def make_writer(output: str, names: Sequence[str], *, continued: bool = False) -> Writer:
-    """Return the writer for ``output``; ``continued`` means that extents were printed before."""
-    return JsonWriter(continued=continued) if output == "json" else HumanWriter(names)
+def make_writer(
+    output: str,
+    names: Sequence[str],
+    unknown_depths: Sequence[int] = (),
+    *,
+    continued: bool = False,
+) -> Writer:
+    """Return the writer for a kind of output.
+
+    Args:
+        output: ``json`` or ``human``.
+        names: The names of the files, in the order of their depth in the chain.
+        unknown_depths: Depths of the files whose offsets are not printed.
+        continued: Whether extents were printed before.
+    """
+    if output == "json":
+        return JsonWriter(unknown_depths, continued=continued)
+    return HumanWriter(names, unknown_depths)

@@ -8,6 +8,7 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
+from qedfuse.ondisk.formats import BACKING_FORMATS
 from qedfuse.remote.address import shown_name
 from qedfuse.text import printable
 
@@ -42,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-F",
         dest="base_format",
-        choices=("raw", "qed"),
-        help="format of the new base; without -F the base must be QED; -u requires -F, except for "
-        'the BASE ""',
+        choices=BACKING_FORMATS,
+        metavar="FORMAT",
+        help="format of the new base: raw, qed, or one that QEMU reads, such as qcow2; without -F "
+        'the base must not be raw; -u requires -F, except for the BASE ""',
     )
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
     parser.add_argument(

@@ -9,25 +9,25 @@ the policy.
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path, has_protocol
+from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
+from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
 from qedfuse.disk.lookup.baseversion import verify_base
+from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.errors import (
     BackingError,
     BackingRefusedError,
     CorruptImageError,
+    ForeignError,
     HostError,
-    ImageError,
     UsageError,
 )
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.locking import LockMode, lock_image
-from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
@@ -59,16 +59,7 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
     if len(raw) < size:
         msg = f"{file.name}: header field backing_filename_size: found {size}, expected {len(raw)}"
         raise CorruptImageError(msg)
-    if b"\0" in raw:
-        msg = f"{file.name}: backing file name: found a NUL byte in {shown_name(os.fsdecode(raw))}"
-        raise BackingRefusedError(msg)
-    if has_protocol(raw) and not is_url(os.fsdecode(raw)):
-        msg = (
-            f"{file.name}: backing file {printable(raw)}: found a protocol, expected a plain "
-            "path (a file whose name has a colon is written ./NAME)"
-        )
-        raise BackingRefusedError(msg)
-    return os.fsdecode(raw)
+    return checked_name(raw, file.name)
 
 
 async def open_bases(
@@ -118,12 +109,18 @@ async def open_bases(
             base = await open_base(path, file, options, trusted)
             if len(stored_names) == len(layers):
                 stored_names.append((file, name))
+            is_trusted = trusted is not None
             trusted = name = None
             _record_base(base, file.name, seen)
-            qed = await _is_qed(base, file.name, header, options.backing)
+            found = await _format_of(
+                base, file.name, header, options.backing, is_trusted=is_trusted
+            )
             if options.lock and base.fileno() >= 0:
-                lock_image(base.fileno(), LockMode.READ if qed else LockMode.BASE, base.name)
-            if not qed:
+                mode = LockMode.BASE if found == "raw" else LockMode.READ
+                lock_image(base.fileno(), mode, base.name)
+            if found != "qed":
+                if found != "raw":
+                    base = await _open_foreign_base(base, file.name, found, options)
                 layers.append(RawLayer(base))
                 break
             header = await read_header(base)
@@ -224,7 +221,7 @@ async def open_base(
             "a URL, as the image is one"
         )
         raise BackingRefusedError(msg)
-    return _open_local_base(path, image, options.backing, trusted)
+    return open_local_base(path, image, options.backing, trusted)
 
 
 async def _open_url_base(
@@ -250,64 +247,64 @@ async def _open_url_base(
         raise BackingError(msg) from error
 
 
-def _open_local_base(
-    path: str, image: HostFile, policy: BackingPolicy, trusted: str | None
-) -> HostFile:
-    """Open a backing file that is a local file, if the policy allows it; see `open_base`."""
-    shown = printable(path)
-    try:
-        base = PosixFile.open(path)
-    except (HostError, ImageError) as error:
-        msg = f"{image.name}: backing file {error}"
-        raise BackingError(msg) from error
-    if policy.mode == "any" or (trusted is not None and _is_same_file(base, trusted)):
-        return base
-    directory = os.path.dirname(image.path) or "."  # noqa: PTH120
-    allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
-    # The kernel's path of the open file contains no symbolic links.  So the comparison below
-    # is about the file itself, whatever links its name goes through.
-    real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
-    if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
-        return base
-    base.close()
-    msg = (
-        f"{image.name}: backing file {shown}: refused: found {printable(real)}, expected a file "
-        f"inside {printable(allowed[0])} (allow it with backing_dir="
-        f"{printable(os.path.dirname(real))} or backing=any)"  # noqa: PTH120
-    )
-    raise BackingRefusedError(msg)
-
-
-async def _is_qed(base: HostFile, image: str, header: Header, policy: BackingPolicy) -> bool:
-    """Return whether a base is a QED image rather than raw.
+async def _format_of(
+    base: HostFile, image: str, header: Header, policy: BackingPolicy, *, is_trusted: bool
+) -> str:
+    """Return the format of a base as QEMU calls it.
 
     If the user has given a format, the format decides.  Otherwise the base is raw if the header of
     the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  In all other cases the
     base's magic decides.  Headers can forbid probing because a guest that writes to a raw disk can
     put any magic there.
 
+    Args:
+        base: The base.
+        image: The name of the image that names the base, for messages.
+        header: The header of this image.
+        policy: The policy for bases.
+        is_trusted: Whether the user has named the base.
+
     Raises:
-        BackingError: The magic is that of another image format.
+        BackingError: The magic is that of another image format, which the policy does not allow.
         HostError: The host cannot read the base.
     """
     if policy.format is not None:
-        return policy.format == "qed"
+        return policy.format
     if header.backing_is_raw:
-        return False
+        return "raw"
     signature = await base.pread(0, SIGNATURE_BYTES)
-    found = foreign_format(signature)
-    if found is not None:
-        msg = (
-            f"{image}: backing file {base.name}: found a {found} image, expected QED or raw "
-            "(-o backing_format=raw shows its bytes unchanged)"
-        )
-        raise BackingError(msg)
-    return is_qed(signature)
+    driver = foreign_driver(signature)
+    if driver is None:
+        return "qed" if is_qed(signature) else "raw"
+    if is_trusted or policy.foreign == "qemu":
+        return driver
+    msg = (
+        f"{image}: backing file {base.name}: found a {foreign_format(signature)} image, expected "
+        "QED or raw (foreign=qemu lets QEMU read it, backing_format=raw shows its bytes "
+        "unchanged)"
+    )
+    raise BackingError(msg)
 
 
-def _is_same_file(file: PosixFile, path: str) -> bool:
-    """Return whether a path leads to the open file; False if either cannot be examined."""
+async def _open_foreign_base(
+    base: HostFile, image: str, driver: str, options: OpenOptions
+) -> HostFile:
+    """Return the disk of a base in a format of QEMU; close the base after an error.
+
+    Args:
+        base: The base.
+        image: The name of the image that names the base, for messages.
+        driver: The format of the base as QEMU calls it.
+        options: The policy for what the base itself names.
+
+    Raises:
+        QedError: See `open_foreign`.
+    """
     try:
-        return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
-    except (OSError, HostError):
-        return False
+        return await open_foreign(base, driver, options)
+    except ForeignError as error:
+        msg = f"{image}: backing file {error}"
+        raise ForeignError(msg, error.errno) from error
+    except UsageError as error:
+        msg = f"{image}: backing file {error}"
+        raise BackingError(msg) from error

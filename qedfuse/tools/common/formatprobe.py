@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import HostError, NotQedError, UsageError
-from qedfuse.hostio.regular import open_raw
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_luks, is_qed
+from qedfuse.errors import HostError, NotQedError, QedError, UsageError
+from qedfuse.hostio.regular import open_raw, open_regular
+from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_luks, is_qed
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 
@@ -49,6 +49,26 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
     finally:
         os.close(fd)
     return format_of(signature, printable(path), expected)
+
+
+def foreign_driver_of(path: str) -> str | None:
+    """Return the format of a regular file as QEMU calls it; None for other formats.
+
+    None also means that the path is a URL or no regular file, or that the file cannot be read.
+    """
+    if is_url(path):
+        return None
+    try:
+        fd = open_regular(path, os.O_RDONLY)
+    except QedError:
+        return None
+    try:
+        found = foreign_format(os.pread(fd, SIGNATURE_BYTES, 0))
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None if found is None else DRIVERS[found]
 
 
 async def probe_any(

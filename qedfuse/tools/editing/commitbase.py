@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases, read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.foreignopening import refuse_foreign
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError, ImageInUseError
@@ -156,7 +157,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     could conflict.  The base is locked later, when `open_base` opens the base for writing.
 
     Raises:
-        UsageError: The base is a URL.
+        UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The overlay has no base, or a base cannot be used.
         ImageInUseError: Another file has taken the overlay's name.
     """
@@ -172,6 +173,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
             overlay.path, file, header, replace(options, lock=False), make_store(1 << 20)
         )
     with closing_layers(bases):
+        refuse_foreign(bases[0])
         base = cast("PosixFile", bases[0].file)
         return BaseFile(base.path, base.stat(), isinstance(bases[0], RawLayer), 1)
 

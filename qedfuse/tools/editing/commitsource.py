@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.chain import Chain
+from qedfuse.disk.lookup.foreignopening import refuse_foreign
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.errors import BackingError
@@ -149,7 +150,7 @@ async def open_upper_images(
         options: How to open the chain.
 
     Raises:
-        UsageError: The base is a URL.
+        UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The chain has no such file, or cannot be used.
         QedError: An image cannot be opened or locked.
     """
@@ -161,6 +162,7 @@ async def open_upper_images(
         with closing_layers(await open_bases(path, file, header, options, store)) as layers:
             depth = _depth_of(path, base, layers, options.backing.working_directory)
             require_local(layers[depth - 1].file.path)
+            refuse_foreign(layers[depth - 1])
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)

@@ -18,6 +18,7 @@ from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.baseversion import versions_of
 from qedfuse.disk.lookup.chain import Chain
+from qedfuse.disk.lookup.foreignopening import driver_of
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from qedfuse.disk.disk import Disk
-    from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.disk.options import BackingFormat
     from qedfuse.util.backgroundtasks import Progress
 
 
@@ -59,7 +60,7 @@ async def rebase(
     path: str,
     backing: str | None,
     *,
-    backing_format: ImageFormat | None = None,
+    backing_format: BackingFormat | None = None,
     unsafe: bool = False,
     options: OpenOptions | None = None,
     progress: Progress | None = None,
@@ -70,8 +71,8 @@ async def rebase(
         path: The image.
         backing: Name of the new backing file, see `backing_path`; None or empty to remove the
             backing file.
-        backing_format: Format of the new backing file; None accepts only QED, and is refused
-            with ``unsafe`` unless the backing file is removed.
+        backing_format: Format of the new backing file; None accepts QED and the formats that only
+            QEMU reads, and is refused with ``unsafe`` unless the backing file is removed.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
             backing files only the headers are read, to detect a loop; the files need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file may
@@ -112,11 +113,12 @@ async def rebase(
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
         await copy.run(progress)
-        raw = chain.has_base and isinstance(chain.layers[1], RawLayer)
+        driver = driver_of(chain.layers[1].file) if chain.has_base else None
+        raw = chain.has_base and driver is None and isinstance(chain.layers[1], RawLayer)
         await disk.set_backing(name, raw=raw, versions=versions)
         if progress is not None:
             progress(disk.size, disk.size)
-    found = "raw" if raw else "qed"
+    found = driver or ("raw" if raw else "qed")
     return RebaseResult(backing, found if backing else None, copy.copied_bytes, copy.zero_bytes)
 
 
@@ -124,7 +126,7 @@ async def rebase(
 async def _new_chain(
     disk: Disk,
     backing: str | None,
-    backing_format: ImageFormat | None,
+    backing_format: BackingFormat | None,
     options: OpenOptions,
 ) -> AsyncIterator[Chain]:
     """Yield the chain of the image over its new base; the first layer is the open image itself.
@@ -132,7 +134,7 @@ async def _new_chain(
     Args:
         disk: The image.
         backing: Name of the new base; None for a chain without a base.
-        backing_format: Format of the new base; None accepts only QED.
+        backing_format: Format of the new base; None accepts any but raw.
         options: How to open the new base and its bases.
 
     Raises:
@@ -148,10 +150,12 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The format in the options is removed, because it applies to the present bases of the
+    # The format in the options is replaced, because it applies to the present bases of the
     # image.  The new base is opened as raw if the header above says so.  If not, its first
     # bytes decide.
-    policy = replace(options.backing, trusted=base, format=None)
+    # A format that only QEMU reads is that of the last file of the chain, so it can be stated.
+    stated = None if backing_format in (None, "raw", "qed") else backing_format
+    policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
         # `image` lets `open_bases` detect a loop before it locks the image as a base.  That lock
         # would conflict with the lock of the open disk, and the message would be "in use".
@@ -164,7 +168,14 @@ async def _new_chain(
             name=backing,
         )
     with closing_layers(bases):
-        if isinstance(bases[0], RawLayer) and backing_format != "raw":
+        driver = driver_of(bases[0].file)
+        if driver is not None and backing_format not in (None, driver):
+            msg = (
+                f"{disk.name}: backing file {bases[0].file.name}: found a {driver} image, "
+                f"expected the format {backing_format}"
+            )
+            raise BackingError(msg)
+        if driver is None and isinstance(bases[0], RawLayer) and backing_format != "raw":
             if backing_format is None:
                 raise UsageError(_no_format(disk.path, backing))
             msg = (

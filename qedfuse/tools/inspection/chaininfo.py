@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING
 import trio
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
+from qedfuse.disk.lookup.foreignopening import driver_of, foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
-from qedfuse.hostio.imagefile import read_header
+from qedfuse.hostio.imagefile import open_image_file, read_header
+from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.remote.address import is_url
+from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
-from qedfuse.tools.inspection.info import describe, describe_open
+from qedfuse.tools.inspection.info import ImageInfo, describe, describe_open
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.tools.common.formatprobe import FormatChoice
-    from qedfuse.tools.inspection.info import ImageInfo
 
 
 async def describe_any(
@@ -36,11 +38,17 @@ async def describe_any(
         options: How to open the file; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
-            ``image_format`` is ``qed`` and the file has no QED magic.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
+            URL of an image in another format than QED and raw.
+        ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         QedError: The file cannot be opened, locked or read.
     """
     options = options or OpenOptions()
+    driver = foreign_driver_of(path) if image_format == "auto" else None
+    if driver is not None:
+        with open_image_file(path, options.read_lock) as image:
+            async with foreign_disk(image, driver, options) as disk:
+                return _describe_foreign(disk, driver)
     if not is_url(path):
         return describe(path, image_format, lock=options.read_lock)
     async with open_image(path, None, options.remote) as file:
@@ -61,8 +69,9 @@ async def describe_chain(
         options: How to open the image, and which bases are allowed; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
-            ``image_format`` is ``qed`` and the file has no QED magic.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
+            URL of an image in another format than QED and raw.
+        ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         BackingError: A base is missing, refused or of another format, or the chain is a loop
             or too long.
         QedError: The image or a base cannot be opened, locked or read.
@@ -79,12 +88,21 @@ async def describe_chain(
             return [top, *[await _describe_base(base) for base in bases]]
 
 
+def _describe_foreign(disk: HostFile, driver: str) -> ImageInfo:
+    """Return the description of an image that QEMU serves."""
+    found = disk.stat()
+    return ImageInfo(disk.path, driver, disk.size(), found.st_size, allocated_bytes(found))
+
+
 async def _describe_base(base: Layer) -> ImageInfo:
     """Return the description of a base that is open.
 
     Raises:
         HostError: The base cannot be read.
     """
+    driver = driver_of(base.file)
+    if driver is not None:
+        return _describe_foreign(base.file, driver)
     image_format: FormatChoice = "raw" if isinstance(base, RawLayer) else "qed"
     return await _describe_file(base.file, base.file.path, image_format)
 

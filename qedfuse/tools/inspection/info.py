@@ -30,7 +30,7 @@ from qedfuse.tools.inspection.problems import (
 from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
 
 if TYPE_CHECKING:
-    from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
+    from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.imagereader import ImageReader
 
 _NAME_FIELDS: Final = frozenset({"backing_filename_offset", "backing_filename_size"})
@@ -111,7 +111,7 @@ class ImageInfo:
 
     Attributes:
         path: Path or URL by which the file was opened.
-        format: ``qed`` or ``raw``.
+        format: ``qed``, ``raw``, or the name that QEMU has for another format.
         virtual_size: Size of the disk; None if a QED file ends before the header field
             ``image_size``.  For a raw file, the length of the file, rounded up to whole sectors.
         file_size: Length of the file.
@@ -120,7 +120,7 @@ class ImageInfo:
     """
 
     path: str
-    format: ImageFormat
+    format: str
     virtual_size: int | None
     file_size: int
     disk_usage: int

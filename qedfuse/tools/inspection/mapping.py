@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
+from qedfuse.disk.lookup.foreignopening import foreign_disk, foreign_driver
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
@@ -18,7 +19,7 @@ from qedfuse.tools.source.chainruns import ChainRunReader
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, ZEROS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Collection, Iterator
 
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.source.chainruns import ChainRuns
@@ -39,7 +40,7 @@ class MapEntry:
             False for a range of data, even if all bytes of the data are zeros.
         data: Whether the file of a layer holds data for the range; False if ``bad`` is set.
         offset: File offset in bytes where the data, or the hole of a raw file, begins in the
-            layer's file; None for all other ranges.
+            layer's file; None for all other ranges, and for a layer that QEMU serves.
         bad: Whether the table entry is invalid, so that the content is unknown.
     """
 
@@ -53,8 +54,11 @@ class MapEntry:
     bad: bool = False
 
 
-def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
-    """Yield the runs of a batch as map entries, in order."""
+def map_entries(batch: ChainRuns, unknown_depths: Collection[int] = ()) -> Iterator[MapEntry]:
+    """Yield the runs of a batch as map entries, in order.
+
+    ``unknown_depths`` are those of `ChainRunReader`.
+    """
     columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
     for start, length, depth, kind, offset in zip(
         *(column.tolist() for column in columns), strict=True
@@ -66,7 +70,7 @@ def map_entries(batch: ChainRuns) -> Iterator[MapEntry]:
             present=kind != UNALLOCATED,
             zero=kind in (UNALLOCATED, ZEROS, HOLE),
             data=kind == DATA,
-            offset=offset if kind in (DATA, HOLE) else None,
+            offset=offset if kind in (DATA, HOLE) and depth not in unknown_depths else None,
             bad=kind == BAD,
         )
 
@@ -78,19 +82,24 @@ async def open_map(
     """Open an image and its chain read-only; yield a reader of the runs of the chain.
 
     Args:
-        path: A QED image or a raw file, or its URL.
+        path: An image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
 
     Raises:
-        NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
-            ``image_format`` is ``qed`` and the file has no QED magic.
+        NotQedError: ``image_format`` is ``qed`` and the file has no QED magic.
+        ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
         QedError: The file or a base cannot be opened, locked or read, or has an invalid header,
             or the policy for bases refuses a base.
     """
     options = options or OpenOptions()
     async with open_image(path, options.read_lock, options.remote) as file:
         signature = await file.pread(0, SIGNATURE_BYTES)
+        driver = foreign_driver(signature) if image_format == "auto" else None
+        if driver is not None:
+            async with foreign_disk(file, driver, options) as disk:
+                yield ChainRunReader([RawLayer(disk)])
+            return
         if not is_qed_image(signature, image_format, file.name):
             yield ChainRunReader([RawLayer(file)])
             return
@@ -134,5 +143,5 @@ async def map_image(
         aclosing(reader.batches(start, length)) as batches,
     ):
         async for batch in batches:
-            entries.extend(map_entries(batch))
+            entries.extend(map_entries(batch, reader.unknown_depths))
     return entries

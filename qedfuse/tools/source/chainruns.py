@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
+from qedfuse.disk.lookup.foreignopening import is_foreign
 from qedfuse.disk.lookup.layer import QedLayer
 from qedfuse.tools.source.runs import BAD, DATA, HOLE, UNALLOCATED, QedRunReader, RawRunReader, Runs
 
@@ -81,6 +82,8 @@ class ChainRunReader:
     Attributes:
         size: Bytes of the disk.
         files: Paths by which the chain's files were opened, the image itself first.
+        unknown_depths: Depths of the files of which only QEMU knows where they store a range; the
+            file offsets of their runs are guest offsets.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
@@ -96,6 +99,7 @@ class ChainRunReader:
         ]
         self.size = self._readers[0].size
         self.files = [layer.file.path for layer in layers]
+        self.unknown_depths = [depth for depth, layer in enumerate(layers) if is_foreign(layer)]
 
     async def batches(
         self, start: int = 0, length: int | None = None

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from qedfuse.disk.lookup.extents import Extent, Kind
+from qedfuse.disk.lookup.foreignopening import foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.options import OpenOptions
+from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, open_raw
 from qedfuse.remote.address import is_url
-from qedfuse.tools.common.formatprobe import probe_any
+from qedfuse.tools.common.formatprobe import foreign_driver_of, probe_any
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -137,17 +139,24 @@ async def open_source(
     A block device or a URL is not locked.
 
     Args:
-        path: A QED image, or a regular file or block device with raw content; or a URL.
+        path: An image, or a regular file or block device with raw content; or a URL.
         format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
 
     Raises:
-        UsageError: The format is ``auto`` and the file is an image of a foreign format, or the
-            URL is not valid.
+        UsageError: The format is ``auto`` and a URL or a block device has an image of a foreign
+            format, or the URL is not valid.
+        ForeignError: The format is ``auto``, the file is of a format that QEMU reads, and QEMU
+            fails or is missing.
         QedError: The file or a base cannot be opened or locked, the header of one of them is
             invalid, or the backing policy refuses a base.
     """
     options = options or OpenOptions()
+    if format == "auto" and (driver := foreign_driver_of(path)) is not None:
+        with open_image_file(path, options.read_lock) as file:
+            async with foreign_disk(file, driver, options) as disk:
+                yield RawSource(disk, disk.size())
+        return
     if format == "auto":
         format = await probe_any(path, options.remote)  # noqa: A001
     if format == "qed":

@@ -1,0 +1,120 @@
+"""An empty QED image in memory, which gives a raw disk the form of a chain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.disk.creation.newheader import new_header
+from qedfuse.hostio.readonlyfile import ReadOnlyFile
+from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
+from qedfuse.ondisk.header import build_header
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import FileIdentity, HostFile
+    from qedfuse.hostio.readpolicy import ReadPolicy
+
+
+class EmptyImage(ReadOnlyFile):
+    """An image that has no cluster and no name of its base, but the size of a disk below it.
+
+    It has the name and the attributes of the disk's file.
+
+    Attributes:
+        path: The path of the disk.
+    """
+
+    def __init__(self, disk: HostFile) -> None:
+        """Make an image for a disk, which the image does not close.
+
+        Raises:
+            UsageError: The disk is larger than an image can be.
+        """
+        super().__init__(disk.name)
+        self.path = disk.path
+        self.header = new_header(
+            disk.size(), DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, None, backing_is_raw=False
+        )
+        self._disk = disk
+        self._start = build_header(self.header)
+
+    @property
+    def read_policy(self) -> ReadPolicy | None:
+        """None: every read is tried."""
+        return None
+
+    @property
+    def identity(self) -> FileIdentity:
+        """What distinguishes the image from all others, also from the disk."""
+        return ("empty", *self._disk.identity)
+
+    def fileno(self) -> int:
+        """Return -1: there is no file."""
+        return -1
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
+        buffer = bytearray(max(0, min(length, self.size() - offset)))
+        await self.pread_into(offset, memoryview(buffer))
+        return buffer
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read."""
+        await trio.lowlevel.checkpoint()
+        return self.read_blocking(offset, view)
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read."""
+        length = max(0, min(len(view), self.size() - offset))
+        view[:length] = self._start[offset : offset + length].ljust(length, b"\0")
+        return length
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from a file offset; return False if the file ends before."""
+        return self.read_blocking(offset, view) == len(view)
+
+    def try_start_read(
+        self,
+        _offset: int,
+        _view: memoryview,
+        _take_answer: Callable[[], object],
+        _ended: Callable[[int], object],
+    ) -> bool:
+        """Return False: `try_read` reads everything."""
+        return False
+
+    async def next_data(self, offset: int) -> int | None:
+        """Return ``offset`` within the header; None past it."""
+        await trio.lowlevel.checkpoint()
+        return offset if offset < len(self._start) else None
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Return the end of the header, or ``offset`` past it; None past the end of the file."""
+        await trio.lowlevel.checkpoint()
+        return max(offset, len(self._start)) if offset < self.size() else None
+
+    def size(self) -> int:
+        """Return the length of the file: of the header and of the table."""
+        return self.header.l1_end
+
+    def stored_blocks(self) -> int:
+        """Return the number of blocks of 512 bytes that the file of the disk takes up."""
+        return self._disk.stored_blocks()
+
+    def stat(self) -> os.stat_result:
+        """Return the attributes of the file of the disk."""
+        return self._disk.stat()
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the attributes of the file system that holds the disk."""
+        return self._disk.statvfs()
+
+    def stop_fetching(self) -> None:
+        """Do nothing: no read waits."""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,86 @@
+"""The policy for backing files on this machine: which names and which files an image may use."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from qedfuse.disk.lookup.backingpath import has_protocol
+from qedfuse.errors import BackingError, BackingRefusedError, HostError, ImageError
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.remote.address import is_url, shown_name
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from qedfuse.disk.options import BackingPolicy
+    from qedfuse.hostio.hostfile import HostFile
+
+
+def checked_name(raw: bytes, image: str) -> str:
+    """Return the name of a backing file that an image stores, if it can be one.
+
+    Args:
+        raw: The bytes in the image.
+        image: Name of the image in messages.
+
+    Raises:
+        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:`` that
+            is no URL.
+    """
+    if b"\0" in raw:
+        msg = f"{image}: backing file name: found a NUL byte in {shown_name(os.fsdecode(raw))}"
+        raise BackingRefusedError(msg)
+    if has_protocol(raw) and not is_url(os.fsdecode(raw)):
+        msg = (
+            f"{image}: backing file {printable(raw)}: found a protocol, expected a plain "
+            "path (a file whose name has a colon is written ./NAME)"
+        )
+        raise BackingRefusedError(msg)
+    return os.fsdecode(raw)
+
+
+def open_local_base(
+    path: str, image: HostFile, policy: BackingPolicy, trusted: str | None
+) -> PosixFile:
+    """Open a backing file that is a local file, if the policy allows it.
+
+    Args:
+        path: The path of the backing file.
+        image: The image that names it.
+        policy: What is allowed.
+        trusted: A path that is allowed in any directory; None for none.
+
+    Raises:
+        BackingError: The file is missing, is not a regular file, or cannot be opened.
+        BackingRefusedError: The policy forbids the file.
+    """
+    shown = printable(path)
+    try:
+        base = PosixFile.open(path)
+    except (HostError, ImageError) as error:
+        msg = f"{image.name}: backing file {error}"
+        raise BackingError(msg) from error
+    if policy.mode == "any" or (trusted is not None and _is_same_file(base, trusted)):
+        return base
+    directory = os.path.dirname(image.path) or "."  # noqa: PTH120
+    allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
+    # The kernel's path of the open file contains no symbolic links.  So the comparison below
+    # is about the file itself, whatever links its name goes through.
+    real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
+    if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
+        return base
+    base.close()
+    msg = (
+        f"{image.name}: backing file {shown}: refused: found {printable(real)}, expected a file "
+        f"inside {printable(allowed[0])} (allow it with backing_dir="
+        f"{printable(os.path.dirname(real))} or backing=any)"  # noqa: PTH120
+    )
+    raise BackingRefusedError(msg)
+
+
+def _is_same_file(file: PosixFile, path: str) -> bool:
+    """Return whether a path leads to the open file; False if either cannot be examined."""
+    try:
+        return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
+    except (OSError, HostError):
+        return False

@@ -1,0 +1,127 @@
+"""Opening an image of another format as a raw disk that QEMU serves."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
+from qedfuse.errors import BackingRefusedError, UsageError
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.ondisk.formats import DRIVERS, foreign_format
+from qedfuse.remote.address import is_url, shown_name
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.disk.options import BackingPolicy, OpenOptions
+    from qedfuse.hostio.hostfile import HostFile, ReadableFile
+
+
+def foreign_driver(start: bytes | bytearray) -> str | None:
+    """Return the format of a file as QEMU calls it; None if it is not one that only QEMU reads.
+
+    ``start`` holds the first bytes, as for `foreign_format`.
+    """
+    found = foreign_format(start)
+    return None if found is None else DRIVERS[found]
+
+
+async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> HostFile:
+    """Return the disk of an image in a format of QEMU; the caller closes it.
+
+    Args:
+        file: The open file of the image; it is closed with the disk, and after an error.
+        driver: The format of the image as QEMU calls it.
+        options: Which files the image may name, and how they are locked.
+
+    Raises:
+        UsageError: The image is not a local file.
+        BackingError: A file that the image names is missing or refused.
+        ForeignError: QEMU is not installed, refuses the image or fails.
+        ImageInUseError: Another program has locked a file.
+        HostError: A file cannot be read, or the host refused.
+    """
+    # Imported late: without an image of another format no module of this kind is needed.
+    from qedfuse.foreign.graph import Limits  # noqa: PLC0415  late, see above
+    from qedfuse.foreign.opening import ForeignOpening  # noqa: PLC0415
+
+    if not isinstance(file, PosixFile):
+        file.close()
+        msg = f"{file.name}: found a {driver} image, expected a local file in this format"
+        raise UsageError(msg)
+    limits = Limits(
+        partial(_open_named, policy=options.backing),
+        any_file=options.backing.mode == "any",
+        lock=options.lock,
+        share=options.force_share,
+    )
+    opening = ForeignOpening(file, driver, limits)
+    try:
+        return await trio.to_thread.run_sync(opening.finish, abandon_on_cancel=True)
+    except BaseException:
+        opening.abandon()
+        raise
+
+
+@asynccontextmanager
+async def foreign_disk(
+    file: HostFile, driver: str, options: OpenOptions
+) -> AsyncIterator[HostFile]:
+    """Yield the disk of an image that the user has named; close it at the end of the block.
+
+    See `open_foreign`.
+    """
+    disk = await open_foreign(file, driver, options)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+def is_foreign(layer: Layer) -> bool:
+    """Return whether QEMU serves a layer of a chain."""
+    return driver_of(layer.file) is not None
+
+
+def driver_of(file: ReadableFile) -> str | None:
+    """Return the format, as QEMU calls it, of an image that QEMU serves; None for other files."""
+    driver: str | None = getattr(file, "driver", None)
+    return driver
+
+
+def refuse_foreign(layer: Layer) -> None:
+    """Refuse to change an image in another format.
+
+    Raises:
+        UsageError: QEMU serves the layer, and only for reading.
+    """
+    driver = driver_of(layer.file)
+    if driver is not None:
+        msg = f"{layer.file.name}: found a {driver} image, which is only read, expected QED or raw"
+        raise UsageError(msg)
+
+
+def _open_named(name: bytes, image: PosixFile, *, policy: BackingPolicy) -> PosixFile:
+    """Open a file that an image in a format of QEMU names, if the policy allows it.
+
+    Raises:
+        BackingError: The file is missing or refused.
+    """
+    found = checked_name(name, image.name)
+    if policy.mode == "none":
+        msg = f"{image.name}: backing file {shown_name(found)}: refused by backing=none"
+        raise BackingRefusedError(msg)
+    if is_url(found):
+        msg = (
+            f"{image.name}: backing file {shown_name(found)}: refused: found a URL, expected a "
+            "local file"
+        )
+        raise BackingRefusedError(msg)
+    path = backing_path(image.path, found, policy.working_directory)
+    return open_local_base(path, image, policy, None)

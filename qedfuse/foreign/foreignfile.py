@@ -1,0 +1,155 @@
+"""The disk of an image that QEMU serves, as a file of a chain: a `HostFile` that is not changed."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import ForeignError, HostError
+from qedfuse.hostio.readonlyfile import ReadOnlyFile
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator
+
+    from qedfuse.foreign.graph import Graph
+    from qedfuse.foreign.process import QemuNbd
+    from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
+    from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.hostio.readpolicy import ReadPolicy
+
+_log = logging.getLogger(__name__)
+
+
+class ForeignFile(ReadOnlyFile):
+    """A disk that qemu-nbd serves; its bytes are those that the guest sees.
+
+    If the program ends, one line is logged, and every read fails from then on.  It is not started
+    again, because the image could be another one then.
+
+    Attributes:
+        path: The path of the image.
+        driver: The format of the image as QEMU calls it.
+        image: The open file of the image.
+    """
+
+    def __init__(
+        self, image: PosixFile, driver: str, disk: ReadableFile, server: QemuNbd, graph: Graph
+    ) -> None:
+        """Read ``disk``; this object closes all that it is given.
+
+        Args:
+            image: The file of the image.
+            driver: The format of the image as QEMU calls it.
+            disk: The disk, read from ``server``.
+            server: The program.
+            graph: The files that the program has open.
+        """
+        super().__init__(image.name)
+        self.path = image.path
+        self.driver = driver
+        self.image = image
+        self._disk = disk
+        self._server = server
+        self._graph = graph
+        self._is_failure_logged = False
+        self._is_closed = False
+
+    @property
+    def read_policy(self) -> ReadPolicy | None:
+        """None: every read is tried."""
+        return None
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The identity of the file of the image."""
+        return self.image.identity
+
+    def fileno(self) -> int:
+        """Return -1: the descriptor of the image does not have the bytes of the disk."""
+        return -1
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes at an offset; fewer only where the disk ends."""
+        with self._explained():
+            return await self._disk.pread(offset, length)
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from an offset; return how many bytes were read; see `ReadableFile`."""
+        with self._explained():
+            return await self._disk.pread_into(offset, view)
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from an offset; see `ReadableFile.read_blocking`."""
+        with self._explained():
+            return self._disk.read_blocking(offset, view)
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` without blocking; return whether that succeeded."""
+        return self._disk.try_read(offset, view)
+
+    def try_start_read(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read in a thread that answers; see `ReadableFile.try_start_read`."""
+        return self._disk.try_start_read(offset, view, take_answer, ended)
+
+    async def next_data(self, offset: int) -> int | None:
+        """Return where the first data at or past ``offset`` begins; None if no data follows."""
+        with self._explained():
+            return await self._disk.next_data(offset)
+
+    async def next_hole(self, offset: int) -> int | None:
+        """Return where the first hole at or past ``offset`` begins; see `ReadableFile`."""
+        with self._explained():
+            return await self._disk.next_hole(offset)
+
+    def size(self) -> int:
+        """Return the size of the disk in bytes."""
+        return self._disk.size()
+
+    def stored_blocks(self) -> int:
+        """Return the number of blocks of 512 bytes that the file of the image takes up."""
+        return self.image.stored_blocks()
+
+    def stat(self) -> os.stat_result:
+        """Return the attributes of the file of the image."""
+        return self.image.stat()
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the attributes of the file system that holds the image."""
+        return self.image.statvfs()
+
+    def stop_fetching(self) -> None:
+        """Make reads fail that wait for the program, and later ones."""
+        self._disk.stop_fetching()
+
+    def close(self) -> None:
+        """Close the disk and end the program; a second call does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._disk.close()
+        self._server.close()
+        self._graph.close()
+        self.image.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in the error of a failed read, and once in the log, that the program has ended."""
+        try:
+            yield
+        except HostError as error:
+            if self._is_closed or not self._server.has_ended():
+                raise
+            failure = ForeignError(f"{self.name}: qemu-nbd: {self._server.last_words()}")
+            failure.is_logged = True
+            if not self._is_failure_logged:
+                self._is_failure_logged = True
+                _log.error("%s; reads of this image fail from now on", failure)
+            raise failure from error

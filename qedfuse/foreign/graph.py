@@ -1,0 +1,207 @@
+"""The files of a chain in QEMU's formats: opened here, and described to QEMU one by one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import BackingError, ForeignError
+from qedfuse.foreign.links import Links, read_links, refuse_descriptor
+from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, landlock_version
+from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from qedfuse.hostio.posixfile import PosixFile
+
+    Opener: TypeAlias = Callable[[bytes, "PosixFile"], "PosixFile"]
+    """Opens, by name, a file that an image names, or raises BackingError to refuse the file."""
+
+    Options: TypeAlias = dict[str, object]
+    """Options of a block device of QEMU."""
+
+_MAX_FILES: Final = 64
+"""Maximum number of files in a chain."""
+
+_RAW_DRIVERS: Final = ("raw", "file", "host_device")
+"""What images call the format of a raw backing file."""
+_DRIVERS: Final = ("raw", "qed", *DRIVERS.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What images may name, and how their files are locked.
+
+    Attributes:
+        open_named: Opens a file that an image names.
+        any_file: Whether the images may name any file, so that no sandbox is needed.
+        lock: Whether QEMU takes locks.
+        share: Whether to read files that another program writes to.
+    """
+
+    open_named: Opener
+    any_file: bool = False
+    lock: bool = True
+    share: bool = False
+
+
+@dataclass(slots=True)
+class Graph:
+    """The open files of a chain, and what QEMU needs to know about them.
+
+    Attributes:
+        options: The options of the block device.
+        files: The files that QEMU opens: that of the image first.
+        opened: Those of the files that the graph closes.
+    """
+
+    options: Options = field(default_factory=dict)
+    files: list[PosixFile] = field(default_factory=list)
+    opened: list[PosixFile] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close the files that were opened for the graph."""
+        for file in self.opened:
+            file.close()
+
+
+def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
+    """Open all files that an image names; the caller closes the graph.
+
+    Args:
+        file: The open file of the image, which the caller closes.
+        driver: The format of the image as QEMU calls it.
+        limits: What the image may name.
+
+    Raises:
+        BackingError: A file is missing or refused, or the chain is a loop or too long.
+        ForeignError: An image cannot be shown.
+        ImageError: A header of a QED image is not valid.
+        HostError: A file cannot be read.
+    """
+    graph = Graph()
+    try:
+        graph.options = _node(graph, file, driver, limits)
+    except BaseException:
+        graph.close()
+        raise
+    return graph
+
+
+def _node(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options:
+    """Add an image and all that it names to a graph; return the options of its block device."""
+    graph.files.append(file)
+    links = read_links(file.fd, driver, file.name)
+    if links and not limits.any_file and not landlock_version():
+        named = links.backing or links.data_file or links.extents[0]
+        msg = (
+            f"{file.name}: found the name of another file, {printable(named)}, expected none, "
+            "because this kernel has no Landlock to confine QEMU (backing=any allows it)"
+        )
+        raise ForeignError(msg)
+    # A list of extents names them relative to its own path.
+    path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
+    options = _image_options(driver, _file_options(path, limits), limits)
+    for name in links.extents:
+        extent = _open(graph, name, file, limits)
+        graph.files.append(extent)
+        refuse_descriptor(_signature(extent), extent.name)
+    if links.data_file:
+        data = _open(graph, links.data_file, file, limits)
+        graph.files.append(data)
+        options["data-file"] = _file_options(_inherited_path(graph), limits)
+    if links.backing:
+        base = _open(graph, links.backing, file, limits)
+        options["backing"] = _node(graph, base, _base_driver(base, file, links), limits)
+    elif driver in ("qed", "qcow", "qcow2", "vmdk"):
+        options["backing"] = None
+    return options
+
+
+def _inherited_path(graph: Graph) -> str:
+    """Return the path by which QEMU opens the last file of a graph: that of its descriptor."""
+    return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
+
+
+def _image_options(driver: str, file: Options, limits: Limits) -> Options:
+    """Return the options of an image without its backing file."""
+    share: Options = {"force-share": True} if limits.share else {}
+    return {"driver": driver, "read-only": True, "file": file, **share}
+
+
+def _file_options(path: str, limits: Limits) -> Options:
+    """Return the options of a file."""
+    return {
+        "driver": "file",
+        "filename": path,
+        "locking": "on" if limits.lock else "off",
+        "read-only": True,
+    }
+
+
+def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
+    """Open a file that an image names, as a file of the graph.
+
+    Raises:
+        BackingError: The file is missing or refused, or the chain is a loop or too long.
+    """
+    file = limits.open_named(name, image)
+    graph.opened.append(file)
+    if any(file.identity == other.identity for other in graph.files):
+        msg = f"{image.name}: backing file {file.name}: found a loop in the chain"
+        raise BackingError(msg)
+    if len(graph.files) >= _MAX_FILES:
+        msg = (
+            f"{image.name}: backing file {file.name}: found a chain of more than {_MAX_FILES} files"
+        )
+        raise BackingError(msg)
+    return file
+
+
+def _base_driver(base: PosixFile, image: PosixFile, links: Links) -> str:
+    """Return the format of a backing file as QEMU calls it.
+
+    Raises:
+        BackingError: The image states a format that is not supported.
+        HostError: The backing file cannot be read.
+    """
+    stated = links.backing_driver
+    if stated in _RAW_DRIVERS:
+        return "raw"
+    if stated in _DRIVERS:
+        return stated
+    if stated is not None:
+        msg = (
+            f"{image.name}: backing file {base.name}: found format {printable(stated)}, "
+            f"expected {', '.join(_DRIVERS)}"
+        )
+        raise BackingError(msg)
+    return detect_driver(base)
+
+
+def detect_driver(file: PosixFile) -> str:
+    """Return the format of a file as QEMU calls it, from the first bytes.
+
+    Raises:
+        HostError: The file cannot be read.
+    """
+    signature = _signature(file)
+    found = foreign_format(signature)
+    if found is not None:
+        return DRIVERS[found]
+    return "qed" if is_qed(signature) else "raw"
+
+
+def _signature(file: PosixFile) -> bytes:
+    """Return the first bytes of a file.
+
+    Raises:
+        HostError: The file cannot be read.
+    """
+    start = bytearray(SIGNATURE_BYTES)
+    length = file.read_blocking(0, memoryview(start))
+    return bytes(start[:length])

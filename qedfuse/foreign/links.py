@@ -1,0 +1,241 @@
+"""The other files that an image in a format of QEMU names, read from its header.
+
+QEMU is given these files one by one, and never looks up a name itself.  So what this module finds
+decides only whether an image can be shown, not which files are read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import ForeignError, HostError
+from qedfuse.ondisk.constants import HEADER_BYTES
+from qedfuse.ondisk.header import parse_header
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_START_BYTES: Final = 4096
+"""How much of the file is read for the fields of its header."""
+
+_QCOW2_EXTENSIONS_AT: Final = 72
+"""Where the header extensions of version 2 of qcow2 begin."""
+_QCOW2_HEADER_LENGTH_AT: Final = 100
+_EXTENSION_END: Final = 0
+_EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+_EXTENSION_DATA_FILE: Final = 0x44415441
+_QCOW2_EXTERNAL_DATA: Final = 1 << 2
+"""The incompatible feature of an image whose data is in another file."""
+_MAX_EXTENSIONS: Final = 32
+
+_MAX_NAME_BYTES: Final = 1023
+"""Maximum length of the name of a backing file, also in QEMU."""
+
+_VMDK_SECTOR_BYTES: Final = 512
+_VMDK_DESCRIPTOR_BYTES: Final = 20 * _VMDK_SECTOR_BYTES
+"""Maximum length of a descriptor inside an image, which begins at the second sector."""
+_VMDK_TEXT_BYTES: Final = 1 << 20
+"""Maximum length of a descriptor in a file of its own."""
+_VMDK_EXTENT: Final = re.compile(
+    rb'^\s*(?:RW|RDONLY|NOACCESS)\s+[0-9]+\s+([A-Z0-9]+)(?:\s+"([^"\n\r]*)")?', re.MULTILINE
+)
+_VMDK_ZERO_EXTENT: Final = b"ZERO"
+_VMDK_PARENT: Final = b'parentFileNameHint="'
+
+_VHD_TYPE_AT: Final = 60
+_VHD_DIFFERENCING: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The other files that an image names.
+
+    Attributes:
+        backing: Name of the backing file; empty if there is none.
+        backing_driver: Format of the backing file as QEMU calls it; None if the image does not say.
+        data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
+        extents: Names of the files that make up a VMDK image.
+    """
+
+    backing: bytes = b""
+    backing_driver: str | None = None
+    data_file: bytes = b""
+    extents: tuple[bytes, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Return whether the image names any file."""
+        return bool(self.backing or self.data_file or self.extents)
+
+
+def read_links(fd: int, driver: str, name: str) -> Links:
+    """Return the files that an image names.
+
+    Args:
+        fd: The open file.
+        driver: The format of the image as QEMU calls it.
+        name: Name of the image in messages.
+
+    Raises:
+        ForeignError: The image is encrypted, or its header cannot be used.
+        ImageError: The image is QED, and its header is not valid.
+        HostError: The host cannot read the file.
+    """
+    reader = _READERS.get(driver)
+    if reader is None:
+        return Links()
+    try:
+        return reader(fd, name)
+    except OSError as error:
+        raise HostError.from_os(error, name, "read") from error
+
+
+def _qed(fd: int, name: str) -> Links:
+    """Return the backing file of a QED image."""
+    header = parse_header(os.pread(fd, HEADER_BYTES, 0), name)
+    if not header.has_backing:
+        return Links()
+    backing = os.pread(fd, header.backing_filename_size, header.backing_filename_offset)
+    return Links(backing, "raw" if header.backing_is_raw else None)
+
+
+def _qcow(fd: int, name: str) -> Links:
+    """Return the backing file of an image of version 1 of QCOW."""
+    start = _start(fd, 48, name)
+    _refuse_encrypted(start, 36, name)
+    return Links(_qcow_backing(fd, start, name))
+
+
+def _qcow2(fd: int, name: str) -> Links:
+    """Return the backing file and the data file of a qcow2 image."""
+    start = _start(fd, 104, name)
+    _refuse_encrypted(start, 32, name)
+    version = struct.unpack_from(">I", start, 4)[0]
+    at, features = _QCOW2_EXTENSIONS_AT, 0
+    if version >= 3:  # noqa: PLR2004  the version with features
+        at = struct.unpack_from(">I", start, _QCOW2_HEADER_LENGTH_AT)[0]
+        features = struct.unpack_from(">Q", start, 72)[0]
+    extensions = _qcow2_extensions(fd, at)
+    data_file = b""
+    if features & _QCOW2_EXTERNAL_DATA:
+        data_file = extensions.get(_EXTENSION_DATA_FILE, b"")
+        if not data_file:
+            msg = f"{name}: found no name of the file that has the data, expected one"
+            raise ForeignError(msg)
+    driver = extensions.get(_EXTENSION_BACKING_FORMAT)
+    return Links(
+        _qcow_backing(fd, start, name),
+        None if driver is None else driver.decode("ascii", "backslashreplace"),
+        data_file,
+    )
+
+
+def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
+    """Return the header extensions of a qcow2 image by type, up to the first that is not valid."""
+    found: dict[int, bytes] = {}
+    for _ in range(_MAX_EXTENSIONS):
+        head = os.pread(fd, 8, at)
+        if len(head) < 8:  # noqa: PLR2004  type and length
+            break
+        kind, length = struct.unpack(">II", head)
+        if kind == _EXTENSION_END:
+            break
+        if length <= _MAX_NAME_BYTES:
+            found.setdefault(kind, os.pread(fd, length, at + 8))
+        at += 8 + -(-length // 8) * 8
+    return found
+
+
+def _qcow_backing(fd: int, start: bytes, name: str) -> bytes:
+    """Return the name of the backing file of an image of QCOW or qcow2; empty if it has none."""
+    offset, size = struct.unpack_from(">QI", start, 8)
+    if not offset or not size:
+        return b""
+    if size > _MAX_NAME_BYTES or offset >= 1 << 63:
+        msg = (
+            f"{name}: backing file name: found {size} bytes at {offset}, "
+            f"expected at most {_MAX_NAME_BYTES}"
+        )
+        raise ForeignError(msg)
+    backing = os.pread(fd, size, offset)
+    if len(backing) < size:
+        msg = f"{name}: backing file name: found {len(backing)} bytes, expected {size}"
+        raise ForeignError(msg)
+    return backing
+
+
+def _vmdk(fd: int, name: str) -> Links:
+    """Return the parent and the extents of a VMDK image."""
+    start = _start(fd, 64, name)
+    if start.startswith(b"# "):
+        text = os.pread(fd, _VMDK_TEXT_BYTES, 0)
+        extents = {
+            file: None for kind, file in _VMDK_EXTENT.findall(text) if kind != _VMDK_ZERO_EXTENT
+        }
+        return Links(_vmdk_parent(text), "vmdk", extents=tuple(extents))
+    refuse_descriptor(start, name)
+    return Links(_vmdk_parent(os.pread(fd, _VMDK_DESCRIPTOR_BYTES, _VMDK_SECTOR_BYTES)), "vmdk")
+
+
+def refuse_descriptor(start: bytes, name: str) -> None:
+    """Refuse a VMDK file that is both an extent and a list of other extents, for QEMU at least.
+
+    Args:
+        start: The first bytes of the file.
+        name: Name of the file in messages.
+
+    Raises:
+        ForeignError: The file is of this kind.
+    """
+    if start.startswith(b"KDMV") and not any(start[12:20]):
+        msg = f"{name}: header field capacity: found 0, expected the size of the disk"
+        raise ForeignError(msg)
+
+
+def _vmdk_parent(text: bytes) -> bytes:
+    """Return the name of the parent in a descriptor, found as QEMU does; empty if none."""
+    _, found, rest = text.partition(_VMDK_PARENT)
+    return rest.partition(b'"')[0][:_MAX_NAME_BYTES] if found else b""
+
+
+def _vpc(fd: int, name: str) -> Links:
+    """Return no file; refuse an image that has a parent, which QEMU would ignore."""
+    start = os.pread(fd, _START_BYTES, 0)
+    kind = start[_VHD_TYPE_AT : _VHD_TYPE_AT + 4]
+    if start.startswith(b"conectix") and int.from_bytes(kind, "big") == _VHD_DIFFERENCING:
+        msg = f"{name}: found a differencing VHD image, expected one without a parent"
+        raise ForeignError(msg)
+    return Links()
+
+
+def _start(fd: int, size: int, name: str) -> bytes:
+    """Return the first bytes of a file, at least ``size``; a shorter file is refused."""
+    start = os.pread(fd, _START_BYTES, 0)
+    if len(start) < size:
+        msg = f"{name}: found {len(start)} bytes, expected a header of {size}"
+        raise ForeignError(msg)
+    return start
+
+
+def _refuse_encrypted(start: bytes, at: int, name: str) -> None:
+    """Refuse an image whose 32 bits at ``at``, the method of encryption, are not zero."""
+    method = struct.unpack_from(">I", start, at)[0]
+    if method:
+        kinds = {1: "AES", 2: "LUKS"}
+        found = kinds.get(method, printable(str(method)))
+        msg = f"{name}: found an encrypted image ({found}), expected one without encryption"
+        raise ForeignError(msg)
+
+
+_READERS: Final[dict[str, Callable[[int, str], Links]]] = {
+    "qed": _qed,
+    "qcow": _qcow,
+    "qcow2": _qcow2,
+    "vmdk": _vmdk,
+    "vpc": _vpc,
+}
+"""How the names are read, by format; images of other formats name no file that QEMU opens."""

@@ -1,0 +1,96 @@
+"""Opening an image in a format of QEMU as a file of a chain."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import ForeignError
+from qedfuse.foreign.foreignfile import ForeignFile
+from qedfuse.foreign.graph import open_graph
+from qedfuse.foreign.process import READY_SECONDS, QemuNbd
+from qedfuse.nbd.opening import open_nbd
+from qedfuse.remote.options import Deadlines
+
+if TYPE_CHECKING:
+    import socket
+
+    from qedfuse.foreign.graph import Limits
+    from qedfuse.hostio.posixfile import PosixFile
+
+_READ_SECONDS: Final = 600.0
+"""Maximum time of a read: the program waits for the host's disk, which may be slow."""
+
+
+class ForeignOpening:
+    """An image that is being opened: in two steps, because only the second one blocks."""
+
+    def __init__(self, image: PosixFile, driver: str, limits: Limits) -> None:
+        """Open the files that an image names, and start qemu-nbd.
+
+        Must be called in a thread that does not end before the file is closed; see `QemuNbd`.
+
+        Args:
+            image: The file of the image, which this object closes.
+            driver: The format of the image as QEMU calls it.
+            limits: What the image may name.
+
+        Raises:
+            BackingError: A file that the image names is missing or refused.
+            ForeignError: qemu-nbd is not installed, or the image cannot be shown.
+            QedError: A file cannot be read, or the host refused.
+        """
+        self._image = image
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._is_abandoned = False
+        try:
+            self._graph = open_graph(image, driver, limits)
+            try:
+                self._server = QemuNbd(self._graph, image.name)
+            except BaseException:
+                self._graph.close()
+                raise
+        except BaseException:
+            image.close()
+            raise
+
+    def finish(self) -> ForeignFile:
+        """Wait until qemu-nbd serves the image; return its disk, which the caller closes.
+
+        The call blocks; another thread may call `abandon` meanwhile.
+
+        Raises:
+            ForeignError: qemu-nbd refuses the image, has ended, or does not answer.
+            ImageInUseError: Another program holds a lock that excludes reading.
+            HostError: The host refused.
+        """
+        self._server.wait_ready()
+        deadlines = Deadlines(READY_SECONDS, _READ_SECONDS, _READ_SECONDS)
+        disk = open_nbd(self._connect, "", self._image.name, deadlines)
+        file = ForeignFile(self._image, self._driver, disk, self._server, self._graph)
+        with self._lock:
+            is_abandoned = self._is_abandoned
+        if is_abandoned:
+            file.close()
+        return file
+
+    def abandon(self) -> None:
+        """End the program and close all files, also if `finish` still runs in another thread."""
+        with self._lock:
+            self._is_abandoned = True
+        self._server.close()
+        self._graph.close()
+        self._image.close()
+
+    def _connect(self) -> socket.socket:
+        """Return a new connection to the program.
+
+        Raises:
+            ForeignError: The program has ended, so that another attempt is of no use.
+            OSError: The host refused.
+        """
+        if self._server.has_ended():
+            msg = f"{self._image.name}: qemu-nbd: {self._server.last_words()}"
+            raise ForeignError(msg)
+        return self._server.connect()

@@ -1,0 +1,276 @@
+"""A process of qemu-nbd that serves one image, and ends with this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import ForeignError, HostError, ImageInUseError
+from qedfuse.foreign.sandbox import launch_command
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qedfuse.foreign.graph import Graph
+
+_PROGRAM: Final = "qemu-nbd"
+_PACKAGE: Final = "qemu-utils"
+"""The package of Debian that has the program."""
+
+READY_SECONDS: Final = 30.0
+"""Maximum time until the program has opened the image and answers."""
+_END_SECONDS: Final = (2.0, 1.0, 0.5)
+"""Maximum time until the program has ended: after the last client, after SIGTERM, after SIGKILL."""
+
+_GREETING: Final = b"NBDMAGICIHAVEOPT"
+_FIXED_NEWSTYLE_NO_ZEROES: Final = 0b11
+_OPTION_EXPORT_NAME: Final = 1
+_EXPORT_REPLY_BYTES: Final = 10
+_REQUEST_MAGIC: Final = 0x25609513
+_COMMAND_DISCONNECT: Final = 2
+"""The protocol of NBD, as far as a client needs it that stays connected and reads nothing."""
+
+_IN_USE: Final = "Failed to get "
+"""How QEMU's message about a lock begins that another program holds."""
+_BACKLOG: Final = 64
+
+
+def find_program(name: str) -> str:
+    """Return the path of qemu-nbd; ``name`` is that of the image, for the message.
+
+    Raises:
+        ForeignError: It is not installed.
+    """
+    found = shutil.which(_PROGRAM)
+    if found is None:
+        msg = (
+            f"{name}: found no program {_PROGRAM}, expected it to be installed (package {_PACKAGE})"
+        )
+        raise ForeignError(msg)
+    return os.path.realpath(found)
+
+
+class QemuNbd:
+    """A process of qemu-nbd that serves the chain of a graph on a private socket.
+
+    The program ends when its last client has gone.  So this object is a client too, which reads
+    nothing, from the beginning to `close`.
+
+    Attributes:
+        name: The name of the image in messages.
+    """
+
+    def __init__(self, graph: Graph, name: str) -> None:
+        """Start the program; `wait_ready` waits until it serves.
+
+        The program is killed when the calling thread ends.  So the thread must be one that does not
+        end before `close`, as that of an event loop.
+
+        Raises:
+            ForeignError: The program is not installed.
+            HostError: The host refused.
+        """
+        self.name = name
+        program = find_program(name)
+        options = "json:" + json.dumps(graph.options)
+        arguments = [program, "--read-only", "--shared=0", options]
+        with contextlib.ExitStack() as stack:
+            try:
+                listener, self._address = _private_listener()
+                stack.callback(os.close, self._address)
+                with listener:
+                    # The connection waits in the queue of the socket until the program starts.
+                    self._client = self.connect()
+                    stack.callback(self._client.close)
+                    self._messages = os.memfd_create("qemu-nbd", os.MFD_CLOEXEC)
+                    stack.callback(os.close, self._messages)
+                    files = [file.fd for file in graph.files]
+                    self._process = _spawn(arguments, files, listener.fileno(), self._messages)
+                stack.callback(self._process.kill)
+                self._pidfd = os.pidfd_open(self._process.pid)
+            except OSError as error:
+                raise HostError.from_os(error, name, f"cannot run {_PROGRAM}") from error
+            self._cleanup = stack.pop_all()
+        self._is_closed = False
+
+    def connect(self) -> socket.socket:
+        """Return a new connection to the program, which waits until the program accepts it.
+
+        Raises:
+            OSError: The program has ended, or the host refused.
+        """
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            client.connect(f"/proc/self/fd/{self._address}")
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def wait_ready(self) -> None:
+        """Wait until the program has opened the image; the call blocks.
+
+        Raises:
+            ForeignError: The program has refused the image, has ended, or does not answer.
+            ImageInUseError: Another program holds a lock that excludes reading.
+        """
+        try:
+            self._client.settimeout(READY_SECONDS)
+            _negotiate(self._client)
+        except TimeoutError as error:
+            msg = (
+                f"{self.name}: {_PROGRAM}: found no answer for {READY_SECONDS:.0f} s, expected one"
+            )
+            raise ForeignError(msg) from error
+        except OSError as error:
+            raise self._failure() from error
+
+    def has_ended(self) -> bool:
+        """Return whether the program has ended."""
+        return self._is_closed or self._wait(0)
+
+    def last_words(self) -> str:
+        """Return why the program has ended, as one printable line."""
+        lines = os.pread(self._messages, 1 << 16, 0).decode(errors="replace").split("\n")
+        errors = [line for line in lines if line.strip() and "warning:" not in line]
+        if errors:
+            return printable(errors[-1].strip().removeprefix(f"{_PROGRAM}: "))
+        status = self._process.poll()
+        if status is not None and status < 0:
+            with contextlib.suppress(ValueError):
+                return f"ended by {signal.Signals(-status).name}"
+        return f"ended with status {status}"
+
+    def close(self) -> None:
+        """Disconnect, and end the program if it does not end by itself; a second call does nothing.
+
+        The call returns after at most a few seconds.
+        """
+        if self._is_closed:
+            return
+        with contextlib.suppress(OSError):
+            self._client.settimeout(0)
+            request = struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _COMMAND_DISCONNECT, 0, 0, 0)
+            self._client.send(request)
+        with contextlib.suppress(OSError):
+            self._client.shutdown(socket.SHUT_RDWR)
+        for seconds, number in zip(
+            _END_SECONDS, (signal.SIGTERM, signal.SIGKILL, None), strict=True
+        ):
+            if self._wait(seconds) or number is None:
+                break
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+        self._is_closed = True
+        os.close(self._pidfd)
+        self._process.poll()
+        self._cleanup.close()
+
+    def _failure(self) -> ForeignError | ImageInUseError:
+        """Return the error for a program that closed the connection before it served."""
+        self._wait(_END_SECONDS[0])
+        words = self.last_words()
+        if _IN_USE in words:
+            return ImageInUseError(f"{self.name}: in use: {_PROGRAM}: {words}")
+        return ForeignError(f"{self.name}: {_PROGRAM}: {words}")
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for the end of the program; return whether it has ended."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return False
+        self._process.poll()
+        return True
+
+
+def _private_listener() -> tuple[socket.socket, int]:
+    """Return a listening socket that no other user can reach, and a descriptor of its path.
+
+    The path itself is removed again: a client connects by the descriptor.
+
+    Raises:
+        OSError: The host refused.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        directory = tempfile.mkdtemp(prefix="qedfuse-")
+        path = os.path.join(directory, "nbd")  # noqa: PTH118
+        try:
+            # The name of a directory can be longer than that of a socket may be.
+            handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                listener.bind(f"/proc/self/fd/{handle}/nbd")
+            finally:
+                os.close(handle)
+            address = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            listener.listen(_BACKLOG)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:
+        listener.close()
+        raise
+    return listener, address
+
+
+def _spawn(
+    program: Sequence[str], files: list[int], listener: int, messages: int
+) -> subprocess.Popen[bytes]:
+    """Start a program in a sandbox, in a session of its own, so that Ctrl-C does not end it.
+
+    Raises:
+        OSError: The host refused.
+    """
+    # No name is looked up and no code runs between fork and exec: other threads may exist.
+    return subprocess.Popen(  # noqa: S603  no shell, and no name from an image
+        launch_command(list(program), files, listener),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=messages,
+        pass_fds=(*files, listener),
+        start_new_session=True,
+        cwd="/",
+        env={},
+    )
+
+
+def _negotiate(client: socket.socket) -> None:
+    """Become a client of an export, with the oldest of the options that do this.
+
+    Raises:
+        OSError: The server does not answer or closed the connection, or is none of NBD.
+    """
+    greeting = _receive(client, len(_GREETING) + 2)
+    if not greeting.startswith(_GREETING):
+        msg = f"found {greeting!r}, expected a greeting"
+        raise OSError(msg)
+    client.sendall(
+        struct.pack(">I", _FIXED_NEWSTYLE_NO_ZEROES)
+        + struct.pack(">8sII", _GREETING[8:], _OPTION_EXPORT_NAME, 0)
+    )
+    _receive(client, _EXPORT_REPLY_BYTES)
+
+
+def _receive(client: socket.socket, length: int) -> bytes:
+    """Return the next bytes of a connection.
+
+    Raises:
+        OSError: The connection ends before, or nothing comes.
+    """
+    data = b""
+    while len(data) < length:
+        part = client.recv(length - len(data))
+        if not part:
+            raise ConnectionResetError
+        data += part
+    return data

@@ -1,0 +1,166 @@
+"""Starting a program that can read only some files: a part of this module runs as a script.
+
+Between the start of a process and its program, rights must be given up by the process itself.
+A program with several threads must not run Python there, so this file is started as a program of
+its own, gives up the rights, and then replaces itself.  So it must import nothing of this project.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+
+_CREATE_RULESET = 444
+_ADD_RULE = 445
+_RESTRICT_SELF = 446
+"""Numbers of the system calls of Landlock, which are the same on all architectures but Alpha."""
+
+_VERSION_FLAG = 1
+_RULE_PATH_BENEATH = 1
+
+_EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+"""How many rights on files each version of Landlock knows; later ones know those of the last."""
+_NETWORK_VERSION, _ALL_TCP = 4, 0b11
+_SCOPE_VERSION, _ALL_SCOPES = 6, 0b11
+"""From which version Landlock can forbid TCP, and abstract sockets and signals to others."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+
+_SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store")
+"""Where programs, libraries and their modules are."""
+_OWN_DIRECTORIES = ("lib", "lib64", "libexec", "share")
+"""Where a program that is installed elsewhere has them, below the parent of its directory."""
+
+FIRST_FILE_DESCRIPTOR = 100
+"""The descriptor of the first file in the program; the next files have the next numbers."""
+
+_MOVED_DESCRIPTORS = 300
+"""Descriptors from here on are used to bring others into their places."""
+
+_MAX_MESSAGE_BYTES = 64 << 10
+"""Maximum length of a file that the program writes: of its messages."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def landlock_version() -> int:
+    """Return which version of Landlock the kernel has; 0 if it has none, or Landlock is off."""
+    size = ctypes.c_size_t(0)
+    return max(0, int(_libc.syscall(_CREATE_RULESET, None, size, _VERSION_FLAG)))
+
+
+def launch_command(program: list[str], files: list[int], listener: int) -> list[str]:
+    """Return the command that starts ``program`` with the rights to read some files only.
+
+    The program is killed when the thread ends that starts the command.
+
+    Args:
+        program: The program's absolute path and its arguments.
+        files: Descriptors of the files that may be opened for reading, which must be inherited; in
+            the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
+        listener: Descriptor of a listening socket, which the program gets as systemd would pass it.
+    """
+    order = {
+        "parent": os.getpid(),
+        "program": program,
+        "files": files,
+        "listener": listener,
+    }
+    # The options: no variables of the environment, no site packages, no files of bytecode.
+    return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(order)]
+
+
+def _check(result: int, action: str) -> int:
+    """Return the result of a system call; raise OSError if it has failed."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{action}: {os.strerror(number)}")
+    return result
+
+
+def _restrict(version: int, files: list[int], programs: list[str]) -> None:
+    """Give up, for this process, all access to files except reading the given ones.
+
+    Args:
+        version: The version of Landlock.
+        files: Descriptors of files that may still be opened.
+        programs: Files and directories whose content may still be read and run; those that do not
+            exist are left out.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    handled = (1 << _FILE_RIGHTS.get(version, max(_FILE_RIGHTS.values()))) - 1
+    attributes = struct.pack("=Q", handled)
+    if version >= _NETWORK_VERSION:
+        attributes += struct.pack("=Q", _ALL_TCP)
+    if version >= _SCOPE_VERSION:
+        attributes += struct.pack("=Q", _ALL_SCOPES)
+    size = ctypes.c_size_t(len(attributes))
+    rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
+    for fd in files:
+        _allow(rules, fd, _READ_FILE)
+    for path in programs:
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue
+        is_directory = os.path.isdir(path)  # noqa: PTH112  pathlib takes long to load
+        _allow(rules, fd, _EXECUTE | _READ_FILE | (_READ_DIR if is_directory else 0))
+        os.close(fd)
+    _check(_libc.syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
+    os.close(rules)
+
+
+def _allow(rules: int, fd: int, rights: int) -> None:
+    """Add to a set of rules that an open file, or all below an open directory, may be used."""
+    rule = struct.pack("=Qi", rights, fd)
+    _check(_libc.syscall(_ADD_RULE, rules, _RULE_PATH_BENEATH, rule, 0), "landlock_add_rule")
+
+
+def _main(text: str) -> None:
+    """Give up rights and become the program of an order; see `launch_command`.
+
+    Raises:
+        OSError: The kernel refused, or there is no such program.
+    """
+    order = json.loads(text)
+    program = order["program"]
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != order["parent"]:
+        return  # the parent has ended before it could be watched
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    listener, *files = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _MOVED_DESCRIPTORS)
+        for fd in (order["listener"], *order["files"])
+    ]
+    os.closerange(3, _MOVED_DESCRIPTORS)
+    os.dup2(listener, 3)
+    for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
+        os.dup2(fd, number)
+    version = landlock_version()
+    if version:
+        # A program in a prefix of its own has its libraries beside it.
+        prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120  as above
+        own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
+        _restrict(version, files, [*_SYSTEM_PATHS, *own])
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    variables = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    os.execve(program[0], program, variables)  # noqa: S606  no shell is wanted
+
+
+if __name__ == "__main__":
+    try:
+        _main(sys.argv[1])
+    except OSError as error:
+        sys.exit(f"{error.strerror}")
