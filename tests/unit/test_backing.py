@@ -357,7 +357,7 @@ async def test_base_of_another_format(place: Directories, magic: bytes, what: st
     content = magic.ljust(SIZE, b"\0")
     (place.images / "foreign").write_bytes(content)
     path = place.image("foreign")
-    await refused(path, "foreign", what, "-o backing_format=raw", error=BackingError)
+    await refused(path, "foreign", what, "foreign=qemu", "backing_format=raw", error=BackingError)
     assert await read(path, BackingPolicy(format="raw")) == content
     assert await read(place.image("foreign", raw=True)) == content
 
