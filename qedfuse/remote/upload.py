@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -33,6 +34,8 @@ _MAX_PARTS: Final = 10_000
 _PARALLEL_PARTS: Final = 4
 _PART_SECONDS: Final = 120.0
 """Maximum time for one part; 4 parts at a time need at least 280 KiB/s."""
+_DRAIN_SECONDS: Final = 3.0
+"""How long parts may go on before an upload that has failed is ended."""
 _MAX_RETRIES: Final = 4
 _NOT_IMPLEMENTED: Final = "NotImplemented"
 """The code of a store that knows no conditional put."""
@@ -206,6 +209,23 @@ class Upload:
         )
 
     def _parts(self) -> Iterator[bytearray]:
+        """Yield the content in parts, as `_read_parts` does; wait before an exception is raised.
+
+        obstore then cuts the parts that are running off, and removes those that the store has.  A
+        part that has been sent but not yet stored would be stored after that, and stay.
+        """
+        try:
+            yield from self._read_parts()
+        except Exception:
+            if self._digests:
+                self._drain()
+            raise
+
+    def _drain(self) -> None:
+        """Wait until most parts that are running have ended; none begins meanwhile."""
+        time.sleep(_DRAIN_SECONDS)
+
+    def _read_parts(self) -> Iterator[bytearray]:
         """Yield the content in parts; record the checksum of each.
 
         The store makes the object after the last part, so the last look for another object, which

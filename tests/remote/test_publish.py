@@ -19,6 +19,7 @@ from qedfuse.remote.upload import Upload, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, qemu
+from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +49,29 @@ def content(store: Swift, path: str) -> bytes:
 def parts(store: Swift, key: str) -> list[str]:
     """Return the parts that the store has of an object, and the marks of unfinished uploads."""
     return [name for name in store.keys("golden+segments") if name.startswith(f"{key}/")]
+
+
+@pytest.fixture(autouse=True)
+def drained(store: Swift, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let uploads that fail wait until the store has all parts; the list has their keys.
+
+    The last part, if it is shorter, is sent after all others.
+    """
+    keys: list[str] = []
+
+    def drain(upload: Upload) -> None:
+        key = upload._address.key
+        sent = min(len(upload._digests), upload._size // upload._part_bytes)
+
+        def has_parts() -> bool:
+            numbers = [name.rpartition("/")[2] for name in parts(store, key)]
+            return sum(number.isdigit() for number in numbers) == sent
+
+        wait_until(has_parts, 30)
+        keys.append(key)
+
+    monkeypatch.setattr(Upload, "_drain", drain)
+    return keys
 
 
 def failed(capsys: pytest.CaptureFixture[str], *words: str | Path, code: int) -> str:
@@ -187,7 +211,9 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert parts(store, key) == []
 
 
-def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -> None:
+def test_stopped_upload_keeps_what_it_would_replace(
+    store: Swift, image: Path, drained: list[str]
+) -> None:
     """An upload with --force that is stopped before its end leaves the old object."""
     store.put("golden", "kept.qed", b"old")
     data = image.read_bytes()
@@ -212,6 +238,7 @@ def test_stopped_upload_keeps_what_it_would_replace(store: Swift, image: Path) -
     with pytest.raises(StoppedError):
         upload.run()
     assert content(store, "golden/kept.qed") == b"old"
+    assert drained == ["kept.qed"]
     assert parts(store, "kept.qed") == []
 
 
