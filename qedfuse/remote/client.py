@@ -124,6 +124,10 @@ class Client(Protocol):
     Every method raises the exceptions of this module only.
     """
 
+    @property
+    def place(self) -> str:
+        """The store that the URL belongs to, without secrets; empty if the URL itself names it."""
+
     def head(self) -> Version:
         """Return the object's present version."""
 

@@ -119,6 +119,13 @@ class Fetcher:
         """Return whether the cache claims to have some adjacent units."""
         return self._store.is_stored(first, last)
 
+    def note_sufficient(self) -> bool:
+        """Note that the cache has all units that readers need; return whether that was done.
+
+        From then on, the object can be opened while no server answers.
+        """
+        return self._store.note_sufficient()
+
     def forget(self, first: int, last: int) -> None:
         """Make units not ready that the page cache does not have; see `UnitStore.forget`."""
         self._store.forget(first, last)

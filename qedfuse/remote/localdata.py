@@ -56,14 +56,20 @@ class LocalData:
         """Read the data of ``entry``, which must be open.
 
         Raises:
-            OSError: The host has no further descriptor.
+            OSError: The host has no further descriptor, or refused.
         """
         self._fd = os.dup(entry.data_fd)
         self._file_bytes = entry.file_bytes
         self._lock = threading.Lock()
         self._users = 1
         self._is_closed = False
-        self.is_readable = not waits_for_server(self._fd) and _block_bytes(self._fd) >= _BLOCK_BYTES
+        try:
+            self._space = os.fstatvfs(self._fd)
+        except OSError:
+            os.close(self._fd)
+            raise
+        self._has_server = waits_for_server(self._fd)
+        self.is_readable = not self._has_server and self._space.f_bsize >= _BLOCK_BYTES
 
     def page_source(
         self, ready: bytearray, content_bytes: int, forget: Callable[[int, int], object]
@@ -114,8 +120,8 @@ class LocalData:
                 return False
 
     def statvfs(self) -> os.statvfs_result:
-        """Return the attributes of the file system of the cache."""
-        return os.fstatvfs(self._fd)
+        """Return the attributes of the file system of the cache, without waiting for a server."""
+        return self._space if self._has_server else os.fstatvfs(self._fd)
 
     def close(self) -> None:
         """Close the file, when the reads that are running have returned.
@@ -146,14 +152,6 @@ class LocalData:
             is_last = not self._users
         if is_last:
             os.close(self._fd)
-
-
-def _block_bytes(fd: int) -> int:
-    """Return the block size of a file system; 0 if the host does not say."""
-    try:
-        return os.fstatvfs(fd).f_bsize
-    except OSError:
-        return 0
 
 
 def _may_have_holes(offset: int, view: memoryview) -> bool:

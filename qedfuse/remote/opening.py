@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import CacheError, HostError, RemoteError
-from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
+from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, mark_used
+from qedfuse.remote.cacheplace import default_directory
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.fetcher import Fetcher
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.object import RemoteObject, make_client, open_object
 from qedfuse.remote.remotefile import RemoteFile
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.remote.address import Address
-    from qedfuse.remote.client import Version
+    from qedfuse.remote.client import Client, Version
     from qedfuse.remote.options import RemoteOptions
     from qedfuse.remote.unitfile import UnitFile
 
 _log = logging.getLogger(__name__)
 
 _UNREACHABLE: Final = (errno.EIO, errno.EACCES)
-"""Errors with which a complete entry of the cache is used instead of the server."""
+"""Errors with which an entry of the cache is used instead of the server."""
 
 
 def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """Open an object; the caller closes the file.  The call blocks until the server answers.
 
-    If the server cannot be reached or refuses, and the cache has all of the object, the object is
-    read from the cache, and this is logged.
+    If the server cannot be reached or refuses, and the cache has all that is needed of the object
+    (`CacheDirectory.sufficient_entries`), the object is read from the cache, and this is logged.
+    Then attempts are repeated only for as long as a connection may take.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
@@ -40,20 +44,26 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """
     client = make_client(address, client_options(options))
     directory = _open_directory(options)
-    cache: UnitFile | None
+    version, cache = _sufficient_entry(directory, address, client)
+    deadlines = options.deadlines
+    if cache is not None:
+        seconds = min(deadlines.connect_seconds, deadlines.total_seconds)
+        deadlines = replace(deadlines, total_seconds=seconds)
     try:
-        source = open_object(
-            address, client, options.deadlines, allow_unpinned=options.allow_unpinned
-        )
+        source = open_object(address, client, deadlines, allow_unpinned=options.allow_unpinned)
     except RemoteError as error:
-        entry = _complete_entry(directory, address, error)
-        if entry is None:
+        if version is None or cache is None or error.errno not in _UNREACHABLE:
+            if cache is not None:
+                cache.close()
             raise
-        version, cache = entry
         _log.warning("%s; reading it from the cache", error)
-        source = RemoteObject(address, client, version, options.deadlines)
+        mark_used(cache)
     else:
-        cache = _open_cache(directory, address, source.version)
+        if cache is not None:
+            cache.close()
+        version = source.version
+        cache = _open_cache(directory, address, version, client)
+    source = RemoteObject(address, client, version, options.deadlines)
     local = None
     if cache is not None:
         try:
@@ -80,21 +90,29 @@ def client_options(options: RemoteOptions) -> ClientOptions:
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
     """Return the directory of the cache; None if the default one cannot be used, which is logged.
 
+    A default directory on a file system that asks a server is not used, because a server that does
+    not answer would stop the readers.
+
     Raises:
         CacheError: The directory that the user has named cannot be used.
     """
     try:
         path = options.cache_directory or default_directory()
-        return CacheDirectory(CacheOptions(path, options.cache_bytes))
+        directory = CacheDirectory(CacheOptions(path, options.cache_bytes))
     except CacheError as error:
         if options.cache_directory is not None:
             raise
         _log.warning("%s; going on without a cache", error)
         return None
+    if options.cache_directory is None and directory.asks_server():
+        shown = printable(path)
+        _log.warning("%s: found a network file system; going on without a cache", shown)
+        return None
+    return directory
 
 
 def _open_cache(
-    directory: CacheDirectory | None, address: Address, version: Version
+    directory: CacheDirectory | None, address: Address, version: Version, client: Client
 ) -> UnitFile | None:
     """Open the entry of the cache for a version; None if it cannot be used, which is logged.
 
@@ -103,18 +121,17 @@ def _open_cache(
     if directory is None or not (version.validator or address.version):
         return None
     try:
-        return directory.open_entry(address, version)
+        return directory.open_entry(address, version, client.place)
     except CacheError as error:
         _log.warning("%s; going on without a cache", error)
         return None
 
 
-def _complete_entry(
-    directory: CacheDirectory | None, address: Address, error: RemoteError
-) -> tuple[Version, UnitFile] | None:
-    """Return the last used complete entry of an object; None if the server has answered."""
-    if directory is None or error.errno not in _UNREACHABLE:
-        return None
-    for version, entry in directory.complete_entries(address):
-        return version, entry
-    return None
+def _sufficient_entry(
+    directory: CacheDirectory | None, address: Address, client: Client
+) -> tuple[Version | None, UnitFile | None]:
+    """Return the last used entry of an object that can be used without a server; None for none."""
+    if directory is not None:
+        for version, entry in directory.sufficient_entries(address, client.place):
+            return version, entry
+    return None, None

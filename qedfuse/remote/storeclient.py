@@ -45,6 +45,11 @@ class StoreClient:
         self._options = options
         self._store = make_store(address, options)
 
+    @property
+    def place(self) -> str:
+        """The endpoint or account that has the bucket."""
+        return self._store.place
+
     def head(self) -> Version:
         """Return the object's present version."""
         return settled_version(self._ask)

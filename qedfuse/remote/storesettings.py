@@ -62,6 +62,17 @@ _AZURE: Final = (
     "AZURE_STORAGE_USE_EMULATOR",
 )
 _GOOGLES_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
+_PLACES: Final = {
+    "s3": (_ENDPOINTS,),
+    "gs": (("GOOGLE_BASE_URL",),),
+    "az": (
+        ("AZURE_STORAGE_ACCOUNT_NAME",),
+        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+        ("AZURE_STORAGE_USE_EMULATOR",),
+        ("AZURITE_BLOB_STORAGE_URL",),
+    ),
+}
+"""Names of variables that say which store has the bucket or the container of a URL."""
 _MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
     "gs": ("product_name", "Google Compute Engine"),
@@ -83,10 +94,13 @@ class Store:
     Attributes:
         handle: obstore's object.
         hint: What a user without credentials can do; empty if there are credentials.
+        place: The endpoint or account that has the bucket; the same for all users of the public
+            cloud's own, in which the name of a bucket is unique.
     """
 
     handle: ObjectStore
     hint: str
+    place: str
 
 
 class _Variables:
@@ -162,7 +176,8 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
             handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
-    return Store(handle, "" if is_known else _NO_CREDENTIALS[address.scheme])
+    hint = "" if is_known else _NO_CREDENTIALS[address.scheme]
+    return Store(handle, hint, " ".join(variables.first(n) or "-" for n in _PLACES[address.scheme]))
 
 
 def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:

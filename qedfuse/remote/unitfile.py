@@ -15,13 +15,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
-import shutil
 import stat
 import struct
 import threading
 import zlib
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
@@ -44,8 +41,6 @@ _UNWRITTEN_BYTES: Final = 1
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
-NEW_PREFIX: Final = "new-"
-"""How the names of directories begin in which an entry is being made or removed."""
 
 
 class UnitFile:
@@ -82,12 +77,21 @@ class UnitFile:
         Raises:
             OSError: The entry is missing, is being removed, or is not one for this size (EBADMSG).
         """
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return cls._open_in(directory, path, size)
+        finally:
+            os.close(directory)
+
+    @classmethod
+    def _open_in(cls, directory: int, path: str, size: int) -> Self:
+        """Open the entry in an open directory; see `open`."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        data_fd = os.open(os.path.join(path, DATA_NAME), flags)  # noqa: PTH118  str paths
+        data_fd = os.open(DATA_NAME, flags, dir_fd=directory)
         try:
             fcntl.flock(data_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             _expect_file(data_fd, size + _UNWRITTEN_BYTES)
-            map_fd = os.open(os.path.join(path, MAP_NAME), flags)  # noqa: PTH118  str paths
+            map_fd = os.open(MAP_NAME, flags, dir_fd=directory)
         except BaseException:
             os.close(data_fd)
             raise
@@ -155,8 +159,8 @@ class UnitFile:
         for begin in range(first, last + 1, step):
             count = min(step, last + 1 - begin)
             raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
-            whole = len(raw) - len(raw) % _MAP_ENTRY.size
-            present += sum(mark == _PRESENT for _, mark in _MAP_ENTRY.iter_unpack(raw[:whole]))
+            words = struct.unpack(f"<{len(raw) // _MAP_ENTRY.size * 2}I", raw[: len(raw) & ~7])
+            present += words[1::2].count(_PRESENT)
         return present
 
     def hidden_bytes(self) -> int:
@@ -235,61 +239,6 @@ def make_files(directory: str, size: int) -> None:
             os.ftruncate(fd, length)
         finally:
             os.close(fd)
-
-
-def set_aside(path: str) -> None:
-    """Give an entry that cannot be used another name, and remove it if no process has it open.
-
-    Processes that have it open go on with the files that they have.
-
-    Raises:
-        OSError: The host refused.
-    """
-    remove_entry(_renamed(path))
-
-
-def remove_entry(path: str) -> bool:
-    """Remove an entry that no process has open; return whether that was done.
-
-    The host may refuse; then a part of the entry may be left, under another name.
-    """
-    try:
-        fd = os.open(os.path.join(path, DATA_NAME), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # noqa: PTH118  str paths
-    except (FileNotFoundError, NotADirectoryError):
-        fd = -1
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            return False
-        fd = -1  # no file that a process could have open as an entry
-    try:
-        if fd >= 0:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # From here on a process that opens the data waits for no lock, but finds the entry busy.
-        # It is renamed first, so that the files of a new entry of the same name are never removed.
-        aside = _renamed(path)
-        if os.path.isdir(aside) and not os.path.islink(aside):  # noqa: PTH112, PTH114  str paths
-            shutil.rmtree(aside)
-        else:
-            os.unlink(aside)  # noqa: PTH108  str paths
-    except OSError:
-        return False
-    finally:
-        if fd >= 0:
-            os.close(fd)
-    with suppress(OSError):
-        os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120  only if it is empty
-    return True
-
-
-def _renamed(path: str) -> str:
-    """Give an entry a new name, by which no process looks for it; return the name.
-
-    Raises:
-        OSError: The host refused.
-    """
-    aside = os.path.join(os.path.dirname(path), NEW_PREFIX + secrets.token_hex(8))  # noqa: PTH118, PTH120
-    os.rename(path, aside)  # noqa: PTH104  str paths
-    return aside
 
 
 def _expect_file(fd: int, length: int) -> None:

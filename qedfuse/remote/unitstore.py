@@ -10,6 +10,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.remote.cacheentry import note_sufficient
 from qedfuse.remote.room import Room
 from qedfuse.remote.unitfile import UNIT_BYTES
 
@@ -103,6 +104,11 @@ class UnitStore:
             return cache is not None and cache.count_present(first, last) == last + 1 - first
         except OSError:
             return False
+
+    def note_sufficient(self) -> bool:
+        """Note that the cache has all units that readers need; return whether that was done."""
+        cache = self._cache
+        return cache is not None and note_sufficient(cache)
 
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because a byte of them was not in the page cache.

@@ -77,6 +77,11 @@ class WebClient:
         self._pools = WebPools()
         self._pools.pool_for(address)
 
+    @property
+    def place(self) -> str:
+        """Nothing: the URL names the server."""
+        return ""
+
     def head(self) -> Version:
         """Return the object's present version.
 

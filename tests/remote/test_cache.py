@@ -19,7 +19,8 @@ import trio
 from qedfuse.errors import CacheError, RemoteError
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.address import parse_address
-from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, default_directory
+from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
+from qedfuse.remote.cacheplace import default_directory
 from qedfuse.remote.client import Version
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
@@ -41,7 +42,7 @@ from_cache = pytest.mark.expect_log("reading it from the cache")
 
 def entry_of(cache: Path) -> Path:
     """Return the directory of the only entry of a cache."""
-    (entry,) = cache.glob("*/*")
+    (entry,) = cache.glob("object-*/version-*")
     return entry
 
 
@@ -151,12 +152,12 @@ def test_removal_between_sessions(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        "entry",
-        pytest.param("parent", marks=pytest.mark.expect_log("File exists; going on without a")),
+        pytest.param("entry", marks=pytest.mark.expect_log("Not a directory; going on without a")),
+        pytest.param("parent", marks=pytest.mark.expect_log("Not a directory; going on without a")),
     ],
 )
 def test_something_else_in_the_place_of_a_directory(what: str, tmp_path: Path) -> None:
-    """A file where a directory of the cache should be costs only the cache."""
+    """A file where a directory of the cache should be costs only the cache, and is left alone."""
     with serving(CONTENT) as server:
         entry = fill(server, tmp_path)
         path = entry if what == "entry" else entry.parent
@@ -164,6 +165,7 @@ def test_something_else_in_the_place_of_a_directory(what: str, tmp_path: Path) -
         path.write_text("x")
         with opened(server.url, tmp_path) as file:
             assert read(file, 0, len(CONTENT)) == CONTENT
+        assert path.read_text() == "x"
 
 
 @pytest.mark.parametrize("unit", [0, 3, UNITS - 1])
@@ -569,7 +571,7 @@ def test_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
     assert entries["d"].load(0) == some_bytes(1)
     entries["d"].close()
     CacheDirectory(CacheOptions(str(tmp_path), 0)).make_room()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["CACHEDIR.TAG"]
 
 
 def test_opening_is_a_use(tmp_path: Path) -> None:
@@ -612,14 +614,14 @@ def test_what_a_crash_has_left_is_removed(tmp_path: Path) -> None:
     """A directory in which an entry was being made is removed if that was a while ago."""
     directory = CacheDirectory(CacheOptions(str(tmp_path), 0))
     make_entry(directory, "a", 0).close()
-    parent = next(tmp_path.iterdir())
-    old, new = parent / "new-old", parent / "new-new"
+    (parent,) = tmp_path.glob("object-*")
+    old, new = parent / f"new-{0:032x}", parent / f"new-{1:032x}"
     for path in (old, new):
         path.mkdir()
         make_files(str(path), UNIT_BYTES)
     os.utime(old, (0, 0))
     directory.make_room()
-    assert [path.name for path in parent.iterdir()] == ["new-new"]
+    assert list(parent.iterdir()) == [new]
 
 
 @pytest.mark.expect_log("cannot store in the cache: no room is left")
@@ -741,7 +743,7 @@ def test_entries_of_versions_are_apart(tmp_path: Path) -> None:
         with opened(server.url, tmp_path) as other:
             assert read(other, 0, len(server.content)) == server.content
         assert read(file, 0, len(CONTENT)) == CONTENT
-        assert len(list(tmp_path.glob("*/*"))) == 2
+        assert len(list(tmp_path.glob("object-*/version-*"))) == 2
 
 
 def test_entry_that_is_being_removed_is_busy(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.remote.address import is_url, parse_address
 from qedfuse.remote.filling import MAX_RUN_UNITS, fill
 from qedfuse.remote.remotefile import RemoteFile
-from qedfuse.remote.unitfile import units_of
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import format_of
 
@@ -40,7 +39,8 @@ class WarmedFile:
         url: The normalised URL, without its query.
         cached_bytes: How many bytes are needed, and are in the cache.
         fetched_bytes: How many of them were not in the cache before.
-        is_complete: Whether all bytes of the file are in the cache, so that no server is needed.
+        is_complete: Whether the cache has noted that it has all that is needed of the file, so
+            that no server is needed to read it.
     """
 
     url: str
@@ -148,13 +148,13 @@ class _Part:
         )
 
     def result(self) -> WarmedFile:
-        """Return what the cache has now."""
+        """Note that the cache has all that is needed of the file; return what it has."""
         fetcher = self._file.fetcher
         return WarmedFile(
             self._file.name,
             self.units.total_bytes,
             self._fetched_before + fetcher.fetched_bytes,
-            is_complete=fetcher.is_stored(0, units_of(self._file.size()) - 1),
+            is_complete=fetcher.note_sufficient(),
         )
 
 

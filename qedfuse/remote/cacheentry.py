@@ -1,0 +1,310 @@
+"""The files of one entry of the cache: how they are made, described and removed.
+
+An entry is the directory DIRECTORY/object-HASH/version-HASH, or new-HASH while it is made or
+removed.  Directories with other names, and files with other names in an entry, are never touched,
+and no symbolic link is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from qedfuse.hostio.regular import allocated_bytes
+from qedfuse.remote.cacheplace import OBJECT_NAME
+from qedfuse.remote.client import Version
+from qedfuse.remote.unitfile import DATA_NAME, MAP_NAME, make_files, units_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.remote.unitfile import UnitFile
+
+_NEW_PREFIX: Final = "new-"
+_ENTRY_NAME: Final = re.compile(r"version-[0-9a-f]{32}|new-[0-9a-f]{32}")
+_ABOUT_NAME: Final = "about.json"
+_NEW_ABOUT_NAME: Final = "about.new"
+_FILE_NAMES: Final = frozenset({DATA_NAME, MAP_NAME, _ABOUT_NAME, _NEW_ABOUT_NAME})
+_MAX_ABOUT_BYTES: Final = 1 << 20
+
+
+class Entry(NamedTuple):
+    """An entry in the directory of the cache, as it was when the directory was read.
+
+    Attributes:
+        used: Time of the last use in nanoseconds, or when the entry was made.
+        path: The directory of the entry.
+        length: The space in bytes that its data takes up.
+    """
+
+    used: int
+    path: str
+    length: int
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the entry is being made or removed."""
+        return os.path.basename(self.path).startswith(_NEW_PREFIX)  # noqa: PTH119  str paths
+
+
+class About(NamedTuple):
+    """What an entry says about itself.
+
+    Attributes:
+        version: The version of the object.
+        needed_units: How many units the entry must have to be used without a server.
+    """
+
+    version: Version
+    needed_units: int
+
+
+def list_objects(directory: str) -> list[str]:
+    """Return the directories of all objects in the directory of a cache.
+
+    Raises:
+        OSError: The host refused.
+    """
+    return [entry.path for entry in _directories(directory, OBJECT_NAME)]
+
+
+def list_entries(parents: list[str]) -> list[Entry]:
+    """Return the entries in directories of objects, the last used one last."""
+    found = []
+    for parent in parents:
+        with suppress(OSError):
+            for entry in _directories(parent, _ENTRY_NAME):
+                with suppress(OSError):
+                    used = entry.stat(follow_symlinks=False).st_mtime_ns
+                    found.append(Entry(used, entry.path, _data_bytes(entry.path)))
+    return sorted(found)
+
+
+def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
+    """Make an empty entry ``path`` in the directory of an object, which is made if it is missing.
+
+    Others see the entry only when it is whole.
+
+    Raises:
+        OSError: The host refused, another process has made the entry, or something else has the
+            name of one of the directories.
+    """
+    with suppress(FileExistsError):
+        os.mkdir(parent, 0o700)  # noqa: PTH102  str paths
+    if not stat.S_ISDIR(os.lstat(parent).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    new = _new_path(parent)
+    os.mkdir(new, 0o700)  # noqa: PTH102  str paths
+    try:
+        make_files(new, version.size)
+        about = {"url": shown, "version": asdict(version)}
+        _write_private(os.path.join(new, _ABOUT_NAME), about)  # noqa: PTH118  str paths
+        os.rename(new, path)  # noqa: PTH104  str paths
+    except OSError:
+        _remove_files(new)
+        raise
+
+
+def read_about(path: str) -> About:
+    """Return what an entry says about itself.
+
+    Raises:
+        OSError: The host refused.
+        ValueError: The file is damaged.
+    """
+    try:
+        about = _read_json(path)
+        found = about["version"]
+        version = Version(int(found["size"]), str(found["etag"]), found["modified"])
+        name = entry_name(version)
+        needed = int(about.get("needed_units", units_of(version.size)))
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(_ABOUT_NAME) from error
+    if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
+        raise ValueError(_ABOUT_NAME)
+    return About(version, needed)
+
+
+def note_sufficient(entry: UnitFile) -> bool:
+    """Note that an entry has all units that readers need; return whether that was done.
+
+    Only the number of units is noted, so an entry that loses some of them does not suffice any
+    more, until it has as many again.
+    """
+    try:
+        _note_needed(entry.path, entry.count_present(0, entry.units - 1))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _note_needed(path: str, units: int) -> None:
+    """Note that an entry can be used without a server while it has ``units`` units.
+
+    Raises:
+        OSError: The host refused.
+        ValueError: The description of the entry is damaged.
+    """
+    read_about(path)
+    about = _read_json(path) | {"needed_units": units}
+    new = os.path.join(path, _NEW_ABOUT_NAME)  # noqa: PTH118  str paths
+    with suppress(FileNotFoundError):
+        os.unlink(new)  # noqa: PTH108  str paths
+    _write_private(new, about)
+    os.rename(new, os.path.join(path, _ABOUT_NAME))  # noqa: PTH104, PTH118  str paths
+
+
+def set_aside(path: str) -> None:
+    """Give an entry that cannot be used another name, and remove it if no process has it open.
+
+    Processes that have it open go on with the files that they have.
+
+    Raises:
+        OSError: The host refused, or something else has the name of an entry (ENOTDIR).
+    """
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    remove_entry(_renamed(path))
+
+
+def remove_entry(path: str) -> bool:
+    """Remove an entry that no process has open; return whether that was done.
+
+    The host may refuse; then a part of the entry may be left, under another name.
+    """
+    fd = -1
+    try:
+        if not _FILE_NAMES.issuperset(os.listdir(path)):  # noqa: PTH208  str paths
+            return False
+        fd = _open_data(path)
+        if fd >= 0:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # From here on a process that opens the data waits for no lock, but finds the entry busy.
+        # It is renamed first, so that the files of a new entry of the same name are never removed.
+        _remove_files(_renamed(path))
+    except OSError:
+        return False
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    with suppress(OSError):
+        os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120  only if it is empty
+    return True
+
+
+def entry_name(version: Version) -> str:
+    """Return the name of the directory for a version."""
+    return f"version-{name_hash(f'{version.size} {version.validator}')}"
+
+
+def name_hash(text: str) -> str:
+    """Return a part of a directory's name, which differs for all texts."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _directories(path: str, name: re.Pattern[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield the subdirectories of a directory that have a name of the cache."""
+    with os.scandir(path) as found:
+        for entry in found:
+            if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                yield entry
+
+
+def _data_bytes(path: str) -> int:
+    """Return the space in bytes that the data of an entry takes up; 0 if there is none."""
+    try:
+        return allocated_bytes(os.lstat(os.path.join(path, DATA_NAME)))  # noqa: PTH118  str paths
+    except OSError:
+        return 0
+
+
+def _open_data(path: str) -> int:
+    """Open the data of an entry; return -1 if no process can have it open as an entry.
+
+    Raises:
+        OSError: The host refused.
+    """
+    try:
+        return os.open(
+            os.path.join(path, DATA_NAME),  # noqa: PTH118  str paths
+            os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK,
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        return -1
+
+
+def _new_path(parent: str) -> str:
+    """Return a path by which no process looks for an entry."""
+    return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
+
+
+def _renamed(path: str) -> str:
+    """Give an entry a new name, by which no process looks for it; return the new path.
+
+    Raises:
+        OSError: The host refused.
+    """
+    aside = _new_path(os.path.dirname(path))  # noqa: PTH120  str paths
+    os.rename(path, aside)  # noqa: PTH104  str paths
+    return aside
+
+
+def _remove_files(path: str) -> None:
+    """Remove the files of an entry, and its directory if there is nothing else in it."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in _FILE_NAMES:
+                try:
+                    os.unlink(name, dir_fd=fd)
+                except IsADirectoryError:
+                    with suppress(OSError):
+                        os.rmdir(name, dir_fd=fd)
+                except OSError:
+                    pass
+        finally:
+            os.close(fd)
+        os.rmdir(path)  # noqa: PTH106  str paths
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    """Return the content of an entry's description.
+
+    Raises:
+        OSError: The host refused.
+        ValueError: The file is damaged.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(os.path.join(path, _ABOUT_NAME), flags)  # noqa: PTH118  str paths
+    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+        content = file.read(_MAX_ABOUT_BYTES)
+    try:
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(_ABOUT_NAME) from error
+    if not isinstance(found, dict):
+        raise ValueError(_ABOUT_NAME)  # noqa: TRY004  damaged data, not a wrong call
+    return found
+
+
+def _write_private(path: str, about: dict[str, Any]) -> None:
+    """Write a new file that only this user can read.
+
+    Raises:
+        OSError: The host refused.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
+        file.write(json.dumps(about))

@@ -1,0 +1,144 @@
+"""The directory of the cache: private, marked, and apart from files that are not the cache's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from contextlib import suppress
+from typing import Final
+
+from qedfuse.errors import CacheError
+from qedfuse.hostio.systemcalls import waits_for_server
+from qedfuse.text import printable
+
+OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
+"""The names of the directories for objects."""
+
+_NAME: Final = "qedfuse"
+"""The cache's directory in a directory that has other content."""
+_TAG_NAME: Final = "CACHEDIR.TAG"
+_TAG: Final = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# Cache of qedfuse.  It may be deleted at any time.\n"
+)
+"""Marks a directory as this cache, and tells backup programs to leave it out
+(https://bford.info/cachedir/)."""
+
+
+def default_directory() -> str:
+    """Return the user's directory for the cache (XDG Base Directory Specification).
+
+    Raises:
+        CacheError: The user has no home directory.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # noqa: PTH117  str paths
+        home = os.path.join(os.path.expanduser("~"), ".cache")  # noqa: PTH111, PTH118  str paths
+    if not os.path.isabs(home):  # noqa: PTH117  str paths
+        msg = "cache directory: found no home directory, expected one (or XDG_CACHE_HOME)"
+        raise CacheError(msg)
+    return os.path.join(home, _NAME)  # noqa: PTH118  str paths
+
+
+def prepare_directory(path: str) -> str:
+    """Return the directory for the cache at ``path``; make and mark it if that was not done.
+
+    The directory itself is used if it is empty, marked, or has nothing but a cache.  If it has
+    other content, the cache is its subdirectory ``qedfuse``, so that no file of others is near.
+
+    Raises:
+        CacheError: The directory cannot be used, other users can change it, or it has other content
+            and its subdirectory as well.
+    """
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)  # noqa: PTH103  str paths
+        _require_private(path, os.stat(path))  # noqa: PTH116  str paths
+        if not _is_own(path):
+            path = os.path.join(path, _NAME)  # noqa: PTH118  str paths
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)  # noqa: PTH102  str paths
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            _require_private(path, status)
+            if not _is_own(path):
+                msg = (
+                    f"{printable(path)}: cache directory: found other files, "
+                    "expected an empty directory"
+                )
+                raise CacheError(msg)
+        _mark(path)
+    except OSError as error:
+        msg = f"{printable(path)}: cache directory: {error.strerror}"
+        raise CacheError(msg, error.errno or 0) from error
+    return path
+
+
+def asks_server(path: str) -> bool:
+    """Return whether access to a directory may wait for a server (NFS, FUSE).
+
+    Raises:
+        OSError: The directory cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return waits_for_server(fd)
+    finally:
+        os.close(fd)
+
+
+def _require_private(path: str, status: os.stat_result) -> None:
+    """Raise CacheError unless only this user can change a directory."""
+    is_own = status.st_uid == os.geteuid()
+    if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        found = "write access for others" if is_own else "another owner"
+        msg = (
+            f"{printable(path)}: cache directory: found {found}, "
+            "expected a directory of this user only"
+        )
+        raise CacheError(msg)
+
+
+def _is_own(path: str) -> bool:
+    """Return whether a directory is marked as this cache, or has nothing but a cache.
+
+    Raises:
+        OSError: The host refused.
+    """
+    with suppress(OSError):
+        fd = _open_tag(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if os.read(fd, len(_TAG) + 1) == _TAG:
+                return True
+        finally:
+            os.close(fd)
+    with os.scandir(path) as found:
+        return all(_may_be_own(entry) for entry in found)
+
+
+def _may_be_own(entry: os.DirEntry[str]) -> bool:
+    """Return whether a directory entry may have been made by this module or by the cache."""
+    if entry.name == _TAG_NAME:  # perhaps cut by a crash
+        return entry.is_file(follow_symlinks=False)
+    return bool(OBJECT_NAME.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)
+
+
+def _mark(path: str) -> None:
+    """Mark a directory as this cache if it has no mark, and the host permits it."""
+    with suppress(OSError):
+        fd = _open_tag(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            os.write(fd, _TAG)
+        finally:
+            os.close(fd)
+
+
+def _open_tag(path: str, flags: int) -> int:
+    """Open the file that marks a cache, and no symbolic link; return the descriptor."""
+    return os.open(
+        os.path.join(path, _TAG_NAME),  # noqa: PTH118  str paths
+        flags | os.O_NOFOLLOW | os.O_CLOEXEC,
+        0o600,
+    )
