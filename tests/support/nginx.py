@@ -8,7 +8,7 @@ import subprocess
 import textwrap
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -49,8 +49,10 @@ class Nginx:
         made here comes after all others, because there is one worker.
         """
         marker = f"/logged-{len(self.log.read_bytes())}"
-        with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{self.http}{marker}"):  # noqa: S310  loopback
-            pass
+        try:
+            urllib.request.urlopen(f"{self.http}{marker}").close()  # noqa: S310  loopback
+        except urllib.error.HTTPError as error:
+            error.close()
         wait_for(lambda: marker in self.log.read_text("utf-8"), _START_SECONDS, self.log.parent)
         lines = [line.split(" ") for line in self.log.read_text("utf-8").splitlines()]
         return [(int(words[-2]), int(words[-1])) for words in lines if words[1] == path]

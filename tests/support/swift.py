@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import subprocess
 import textwrap
@@ -50,10 +51,12 @@ class Swift:
     Attributes:
         endpoint: The URL of its S3 interface.
         object_server: The process id of the server that has the content of the objects.
+        log: What this server has answered.
     """
 
     endpoint: str
     object_server: int
+    log: Path
     _token: str
 
     @property
@@ -94,6 +97,21 @@ class Swift:
         """Make a request of Swift's own interface."""
         url = f"{self.endpoint}/v1/AUTH_test/{path}"
         return _request(method, url, body, {"X-Auth-Token": self._token, **(headers or {})})
+
+    def answers(self, bucket: str, key: str) -> list[int]:
+        """Return the number of bytes of each answer with a range of an object.
+
+        The server logs an answer when it has sent it, so a client may be faster.  A request that is
+        made here comes after all others.
+        """
+        marker = f"logged-{self.log.stat().st_size}"
+        try:
+            self.request("GET", f"{bucket}/{marker}")
+        except urllib.error.HTTPError as error:
+            error.close()
+        wait_for(lambda: marker in self.log.read_text("utf-8"), _START_SECONDS, self.log.parent)
+        found = re.compile(rf'"GET /d1/\d+/AUTH_test/{bucket}/{key}" 206 (\d+) ')
+        return [int(match[1]) for match in found.finditer(self.log.read_text("utf-8"))]
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -146,7 +164,9 @@ def serving_swift(directory: Path) -> Iterator[Swift]:
         wait_for(lambda: _is_up(endpoint), _START_SECONDS, directory)
         credentials = {"X-Auth-User": "test:tester", "X-Auth-Key": "testing"}
         answer = _request("GET", f"{endpoint}/auth/v1.0", None, credentials)
-        yield Swift(endpoint, pids["object"], answer.headers["X-Auth-Token"])
+        yield Swift(
+            endpoint, pids["object"], directory / "object.log", answer.headers["X-Auth-Token"]
+        )
 
 
 @dataclass(frozen=True, slots=True)
