@@ -25,7 +25,8 @@ _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
 _MAX_SIZE: Final = 1 << 63
 
 _ERRORS: Final = {
-    messages.REP_ERR_POLICY: ("found a refusal by its policy, expected access", errno.EACCES),
+    messages.REP_ERR_UNSUP: ("found a server without {}, expected one with it", errno.EOPNOTSUPP),
+    messages.REP_ERR_POLICY: ("found that the server refuses {}, expected access", errno.EACCES),
     messages.REP_ERR_TLS_REQD: ("found a server that requires TLS, expected nbds://", errno.EACCES),
     messages.REP_ERR_UNKNOWN: ("found no such export", errno.ENOENT),
 }
@@ -157,7 +158,7 @@ def _go(name: str, *, is_structured: bool, context: int | None) -> Steps:
     for _ in range(_MAX_REPLIES):
         kind, data = yield from _reply(messages.OPT_GO)
         if kind & messages.REP_IS_ERROR:
-            raise RefusedError(*_refusal("the export", kind, data))
+            raise RefusedError(*_refusal("the option GO", kind, data))
         if kind == messages.REP_ACK and not data and size is not None and flags is not None:
             return Export(
                 size=size,
@@ -235,9 +236,9 @@ def _string(raw: bytes) -> bytes:
 
 def _refusal(what: str, kind: int, data: bytes) -> tuple[str, int]:
     """Return message and error number for a refused option, which was needed for ``what``."""
-    message, number = _ERRORS.get(
-        kind, (f"found error {kind - messages.REP_IS_ERROR} of the server for {what}", errno.EIO)
-    )
+    number_of_error = kind - messages.REP_IS_ERROR
+    message, number = _ERRORS.get(kind, (f"found error {number_of_error} for {{}}", errno.EIO))
+    message = message.format(what)
     text = messages.server_text(data)
     return f"{message} ({text})" if text else message, number
 

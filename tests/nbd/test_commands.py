@@ -121,7 +121,7 @@ def test_a_server_that_cannot_be_used_is_one_line(golden: Path, tmp_path: Path) 
         assert line.count("\n") == 1
     with served(tmp_path / "server", "file", golden) as url:
         line = qedimg("info", url.replace("nbd+unix", "nbds+unix"), code=22)
-    assert "for TLS" in line
+    assert "found that the server refuses TLS" in line
 
 
 def test_an_export_that_is_shorter_than_its_image_is_refused(golden: Path, tmp_path: Path) -> None:
