@@ -11,32 +11,31 @@ import select
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from qedfuse.nbd import messages
 from qedfuse.nbd.failures import BrokenError
 from qedfuse.nbd.replies import Replies
+from qedfuse.nbd.waiters import (
+    CANCEL_POLL_SECONDS,
+    WaitingTask,
+    WaitingThread,
+    are_done,
+    check_cancelled,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qedfuse.nbd.handshake import Export
     from qedfuse.nbd.requests import Request
+    from qedfuse.nbd.waiters import Waiter
     from qedfuse.nbd.wire import Wire
 
-_CANCEL_POLL_SECONDS: Final = 0.2
-"""How often a thread that waits asks whether its task was cancelled."""
 _MAX_STEPS: Final = 16
 """Number of receptions in a row after which a leading task lets other tasks run."""
-
-
-class _Waiter(Protocol):
-    """A reader that waits."""
-
-    def wake(self) -> None:
-        """Let the reader look at its requests again; any thread may call it."""
 
 
 class Connection:
@@ -59,8 +58,8 @@ class Connection:
         self._idle_seconds = idle_seconds
         self._replies = Replies(export.context, is_structured=export.is_structured)
         self._lock = threading.Lock()
-        self._waiters: dict[Request, _Waiter] = {}
-        self._leader: _Waiter | None = None
+        self._waiters: dict[Request, Waiter] = {}
+        self._leader: Waiter | None = None
         self._failure: BrokenError | None = None
         self._last_received = 0.0
 
@@ -84,7 +83,7 @@ class Connection:
         Raises:
             BrokenError: The connection broke, or the time is over.
         """
-        waiter = _WaitingTask()
+        waiter = WaitingTask()
         try:
             self._submit(requests, waiter)
             while waiter.must_wait(requests):
@@ -103,15 +102,15 @@ class Connection:
             BrokenError: The connection broke, or the time is over.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
-        waiter = _WaitingThread()
+        waiter = WaitingThread()
         try:
             self._submit(requests, waiter)
             while waiter.must_wait(requests):
                 if self._try_lead(waiter, requests):
                     self._lead_blocking(requests, end)
                 else:
-                    waiter.wait(min(_CANCEL_POLL_SECONDS, self._seconds_until(end)))
-                    _check_cancelled()
+                    waiter.wait(min(CANCEL_POLL_SECONDS, self._seconds_until(end)))
+                    check_cancelled()
         finally:
             self._leave(waiter, requests)
         _raise_broken(requests)
@@ -123,7 +122,7 @@ class Connection:
                 self._wire.send(messages.request(messages.CMD_DISC, 0, 0, 0))
         self._fail(BrokenError("closed"))
 
-    def _submit(self, requests: Sequence[Request], waiter: _Waiter) -> None:
+    def _submit(self, requests: Sequence[Request], waiter: Waiter) -> None:
         """Send requests for which a reader waits.
 
         Raises:
@@ -141,10 +140,10 @@ class Connection:
         except OSError as error:
             raise self._fail(_broken(error)) from error
 
-    def _try_lead(self, waiter: _Waiter, requests: Sequence[Request]) -> bool:
+    def _try_lead(self, waiter: Waiter, requests: Sequence[Request]) -> bool:
         """Become the leader, unless there is one or all replies are complete."""
         with self._lock:
-            if self._leader is not None or _are_done(requests):
+            if self._leader is not None or are_done(requests):
                 return False
             self._leader = waiter
             return True
@@ -152,7 +151,7 @@ class Connection:
     async def _lead(self, requests: Sequence[Request], end: float) -> None:
         """Receive for all readers until some requests are complete."""
         steps = 0
-        while not _are_done(requests):
+        while not are_done(requests):
             if not self._receive():
                 with trio.move_on_after(self._seconds_to_wait(end)):
                     await trio.lowlevel.wait_readable(self._wire.socket)
@@ -163,11 +162,11 @@ class Connection:
         """Receive in a thread for all readers until some requests are complete."""
         poll = select.poll()
         poll.register(self._wire.socket, select.POLLIN)
-        while not _are_done(requests):
+        while not are_done(requests):
             if not self._receive():
-                seconds = min(_CANCEL_POLL_SECONDS, self._seconds_to_wait(end))
+                seconds = min(CANCEL_POLL_SECONDS, self._seconds_to_wait(end))
                 poll.poll(1 + 1000 * seconds)
-                _check_cancelled()
+                check_cancelled()
 
     def _receive(self) -> bool:
         """Receive what has come, and wake readers; return False if nothing has come."""
@@ -197,7 +196,7 @@ class Connection:
             waiter.wake()
         return True
 
-    def _take_waiters(self) -> list[_Waiter]:
+    def _take_waiters(self) -> list[Waiter]:
         """Return the readers whose requests have ended; the caller holds the lock."""
         done = self._replies.take_done()
         return [self._waiters.pop(request) for request in done if request in self._waiters]
@@ -240,7 +239,7 @@ class Connection:
             waiter.wake()
         return failure
 
-    def _leave(self, waiter: _Waiter, requests: Sequence[Request]) -> None:
+    def _leave(self, waiter: Waiter, requests: Sequence[Request]) -> None:
         """Wait no more: what still comes is dropped, and another reader leads.
 
         After the call nothing is written to the buffers of the requests.
@@ -262,65 +261,6 @@ class Connection:
         """Close the socket of a broken connection that no leader waits for; the lock is held."""
         if self._failure is not None and self._leader is None:
             self._wire.socket.close()
-
-
-class _WaitingTask:
-    """A task of trio that waits."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-        self._thread = threading.get_ident()
-        self._token = trio.lowlevel.current_trio_token()
-
-    def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a reply is still missing."""
-        if self._event.is_set():
-            self._event = trio.Event()
-        return not _are_done(requests)
-
-    async def wait(self, seconds: float) -> None:
-        """Wait until `wake` is called or the time is over."""
-        with trio.move_on_after(seconds):
-            await self._event.wait()
-
-    def wake(self) -> None:
-        """Wake the task; see `_Waiter`."""
-        if threading.get_ident() == self._thread:
-            self._event.set()
-        else:
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._set)
-
-    def _set(self) -> None:
-        self._event.set()
-
-
-class _WaitingThread:
-    """A thread that waits."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self.wake = self._event.set
-
-    def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a reply is still missing."""
-        self._event.clear()
-        return not _are_done(requests)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until `wake` is called or the time is over."""
-        self._event.wait(seconds)
-
-
-def _are_done(requests: Sequence[Request]) -> bool:
-    """Return whether all replies are complete."""
-    return all(request.is_done for request in requests)
-
-
-def _check_cancelled() -> None:
-    """Raise trio.Cancelled if this is a thread of trio whose task was cancelled."""
-    with suppress(RuntimeError):  # not a thread of trio
-        trio.from_thread.check_cancelled()
 
 
 def _broken(error: OSError) -> BrokenError:

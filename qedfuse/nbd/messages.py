@@ -81,6 +81,8 @@ STRUCTURED_REPLY: Final = struct.Struct(">IHHQI")
 ERROR: Final = struct.Struct(">IH")
 """Error, length of the message that follows."""
 DATA_OFFSET: Final = struct.Struct(">Q")
+EXTENT: Final = struct.Struct(">II")
+"""Length, flags."""
 HOLE: Final = struct.Struct(">QI")
 """Offset, length."""
 

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import random
 import stat
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.errors import ObjectChangedError, RemoteError
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
-from qedfuse.nbd.failures import BrokenError, ProtocolError, RefusedError, ReplyError
-from qedfuse.nbd.requests import Read
+from qedfuse.nbd.attempts import Attempts
+from qedfuse.nbd.extents import ExtentMap
+from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
+from qedfuse.nbd.parts import Parts, block_status
 from qedfuse.remote.outagelog import OutageLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.hostio.readpolicy import ReadPolicy
     from qedfuse.nbd.handshake import Export
     from qedfuse.nbd.links import Links
-    from qedfuse.nbd.requests import Request
     from qedfuse.remote.options import Deadlines
 
 _BLOCK_BYTES = 512
 """The unit of ``st_blocks``."""
-_MAX_REQUEST_BYTES: Final = 1 << 20
-_FIRST_PAUSE_SECONDS: Final = 0.1
-_MAX_PAUSE_SECONDS: Final = 5.0
-_MAX_PROTOCOL_ERRORS: Final = 2
-"""After this number of them in one read the read fails, because the server has a bug."""
 
 
 class NbdFile(ReadOnlyFile):
@@ -62,6 +55,7 @@ class NbdFile(ReadOnlyFile):
         self._links = links
         self._deadlines = deadlines
         self._outages = OutageLog(name, "reads fail until it answers again")
+        self._extents = ExtentMap(export.size)
         self._opened = time.time()
         self._closed = threading.Event()
 
@@ -97,11 +91,11 @@ class NbdFile(ReadOnlyFile):
         if not length:
             await trio.lowlevel.checkpoint()
             return 0
-        attempts = _Attempts(self.name, self._deadlines, self._outages)
+        attempts = Attempts(self.name, self._deadlines, self._outages)
         while True:
             try:
                 connection = await self._links.connection()
-                parts = _Parts(connection.export, offset, view[:length])
+                parts = Parts(connection.export, offset, view[:length])
                 await connection.run(parts.requests, attempts.end)
                 parts.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
@@ -120,11 +114,11 @@ class NbdFile(ReadOnlyFile):
         length = max(0, min(len(view), self._size - offset))
         if not length:
             return 0
-        attempts = _Attempts(self.name, self._deadlines, self._outages)
+        attempts = Attempts(self.name, self._deadlines, self._outages)
         while True:
             try:
                 connection = self._links.connection_blocking()
-                parts = _Parts(connection.export, offset, view[:length])
+                parts = Parts(connection.export, offset, view[:length])
                 connection.run_blocking(parts.requests, attempts.end)
                 parts.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
@@ -149,14 +143,23 @@ class NbdFile(ReadOnlyFile):
         return False
 
     async def next_data(self, offset: int) -> int | None:
-        """Return where the first data at or past ``offset`` begins; None if no data follows."""
-        await trio.lowlevel.checkpoint()
-        return offset if offset < self._size else None
+        """Return where the first data at or past ``offset`` begins; None if no data follows.
+
+        What the server does not say to read as zeros counts as data.
+
+        Raises:
+            RemoteError: The server does not answer.
+        """
+        return await self._find(offset, is_zero=False)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; None past the end."""
-        await trio.lowlevel.checkpoint()
-        return self._size if offset < self._size else None
+        """Return where the first hole at or past ``offset`` begins; None past the end.
+
+        Raises:
+            RemoteError: The server does not answer.
+        """
+        found = await self._find(offset, is_zero=True)
+        return self._size if found is None and offset < self._size else found
 
     def size(self) -> int:
         """Return the file's length in bytes."""
@@ -193,82 +196,39 @@ class NbdFile(ReadOnlyFile):
         self._links.close()
         self._closed.set()
 
+    async def _find(self, offset: int, *, is_zero: bool) -> int | None:
+        """Return where the first zeros, or the first data, begin; None if there are none."""
+        await trio.lowlevel.checkpoint()
+        end = time.monotonic() + self._deadlines.total_seconds
+        while offset < self._size:
+            found = self._extents.find(offset)
+            if found is None:
+                await self._ask_for_extents(offset)
+            elif found.is_zero is is_zero or (not is_zero and time.monotonic() > end):
+                # A server could describe an export byte by byte; data are always a right answer.
+                return offset
+            else:
+                offset = found.end
+        return None
 
-class _Attempts:
-    """The attempts of one read.
-
-    Attributes:
-        end: When the read fails at the latest (`time.monotonic`).
-    """
-
-    def __init__(self, name: str, deadlines: Deadlines, outages: OutageLog) -> None:
-        self.end = time.monotonic() + deadlines.total_seconds
-        self._name = name
-        self._outages = outages
-        self._pause = _FIRST_PAUSE_SECONDS
-        self._count = self._protocol_errors = 0
-
-    def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
-        """Return how long to wait before the next attempt.
-
-        Raises:
-            RemoteError: No further attempt is made.
-        """
-        self._count += 1
-        if isinstance(error, RefusedError):
-            raise self._final(str(error), error.errno) from error
-        if isinstance(error, ReplyError) and error.errno != errno.ESHUTDOWN:
-            text = f"{os.strerror(error.errno)} ({error.text})" if error.text else ""
-            msg = f"{self._name}: read: found an error of the server: "
-            raise RemoteError(msg + (text or os.strerror(error.errno)), error.errno) from error
-        self._protocol_errors += isinstance(error, ProtocolError)
-        seconds = self._pause * random.uniform(0.5, 1)  # noqa: S311  no secret
-        is_late = time.monotonic() + seconds >= self.end
-        if is_closed or is_late or self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
-            msg = f"{error} (attempts: {self._count})"
-            raise self._final(msg, errno.EIO) from error
-        if self._count == 1:
-            # Most likely the connection was idle and the server has closed it.
-            return 0
-        self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
-        return seconds
-
-    def _final(self, text: str, number: int) -> RemoteError:
-        """Return the error of the read, after recording it as the beginning of an outage."""
-        msg = f"{self._name}: {text}"
-        is_other = number == errno.ESTALE
-        failure = ObjectChangedError(msg) if is_other else RemoteError(msg, number)
-        self._outages.failed(failure)
-        return failure
-
-
-class _Parts:
-    """The requests for a range, whose offsets and lengths are those that the server allows."""
-
-    def __init__(self, export: Export, offset: int, view: memoryview) -> None:
-        block = export.min_block_bytes
-        step = min(_MAX_REQUEST_BYTES, export.max_payload_bytes) // block * block
-        first = offset // block * block
-        end = offset + len(view)
-        last = -(-end // block) * block
-        self._target = view
-        self._whole: memoryview | None = None
-        self._skip = offset - first
-        if (first, last) != (offset, end):
-            self._whole = memoryview(bytearray(last - first))
-            view = self._whole
-        self.requests: Sequence[Request] = [
-            Read(first + at, view[at : at + step]) for at in range(0, last - first, step)
-        ]
-
-    def finish(self) -> None:
-        """Copy what was read to where it goes, if it is not there.
-
-        Raises:
-            ReplyError: The server has answered a request with an error.
-        """
-        for request in self.requests:
-            if request.failure is not None:
-                raise request.failure
-        if self._whole is not None:
-            self._target[:] = self._whole[self._skip : self._skip + len(self._target)]
+    async def _ask_for_extents(self, offset: int) -> None:
+        """Ask the server what the range at ``offset`` contains."""
+        attempts = Attempts(self.name, self._deadlines, self._outages)
+        while True:
+            try:
+                connection = await self._links.connection()
+                export = connection.export
+                if export.context is None:
+                    self._extents.set_all_data()
+                    return
+                request = block_status(export, offset)
+                await connection.run([request], attempts.end)
+            except (BrokenError, RefusedError) as error:
+                await trio.sleep(attempts.failed(error, is_closed=self._links.is_closed))
+            else:
+                self._outages.answered()
+                if request.failure is None:
+                    self._extents.take(request.offset, request.extents)
+                if self._extents.find(offset) is None:  # the server cannot answer
+                    self._extents.set_all_data()
+                return

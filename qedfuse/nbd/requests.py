@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 CONTEXT_BYTES: Final = 4
 """Length of the number of the context, with which a chunk of extents begins."""
 EXTENT_BYTES: Final = 8
+MAX_KEPT_EXTENTS: Final = 1 << 16
+"""Further extents of a reply are dropped, to limit time and memory."""
 
 _MIN_CHUNK_BYTES: Final = 512
 _SPARE_CHUNKS: Final = 16
@@ -122,8 +124,8 @@ class BlockStatus(Request):
     """A request for what a range contains.
 
     Attributes:
-        extents: (length, flags) of the extents from the beginning of the range.  They end at or
-            before its end.
+        extents: (length, flags) of the extents from the beginning of the range.  They may end
+            before its end, and the last one also past it.
     """
 
     command = messages.CMD_BLOCK_STATUS
@@ -142,14 +144,13 @@ class BlockStatus(Request):
         if self.extents or int.from_bytes(payload[:CONTEXT_BYTES], "big") != context:
             msg = "found block status that was not asked for"
             raise ProtocolError(msg)
+        end = CONTEXT_BYTES + MAX_KEPT_EXTENTS * EXTENT_BYTES
         left = self.length
-        for at in range(CONTEXT_BYTES, len(payload), EXTENT_BYTES):
-            length = int.from_bytes(payload[at : at + 4], "big")
+        for length, flags in messages.EXTENT.iter_unpack(payload[CONTEXT_BYTES:end]):
             if not length or left <= 0:
                 msg = "found an extent that is empty, or begins past the end of the request"
                 raise ProtocolError(msg)
-            flags = int.from_bytes(payload[at + 4 : at + 8], "big")
-            self.extents.append((min(length, left), flags))
+            self.extents.append((length, flags))
             left -= length
 
     def check_complete(self) -> None:

@@ -1,0 +1,69 @@
+"""When to try again after a request to an NBD server has failed, and which error ends that."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import ObjectChangedError, RemoteError
+from qedfuse.nbd.failures import BrokenError, ProtocolError, RefusedError, ReplyError
+
+if TYPE_CHECKING:
+    from qedfuse.remote.options import Deadlines
+    from qedfuse.remote.outagelog import OutageLog
+
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_MAX_PAUSE_SECONDS: Final = 5.0
+_MAX_PROTOCOL_ERRORS: Final = 2
+"""After this number of them in one read the read fails, because the server has a bug."""
+
+
+class Attempts:
+    """The attempts of one read.
+
+    Attributes:
+        end: When the read fails at the latest (`time.monotonic`).
+    """
+
+    def __init__(self, name: str, deadlines: Deadlines, outages: OutageLog) -> None:
+        self.end = time.monotonic() + deadlines.total_seconds
+        self._name = name
+        self._outages = outages
+        self._pause = _FIRST_PAUSE_SECONDS
+        self._count = self._protocol_errors = 0
+
+    def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
+        """Return how long to wait before the next attempt.
+
+        Raises:
+            RemoteError: No further attempt is made.
+        """
+        self._count += 1
+        if isinstance(error, RefusedError):
+            raise self._final(str(error), error.errno) from error
+        if isinstance(error, ReplyError) and error.errno != errno.ESHUTDOWN:
+            text = f"{os.strerror(error.errno)} ({error.text})" if error.text else ""
+            msg = f"{self._name}: read: found an error of the server: "
+            raise RemoteError(msg + (text or os.strerror(error.errno)), error.errno) from error
+        self._protocol_errors += isinstance(error, ProtocolError)
+        seconds = self._pause * random.uniform(0.5, 1)  # noqa: S311  no secret
+        is_late = time.monotonic() + seconds >= self.end
+        if is_closed or is_late or self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
+            msg = f"{error} (attempts: {self._count})"
+            raise self._final(msg, errno.EIO) from error
+        if self._count == 1:
+            # Most likely the connection was idle and the server has closed it.
+            return 0
+        self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
+        return seconds
+
+    def _final(self, text: str, number: int) -> RemoteError:
+        """Return the error of the read, after recording it as the beginning of an outage."""
+        msg = f"{self._name}: {text}"
+        is_other = number == errno.ESTALE
+        failure = ObjectChangedError(msg) if is_other else RemoteError(msg, number)
+        self._outages.failed(failure)
+        return failure

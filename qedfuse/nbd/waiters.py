@@ -1,0 +1,83 @@
+"""Readers that wait for replies of an NBD server: tasks of trio and threads."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qedfuse.nbd.requests import Request
+
+CANCEL_POLL_SECONDS: Final = 0.2
+"""How often a thread that waits asks whether its task was cancelled."""
+
+
+class Waiter(Protocol):
+    """A reader that waits."""
+
+    def wake(self) -> None:
+        """Let the reader look at its requests again; any thread may call it."""
+
+
+class WaitingTask:
+    """A task of trio that waits."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._thread = threading.get_ident()
+        self._token = trio.lowlevel.current_trio_token()
+
+    def must_wait(self, requests: Sequence[Request]) -> bool:
+        """Forget earlier calls of `wake`; return whether a reply is still missing."""
+        if self._event.is_set():
+            self._event = trio.Event()
+        return not are_done(requests)
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until `wake` is called or the time is over."""
+        with trio.move_on_after(seconds):
+            await self._event.wait()
+
+    def wake(self) -> None:
+        """Wake the task; see `Waiter`."""
+        if threading.get_ident() == self._thread:
+            self._event.set()
+        else:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._set)
+
+    def _set(self) -> None:
+        self._event.set()
+
+
+class WaitingThread:
+    """A thread that waits."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.wake = self._event.set
+
+    def must_wait(self, requests: Sequence[Request]) -> bool:
+        """Forget earlier calls of `wake`; return whether a reply is still missing."""
+        self._event.clear()
+        return not are_done(requests)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until `wake` is called or the time is over."""
+        self._event.wait(seconds)
+
+
+def are_done(requests: Sequence[Request]) -> bool:
+    """Return whether all replies are complete."""
+    return all(request.is_done for request in requests)
+
+
+def check_cancelled() -> None:
+    """Raise trio.Cancelled if this is a thread of trio whose task was cancelled."""
+    with suppress(RuntimeError):  # not a thread of trio
+        trio.from_thread.check_cancelled()
