@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
-from qedfuse.errors import CorruptImageError
+from qedfuse.errors import CorruptImageError, UsageError
 from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.inspection.fastmap import open_fast_map
@@ -17,6 +17,7 @@ from qedfuse.tools.inspection.fastmap import open_fast_map
 if TYPE_CHECKING:
     import argparse
 
+    from qedfuse.tools.inspection.layout import Layout
     from qedfuse.util.backgroundtasks import Progress
 
 EXAMPLE: Final = "qedimg map --output json --start-offset 1G --max-length 64M vm.qed"
@@ -27,6 +28,10 @@ lists all extents, with qemu-img's keys.
 
 If a table entry points nowhere, the content of its range is unknown, and the exit code
 is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.
+
+--output picture and svg show how the disk is laid out in the file of IMAGE, a QED
+image: data has the colour of its place on the disk, in the order of the disk and in that
+of the file, so a fragmented file shows a mixture of colours.
 
 IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
 
@@ -55,7 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.size,
         help="list at most this much of the disk (up to its end)",
     )
-    common.add_output(parser)
+    parser.add_argument(
+        "--output",
+        choices=("human", "json", "picture", "svg"),
+        default="human",
+        help="human (default): a table of the data; json: all extents, with qemu-img's keys; "
+        "picture: a picture for the terminal; svg: the picture as an SVG document",
+    )
     common.add_share(parser)
     common.add_backing(parser)
     common.add_progress(parser)
@@ -68,12 +79,51 @@ def run(arguments: argparse.Namespace) -> int:
         CorruptImageError: There are bad table entries.  All extents have been printed.
         QedError: The image or a base cannot be opened or read.
     """
+    if arguments.output in {"picture", "svg"}:
+        return _draw(arguments)
     # On a terminal the list itself shows the progress.
     with progress(arguments, "Mapping", bar=not sys.stdout.isatty()) as on_progress:
         listed = _list_fast(arguments, on_progress)
         if not listed.is_complete:
             run_async(_list_rest, arguments, listed, on_progress)
     return 0
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    """Print a picture; return 0.
+
+    Raises:
+        UsageError: The options ask for a part of the disk.
+        NotQedError: The file is not a QED image.
+        QedError: The image cannot be opened or read.
+    """
+    if arguments.start_offset or arguments.max_length is not None or arguments.format == "raw":
+        msg = f"--output {arguments.output}: found -s, -l or -f raw, expected a whole QED image"
+        raise UsageError(msg)
+    from qedfuse.cli.qedimg import mappicture  # noqa: PLC0415  imported late: the fast map must not load it
+
+    columns, rows = mappicture.SVG_COLUMNS, mappicture.SVG_ROWS
+    if arguments.output == "picture":
+        columns, rows = mappicture.terminal_columns(), mappicture.ROWS
+    with progress(arguments, "Mapping") as on_progress:
+        layout = run_async(_layout, arguments, columns * rows, on_progress)
+    if arguments.output == "svg":
+        sys.stdout.write(mappicture.svg(layout, shown_name(arguments.image)))
+    else:
+        colored = mappicture.uses_colors(is_terminal=sys.stdout.isatty())
+        sys.stdout.write(mappicture.picture(layout, columns, colored=colored))
+    return 0
+
+
+async def _layout(arguments: argparse.Namespace, cells: int, on_progress: Progress) -> Layout:
+    """Return how the image is laid out, in as many cells for the file and for the disk."""
+    from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  as above
+    from qedfuse.hostio.imagefile import read_header  # noqa: PLC0415  as above
+    from qedfuse.tools.inspection.layout import read_layout  # noqa: PLC0415  as above
+
+    options = common.open_options(arguments)
+    async with open_image(arguments.image, options.read_lock, options.remote) as file:
+        return await read_layout(file, await read_header(file), cells, cells, on_progress)
 
 
 class _Listed(NamedTuple):

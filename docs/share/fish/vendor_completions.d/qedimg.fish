@@ -107,7 +107,7 @@ complete -c qedimg -n '__qedimg_is create' -F
 complete -c qedimg -n '__qedimg_is map' -s f -x -a 'qed raw' -d 'format of IMAGE (detected)'
 complete -c qedimg -n '__qedimg_is map' -s s -l start-offset -x -d 'begin at this offset of the disk (0)'
 complete -c qedimg -n '__qedimg_is map' -s l -l max-length -x -d 'list at most this much of the disk (up to its end)'
-complete -c qedimg -n '__qedimg_is map' -l output -x -a 'human json' -d 'human (default): text; json: JSON, with qemu-img\'s keys where they exist'
+complete -c qedimg -n '__qedimg_is map' -l output -x -a 'human json picture svg' -d 'human (default): a table of the data; json: all extents, with qemu-img\'s keys; picture: a picture for the terminal; svg: the picture as an SVG document'
 complete -c qedimg -n '__qedimg_is map' -s U -l force-share -d 'read even if another program has the image open for writing; reads may mix old and new data'
 complete -c qedimg -n '__qedimg_is map' -l backing -x -a 'confined any none' -d 'use backing files only from the directory of the image that names them (confined, the default), from anywhere (any), or not at all (none)'
 complete -c qedimg -n '__qedimg_is map' -l backing-dir -x -a '(__fish_complete_directories)' -d 'allow backing files from DIR too (may be repeated)'
