@@ -17,6 +17,7 @@ from qedfuse.remote.client import (
     ChangedError,
     MissingError,
     RefusedError,
+    UnusableError,
     Version,
     settled_version,
 )
@@ -59,8 +60,8 @@ class StoreClient:
         options: GetOptions = {"head": True}
         try:
             return version_of(self._get(options).meta), None
-        except (MissingError, RefusedError):
-            # The answer to a HEAD has no body, which would say what is missing or refused.
+        except (MissingError, RefusedError, UnusableError):
+            # The answer to a HEAD has no body, which would say what is missing, refused or expired.
             return version_of(self._get({"range": (0, 1)}).meta), None
 
     def get(self, offset: int, length: int, version: Version) -> memoryview:

@@ -33,7 +33,7 @@ ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
 
 _STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
-_NO_BUCKET: Final = "<Code>NoSuchBucket</Code>"
+_NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 _SENTENCE: Final = re.compile(r"<Message>([^<\n.]{1,200})")
 _CAUSES: Final = (
     re.compile(r"InvalidCertificate\(\s*([A-Za-z]+)"),
@@ -62,7 +62,7 @@ def translated(error: Exception, hint: str = "") -> Exception:
     text, _, details = str(error).partition("\n\nDebug source")
     for kind, failure in (
         (PreconditionError, ChangedError()),
-        (FileNotFoundError, MissingError("bucket" if _NO_BUCKET in text else "object")),
+        (FileNotFoundError, MissingError("bucket" if _NO_BUCKET.search(text) else "object")),
         (NotSupportedError, UnusableError("found no range in the answer, expected one")),
     ):
         if isinstance(error, kind):

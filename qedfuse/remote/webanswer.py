@@ -89,7 +89,8 @@ def body(response: BaseHTTPResponse, length: int) -> bytearray:
         try:
             part = response.read1(min(_MAX_READ_BYTES, length - done), decode_content=False)
         except ProtocolError as error:
-            raise BrokenOffError(_reason(error)) from error
+            msg = f"found an answer that breaks off, expected {length} bytes"
+            raise BrokenOffError(msg) from error
         if not part:
             msg = f"found {done} bytes, expected {length}"
             raise BrokenOffError(msg)

@@ -69,7 +69,7 @@ def serving_nginx(directory: Path) -> Iterator[Nginx]:
     """Run a server in a new directory for the block."""
     files = directory / "files"
     files.mkdir(parents=True)
-    certificate = _certificate(directory)
+    certificate = make_certificate(directory)
     https, http = free_ports(2)
     with _running(directory, _settings(directory, https, http), http):
         yield Nginx(
@@ -88,7 +88,7 @@ def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
     The configuration is the example's, with other names, ports and certificates.
     """
     directory.mkdir(parents=True)
-    certificate = _certificate(directory)
+    certificate = make_certificate(directory)
     (port,) = free_ports(1)
     text = CACHE_SETTINGS.read_text("utf-8")
     for old, new in {
@@ -106,7 +106,7 @@ def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
         yield f"https://localhost:{port}", certificate
 
 
-def _certificate(directory: Path) -> Path:
+def make_certificate(directory: Path) -> Path:
     """Make a certificate for localhost and its key; return the certificate's file."""
     certificate = directory / "certificate.pem"
     subprocess.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 Fault: TypeAlias = Literal[
     "half",
@@ -73,6 +75,7 @@ class WebServer:
         others: Further objects, by their paths; each has the validators of the first one.
         required: What the header ``Authorization`` of each request must contain.
         refusal: The status of the answer to a request without it.
+        error_body: The body of each answer with a status that a test asks for.
         authorizations: The headers ``Authorization`` of all requests; "" for none.
     """
 
@@ -90,7 +93,9 @@ class WebServer:
     others: dict[str, bytes] = field(default_factory=dict)
     required: str = ""
     refusal: int = 403
+    error_body: bytes = b""
     authorizations: list[str] = field(default_factory=list)
+    scheme: str = "http"
     port: int = 0
     elsewhere: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
@@ -99,7 +104,7 @@ class WebServer:
     @property
     def url(self) -> str:
         """The URL of the object."""
-        return f"http://127.0.0.1:{self.port}/images/disk.qed"
+        return f"{self.scheme}://127.0.0.1:{self.port}/images/disk.qed"
 
     @property
     def sent_bytes(self) -> int:
@@ -119,8 +124,11 @@ class WebServer:
 
 
 @contextmanager
-def serving(content: bytes) -> Iterator[WebServer]:
-    """Serve ``content`` on loopback for the block."""
+def serving(content: bytes, certificate: Path | None = None) -> Iterator[WebServer]:
+    """Serve ``content`` on loopback for the block; with TLS if there is a certificate.
+
+    The file of the certificate has its key as well.
+    """
     state = WebServer(content)
 
     class Handler(_Handler):
@@ -128,6 +136,13 @@ def serving(content: bytes) -> Iterator[WebServer]:
 
     server = _Server(("127.0.0.1", 0), Handler)
     state.port = server.server_address[1]
+    if certificate is not None:
+        state.scheme = "https"
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -160,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """Answer as QEMU and clients of stores need it before they read."""
         state = self.server_state
-        if self._is_unauthorized():
+        if self._is_unauthorized() or (state.always or "").startswith("status "):
+            # As real servers do, without the body that says why.
             self._send(state.refusal, {"Content-Length": "0"})
             return
         length = len(state.others.get(self.path, state.content))
@@ -173,13 +189,13 @@ class _Handler(BaseHTTPRequestHandler):
         if state.delay_seconds:
             state.ended.wait(state.delay_seconds)
         if self._is_unauthorized():
-            self._send(state.refusal, {"Content-Length": "0"})
+            self._send_error(state.refusal)
             return
         fault = state.next_fault()
         if self.path.startswith("/moved"):
             fault = None
         if fault is not None and fault.startswith("status "):
-            self._send(int(fault.split()[1]), {"Content-Length": "0"})
+            self._send_error(int(fault.split()[1]))
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
@@ -295,6 +311,11 @@ class _Handler(BaseHTTPRequestHandler):
         if state.modified is not None:
             headers["Last-Modified"] = formatdate(state.modified, usegmt=True)
         return headers
+
+    def _send_error(self, status: int) -> None:
+        """Send an answer without data."""
+        body = self.server_state.error_body
+        self._send(status, {"Content-Length": str(len(body))}, body)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         """Send a response."""
