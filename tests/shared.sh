@@ -25,6 +25,8 @@ install_servers() {
         memcached=memcached nginx=nginx openssl=openssl nbdkit=nbdkit; do
         have "${need%=*}" || missing+=("${need##*=}")
     done
+    # QEMU's driver for https, a file that only this package has.
+    compgen -G "/usr/lib/*/qemu/block-curl.so" >/dev/null || missing+=(qemu-block-extra)
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" != 0 ] || ! have apt-get; then
         say "Not root, or no apt-get: tests of real servers are skipped without ${missing[*]}"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
-from qedfuse.mount.system.recorddirectory import record_directories
 from tests.support import qemu
 from tests.support.mounted import (
     COMMAND,
@@ -35,8 +32,8 @@ from tests.support.mounted import (
     mounted,
     qedfuse,
     refused,
-    without_notice,
 )
+from tests.support.users import AS_USER, DEVICE, USER_ID, as_user, user_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -463,51 +460,13 @@ def test_mount_helper_and_fstab(image: Path, mnt: Path, tmp_path: Path) -> None:
         assert qedfuse("umount", mnt).returncode == 0
 
 
-USER_ID = 65534
-
-
-DEVICE = Path("/dev/fuse")
-
-
-@pytest.fixture
-def user_directory() -> Iterator[Path]:
-    """Give a directory of an ordinary user, who may use the FUSE device meanwhile."""
-    mode = DEVICE.stat().st_mode & 0o777
-    DEVICE.chmod(0o666)
-    # Not in the directory of the test, which the user may not search.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-        path = Path(name)
+@pytest.fixture(name="user_directory")
+def _user_directory() -> Iterator[Path]:
+    """Give a directory of an ordinary user with an image, who may use the FUSE device meanwhile."""
+    with user_directory() as path:
         qemu.create(path / "vm.qed", DISK_BYTES)
-        (path / "mnt").mkdir()
-        for entry in (path, path / "vm.qed", path / "mnt"):
-            os.chown(entry, USER_ID, USER_ID)
+        os.chown(path / "vm.qed", USER_ID, USER_ID)
         yield path
-        clean_up(path / "mnt")
-    DEVICE.chmod(mode)
-    shutil.rmtree(record_directories(USER_ID)[-1], ignore_errors=True)
-
-
-# The capability lets the user search directories: the interpreter may lie in root's home.
-AS_USER = (
-    *("setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups"),
-    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
-)
-
-
-def as_user(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command as an ordinary user."""
-    done = subprocess.run(
-        [*AS_USER, *(str(word) for word in words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd="/",
-        env=environment() | {"HOME": "/"},
-        check=False,
-    )
-    done.stderr = without_notice(done.stderr)
-    return done
 
 
 def test_an_ordinary_user_mounts_any_name(user_directory: Path) -> None:

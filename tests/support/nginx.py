@@ -106,6 +106,27 @@ def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
         yield f"https://localhost:{port}", certificate
 
 
+@contextmanager
+def serving_front(directory: Path, origin: str) -> Iterator[tuple[str, Path]]:
+    """Give a server a name with TLS for the block; yield its URL there and the certificate.
+
+    ``origin`` is its URL without TLS.
+    """
+    directory.mkdir(parents=True)
+    certificate = make_certificate(directory)
+    (port,) = free_ports(1)
+    servers = f"""
+server {{
+    listen 127.0.0.1:{port} ssl;
+    ssl_certificate {certificate};
+    ssl_certificate_key {directory}/key.pem;
+    location / {{ proxy_pass {origin}; }}
+}}
+"""
+    with _running(directory, _frame(directory, servers), port):
+        yield f"https://localhost:{port}", certificate
+
+
 def make_certificate(directory: Path) -> Path:
     """Make a certificate for localhost and its key; return the certificate's file."""
     certificate = directory / "certificate.pem"
