@@ -34,6 +34,7 @@ setup(
                 "qedfuse/mount/fuse/_dataops.c",
                 "qedfuse/mount/fuse/_burst.c",
                 "qedfuse/mount/fuse/_cachedread.c",
+                "qedfuse/mount/fuse/_checkedunits.c",
                 "qedfuse/mount/fuse/_queuedread.c",
                 "qedfuse/mount/fuse/_ring.c",
                 "qedfuse/mount/fuse/_splice.c",

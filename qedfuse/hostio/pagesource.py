@@ -14,11 +14,13 @@ class CheckedUnits(NamedTuple):
     """The parts of a file that may be read, for a file of the cache for servers.
 
     A *unit* is a power of two of bytes.  A read must find all of its bytes in the page cache, and
-    no block that is all zeros, which may be a hole; `qedfuse.remote.localdata` says why.
+    no block of zeros that may be a hole; `qedfuse.remote.localdata` says why.
 
     Attributes:
         ready: For each unit 1 if its bytes may be read, otherwise 0.  The extension looks at the
             object before each read, so its length must not change.
+        zero_blocks: For each unit a number of 64 bits, in which the bits of the blocks are set that
+            are known to be all zeros; perhaps not for all units.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Where the bytes end that may be read.
         file_bytes: The length of the file.  A file that has another length after a read was cut,
@@ -28,6 +30,7 @@ class CheckedUnits(NamedTuple):
     """
 
     ready: bytearray
+    zero_blocks: memoryview
     unit_bits: int
     content_bytes: int
     file_bytes: int

@@ -40,6 +40,7 @@ class Fetcher:
 
     Attributes:
         ready: See `UnitStore.ready`.
+        zeros: See `UnitStore.zeros`.
         fetched_bytes: How many bytes the server has sent.
         requests: How many requests the server has answered with a range.
     """
@@ -63,6 +64,7 @@ class Fetcher:
         self._units = units_of(self._size)
         self._store = UnitStore(self._units, cache, make_room)
         self.ready = self._store.ready
+        self.zeros = self._store.zeros
         self.fetched_bytes = 0
         self.requests = 0
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")

@@ -9,13 +9,15 @@ Three things can make a read with ``RWF_NOWAIT`` return what was not compared:
 - A read that misses starts reading from the disk, and the next one finds what came.  So after a
   miss, the units of the range are not ready (`RemoteFile`), and nothing is read ahead (`UnitFile`).
 - The kernel answers from a hole without reading from the disk.  A failed write can leave one.  So a
-  block of zeros counts as a miss.
+  block of zeros counts as a miss, unless a comparison has shown that it belongs to the object
+  (`ZeroBlocks`).
 - The file was cut, and a later write has made it longer.  So its length is compared after the read.
 
-The extension of the mount reads the file by the same rules (``_cachedread.c``).
+The extension of the mount reads the file by the same rules (``_checkedunits.c``).
 
 What is left is a block that another program, or for less than a millisecond another process of
-qedfuse, has read from a damaged disk into the page cache.
+qedfuse, has read from a damaged disk into the page cache; and one that the kernel drops and reads
+again in the microsecond between the extension's look at the page cache and its splice(2).
 """
 
 from __future__ import annotations
@@ -23,22 +25,19 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.systemcalls import waits_for_server
 from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.remote.zeroblocks import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from qedfuse.remote.unitfile import UnitFile
-
-_BLOCK_BYTES: Final = 4096
-"""The smallest hole that is recognised.  In a file system with smaller blocks nothing is read from
-the page cache unchecked."""
-_ZEROS: Final = bytes(_BLOCK_BYTES)
+    from qedfuse.remote.zeroblocks import ZeroBlocks
 
 
 class LocalData:
@@ -69,29 +68,35 @@ class LocalData:
             os.close(self._fd)
             raise
         self._has_server = waits_for_server(self._fd)
-        self.is_readable = not self._has_server and self._space.f_bsize >= _BLOCK_BYTES
+        self.is_readable = not self._has_server and self._space.f_bsize >= BLOCK_BYTES
 
     def page_source(
-        self, ready: bytearray, content_bytes: int, forget: Callable[[int, int], object]
+        self,
+        ready: bytearray,
+        zeros: ZeroBlocks,
+        content_bytes: int,
+        forget: Callable[[int, int], object],
     ) -> PageSource | None:
         """Return how the mount's extension reads the file; None if the page cache is not read.
 
         Args:
             ready: For each unit 1 if it may be read, otherwise 0.
+            zeros: The blocks of the object that are known to be zeros.
             content_bytes: The length of the object.
             forget: Called with the first and the last unit of a read that failed.
         """
         if not self.is_readable:
             return None
         bits = UNIT_BYTES.bit_length() - 1
-        units = CheckedUnits(ready, bits, content_bytes, self._file_bytes, forget)
+        units = CheckedUnits(ready, zeros.masks, bits, content_bytes, self._file_bytes, forget)
         return PageSource(ReadPolicy(), self._fd, units)
 
-    def try_read(self, offset: int, view: memoryview) -> bool:
+    def try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
+        ``zeros`` has the blocks of the object that are known to be zeros.
         Returns False without a reason that is known: a byte is not in the page cache or may be in a
-        hole, the file system cannot tell, or the file was cut or closed.
+        hole, the file system does not support such reads, or the file was cut or closed.
         """
         if not self.is_readable:
             return False
@@ -101,7 +106,7 @@ class LocalData:
                     is_open
                     and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
                     and os.lseek(self._fd, 0, os.SEEK_END) == self._file_bytes
-                    and not _may_have_holes(offset, view)
+                    and not zeros.may_have_holes(offset, view)
                 )
             except OSError:
                 return False
@@ -152,19 +157,3 @@ class LocalData:
             is_last = not self._users
         if is_last:
             os.close(self._fd)
-
-
-def _may_have_holes(offset: int, view: memoryview) -> bool:
-    """Return whether what was read of a block of the file is all zeros, for any of the blocks."""
-    begin = -offset % _BLOCK_BYTES
-    if begin and view[:begin] == _ZEROS[: len(view[:begin])]:
-        return True
-    firsts = bytes(view[begin::_BLOCK_BYTES])
-    number = firsts.find(0)
-    while number >= 0:
-        at = begin + number * _BLOCK_BYTES
-        block = view[at : at + _BLOCK_BYTES]
-        if block == _ZEROS[: len(block)]:
-            return True
-        number = firsts.find(0, number + 1)
-    return False

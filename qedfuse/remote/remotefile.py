@@ -65,7 +65,9 @@ class RemoteFile(ReadOnlyFile):
         """The data of the cache, of which the ready units may be read; None without a cache."""
         if self._local is None:
             return None
-        return self._local.page_source(self.fetcher.ready, self._size, self.fetcher.forget)
+        return self._local.page_source(
+            self.fetcher.ready, self.fetcher.zeros, self._size, self.fetcher.forget
+        )
 
     @property
     def identity(self) -> FileIdentity:
@@ -250,7 +252,7 @@ class RemoteFile(ReadOnlyFile):
         if local is None or not self._is_ready(first, last):
             return False
         # Units may be forgotten during the read, so what was read counts only if they were not.
-        if local.try_read(offset, view) and self._is_ready(first, last):
+        if local.try_read(offset, view, self.fetcher.zeros) and self._is_ready(first, last):
             return True
         if local.is_whole():
             self.fetcher.forget(first, last)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.remote.cacheentry import note_sufficient
 from qedfuse.remote.room import Room
 from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.remote.zeroblocks import ZeroBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,7 @@ class UnitStore:
     Attributes:
         ready: For each unit 1 if its content was compared with its checksum, and no byte of it was
             missing in the page cache since, otherwise 0.  The object is never replaced.
+        zeros: The blocks that are known to be zeros.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class UnitStore:
             make_room: Makes room in the cache (`CacheDirectory.make_room`); None for no limit.
         """
         self.ready = bytearray(units)
+        self.zeros = ZeroBlocks(units if cache is not None else 0)
         self._cache = cache
         self._room: Room | None = None
         if cache is not None and make_room is not None:
@@ -72,6 +75,7 @@ class UnitStore:
         content = None if cache is None else cache.load(unit)
         if cache is None or content is None:
             return None
+        self.zeros.record(unit, content)
         self._set_ready(unit, cache, forgotten)
         return content
 
@@ -93,6 +97,7 @@ class UnitStore:
             else:
                 self._record_refusal(cache, os.strerror(error.errno or errno.EIO))
             return False
+        self.zeros.record(unit, block)
         with self._lock:
             self._cannot_store = False
         return self._set_ready(unit, cache, forgotten)

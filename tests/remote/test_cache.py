@@ -26,6 +26,7 @@ from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
+from qedfuse.remote.zeroblocks import ZeroBlocks
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
 from tests.support.webserver import WebServer, serving, wait_until
 
@@ -329,6 +330,8 @@ def test_zeros_are_compared(tmp_path: Path) -> None:
         for _ in range(3):
             assert read(file, 0, len(content)) == content
             assert trio.run(file.pread, 1, len(content)) == content[1:]
+        for start in (0, 5, UNIT_BYTES - 5, 2 * UNIT_BYTES - 5):
+            assert file.try_read(start, memoryview(bytearray(4096))), "known to be zeros"
         assert file.fetcher.fetched_bytes == len(content)
 
 
@@ -779,9 +782,9 @@ def test_descriptor_stays_open_during_a_read(
     monkeypatch.setattr(os, "preadv", read_and_close)
     local.is_readable = True
     buffer = bytearray(UNIT_BYTES)
-    assert local.try_read(0, memoryview(buffer))
+    assert local.try_read(0, memoryview(buffer), ZeroBlocks(1))
     assert buffer == some_bytes(1)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptors[0])
-    assert not local.try_read(0, memoryview(buffer))
+    assert not local.try_read(0, memoryview(buffer), ZeroBlocks(1))
     assert len(descriptors) == 1

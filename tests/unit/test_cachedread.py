@@ -47,7 +47,15 @@ def tables(tmp_path: Path, session: Session) -> Iterator[Tables]:
 
 
 @pytest.fixture
-def ready(tmp_path: Path, session: Session, tables: Tables) -> Iterator[bytearray]:
+def zero_blocks() -> memoryview:
+    """Give the blocks of zeros that are known, for all units but the last."""
+    return memoryview(bytearray(8 * CLUSTERS)).cast("Q")
+
+
+@pytest.fixture
+def ready(
+    tmp_path: Path, session: Session, tables: Tables, zero_blocks: memoryview
+) -> Iterator[bytearray]:
     """Show the file by units of a cluster, with one byte more; give which units may be read."""
     may_read = bytearray(b"\1" * (CLUSTERS + 1))
     path = tmp_path / "units"
@@ -56,7 +64,8 @@ def ready(tmp_path: Path, session: Session, tables: Tables) -> Iterator[bytearra
     def forget(first: int, last: int) -> None:
         may_read[first : last + 1] = bytes(last + 1 - first)
 
-    units = CheckedUnits(may_read, BITS, len(tables.content), len(tables.content) + 1, forget)
+    lengths = (len(tables.content), len(tables.content) + 1)
+    units = CheckedUnits(may_read, zero_blocks, BITS, *lengths, forget)
     with path.open("rb") as file:
         source = PageSource(tables.policy, file.fileno(), units)
         session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
@@ -226,6 +235,25 @@ def test_a_block_of_zeros_may_be_a_hole(
             assert ready[0] == 1
             assert not ready[1 + start // CLUSTER]
             ready[:] = b"\1" * len(ready)
+
+
+def test_a_block_of_zeros_that_is_known_is_answered(
+    session: Session, ready: bytearray, zero_blocks: memoryview, tmp_path: Path
+) -> None:
+    """A read of zeros is answered if all blocks of zeros in it are known."""
+    with (tmp_path / "units").open("r+b") as file:
+        file.write(bytes((CLUSTERS + 1) * CLUSTER))
+    zero_blocks[2] = 1
+    assert session.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
+    assert session.read(CLUSTER + 100, 5) == bytes(5)
+    assert session.read(CLUSTER + 100, CLUSTER) is None, "the next block is not known"
+    ready[:] = b"\1" * len(ready)
+    zero_blocks[3] = 2
+    assert session.read(CLUSTER + 100, CLUSTER) is None, "another bit"
+    ready[:] = b"\1" * len(ready)
+    zero_blocks[3] = 3
+    assert session.read(CLUSTER + 100, CLUSTER) == bytes(CLUSTER)
+    assert session.read((CLUSTERS - 1) * CLUSTER, 1) is None, "past the known units"
 
 
 def test_a_reader_at_the_end_of_a_unit_is_passed_on_if_more_must_be_fetched(

@@ -28,13 +28,6 @@
 /* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
 
-/* How many units after a sequential reader are read ahead at most (_MAX_WINDOW_UNITS in
- * remote/fetcher.py). */
-#define MAX_AHEAD_UNITS 32
-
-/* The smallest hole that a file with checked units can have (_BLOCK_BYTES in remote/localdata.py). */
-#define BLOCK_BYTES 4096
-
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
  * clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an array of
@@ -190,76 +183,22 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Returns whether a file has checked units (see PageSource). */
-static int has_units(const struct read_file *file)
-{
-    return file->ready.obj != NULL;
-}
-
-/* Returns whether all units from `first` to `last`, inclusive, may be read. */
-static int are_ready(const struct read_file *file, uint64_t first, uint64_t last)
-{
-    return last < (uint64_t)file->ready.len &&
-           memchr((char *)file->ready.buf + first, 0, last - first + 1) == NULL;
-}
-
-/* Returns whether a range of a file with checked units may be read here.  A read up to the end of its
- * unit must be passed on if a unit is missing that a sequential reader soon needs, because the
- * Python function has it fetched. */
-static int may_read_units(const struct read_file *file, uint64_t offset, size_t size)
-{
-    uint64_t first = offset >> file->unit_bits, last = (offset + size - 1) >> file->unit_bits;
-    uint64_t units = (uint64_t)file->ready.len, ahead;
-
-    if (offset + size > file->content_bytes || !are_ready(file, first, last))
-        return 0;
-    if ((offset + size) >> file->unit_bits == first || last + 1 >= units)
-        return 1;
-    ahead = units - last - 1 < MAX_AHEAD_UNITS ? units - 1 : last + MAX_AHEAD_UNITS;
-    return are_ready(file, last + 1, ahead);
-}
-
-/* Returns whether the buffer has nothing but zeros of a block of the file, for any of the blocks; the
- * kernel answers from a hole without reading from the disk. */
-static int may_have_holes(uint64_t offset, size_t size)
-{
-    size_t at = 0, length;
-
-    for (; at < size; at += length) {
-        length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
-        if (length > size - at)
-            length = size - at;
-        if (buffer[at] == 0 && memcmp(buffer + at, buffer + at + 1, length - 1) == 0)
-            return 1;
-    }
-    return 0;
-}
-
 /* Reads from the page cache into the buffer.  Returns 1 if all of the data was there, 0 if not, and -1
  * if that failed, or if a file with checked units was cut. */
 static int read_cached(const struct read_file *file, uint64_t offset, size_t size)
 {
+    const struct checked_units *units = &file->units;
     struct iovec vector = {buffer, size};
     ssize_t count = preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
 
     if (count < 0 && errno != EAGAIN)
         return -1;
     /* The length is looked at after the read, as LocalData does. */
-    if (has_units(file) && lseek(file->fd, 0, SEEK_END) != file->file_bytes)
+    if (has_units(units) && lseek(file->fd, 0, SEEK_END) != units->file_bytes)
         return -1;
     if (count != (ssize_t)size) /* perhaps fewer because the file ends there */
         return 0;
-    return !has_units(file) || !may_have_holes(offset, size);
-}
-
-/* Makes the units of a range not ready, because a read of it failed: what the kernel now brings into
- * the page cache was not compared with a checksum.  Perhaps leaves an exception. */
-static void forget_units(const struct read_file *file, uint64_t offset, size_t size)
-{
-    uint64_t first = offset >> file->unit_bits, last = (offset + size - 1) >> file->unit_bits;
-
-    Py_XDECREF(PyObject_CallFunction(file->forget, "KK", (unsigned long long)first,
-                                     (unsigned long long)last));
+    return !has_units(units) || !may_have_holes(units, buffer, offset, size);
 }
 
 /* What became of the attempt to answer a read from the page cache. */
@@ -271,7 +210,7 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
                                      size_t size)
 {
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
-    off_t file_bytes = has_units(file) ? file->file_bytes : ANY_LENGTH;
+    off_t file_bytes = has_units(&file->units) ? file->units.file_bytes : ANY_LENGTH;
     int found;
 
     Py_XDECREF(is_inline);
@@ -292,19 +231,20 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
 static int serve(struct read_place place, fuse_req_t request, uint64_t handle, off_t start,
                  size_t size)
 {
+    const struct checked_units *units = &place.file->units;
     enum attempt attempt;
 
     if (place.file->policy == NULL)
         return 0;
-    if (has_units(place.file) && !may_read_units(place.file, place.offset, size))
+    if (has_units(units) && !may_read_units(units, place.offset, size))
         return 0;
     attempt = answer_from_file(place.file, request, place.offset, size);
-    if (attempt != ANSWERED && attempt != NOT_ALLOWED && has_units(place.file) && !PyErr_Occurred())
-        forget_units(place.file, place.offset, size);
+    if (attempt != ANSWERED && attempt != NOT_ALLOWED && has_units(units) && !PyErr_Occurred())
+        forget_units(units, place.offset, size);
     if (attempt == ANSWERED || attempt == FAILED)
         return attempt == ANSWERED;
     /* What comes from the disk must be compared with its checksum. */
-    if (has_units(place.file))
+    if (has_units(units))
         return 0;
     return queue_read(request, handle, start, size, place, attempt == NOT_CACHED);
 }
@@ -354,8 +294,7 @@ static void view_free(PyObject *object)
     while (self->file_count > 0) {
         file = &self->files[--self->file_count];
         Py_XDECREF(file->policy);
-        Py_XDECREF(file->forget);
-        PyBuffer_Release(&file->ready);
+        clear_units(&file->units);
     }
     PyMem_Free(self->files);
     type->tp_free(object);
@@ -394,21 +333,15 @@ int init_cached_reads(void)
 /* Fills a file from a PageSource, or from None.  Returns 0, or -1 with an exception. */
 static int fill_file(struct read_file *file, PyObject *source)
 {
-    PyObject *policy, *units, *forget;
-    long long file_bytes;
+    PyObject *policy, *units;
 
     memset(file, 0, sizeof *file);
     if (source == Py_None)
         return 0;
     if (!PyArg_ParseTuple(source, "OiO", &policy, &file->fd, &units))
         return -1;
-    if (units != Py_None) {
-        if (!PyArg_ParseTuple(units, "y*IKLO", &file->ready, &file->unit_bits,
-                              &file->content_bytes, &file_bytes, &forget))
-            return -1;
-        file->forget = Py_NewRef(forget);
-        file->file_bytes = (off_t)file_bytes;
-    }
+    if (units != Py_None && fill_units(&file->units, units))
+        return -1;
     file->policy = Py_NewRef(policy);
     return 0;
 }

@@ -74,16 +74,42 @@ PyObject *read_view(PyObject *module, PyObject *args);
 /* Sets the ReadViews by which reads are answered from now on (_cachedread.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
 
+/* The parts of a file that may be read, as CheckedUnits describes them (hostio/pagesource.py). */
+struct checked_units {
+    Py_buffer ready;        /* for each unit whether it may be read; `obj` is NULL if all of the file may */
+    Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
+    unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
+    uint64_t content_bytes; /* where the readable part of the file ends */
+    off_t file_bytes;       /* length of the file unless it was cut */
+    PyObject *forget;       /* called with the first and the last unit of a read that failed */
+};
+
+/* Fills units, which are all zeros, from a CheckedUnits.  Returns 0, or -1 with an exception
+ * (_checkedunits.c). */
+int fill_units(struct checked_units *units, PyObject *source);
+
+/* Gives up the references of units (_checkedunits.c). */
+void clear_units(struct checked_units *units);
+
+/* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
+int has_units(const struct checked_units *units);
+
+/* Returns whether a range may be read by the extension (_checkedunits.c). */
+int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
+
+/* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
+int may_have_holes(const struct checked_units *units, const char *data, uint64_t offset, size_t size);
+
+/* Makes the units of a range not ready, because a read of it failed: what the kernel now brings into
+ * the page cache was not compared with a checksum.  Perhaps leaves an exception (_checkedunits.c). */
+void forget_units(const struct checked_units *units, uint64_t offset, size_t size);
+
 /* A file of a chain, as a PageSource describes it (hostio/pagesource.py). */
 struct read_file {
     PyObject *policy; /* ReadPolicy; NULL if the file's reads are not answered here */
     int fd;
     unsigned int queued; /* number of queued reads */
-    Py_buffer ready;     /* for each unit whether it may be read; `obj` is NULL if all of the file may */
-    unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
-    uint64_t content_bytes; /* where the readable part of the file ends */
-    off_t file_bytes;       /* length of the file unless it was cut */
-    PyObject *forget;       /* called with the first and last unit of a read that failed; or NULL */
+    struct checked_units units;
 };
 
 /* Where the bytes of a read are. */

@@ -1,0 +1,99 @@
+/*
+ * The units of a file in the cache for servers: which of them may be read from the page cache, and
+ * which reads of them count.  LocalData (remote/localdata.py) reads the file by the same rules, and
+ * says why.
+ *
+ * Everything happens with the GIL held.  The functions that other files call are described in
+ * _extraops.h.
+ */
+
+#include "_extraops.h"
+
+/* How many units after a sequential reader are read ahead at most (_MAX_WINDOW_UNITS in
+ * remote/fetcher.py). */
+#define MAX_AHEAD_UNITS 32
+
+/* The smallest hole that a file can have (remote/zeroblocks.py). */
+#define BLOCK_BITS 12
+#define BLOCK_BYTES (1 << BLOCK_BITS)
+
+int fill_units(struct checked_units *units, PyObject *source)
+{
+    PyObject *forget;
+    long long file_bytes;
+
+    if (!PyArg_ParseTuple(source, "y*y*IKLO", &units->ready, &units->zero_blocks, &units->unit_bits,
+                          &units->content_bytes, &file_bytes, &forget))
+        return -1;
+    units->file_bytes = (off_t)file_bytes;
+    units->forget = Py_NewRef(forget);
+    return 0;
+}
+
+void clear_units(struct checked_units *units)
+{
+    Py_CLEAR(units->forget);
+    PyBuffer_Release(&units->ready);
+    PyBuffer_Release(&units->zero_blocks);
+}
+
+int has_units(const struct checked_units *units)
+{
+    return units->ready.obj != NULL;
+}
+
+/* Returns whether all units from `first` to `last`, inclusive, may be read. */
+static int are_ready(const struct checked_units *units, uint64_t first, uint64_t last)
+{
+    return last < (uint64_t)units->ready.len &&
+           memchr((char *)units->ready.buf + first, 0, last - first + 1) == NULL;
+}
+
+int may_read_units(const struct checked_units *units, uint64_t offset, size_t size)
+{
+    uint64_t first = offset >> units->unit_bits, last = (offset + size - 1) >> units->unit_bits;
+    uint64_t count = (uint64_t)units->ready.len, ahead;
+
+    if (offset + size > units->content_bytes || !are_ready(units, first, last))
+        return 0;
+    /* A read up to the end of its unit must be passed on if a unit is missing that a sequential
+     * reader soon needs, because the Python function has it fetched. */
+    if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
+        return 1;
+    ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;
+    return are_ready(units, last + 1, ahead);
+}
+
+/* Returns whether the block at an offset is known to be all zeros. */
+static int is_zero_block(const struct checked_units *units, uint64_t offset)
+{
+    uint64_t unit = offset >> units->unit_bits;
+    uint64_t number = (offset & (((uint64_t)1 << units->unit_bits) - 1)) >> BLOCK_BITS;
+
+    return unit < (uint64_t)units->zero_blocks.len / sizeof(uint64_t) &&
+           ((uint64_t *)units->zero_blocks.buf)[unit] >> number & 1;
+}
+
+int may_have_holes(const struct checked_units *units, const char *data, uint64_t offset, size_t size)
+{
+    size_t at = 0, length;
+
+    /* The kernel answers from a hole without reading from the disk. */
+    for (; at < size; at += length) {
+        length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
+        if (length > size - at)
+            length = size - at;
+        if (data[at] == 0 && memcmp(data + at, data + at + 1, length - 1) == 0 &&
+            !is_zero_block(units, offset + at))
+            return 1;
+    }
+    return 0;
+}
+
+void forget_units(const struct checked_units *units, uint64_t offset, size_t size)
+{
+    uint64_t first = offset >> units->unit_bits, last = (offset + size - 1) >> units->unit_bits;
+
+    Py_XDECREF(PyObject_CallFunction(units->forget, "KK", (unsigned long long)first,
+                                     (unsigned long long)last));
+}

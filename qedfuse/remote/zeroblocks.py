@@ -1,0 +1,78 @@
+"""Blocks of zeros: those that belong to an object, and those that may be holes of the cache's file.
+
+The kernel answers from a hole without reading from the disk, and a failed write can leave a hole.
+So zeros count only if a comparison with a checksum has shown that they belong to the object.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.remote.unitfile import UNIT_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qedfuse.hostio.hostfile import Buffer
+
+BLOCK_BYTES: Final = UNIT_BYTES // 64
+"""The smallest hole that is recognised: 4096 bytes."""
+_ZEROS: Final = bytes(BLOCK_BYTES)
+
+
+class ZeroBlocks:
+    """Which blocks of an object are known to be all zeros.
+
+    Threads may use the object concurrently.
+
+    Attributes:
+        masks: For each unit a number of 64 bits, in which the bits of these blocks are set.  Empty
+            if the host has no memory for it.
+    """
+
+    def __init__(self, units: int) -> None:
+        """Know of no block of an object with a number of units."""
+        try:
+            # The kernel gives memory only for the parts that are written to.
+            self.masks = memoryview(mmap.mmap(-1, max(1, units) * 8, mmap.MAP_PRIVATE)).cast("Q")
+        except (OSError, OverflowError):
+            self.masks = memoryview(b"").cast("Q")
+
+    def record(self, unit: int, content: Buffer) -> None:
+        """Record the content of a unit."""
+        mask = sum(1 << number for number in _zero_blocks(memoryview(content)))
+        if mask and unit < len(self.masks):
+            self.masks[unit] = mask
+
+    def may_have_holes(self, offset: int, view: memoryview) -> bool:
+        """Return whether what was read of a block is all zeros, and the block is not known.
+
+        Args:
+            offset: The offset of the read in the object.
+            view: The bytes that were read.
+        """
+        begin = min(-offset % BLOCK_BYTES, len(view))
+        if begin and view[:begin] == _ZEROS[:begin] and not self._is_known(offset):
+            return True
+        offset += begin
+        return any(
+            not self._is_known(offset + number * BLOCK_BYTES)
+            for number in _zero_blocks(view[begin:])
+        )
+
+    def _is_known(self, offset: int) -> bool:
+        """Return whether the block at an offset is known to be all zeros."""
+        unit, within = divmod(offset, UNIT_BYTES)
+        return unit < len(self.masks) and bool(self.masks[unit] >> within // BLOCK_BYTES & 1)
+
+
+def _zero_blocks(view: memoryview) -> Iterator[int]:
+    """Yield the numbers of the blocks that are all zeros; the last block may be shorter."""
+    firsts = bytes(view[::BLOCK_BYTES])
+    number = firsts.find(0)
+    while number >= 0:
+        block = view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+        if block == _ZEROS[: len(block)]:
+            yield number
+        number = firsts.find(0, number + 1)
