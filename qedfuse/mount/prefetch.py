@@ -105,6 +105,7 @@ class Prefetch:
                     file,
                     units.runs(MAX_RUN_UNITS),
                     max_requests=_MAX_REQUESTS,
+                    verify=False,
                     wait_turn=self._wait_for_quiet,
                     report=lambda _: None,
                 )

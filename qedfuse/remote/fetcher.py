@@ -128,6 +128,18 @@ class Fetcher:
         """
         return self._store.note_sufficient()
 
+    @property
+    def makes_room(self) -> bool:
+        """Whether room is being made in the cache; see `store_held`."""
+        return self._store.makes_room
+
+    def store_held(self, first: int, last: int) -> bool:
+        """Store adjacent units for which there was no room when they were fetched.
+
+        Returns whether the cache claims to have them all.
+        """
+        return self._store.store_held(first, last)
+
     def forget(self, first: int, last: int) -> None:
         """Make units not ready that the page cache does not have; see `UnitStore.forget`."""
         self._store.forget(first, last)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from qedfuse.errors import CacheError
 from qedfuse.remote.unitfile import UNIT_BYTES
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_RUN_UNITS: Final = 4
 """Number of adjacent units that one request fetches: 1 MiB."""
+_ROOM_PAUSE_SECONDS: Final = 0.2
+"""How long to wait while room is being made in the cache."""
 
 
 async def fill(
@@ -23,10 +27,11 @@ async def fill(
     runs: Iterable[tuple[int, int]],
     *,
     max_requests: int,
+    verify: bool,
     wait_turn: Callable[[], Awaitable[object]],
     report: Callable[[int], object],
 ) -> None:
-    """Fetch runs of units, in their order; those that the cache has are compared with it only.
+    """Fetch runs of units that the cache does not have, in their order.
 
     A cancelled or failed call leaves the requests that are running, which fill the cache as well.
 
@@ -34,6 +39,8 @@ async def fill(
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: How many runs are queued for the server at a time.
+        verify: Whether to compare units that the cache has with their checksums, and to fetch
+            those that are damaged.  Readers do that as well.
         wait_turn: Awaited before each run; it must be a checkpoint.
         report: Called with the length in bytes of each run that is in the cache then.
 
@@ -41,10 +48,15 @@ async def fill(
         CacheError: The cache has not kept a unit.
         RemoteError: The server does not give a unit, or the file was closed.
     """
+    fetcher = file.fetcher
     running: deque[tuple[int, int, list[Flight]]] = deque()
     for first, last in runs:
         await wait_turn()
-        running.append((first, last, file.fetcher.prefetch(first, last)))
+        # Threads look into the cache, because its file system may not answer.
+        if not verify and await _in_thread(fetcher.is_stored, first, last):
+            report(_length(file, first, last))
+            continue
+        running.append((first, last, fetcher.prefetch(first, last)))
         if len(running) == max_requests:
             report(await _wait(file, *running.popleft()))
     while running:
@@ -52,15 +64,31 @@ async def fill(
 
 
 async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) -> int:
-    """Wait until a run was fetched; return its length in bytes.
+    """Wait until a run is in the cache; return its length in bytes.
 
     Raises:
         CacheError: The cache has not kept a unit of the run.
         RemoteError: The server does not give a unit, or the file was closed.
     """
-    for flight in flights:
-        await flight.wait()
-    if not file.fetcher.is_stored(first, last):
-        msg = f"{file.name}: found no room in the cache, expected room for all that is needed of it"
-        raise CacheError(msg)
+    fetcher = file.fetcher
+    while True:
+        for flight in flights:
+            await flight.wait()
+        made_room = fetcher.makes_room
+        if await _in_thread(fetcher.store_held, first, last):
+            return _length(file, first, last)
+        if not made_room and not fetcher.makes_room:
+            msg = f"{file.name}: found no room in the cache, expected room for what is needed of it"
+            raise CacheError(msg)
+        await trio.sleep(_ROOM_PAUSE_SECONDS)
+        flights = fetcher.prefetch(first, last)
+
+
+def _length(file: RemoteFile, first: int, last: int) -> int:
+    """Return the number of bytes in some adjacent units."""
     return min((last + 1) * UNIT_BYTES, file.size()) - first * UNIT_BYTES
+
+
+async def _in_thread(call: Callable[[int, int], bool], first: int, last: int) -> bool:
+    """Make a call for some adjacent units in a thread, which is not waited for if cancelled."""
+    return await trio.to_thread.run_sync(call, first, last, abandon_on_cancel=True)

@@ -40,6 +40,11 @@ class Room:
         self._is_making = False
         self._last_moment = 0.0  # until when reservations wait for `make_room`
 
+    @property
+    def is_making(self) -> bool:
+        """Whether room is being made, so that a reservation that fails may succeed soon."""
+        return self._is_making
+
     @contextmanager
     def reserve(self, length: int) -> Iterator[str]:
         """Reserve room for some bytes, which are stored in the block.

@@ -115,6 +115,19 @@ class UnitStore:
         cache = self._cache
         return cache is not None and note_sufficient(cache)
 
+    @property
+    def makes_room(self) -> bool:
+        """Whether room is being made, so that what is held could be stored soon."""
+        return self._room is not None and self._room.is_making
+
+    def store_held(self, first: int, last: int) -> bool:
+        """Store those of some adjacent units that are held; return `is_stored` of all."""
+        for unit in range(first, last + 1):
+            block = self.held(unit)
+            if block is not None and not self.is_stored(unit, unit):
+                self.store(unit, block)
+        return self.is_stored(first, last)
+
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because a byte of them was not in the page cache.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.mount import prefetch
 from qedfuse.mount.prefetch import Prefetch
+from qedfuse.remote import room
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.cachedirectory import CacheDirectory
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.remotefile import RemoteFile
-from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile
+from qedfuse.remote.unitstore import UnitStore
 from tests.remote.test_warm import make_image
 from tests.support import qemu
 from tests.support.remotes import PATIENT, some_bytes
@@ -213,6 +216,66 @@ async def test_a_full_cache_ends_it(
             await task.run()
     assert not room
     assert server.sent_bytes < len(server.content) - 8 * UNIT_BYTES
+
+
+async def test_what_the_cache_has_is_not_read(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later mount neither fetches nor reads the data that the cache has, only the tables."""
+    async with opened_disk(server.url, tmp_path / "cache") as (disk, task):
+        await task.run()
+        table = int(parts(disk)[0].l2_tables[0]) // UNIT_BYTES
+    loaded: list[int] = []
+    load = UnitFile.load
+
+    def recorded(file: UnitFile, unit: int) -> bytes | None:
+        loaded.append(unit)
+        return load(file, unit)
+
+    monkeypatch.setattr(UnitFile, "load", recorded)
+    asked = server.sent_bytes
+    async with opened_disk(server.url, tmp_path / "cache") as (disk, task):
+        await task.run()
+    assert table in loaded
+    # The reader of the tables may have had some units fetched ahead.
+    assert len(set(loaded)) < 10 < 6 * MIB // UNIT_BYTES
+    assert server.sent_bytes == asked + 1  # the opening
+
+
+@pytest.mark.expect_log("cannot store in the cache: older entries are still being removed")
+async def test_room_that_is_being_made(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If making room in the cache takes long, the prefetch waits for it, and stores all."""
+    monkeypatch.setattr(room, "_MAX_WAIT_SECONDS", 0.01)
+    making, made = threading.Event(), threading.Event()
+
+    def make_room(*_: object) -> int:
+        if threading.current_thread().name == "qedfuse-room":
+            making.set()
+            assert made.wait(20)
+        return 1 << 30
+
+    stored: list[bool] = []
+    store_held = UnitStore.store_held
+
+    def recorded(store: UnitStore, first: int, last: int) -> bool:
+        stored.append(store_held(store, first, last))
+        return stored[-1]
+
+    monkeypatch.setattr(CacheDirectory, "make_room", make_room)
+    monkeypatch.setattr(UnitStore, "store_held", recorded)
+    async with opened_disk(server.url, tmp_path / "cache") as (disk, task):
+        assert making.is_set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run)
+            await trio.to_thread.run_sync(wait_until, lambda: False in stored)
+            made.set()
+        needed = NeededUnits(disk.chain.layers[0])
+        needed.add_tables()
+        await needed.add_data()
+        fetcher = parts(disk)[1]
+        assert all(fetcher.is_stored(first, last) for first, last in needed.runs(4))
 
 
 async def test_local_disks_need_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -186,7 +186,7 @@ async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: room.pop() if room else 0)
     with (
         serving(some_bytes(40)) as server,
-        pytest.raises(CacheError, match="found no room in the cache, expected room for all"),
+        pytest.raises(CacheError, match="found no room in the cache, expected room for what"),
     ):
         await warm(server.url, options(tmp_path / "cache"))
     assert not room

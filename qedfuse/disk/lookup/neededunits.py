@@ -44,13 +44,16 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, in their order.
 
-        A run has at most ``max_units`` units.
+        A run lies within one of the blocks of ``max_units`` units into which the file is divided,
+        so that a cache between this machine and the server that keeps such blocks fetches each
+        once.
         """
         first = self._needed.find(1)
         while first >= 0:
-            end = self._needed.find(0, first, first + max_units)
+            block_end = min(first - first % max_units + max_units, len(self._needed))
+            end = self._needed.find(0, first, block_end)
             if end < 0:
-                end = min(first + max_units, len(self._needed))
+                end = block_end
             yield first, end - 1
             first = self._needed.find(1, end)
 

@@ -143,6 +143,7 @@ class _Part:
             self._file,
             self.units.runs(MAX_RUN_UNITS),
             max_requests=_MAX_REQUESTS,
+            verify=True,
             wait_turn=trio.lowlevel.checkpoint,
             report=report,
         )
