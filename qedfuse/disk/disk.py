@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.components import Components
 from qedfuse.disk.lifecycle import Lifecycle
-from qedfuse.disk.lookup.baseversion import replace_base
+from qedfuse.disk.lookup.rememberedbase import replace_base
 from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics

@@ -17,7 +17,7 @@ import zlib
 from contextlib import suppress
 from typing import Final
 
-from qedfuse.errors import HostError, QedError
+from qedfuse.errors import HostError
 from qedfuse.hostio.newfile import CONTENT_ATTRIBUTES, NewFile
 from qedfuse.hostio.systemcalls import keeps_inode_numbers, write_all
 from qedfuse.text import printable
@@ -118,7 +118,15 @@ def remove_record(fd: int, path: str) -> None:
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)
-    with suppress(OSError, QedError):
+    remove_file(path)
+
+
+def remove_file(path: str) -> None:
+    """Remove the file with the record of an image of this name, if there is such a file.
+
+    An error of the host is ignored, as by `remove_record`.
+    """
+    with suppress(OSError):
         target = record_path(path)
         file = _open_file(target)
         if file < 0:

@@ -23,7 +23,7 @@ from qedfuse.tools.editing.create import create, preallocate
 if TYPE_CHECKING:
     import argparse
 
-    from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.tools.common.newbacking import NewBase
 
 EXAMPLE: Final = "qedimg create -b golden.qed vm.qed 20G"
 DESCRIPTION: Final = """\
@@ -80,20 +80,20 @@ def run(arguments: argparse.Namespace) -> int:
             "because a full image reads nothing from a base"
         )
         raise UsageError(msg)
-    size, base_format, unsafe = arguments.size, arguments.base_format, arguments.unsafe
-    if arguments.base is not None and is_url(arguments.base) and not unsafe:
-        base_size, base_format = run_async(_open_base, arguments)
-        size, unsafe = base_size if size is None else size, True
+    url_base = None
+    if arguments.base is not None and is_url(arguments.base) and not arguments.unsafe:
+        url_base = run_async(_examine_url, arguments)
     made = create(
         arguments.image,
-        size,
+        arguments.size,
         cluster_size=arguments.cluster_size,
         table_size=arguments.table_size,
         backing=arguments.base,
-        backing_format=base_format,
-        unsafe=unsafe,
+        backing_format=arguments.base_format,
+        unsafe=arguments.unsafe,
         overwrite=arguments.force,
         fill=partial(_fill, arguments) if full else None,
+        url_base=url_base,
     )
     warn_unless_qemu_opens(made.path, made.cluster_size, made.table_size)
     over_base = ""
@@ -107,14 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _open_base(arguments: argparse.Namespace) -> tuple[int, ImageFormat]:
-    """Return the size of the disk in a base that is a URL, and the format of the base."""
-    from qedfuse.tools.common.newbacking import size_and_format_of_url  # noqa: PLC0415  imported late: --help must not load it
+async def _examine_url(arguments: argparse.Namespace) -> NewBase:
+    """Return the size, the format and the version of a base that is a URL."""
+    from qedfuse.tools.common.newbacking import examine_url  # noqa: PLC0415  imported late: --help must not load it
 
     remote = common.remote_options(arguments)
-    return await size_and_format_of_url(
-        arguments.image, arguments.base, arguments.base_format, remote
-    )
+    return await examine_url(arguments.image, arguments.base, arguments.base_format, remote)
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.creation.newheader import new_header
+from qedfuse.disk.lookup.rememberedbase import NewRecord
 from qedfuse.errors import HostError
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.replacedfile import lock_replaced_file
@@ -23,6 +24,7 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.disk.lookup.baseversion import BaseVersions
     from qedfuse.ondisk.header import Header
 
 
@@ -36,6 +38,7 @@ async def create_image(
     backing_is_raw: bool = False,
     overwrite: bool = False,
     mode: int = 0o644,
+    versions: BaseVersions | None = None,
 ) -> None:
     """Create an empty image at ``path``, durably.
 
@@ -52,6 +55,8 @@ async def create_image(
             that file open as an image.  The new file gets the owner and the permissions of
             the old one.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
+        versions: The versions of the backing files, which the image remembers; None to remember
+            those that are found when the image is first opened for writing.
 
     Raises:
         UsageError: A size is out of its range, the name of the backing file cannot be stored,
@@ -67,7 +72,9 @@ async def create_image(
 
     header = new_header(size, cluster_size, table_size, backing, backing_is_raw=backing_is_raw)
     await trio.to_thread.run_sync(
-        partial(make_image, path, header, backing, overwrite=overwrite, mode=mode)
+        partial(
+            make_image, path, header, backing, overwrite=overwrite, mode=mode, versions=versions
+        )
     )
 
 
@@ -79,6 +86,7 @@ def make_image(
     overwrite: bool = False,
     mode: int = 0o644,
     fill: Callable[[str], object] | None = None,
+    versions: BaseVersions | None = None,
 ) -> None:
     """Create an image at ``path``, durably: an empty one, into which ``fill`` may write.
 
@@ -92,6 +100,8 @@ def make_image(
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
         fill: Called with the temporary name of the empty image, before the image gets the
             name ``path``.  If ``fill`` raises an error, no new file is left behind.
+        versions: The versions of the backing files, which the image remembers; None to remember
+            those that are found when the image is first opened for writing.
 
     Raises:
         UsageError: The file exists and ``overwrite`` is False.
@@ -103,11 +113,12 @@ def make_image(
             failed.  An empty new file may be left behind on a file system without hard links
             (`NewFile`).
     """
+    record = NewRecord(backing or "", versions)
     with ExitStack() as stack:
         old = lock_replaced_file(path, stack, overwrite=overwrite)
         new = stack.enter_context(NewFile(path, mode=mode, old=old, overwrite=overwrite))
         try:
-            _write_empty(new.path, header, os.fsencode(backing or ""))
+            _write_empty(new.path, header, os.fsencode(backing or ""), record)
             if fill is not None:
                 fill(new.path)
         except HostError as error:
@@ -115,9 +126,10 @@ def make_image(
             text = str(error).replace(printable(new.path), printable(path))
             raise type(error)(text, error.errno) from error
         new.commit()
+    record.finish(path)
 
 
-def _write_empty(path: str, header: Header, backing: bytes) -> None:
+def _write_empty(path: str, header: Header, backing: bytes, record: NewRecord) -> None:
     """Write the header and the backing name into an empty file; the L1 table is a hole.
 
     Raises:
@@ -127,5 +139,6 @@ def _write_empty(path: str, header: Header, backing: bytes) -> None:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:
             os.ftruncate(file.fileno(), header.l1_end)
             file.write(build_header(header) + backing)
+            record.store(file.fileno())
     except OSError as error:
         raise HostError.from_os(error, printable(path), "cannot make") from error

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
 from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
-from qedfuse.disk.lookup.baseversion import verify_base
 from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
+from qedfuse.disk.lookup.rememberedbase import verify_base
 from qedfuse.errors import (
     BackingError,
     BackingRefusedError,
@@ -87,7 +87,7 @@ async def open_bases(
 
     Raises:
         BackingError: A base is missing, refused, of another format or of another version than the
-            image remembers (`baseversion`), or the chain is a loop or too long.
+            image remembers (`rememberedbase`), or the chain is a loop or too long.
         RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.

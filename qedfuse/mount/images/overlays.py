@@ -14,6 +14,7 @@ from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.lookup.backing import read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.baseversion import versions_of
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
@@ -164,6 +165,7 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
             table_size=disk.header.table_size,
             backing=source,
             mode=0o600,
+            versions=versions_of([layer.file for layer in disk.chain.layers]),
         )
 
 

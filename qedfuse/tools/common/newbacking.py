@@ -7,10 +7,11 @@ them takes longer than creating an image.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qedfuse.disk.lookup.backingpath import backing_path, chain_paths
-from qedfuse.errors import BackingError, NotQedError, QedError
+from qedfuse.disk.lookup.baseversion import BaseVersions, version_of_status, versions_of
+from qedfuse.errors import BackingError, HostError, NotQedError, QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.formats import is_qed
@@ -21,6 +22,20 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from qedfuse.remote.options import RemoteOptions
     from qedfuse.tools.common.formatprobe import ImageFormat
+
+
+class NewBase(NamedTuple):
+    """A backing file for a new image.
+
+    Attributes:
+        size: Bytes of its disk.
+        format: Its format.
+        versions: The version of the file, for the new image to remember.
+    """
+
+    size: int
+    format: ImageFormat
+    versions: BaseVersions
 
 
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
@@ -49,12 +64,10 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
             raise BackingError(msg)
 
 
-def size_and_format(
-    image: str, backing: str, wanted: ImageFormat | None
-) -> tuple[int, ImageFormat]:
-    """Return the size of the disk in the backing file of a new image, and the file's format.
+def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBase:
+    """Return the size, the format and the version of the backing file of a new image.
 
-    The size is in bytes.  The backing file is not locked, so another program may be using it.
+    The backing file is not locked, so another program may be using it.
 
     Args:
         image: Path of the new image.
@@ -71,10 +84,12 @@ def size_and_format(
     try:
         fd = open_regular(path, os.O_RDONLY)
         try:
-            start, size = os.pread(fd, HEADER_BYTES, 0), os.fstat(fd).st_size
+            status = os.fstat(fd)
+            start = os.pread(fd, HEADER_BYTES, 0)
         finally:
             os.close(fd)
-        return _size_and_format(start, size, shown, wanted)
+        versions = BaseVersions(version_of_status(status), {})
+        return _examined(start, status.st_size, versions, shown, wanted)
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error
@@ -83,10 +98,10 @@ def size_and_format(
         raise BackingError(msg) from error
 
 
-async def size_and_format_of_url(
+async def examine_url(
     image: str, url: str, wanted: ImageFormat | None, remote: RemoteOptions
-) -> tuple[int, ImageFormat]:
-    """Return the size of the disk in a backing file that is a URL, and the file's format.
+) -> NewBase:
+    """Return the size, the format and the version of a backing file that is a URL.
 
     Args:
         image: Path of the new image.
@@ -95,8 +110,10 @@ async def size_and_format_of_url(
         remote: How to read the URL.
 
     Raises:
-        BackingError: The URL cannot be read, is not QED although only QED is accepted, or has an
-            invalid header.
+        RemoteError: The server cannot be reached, or does not serve the file.
+        HostError: The cache or a further descriptor cannot be opened.
+        BackingError: The URL is not valid, the file is not QED although only QED is accepted, or
+            its header is invalid.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
@@ -104,20 +121,24 @@ async def size_and_format_of_url(
     try:
         async with open_image(url, None, remote) as file:
             start = bytes(await file.pread(0, HEADER_BYTES))
-            return _size_and_format(start, file.size(), file.name, wanted)
+            return _examined(start, file.size(), versions_of([file]), file.name, wanted)
+    except HostError as error:
+        about = f"{printable(image)}: backing file "
+        raise error.prefixed(about) from error
     except QedError as error:
         msg = f"{printable(image)}: backing file {error}"
         raise BackingError(msg) from error
 
 
-def _size_and_format(
-    start: bytes, size: int, shown: str, wanted: ImageFormat | None
-) -> tuple[int, ImageFormat]:
-    """Return the size of the disk in a backing file, and the file's format.
+def _examined(
+    start: bytes, size: int, versions: BaseVersions, shown: str, wanted: ImageFormat | None
+) -> NewBase:
+    """Return what is known about a backing file.
 
     Args:
         start: The first bytes of the file.
         size: Length of the file in bytes.
+        versions: The version of the file.
         shown: Name of the file in messages.
         wanted: Format of the file; None accepts only QED.
 
@@ -125,11 +146,11 @@ def _size_and_format(
         ImageError: The file is not QED although only QED is accepted, or has an invalid header.
     """
     if wanted == "raw":
-        return size, "raw"
+        return NewBase(size, "raw", versions)
     if is_qed(start):
         header = parse_header(start, shown)
         header.check_fits(size, shown)
-        return header.image_size, "qed"
+        return NewBase(header.image_size, "qed", versions)
     expected = "a QED image" if wanted else "a QED image, or -F raw for any other content"
     msg = f"{shown}: found no QED magic, expected {expected}"
     raise NotQedError(msg)

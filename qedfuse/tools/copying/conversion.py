@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from qedfuse.disk.lookup.backingpath import backing_path
+from qedfuse.disk.lookup.baseversion import versions_of
+from qedfuse.disk.lookup.rememberedbase import NewRecord
 from qedfuse.errors import UsageError, cannot_open
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.newfile import NewFile
@@ -170,6 +172,7 @@ class Conversion:
         if spec.backing is not None:
             directory = self._options.backing.working_directory
             refuse_backing_loop(self._path, spec.backing, directory)
+        record = NewRecord("", None)
         with ExitStack() as stack:
             old = lock_replaced_file(self._path, stack, overwrite=overwrite, offers_in_place=True)
             new = stack.enter_context(NewFile(self._path, old=old, overwrite=overwrite))
@@ -182,10 +185,15 @@ class Conversion:
                     raise cannot_open(self._path, error) from error
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
+                    if base is not None:
+                        # Taken before the copy, which is made over these versions.
+                        record = NewRecord(spec.backing or "", versions_of(base.readers()))
+                        record.store(fd)
                     size, data_bytes = await self._copy(target, base)
                 if self._compare:
                     await self._verify(new.path)
             new.commit(durable=self._durable)
+            record.finish(self._path)
         return ConvertResult(size, status_of(self._path, self._name).st_size, data_bytes)
 
     async def _copy(self, target: Target, base: Source | None = None) -> tuple[int, int]:

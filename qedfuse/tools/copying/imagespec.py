@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.creation.newheader import backing_name, new_header
 from qedfuse.disk.lookup.backingpath import backing_path
-from qedfuse.errors import BackingError, QedError
+from qedfuse.errors import BackingError, CacheError, QedError, RemoteError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.remote.address import require_storable, shown_name
 from qedfuse.text import printable
@@ -97,6 +97,9 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         BackingError: The backing file cannot be opened or locked, is not a regular file, or is
             not of the format that ``spec`` names.  If ``spec`` names no format, a backing file
             that is not QED is refused.
+        RemoteError: The server of the backing file, or of one below it, cannot be reached, or does
+            not serve the file.
+        CacheError: The directory of the cache cannot be used.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)
     about = f"{printable(image)}: backing file"
@@ -116,6 +119,8 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
                 msg = f"{printable(path)}: found a block device, expected a regular file"
                 raise BackingError(msg)
             opened = stack.pop_all()
+    except (RemoteError, CacheError) as error:
+        raise error.prefixed(about + " ") from error
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.lookup.backing import read_backing_name
-from qedfuse.disk.lookup.baseversion import accept_commit
 from qedfuse.disk.lookup.extents import Kind
+from qedfuse.disk.lookup.rememberedbase import accept_commit
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.imagefile import open_image_file, read_header
@@ -184,7 +184,7 @@ async def _commit(
 
 
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
-    """Remember with an overlay that its base has been changed by the commit (`baseversion`).
+    """Remember with an overlay that its base has been changed by the commit (`rememberedbase`).
 
     The caller holds the lock of the overlay.
 

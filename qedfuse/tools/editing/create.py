@@ -15,12 +15,13 @@ from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.remote.address import require_local, require_storable, shown_name
 from qedfuse.text import printable
-from qedfuse.tools.common.newbacking import size_and_format
+from qedfuse.tools.common.newbacking import examine_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.tools.common.newbacking import NewBase
     from qedfuse.util.backgroundtasks import Progress
 
 
@@ -60,6 +61,7 @@ def create(
     unsafe: bool = False,
     overwrite: bool = False,
     fill: Callable[[str], object] | None = None,
+    url_base: NewBase | None = None,
 ) -> CreateResult:
     """Create an image.
 
@@ -74,13 +76,14 @@ def create(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
-            is allowed only with ``unsafe``; see `size_and_format_of_url`.
+            is allowed only with ``unsafe`` or ``url_base``.
         backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
             is refused if a backing file is named.
         unsafe: Do not open the backing file.  The backing file need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
         fill: Called with the temporary path of the image, before the image gets its name.  If
             ``fill`` raises an error, no image is created.
+        url_base: What `examine_url` has found out about the backing file, if it is a URL.
 
     Raises:
         UsageError: A size, the geometry or the backing file name is invalid, a size or format
@@ -99,10 +102,12 @@ def create(
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     require_storable(backing or "")
-    if backing is not None and not unsafe:
+    found = url_base
+    if backing is not None and not unsafe and found is None:
         require_local(backing)
-        backing_size, backing_format = size_and_format(path, backing, backing_format)
-        size = backing_size if size is None else size
+        found = examine_base(path, backing, backing_format)
+    if found is not None:
+        size, backing_format = found.size if size is None else size, found.format
     elif backing is not None and backing_format is None:
         msg = (
             f"{printable(path)}: backing file {shown_name(backing)}: found no format, expected "
@@ -116,7 +121,8 @@ def create(
     header = new_header(
         size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
     )
-    make_image(path, header, backing, overwrite=overwrite, fill=fill)
+    versions = None if found is None else found.versions
+    make_image(path, header, backing, overwrite=overwrite, fill=fill, versions=versions)
     return CreateResult(path, header.image_size, cluster_size, table_size, backing, backing_format)
 
 
