@@ -213,7 +213,9 @@ class Fetcher:
             and self._store.held(end) is None
         ):
             end += 1
-        flight = Flight(first, end - 1, self._name, self._source.max_seconds)
+        flight = Flight(
+            *(first, end - 1, self._name, self._source.max_seconds, self._threads.need_thread)
+        )
         self._flights.update(dict.fromkeys(range(first, end), flight))
         return flight
 

@@ -55,7 +55,7 @@ class FetchThreads:
                 `add_fetch`.
             fetch: Fetches the units of a flight, and ends the flight.
             fail: Ends a flight with an error, unless it has ended; called if a step raises an
-                exception, or if there is no thread for it.
+                exception.
         """
         self.lock = threading.Condition()
         self.is_closed = False
@@ -66,32 +66,39 @@ class FetchThreads:
         self._looks: deque[Flight] = deque()
         self._fetches: deque[Flight] = deque()
         self._ahead: deque[Flight] = deque()
+        self._lacks_thread = False  # whether no thread ran when one was wanted last
         self._threads = self._idle = self._fetching = self._prefetching = 0
 
     def add_look(self, flight: Flight) -> None:
         """Queue a flight that a reader waits for; the cache was not looked at yet."""
         with self.lock:
             self._looks.append(flight)
-            self._need_thread()
+            self._start_thread()
 
     def add_fetch(self, flight: Flight) -> None:
         """Queue a flight that a reader waits for, and that the cache does not have."""
         with self.lock:
             if not self.is_closed:
                 self._fetches.append(flight)
-                self._need_thread()
+                self._start_thread()
 
     def add_prefetch(self, flight: Flight) -> None:
         """Queue a flight that no reader waits for."""
         with self.lock:
             self._ahead.append(flight)
-            self._need_thread()
+            self._start_thread()
 
     def promote(self, flight: Flight) -> None:
         """Put a prefetch that has not begun among the flights that readers wait for."""
         with self.lock, suppress(ValueError):
             self._ahead.remove(flight)
             self.add_look(flight)
+
+    def need_thread(self) -> None:
+        """Start a thread if flights are queued and the host had no thread for them."""
+        with self.lock:
+            if self._looks or self._fetches or self._ahead:
+                self._start_thread()
 
     def close(self) -> None:
         """Forget what is queued, and let each thread end after its step."""
@@ -101,8 +108,12 @@ class FetchThreads:
                 queue.clear()
             self.lock.notify_all()
 
-    def _need_thread(self) -> None:
-        """Wake or start a thread for a flight that was queued; the caller holds the lock."""
+    def _start_thread(self) -> None:
+        """Wake or start a thread for a flight that was queued; the caller holds the lock.
+
+        If the host has no thread, the flight stays queued for the threads that there are, and
+        `need_thread` tries again.
+        """
         self.lock.notify()
         queued = len(self._looks) + len(self._fetches) + len(self._ahead)
         if queued <= self._idle or self._threads >= _MAX_FETCHING_THREADS + _LOOKING_THREADS:
@@ -110,19 +121,13 @@ class FetchThreads:
         self._threads += 1
         try:
             threading.Thread(target=self._work, name="qedfuse-fetch", daemon=True).start()
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
             self._threads -= 1
-            # The threads that are left take the flight later.
-            if not self._threads:
-                self._fail_queued()
-
-    def _fail_queued(self) -> None:
-        """End all queued flights, because the host has no thread for them."""
-        flights = [*self._looks, *self._fetches, *self._ahead]
-        for queue in (self._looks, self._fetches, self._ahead):
-            queue.clear()
-        for flight in flights:
-            self._fail(flight, RemoteError(f"{self._name}: found no thread, expected one"))
+            if not self._threads and not self._lacks_thread:
+                self._lacks_thread = True
+                _log.warning("%s: cannot start a thread: %s; trying again", self._name, error)
+        else:
+            self._lacks_thread = False
 
     def _work(self) -> None:
         """Run steps until there has been none for a while: the main function of a thread."""
@@ -174,4 +179,4 @@ class FetchThreads:
                 self._fetching -= fetching
                 self._prefetching -= prefetching
                 if self._fetches or self._ahead:
-                    self._need_thread()
+                    self._start_thread()

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.errors import HostError, RemoteError
+from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import Buffer
 
-_CANCEL_POLL_SECONDS: Final = 0.2
-"""How often a thread that waits asks whether its task was cancelled."""
+_POLL_SECONDS: Final = 0.2
+"""How often a thread that waits asks whether its task was cancelled, and how often any reader asks
+for a thread that fetches, in case the host had none."""
 
 
 class Flight:
@@ -31,10 +33,22 @@ class Flight:
         is_wanted: Whether a reader waits for it.
     """
 
-    def __init__(self, first: int, last: int, name: str, max_seconds: float) -> None:
-        """Describe a fetch that has not begun, of units of the object ``name``.
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        name: str,
+        max_seconds: float,
+        need_thread: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Describe a fetch that has not begun.
 
-        Readers wait at most ``max_seconds``, also for a flight that no thread takes for so long.
+        Args:
+            first: The first unit.
+            last: The last unit.
+            name: The name of the object.
+            max_seconds: How long readers wait at most, also if no thread takes the flight.
+            need_thread: Called now and then while a reader waits; see `FetchThreads.need_thread`.
         """
         self.first = first
         self.last = last
@@ -42,6 +56,7 @@ class Flight:
         self.is_wanted = False
         self._name = name
         self._max_seconds = max_seconds
+        self._need_thread = need_thread
         self._error: HostError | None = None
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
@@ -68,9 +83,10 @@ class Flight:
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
         end = time.monotonic() + self._max_seconds
-        while not self._ended.wait(_CANCEL_POLL_SECONDS) and time.monotonic() < end:
+        while not self._ended.wait(_POLL_SECONDS) and time.monotonic() < end:
             with suppress(RuntimeError):  # not a thread of trio
                 trio.from_thread.check_cancelled()
+            self._need_thread()
         self._check(in_time=self._ended.is_set())
 
     async def wait(self) -> None:
@@ -86,8 +102,16 @@ class Flight:
                 self._callbacks.append(lambda: token.run_sync_soon(event.set, idempotent=True))
             else:
                 event.set()
-        with trio.move_on_after(self._max_seconds) as scope:
-            await event.wait()
+        load = loop_load()
+        load.fetched_reads += 1
+        try:
+            with trio.move_on_after(self._max_seconds) as scope:
+                while not event.is_set():
+                    with trio.move_on_after(_POLL_SECONDS):
+                        await event.wait()
+                    self._need_thread()
+        finally:
+            load.fetched_reads -= 1
         self._check(in_time=not scope.cancelled_caught)
 
     def _check(self, *, in_time: bool) -> None:

@@ -28,21 +28,24 @@ class LoopLoad:
         polled_reads: How many reads of host files are being retried now.  While there are any,
             no task should keep the event loop busy for long, because the task that retries
             needs the event loop.
+        fetched_reads: How many reads wait for a thread that is not one of trio, and that needs the
+            GIL, such as one that asks a server.
     """
 
     def __init__(self, threads: trio.CapacityLimiter) -> None:
         """Start without any load; ``threads`` limits the worker threads of the event loop."""
         self.polled_reads = 0
+        self.fetched_reads = 0
         self._has_request: Callable[[], bool] = _no_request
         self._threads = threads
 
     def has_running_threads(self) -> bool:
-        """Return whether a thread of trio is running.
+        """Return whether a thread of trio is running, or one for which a read waits.
 
         If so, the caller must not poll.  While a task polls, the event loop does not notice that
         the thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
         """
-        return self._threads.borrowed_tokens > 0
+        return self._threads.borrowed_tokens > 0 or self.fetched_reads > 0
 
     def has_requests(self) -> bool:
         """Return whether a request waits that no task has taken yet.

@@ -253,18 +253,37 @@ def test_no_reader_waits_for_a_look_that_fails(
         assert read(file, 0, 10) == CONTENT[:10]
 
 
-def test_no_thread_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the host has no thread, a read fails, and works later."""
+@pytest.mark.expect_log("cannot start a thread: found none; trying again")
+def test_no_thread_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the host has no thread, a read waits for a bounded time, in a thread or a task."""
+    real, failed = threading.Thread.start, 0
 
-    def start(_: threading.Thread) -> None:
-        raise RuntimeError
+    def start(thread: threading.Thread) -> None:
+        nonlocal failed
+        if thread.name == "qedfuse-fetch" and failed < fails:
+            failed += 1
+            msg = "found none"
+            raise RuntimeError(msg)
+        real(thread)
 
+    monkeypatch.setattr(threading.Thread, "start", start)
     with fetching(tmp_path) as (_, _, file):
-        with monkeypatch.context() as context:
-            context.setattr(threading.Thread, "start", start)
-            with pytest.raises(RemoteError, match="no thread"):
-                read(file, 0, 10)
-        assert read(file, 0, 10) == CONTENT[:10]
+        for unit, fails in enumerate((3, 6)):
+            if unit:
+                found = bytes(trio.run(file.pread, unit * UNIT_BYTES, 10))
+            else:
+                found = read(file, unit * UNIT_BYTES, 10)
+            assert found == unit_bytes(unit)[:10]
+            assert failed == fails
+            monkeypatch.setattr(fetchthreads, "_IDLE_SECONDS", 0.0)
+            wait_until(lambda: not fetching_threads())
+        assert len(caplog.records) == 2
+        monkeypatch.setattr(HeldObject, "max_seconds", 0.05)
+        fails = 1000
+        with pytest.raises(RemoteError, match="found no answer within"):
+            read(file, (UNITS - 1) * UNIT_BYTES, 10)  # not read ahead
 
 
 def test_idle_threads_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from qedfuse.mount.fuse.scheduler import (
     default_poll_seconds,
     scheduled,
 )
+from qedfuse.remote.flight import Flight
 from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
@@ -294,6 +295,24 @@ async def test_no_polling_while_a_thread_is_running(pipe: tuple[int, int]) -> No
                 trio.to_thread.current_default_thread_limiter().release()
     assert scheduler.statistics.slept == 1
     assert scheduler._adaptive_poll.seconds, "a wait beside other work was recorded"
+
+
+async def test_no_polling_while_a_read_waits_for_a_server(pipe: tuple[int, int]) -> None:
+    """The thread that fetches needs the GIL, and only trio notices its end."""
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=0))
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    flight = Flight(0, 0, "object", 60.0)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flight.wait)
+            await wait_all_tasks_blocked()
+            assert loop_load().has_running_threads()
+            nursery.start_soon(scheduler.wait_readable, pipe[0])
+            await wait_all_tasks_blocked()
+            os.write(pipe[1], b"x")
+            flight.end()
+    assert not loop_load().has_running_threads()
+    assert scheduler.statistics.slept == 1
 
 
 class FinishedCalls(ThreadCalls):
