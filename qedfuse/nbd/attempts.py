@@ -42,8 +42,14 @@ class Attempts:
             RemoteError: No further attempt is made.
         """
         self._count += 1
+        if is_closed:
+            failure = RemoteError(f"{self._name}: found the file closed, expected it open")
+            failure.is_logged = True  # the reader has gone, or has closed the file
+            raise failure from error
         if isinstance(error, RefusedError):
-            raise self._final(str(error), error.errno) from error
+            # The reader has a file open, for which ENOENT would make no sense.
+            is_gone = error.errno == errno.ENOENT
+            raise self._final(str(error), errno.ESTALE if is_gone else error.errno) from error
         if isinstance(error, ReplyError) and error.errno != errno.ESHUTDOWN:
             text = f"{os.strerror(error.errno)} ({error.text})" if error.text else ""
             msg = f"{self._name}: read: found an error of the server: "
@@ -51,7 +57,7 @@ class Attempts:
         self._protocol_errors += isinstance(error, ProtocolError)
         seconds = self._pause * random.uniform(0.5, 1)  # noqa: S311  no secret
         is_late = time.monotonic() + seconds >= self.end
-        if is_closed or is_late or self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
+        if is_late or self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:

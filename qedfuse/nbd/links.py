@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from qedfuse.nbd.connection import Connection
 
 MAX_CONNECTIONS: Final = 4
+_REST_SECONDS: Final = 60.0
+"""For how long no connection is tried again in a place where it failed, if others work."""
 
 
 class Link:
-    """The place of one connection.  Threads and tasks may use it concurrently."""
+    """The place of one connection.  Threads and tasks may use it concurrently.
+
+    Attributes:
+        rests_until: Until when no connection is made here, if there is one in another place.
+    """
 
     def __init__(self, make: Callable[[], Connection], connection: Connection | None) -> None:
         """Make connections with ``make``, which blocks; the first one may be given."""
@@ -30,6 +36,7 @@ class Link:
         self._failed_since = 0.0
         self._failure: BrokenError | None = None
         self._is_closed = False
+        self.rests_until = 0.0
 
     @property
     def ready(self) -> Connection | None:
@@ -111,7 +118,7 @@ class Links:
                     limiter=self._threads,
                 )
             except BrokenError:
-                if not self._remove(link):
+                if not self._can_rest(link):
                     raise
 
     def connection_blocking(self) -> Connection:
@@ -128,7 +135,7 @@ class Links:
             try:
                 return link.connect(time.monotonic())
             except BrokenError:
-                if not self._remove(link):
+                if not self._can_rest(link):
                     raise
 
     def close(self) -> None:
@@ -146,17 +153,18 @@ class Links:
         if self.is_closed:
             msg = "closed"
             raise BrokenError(msg)
-        return min(self._links, key=_load)
+        now = time.monotonic()
+        links = [link for link in self._links if link.ready or link.rests_until <= now]
+        return min(links or self._links, key=_load)
 
-    def _remove(self, link: Link) -> bool:
-        """Use a link no more if another one works; return whether that is so.
+    def _can_rest(self, link: Link) -> bool:
+        """Let a link in which no connection can be made rest, if another one works.
 
-        A server may allow fewer connections than this.
+        Returns whether that is so.  A server may allow fewer connections than this.
         """
-        links = [other for other in self._links if other is not link]
-        if not any(other.ready for other in links):
+        if not any(other.ready for other in self._links):
             return False
-        self._links = links
+        link.rests_until = time.monotonic() + _REST_SECONDS
         return True
 
 

@@ -1,0 +1,269 @@
+"""A server that makes mistakes: right bytes or an error, in bounded time, and good again later."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+import trio.testing
+
+from qedfuse.errors import HostError, ObjectChangedError, RemoteError
+from qedfuse.nbd.opening import open_nbd
+from qedfuse.remote.options import Deadlines
+from tests.support.faultynbd import (
+    CONNECTION_FAULTS,
+    REPLY_FAULTS,
+    FaultyServer,
+    serving_faulty,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qedfuse.nbd.nbdfile import NbdFile
+
+DEADLINES: Final = Deadlines(connect_seconds=1, attempt_seconds=0.4, total_seconds=1.5)
+PATIENT: Final = Deadlines(connect_seconds=20, attempt_seconds=20, total_seconds=40)
+MAX_SECONDS: Final = DEADLINES.total_seconds + 2 * DEADLINES.attempt_seconds + 3
+"""After this time a read must have ended, on a machine that is busy."""
+LENGTH: Final = 8192
+
+BEGINS: Final = pytest.mark.expect_log("; reads fail until it answers again")
+ENDS: Final = pytest.mark.expect_log("x: answers again")
+OTHER_FAULTS: Final = tuple(fault for fault in REPLY_FAULTS if fault not in {"drip", "error"})
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FaultyServer]:
+    """Run a server with random content."""
+    with serving_faulty(tmp_path, random.Random(2).randbytes(1 << 20)) as found:
+        yield found
+
+
+@contextmanager
+def opened(server: FaultyServer, deadlines: Deadlines = DEADLINES) -> Iterator[NbdFile]:
+    """Open the export for the block."""
+    file = open_nbd(server.connect, "", "x", deadlines)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def read(file: NbdFile, offset: int = 0, length: int = LENGTH) -> bytes:
+    """Read in this thread."""
+    buffer = bytearray(length)
+    assert file.read_blocking(offset, memoryview(buffer)) == length
+    return bytes(buffer)
+
+
+def read_in_task(file: NbdFile, offset: int = 0, length: int = LENGTH) -> bytes:
+    """Read in a task of a new event loop."""
+    return bytes(trio.run(file.pread, offset, length))
+
+
+READERS: Final = {"thread": read, "task": read_in_task}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("fault", OTHER_FAULTS)
+def test_one_wrong_reply_costs_no_wrong_byte(server: FaultyServer, fault: str, reader: str) -> None:
+    """After one wrong reply the read is made again, by another connection."""
+    server.choose_reply = lambda number: fault if number == 1 else None
+    with opened(server, Deadlines(20, 0.4, 40)) as file:
+        assert READERS[reader](file) == server.content[:LENGTH]
+        assert server.struck[fault] == 1
+        assert READERS[reader](file, 100) == server.content[100 : 100 + LENGTH]
+
+
+@BEGINS
+@ENDS
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("fault", [*OTHER_FAULTS, "drip"])
+def test_a_server_that_is_always_wrong_is_an_error(
+    server: FaultyServer, fault: str, reader: str
+) -> None:
+    """If every reply is wrong, a read fails in bounded time; later reads work again."""
+    server.choose_reply = lambda _number: fault
+    with opened(server) as file:
+        start = time.monotonic()
+        with pytest.raises(RemoteError, match=r"^x: .*$"):
+            READERS[reader](file)
+        assert time.monotonic() - start < MAX_SECONDS
+        assert server.struck[fault] >= 1
+        server.choose_reply = lambda _number: None
+        assert READERS[reader](file) == server.content[:LENGTH]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_error_of_the_server_is_about_one_read(server: FaultyServer, reader: str) -> None:
+    """A range that the server cannot read is an error at once, and the connection is kept."""
+    server.choose_reply = lambda number: "error" if number == 1 else None
+    server.choose_connection = lambda number: None if number == 1 else "refuse"
+    with opened(server) as file:
+        message = "^x: read: found an error of the server: Input/output error$"
+        with pytest.raises(RemoteError, match=message):
+            READERS[reader](file)
+        assert READERS[reader](file) == server.content[:LENGTH]
+
+
+@pytest.mark.parametrize("fault", CONNECTION_FAULTS)
+def test_a_connection_that_cannot_be_made_is_an_error(server: FaultyServer, fault: str) -> None:
+    """Opening fails in bounded time with one line, except for a size, which is then the size."""
+    server.choose_connection = lambda _number: fault
+    start = time.monotonic()
+    if fault == "other size":
+        with opened(server) as file:
+            assert file.size() == len(server.content) + 4096
+    else:
+        with pytest.raises(RemoteError, match=r"^x: .*$"):
+            open_nbd(server.connect, "", "x", DEADLINES)
+    assert time.monotonic() - start < MAX_SECONDS
+    assert server.struck[fault] == 1
+
+
+@BEGINS
+@ENDS
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("fault", CONNECTION_FAULTS)
+def test_a_connection_that_cannot_be_made_again(
+    server: FaultyServer, fault: str, reader: str
+) -> None:
+    """A broken connection that cannot be made again is EIO, or ESTALE for another export."""
+    server.choose_connection = lambda number: None if number == 1 else fault
+    is_other = fault in {"other size", "no export"}
+    with opened(server) as file:
+        server.break_connections()
+        start = time.monotonic()
+        with pytest.raises(ObjectChangedError if is_other else RemoteError, match=r"^x: .*$"):
+            READERS[reader](file)
+        assert time.monotonic() - start < MAX_SECONDS
+        assert server.struck[fault] >= 1
+        server.choose_connection = lambda _number: None
+        assert READERS[reader](file) == server.content[:LENGTH]
+
+
+def test_a_second_connection_that_is_refused_is_not_needed(server: FaultyServer) -> None:
+    """A server that greets one client only is read through one connection by all threads."""
+    server.choose_connection = lambda number: None if number == 1 else "no greeting"
+    with opened(server, Deadlines(1, 0.2, 20)) as file, ThreadPoolExecutor(4) as pool:
+        while not server.struck["no greeting"]:
+            found = list(pool.map(partial(read, file), range(40)))
+            assert found == [server.content[at : at + LENGTH] for at in range(40)]
+
+
+async def test_a_cancelled_read_leaves_the_others_alone(server: FaultyServer) -> None:
+    """A task that is cancelled while it receives for all hands that over to another task."""
+    server.choose_reply = lambda number: "late" if number <= 2 else None
+    with opened(server, PATIENT) as file:
+        results: list[bytes] = []
+
+        async def collect(offset: int) -> None:
+            results.append(bytes(await file.pread(offset, LENGTH)))
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(file.pread, 0, LENGTH)  # the leader
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(collect, 100)
+                    await trio.testing.wait_all_tasks_blocked()
+                    scope.cancel()
+            nursery.start_soon(collect, 200)
+        assert server.struck["late"] == 2
+        assert sorted(results) == sorted(server.content[at : at + LENGTH] for at in (100, 200))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_close_ends_a_read_that_waits(server: FaultyServer, reader: str) -> None:
+    """A read that waits for a stuck server fails as soon as the file is closed."""
+    server.choose_reply = lambda _number: "stall"
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            READERS[reader](file)
+        except HostError as error:
+            failures.append(error)
+
+    with opened(server, PATIENT) as file:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not server.struck["stall"]:
+            time.sleep(0.01)
+        file.close()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(failures) == 1
+
+
+class Readers:
+    """Reads of ranges, each of which must give the right bytes or fail."""
+
+    def __init__(self, file: NbdFile, content: bytes) -> None:
+        self._file = file
+        self._content = content
+        self.right = 0
+
+    def read(self, offset: int, length: int) -> None:
+        """Read in this thread."""
+        with suppress(HostError):
+            self._compare(offset, read(self._file, offset, length))
+
+    async def read_in_task(self, offset: int, length: int) -> None:
+        """Read in this task."""
+        with suppress(HostError):
+            self._compare(offset, bytes(await self._file.pread(offset, length)))
+
+    async def read_in_tasks(self, ranges: list[tuple[int, int]]) -> None:
+        """Read in tasks, twelve at a time."""
+        for at in range(0, len(ranges), 12):
+            async with trio.open_nursery() as nursery:
+                for each in ranges[at : at + 12]:
+                    nursery.start_soon(self.read_in_task, *each)
+
+    def _compare(self, offset: int, found: bytes) -> None:
+        assert found == self._content[offset : offset + len(found)]
+        self.right += 1
+
+
+@BEGINS
+@ENDS
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mistakes_give_right_bytes_or_errors(server: FaultyServer, seed: int) -> None:
+    """Tasks and threads that read concurrently get right bytes or errors, in bounded time."""
+    draw = random.Random(seed)
+    lock = threading.Lock()
+
+    def sometimes(faults: tuple[str, ...]) -> Callable[[int], str | None]:
+        def choose(number: int) -> str | None:
+            with lock:
+                return draw.choice(faults) if number > 1 and draw.random() < 0.2 else None
+
+        return choose
+
+    ranges = [(draw.randrange(900_000), draw.choice([1, 512, 40_000])) for _ in range(120)]
+    with opened(server) as file:
+        server.choose_reply = sometimes((*OTHER_FAULTS, "error", "late"))
+        server.choose_connection = sometimes(CONNECTION_FAULTS)
+        readers = Readers(file, server.content)
+        with ThreadPoolExecutor(5) as pool:
+            futures = [pool.submit(trio.run, readers.read_in_tasks, ranges[:60])]
+            futures += [pool.submit(readers.read, *each) for each in ranges[60:]]
+            for future in futures:
+                future.result(100)
+        assert readers.right > 20
+        assert sum(server.struck.values()) > 5
+        server.choose_reply = lambda _number: "reset"  # so that an outage is logged in each case
+        with pytest.raises(RemoteError):
+            read(file)
+        server.choose_reply = server.choose_connection = lambda _number: None
+        assert read(file) == server.content[:LENGTH]
