@@ -60,7 +60,7 @@ def boot_reads(disk_bytes: int, seed: int = 1) -> list[tuple[int, int]]:
 def file_reads(image: bytes, reads: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield offset and length of the reads of an image's file that reads of its disk cause.
 
-    All clusters of the disk must be allocated.
+    A cluster that is not allocated, or is a zero cluster, is not read.
     """
     cluster_bytes, table_clusters = struct.unpack_from("<II", image, 4)
     (l1_offset,) = struct.unpack_from("<Q", image, 40)
@@ -72,15 +72,18 @@ def file_reads(image: bytes, reads: Iterable[tuple[int, int]]) -> Iterator[tuple
         while at < offset + length:
             cluster, within = divmod(at, cluster_bytes)
             table, entry = divmod(cluster, table_bytes // 8)
-            (l2_offset,) = struct.unpack_from("<Q", image, l1_offset + 8 * table)
-            for start, index in ((l1_offset, table), (l2_offset, entry)):
+            step = min(offset + length - at, cluster_bytes - within)
+            start = l1_offset
+            for index in (table, entry):
                 part = start + 8 * index // _TABLE_SLICE_BYTES * _TABLE_SLICE_BYTES
                 if part not in known:
                     known.add(part)
                     yield part, _TABLE_SLICE_BYTES
-            (start,) = struct.unpack_from("<Q", image, l2_offset + 8 * entry)
-            step = min(offset + length - at, cluster_bytes - within)
-            yield start + within, step
+                (start,) = struct.unpack_from("<Q", image, start + 8 * index)
+                if start < cluster_bytes:
+                    break
+            else:
+                yield start + within, step
             at += step
 
 

@@ -17,6 +17,7 @@ from benchmarks.fleet import (
     swift_server,
 )
 from benchmarks.fleetload import MIB, Cost, cost, file_reads, needed_requests
+from tests.support import qemu
 from tests.support.nginx import serving_cache
 
 if TYPE_CHECKING:
@@ -82,3 +83,16 @@ def test_reads_of_tables_are_counted(golden: Golden) -> None:
     assert len(reads) == 5
     assert reads[0][0] == 0
     assert image[reads[-1][0] :][:4096] == golden.raw.read_bytes()[4096:8192]
+
+
+def test_reads_of_holes_cost_their_tables_only(tmp_path: Path) -> None:
+    """A cluster without data is not read; its table is, if there is one."""
+    image = qemu.create(tmp_path / "sparse.qed", 64 * MIB)
+    qemu.io(image, "write -P 1 1M 64k", "write -z 2M 64k")
+    content = image.read_bytes()
+    data = list(file_reads(content, [(MIB, 4096)]))[-1]
+    assert content[data[0] :][:4096] == b"\1" * 4096
+    for offset in (0, 2 * MIB):
+        reads = list(file_reads(content, [(offset, 4096)]))
+        assert len(reads) == 3
+        assert data not in reads
