@@ -1,0 +1,1 @@
+"""Images in QEMU's other formats."""

@@ -1,0 +1,145 @@
+"""Chains of images that mix formats read as QEMU reads them."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+import qedfuse
+from tests.support import qemu
+from tests.support.fakecommand import qedimg
+from tests.support.foreignchains import (
+    DISK_BYTES,
+    FORMATS,
+    contents,
+    draw_bottom,
+    draw_chain,
+    servers,
+)
+from tests.support.mounted import mounted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALLOWED = ("--foreign", "qemu")
+
+
+def run(*words: str | Path) -> str:
+    """Run a command of qedimg that must succeed without a message; return its output."""
+    code, output, complaint = qedimg(*map(str, words))
+    assert (code, complaint) == (0, "")
+    return output
+
+
+def assert_same_disk(path: Path, expected: Path, *options: str) -> None:
+    """Assert that the commands find the content of a raw file in an image."""
+    copy = expected.with_name("copy.raw")
+    run("convert", *options, "-O", "raw", path, copy)
+    assert filecmp.cmp(copy, expected, shallow=False)
+    run("compare", *options, path, expected)
+    content = expected.read_bytes()
+    end = 0
+    for extent in json.loads(run("map", *options, "--output", "json", path)):
+        assert extent["start"] == end
+        end += extent["length"]
+        if extent["zero"]:
+            assert not any(content[extent["start"] : end])
+    assert end == len(content)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_each_format(tmp_path: Path, image_format: str) -> None:
+    """An image that the user names is read in each format, without an option."""
+    path = draw_bottom(tmp_path / f"image.{image_format}", image_format, random.Random(3))
+    expected = contents(path, tmp_path)
+    assert any(expected.read_bytes())
+    assert_same_disk(path, expected)
+    with qedfuse.open(path) as disk:
+        assert disk.read() == expected.read_bytes()
+    info = json.loads(run("info", "--output", "json", path))
+    assert (info["format"], info["virtual-size"]) == (image_format, expected.stat().st_size)
+    assert servers(tmp_path) == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_chain(tmp_path: Path, seed: int) -> None:
+    """An overlay over a chain of several formats reads as in QEMU, by commands and a mount."""
+    chance = random.Random(seed)
+    path, _ = draw_chain(tmp_path, chance, "qed")
+    expected = contents(path, tmp_path)
+    assert_same_disk(path, expected, *ALLOWED)
+    with mounted(path, tmp_path / "mnt", "-o", "ro,foreign=qemu"):
+        found = (tmp_path / "mnt" / f"{path.stem}.raw").read_bytes()
+    assert found == expected.read_bytes()
+    assert servers(tmp_path) == []
+
+
+@pytest.mark.parametrize("seed", range(8, 14))
+def test_random_source(tmp_path: Path, seed: int) -> None:
+    """A source in another format, over several images, needs no option, and takes writes above."""
+    chance = random.Random(seed)
+    path, _ = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
+    expected = contents(path, tmp_path)
+    assert_same_disk(path, expected)
+    before = path.read_bytes()
+    overlay = tmp_path / "overlay.qed"
+    with mounted(path, tmp_path / "mnt", "-o", f"overlay={overlay}"):
+        disk = tmp_path / "mnt" / f"{path.name}.raw"
+        assert disk.read_bytes() == expected.read_bytes()
+        with disk.open("r+b") as file:
+            file.seek(70_000)
+            file.write(b"x" * 1000)
+    with expected.open("r+b") as file:
+        file.seek(70_000)
+        file.write(b"x" * 1000)
+    assert path.read_bytes() == before
+    assert filecmp.cmp(contents(overlay, tmp_path / "mnt"), expected, shallow=False)
+    with mounted(path, tmp_path / "mnt2", "-o", f"overlay={overlay}"):
+        assert (tmp_path / "mnt2" / disk.name).read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("options", ["compression_type=zlib", "compression_type=zstd"])
+def test_compressed(tmp_path: Path, options: str) -> None:
+    """Compressed clusters are read."""
+    raw = tmp_path / "expected.raw"
+    raw.write_bytes(bytes(range(256)) * (DISK_BYTES // 256))
+    path = tmp_path / "image.qcow2"
+    qemu.run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", options, raw, path)
+    assert path.stat().st_size < DISK_BYTES // 4
+    assert_same_disk(path, raw)
+
+
+def test_rebase(tmp_path: Path) -> None:
+    """A rebase to a base in another format keeps the disk, which QEMU then reads too."""
+    chance = random.Random(1)
+    old = draw_bottom(tmp_path / "old.qed", "qed", chance)
+    new = draw_bottom(tmp_path / "new.qcow2", "qcow2", chance)
+    path = tmp_path / "image.qed"
+    qemu.create(path, backing=old)
+    expected = contents(path, tmp_path)
+    output = run("rebase", "-b", new, path)
+    assert "has the base" in output
+    assert_same_disk(path, expected, *ALLOWED)
+    assert qemu.compare(path, expected)
+
+
+def test_info_of_chain(tmp_path: Path) -> None:
+    """The description of a chain names the format of each image, as far as qedfuse opens it."""
+    draw_bottom(tmp_path / "base.vmdk", "vmdk", random.Random(1))
+    path = qemu.create(tmp_path / "top.qed", backing=tmp_path / "base.vmdk", backing_format="vmdk")
+    found = json.loads(run("info", "--backing-chain", *ALLOWED, "--output", "json", path))
+    assert [item["format"] for item in found] == ["qed", "vmdk"]
+
+
+def test_no_file_offsets(tmp_path: Path) -> None:
+    """A map has no file offset for data whose place only QEMU knows."""
+    base = draw_bottom(tmp_path / "base.qcow2", "qcow2", random.Random(1))
+    extents = json.loads(run("map", "--output", "json", base))
+    assert any(extent["data"] for extent in extents)
+    assert not any("offset" in extent for extent in extents)
+    lines = run("map", base).splitlines()
+    assert {line.split()[2] for line in lines[1:]} == {"-"}
