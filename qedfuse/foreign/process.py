@@ -42,6 +42,8 @@ _COMMAND_DISCONNECT: Final = 2
 
 _IN_USE: Final = "Failed to get "
 """How QEMU's message about a lock begins that another program holds."""
+_MAX_MESSAGE_BYTES: Final = 4096
+"""How much of the program's messages is read."""
 _BACKLOG: Final = 64
 
 
@@ -141,14 +143,14 @@ class QemuNbd:
 
     def last_words(self) -> str:
         """Return why the program has ended, as one printable line."""
-        lines = os.pread(self._messages, 1 << 16, 0).decode(errors="replace").split("\n")
-        errors = [line for line in lines if line.strip() and "warning:" not in line]
-        if errors:
-            return printable(errors[-1].strip().removeprefix(f"{_PROGRAM}: "))
         status = self._process.poll()
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(-status).name}"
+        lines = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0).decode(errors="replace").split("\n")
+        errors = [line for line in lines if line.strip() and "warning:" not in line]
+        if status and errors:
+            return printable(errors[0].strip().removeprefix(f"{_PROGRAM}: "))
         return f"ended with status {status}"
 
     def close(self) -> None:

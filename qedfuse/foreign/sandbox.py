@@ -24,7 +24,7 @@ _RESTRICT_SELF = 446
 _VERSION_FLAG = 1
 _RULE_PATH_BENEATH = 1
 
-_EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 """How many rights on files each version of Landlock knows; later ones know those of the last."""
 _NETWORK_VERSION, _ALL_TCP = 4, 0b11
@@ -108,6 +108,10 @@ def _restrict(version: int, files: list[int], programs: list[str]) -> None:
     rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
     for fd in files:
         _allow(rules, fd, _READ_FILE)
+    # QEMU finds out with this file which kind of locks there are.
+    null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
+    _allow(rules, null, _READ_FILE | _WRITE_FILE)
+    os.close(null)
     for path in programs:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)

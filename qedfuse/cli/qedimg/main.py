@@ -57,6 +57,7 @@ EXIT_CODES: Final[Mapping[int, str]] = {
     17: "backing file",
     22: "a server cannot be reached, or does not serve the file",
     23: "the file on the server has changed",
+    25: "QEMU cannot read the image, or is missing",
     70: "a bug",
     130: "interrupted",
     141: "the reader of the output closed it early",

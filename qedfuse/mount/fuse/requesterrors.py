@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FUSEError
 
-from qedfuse.errors import PastEndError, QedError, RemoteError
+from qedfuse.errors import ForeignError, PastEndError, QedError, RemoteError
 from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
 from qedfuse.text import printable
 
@@ -60,10 +60,10 @@ class RequestErrors:
 
         A FUSEError is not logged, because it has only an errno and no message.  A PastEndError
         is not logged, because the program that made the request has made a mistake, and neither
-        the image nor the host has failed.  A RemoteError is not logged if the outage of the server
-        was.  Any other QedError is logged with its message.  An
-        exception of another type is a bug, so it is logged with its traceback, and the errno is
-        EIO.  The log is rate-limited (see the module).
+        the image nor the host has failed.  A RemoteError or a ForeignError is not logged if its
+        cause was.  Any other QedError is logged with its message.  An exception of another type is
+        a bug, so it is logged with its traceback, and the errno is EIO.  The log is rate-limited
+        (see the module).
 
         Args:
             inode: The inode of the disk or of the directory to which the request was made.
@@ -83,7 +83,9 @@ class RequestErrors:
 
         A write past the end is not logged, nor an outage of a server that was logged when it began.
         """
-        if isinstance(error, PastEndError) or (isinstance(error, RemoteError) and error.is_logged):
+        if isinstance(error, PastEndError) or (
+            isinstance(error, RemoteError | ForeignError) and error.is_logged
+        ):
             return
         message = str(error)
         if self._register(inode, message):

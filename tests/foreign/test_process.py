@@ -1,0 +1,251 @@
+"""The life of the process of qemu-nbd: its end, the end of qedfuse, and what it leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+import qedfuse
+from qedfuse.disk.lookup.foreignopening import open_foreign
+from qedfuse.disk.opening import open_disk
+from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import ForeignError, ImageInUseError
+from qedfuse.foreign import process, sandbox
+from qedfuse.hostio.posixfile import PosixFile
+from tests.support import qemu
+from tests.support.fakecommand import qedimg
+from tests.support.foreignchains import DISK_BYTES, draw_bottom, servers
+from tests.support.mounted import environment, front, mounted
+from tests.support.mounted import qedfuse as command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Give an image whose first 2 MiB are data."""
+    path = qemu.create(tmp_path / "image.qcow2", DISK_BYTES, image_format="qcow2")
+    qemu.io(path, "write -P 7 0 2M", image_format="qcow2")
+    return path
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; fail after some seconds."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def server_of(path: Path) -> int:
+    """Return the id of the only process that serves images of the directory of a file."""
+    (found,) = servers(path.parent)
+    return found
+
+
+def test_server_killed(image: Path, tmp_path: Path) -> None:
+    """After the end of qemu-nbd reads fail with EIO, with one line in the log; the mount ends."""
+    overlay = tmp_path / "overlay.qed"
+    with front("-o", f"overlay={overlay}", image, tmp_path / "mnt") as mount:
+        disk = os.open(tmp_path / "mnt" / "image.qcow2.raw", os.O_RDWR)
+        os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_RANDOM)
+        os.pwrite(disk, b"x" * 65536, 0)
+        os.fsync(disk)
+        os.kill(server_of(image), signal.SIGKILL)
+        wait_until(lambda: not servers(tmp_path))
+        for offset in (1 << 20, (1 << 20) + 65536):
+            with pytest.raises(OSError, match="Input/output") as caught:
+                os.pread(disk, 4096, offset)
+            assert caught.value.errno == errno.EIO
+        assert os.pread(disk, 4096, 0) == b"x" * 4096
+        os.close(disk)
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+    assert code == 0
+    lines = [line for line in log.splitlines() if "unmounted; the images are closed" not in line]
+    assert len(lines) == 1, log
+    assert "image.qcow2: qemu-nbd: ended by SIGKILL; reads of this image fail" in log
+
+
+def test_mount_killed(image: Path, tmp_path: Path) -> None:
+    """A mount that is killed leaves no qemu-nbd behind, whatever it was doing."""
+    with front("-r", image, tmp_path / "mnt") as mount:
+        assert server_of(image)
+        mount.signal(signal.SIGKILL)
+        wait_until(lambda: not servers(tmp_path))
+
+
+@pytest.mark.parametrize("milliseconds", [20, 60, 100, 150, 200])
+def test_killed_while_starting(image: Path, tmp_path: Path, milliseconds: int) -> None:
+    """A program that is killed while it opens an image leaves no qemu-nbd behind."""
+    script = (
+        "import sys, qedfuse, os\n"
+        "print('begun', flush=True)\n"
+        "qedfuse.open(sys.argv[1])\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", script, str(image)]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"begun\n"
+        time.sleep(milliseconds / 1000)
+        program.kill()
+    wait_until(lambda: not servers(tmp_path))
+
+
+def test_interrupt_from_terminal(image: Path, tmp_path: Path) -> None:
+    """qemu-nbd is in a session of its own, so that Ctrl-C does not end it before the disk."""
+    with qedfuse.open(image):
+        assert os.getsid(server_of(image)) != os.getsid(0)
+    assert servers(tmp_path) == []
+
+
+def test_nothing_left(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is closed leaves no process, no descriptor and no file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with qedfuse.open(image) as disk:
+        assert disk.read(4096) == b"\x07" * 4096
+    assert servers(tmp_path) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_program_missing(image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without qemu-nbd the message names the package, and the exit code is 25."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = command("-r", image, tmp_path)
+    assert done.returncode == 25
+    assert done.stderr == (
+        f"qedfuse: {image}: found no program qemu-nbd, expected it to be installed "
+        "(package qemu-utils)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 'qemu-nbd: bad news' >&2; exit 1", "qemu-nbd: bad news"),
+        ("printf 'a\\033[31mb\\n' >&2; exit 1", "qemu-nbd: a\\x1b[31mb"),
+        ("exit 3", "qemu-nbd: ended with status 3"),
+        ("kill -9 $$", "qemu-nbd: ended by SIGKILL"),
+        ("head -c 10000000 /dev/zero >&2; exit 1", "qemu-nbd: "),
+        ("exec /usr/bin/sleep 100", "found no answer for 1 s"),
+    ],
+)
+def test_program_fails(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: str
+) -> None:
+    """Whatever a program of this name does, the error is one line, within a limited time."""
+    program = tmp_path / "bin" / "qemu-nbd"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(process, "find_program", lambda _name: str(program))
+    monkeypatch.setattr(process, "READY_SECONDS", 1.0)
+    with pytest.raises(ForeignError) as caught:
+        qedfuse.open(image)
+    assert expected in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 20_000
+
+
+def test_in_use(image: Path) -> None:
+    """An image that another program has locked for writing is in use; so is one of its bases."""
+    above = qemu.create(
+        image.parent / "above.qcow2", image_format="qcow2", backing=image, backing_format="qcow2"
+    )
+    with qemu.hold(image, image_format="qcow2"):
+        for path in (image, above):
+            with pytest.raises(ImageInUseError, match="in use"):
+                qedfuse.open(path)
+            assert command("-r", path, image.parent).returncode == 16
+    with qedfuse.open(above) as disk:
+        assert disk.read(1) == b"\x07"
+
+
+def test_locked_while_open(image: Path) -> None:
+    """While an image is read no other program can open it for writing."""
+    with qedfuse.open(image), pytest.raises(qemu.QemuError, match="lock"):
+        qemu.io(image, "write 0 512", image_format="qcow2")
+
+
+async def test_cancelled_opening(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An opening that is cancelled ends its process, and does not wait for it."""
+    stuck = image.parent / "qemu-nbd"
+    stuck.write_text("#!/bin/sh\nexec /usr/bin/sleep 1000\n", "utf-8")
+    stuck.chmod(0o755)
+    monkeypatch.setattr(process, "find_program", lambda _name: str(stuck))
+    begin = time.monotonic()
+    with trio.move_on_after(0.5) as scope:
+        await open_foreign(PosixFile.open(str(image)), "qcow2", OpenOptions())
+    assert scope.cancelled_caught
+    assert time.monotonic() - begin < process.READY_SECONDS - 5
+
+
+async def test_many_readers(tmp_path: Path) -> None:
+    """Concurrent reads give the bytes of their ranges."""
+    draw_bottom(tmp_path / "random.qcow2", "qcow2", random.Random(5))
+    content = qemu.content(tmp_path / "random.qcow2", image_format="qcow2")
+    async with open_disk(str(tmp_path / "random.qcow2")) as disk:
+
+        async def read(offset: int) -> None:
+            assert bytes(await disk.read(offset, 8192)) == content[offset : offset + 8192]
+
+        async with trio.open_nursery() as nursery:
+            for offset in range(0, DISK_BYTES, 96 * 1024):
+                nursery.start_soon(read, offset)
+
+
+def test_writable_mount(image: Path, tmp_path: Path) -> None:
+    """A writable mount is refused, with what to do instead."""
+    done = command(image, tmp_path)
+    assert done.returncode == 1
+    assert "which is only read" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_name_in_header(image: Path, tmp_path: Path) -> None:
+    """A name in a header needs an option, and a commit into such a base is refused."""
+    path = qemu.create(tmp_path / "vm.qed", backing=image, backing_format="qcow2")
+    (tmp_path / "mnt").mkdir()
+    done = command("-r", path, tmp_path / "mnt")
+    assert done.returncode == 17
+    assert "foreign=qemu" in done.stderr
+    for option in ("foreign=qemu", "backing_format=qcow2"):
+        with (
+            mounted(path, tmp_path / "mnt", "-o", option),
+            (tmp_path / "mnt" / "vm.raw").open("r+b") as file,
+        ):
+            assert file.read(512) == b"\x07" * 512
+            file.seek(1024)
+            file.write(b"x" * 512)
+    for words in (("vm.qed",), ("-b", "image.qcow2", "vm.qed")):
+        code, _output, complaint = qedimg("commit", "--foreign", "qemu", *words, directory=tmp_path)
+        assert (code, complaint.count("\n")) == (1, 1)
+        assert "which is only read" in complaint
+    qemu.io(path, "read -P 0x78 1024 512", "read -P 7 0 1024")
+
+
+def test_sandbox_needs_no_package() -> None:
+    """The script of the sandbox imports only Python's own modules."""
+    text = Path(sandbox.__file__).read_text("utf-8")
+    imported = {line.split()[1] for line in text.splitlines() if line.startswith("import ")}
+    assert imported <= {"ctypes", "fcntl", "json", "os", "resource", "signal", "struct", "sys"}
+    assert "from qedfuse" not in text
