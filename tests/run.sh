@@ -10,7 +10,8 @@ cd "$root"
 install_for_tests
 
 say "Lint"
-shellcheck --external-sources examples/*.sh benchmarks/*.sh tests/*.sh tests/vm/*.sh tests/vm/init .ci/run
+shellcheck --external-sources examples/*.sh benchmarks/*.sh packaging/*.sh tests/*.sh tests/vm/*.sh \
+    tests/vm/init .ci/run
 "$venv/bin/ruff" check .
 read -r -a flags < <(pkg-config --cflags fuse3)
 includes=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
