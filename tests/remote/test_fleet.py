@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.fleet import (
     BUCKET,
+    KEY,
     Golden,
     Outcome,
     cached_server,
@@ -18,7 +19,7 @@ from benchmarks.fleet import (
 )
 from benchmarks.fleetload import MIB, Cost, cost, file_reads, needed_requests
 from tests.support import qemu
-from tests.support.nginx import serving_cache
+from tests.support.nginx import serving_cache, serving_nginx
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,15 @@ def test_fleet_behind_a_cache(nginx: Nginx, golden: Golden, tmp_path: Path) -> N
         assert outcome.is_near, outcome
         assert outcome.found.bytes <= golden.image.stat().st_size
         assert measure(server._replace(expected=lambda _: Cost(0, 0)), golden, 2).found == (0, 0)
+
+
+def test_fleet_beyond_the_limit_of_a_server(golden: Golden, tmp_path: Path) -> None:
+    """A server that refuses what is beyond its rate slows a fleet down, and causes no error."""
+    with serving_nginx(tmp_path / "limited", max_rate=100) as nginx:
+        outcome = measure(nginx_server(nginx, golden), golden, MACHINES)
+        assert outcome.is_near, outcome
+        statuses = [status for status, _ in nginx.requests(f"/{KEY}")]
+        assert statuses.count(503) > MACHINES
 
 
 def test_a_difference_is_noticed() -> None:

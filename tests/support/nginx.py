@@ -65,13 +65,16 @@ def why_no_nginx() -> str:
 
 
 @contextmanager
-def serving_nginx(directory: Path) -> Iterator[Nginx]:
-    """Run a server in a new directory for the block."""
+def serving_nginx(directory: Path, *, max_rate: int | None = None) -> Iterator[Nginx]:
+    """Run a server in a new directory for the block.
+
+    Requests beyond ``max_rate`` a second get 503, as from a store.
+    """
     files = directory / "files"
     files.mkdir(parents=True)
     certificate = make_certificate(directory)
     https, http = free_ports(2)
-    with _running(directory, _settings(directory, https, http), http):
+    with _running(directory, _settings(directory, https, http, max_rate), http):
         yield Nginx(
             files,
             f"https://localhost:{https}",
@@ -158,12 +161,18 @@ def _running(directory: Path, settings: str, port: int) -> Iterator[None]:
         yield
 
 
-def _settings(directory: Path, https: int, http: int) -> str:
+def _settings(directory: Path, https: int, http: int, max_rate: int | None) -> str:
     """Return the configuration file of a server of files."""
+    zone, limit = "", ""
+    if max_rate is not None:
+        zone = f"limit_req_zone $server_name zone=all:1m rate={max_rate}r/s;"
+        limit = f"limit_req zone=all burst={max_rate // 10} nodelay;"
     return _frame(
         directory,
         f"""
+{zone}
 server {{
+    {limit}
     listen 127.0.0.1:{https} ssl;
     listen 127.0.0.1:{http};
     server_name localhost;
