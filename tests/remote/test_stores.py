@@ -209,6 +209,25 @@ def test_half_a_key(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> 
     assert "found AWS_ACCESS_KEY_ID alone" in failure("s3://golden/disk", options)
 
 
+@pytest.mark.parametrize(
+    ("url", "in_file", "outside"),
+    [
+        ("az://c/k", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
+        ("gs://b/k", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+def test_two_identities(
+    options: RemoteOptions, monkeypatch: pytest.MonkeyPatch, url: str, in_file: str, outside: str
+) -> None:
+    """An identity in a credentials file is never mixed with another one of the environment."""
+    monkeypatch.setenv(outside, "hush")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    text = failure(url, replace(options, credentials=((in_file, "hush"),)))
+    expected = f"credentials: found {outside} in the environment beside others in the file"
+    assert expected in text
+    assert "hush" not in text
+
+
 @pytest.mark.usefixtures("store")
 def test_key_that_obstore_cannot_name(options: RemoteOptions) -> None:
     """A key with an empty segment is refused in one line."""
