@@ -12,7 +12,7 @@ import trio
 from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
-from qedfuse.errors import BackingError, CacheError, RemoteError
+from qedfuse.errors import BackingError, CacheError, ObjectChangedError, RemoteError
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from tests.support import qemu
@@ -283,6 +283,18 @@ def test_an_outage_is_no_fault_of_the_image(
         assert not new.exists()
         assert server.struck[fault] > struck
         struck = server.struck[fault]
+
+
+@pytest.mark.expect_log("found no such object any more")
+def test_a_base_that_goes_away_while_it_is_opened(server: WebServer, image: Path) -> None:
+    """A base that is removed during the opening of an overlay has an error of its own kind."""
+    run("create", "-u", "-F", "qed", "-b", server.url, image, SIZE)
+    server.healthy, server.always = 1, "status 404"
+    with pytest.raises(ObjectChangedError) as caught:
+        first_bytes(image, options(server))
+    assert (caught.value.errno, caught.value.exit_code) == (errno.ESTALE, 23)
+    assert str(caught.value).startswith(f"{image}: backing file {server.url}: found no such ")
+    assert server.struck["status 404"]
 
 
 def test_an_unusable_cache_is_no_fault_of_the_image(server: WebServer, image: Path) -> None:

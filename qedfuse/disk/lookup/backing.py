@@ -17,13 +17,14 @@ from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
 from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
-from qedfuse.disk.lookup.rememberedbase import verify_base
+from qedfuse.disk.lookup.rememberedbase import verify_bases
 from qedfuse.errors import (
     BackingError,
     BackingRefusedError,
+    CacheError,
     CorruptImageError,
     ForeignError,
-    HostError,
+    RemoteError,
     UsageError,
 )
 from qedfuse.hostio.imagefile import read_header
@@ -112,23 +113,25 @@ async def open_bases(
             is_trusted = trusted is not None
             trusted = name = None
             _record_base(base, file.name, seen)
-            found = await _format_of(
-                base, file.name, header, options.backing, is_trusted=is_trusted
-            )
-            if options.lock and base.fileno() >= 0:
-                mode = LockMode.BASE if found == "raw" else LockMode.READ
-                lock_image(base.fileno(), mode, base.name)
-            if found != "qed":
-                if found != "raw":
-                    base = await _open_foreign_base(base, file.name, found, options)
-                layers.append(RawLayer(base))
-                break
-            header = await read_header(base)
-            layer = QedLayer(base, header, store)
-            await layer.scan_l1()
+            with _naming(file):
+                found = await _format_of(
+                    base, file.name, header, options.backing, is_trusted=is_trusted
+                )
+                if options.lock and base.fileno() >= 0:
+                    mode = LockMode.BASE if found == "raw" else LockMode.READ
+                    lock_image(base.fileno(), mode, base.name)
+                if found != "qed":
+                    if found != "raw":
+                        base = await _open_foreign_base(base, file.name, found, options)
+                    layers.append(RawLayer(base))
+                    break
+                header = await read_header(base)
+                layer = QedLayer(base, header, store)
+                await layer.scan_l1()
             layers.append(layer)
             file, base = base, None
-        _compare_versions(stored_names, layers, accept=options.backing.base_changed)
+        files = [layer.file for layer in layers]
+        verify_bases(stored_names, files, accept=options.backing.base_changed)
     except BaseException:
         if base is not None:
             base.close()
@@ -136,30 +139,6 @@ async def open_bases(
             opened.file.close()
         raise
     return layers
-
-
-def _compare_versions(
-    images: list[tuple[HostFile, str]], layers: list[Layer], *, accept: bool
-) -> None:
-    """Compare the bases of each image of a chain with the versions that the image remembers.
-
-    If the first image is open for writing, it remembers its bases (`verify_base`).
-
-    Args:
-        images: Each image that has a base, with the name of the base that the image stores; the
-            name is empty if the image stores another one, and then nothing is compared.
-        layers: The bases of the first image.
-        accept: Whether to accept other versions.
-
-    Raises:
-        BackingError: A base is of another version.
-        HostError: The attributes of a local base cannot be read.
-    """
-    files = [layer.file for layer in layers]
-    # The first image comes last: nothing is remembered with it if a lower one is refused.
-    for depth, (image, name) in reversed(list(enumerate(images))):
-        if name:
-            verify_base(image, name, files[depth:], accept=accept)
 
 
 @contextmanager
@@ -173,6 +152,19 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
     finally:
         for layer in layers:
             layer.file.close()
+
+
+@contextmanager
+def _naming(image: HostFile) -> Iterator[None]:
+    """Put the name of an image before the message of an error of a server in the ``with`` block.
+
+    The class stays, so that a script can distinguish an outage from a base that cannot be used.
+    """
+    try:
+        yield
+    except (RemoteError, CacheError) as error:
+        about = f"{image.name}: backing file "
+        raise error.prefixed(about) from error
 
 
 def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
@@ -237,11 +229,8 @@ async def _open_url_base(
                 f"local file (allow it with backing_url={address.server})"
             )
             raise BackingRefusedError(msg)
-        return await open_url(url, remote)
-    except HostError as error:
-        # The class stays, so that an outage differs from a base that can never be used.
-        about = f"{image.name}: backing file "
-        raise error.prefixed(about) from error
+        with _naming(image):
+            return await open_url(url, remote)
     except UsageError as error:
         msg = f"{image.name}: backing file {error}"
         raise BackingError(msg) from error

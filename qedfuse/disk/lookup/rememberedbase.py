@@ -48,6 +48,25 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+def verify_bases(
+    images: Sequence[tuple[HostFile, str]], bases: Sequence[HostFile], *, accept: bool
+) -> None:
+    """Compare the bases of each image of a chain with the versions that the image remembers.
+
+    See `verify_base`, also for the errors.
+
+    Args:
+        images: Each image that has a base, with the name of the base that the image stores; the
+            name is empty if the image stores another one, and then nothing is compared.
+        bases: The bases of the first image.
+        accept: Whether to accept other versions.
+    """
+    # The first image comes last: nothing is remembered with it if a lower one is refused.
+    for depth, (image, name) in reversed(list(enumerate(images))):
+        if name:
+            verify_base(image, name, bases[depth:], accept=accept)
+
+
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that were remembered, if they were.
 
