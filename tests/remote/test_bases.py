@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -168,6 +169,17 @@ def test_what_remains_of_an_earlier_image(server: WebServer, image: Path, how: s
     run("create", "--force", image, SIZE)
     assert os.listxattr(image) == []
     assert not image.with_name(RECORD).exists()
+
+
+def test_a_server_that_gives_no_validator_for_a_while(server: WebServer, image: Path) -> None:
+    """An open for writing without a validator does not replace the one that is remembered."""
+    run("create", "-b", server.url, image)
+    server.etag, server.modified = "", None
+    chosen = options(server, writable=True)
+    unpinned = replace(chosen, remote=replace(chosen.remote, allow_unpinned=True))
+    assert first_bytes(image, unpinned) == b"\7" * 4
+    server.etag = '"two"'
+    assert is_refused(image, server)
 
 
 def test_a_url_below_a_local_base(server: WebServer, image: Path, place: str) -> None:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
+from qedfuse.hostio.newfile import NewFile
 from qedfuse.tools.editing.commit import commit
 from qedfuse.tools.editing.rebase import rebase
 
@@ -121,6 +123,26 @@ async def test_commit_of_an_image_without_a_record(overlay: Path) -> None:
     """A commit of an image that remembers nothing makes no record."""
     await commit(str(overlay), keep=True)
     assert not remembers(overlay)
+
+
+def test_new_images_remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is created or converted has its record before it has its name."""
+    found = []
+
+    def observe(new: NewFile, *, durable: bool = True) -> None:
+        found.append(os.listxattr(new.path))
+        take_name(new, durable=durable)
+
+    take_name = NewFile.commit
+    monkeypatch.setattr(NewFile, "commit", observe)
+    for words in (
+        ("create", "base.qed", "1M"),
+        ("create", "-b", "base.qed", "vm.qed"),
+        ("convert", "-B", "base.qed", "-F", "qed", "base.qed", "copy.qed"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert main(list(words)) == 0
+    assert found == [[], [ATTRIBUTE], [ATTRIBUTE]]
 
 
 @pytest.mark.expect_log(MODIFIED)
