@@ -75,6 +75,7 @@ class Fetcher:
         self._wanted: set[Flight] = set()  # flights for which readers wait
         self._last_wanted = -math.inf  # when the last of them has ended
         self._readers = ReadAhead()
+        self._marks: set[int] = set()  # units that are fetched ahead; see `_fetch_ahead`
 
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching those of some adjacent units that are not ready; return their flights.
@@ -220,7 +221,11 @@ class Fetcher:
         return flight
 
     def _fetch_ahead(self, first: int, last: int) -> None:
-        """Start fetching what a sequential reader will read next."""
+        """Start fetching what a sequential reader will read next.
+
+        One of the units is marked: it does not become ready until a reader needs it.  So its reader
+        comes here, and the next units are fetched while the reader has half a window left.
+        """
         most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
         window = self._readers.window(first, last, most)
         end = min(last + window, self._units - 1)
@@ -229,6 +234,7 @@ class Fetcher:
             ahead += 1
         # Half a window is fetched together, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
+            self._marks.add(max(ahead, end - window // 2))
             self._begin(ahead, end, is_wanted=False)
 
     def _look(self, flight: Flight) -> None:
@@ -297,6 +303,10 @@ class Fetcher:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:
                     del self._flights[unit]
+                if unit in self._marks:
+                    self._marks.remove(unit)
+                    if not flight.is_wanted:
+                        self.ready[unit] = 0
             if flight in self._wanted:
                 self._wanted.remove(flight)
                 self._last_wanted = time.monotonic()

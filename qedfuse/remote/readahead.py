@@ -13,7 +13,9 @@ _MAX_STREAMS: Final = 8
 class ReadAhead:
     """Recognises sequential readers by the units that they read.
 
-    A read is sequential if it begins in the unit where another has ended, or in the next one.
+    A read is sequential if it begins in the unit where another has ended, in the next one, or
+    among the units that were fetched ahead of that reader.  Most reads of units that are ready are
+    not recorded here, because the mount answers them from the page cache.
     """
 
     def __init__(self) -> None:
@@ -25,16 +27,21 @@ class ReadAhead:
 
         The window of a sequential reader doubles with each unit, up to ``max_units``.
         """
-        window = self._streams.pop(first, None)
-        is_next = window is None or last > first
-        if window is None:
-            window = self._streams.pop(first - 1, None)
-        is_sequential = window is not None
-        window = window or 0
-        if is_sequential and is_next:
-            window = max(2 * window, _MIN_WINDOW_UNITS)
+        before = self._reader_before(first)
+        window = 0
+        if before is not None:
+            window = self._streams.pop(before)
+            if before < last:
+                window = max(2 * window, _MIN_WINDOW_UNITS)
         window = min(window, max_units)
         self._streams[last] = window
         if len(self._streams) > _MAX_STREAMS:
             self._streams.popitem(last=False)
         return window
+
+    def _reader_before(self, first: int) -> int | None:
+        """Return the last unit of the reader that a read continues; None if it begins anew."""
+        return max(
+            (last for last, window in self._streams.items() if last <= first <= last + window + 1),
+            default=None,
+        )

@@ -178,7 +178,7 @@ def test_reads_of_cached_units_fetch_ahead(tmp_path: Path) -> None:
         for unit in range(8):
             wait_until(lambda unit=unit: file.try_read(unit * UNIT_BYTES, view))
             assert bytes(view) == unit_bytes(unit)[:4096]
-        wait_until(lambda: fetcher.ready[8] and fetcher.ready[9])
+        wait_until(lambda: fetcher.is_stored(8, 9))
 
 
 def test_demand_does_not_wait_for_prefetches(tmp_path: Path) -> None:

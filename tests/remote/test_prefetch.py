@@ -7,7 +7,6 @@ import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import trio
 
@@ -97,7 +96,7 @@ async def test_tables_first_then_allocated_clusters(
         both = {unit for first, last in needed.runs(4) for unit in range(first, last + 1)}
         await trio.to_thread.run_sync(wait_until, lambda: not fetcher._flights)
         server.requests.clear()
-        before = set(np.flatnonzero(np.frombuffer(fetcher.ready, np.uint8)).tolist())
+        before = {unit for unit in both if fetcher.is_stored(unit, unit)}
         await task.run()
         asked = units(server)
         assert len(asked) == len(set(asked)) == len(both - before)
