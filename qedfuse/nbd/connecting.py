@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qedfuse.nbd.connection import Connection
 from qedfuse.nbd.failures import BrokenError
 from qedfuse.nbd.handshake import Receive, Send, handshake
+from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_cancelled
 from qedfuse.nbd.wire import PlainWire, TlsWire
 
 if TYPE_CHECKING:
@@ -111,12 +112,13 @@ def _wait(wire: Wire, end: float) -> None:
 
     Raises:
         BrokenError: The time is over.
+        trio.Cancelled: This is a thread of trio, and its task was cancelled.
     """
-    seconds = end - time.monotonic()
-    if seconds > 0:
-        poll = select.poll()
-        poll.register(wire.socket, select.POLLIN)
-        if poll.poll(1 + 1000 * seconds):
+    poll = select.poll()
+    poll.register(wire.socket, select.POLLIN)
+    while (seconds := end - time.monotonic()) > 0:
+        if poll.poll(1 + 1000 * min(seconds, CANCEL_POLL_SECONDS)):
             return
+        check_cancelled()
     msg = "found no answer in time during the handshake"
     raise BrokenError(msg)

@@ -15,6 +15,7 @@ from qedfuse.nbd.attempts import Attempts
 from qedfuse.nbd.extents import ExtentMap
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
 from qedfuse.nbd.parts import Parts, block_status
+from qedfuse.nbd.waiters import pause
 from qedfuse.remote.outagelog import OutageLog
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class NbdFile(ReadOnlyFile):
                 parts.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
                 seconds = attempts.failed(error, is_closed=self._links.is_closed)
-                self._closed.wait(seconds)
+                pause(self._closed, seconds)
             else:
                 self._outages.answered()
                 return length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -75,6 +76,20 @@ class WaitingThread:
 def are_done(requests: Sequence[Request]) -> bool:
     """Return whether all replies are complete."""
     return all(request.is_done for request in requests)
+
+
+def pause(closed: threading.Event, seconds: float) -> None:
+    """Wait in a thread for some time, or until the file is closed.
+
+    Raises:
+        trio.Cancelled: This is a thread of trio, and its task was cancelled.
+    """
+    end = time.monotonic() + seconds
+    while not closed.wait(min(seconds, CANCEL_POLL_SECONDS)):
+        seconds = end - time.monotonic()
+        if seconds <= 0:
+            return
+        check_cancelled()
 
 
 def check_cancelled() -> None:
