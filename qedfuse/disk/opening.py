@@ -15,7 +15,8 @@ from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
 from qedfuse.hostio.imagefile import read_header
-from qedfuse.ondisk.formats import SIGNATURE_BYTES
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
+from qedfuse.remote.address import is_export
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The image, or its URL.  An image of another format is only read, by QEMU.
+        path: The image, or its URL.  An image of another format is only read, by QEMU.  An export
+            of an NBD server may also be raw.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -61,9 +63,14 @@ async def open_disk(
     async with open_image(
         path, options.image_lock, options.remote, writable=options.writable
     ) as file:
-        driver = foreign_driver(await file.pread(0, SIGNATURE_BYTES))
+        signature = await file.pread(0, SIGNATURE_BYTES)
+        driver = foreign_driver(signature)
         if driver is not None:
             async with _open_foreign_disk(file, driver, options, store, path) as disk:
+                yield disk
+            return
+        if is_export(path) and not is_qed(signature):
+            async with _open_raw_disk(file, options, store, path) as disk:
                 yield disk
             return
         header = await read_header(file)
@@ -100,11 +107,26 @@ async def _open_foreign_disk(
             "-o snapshot or -o overlay=FILE)"
         )
         raise UsageError(msg)
-    async with foreign_disk(file, driver, options) as below:
-        top = EmptyImage(below)
-        disk = Disk(top, top.header, [RawLayer(below)], options, store, path)
-        async with disk.serving():
-            yield disk
+    async with (
+        foreign_disk(file, driver, options) as below,
+        _open_raw_disk(below, options, store, path) as disk,
+    ):
+        yield disk
+
+
+@asynccontextmanager
+async def _open_raw_disk(
+    file: HostFile, options: OpenOptions, store: SliceStore, path: str
+) -> AsyncIterator[Disk]:
+    """Open a disk whose bytes are those of a file, as the base of an empty image in memory.
+
+    Raises:
+        UsageError: The disk is larger than an image can be.
+    """
+    top = EmptyImage(file)
+    disk = Disk(top, top.header, [RawLayer(file)], options, store, path)
+    async with disk.serving():
+        yield disk
 
 
 async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) -> None:

@@ -58,7 +58,10 @@ def make_connection(
             sock.close()
             raise
     except ssl.SSLCertVerificationError as error:
-        msg = f"found a certificate that is not trusted ({error.verify_message})"
+        msg = (
+            f"TLS: certificate: found {error.verify_message}, expected one that is trusted "
+            "(SSL_CERT_FILE names a file with others)"
+        )
         raise BrokenError(msg) from error
     except TimeoutError as error:
         msg = "found no connection in time"

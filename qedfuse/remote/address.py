@@ -128,6 +128,12 @@ def is_url(text: str) -> bool:
     return _PROTOCOL.match(text) is not None
 
 
+def is_export(name: str) -> bool:
+    """Return whether the name of a file is a URL of an NBD server."""
+    match = _PROTOCOL.match(name)
+    return match is not None and match[1].lower() in NBD
+
+
 def shown_name(name: str) -> str:
     """Return the name of a file for messages: a URL without its query and its user."""
     if not is_url(name):

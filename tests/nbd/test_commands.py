@@ -14,6 +14,7 @@ import qedfuse
 from tests.support import qemu
 from tests.support.mounted import environment, mounted, refused
 from tests.support.nbdservers import serving_nbd, why_no_server
+from tests.support.nginx import serving_nginx, why_no_nginx
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ MIB = 1 << 20
 @contextmanager
 def served(directory: Path, *words: str | Path) -> Iterator[str]:
     """Run nbdkit for the block; yield the URL of its export."""
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     with serving_nbd(directory, "nbdkit", *words):
         yield f"nbd+unix:///?socket={directory}/socket"
 
@@ -91,6 +92,54 @@ def test_a_mount_reads_and_an_overlay_takes_the_writes(golden: Path, tmp_path: P
                 assert disk.read_bytes()[:7] == b"written"
         with qedfuse.open(url) as opened:
             assert opened.read() == expected
+
+
+def test_a_raw_export_is_a_source(tmp_path: Path) -> None:
+    """A raw export is mounted like an image; what a guest wrote into an overlay stays there."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    overlay = tmp_path / "vm.qed"
+    expected = bytes(MIB) + b"\1" * 65536 + bytes(3 * MIB - 65536)
+    with served(tmp_path / "server", "data", "data=@1048576 1*65536", "size=4M") as url:
+        for options in (["-r"], ["-o", "snapshot"]):
+            with mounted(url, mountpoint, *options):
+                assert (mountpoint / "export.raw").read_bytes() == expected
+        for written in (b"one", b"two"):
+            with mounted(url, mountpoint, "-o", f"overlay={overlay}"):
+                disk = mountpoint / "export.raw"
+                with disk.open("r+b") as file:
+                    file.write(written)
+                assert disk.read_bytes() == written + expected[3:]
+        assert qemu.content(overlay) == b"two" + expected[3:]
+        with qedfuse.open(url) as opened:
+            assert opened.read() == expected
+    # The name in the header is raw for ever, whatever the export begins with later.
+    assert qemu.info(overlay)["backing-filename-format"] == "raw"
+
+
+def test_an_export_of_another_size_is_refused(tmp_path: Path) -> None:
+    """An overlay is not opened over an export whose size is not that of its base."""
+    overlay = tmp_path / "vm.qed"
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    with (
+        served(tmp_path / "server", "memory", "4M") as url,
+        mounted(url, mountpoint, "-o", f"overlay={overlay}"),
+    ):
+        pass
+    with served(tmp_path / "server", "memory", "8M") as url:
+        line = refused("-o", f"overlay={overlay}", url, mountpoint, code=17)
+        assert "found size 8388608, expected size 4194304" in line
+
+
+def test_a_web_server_behind_nbdkit(golden: Path, tmp_path: Path) -> None:
+    """The plugin curl of nbdkit makes an export of a file on a web server."""
+    if reason := why_no_nginx():
+        pytest.skip(f"nginx: {reason}")
+    with serving_nginx(tmp_path / "web") as web:
+        shutil.copy(golden, web.directory / "golden.qed")
+        with served(tmp_path / "server", "curl", f"{web.http}/golden.qed") as url:
+            assert qedimg("compare", url, golden) == "Images are identical.\n"
 
 
 def test_a_backing_url_needs_a_prefix(golden: Path, tmp_path: Path) -> None:

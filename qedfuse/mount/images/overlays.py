@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.creation.emptyimage import EmptyImage
 from qedfuse.disk.lookup.backing import read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.baseversion import versions_of
@@ -21,7 +22,7 @@ from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import identity_of
 from qedfuse.mount.images.naming import shown_source
-from qedfuse.remote.address import is_url, parse_address, require_storable
+from qedfuse.remote.address import is_export, is_url, parse_address, require_storable
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -158,14 +159,17 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     """
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
+        files = [layer.file for layer in disk.chain.layers]
+        is_wrapped = isinstance(files[0], EmptyImage)  # the image in memory is no base
         await create_image(
             overlay,
             disk.size,
             cluster_size=disk.header.cluster_size,
             table_size=disk.header.table_size,
             backing=source,
+            backing_is_raw=is_wrapped and is_export(source),
             mode=0o600,
-            versions=versions_of([layer.file for layer in disk.chain.layers]),
+            versions=versions_of(files[1:] if is_wrapped else files),
         )
 
 
