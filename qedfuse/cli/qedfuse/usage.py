@@ -11,7 +11,7 @@ usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
 Show QED disk images as flat raw files.
 
 SOURCE      a QED image, or a directory, which stands for every QED image in it; or a
-            URL (https://, s3://, gs://, az://) with -r, snapshot or overlay=FILE
+            URL (https, s3, gs, az, nbd...) with -r, snapshot or overlay=FILE
 MOUNTPOINT  a directory, where vm.qed becomes vm.raw and any other NAME becomes
             NAME.raw; or, for one image, a file that becomes the disk
 

@@ -25,8 +25,8 @@ EXAMPLE: Final = "qedimg check -r all --dry-run vm.qed"
 DESCRIPTION: Final = """\
 Find damage and leaked space, and print a line for each finding, but at most 50 of the
 same kind.  Findings that are unusual but harmless are printed as notes.  Only the image
-itself is read, never its base.  Without -r, IMAGE may be a URL: https://, http://, s3://,
-gs:// or az://.
+itself is read, never its base.  Without -r, IMAGE may be a URL: https://, s3://, gs://,
+az://, nbd:// and others.
 
 -r leaks frees leaked space: it moves the highest clusters of the file into the free
 ones and shortens the file.  It does not change an image that has damage.

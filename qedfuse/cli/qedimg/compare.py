@@ -25,7 +25,7 @@ printed.
 With -s the disks must also have the same size, and data must be stored in the same
 ranges, even if the data is zeros.
 
-FIRST and SECOND may be URLs: https://, http://, s3://, gs:// or az://."""
+FIRST and SECOND may be URLs: https://, s3://, gs://, az://, nbd:// and others."""
 
 SAME: Final = 0
 DIFFERENT: Final = 1

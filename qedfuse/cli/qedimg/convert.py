@@ -33,7 +33,7 @@ or a block device, or - for raw content from standard input.  TARGET is a file, 
 raw content to standard output.  Long runs of zeros take no space in TARGET (see -S).
 For a TARGET in a format other than raw and qed, qemu-img must be installed.
 
-SOURCE may be a URL: https://, http://, s3://, gs:// or az://."""
+SOURCE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
 _MAX_STREAMS: Final = 16
 """Maximum of the option ``-m``: the number of chunks that are copied in parallel."""

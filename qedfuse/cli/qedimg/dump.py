@@ -29,7 +29,7 @@ the same value.  A range has at most 8192 entries.
 
 The command is made for broken images, and shows invalid fields and entries as well.
 
-IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
+IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

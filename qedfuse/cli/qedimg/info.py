@@ -40,8 +40,8 @@ decide whether to accept an untrusted image.
 --partitions reads the partition table of the disk, with its backing files, and looks for
 file systems with blkid.
 
-IMAGE may be a URL: https://, http://, s3://, gs:// or az://.  If QEMU is installed, IMAGE
-may also be in one of its other formats, such as qcow2 or VMDK."""
+IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others.  If QEMU is
+installed, IMAGE may also be in one of its other formats, such as qcow2 or VMDK."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ is 13.  The JSON lists such a range with "present" true and "zero" and "data" fa
 image: data has the colour of its place on the disk, in the order of the disk and in that
 of the file, so a fragmented file shows a mixture of colours.
 
-IMAGE may be a URL: https://, http://, s3://, gs:// or az://."""
+IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
 HEADS: Final = {"human": f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n", "json": "["}
 """The beginning of the output, by the value of ``--output``."""

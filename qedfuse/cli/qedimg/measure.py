@@ -24,7 +24,7 @@ options, and of the same file after the whole disk has been written to.  For a r
 first size counts the data only, not the holes.  SOURCE is read to find ranges of zeros.
 With --size in place of SOURCE the sizes are those for a new, empty disk.
 
-SOURCE may be a URL: https://, http://, s3://, gs:// or az://."""
+SOURCE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
