@@ -23,9 +23,11 @@ from qedfuse.hostio.systemcalls import keeps_inode_numbers, write_all
 from qedfuse.text import printable
 
 _ATTRIBUTE: Final = CONTENT_ATTRIBUTES + "base"
-_NO_ATTRIBUTE: Final = (errno.ENOTSUP, errno.ENODATA)
+_NO_ATTRIBUTE: Final = (errno.ENOTSUP, errno.ENODATA, errno.ENOSYS)
 """Errors of getxattr(2) if there is no attribute."""
-_CANNOT_HOLD: Final = (errno.ENOTSUP, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE)
+_CANNOT_HOLD: Final = (
+    *(errno.ENOTSUP, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE),
+)
 """Errors of setxattr(2) if the file system has no place for the attribute."""
 
 _SUFFIX: Final = ".qedfuse-base"

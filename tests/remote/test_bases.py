@@ -15,6 +15,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingError, CacheError, ObjectChangedError, RemoteError
 from qedfuse.remote.address import parse_prefix
+from qedfuse.remote.cachedirectory import CacheDirectory
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from tests.support import qemu
 from tests.support.disks import pattern
@@ -54,8 +55,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 @pytest.fixture(autouse=True)
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the path of the overlay; the cache of the test is in a directory of its own."""
+    """Give the path of the overlay; the cache of the test has a directory and room of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: 1 << 30)
     (tmp_path / "images").mkdir()
     return tmp_path / "images" / "vm.qed"
 
@@ -249,6 +251,27 @@ def test_a_foreign_file_in_the_way(
     line = f"{other}: found another file, expected none, or a record of qedfuse"
     expected = f"{image}: cannot remember the version of the backing file: {line}"
     assert caplog.messages == [expected, expected]
+
+
+@pytest.mark.expect_log("cannot read the version of the backing file that was remembered")
+@pytest.mark.expect_log("cannot remember the version of the backing file")
+def test_a_host_that_refuses(
+    server: WebServer,
+    image: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If the host refuses to read or to store the record, this is logged, and the image opens."""
+    run("create", "-b", server.url, image)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for call in ("getxattr", "setxattr"):
+        monkeypatch.setattr(os, call, refuse)
+    assert first_bytes(image, options(server, writable=True)) == b"\7" * 4
+    assert [line.rpartition(": ")[2] for line in caplog.messages] == ["Permission denied"] * 2
+    assert all(line.startswith(f"{image}: cannot ") for line in caplog.messages)
 
 
 @pytest.mark.parametrize(

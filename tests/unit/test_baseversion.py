@@ -223,18 +223,17 @@ async def test_a_damaged_record_is_replaced(
     assert os.getxattr(overlay, ATTRIBUTE) != record
 
 
-@pytest.mark.expect_log("cannot read the version of the backing file")
-@pytest.mark.expect_log("cannot remember the version of the backing file: Permission denied")
-async def test_a_host_that_refuses_is_logged(
+async def test_a_host_that_refuses(
     overlay: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the host refuses to read or to store the record, this is logged, and the image opens."""
+    """If the host refuses to read or to store the record, the image opens without a warning."""
+    refused = []
 
     def refuse(*_: object) -> None:
+        refused.append(1)
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     for call in ("getxattr", "setxattr"):
         monkeypatch.setattr(os, call, refuse)
-    lines = await warnings(overlay, WRITABLE, caplog)
-    assert all(line.endswith(": Permission denied") for line in lines)
-    assert len(lines) == 2
+    assert await warnings(overlay, WRITABLE, caplog) == []
+    assert len(refused) == 2

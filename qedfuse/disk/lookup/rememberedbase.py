@@ -86,7 +86,8 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
     """
     if image.fileno() < 0:
         return
-    old, new = _read(image, name), versions_of(bases)
+    new = versions_of(bases)
+    old = _read(image, name, is_vital=bool(new.remote))
     if old is not None and not accept:
         _compare(image, bases, old, new)
         kept = {url: old.remote.get(url, version) for url, version in new.remote.items()}
@@ -156,7 +157,7 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
         name: The name of the base in the image.
         status: The attributes of the base after the commit.
     """
-    old = _read(image, name)
+    old = _read(image, name, is_vital=False)
     if old is not None and old.local is not None:
         versions = old._replace(local=version_of_status(status))
         _store(image.fileno(), image.path, image.name, name, versions)
@@ -202,7 +203,7 @@ class NewRecord:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            _log_refusal(shown, error)
+            _log_refusal(shown, self._versions, error)
             return
         try:
             _store(fd, path, shown, self._name, self._versions)
@@ -224,19 +225,20 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
             else:
                 remove_record(fd, path)
     except (OSError, QedError) as error:
-        _log_refusal(shown, error)
+        _log_refusal(shown, versions, error)
 
 
-def _read(image: HostFile, name: str) -> BaseVersions | None:
+def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
     """Return the versions that are remembered for the bases of an image.
 
     None if there is no valid record, or if it is about a base of another name.  A record that
-    cannot be read is logged.
+    cannot be read is logged, as a warning only if ``is_vital`` is set.
     """
     try:
         record = read_record(image.fileno(), image.path)
     except OSError as error:
-        _log.warning(
+        _log.log(
+            logging.WARNING if is_vital else logging.DEBUG,
             "%s: cannot read the version of the backing file that was remembered: %s",
             *(image.name, os.strerror(error.errno or errno.EIO)),
         )
@@ -244,7 +246,11 @@ def _read(image: HostFile, name: str) -> BaseVersions | None:
     return None if record is None else BaseVersions.decode(record, name)
 
 
-def _log_refusal(shown: str, error: OSError | QedError) -> None:
-    """Log why the versions of the bases of an image cannot be remembered."""
+def _log_refusal(shown: str, versions: BaseVersions, error: OSError | QedError) -> None:
+    """Log why the versions of the bases of an image cannot be remembered.
+
+    It is no warning if all bases are local, whose versions are only hints.
+    """
     reason = str(error) if isinstance(error, QedError) else os.strerror(error.errno or errno.EIO)
-    _log.warning("%s: cannot remember the version of the backing file: %s", shown, reason)
+    level = logging.WARNING if versions.remote else logging.DEBUG
+    _log.log(level, "%s: cannot remember the version of the backing file: %s", shown, reason)
