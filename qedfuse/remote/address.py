@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -60,7 +60,7 @@ class Address:
     scheme: str
     host: str
     path: str
-    query: str = ""
+    query: str = field(default="", repr=False)
     version: str = ""
 
     @property

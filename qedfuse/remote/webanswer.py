@@ -125,7 +125,9 @@ def failure(error: Exception) -> Exception:
         return UnreachableError(about + _reason(error))
     if isinstance(error, (HTTPTimeoutError, TimeoutError)):
         return AttemptError(f"{about}found no answer in time")
-    return AttemptError(about + _reason(error))
+    if about:
+        return UnreachableError(about + _reason(error))
+    return AttemptError(_reason(error))
 
 
 def _tls_failure(error: SSLError, about: str) -> Exception:
@@ -137,7 +139,7 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
             f"{about}TLS: certificate: found {found}, expected one that is trusted (SSL_CERT_FILE "
             "names a file with others)"
         )
-    return AttemptError(f"{about}TLS: {_reason(error)}")
+    return UnreachableError(f"{about}TLS: {_reason(error)}")
 
 
 def _time(response: BaseHTTPResponse, name: str) -> float | None:

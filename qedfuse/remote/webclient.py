@@ -57,6 +57,8 @@ _MAX_DRAINED_BYTES: Final = 1 << 16
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 425, 429)
 """Statuses below 500 with which a server asks for another attempt."""
+_LASTING_STATUS: Final = (501, 505)
+"""Statuses with which a server says that it does not know such requests."""
 
 
 class WebClient:
@@ -258,7 +260,8 @@ class WebClient:
             if status == HTTPStatus.UNAUTHORIZED and not self._credentials.headers_for(target):
                 msg += f" (found no credentials for the host, expected {HINT})"
             raise RefusedError(msg)
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _RETRIED_STATUS:
+        is_failure = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LASTING_STATUS
+        if is_failure or status in _RETRIED_STATUS:
             raise AttemptError(msg)
         msg += ", expected 206"
         raise UnusableError(msg)

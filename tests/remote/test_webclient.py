@@ -76,6 +76,33 @@ def test_a_refused_connection_ends_an_opening_soon(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+def test_a_server_without_tls_ends_an_opening_soon(tmp_path: Path) -> None:
+    """A server that does not speak TLS is given up long before the whole time."""
+    patient = Deadlines(connect_seconds=0.3, attempt_seconds=0.5, total_seconds=600)
+    begin = time.monotonic()
+    with (
+        serving(CONTENT) as server,
+        pytest.raises(RemoteError, match="TLS: ") as caught,
+        opened(server.url.replace("http:", "https:"), tmp_path, deadlines=patient),
+    ):
+        pass
+    assert time.monotonic() - begin < 60
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [501, 505])
+def test_a_server_that_does_not_know_a_request_is_asked_once(tmp_path: Path, status: int) -> None:
+    """A server that does not implement a request is not asked again."""
+    with serving(CONTENT) as server:
+        server.required, server.refusal = "Basic", status
+        with (
+            pytest.raises(RemoteError, match=f"found HTTP status {status}, expected 206"),
+            opened(server.url, tmp_path, deadlines=PATIENT),
+        ):
+            pass
+        assert len(server.authorizations) == 1
+
+
 def test_a_name_server_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -253,6 +254,17 @@ def test_a_query_in_an_image_is_not_shown(capsys: pytest.CaptureFixture[str]) ->
                 assert f"{server.url}?..." in said
                 assert "secret" not in said
         assert "secret" not in run("map", "over.qed", capsys=capsys, code=17)
+
+
+def test_a_warning_does_not_show_a_query() -> None:
+    """The warning about a file that was not closed, and the name of its thread, hide the query."""
+    with serving(bytes(build_image(MIB))) as server:
+        file = qedfuse.open(f"{server.url}?token=secret")
+        assert not [thread for thread in threading.enumerate() if "secret" in thread.name]
+        with pytest.warns(ResourceWarning, match="unclosed disk") as caught:
+            file.__del__()
+        assert "secret" not in str(caught[0].message)
+        file.close()
 
 
 @pytest.mark.parametrize(
