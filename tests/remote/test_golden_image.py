@@ -10,9 +10,12 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +23,7 @@ import pytest
 
 from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
-from tests.support.mounted import COMMAND, environment, front, mounted
+from tests.support.mounted import COMMAND, environment, front, mounted, refused
 from tests.support.nginx import serving_front, why_no_nginx
 from tests.support.users import USER_ID, as_user, user_directory
 
@@ -233,3 +236,46 @@ def test_a_cache_that_is_deleted(golden: Golden, tmp_path: Path) -> None:
     with mounted(golden.url, tmp_path / "mnt", "-r") as directory:
         assert (directory / "golden.raw").read_bytes() == golden.content
     assert list(cache.rglob("data"))
+
+
+def test_a_restart_of_the_server(
+    store: Swift, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read during a restart of the server waits for its end; nothing fails or is logged."""
+    directory = tmp_path / "front"
+    path = golden.https.partition("/v1/")[2]
+    with ExitStack() as stack:
+        with serving_front(directory, store.endpoint) as (url, certificate):
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            mount = stack.enter_context(front("-r", f"{url}/v1/{path}", tmp_path / "mnt"))
+            disk = mount.mountpoint / "golden.raw"
+            assert read(disk, 0, 65536) == golden.content[:65536]
+            port = int(url.rpartition(":")[2])
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        with socket.create_server(("127.0.0.1", port)) as refusing:
+            reading = pool.submit(read, disk, FAR)
+            for _ in range(3):
+                refusing.accept()[0].close()
+        with serving_front(directory, store.endpoint, port):
+            assert reading.result() == golden.content[FAR : FAR + 4096]
+            run(*COMMAND, "umount", mount.mountpoint)
+            assert mount.finish() == (
+                0,
+                f"qedfuse: {mount.mountpoint}: unmounted; the images are closed\n",
+            )
+
+
+def test_another_release_under_the_same_name(golden: Golden, tmp_path: Path) -> None:
+    """An overlay is refused over another image than its own, and is as it was over its own."""
+    overlay, other = tmp_path / "vm.qed", tmp_path / "other.qed"
+    with (
+        mounted(golden.url, tmp_path / "mnt", "-o", f"overlay={overlay}") as directory,
+        (directory / "golden.raw").open("r+b") as disk,
+    ):
+        disk.write(b"changed")
+    content = overlay.read_bytes()
+    qemu.create(other, DISK_BYTES)
+    qedimg("publish", "--force", other, golden.url)
+    line = refused(golden.url, tmp_path / "mnt", "-o", f"overlay={overlay}", code=17)
+    assert golden.url in line
+    assert overlay.read_bytes() == content

@@ -110,14 +110,22 @@ def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def serving_front(directory: Path, origin: str) -> Iterator[tuple[str, Path]]:
+def serving_front(
+    directory: Path, origin: str, port: int | None = None
+) -> Iterator[tuple[str, Path]]:
     """Give a server a name with TLS for the block; yield its URL there and the certificate.
 
-    ``origin`` is its URL without TLS.
+    Args:
+        directory: Where nginx works; one that an earlier call has used keeps its certificate.
+        origin: The URL of the server without TLS.
+        port: The port with TLS; None for a free one.
     """
-    directory.mkdir(parents=True)
-    certificate = make_certificate(directory)
-    (port,) = free_ports(1)
+    directory.mkdir(parents=True, exist_ok=True)
+    certificate = directory / "certificate.pem"
+    if not certificate.exists():
+        make_certificate(directory)
+    if port is None:
+        (port,) = free_ports(1)
     servers = f"""
 server {{
     listen 127.0.0.1:{port} ssl;
