@@ -23,8 +23,11 @@ class CheckedUnits(NamedTuple):
             are known to be all zeros; perhaps not for all units.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Where the bytes end that may be read.
-        file_bytes: The length of the file.  A file that has another length after a read was cut,
-            and the bytes that were read do not count.
+        file_bytes: The length of the file while one process uses it, and one byte less than while
+            several do.  A file that has another length after a read was cut, and the bytes that
+            were read do not count.
+        address: Where the file is mapped.  While several processes use the file, a read is only
+            tried if mincore(2) says that all of it is in the page cache.
         forget: Called with the first and the last unit of a read that failed, which makes them not
             ready.
     """
@@ -34,6 +37,7 @@ class CheckedUnits(NamedTuple):
     unit_bits: int
     content_bytes: int
     file_bytes: int
+    address: int
     forget: Callable[[int, int], object]
 
 

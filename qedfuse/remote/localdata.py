@@ -13,11 +13,14 @@ Three things can make a read with ``RWF_NOWAIT`` return what was not compared:
   (`ZeroBlocks`).
 - The file was cut, and a later write has made it longer.  So its length is compared after the read.
 
+While other processes use the entry as well, a miss of one must not bring bytes into the page cache
+that another reads there.  So then a read is only tried if mincore(2) says that all of it is there.
+
 The extension of the mount reads the file by the same rules (``_checkedunits.c``).
 
-What is left is a block that another program, or for less than a millisecond another process of
-qedfuse, has read from a damaged disk into the page cache; and one that the kernel drops and reads
-again in the microsecond between the extension's look at the page cache and its splice(2).
+What is left is a block that another program has read from a damaged disk into the page cache; and
+one that the kernel drops and reads again in the microsecond between a look at the page cache and
+the read.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from typing import TYPE_CHECKING
 
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
+from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import waits_for_server
+from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import BLOCK_BYTES
 
@@ -58,12 +63,13 @@ class LocalData:
             OSError: The host has no further descriptor, or refused.
         """
         self._fd = os.dup(entry.data_fd)
-        self._file_bytes = entry.file_bytes
+        self._size = entry.size
         self._lock = threading.Lock()
         self._users = 1
         self._is_closed = False
         try:
             self._space = os.fstatvfs(self._fd)
+            self._residency = Residency(self._fd, self._size + SHARED_BYTES)
         except OSError:
             os.close(self._fd)
             raise
@@ -88,7 +94,10 @@ class LocalData:
         if not self.is_readable:
             return None
         bits = UNIT_BYTES.bit_length() - 1
-        units = CheckedUnits(ready, zeros.masks, bits, content_bytes, self._file_bytes, forget)
+        units = CheckedUnits(
+            *(ready, zeros.masks, bits, content_bytes, self._size + ALONE_BYTES),
+            *(self._residency.address, forget),
+        )
         return PageSource(ReadPolicy(), self._fd, units)
 
     def try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
@@ -102,25 +111,36 @@ class LocalData:
             return False
         with self._in_use() as is_open:
             try:
-                return (
-                    is_open
-                    and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
-                    and os.lseek(self._fd, 0, os.SEEK_END) == self._file_bytes
-                    and not zeros.may_have_holes(offset, view)
-                )
+                return is_open and self._try_read(offset, view, zeros)
             except OSError:
                 return False
+
+    def _try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
+        """Fill ``view`` from the page cache; see `try_read`.
+
+        Raises:
+            OSError: A byte is not there, or the host refused.
+        """
+        length = os.lseek(self._fd, 0, os.SEEK_END)
+        is_alone = length == self._size + ALONE_BYTES
+        return (
+            has_length(length, self._size)
+            and (is_alone or self._residency.has_range(offset, len(view)))
+            and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
+            and os.lseek(self._fd, 0, os.SEEK_END) == length
+            and not zeros.may_have_holes(offset, view)
+        )
 
     def is_whole(self) -> bool:
         """Return False if the file was cut.
 
-        A file that was cut never has its length again (`UnitFile`).
+        A file that was cut never has its length again (`qedfuse.remote.sharing`).
         """
         if not self.is_readable:
             return True  # not known without a call that may wait
         with self._in_use() as is_open:
             try:
-                return not is_open or os.lseek(self._fd, 0, os.SEEK_END) == self._file_bytes
+                return not is_open or has_length(os.lseek(self._fd, 0, os.SEEK_END), self._size)
             except OSError:
                 return False
 
@@ -156,4 +176,5 @@ class LocalData:
             self._users -= 1
             is_last = not self._users
         if is_last:
+            self._residency.close()
             os.close(self._fd)

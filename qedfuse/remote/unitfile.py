@@ -6,14 +6,16 @@ whenever its bytes have left the page cache (`qedfuse.remote.localdata`).  So no
 of writes, a datasync or a journal: what a crash, a full disk, a failed write or another program has
 damaged differs from its checksum, and is fetched again.
 
-The data file is one byte longer than the object, and nothing writes that byte.  So a file that was
-cut while it is in use never has its length again, although later writes leave holes in it.
+If several processes use an entry, none may bring bytes from the disk into the page cache that it
+has not compared, because another one may read them there (`qedfuse.remote.sharing` and
+`qedfuse.remote.localdata`).  So a unit is first read around the page cache (``O_DIRECT``).
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -22,6 +24,8 @@ import zlib
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
+from qedfuse.hostio.residency import Residency
+from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,9 +39,6 @@ takes 20 ms and one of 256 KiB takes 23 ms."""
 _MAP_ENTRY: Final = struct.Struct("<II")
 _PRESENT: Final = 0x51454455
 """Marks an entry of the map in use, so that a hole of the map is no checksum."""
-
-_UNWRITTEN_BYTES: Final = 1
-"""Bytes at the end of the data file that are never written."""
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
@@ -54,18 +55,23 @@ class UnitFile:
     Attributes:
         path: The directory of the entry.
         data_fd: The descriptor of the data, valid until `close`.
-        file_bytes: The length of the data file.
+        size: The size of the object.
         units: Number of units.
     """
 
     def __init__(self, path: str, data_fd: int, map_fd: int, size: int) -> None:
-        """Take over the open files of an entry for an object of ``size`` bytes."""
+        """Take over the open files of an entry for an object of ``size`` bytes.
+
+        Raises:
+            OSError: The host refused.
+        """
         self.path = path
         self.data_fd = data_fd
-        self.file_bytes = size + _UNWRITTEN_BYTES
+        self.size = size
         self.units = units_of(size)
         self._map_fd = map_fd
-        self._size = size
+        self._residency = Residency(data_fd, size + SHARED_BYTES)
+        self._disk_fd = _open_direct(data_fd)
         self._lock = threading.Lock()
         self._users = 1
         self._closed = False
@@ -90,20 +96,21 @@ class UnitFile:
         data_fd = os.open(DATA_NAME, flags, dir_fd=directory)
         try:
             fcntl.flock(data_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            _expect_file(data_fd, size + _UNWRITTEN_BYTES)
+            _expect_file(data_fd)
             map_fd = os.open(MAP_NAME, flags, dir_fd=directory)
         except BaseException:
             os.close(data_fd)
             raise
         try:
             _expect_file(map_fd, units_of(size) * _MAP_ENTRY.size)
+            join(data_fd, map_fd, size)
             # No readahead: only what `load` compares gets from the disk into the page cache.
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
+            return cls(path, data_fd, map_fd, size)
         except BaseException:
             os.close(data_fd)
             os.close(map_fd)
             raise
-        return cls(path, data_fd, map_fd, size)
 
     def load(self, unit: int) -> bytes | None:
         """Return the content of a unit; None if it is not there or not intact.
@@ -113,11 +120,8 @@ class UnitFile:
         if not self._enter():
             return None
         try:
-            raw = os.pread(self._map_fd, _MAP_ENTRY.size, unit * _MAP_ENTRY.size)
-            if len(raw) < _MAP_ENTRY.size:
-                return None
-            checksum, mark = _MAP_ENTRY.unpack(raw)
-            if mark != _PRESENT:
+            checksum = self._stored_checksum(unit)
+            if checksum is None or not self._may_read(unit, checksum):
                 return None
             length, offset = self.length(unit), unit * UNIT_BYTES
             content = os.pread(self.data_fd, length, offset)
@@ -141,7 +145,7 @@ class UnitFile:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             _write(self.data_fd, content, unit * UNIT_BYTES)
-            if os.lseek(self.data_fd, 0, os.SEEK_END) != self.file_bytes:
+            if not has_length(os.lseek(self.data_fd, 0, os.SEEK_END), self.size):
                 raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
             entry = _MAP_ENTRY.pack(_checksum(unit, content), _PRESENT)
             _write(self._map_fd, entry, unit * _MAP_ENTRY.size)
@@ -177,7 +181,7 @@ class UnitFile:
 
     def length(self, unit: int) -> int:
         """Return the number of bytes in a unit; only the last may be shorter than the others."""
-        return min(UNIT_BYTES, self._size - unit * UNIT_BYTES)
+        return min(UNIT_BYTES, self.size - unit * UNIT_BYTES)
 
     def close(self) -> None:
         """Close the files, when the calls that are running have returned.
@@ -216,8 +220,38 @@ class UnitFile:
             self._users -= 1
             is_last = not self._users
         if is_last:
-            os.close(self.data_fd)
-            os.close(self._map_fd)
+            self._residency.close()
+            for fd in (self.data_fd, self._map_fd, self._disk_fd):
+                if fd >= 0:
+                    os.close(fd)
+
+    def _stored_checksum(self, unit: int) -> int | None:
+        """Return the checksum of a unit in the map; None if the map claims not to have the unit."""
+        raw = os.pread(self._map_fd, _MAP_ENTRY.size, unit * _MAP_ENTRY.size)
+        if len(raw) < _MAP_ENTRY.size:
+            return None
+        checksum, mark = _MAP_ENTRY.unpack(raw)
+        return int(checksum) if mark == _PRESENT else None
+
+    def _may_read(self, unit: int, checksum: int) -> bool:
+        """Return False if a unit must not get into the page cache, because it is not intact.
+
+        Returns True if this is the only opener, if the page cache has the unit already, or if the
+        file system has no way around the page cache.
+        """
+        length, offset = self.length(unit), unit * UNIT_BYTES
+        is_shared = os.lseek(self.data_fd, 0, os.SEEK_END) != self.size + ALONE_BYTES
+        if not is_shared or self._disk_fd < 0 or self._residency.has_range(offset, length):
+            return True
+        with mmap.mmap(-1, UNIT_BYTES) as buffer:  # O_DIRECT needs an aligned one
+            try:
+                done = os.preadv(self._disk_fd, [buffer], offset)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # blocks of an unusual size
+                    return True
+                raise
+            with memoryview(buffer) as view, view[:length] as content:
+                return done >= length and _checksum(unit, content) == checksum
 
 
 def units_of(size: int) -> int:
@@ -232,7 +266,7 @@ def make_files(directory: str, size: int) -> None:
         OSError: The host refused.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    lengths = {DATA_NAME: size + _UNWRITTEN_BYTES, MAP_NAME: units_of(size) * _MAP_ENTRY.size}
+    lengths = {DATA_NAME: size + ALONE_BYTES, MAP_NAME: units_of(size) * _MAP_ENTRY.size}
     for name, length in lengths.items():
         fd = os.open(os.path.join(directory, name), flags, 0o600)  # noqa: PTH118  str paths
         try:
@@ -241,12 +275,21 @@ def make_files(directory: str, size: int) -> None:
             os.close(fd)
 
 
-def _expect_file(fd: int, length: int) -> None:
-    """Raise OSError unless ``fd`` is a linked regular file of ``length`` bytes, of this user."""
+def _open_direct(fd: int) -> int:
+    """Open a file for reads around the page cache; return -1 if the host has none."""
+    flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags)
+    except OSError:
+        return -1
+
+
+def _expect_file(fd: int, length: int | None = None) -> None:
+    """Raise OSError unless ``fd`` is a linked regular file of this user, of ``length`` bytes."""
     status = os.fstat(fd)
     if (
         not stat.S_ISREG(status.st_mode)
-        or status.st_size != length
+        or length not in {None, status.st_size}
         or status.st_uid != os.geteuid()
         or not status.st_nlink
     ):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import mmap
 import os
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
-from qedfuse.errors import HostError, ObjectChangedError, RemoteError
+from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
+from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.unitfile import UNIT_BYTES
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
 from tests.support.webserver import Fault, WebServer, serving
@@ -53,8 +56,10 @@ class Rounds:
         happened: How often each disaster has happened, and how many reads failed or succeeded.
     """
 
-    def __init__(self, server: WebServer, directory: Path, seed: int) -> None:
-        """Draw from ``seed``; the cache lies in ``directory``."""
+    def __init__(
+        self, server: WebServer, directory: Path, seed: int, only: str | None = None
+    ) -> None:
+        """Draw disasters from ``seed``, or take that named ``only``; work in ``directory``."""
         self.happened = Counter[str]()
         self._server = server
         self._cache = directory / "cache"
@@ -65,8 +70,11 @@ class Rounds:
         self._disasters: list[Callable[[], None]] = [
             *(self.kill, self.flip, self.flip, self.cut, self.remove, self.remove),
             *(self.two_processes, self.overwrite, self.damage_in_use, self.damage_in_use),
-            *(self.fault, self.fault, self.full, self.read_only, self.limit),
+            *(self.rot_in_use, self.rot_in_use, self.rot_between_processes),
+            *(self.fault, self.fault, self.full, self.read_only, self.limit, self.others),
         ]
+        if only is not None:
+            self._disasters = [getattr(self, only)]
 
     def round(self) -> None:
         """Let one disaster happen, and check all bytes afterwards.
@@ -140,6 +148,86 @@ class Rounds:
                 self._read_some(file, self._server.content)
             self._compare(file, 0, self._server.content)
 
+    def rot_in_use(self) -> None:
+        """Let the disk lose what is read, while the server answers or not."""
+        with opened(self._server.url, self._cache, deadlines=DEADLINES) as file:
+            self._compare(file, 0, self._server.content)
+            for _ in range(3):
+                self._rot()
+                if self._random.random() < 0.3:
+                    self._server.faults = ["status 503"] * self._random.randrange(1, 20)
+                self._read_some(file, self._server.content)
+                self._server.faults = []
+            self._compare(file, 0, self._server.content)
+
+    def rot_between_processes(self) -> None:
+        """Let the disk lose what two processes read all the time."""
+        with opened(self._server.url, self._cache) as file:
+            self._compare(file, 0, self._server.content)
+            processes = [self._start("--follow") for _ in range(2)]
+            for process in processes:
+                assert process.stdout is not None
+                process.stdout.readline()
+            for _ in range(20):
+                self._rot()
+                self._server.faults = ["status 503"] * self._random.randrange(3)
+                time.sleep(self._random.random() / 50)
+            self._server.faults = []
+            for process in processes:
+                try:
+                    process.communicate(timeout=60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    raise
+                if process.returncode:
+                    raise WrongBytesError(process.args)
+            self._compare(file, 0, self._server.content)
+
+    def _rot(self) -> None:
+        """Change blocks of the data on the disk, and drop all of it from the page cache."""
+        for path in self._cache.rglob("data"):
+            if not path.is_file() or path.stat().st_size <= len(self._server.content):
+                continue
+            block = self._random.randrange(len(self._server.content) // 4096) * 4096
+            kind = self._random.choice(["flip", "hole", "hole", "other block", "none"])
+            self.happened[f"rot: {kind}"] += 1
+            fd = os.open(path, os.O_RDWR)
+            try:
+                if kind == "hole":
+                    length = self._random.choice([4096, UNIT_BYTES])
+                    fallocate(fd, FALLOC_PUNCH_HOLE, block, length)
+                elif kind != "none":
+                    _write_to_disk(
+                        path, block, bit=self._random.randrange(8 * 4096) * (kind == "flip")
+                    )
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+    def others(self) -> None:
+        """Fill a cache beside files that are not its own, until it is full; none may be gone."""
+        directory = self._other / "named"
+        outside = self._other / "outside"
+        for path in (directory / "documents", outside, directory / "qedfuse" / "x"):
+            path.mkdir(parents=True, mode=0o700)
+            (path / "letter").write_text("x")
+            os.utime(path, (1, 1))
+        (directory / "link").symlink_to(outside)
+        try:
+            names = sorted(path for path in self._other.rglob("*"))
+            with suppress(CacheError), opened(self._server.url, directory, cache_bytes=0) as file:
+                self._compare(file, 0, self._server.content)
+            shutil.rmtree(directory / "qedfuse")
+            names = [path for path in names if "qedfuse" not in path.parts]
+            for limit in (0, UNIT_BYTES, None):
+                with opened(self._server.url, directory, cache_bytes=limit) as file:
+                    self._compare(file, 0, self._server.content)
+            if missing := [path for path in names if not os.path.lexists(path)]:
+                raise FileNotFoundError(missing)
+        finally:
+            shutil.rmtree(self._other)
+
     def overwrite(self) -> None:
         """Replace the object while it is read."""
         with opened(self._server.url, self._cache) as file:
@@ -206,13 +294,17 @@ class Rounds:
         self._server.content = some_bytes(_UNITS, seed=self._number)
         self._server.etag = f'"{self._number}"'
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        """Start a process that reads all, compares it, and prints a line for each unit."""
+    def _start(self, option: str = "--read") -> subprocess.Popen[bytes]:
+        """Start a process that reads all, compares it, and prints a line for each unit.
+
+        With the option ``--follow`` it reads again and again until its input ends.
+        """
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "tests.remote.rounds", "--read", self._server.url),
+                *(sys.executable, "-m", "tests.remote.rounds", option, self._server.url),
                 *(str(self._cache), self._server.etag.strip('"')),
             ],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=_ROOT,
         )
@@ -274,20 +366,65 @@ def read_all(url: str, cache: str, number: int) -> int:
     return 0
 
 
+def follow(url: str, cache: str, number: int) -> int:
+    """Read and compare until the input ends; return the exit code: 1 if a byte is wrong."""
+    content = some_bytes(_UNITS, seed=number)
+    units = [content[at : at + UNIT_BYTES] for at in range(0, len(content), UNIT_BYTES)]
+    chance = random.Random(os.getpid())
+    view = memoryview(bytearray(UNIT_BYTES))
+    with opened(url, Path(cache), deadlines=DEADLINES) as file:
+        print("open", flush=True)  # noqa: T201  output of a script
+        while not select.select([sys.stdin], [], [], 0)[0]:
+            for _ in range(50):
+                # Whole units, so that one process misses all that another one reads.
+                offset = chance.randrange(len(units)) * UNIT_BYTES
+                expected = units[offset // UNIT_BYTES]
+                part = view[: len(expected)]
+                if file.try_read(offset, part):
+                    if part != expected:
+                        return 1
+                elif chance.random() < 0.5:
+                    with suppress(RemoteError):
+                        if read(file, offset, len(part)) != expected:
+                            return 1
+    return 0
+
+
+def _write_to_disk(path: Path, offset: int, bit: int) -> None:
+    """Change a block of a file: flip a bit, or with bit 0 write the block from elsewhere.
+
+    The page cache never has what is written, if the file system permits that.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        fd = os.open(path, os.O_RDWR)
+    with mmap.mmap(-1, 4096) as block:
+        os.preadv(fd, [block], offset if bit else 0)
+        block[bit // 8] ^= 1 << (bit % 8)
+        os.pwritev(fd, [block], offset)
+    os.close(fd)
+
+
 def main() -> int:
     """Run the rounds that the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--only", metavar="DISASTER", help="let only this disaster happen")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--follow", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable()
     if arguments.read:
         url, cache, number = arguments.read
         return read_all(url, cache, int(number))
+    if arguments.follow:
+        url, cache, number = arguments.follow
+        return follow(url, cache, int(number))
     print(f"seed {arguments.seed}", flush=True)  # noqa: T201  output of a script
     with tempfile.TemporaryDirectory() as directory, serving(b"") as server:
-        rounds = Rounds(server, Path(directory), arguments.seed)
+        rounds = Rounds(server, Path(directory), arguments.seed, arguments.only)
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         for _ in range(arguments.rounds):
             rounds.round()

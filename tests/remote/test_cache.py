@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from qedfuse.errors import CacheError, RemoteError
+from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
@@ -79,8 +80,8 @@ def empty(path: Path) -> None:
 
 
 def lengthen(path: Path) -> None:
-    """Add a byte to a file."""
-    os.truncate(path, path.stat().st_size + 1)
+    """Add bytes to a file."""
+    os.truncate(path, path.stat().st_size + 2)
 
 
 def zero(path: Path) -> None:
@@ -321,6 +322,59 @@ def test_nothing_is_read_ahead_of_the_comparison(tmp_path: Path) -> None:
             os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             with pytest.raises(OSError, match=r"temporarily unavailable|not supported"):
                 os.preadv(probe.fileno(), [bytearray(4096)], 2 * UNIT_BYTES, os.RWF_NOWAIT)
+
+
+@pytest.mark.parametrize("rot", ROTS)
+def test_one_reader_brings_nothing_wrong_to_another(
+    rot: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """While several use an entry, bytes that are not intact never get into the page cache."""
+    with (
+        serving(CONTENT) as server,
+        opened(server.url, tmp_path, deadlines=DEADLINES) as one,
+        opened(server.url, tmp_path, deadlines=DEADLINES) as two,
+    ):
+        for file in (one, two):
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        data = entry_of(tmp_path) / "data"
+        size = data.stat().st_size
+        assert size == len(CONTENT) + 2
+        rot(data)
+        drop_pages(data)
+        offset = 2 * UNIT_BYTES + 65_536
+        with data.open("rb") as probe, closing(Residency(probe.fileno(), size)) as residency:
+            view = memoryview(bytearray(UNIT_BYTES))
+            for file in (one, two, one):
+                assert not file.try_read(offset, view[:8192])
+                assert not file.try_read(2 * UNIT_BYTES, view)
+            assert not any(residency.has_range(offset + at, 1) for at in range(0, 8192, 4096))
+            with UnitFile.open(str(data.parent), len(CONTENT)) as entry:
+                assert entry.load(2) is None
+                assert not any(residency.has_range(offset + at, 1) for at in range(0, 8192, 4096))
+                assert entry.load(3) == CONTENT[3 * UNIT_BYTES : 4 * UNIT_BYTES]
+                assert residency.has_range(3 * UNIT_BYTES, UNIT_BYTES)
+        for file in (one, two):
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        assert one.fetcher.requests + two.fetcher.requests > 0
+
+
+def test_length_says_who_uses_an_entry(tmp_path: Path) -> None:
+    """The data has another length while several have it open, and nobody takes it for damage."""
+    version = Version(len(CONTENT), '"one"')
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    lengths = []
+    with directory.open_entry(ADDRESS, version) as one:
+        data = Path(one.path) / "data"
+        lengths.append(data.stat().st_size)
+        with directory.open_entry(ADDRESS, version) as two:
+            lengths.append(data.stat().st_size)
+            for unit, entry in enumerate((one, two)):
+                entry.store(unit, CONTENT[unit * UNIT_BYTES :][:UNIT_BYTES])
+        lengths.append(data.stat().st_size)
+    with directory.open_entry(ADDRESS, version) as one:
+        lengths.append(data.stat().st_size)
+        assert one.count_present(0, UNITS - 1) == 2
+    assert [length - len(CONTENT) for length in lengths] == [1, 2, 2, 1]
 
 
 def test_zeros_are_compared(tmp_path: Path) -> None:

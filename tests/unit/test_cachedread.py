@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from array import array
+from contextlib import closing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
+from qedfuse.hostio.residency import Residency
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
 from tests.support.fusewire import session_of
@@ -65,7 +67,7 @@ def ready(
         may_read[first : last + 1] = bytes(last + 1 - first)
 
     lengths = (len(tables.content), len(tables.content) + 1)
-    units = CheckedUnits(may_read, zero_blocks, BITS, *lengths, forget)
+    units = CheckedUnits(may_read, zero_blocks, BITS, *lengths, 0, forget)
     with path.open("rb") as file:
         source = PageSource(tables.policy, file.fileno(), units)
         session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
@@ -254,6 +256,39 @@ def test_a_block_of_zeros_that_is_known_is_answered(
     zero_blocks[3] = 3
     assert session.read(CLUSTER + 100, CLUSTER) == bytes(CLUSTER)
     assert session.read((CLUSTERS - 1) * CLUSTER, 1) is None, "past the known units"
+
+
+def test_a_file_that_several_use_is_read_only_from_memory(
+    session: Session, tables: Tables, tmp_path: Path
+) -> None:
+    """While the file has one byte more, a read brings nothing from the disk into memory."""
+    path = tmp_path / "units"
+    length = len(tables.content)
+    path.write_bytes(tables.content + b"\0\0")
+    forgotten: list[tuple[int, int]] = []
+    with path.open("rb") as file, closing(Residency(file.fileno(), length + 2)) as residency:
+
+        def show(address: int) -> None:
+            may_read = bytearray(b"\1" * (CLUSTERS + 1))
+            units = CheckedUnits(
+                *(may_read, memoryview(b""), BITS, length, length + 1, address),
+                lambda first, last: forgotten.append((first, last)),
+            )
+            source = PageSource(tables.policy, file.fileno(), units)
+            session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
+
+        show(residency.address)
+        assert session.read(5, 8000) == tables.content[CLUSTER + 5 : CLUSTER + 8005]
+        assert not forgotten
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not residency.has_range(CLUSTER, 1):  # not in a file system in memory
+            for _ in range(3):
+                assert session.read(5, 8000) is None
+            assert not residency.has_range(CLUSTER, 1)
+            assert set(forgotten) == {(1, 2)}
+        show(0)
+        assert session.read(5, 8000) is None
 
 
 def test_a_reader_at_the_end_of_a_unit_is_passed_on_if_more_must_be_fetched(

@@ -396,7 +396,7 @@ def test_files_with_checked_units_are_not_queued(
     """A file whose bytes on the disk must be compared with checksums is not read by the queue."""
     reader, _ = pipes.make()
     units = CheckedUnits(
-        bytearray(b"\1" * 9), memoryview(b""), BITS, 9 * CLUSTER, 9 * CLUSTER + 1, print
+        bytearray(b"\1" * 9), memoryview(b""), BITS, 9 * CLUSTER, 9 * CLUSTER + 1, 0, print
     )
     for given, queued in ((units, 0), (None, 1)):
         source = PageSource(tables.policy, reader, given)

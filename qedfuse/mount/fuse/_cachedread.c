@@ -184,8 +184,8 @@ static void reset_misses(PyObject *policy)
 }
 
 /* Reads from the page cache into the buffer.  Returns 1 if all of the data was there, 0 if not, and -1
- * if that failed, or if a file with checked units was cut. */
-static int read_cached(const struct read_file *file, uint64_t offset, size_t size)
+ * if that failed, or if a file with checked units has not the given length any more. */
+static int read_cached(const struct read_file *file, uint64_t offset, size_t size, off_t length)
 {
     const struct checked_units *units = &file->units;
     struct iovec vector = {buffer, size};
@@ -194,7 +194,7 @@ static int read_cached(const struct read_file *file, uint64_t offset, size_t siz
     if (count < 0 && errno != EAGAIN)
         return -1;
     /* The length is looked at after the read, as LocalData does. */
-    if (has_units(units) && lseek(file->fd, 0, SEEK_END) != units->file_bytes)
+    if (has_units(units) && lseek(file->fd, 0, SEEK_END) != length)
         return -1;
     if (count != (ssize_t)size) /* perhaps fewer because the file ends there */
         return 0;
@@ -210,14 +210,19 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
                                      size_t size)
 {
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
-    off_t file_bytes = has_units(&file->units) ? file->units.file_bytes : ANY_LENGTH;
+    const struct checked_units *units = &file->units;
+    off_t length = ANY_LENGTH;
     int found;
 
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
-    if (!splice_reply(request, file->fd, (off_t)offset, size, file_bytes)) {
-        found = read_cached(file, offset, size);
+    if (has_units(units) && (length = length_of_units(units, file->fd)) == ANY_LENGTH)
+        return FAILED;
+    if (!splice_reply(request, file->fd, (off_t)offset, size, length)) {
+        if (has_units(units) && !may_try_units(units, length, offset, size))
+            return NOT_CACHED;
+        found = read_cached(file, offset, size, length);
         if (found <= 0)
             return found < 0 ? FAILED : NOT_CACHED;
         fuse_reply_buf(request, buffer, size);

@@ -9,6 +9,9 @@
 
 #include "_extraops.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 /* How many units after a sequential reader are read ahead at most (_MAX_WINDOW_UNITS in
  * remote/fetcher.py). */
 #define MAX_AHEAD_UNITS 32
@@ -17,14 +20,20 @@
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
+/* The smallest page of a kernel, and how many of them a read can have that begins within one. */
+#define PAGE_BYTES 4096
+#define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
+
 int fill_units(struct checked_units *units, PyObject *source)
 {
     PyObject *forget;
     long long file_bytes;
+    unsigned long long address;
 
-    if (!PyArg_ParseTuple(source, "y*y*IKLO", &units->ready, &units->zero_blocks, &units->unit_bits,
-                          &units->content_bytes, &file_bytes, &forget))
+    if (!PyArg_ParseTuple(source, "y*y*IKLKO", &units->ready, &units->zero_blocks,
+                          &units->unit_bits, &units->content_bytes, &file_bytes, &address, &forget))
         return -1;
+    units->address = (char *)(uintptr_t)address;
     units->file_bytes = (off_t)file_bytes;
     units->forget = Py_NewRef(forget);
     return 0;
@@ -62,6 +71,33 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;
     return are_ready(units, last + 1, ahead);
+}
+
+off_t length_of_units(const struct checked_units *units, int fd)
+{
+    off_t length = lseek(fd, 0, SEEK_END);
+
+    /* One byte more while several processes use the file (remote/sharing.py). */
+    return length == units->file_bytes || length == units->file_bytes + 1 ? length : ANY_LENGTH;
+}
+
+int may_try_units(const struct checked_units *units, off_t length, uint64_t offset, size_t size)
+{
+    static unsigned char found[MAX_PAGES];
+    uint64_t start = offset & ~(uint64_t)(PAGE_BYTES - 1);
+    size_t bytes = (size_t)(offset - start) + size, at;
+
+    if (length == units->file_bytes)
+        return 1;
+    /* A kernel with larger pages refuses most of these calls, and tells about fewer pages. */
+    memset(found, 1, sizeof found);
+    if (units->address == NULL || bytes > sizeof found * PAGE_BYTES ||
+        mincore(units->address + start, bytes, found))
+        return 0;
+    for (at = 0; at * PAGE_BYTES < bytes; at++)
+        if ((found[at] & 1) == 0)
+            return 0;
+    return 1;
 }
 
 /* Returns whether the block at an offset is known to be all zeros. */

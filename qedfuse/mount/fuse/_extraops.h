@@ -80,7 +80,8 @@ struct checked_units {
     Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* where the readable part of the file ends */
-    off_t file_bytes;       /* length of the file unless it was cut */
+    off_t file_bytes;       /* length of the file while one process uses it */
+    char *address;          /* where the file is mapped, for mincore(2) */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
 };
 
@@ -93,6 +94,13 @@ void clear_units(struct checked_units *units);
 
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
+
+/* Returns the length of the file that has the units; ANY_LENGTH if it was cut (_checkedunits.c). */
+off_t length_of_units(const struct checked_units *units, int fd);
+
+/* Returns whether a read of a range may be tried while the file has a length, so that it brings nothing
+ * into the page cache that another process could read there (_checkedunits.c). */
+int may_try_units(const struct checked_units *units, off_t length, uint64_t offset, size_t size);
 
 /* Returns whether a range may be read by the extension (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
