@@ -75,7 +75,7 @@ class Fetcher:
         self._wanted: set[Flight] = set()  # flights for which readers wait
         self._last_wanted = -math.inf  # when the last of them has ended
         self._readers = ReadAhead()
-        self._marks: set[int] = set()  # units that are fetched ahead; see `_fetch_ahead`
+        self._marks: set[int] = set()  # units that are fetched ahead; see `ReadAhead.mark`
 
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching those of some adjacent units that are not ready; return their flights.
@@ -221,11 +221,7 @@ class Fetcher:
         return flight
 
     def _fetch_ahead(self, first: int, last: int) -> None:
-        """Start fetching what a sequential reader will read next.
-
-        One of the units is marked: it does not become ready until a reader needs it.  So its reader
-        comes here, and the next units are fetched while the reader has half a window left.
-        """
+        """Start fetching what a sequential reader will read next."""
         most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
         window = self._readers.window(first, last, most)
         end = min(last + window, self._units - 1)
@@ -234,7 +230,7 @@ class Fetcher:
             ahead += 1
         # Half a window is fetched together, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
-            self._marks.add(max(ahead, end - window // 2))
+            self._marks.add(self._readers.mark(ahead, end))
             self._begin(ahead, end, is_wanted=False)
 
     def _look(self, flight: Flight) -> None:

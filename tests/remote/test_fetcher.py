@@ -145,6 +145,19 @@ def test_window_of_a_sequential_reader() -> None:
     assert readers.window(2004, 2004, 32) == 1
 
 
+def test_reads_of_a_sequential_reader_in_another_order() -> None:
+    """Reads that the kernel has in flight may arrive in any order; others begin anew."""
+    readers = ReadAhead()
+    windows = [readers.window(unit, unit + 1, 32) for unit in (0, 2, 4, 8, 6, 10, 14, 12)]
+    assert windows == [0, 1, 2, 4, 4, 8, 16, 16]
+    assert readers.mark(16, 31) == 23
+    assert readers.window(40, 40, 32) == 0
+    # Only the marked unit, and the one after the end, show how far the reader has come.
+    assert readers.window(28, 28, 32) == 0
+    assert readers.window(22, 23, 32) == 32
+    assert readers.window(32, 32, 32) == 32
+
+
 def test_no_window_for_random_reads() -> None:
     """Reads in no order have no window."""
     readers = ReadAhead()
