@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError
+from qedfuse.foreign.directreads import DirectReads
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 _log = logging.getLogger(__name__)
+
+READ_SECONDS: Final = 600.0
+"""Maximum time of a read: the program waits for the host's disk, which may be slow."""
 
 
 class ForeignFile(ReadOnlyFile):
@@ -53,6 +57,7 @@ class ForeignFile(ReadOnlyFile):
         self._disk = disk
         self._server = server
         self._graph = graph
+        self._direct = DirectReads(server, disk.size(), READ_SECONDS)
         self._is_failure_logged = False
         self._is_closed = False
 
@@ -97,7 +102,7 @@ class ForeignFile(ReadOnlyFile):
         ended: Callable[[int], object],
     ) -> bool:
         """Start a read in a thread that answers; see `ReadableFile.try_start_read`."""
-        return self._disk.try_start_read(offset, view, take_answer, ended)
+        return self._direct.try_start(offset, view, take_answer, ended)
 
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows."""
@@ -127,6 +132,7 @@ class ForeignFile(ReadOnlyFile):
 
     def stop_fetching(self) -> None:
         """Make reads fail that wait for the program, and later ones."""
+        self._direct.close()
         self._disk.stop_fetching()
 
     def close(self) -> None:
@@ -134,6 +140,7 @@ class ForeignFile(ReadOnlyFile):
         if self._is_closed:
             return
         self._is_closed = True
+        self._direct.close()
         self._disk.close()
         self._server.close()
         self._graph.close()

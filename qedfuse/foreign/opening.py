@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.errors import ForeignError
-from qedfuse.foreign.foreignfile import ForeignFile
+from qedfuse.foreign.foreignfile import READ_SECONDS, ForeignFile
 from qedfuse.foreign.graph import open_graph
 from qedfuse.foreign.process import READY_SECONDS, QemuNbd
 from qedfuse.nbd.opening import open_nbd
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from qedfuse.foreign.graph import Limits
     from qedfuse.hostio.posixfile import PosixFile
-
-_READ_SECONDS: Final = 600.0
-"""Maximum time of a read: the program waits for the host's disk, which may be slow."""
 
 
 class ForeignOpening:
@@ -66,7 +63,7 @@ class ForeignOpening:
             HostError: The host refused.
         """
         self._server.wait_ready()
-        deadlines = Deadlines(READY_SECONDS, _READ_SECONDS, _READ_SECONDS)
+        deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
         file = ForeignFile(self._image, self._driver, disk, self._server, self._graph)
         with self._lock:

@@ -15,7 +15,7 @@ import tempfile
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError, ImageInUseError
-from qedfuse.foreign.sandbox import launch_command
+from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, launch_command
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ _REQUEST_MAGIC: Final = 0x25609513
 _COMMAND_DISCONNECT: Final = 2
 """The protocol of NBD, as far as a client needs it that stays connected and reads nothing."""
 
+_OPTIONS_BEFORE_REASON: Final = "Failed to blk_new_open 'json:"
+_OPTIONS_END: Final = "}': "
+"""Between these a message of QEMU has the options of the block device."""
 _IN_USE: Final = "Failed to get "
 """How QEMU's message about a lock begins that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -83,6 +86,7 @@ class QemuNbd:
             HostError: The host refused.
         """
         self.name = name
+        self._names = [file.name for file in graph.files]
         program = find_program(name)
         options = "json:" + json.dumps(graph.options)
         arguments = [program, "--read-only", "--shared=0", options]
@@ -119,6 +123,21 @@ class QemuNbd:
             raise
         return client
 
+    def connect_simply(self) -> socket.socket:
+        """Return a new connection that gets simple replies, after its negotiation; blocks.
+
+        Raises:
+            OSError: The program has ended, does not answer, or the host refused.
+        """
+        client = self.connect()
+        try:
+            client.settimeout(READY_SECONDS)
+            _negotiate(client)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
     def wait_ready(self) -> None:
         """Wait until the program has opened the image; the call blocks.
 
@@ -150,7 +169,7 @@ class QemuNbd:
         lines = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0).decode(errors="replace").split("\n")
         errors = [line for line in lines if line.strip() and "warning:" not in line]
         if status and errors:
-            return printable(errors[0].strip().removeprefix(f"{_PROGRAM}: "))
+            return self._in_our_words(errors[0].strip())
         return f"ended with status {status}"
 
     def close(self) -> None:
@@ -177,6 +196,15 @@ class QemuNbd:
         os.close(self._pidfd)
         self._process.poll()
         self._cleanup.close()
+
+    def _in_our_words(self, line: str) -> str:
+        """Return a message of the program as printable text, with the names of the files."""
+        line = printable(line.removeprefix(f"{_PROGRAM}: "))
+        if line.startswith(_OPTIONS_BEFORE_REASON):
+            line = line.rpartition(_OPTIONS_END)[2]
+        for number, name in enumerate(self._names, FIRST_FILE_DESCRIPTOR):
+            line = line.replace(f"/proc/self/fd/{number}", name)
+        return line
 
     def _failure(self) -> ForeignError | ImageInUseError:
         """Return the error for a program that closed the connection before it served."""

@@ -40,6 +40,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -49,6 +50,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -61,9 +63,11 @@
 #define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
 #define MAX_PARTS 1024           /* maximum number of buffers in one system call: IOV_MAX */
 
+#define MAX_EXPORT_READ (32u << 20) /* what servers of NBD allow if they say nothing */
+
 #define NANOSECONDS INT64_C(1000000000) /* in a second */
 
-enum kind { READ, WRITE, DATASYNC, TRUNCATE, FALLOCATE };
+enum kind { READ, READ_EXPORT, WRITE, DATASYNC, TRUNCATE, FALLOCATE };
 
 struct job {
     struct job *next; /* in the list that holds the job */
@@ -219,6 +223,64 @@ static int64_t transfer(struct pool *pool, struct job *job)
     return total;
 }
 
+/* Receive exactly `length` bytes from a socket; return 0, or -errno. */
+static int receive(int fd, void *buffer, size_t length)
+{
+    while (length) {
+        ssize_t received = recv(fd, buffer, length, MSG_WAITALL);
+
+        if (received < 0 && errno != EINTR)
+            return -errno;
+        if (received == 0)
+            return -ECONNRESET;
+        if (received > 0) {
+            buffer = (char *)buffer + received;
+            length -= (size_t)received;
+        }
+    }
+    return 0;
+}
+
+/* Fill the only part of a job from an export of a server of NBD, on a connection that no other thread
+ * uses and that gets simple replies; return the number of bytes, or -errno.  After an error the
+ * connection is of no use. */
+static int64_t read_export(struct job *job)
+{
+    size_t length = job->parts->iov_len;
+    struct __attribute__((packed)) {
+        uint32_t magic;
+        uint16_t flags, command;
+        uint64_t cookie, offset;
+        uint32_t length;
+    } request = {
+        .magic = htobe32(0x25609513),
+        .cookie = htobe64((uint64_t)job->offset),
+        .offset = htobe64((uint64_t)job->offset),
+        .length = htobe32((uint32_t)length),
+    };
+    struct __attribute__((packed)) {
+        uint32_t magic, error;
+        uint64_t cookie;
+    } reply;
+    ssize_t sent;
+    int failed;
+
+    if (length == 0 || length > MAX_EXPORT_READ)
+        return -EINVAL;
+    do
+        sent = send(job->fd, &request, sizeof request, MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    if (sent != (ssize_t)sizeof request)
+        return sent < 0 ? -errno : -EIO;
+    failed = receive(job->fd, &reply, sizeof reply);
+    if (failed)
+        return failed;
+    if (reply.magic != htobe32(0x67446698) || reply.cookie != request.cookie || reply.error)
+        return -EIO;
+    failed = receive(job->fd, job->parts->iov_base, length);
+    return failed ? failed : (int64_t)length;
+}
+
 /* Make a job's system call; return the number of bytes or 0, or -errno. */
 static int64_t make_call(struct pool *pool, struct job *job)
 {
@@ -226,6 +288,8 @@ static int64_t make_call(struct pool *pool, struct job *job)
 
     if (job->kind == READ || job->kind == WRITE)
         return transfer(pool, job);
+    if (job->kind == READ_EXPORT)
+        return read_export(job);
     do {
         if (job->kind == DATASYNC)
             failed = fdatasync(job->fd);
@@ -584,8 +648,9 @@ static int check_count(const char *name, Py_ssize_t found, Py_ssize_t expected)
     return -1;
 }
 
-static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t count,
-                             PyObject *names)
+/* Queue a read of one of two kinds, whose arguments are the same. */
+static PyObject *submit_read_of(enum kind kind, const char *name, PyObject *self,
+                                PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     struct pool *pool = pool_of(self);
     Py_ssize_t named = names == NULL ? 0 : PyTuple_GET_SIZE(names);
@@ -600,19 +665,19 @@ static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t c
         capsule = args[4];
         if (named > 1 ||
             (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "answer"))) {
-            PyErr_SetString(PyExc_TypeError, "submit_read: only answer can be passed by name");
+            PyErr_Format(PyExc_TypeError, "%s: only answer can be passed by name", name);
             return NULL;
         }
-    } else if (check_count("submit_read", count + named, 4)) {
+    } else if (check_count(name, count + named, 4)) {
         return NULL;
     } else if (named) {
-        PyErr_SetString(PyExc_TypeError,
-                        "submit_read: fd, offset, view and tag cannot be passed by name");
+        PyErr_Format(PyExc_TypeError, "%s: fd, offset, view and tag cannot be passed by name",
+                     name);
         return NULL;
     }
     if (as_int(args[0], &fd) || as_int64(args[1], &offset))
         return NULL;
-    job = new_job(READ, 1, args[3]);
+    job = new_job(kind, 1, args[3]);
     if (job == NULL)
         return NULL;
     job->fd = fd;
@@ -631,6 +696,18 @@ static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t c
         job->is_answered = 0;
     }
     return submit(pool, job);
+}
+
+static PyObject *submit_read(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                             PyObject *names)
+{
+    return submit_read_of(READ, "submit_read", self, args, count, names);
+}
+
+static PyObject *submit_export_read(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                    PyObject *names)
+{
+    return submit_read_of(READ_EXPORT, "submit_export_read", self, args, count, names);
 }
 
 static PyObject *submit_write(PyObject *self, PyObject *const *args, Py_ssize_t count)
@@ -912,6 +989,11 @@ static PyMethodDef methods[] = {
      "submit_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from a file offset, or from the position of the descriptor if the offset is\n"
      "-1.  The result is the number of bytes; it is too small only at the end of the file."},
+    {"submit_export_read", FAST(submit_export_read), METH_FASTCALL | METH_KEYWORDS,
+     "submit_export_read(fd, offset, view, tag, /, answer=None)\n"
+     "Fill a buffer from an offset of an NBD export, by one request on a connection with simple\n"
+     "replies that no other thread uses.  The result is the number of bytes, which is that of the\n"
+     "buffer."},
     {"submit_write", FAST(submit_write), METH_FASTCALL,
      "submit_write(fd, offset, parts, tag, /)\n"
      "Write a tuple of buffers from a file offset on; the result is the number of bytes."},

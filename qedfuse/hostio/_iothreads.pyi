@@ -10,6 +10,9 @@ class IoThreads(Generic[_Tag]):
     def submit_read(
         self, fd: int, offset: int, view: Buffer, tag: _Tag, /, answer: object = None
     ) -> None: ...
+    def submit_export_read(
+        self, fd: int, offset: int, view: Buffer, tag: _Tag, /, answer: object = None
+    ) -> None: ...
     def submit_write(
         self, fd: int, offset: int, parts: tuple[Buffer, ...], tag: _Tag, /
     ) -> None: ...

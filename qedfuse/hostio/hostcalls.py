@@ -85,6 +85,25 @@ class HostCalls(Protocol):
                 and with the nanoseconds that the system call took.
         """
 
+    def start_export_read(
+        self,
+        fd: int,
+        offset: int,
+        view: memoryview,
+        answer: object,
+        ended: Callable[[int, int], object],
+    ) -> None:
+        """Start a read of an NBD export in a thread; for the other arguments see `start_read`.
+
+        Args:
+            fd: A connection with simple replies that no other thread uses.  If the read fails, the
+                connection is of no use any more.
+            offset: Offset in the export.
+            view: See `start_read`.
+            answer: See `start_read`.
+            ended: See `start_read`.
+        """
+
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
         """Fill ``view`` from a file offset, as far as the file reaches.
 

@@ -107,6 +107,17 @@ class NativeCalls:
         """Start a read in a thread, which then calls a C function; see `HostCalls`."""
         self._threads.submit_read(fd, offset, view, ended, answer)
 
+    def start_export_read(
+        self,
+        fd: int,
+        offset: int,
+        view: memoryview,
+        answer: object,
+        ended: Callable[[int, int], object],
+    ) -> None:
+        """Start a read of an NBD export in a thread; see `HostCalls`."""
+        self._threads.submit_export_read(fd, offset, view, ended, answer)
+
     # The methods below are protected from a KeyboardInterrupt between the submission of a call and
     # the sleep of its task.  Otherwise the end of the call would wake the task from another, later
     # sleep.

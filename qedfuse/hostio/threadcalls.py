@@ -40,6 +40,14 @@ class ThreadCalls:
         """
         raise NotImplementedError
 
+    def start_export_read(self, *_: object) -> None:
+        """Refuse, for the same reason.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError
+
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
         """Fill ``view``; return the number of bytes and the seconds that the call took."""
         return await trio.to_thread.run_sync(_read, fd, offset, view)

@@ -398,7 +398,7 @@ def test_bases_are_confined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each refusal is one line with the exit code of its reason."""
     foreign = qemu.create(tmp_path / "foreign.img", 1 << 20, image_format="qcow2")
-    assert "qcow" in mapped(foreign, capsys=capsys, code=12)[1]
+    assert mapped(foreign, capsys=capsys)[1] == ""
     assert "magic" in mapped("-f", "qed", foreign, capsys=capsys, code=12)[1]
     assert "directory" in mapped(tmp_path, capsys=capsys, code=12)[1]
     assert "No such file" in mapped(tmp_path / "none", capsys=capsys, code=1)[1]

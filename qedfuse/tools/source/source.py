@@ -14,11 +14,13 @@ from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.lookup.foreignopening import foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import NotQedError
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, open_raw
 from qedfuse.remote.address import is_url
+from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import foreign_driver_of, probe_any
 
 if TYPE_CHECKING:
@@ -160,6 +162,9 @@ async def open_source(
     if format == "auto":
         format = await probe_any(path, options.remote)  # noqa: A001
     if format == "qed":
+        if foreign_driver_of(path) is not None:  # the user has said that it is QED
+            msg = f"{printable(path)}: not a QED image: found no QED magic at the file's beginning"
+            raise NotQedError(msg)
         # Imported late, because loading these modules takes time, and a raw source does not
         # need them.
         from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above

@@ -1,0 +1,135 @@
+"""Reads of a served disk by native threads, which answer the kernel without the event loop."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.hostio.hostcalls import host_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.foreign.process import QemuNbd
+
+_log = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS: Final = 16
+"""Maximum number of reads in flight; further ones take the slow path."""
+_MAX_READ_BYTES: Final = 32 << 20
+
+
+class DirectReads:
+    """Connections to a program, each of which one native thread uses at a time.
+
+    They are made when the first read could use one.  A read that fails is repeated by the caller on
+    the slow path, and its connection is closed.
+    """
+
+    def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
+        """Read from the export of ``server``, which has ``size`` bytes.
+
+        Args:
+            server: The program; nothing is done yet.
+            size: The size of the export.
+            seconds: Maximum time of a read.
+        """
+        self._server = server
+        self._size = size
+        # The kernel takes two longs: seconds and microseconds.
+        self._timeout = struct.pack("ll", int(seconds), 0)
+        self._lock = threading.Lock()
+        self._free: deque[socket.socket] = deque()
+        self._all: set[socket.socket] = set()
+        self._is_begun = self._is_closed = False
+
+    def try_start(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read in a native thread; see `ReadableFile.try_start_read`.
+
+        Returns False if there are no native threads, no connection is free, or the range does not
+        lie within the disk.
+        """
+        calls = host_calls()
+        if not calls.can_start_reads or not 0 < len(view) <= _MAX_READ_BYTES:
+            return False
+        if offset + len(view) > self._size:
+            return False
+        try:
+            connection = self._free.popleft()
+        except IndexError:
+            self._begin()
+            return False
+        finish = partial(self._finish, connection, len(view), ended)
+        try:
+            calls.start_export_read(connection.fileno(), offset, view, take_answer(), finish)
+        except BaseException:
+            self._free.append(connection)
+            raise
+        return True
+
+    def close(self) -> None:
+        """Make the reads fail that wait, and make no more; a second call does nothing."""
+        with self._lock:
+            self._is_closed = True
+            for connection in self._all:
+                # Not closed before its thread has ended: another file could get its number.
+                connection.shutdown(socket.SHUT_RDWR)
+            while self._free:
+                self._drop(self._free.popleft())
+
+    def _begin(self) -> None:
+        """Start the thread that makes the connections, once."""
+        if not self._is_begun:
+            self._is_begun = True
+            threading.Thread(target=self._connect, name="qedfuse nbd", daemon=True).start()
+
+    def _connect(self) -> None:
+        """Make the connections; with fewer of them fewer reads are in flight."""
+        for _ in range(_MAX_CONNECTIONS):
+            try:
+                connection = self._server.connect_simply()
+            except OSError as error:
+                _log.debug("%s: no further connection: %s", self._server.name, error)
+                return
+            connection.settimeout(None)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.setsockopt(socket.SOL_SOCKET, option, self._timeout)
+            with self._lock:
+                self._all.add(connection)
+                if self._is_closed:
+                    self._drop(connection)
+                    return
+                self._free.append(connection)
+
+    def _finish(
+        self,
+        connection: socket.socket,
+        length: int,
+        ended: Callable[[int], object],
+        result: int,
+        _nanoseconds: int,
+    ) -> None:
+        """Take back the connection of a read that has ended."""
+        with self._lock:
+            if result == length and not self._is_closed:
+                # The connection that was used last is used next: its thread is awake.
+                self._free.appendleft(connection)
+            else:
+                self._drop(connection)
+        ended(result)
+
+    def _drop(self, connection: socket.socket) -> None:
+        """Close a connection that no thread uses; the caller holds the lock."""
+        self._all.discard(connection)
+        connection.close()
