@@ -112,8 +112,8 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 
         return StoreClient(address, options)
     except ImportError as error:
-        # A version of urllib3 that is too old lacks names that are imported.
-        library = "urllib3>=2" if address.is_web else "obstore>=0.12"
+        # Of a library that is too old, a name is missing.
+        library = "urllib3>=2.2" if address.is_web else "obstore>=0.12"
         msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
         raise RemoteError(msg, errno.ENOPKG) from error
     except UnusableError as error:

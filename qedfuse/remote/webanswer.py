@@ -22,9 +22,14 @@ from urllib3.exceptions import (
 from urllib3.exceptions import (
     TimeoutError as HTTPTimeoutError,
 )
+from urllib3.response import HTTPResponse
 
 from qedfuse.remote.client import AttemptError, UnreachableError, UnusableError, Version
 from qedfuse.text import printable
+
+if not hasattr(HTTPResponse, "read1"):
+    msg = "found urllib3 before 2.2"
+    raise ImportError(msg)
 
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse

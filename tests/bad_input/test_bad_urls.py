@@ -186,10 +186,15 @@ def test_library_for_stores_is_missing(place: Place) -> None:
     [
         {"__init__": "raise ModuleNotFoundError(name='urllib3')"},
         {"__init__": "__version__ = '1.26.12'", "exceptions": "class HTTPError(Exception): pass"},
+        {
+            "__init__": "__version__ = '2.1.0'",
+            "exceptions": "def __getattr__(name): return type(name, (Exception,), {})",
+            "response": "class HTTPResponse: pass",
+        },
     ],
 )
 def test_library_for_web_servers_is_missing_or_too_old(place: Place, files: dict[str, str]) -> None:
-    """Without urllib3, or with version 1 of it, the line says what to install."""
+    """Without urllib3, or with an old version of it, the line says what to install."""
     place.replace_library("urllib3", **files)
     refused(place)
 
