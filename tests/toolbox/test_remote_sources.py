@@ -256,6 +256,35 @@ def test_a_query_in_an_image_is_not_shown(capsys: pytest.CaptureFixture[str]) ->
         assert "secret" not in run("map", "over.qed", capsys=capsys, code=17)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check",),
+        ("check", "--output", "json"),
+        ("map",),
+        ("map", "--output", "json"),
+        ("map", "--output", "svg"),
+        ("dump", "header", "--output", "json"),
+        ("dump", "l1", "--output", "json"),
+        ("dump", "header"),
+        ("measure", "--output", "json"),
+        ("compare", "same.qed", "--output", "json"),
+        ("compare", "same.qed"),
+        ("warm",),
+    ],
+)
+def test_no_output_shows_a_query(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command that reads a URL prints its query."""
+    content = bytes(build_image(MIB))
+    (tmp_path / "work" / "same.qed").write_bytes(content)
+    with serving(content) as server:
+        said = run(*words, f"{server.url}?token=secret", capsys=capsys)
+    assert said
+    assert "secret" not in said
+
+
 def test_a_warning_does_not_show_a_query() -> None:
     """The warning about a file that was not closed, and the name of its thread, hide the query."""
     with serving(bytes(build_image(MIB))) as server:

@@ -10,7 +10,7 @@ from qedfuse.cli.qedimg.output import print_json, print_line
 from qedfuse.cli.qedimg.progress import progress
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
-from qedfuse.remote.address import is_url, shown_name
+from qedfuse.remote.address import is_url, shown_name, without_secrets
 from qedfuse.text import printable
 from qedfuse.tools.repair.checkresult import CheckResult
 from qedfuse.util.sizes import format_size
@@ -167,7 +167,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "fragmented-clusters": after.fragmented_clusters,
     }
     value: dict[str, Any] = {
-        "filename": arguments.image,
+        "filename": without_secrets(arguments.image),
         "format": "qed",
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},

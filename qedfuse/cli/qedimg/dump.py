@@ -11,6 +11,7 @@ from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, print_line, table
 from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
+from qedfuse.remote.address import without_secrets
 
 if TYPE_CHECKING:
     import argparse
@@ -111,7 +112,9 @@ def _show_header(arguments: argparse.Namespace, header: RawHeader) -> None:
             }
             for item in header.fields
         ]
-        print_json({"filename": arguments.image, "fields": fields, "problems": problems})
+        print_json(
+            {"filename": without_secrets(arguments.image), "fields": fields, "problems": problems}
+        )
         return
     rows: list[tuple[object, ...]] = [("Offset", "Field", "Raw", "Value", "Meaning")]
     rows += [
@@ -152,7 +155,7 @@ async def _show(
     """Print ranges of entries as they arrive; ``location`` has further keys for the JSON."""
     as_json = arguments.output == "json"
     if as_json:
-        head = json.dumps({"filename": arguments.image, **location})
+        head = json.dumps({"filename": without_secrets(arguments.image), **location})
         sys.stdout.write(f'{head[:-1]}, "entries": [')
     else:
         print_line(
