@@ -287,9 +287,12 @@ async def test_a_forced_unmount_that_loses_data_is_a_failure(
     monkeypatch.setattr(shutdown, "find_mount", lambda _mountpoint: None)
     monkeypatch.setattr(pyfuse3, "terminate", lambda: terminated.append(True))
     async with trio.open_nursery() as nursery:
-        disks = export(SimpleNamespace(flush=never_flush))
+        stopped: list[bool] = []
+        disk = SimpleNamespace(flush=never_flush, stop_fetching=lambda: stopped.append(True))
+        disks = export(disk)
         ending = Shutdown(disks, None, "/mnt", "0:99", nursery)
         ending._signals = 1
         ending.receive("SIGTERM")
     assert terminated
+    assert stopped
     assert isinstance(ending.failure, HostError)
