@@ -196,3 +196,40 @@ async def test_a_seek_skips_many_missing_tables() -> None:
             assert disk.try_seek(501 * SLICE, data=True) == size
             assert disk.try_seek(200 * SLICE + 5, data=False) == 200 * SLICE + 5
             assert disk.try_seek(0, data=True) is None, "that many zero clusters take too long"
+
+
+def is_one_range(disk: Disk, start: int, length: int) -> bool:
+    """Return whether a range is known to be one range of a file."""
+    with patch.object(MemoryFile, "fileno", return_value=3):  # otherwise no range is
+        return disk.try_locate(start, length) is not None
+
+
+async def test_contiguous_clusters_of_a_base() -> None:
+    """Contiguous clusters of one base are one range of its file, up to an allocated cluster."""
+    base = random.Random(3).randbytes(64 * CLUSTER)
+    file = in_page_cache(build_image(SIZE, {20: pattern(CLUSTER, 20)}))
+    async with opened(file, [base]) as disk:
+        await touch(disk)
+        expected = bytearray(base.ljust(SIZE, b"\0"))
+        expected[20 * CLUSTER : 21 * CLUSTER] = pattern(CLUSTER, 20)
+        for start, length, is_range in (
+            (0, 20 * CLUSTER, True),
+            (21 * CLUSTER + 7, 16 * CLUSTER, True),
+            (19 * CLUSTER, 2 * CLUSTER, False),  # the second cluster is in the image
+            (20 * CLUSTER, 2 * CLUSTER, False),  # the second cluster is in the base
+            (63 * CLUSTER, 2 * CLUSTER, False),  # the base ends between them
+        ):
+            assert is_one_range(disk, start, length) == is_range
+            got = bytes(await disk.read(start, length))
+            assert difference(got, bytes(expected[start : start + length])) is None
+
+
+async def test_clusters_of_a_base_in_another_order() -> None:
+    """Clusters of a base that are not contiguous in its file are no range of it."""
+    base = build_image(SIZE, {at: pattern(CLUSTER, at) for at in (3, 2, 5)})
+    file = in_page_cache(build_image(SIZE, {}))
+    async with opened(file, [base]) as disk:
+        await touch(disk)
+        assert is_one_range(disk, 2 * CLUSTER, CLUSTER)
+        assert not is_one_range(disk, 2 * CLUSTER, 2 * CLUSTER)
+        assert not is_one_range(disk, 5 * CLUSTER, 2 * CLUSTER), "zeros follow"

@@ -145,9 +145,9 @@ class FastPath:
         """Return the file and the file offset of a guest range that is stored as one run.
 
         Returns None if the range is empty, is not one run of data within one slice, ends past
-        the end of the disk, or needs a slice that is not in memory or has a bad entry.  In a base,
-        only a range within one cluster is found.  The result is valid until the caller awaits
-        something; if the caller is in an epoch (`Epochs`), until it leaves the epoch.
+        the end of the disk, or needs a slice that is not in memory or has a bad entry.  The result
+        is valid until the caller awaits something; if the caller is in an epoch (`Epochs`), until
+        it leaves the epoch.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:
@@ -159,22 +159,29 @@ class FastPath:
         index = first & self._slice_mask
         last = index + ((end - 1) >> self._bits) - first
         value = slice_.entries[index]
-        if value > ZERO:
-            if last > index and not self._is_run(slice_.entries, index, last):
-                return None
-            return self._file, value + (start & self._cluster_mask)
-        if value or last > index or self._flattened is None:
+        if last > index and not self._is_run(slice_.entries, index, last):
             return None
-        return self._locate_in_backing(self._flattened, start)
+        if value > ZERO:
+            return self._file, value + (start & self._cluster_mask)
+        if value or self._flattened is None:
+            return None
+        return self._locate_in_backing(self._flattened, start, last - index)
 
     def _locate_in_backing(
-        self, flattened: FlattenedBacking, start: int
+        self, flattened: FlattenedBacking, start: int, more: int
     ) -> tuple[HostFile, int] | None:
-        """Locate a range within one cluster that is unallocated in the top image; see `locate`."""
+        """Locate a range that is unallocated in the top image; see `locate`.
+
+        ``more`` is the number of clusters in the range after the first one, all in one slice.
+        """
         cluster = start >> self._bits
         codes = flattened.cached(cluster >> self._slice_bits)
-        code = ZEROS if codes is None else codes[cluster & self._slice_mask]
-        if code <= ZEROS:
+        if codes is None:
+            return None
+        index = cluster & self._slice_mask
+        code = codes[index]
+        # The codes of contiguous clusters of one file differ like entries of a table.
+        if code <= ZEROS or (more and not self._is_run(codes, index, index + more)):
             return None
         depth, value = data_location(code)
         return self._files[depth], value + (start & self._cluster_mask)
