@@ -155,7 +155,7 @@ def test_what_qemu_refuses(tmp_path: Path) -> None:
 @needs_nbdkit
 @pytest.mark.skipif(bool(missing_programs("openssl")), reason="no openssl")
 def test_tls_is_required_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that requires TLS, and has a certificate that nobody knows."""
+    """A server that requires TLS, and has a certificate of its own."""
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     certificate = make_certificate(tmp_path)
     for name in ("ca-cert", "server-cert"):

@@ -105,7 +105,7 @@ def test_a_server_that_is_always_wrong_is_an_error(
 
 @pytest.mark.parametrize("reader", READERS)
 def test_an_error_of_the_server_is_about_one_read(server: FaultyServer, reader: str) -> None:
-    """A range that the server cannot read is an error at once, and the connection is kept."""
+    """A range that the server cannot read is an error of one read, and the connection is kept."""
     server.choose_reply = lambda number: "error" if number == 1 else None
     server.choose_connection = lambda number: None if number == 1 else "refuse"
     with opened(server) as file:
