@@ -33,7 +33,7 @@ class Link:
         self._make = make
         self._lock = threading.Lock()
         self._connection = connection
-        self._failed_since = 0.0
+        self._failed_at = 0.0
         self._failure: BrokenError | None = None
         self._is_closed = False
         self.rests_until = 0.0
@@ -54,8 +54,8 @@ class Link:
         """Return the connection, after making one if there is none; blocks the thread.
 
         Args:
-            since: When the caller has begun to wait (`time.monotonic`).  If another caller has
-                tried in vain since then, no further attempt is made.
+            since: When the caller has begun to wait (`time.monotonic`).  If an attempt of
+                another caller has failed since then, no further one is made.
 
         Raises:
             BrokenError: The connection cannot be made.
@@ -64,13 +64,12 @@ class Link:
             connection = self.ready
             if connection is not None:
                 return connection
-            if self._failure is not None and self._failed_since >= since:
+            if self._failure is not None and self._failed_at >= since:
                 raise BrokenError(*self._failure.args)
-            begin = time.monotonic()
             try:
                 connection = self._make()
             except BrokenError as error:
-                self._failed_since, self._failure = begin, error
+                self._failed_at, self._failure = time.monotonic(), error
                 raise
             self._connection, self._failure = connection, None
         if self._is_closed:
@@ -107,6 +106,10 @@ class Links:
             BrokenError: No connection can be made.
         """
         while True:
+            # One connection is enough for tasks, whose replies one thread receives anyway.
+            connection = None if self.is_closed else self._links[0].ready
+            if connection is not None:
+                return connection
             link = self._choose()
             connection = link.ready
             if connection is not None:

@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
+from qedfuse.nbd.links import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
 from tests.support.faultynbd import (
@@ -158,28 +159,32 @@ def test_a_second_connection_that_is_refused_is_not_needed(server: FaultyServer)
         while not server.struck["no greeting"]:
             found = list(pool.map(partial(read, file), range(40)))
             assert found == [server.content[at : at + LENGTH] for at in range(40)]
+        for _ in range(20):
+            list(pool.map(partial(read, file), range(40)))
+        assert server.struck["no greeting"] <= MAX_CONNECTIONS - 1
 
 
 async def test_a_cancelled_read_leaves_the_others_alone(server: FaultyServer) -> None:
-    """A task that is cancelled while it receives for all hands that over to another task."""
-    server.choose_reply = lambda number: "late" if number <= 2 else None
+    """A task that is cancelled while it receives for all hands that over to one that waits."""
+    server.choose_reply = lambda number: "held" if number == 1 else None
+    results: list[bytes] = []
     with opened(server, PATIENT) as file:
-        results: list[bytes] = []
 
         async def collect(offset: int) -> None:
             results.append(bytes(await file.pread(offset, LENGTH)))
 
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as scope:
+        with trio.fail_after(PATIENT.attempt_seconds / 2):
+            async with trio.open_nursery() as nursery:
                 async with trio.open_nursery() as inner:
-                    inner.start_soon(file.pread, 0, LENGTH)  # the leader
+                    inner.start_soon(file.pread, 0, LENGTH)  # receives for all
                     await trio.testing.wait_all_tasks_blocked()
-                    nursery.start_soon(collect, 100)
+                    for offset in (100, 200):
+                        nursery.start_soon(collect, offset)
                     await trio.testing.wait_all_tasks_blocked()
-                    scope.cancel()
-            nursery.start_soon(collect, 200)
-        assert server.struck["late"] == 2
-        assert sorted(results) == sorted(server.content[at : at + LENGTH] for at in (100, 200))
+                    inner.cancel_scope.cancel()
+                server.released.set()
+    assert server.struck["held"] == 1
+    assert sorted(results) == sorted(server.content[at : at + LENGTH] for at in (100, 200))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -148,6 +148,12 @@ BAD_READS: Final[Wrong] = {
     "no bytes": lambda read: data(read, OFFSET, b""),
     "no offset": lambda read: chunk(read, messages.REPLY_OFFSET_DATA, b"1234") + bytes(8),
     "twice": lambda read: data(read, OFFSET, bytes(100), flags=0) + data(read, OFFSET, bytes(4096)),
+    "twice in place of the rest": lambda read: (
+        data(read, OFFSET, bytes(2048), flags=0) + data(read, OFFSET, bytes(2048))
+    ),
+    "a hole over the beginning in place of the end": lambda read: (
+        data(read, OFFSET, bytes(2048), flags=0) + hole(read, OFFSET + 100, 2048)
+    ),
     "overlapping hole": lambda read: (
         data(read, OFFSET + 1000, bytes(100), flags=0) + hole(read, OFFSET, 1001)
     ),

@@ -23,7 +23,7 @@ REPLY_FAULTS: Final = (
     *("reset", "cut", "cut in the header", "stall", "drip", "another cookie", "magic", "too short"),
     *("outside", "error", "shutdown", "twice"),
 )
-"""What can be wrong with the reply to a read; ``late`` is no mistake, and not among them."""
+"""What can be wrong with the reply to a read; ``late`` and ``held`` are no mistakes."""
 CONNECTION_FAULTS: Final = (
     *("refuse", "no greeting", "stall in the handshake", "garbage", "other size", "no export"),
 )
@@ -38,6 +38,7 @@ class FaultyServer:
         choose_connection: Returns the fault for a connection, or None; called with its number.
         struck: How often each fault was made.
         connect: Connects to the server.
+        released: Set when the replies with the fault ``held`` may go on; it is no mistake.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:
@@ -47,6 +48,7 @@ class FaultyServer:
         self.choose_connection: Callable[[int], str | None] = _none
         self.struck: Counter[str] = Counter()
         self.connect = partial(connect_unix, path)
+        self.released = threading.Event()
         self._flags = messages.FLAG_HAS_FLAGS | messages.FLAG_CAN_MULTI_CONN
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -69,6 +71,7 @@ class FaultyServer:
     def stop(self) -> None:
         """End the server."""
         self._stopped.set()
+        self.released.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -146,6 +149,9 @@ class FaultyServer:
                 fault = self.choose_reply(self._reads)
                 if fault is not None:
                     self.struck[fault] += 1
+            if fault == "held":
+                self.released.wait()
+                fault = None
             if fault == "late":
                 late.append(self._good(cookie, offset, length))
                 continue
