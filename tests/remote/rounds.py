@@ -128,8 +128,7 @@ class Rounds:
 
     def remove(self) -> None:
         """Remove a file or a directory of the cache, or replace it by something else."""
-        paths = [self._cache, *self._cache.rglob("*")]
-        path = self._random.choice(paths)
+        path = self._random.choice([self._cache, *self._paths()])
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -185,20 +184,24 @@ class Rounds:
 
     def _rot(self) -> None:
         """Change blocks of the data on the disk, and drop all of it from the page cache."""
-        for path in self._cache.rglob("data"):
-            if not path.is_file() or path.stat().st_size <= len(self._server.content):
+        for path in self._paths():
+            try:
+                fd = os.open(path, os.O_RDWR)
+            except OSError:
+                continue  # a directory, or removed meanwhile because the disk is nearly full
+            if path.name != "data" or os.fstat(fd).st_size <= len(self._server.content):
+                os.close(fd)
                 continue
             block = self._random.randrange(len(self._server.content) // 4096) * 4096
             kind = self._random.choice(["flip", "hole", "hole", "other block", "none"])
             self.happened[f"rot: {kind}"] += 1
-            fd = os.open(path, os.O_RDWR)
             try:
                 if kind == "hole":
                     length = self._random.choice([4096, UNIT_BYTES])
                     fallocate(fd, FALLOC_PUNCH_HOLE, block, length)
                 elif kind != "none":
                     _write_to_disk(
-                        path, block, bit=self._random.randrange(8 * 4096) * (kind == "flip")
+                        fd, block, bit=self._random.randrange(8 * 4096) * (kind == "flip")
                     )
                 os.fsync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -309,8 +312,16 @@ class Rounds:
             cwd=_ROOT,
         )
 
+    def _paths(self) -> list[Path]:
+        """Return what lies in the cache, while entries may vanish."""
+        return sorted(
+            Path(parent, name)
+            for parent, directories, names in os.walk(self._cache)
+            for name in (*directories, *names)
+        )
+
     def _some_file(self) -> Path | None:
-        paths = [path for path in sorted(self._cache.rglob("*")) if path.is_file()]
+        paths = [path for path in self._paths() if path.is_file()]
         return self._random.choice(paths) if paths else None
 
     def _read_some(
@@ -390,15 +401,15 @@ def follow(url: str, cache: str, number: int) -> int:
     return 0
 
 
-def _write_to_disk(path: Path, offset: int, bit: int) -> None:
-    """Change a block of a file: flip a bit, or with bit 0 write the block from elsewhere.
+def _write_to_disk(file: int, offset: int, bit: int) -> None:
+    """Change a block of an open file: flip a bit, or with bit 0 write the block from elsewhere.
 
     The page cache never has what is written, if the file system permits that.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        fd = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_DIRECT)
     except OSError:
-        fd = os.open(path, os.O_RDWR)
+        fd = os.dup(file)
     with mmap.mmap(-1, 4096) as block:
         os.preadv(fd, [block], offset if bit else 0)
         block[bit // 8] ^= 1 << (bit % 8)
