@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import mmap
 import os
 import random
-import select
 import shutil
 import subprocess
 import sys
@@ -27,6 +25,8 @@ from typing import TYPE_CHECKING, Final, get_args
 from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.unitfile import UNIT_BYTES
+from tests.remote.roundreaders import UNITS
+from tests.support.cachedisasters import MountedTmpfs, write_to_disk
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
 from tests.support.webserver import Fault, WebServer, serving
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 _ROOT: Final = Path(__file__).parents[2]
-_UNITS: Final = 5.5
 _QUICK_FAULTS: Final[list[Fault]] = [
     fault
     for fault in get_args(Fault)
@@ -163,7 +162,7 @@ class Rounds:
         """Let the disk lose what two processes read all the time."""
         with opened(self._server.url, self._cache) as file:
             self._compare(file, 0, self._server.content)
-            processes = [self._start("--follow") for _ in range(2)]
+            processes = [self._start("follow") for _ in range(2)]
             for process in processes:
                 assert process.stdout is not None
                 process.stdout.readline()
@@ -200,7 +199,7 @@ class Rounds:
                     length = self._random.choice([4096, UNIT_BYTES])
                     fallocate(fd, FALLOC_PUNCH_HOLE, block, length)
                 elif kind != "none":
-                    _write_to_disk(
+                    write_to_disk(
                         fd, block, bit=self._random.randrange(8 * 4096) * (kind == "flip")
                     )
                 os.fsync(fd)
@@ -265,8 +264,8 @@ class Rounds:
 
     def full(self) -> None:
         """Read through a cache on a file system that becomes full, and once more through it."""
-        size = self._random.randrange(16, int(_UNITS * UNIT_BYTES) // 1024 * 2)
-        with _Mounted(self._other, f"size={size}k,mode=700") as is_mounted:
+        size = self._random.randrange(16, int(UNITS * UNIT_BYTES) // 1024 * 2)
+        with MountedTmpfs(self._other, f"size={size}k,mode=700") as is_mounted:
             if not is_mounted:
                 self.happened["full: cannot mount"] += 1
             for _ in range(2):
@@ -276,7 +275,7 @@ class Rounds:
 
     def read_only(self) -> None:
         """Read through a cache on a file system that becomes read-only before or meanwhile."""
-        with _Mounted(self._other, "size=16m,mode=700") as is_mounted:
+        with MountedTmpfs(self._other, "size=16m,mode=700") as is_mounted:
             with opened(self._server.url, self._other) as file:
                 self._read_some(file, self._server.content)
             if not is_mounted:
@@ -288,23 +287,23 @@ class Rounds:
 
     def limit(self) -> None:
         """Read through a cache that may not hold all of the object."""
-        limit = self._random.randrange(int(_UNITS * UNIT_BYTES))
+        limit = self._random.randrange(int(UNITS * UNIT_BYTES))
         with opened(self._server.url, self._cache, cache_bytes=limit) as file:
             self._compare(file, 0, self._server.content)
 
     def _replace(self) -> None:
         """Give the server another object."""
-        self._server.content = some_bytes(_UNITS, seed=self._number)
+        self._server.content = some_bytes(UNITS, seed=self._number)
         self._server.etag = f'"{self._number}"'
 
-    def _start(self, option: str = "--read") -> subprocess.Popen[bytes]:
+    def _start(self, task: str = "read") -> subprocess.Popen[bytes]:
         """Start a process that reads all, compares it, and prints a line for each unit.
 
-        With the option ``--follow`` it reads again and again until its input ends.
+        With the task ``follow`` it reads again and again until its input ends.
         """
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "tests.remote.rounds", option, self._server.url),
+                *(sys.executable, "-m", "tests.remote.roundreaders", task, self._server.url),
                 *(str(self._cache), self._server.etag.strip('"')),
             ],
             stdin=subprocess.PIPE,
@@ -345,94 +344,14 @@ class Rounds:
         self.happened["reads that succeeded"] += 1
 
 
-class _Mounted:
-    """A tmpfs for a block, if the host permits that; otherwise only a directory."""
-
-    def __init__(self, path: Path, options: str) -> None:
-        self._path = path
-        self._options = options
-        self._is_mounted = False
-
-    def __enter__(self) -> bool:
-        self._path.mkdir(mode=0o700)
-        mount = ["mount", "-t", "tmpfs", "-o", self._options, "qedfuse-test", str(self._path)]
-        done = subprocess.run(mount, check=False, stderr=subprocess.DEVNULL)
-        self._is_mounted = not done.returncode
-        return self._is_mounted
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_mounted:
-            subprocess.run(["umount", "-l", self._path], check=True)
-        shutil.rmtree(self._path)
-
-
-def read_all(url: str, cache: str, number: int) -> int:
-    """Read and compare a whole object; return the exit code: 1 if a byte is wrong."""
-    content = some_bytes(_UNITS, seed=number)
-    with opened(url, Path(cache)) as file:
-        for offset in range(0, len(content), UNIT_BYTES):
-            if read(file, offset, UNIT_BYTES) != content[offset : offset + UNIT_BYTES]:
-                return 1
-            print(offset, flush=True)  # noqa: T201  output of a script
-    return 0
-
-
-def follow(url: str, cache: str, number: int) -> int:
-    """Read and compare until the input ends; return the exit code: 1 if a byte is wrong."""
-    content = some_bytes(_UNITS, seed=number)
-    units = [content[at : at + UNIT_BYTES] for at in range(0, len(content), UNIT_BYTES)]
-    chance = random.Random(os.getpid())
-    view = memoryview(bytearray(UNIT_BYTES))
-    with opened(url, Path(cache), deadlines=DEADLINES) as file:
-        print("open", flush=True)  # noqa: T201  output of a script
-        while not select.select([sys.stdin], [], [], 0)[0]:
-            for _ in range(50):
-                # Whole units, so that one process misses all that another one reads.
-                offset = chance.randrange(len(units)) * UNIT_BYTES
-                expected = units[offset // UNIT_BYTES]
-                part = view[: len(expected)]
-                if file.try_read(offset, part):
-                    if part != expected:
-                        return 1
-                elif chance.random() < 0.5:
-                    with suppress(RemoteError):
-                        if read(file, offset, len(part)) != expected:
-                            return 1
-    return 0
-
-
-def _write_to_disk(file: int, offset: int, bit: int) -> None:
-    """Change a block of an open file: flip a bit, or with bit 0 write the block from elsewhere.
-
-    The page cache never has what is written, if the file system permits that.
-    """
-    try:
-        fd = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_DIRECT)
-    except OSError:
-        fd = os.dup(file)
-    with mmap.mmap(-1, 4096) as block:
-        os.preadv(fd, [block], offset if bit else 0)
-        block[bit // 8] ^= 1 << (bit % 8)
-        os.pwritev(fd, [block], offset)
-    os.close(fd)
-
-
 def main() -> int:
     """Run the rounds that the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--only", metavar="DISASTER", help="let only this disaster happen")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--follow", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable()
-    if arguments.read:
-        url, cache, number = arguments.read
-        return read_all(url, cache, int(number))
-    if arguments.follow:
-        url, cache, number = arguments.follow
-        return follow(url, cache, int(number))
     print(f"seed {arguments.seed}", flush=True)  # noqa: T201  output of a script
     with tempfile.TemporaryDirectory() as directory, serving(b"") as server:
         rounds = Rounds(server, Path(directory), arguments.seed, arguments.only)
