@@ -243,16 +243,23 @@ class Rounds:
                 self._read_some(file, before, ObjectChangedError)
 
     def fault(self) -> None:
-        """Read, also the cache afresh, from a server with faults."""
+        """Read, also the cache afresh, from a server with faults.
+
+        A server that gives another object from the beginning on is not one of them.
+        """
         if self._random.random() < 0.5:
             shutil.rmtree(self._cache)
         faults = _SLOW_FAULTS if self._random.random() < 0.1 else _QUICK_FAULTS
         fault = self._random.choice(faults)
         self.happened[f"fault {fault}"] += 1
-        if self._random.random() < 0.5:
-            self._server.faults = [fault] * self._random.randrange(1, 4)
-        else:
-            self._server.always = fault
+        always: Fault | None = None
+        if fault != "other etag":
+            if self._random.random() < 0.5:
+                self._server.faults = [fault] * self._random.randrange(1, 4)
+            else:
+                self._server.always = fault
+        elif self._random.random() < 0.5:
+            always = fault
         begin = time.monotonic()
         with (
             suppress(RemoteError),
@@ -260,6 +267,9 @@ class Rounds:
         ):
             if self._random.random() < 0.5:
                 self._server.always, self._server.faults = None, []
+            if fault == "other etag":
+                self._server.always = always
+                self._server.faults = [fault] * self._random.randrange(1, 4)
             self._read_some(file, self._server.content)
         if time.monotonic() - begin > 2 * MAX_SECONDS:
             raise TimeoutError(fault)
@@ -297,6 +307,7 @@ class Rounds:
         """Give the server another object."""
         self._server.content = some_bytes(UNITS, seed=self._number)
         self._server.etag = f'"{self._number}"'
+        self._server.modified = 1e9 + self._number
 
     def _start(self, task: str = "read") -> subprocess.Popen[bytes]:
         """Start a process that reads all, compares it, and prints a line for each unit.
