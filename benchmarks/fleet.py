@@ -18,7 +18,6 @@ import argparse
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from benchmarks.commands import BenchmarkError, WrongDataError, run
+from benchmarks.commands import BenchmarkError, run
 from benchmarks.fleetload import (
     MIB,
     UNIT_BYTES,
@@ -37,15 +36,17 @@ from benchmarks.fleetload import (
     file_reads,
     needed_requests,
 )
+from benchmarks.fleetprocess import finish, receive, send, started
 from tests.support.nginx import Nginx, serving_cache, serving_nginx, why_no_nginx
 from tests.support.swift import Swift, serving_swift, why_no_swift
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 MAX_DIFFERENCE: Final = 0.1
 _MACHINES_PER_PROCESS: Final = 10
-_SECONDS: Final = 1200.0
+_QUIET_SECONDS: Final = 1.0
+"""After this time without an answer the machines have fetched all that they want."""
 KEY: Final = "golden.qed"
 BUCKET: Final = "golden"
 
@@ -160,47 +161,27 @@ def measure(server: Server, golden: Golden, machines: int) -> Outcome:
         for first in range(0, machines, _MACHINES_PER_PROCESS):
             number = min(_MACHINES_PER_PROCESS, machines - first)
             words = (server.url, str(golden.raw), f"{caches}/{first}", str(number))
-            processes.append(stack.enter_context(_started(words, server.environment)))
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()  # it is ready
+            processes.append(stack.enter_context(started(words, server.environment)))
+        receive(processes)  # all are ready
         begin = time.monotonic()
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in processes:
-            _finish(process, server)
+        send(processes)
+        receive(processes)  # all have read
         seconds = time.monotonic() - begin
+        _wait_for_answers(server, before.requests + expected.requests)
+        send(processes)
+        for process in processes:
+            finish(process, server.name)
     after = server.answers()
     found = Cost(after.requests - before.requests, after.bytes - before.bytes)
     return Outcome(found, expected, seconds)
 
 
-def _finish(process: subprocess.Popen[str], server: Server) -> None:
-    """Wait for the machines of a process."""
-    try:
-        output, _ = process.communicate(timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        msg = f"{server.name}: found machines that still read after {_SECONDS:.0f} s"
-        raise BenchmarkError(msg) from None
-    if process.returncode:
-        kind = WrongDataError if "wrong" in output else BenchmarkError
-        msg = f"{server.name}: {output.strip() or 'a process of machines failed'}"
-        raise kind(msg)
-
-
-def _started(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start a process with some machines."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.fleetmachine", *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
-    )
+def _wait_for_answers(server: Server, number: int) -> None:
+    """Wait for the answers to what is fetched ahead, until no further ones come."""
+    found = -1
+    while (now := server.answers().requests) != found and now < number:
+        found = now
+        time.sleep(_QUIET_SECONDS)
 
 
 def _publish(nginx: Nginx, golden: Golden) -> None:

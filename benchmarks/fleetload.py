@@ -1,7 +1,7 @@
 """What a machine of the fleet reads, and what that must cost a server: arithmetic without any I/O.
 
-The arithmetic knows the rules of docs/remote.md and the layout of a QED image, and uses no code of
-qedfuse, so that `benchmarks.fleet` compares two things that were written independently.
+The arithmetic knows the rules of docs/remote.md and the layout of a QED image.  How far to fetch
+ahead it asks `qedfuse.remote.readahead`; it uses no other code of qedfuse.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import random
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from qedfuse.remote.readahead import ReadAhead
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -17,7 +19,6 @@ MIB: Final = 1 << 20
 UNIT_BYTES: Final = 1 << 18
 MAX_REQUEST_BYTES: Final = MIB
 MAX_AHEAD_BYTES: Final = 8 * MIB
-_MAX_STREAMS: Final = 8
 _TABLE_SLICE_BYTES: Final = 1 << 16
 _LENGTHS_BYTES: Final = (4096, 4096, 8192, 16384, 32768, 65536, 131_072)
 _FILE_BYTES: Final = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 3 << 20)
@@ -114,7 +115,7 @@ def needed_requests(
     last_unit = (size - 1) // unit_bytes
     fetched: set[int] = set()
     requests: list[range] = []
-    windows = _Windows(max_ahead_bytes // unit_bytes)
+    readers = ReadAhead()
 
     def fetch(first: int, last: int) -> None:
         unit = first
@@ -130,34 +131,11 @@ def needed_requests(
     for offset, length in reads:
         first, last = offset // unit_bytes, (min(offset + length, size) - 1) // unit_bytes
         fetch(first, last)
-        window = windows.after(first, last)
+        window = readers.window(first, last, max_ahead_bytes // unit_bytes)
         end = min(last + window, last_unit)
         ahead = next((unit for unit in range(last + 1, end + 1) if unit not in fetched), None)
         # What is fetched ahead is fetched half a window at a time.
         if ahead is not None and ahead - last <= 1 + window // 2:
+            readers.mark(ahead, end)
             fetch(ahead, end)
     return requests
-
-
-class _Windows:
-    """How many units to fetch ahead of each of the last eight sequential readers."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._windows: dict[int, int] = {}  # from the last unit of a reader; the oldest is first
-
-    def after(self, first: int, last: int) -> int:
-        """Record a read of some units; return how many units to fetch ahead of the next one."""
-        window = self._windows.pop(first, None)
-        has_moved = window is None or last > first
-        if window is None:
-            window = self._windows.pop(first - 1, None)
-        if window is None:
-            window = 0
-        elif has_moved:
-            window = max(2 * window, 1)
-        window = min(window, self._most)
-        self._windows[last] = window
-        if len(self._windows) > _MAX_STREAMS:
-            del self._windows[next(iter(self._windows))]
-        return window

@@ -2,14 +2,16 @@
 
     python -m benchmarks.fleetmachine URL RAW CACHES NUMBER
 
-It prints ``ready``, waits for a line, reads, compares each byte with the file RAW, and prints what
-was wrong.
+It prints ``ready``, waits for a line, reads, and compares each byte with the file RAW.  Then it
+prints ``read``, waits for a line, ends the machines, and prints what was wrong.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,31 +28,63 @@ _DEADLINES: Final = Deadlines(connect_seconds=60, attempt_seconds=120, total_sec
 """Long enough for servers that share a processor with the fleet: a second attempt would count."""
 
 
-def boot(url: str, content: bytes, cache: str) -> str:
-    """Read what a boot reads; return what was wrong, or an empty text."""
-    remote = RemoteOptions(cache_directory=cache, deadlines=_DEADLINES, allow_http=True)
-    try:
-        with qedfuse.open(url, options=OpenOptions(remote=remote)) as disk:
-            for offset, length in boot_reads(len(content)):
-                disk.seek(offset)
-                if disk.read(length) != content[offset : offset + length]:
-                    return f"wrong bytes at {offset}"
-    except QedError as error:
-        return str(error)
-    return ""
+class Machines:
+    """Machines that end together, because what is fetched ahead of a reader is not fetched later.
+
+    Attributes:
+        may_end: Set when they shall end.
+    """
+
+    def __init__(self, url: str, content: bytes, number: int) -> None:
+        """Describe machines that read ``url``, an image of a disk with ``content``."""
+        self.may_end = threading.Event()
+        self._url = url
+        self._content = content
+        self._have_read = threading.Barrier(number + 1)
+
+    def boot(self, cache: str) -> str:
+        """Run one machine; return what was wrong, or an empty text."""
+        remote = RemoteOptions(cache_directory=cache, deadlines=_DEADLINES, allow_http=True)
+        failure = ""
+        try:
+            with qedfuse.open(self._url, options=OpenOptions(remote=remote)) as disk:
+                failure = self._read(disk)
+                self._have_read.wait()
+                self.may_end.wait()
+        except QedError as error:
+            self._have_read.abort()
+            return str(error)
+        except threading.BrokenBarrierError:
+            return ""  # another machine has a failure
+        return failure
+
+    def wait_until_read(self) -> None:
+        """Wait until all machines have read, or one has a failure."""
+        with suppress(threading.BrokenBarrierError):
+            self._have_read.wait()
+
+    def _read(self, disk: qedfuse.DiskFile) -> str:
+        """Read what a boot reads; return what was wrong, or an empty text."""
+        for offset, length in boot_reads(len(self._content)):
+            disk.seek(offset)
+            if disk.read(length) != self._content[offset : offset + length]:
+                return f"wrong bytes at {offset}"
+        return ""
 
 
 def main(words: Sequence[str]) -> int:
     """Boot all machines at the same moment; print the first failure."""
     url, raw, caches, number = words
-    content = Path(raw).read_bytes()
+    machines = Machines(url, Path(raw).read_bytes(), int(number))
     with ThreadPoolExecutor(int(number)) as pool:
         print("ready", flush=True)
         sys.stdin.readline()
-        found = list(
-            pool.map(lambda each: boot(url, content, f"{caches}-{each}"), range(int(number)))
-        )
-    failures = [text for text in found if text]
+        each = [pool.submit(machines.boot, f"{caches}-{at}") for at in range(int(number))]
+        machines.wait_until_read()
+        print("read", flush=True)
+        sys.stdin.readline()
+        machines.may_end.set()
+        failures = [text for text in (future.result() for future in each) if text]
     print(*failures[:1])
     return 1 if failures else 0
 

@@ -76,6 +76,7 @@ class Fetcher:
         self._last_wanted = -math.inf  # when the last of them has ended
         self._readers = ReadAhead()
         self._marks: set[int] = set()  # units that are fetched ahead; see `ReadAhead.mark`
+        self._held_back: set[int] = set()  # those of them that were fetched and are not ready
 
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching those of some adjacent units that are not ready; return their flights.
@@ -218,6 +219,7 @@ class Fetcher:
             *(first, end - 1, self._name, self._source.max_seconds, self._threads.need_thread)
         )
         self._flights.update(dict.fromkeys(range(first, end), flight))
+        self._held_back.difference_update(range(first, end))
         return flight
 
     def _fetch_ahead(self, first: int, last: int) -> None:
@@ -226,7 +228,10 @@ class Fetcher:
         window = self._readers.window(first, last, most)
         end = min(last + window, self._units - 1)
         ahead = last + 1
-        while ahead <= end and (self.ready[ahead] or ahead in self._flights):
+        # What is held back counts as well, so it does not matter which flights have ended.
+        while ahead <= end and (
+            self.ready[ahead] or ahead in self._flights or ahead in self._held_back
+        ):
             ahead += 1
         # Half a window is fetched together, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
@@ -303,6 +308,7 @@ class Fetcher:
                     self._marks.remove(unit)
                     if not flight.is_wanted:
                         self.ready[unit] = 0
+                        self._held_back.add(unit)
             if flight in self._wanted:
                 self._wanted.remove(flight)
                 self._last_wanted = time.monotonic()

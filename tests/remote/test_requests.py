@@ -117,3 +117,21 @@ def test_two_openings_share_the_cache(tmp_path: Path) -> None:
         assert read(file, 0, len(CONTENT)) == CONTENT
         assert read(other, 0, len(CONTENT)) == CONTENT
         assert sorted(asked_units(server)) == list(range(UNITS))
+
+
+def test_read_ahead_lets_the_marked_unit_wait_for_its_reader(tmp_path: Path) -> None:
+    """Read-ahead does not look again at a unit that was fetched ahead and is not ready yet.
+
+    So what is fetched ahead depends on the reads, and not on which fetches have ended.
+    """
+    with reading(tmp_path / "cache") as (_server, file):
+        fetcher = file.fetcher
+        seen: set[int] = set()
+        for unit in range(20):
+            read(file, unit * UNIT_BYTES, UNIT_BYTES)
+            wait_until(lambda: not fetcher._flights)
+            held_back = set(fetcher._held_back)
+            assert not any(fetcher.ready[each] for each in held_back)
+            assert {each for each in seen if each > unit} <= held_back
+            seen |= held_back
+        assert len(seen) > 2
