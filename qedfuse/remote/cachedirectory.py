@@ -179,7 +179,7 @@ class CacheDirectory:
             return 0
 
     def _must_go(self, entry: Entry, used: int) -> bool:
-        """Return whether an entry is to be removed while ``used`` bytes are in use.
+        """Return whether an entry must be removed while ``used`` bytes are in use.
 
         Raises:
             OSError: The host refused.

@@ -23,7 +23,7 @@ _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# Cache of qedfuse.  It may be deleted at any time.\n"
 )
-"""Marks a directory as this cache, and tells backup programs to leave it out
+"""Marks a directory as this cache, so that backup programs leave it out
 (https://bford.info/cachedir/)."""
 
 

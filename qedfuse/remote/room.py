@@ -14,7 +14,7 @@ _RETRY_BYTES: Final = 64 << 20
 """How many bytes are refused before room is looked for again."""
 _MAX_WAIT_SECONDS: Final = 2.0
 """How long a reservation waits at most for room that is being made.  The removal of large entries
-can take longer, and a reader waits for the unit that is to be stored."""
+can take longer, and a reader waits until its unit is stored."""
 
 
 class Room:

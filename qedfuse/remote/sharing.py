@@ -1,4 +1,4 @@
-"""Whether one process has an entry of the cache open, or several: told by the length of its data.
+"""Whether one process has an entry of the cache open, or several: the length of its data shows it.
 
 The data file is longer than the object by one byte while one opener uses the entry, and by two
 bytes while several may use it.  Nothing writes these bytes.  So a reader knows with one lseek(2)

@@ -359,7 +359,7 @@ def test_one_reader_brings_nothing_wrong_to_another(
 
 
 def test_length_says_who_uses_an_entry(tmp_path: Path) -> None:
-    """The data has another length while several have it open, and nobody takes it for damage."""
+    """The data has another length while several have it open, which is not taken for damage."""
     version = Version(len(CONTENT), '"one"')
     directory = CacheDirectory(CacheOptions(str(tmp_path)))
     lengths = []

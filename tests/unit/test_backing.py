@@ -240,7 +240,8 @@ async def test_protocols_are_refused_by_name(place: Directories, name: str) -> N
     ("name", "reason", "error"),
     [
         ("http://localhost/disk", "found a URL, expected a local file", BackingRefusedError),
-        ("nbd://localhost/disk", "URL scheme: found nbd://", BackingError),
+        ("nbd://localhost/disk", "found a URL, expected a local file", BackingRefusedError),
+        ("ftp://localhost/disk", "URL scheme: found ftp://", BackingError),
         ("https:///disk", "URL host: found none", BackingError),
     ],
 )

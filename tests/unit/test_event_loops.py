@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 30
 
 SAFE_TO_SHARE: Final = {
+    "qedfuse.nbd.export.RESOLVER": "has a lock",
+    "qedfuse.nbd.export.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.remote.address.urlsplit": "a cache of the standard library, with a lock",
+    "qedfuse.remote.connecting.RESOLVER": "has a lock",
+    "qedfuse.remote.resolver.RESOLVER": "has a lock",
     "qedfuse.util.portal._watcher": "has a lock",
     "qedfuse.cli.qedimg.log._recorder": "a command runs one event loop; logging has a lock",
     "qedfuse.cli.qedimg.running._active": "signals are handled in the main thread only",

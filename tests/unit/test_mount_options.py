@@ -164,7 +164,13 @@ def test_options_for_other_programs_are_dropped_and_kernel_flags_kept() -> None:
         ("readahead=2G", "option readahead: found 2G, expected at most 1G, or kernel"),
         ("readahead", "option readahead: found no value, expected readahead=VALUE"),
         ("backing=all", "option backing: found all, expected confined or any or none"),
-        ("backing_format=vmdk", "option backing_format: found vmdk, expected raw or qed"),
+        (
+            "backing_format=ext4",
+            (
+                "option backing_format: found ext4, expected raw or qed or parallels or qcow or "
+                "qcow2 or vdi or vhdx or vmdk or vpc"
+            ),
+        ),
         ("rw,force_share", "options rw and force_share exclude each other"),
         ("snapshot,overlay=a", "options snapshot and overlay exclude each other"),
         ("snapshot,ro", "options ro and snapshot exclude each other"),
@@ -183,7 +189,7 @@ def test_options_for_other_programs_are_dropped_and_kernel_flags_kept() -> None:
             "backing_url=/srv",
             (
                 "option backing_url: /srv: URL scheme: found no scheme, expected one of s3://, "
-                "gs://, az://, https://, http://"
+                "gs://, az://, https://, http://, nbd://, nbds://, nbd+unix://, nbds+unix://"
             ),
         ),
         ("remote_cache_size=1K", "option remote_cache_size: found 1K, expected at least 1M"),

@@ -89,7 +89,7 @@ int may_try_units(const struct checked_units *units, off_t length, uint64_t offs
 
     if (length == units->file_bytes)
         return 1;
-    /* A kernel with larger pages refuses most of these calls, and tells about fewer pages. */
+    /* A kernel with larger pages refuses most of these calls, and reports fewer pages. */
     memset(found, 1, sizeof found);
     if (units->address == NULL || bytes > sizeof found * PAGE_BYTES ||
         mincore(units->address + start, bytes, found))
