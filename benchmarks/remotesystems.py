@@ -17,18 +17,16 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-System: TypeAlias = Literal["qedfuse", "local", "qemu", "nbdkit", "rclone"]
+System: TypeAlias = Literal["qedfuse", "local", "nbdkit", "rclone"]
 """``local`` is qedfuse with the image on the local disk."""
 
 TITLES: Final[Mapping[System, str]] = {
     "qedfuse": "qedfuse",
     "local": "qedfuse, local file",
-    "qemu": "QEMU's curl driver",
     "nbdkit": "nbdkit curl, nbdfuse",
     "rclone": "rclone mount",
 }
 PROGRAMS: Final[Mapping[System, str]] = {
-    "qemu": "qemu-storage-daemon",
     "nbdkit": "nbdfuse",
     "rclone": "rclone",
 }
@@ -83,15 +81,6 @@ def how_to_start(system: System, source: Source, directory: Path, qedfuse: str) 
         image = f"{source.url}/{KEY}.qed" if system == "qedfuse" else str(source.image)
         command = [qedfuse, "-r", "-f", image, str(mountpoint)]
         return Started(command, mountpoint / f"{KEY}.raw", mountpoint, variables)
-    if system == "qemu":
-        disk = directory / "mnt.raw"
-        nodes = (
-            f"driver=http,node-name=file,read-only=on,url={source.url}/{KEY}.qed",
-            "driver=qed,node-name=disk,read-only=on,file=file",
-        )
-        command = [PROGRAMS[system], *(word for node in nodes for word in ("--blockdev", node))]
-        command += ["--export", f"type=fuse,id=disk,node-name=disk,mountpoint={disk}"]
-        return Started(command, disk, disk, variables)
     if system == "nbdkit":
         disk = mountpoint / f"{KEY}.raw"
         server = ["nbdkit", "--exit-with-parent", "-r", "curl", f"{source.url}/{KEY}.raw"]
@@ -141,10 +130,7 @@ class Mount:
             BenchmarkError: The process has ended, or has not mounted in time.
         """
         started = self._started
-        if started.disk == started.mountpoint:
-            started.mountpoint.touch()
-        else:
-            started.mountpoint.mkdir(exist_ok=True)
+        started.mountpoint.mkdir(exist_ok=True)
         began = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -182,7 +168,6 @@ class Mount:
         while find_mount(mountpoint) is not None:
             subprocess.run(["fusermount3", "-u", "-z", mountpoint], check=False, timeout=60)
         try:
-            # qedfuse must end by itself; QEMU goes on without its mount.
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             pass
