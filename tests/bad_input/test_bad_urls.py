@@ -390,7 +390,15 @@ def make_open(path: Path) -> None:
     path.chmod(0o770)
 
 
-@pytest.mark.parametrize("make", [make_file, make_foreign, make_open])
+def make_used(path: Path) -> None:
+    """Make a directory with other files, also in the cache's own subdirectory."""
+    (path / "qedfuse").mkdir(parents=True, mode=0o700)
+    path.chmod(0o700)
+    (path / "other").touch()
+    (path / "qedfuse" / "other").touch()
+
+
+@pytest.mark.parametrize("make", [make_file, make_foreign, make_open, make_used])
 def test_unusable_cache_directory(place: Place, make: Callable[[Path], None]) -> None:
     """A directory that the user names for the cache, and that cannot be used, is refused."""
     path = place.directory.parent / "given"
