@@ -162,6 +162,8 @@ class QemuNbd:
 
     def last_words(self) -> str:
         """Return why the program has ended, as one printable line."""
+        if self._is_closed:
+            return "closed"
         status = self._process.poll()
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
