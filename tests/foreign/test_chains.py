@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -133,6 +133,29 @@ def test_info_of_chain(tmp_path: Path) -> None:
     path = qemu.create(tmp_path / "top.qed", backing=tmp_path / "base.vmdk", backing_format="vmdk")
     found = json.loads(run("info", "--backing-chain", *ALLOWED, "--output", "json", path))
     assert [item["format"] for item in found] == ["qed", "vmdk"]
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "vpc", "qcow"])
+def test_map(tmp_path: Path, image_format: str) -> None:
+    """The map of an image has the ranges of data and of zeros that QEMU finds."""
+    path = draw_bottom(tmp_path / f"image.{image_format}", image_format, random.Random(4))
+    found = json.loads(run("map", "--output", "json", path))
+    expected = qemu.map_extents(path, image_format=image_format)
+    assert zero_ranges(found) == zero_ranges(expected)
+    assert zero_ranges(found)
+
+
+def zero_ranges(extents: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Return the beginning and the end of each range of zeros."""
+    found: list[tuple[int, int]] = []
+    for extent in extents:
+        begin, end = extent["start"], extent["start"] + extent["length"]
+        if not extent["zero"]:
+            continue
+        if found and found[-1][1] == begin:
+            begin = found.pop()[0]
+        found.append((begin, end))
+    return found
 
 
 def test_no_file_offsets(tmp_path: Path) -> None:
