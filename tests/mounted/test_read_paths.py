@@ -146,14 +146,13 @@ def test_long_reads_of_a_cached_base_are_passed_on(
         expected = 4 if extensions.EXPECTED else 0
         assert pipes(mount.process.pid) - before == expected, "one of libfuse, one of the extension"
         (data,) = (tmp_path / "cache").rglob("data")
-        os.truncate(data, data.stat().st_size - 1)
-        assert read_direct(fd, 0, 65536) == content[:65536]
-        assert len(server.requests) > requests, "read from a file with another length"
+        os.truncate(data, data.stat().st_size // 2)
         check(4)
+        assert len(server.requests) > requests, "read what is not there any more"
         os.close(fd)
         mount.signal(signal.SIGTERM)
         code, log = mount.finish()
-        assert (code, "the cache was damaged" in log) == (0, True), log
+        assert code == 0, log
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -136,6 +136,10 @@ def test_a_cluster_of_a_backing_file_is_answered(session: Session, tables: Table
     assert session.read(0, CLUSTER) is None, "mixed"
     assert session.read(CLUSTER, CLUSTER) is None, "zeros"
     assert session.read(3 * CLUSTER, CLUSTER) is None, "a depth that the chain does not have"
+    codes = tables.slices["codes", 0].entries
+    codes[3] = codes[2] + CLUSTER
+    expected_run = tables.base_content[3 * CLUSTER + 5 : 4 * CLUSTER + 5]
+    assert session.read(2 * CLUSTER + 5, CLUSTER) == expected_run, "contiguous in one file"
     tables.slices["key", 0].entries[3] = CLUSTER
     assert session.read(2 * CLUSTER + 5, CLUSTER) is None, "two clusters that look like a run"
     tables.slices["key", 0].entries[2] = 1

@@ -94,13 +94,13 @@ static PyObject *valid_entries(ReadView *self, PyObject *key)
 }
 
 /* Returns 1 if the entries from `first` to `last`, inclusive, of an array("Q") are one run: each is
- * larger by the cluster size than the entry before it.  Then `value` is the entry `first`.
- * Otherwise returns 0, perhaps with an exception, and `value` has no meaning.  A single entry is
- * always a run. */
+ * larger by the cluster size than the entry before it, or all are 0, or all are 1.  Then `value` is
+ * the entry `first`.  Otherwise returns 0, perhaps with an exception, and `value` has no meaning.  A
+ * single entry is always a run. */
 static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
                     uint64_t *value)
 {
-    uint64_t expected, at;
+    uint64_t expected, step, at;
     Py_buffer view;
     int is_run;
 
@@ -109,8 +109,9 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
     is_run = (uint64_t)view.len > last * sizeof expected;
     if (is_run) {
         *value = expected = ((uint64_t *)view.buf)[first];
+        step = expected <= 1 ? 0 : (uint64_t)1 << cluster_bits;
         for (at = first + 1; at <= last; at++) {
-            expected += (uint64_t)1 << cluster_bits;
+            expected += step;
             is_run &= ((uint64_t *)view.buf)[at] == expected;
         }
     }
@@ -118,19 +119,21 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
     return is_run;
 }
 
-/* Finds in a backing file a cluster that the top image has not allocated.  `index` is the cluster's
- * index in its slice.  Returns the cluster's file offset, and sets `depth` to the depth of the
- * backing file.  Returns 0, perhaps with an exception, if the cluster is not one run of data in one
- * backing file, or if the codes of the slice (see ReadView) are not in memory. */
-static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t index,
-                               uint64_t *depth)
+/* Finds in a backing file the clusters that the top image has not allocated.  `first` and `last` are
+ * indices in their slice, inclusive.  Returns the file offset of the first cluster, and sets `depth`
+ * to the depth of the backing file.  Returns 0, perhaps with an exception, if the clusters are not
+ * one run of data in one backing file, or if the codes of the slice (see ReadView) are not in
+ * memory. */
+static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t first,
+                               uint64_t last, uint64_t *depth)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);
     PyObject *codes = key == NULL ? NULL : valid_entries(self, key);
     uint64_t code = 0;
 
-    if (codes != NULL)
-        read_run(codes, index, index, 0, &code);
+    /* The codes of contiguous clusters of one file differ like entries of a table. */
+    if (codes != NULL && !read_run(codes, first, last, self->cluster_bits, &code))
+        code = 0;
     Py_XDECREF(key);
     Py_XDECREF(codes);
     /* The codes 0 and 1 locate no data.  Every other code is the sum of the file offset, which is a
@@ -139,8 +142,8 @@ static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t 
     return code <= 1 ? 0 : code & ~(uint64_t)4095;
 }
 
-/* Finds a range of the disk that is one run of data within one slice of the top image, or that lies
- * within one cluster of data in a backing file.  Returns the file offset of the range, and sets
+/* Finds a range of the disk that is one run of data in one file, within one slice of the top image.
+ * Returns the file offset of the range, and sets
  * `depth` to the depth of the file.  Returns 0, perhaps with an exception, for every other range,
  * and if a slice or codes that are needed are not in memory. */
 static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint64_t *depth)
@@ -160,8 +163,8 @@ static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint6
     /* The entry of an unallocated cluster is 0, and that of a zero cluster is 1. */
     if (entries != NULL &&
         read_run(entries, first & mask, last & mask, self->cluster_bits, &value)) {
-        if (value == 0 && first == last && self->codes_key != Py_None)
-            value = backing_offset(self, slice_number, first & mask, depth);
+        if (value == 0 && self->codes_key != Py_None)
+            value = backing_offset(self, slice_number, first & mask, last & mask, depth);
     } else {
         value = 0;
     }
