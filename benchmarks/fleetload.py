@@ -131,11 +131,11 @@ def needed_requests(
     for offset, length in reads:
         first, last = offset // unit_bytes, (min(offset + length, size) - 1) // unit_bytes
         fetch(first, last)
-        window = readers.window(first, last, max_ahead_bytes // unit_bytes)
+        window = readers.record_read(first, last, max_ahead_bytes // unit_bytes)
         end = min(last + window, last_unit)
         ahead = next((unit for unit in range(last + 1, end + 1) if unit not in fetched), None)
         # What is fetched ahead is fetched half a window at a time.
         if ahead is not None and ahead - last <= 1 + window // 2:
-            readers.mark(ahead, end)
+            readers.set_marker(ahead, end)
             fetch(ahead, end)
     return requests

@@ -16,7 +16,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import NeedsCheckError, UsageError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.ondisk.formats import SIGNATURE_BYTES, is_qed
-from qedfuse.remote.address import is_export
+from qedfuse.remote.address import is_nbd_url
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ async def open_disk(
             async with _open_foreign_disk(file, driver, options, store, path) as disk:
                 yield disk
             return
-        if is_export(path) and not is_qed(signature):
+        if is_nbd_url(path) and not is_qed(signature):
             async with _open_raw_disk(file, options, store, path) as disk:
                 yield disk
             return

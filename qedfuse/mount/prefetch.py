@@ -65,7 +65,7 @@ class Prefetch:
                 _log.warning("%s: prefetch ended: %s", self._shown, error)
             return
         for file, _ in self._parts:
-            file.fetcher.note_sufficient()
+            file.fetcher.mark_usable_offline()
         if self._parts:
             needed = sum(units.total_bytes for _, units in self._parts)
             fetched = sum(file.fetcher.fetched_bytes for file, _ in self._parts)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from qedfuse.errors import UsageError
-from qedfuse.remote.nbdquery import UNIX, nbd_query
+from qedfuse.remote.nbdquery import UNIX_SCHEMES, nbd_query
 from qedfuse.remote.urlsyntax import (
     hide_secrets,
     invalid_url,
@@ -34,10 +34,10 @@ WEB: Final = ("https", "http")
 NBD: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 """Schemes of NBD servers, as in ``doc/uri.md`` of the NBD project; those with ``s`` use TLS."""
 
-_PROTOCOL: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
+_URL_START: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 """The name of a bucket or container; some stores distinguish upper and lower case."""
-_ALLOWED: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
+_URL_CHARACTERS: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80, "nbd": 10809, "nbds": 10809}
 
@@ -125,12 +125,12 @@ def is_url(text: str) -> bool:
 
     ``file://`` is no such scheme, because a path follows ``file:`` as in QEMU.
     """
-    return _PROTOCOL.match(text) is not None
+    return _URL_START.match(text) is not None
 
 
-def is_export(name: str) -> bool:
+def is_nbd_url(name: str) -> bool:
     """Return whether the name of a file is a URL of an NBD server."""
-    match = _PROTOCOL.match(name)
+    match = _URL_START.match(name)
     return match is not None and match[1].lower() in NBD
 
 
@@ -217,13 +217,13 @@ def is_below(address: Address, prefix: Address) -> bool:
 
 def _parse(text: str) -> Address:
     """Return the address for a URL whose path may be empty."""
-    match = _PROTOCOL.match(text)
+    match = _URL_START.match(text)
     scheme = match[1].lower() if match else ""
     if scheme not in (*STORES, *WEB, *NBD):
         found = f"{scheme}://" if match else "no scheme"
         expected = ", ".join(f"{known}://" for known in (*STORES, *WEB, *NBD))
         raise invalid_url(text, "scheme", found, f"one of {expected}")
-    if not _ALLOWED.fullmatch(text):
+    if not _URL_CHARACTERS.fullmatch(text):
         raise invalid_url(text, "characters", "one that is not allowed", "%XX for it")
     try:
         parts = urlsplit(text)
@@ -232,11 +232,11 @@ def _parse(text: str) -> Address:
         raise invalid_url(text, "host", "no valid one", "a host name or an IP address") from None
     if "@" in parts.netloc:
         raise invalid_url(text, "user", "one", "none (credentials come from the environment)")
-    if scheme in UNIX and parts.netloc:
+    if scheme in UNIX_SCHEMES and parts.netloc:
         raise invalid_url(text, "host", "one", "none, but ?socket=PATH (three slashes before it)")
     if scheme in STORES:
         return _store_address(text, parts, port)
-    host = "" if scheme in UNIX else parse_host(text, parts.netloc, parts.hostname or "")
+    host = "" if scheme in UNIX_SCHEMES else parse_host(text, parts.netloc, parts.hostname or "")
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
     if scheme in NBD:

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import CacheError
 from qedfuse.remote.cacheentry import (
     Entry,
+    discard_entry,
     entry_name,
     list_entries,
     list_objects,
     make_entry,
     name_hash,
-    read_about,
+    read_metadata,
     remove_entry,
-    set_aside,
 )
-from qedfuse.remote.cacheplace import asks_server, prepare_directory
+from qedfuse.remote.cacheroot import directory_waits_for_server, prepare_directory
 from qedfuse.remote.unitfile import UnitFile
 from qedfuse.text import printable
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 _FREE_FRACTION: Final = 0.05
 """The part of the file system that the cache leaves free."""
-_MAX_ROOM_BYTES: Final = 64 << 20
+_MAX_GRANT_BYTES: Final = 64 << 20
 """How many bytes may be stored at most before the limits of the cache are looked at again."""
-_MAX_MAKING_SECONDS: Final = 60.0
+_MAX_CREATION_SECONDS: Final = 60.0
 """After this time, a directory in which an entry is being made is one that a crash has left."""
-_MAX_TRIES: Final = 5
+_MAX_ATTEMPTS: Final = 5
 """How often an entry is opened or made while other processes make or remove the same one."""
-_PAUSE_SECONDS: Final = 0.02
+_RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
 )
@@ -72,7 +72,7 @@ class CacheDirectory:
     """Finds, makes and removes the entries of a cache.
 
     An object is known by its URL and by the store that the URL's name of a bucket belongs to
-    (`Client.place`).
+    (`Client.store_id`).
     """
 
     def __init__(self, options: CacheOptions) -> None:
@@ -85,14 +85,14 @@ class CacheDirectory:
         self._path = prepare_directory(self._given)
         self._max_bytes = options.max_bytes
 
-    def asks_server(self) -> bool:
+    def waits_for_server(self) -> bool:
         """Return whether calls on files of the cache may wait for a server; True if unknown."""
         try:
-            return asks_server(self._path)
+            return directory_waits_for_server(self._path)
         except OSError:
             return True
 
-    def open_entry(self, address: Address, version: Version, place: str = "") -> UnitFile:
+    def open_entry(self, address: Address, version: Version, store_id: str = "") -> UnitFile:
         """Open the entry for a version of an object; make the entry if it is missing.
 
         An entry that cannot be used is removed first.
@@ -102,16 +102,16 @@ class CacheDirectory:
         """
         number = 1
         while True:
-            parent = self._directory_of(address, place)
+            parent = self._directory_of(address, store_id)
             path = os.path.join(parent, entry_name(version))  # noqa: PTH118  str paths
             try:
                 return self._open_or_make(parent, path, address, version)
             except OSError as error:
-                if number == _MAX_TRIES or error.errno not in (*_RACES, *_UNUSABLE):
+                if number == _MAX_ATTEMPTS or error.errno not in (*_RACES, *_UNUSABLE):
                     msg = f"{printable(path)}: cache entry: {error.strerror}"
                     raise CacheError(msg, error.errno or 0) from error
             number += 1
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(_RETRY_PAUSE_SECONDS)
 
     def _open_or_make(self, parent: str, path: str, address: Address, version: Version) -> UnitFile:
         """Open an entry, or make it; remove one that cannot be used.
@@ -127,25 +127,25 @@ class CacheDirectory:
             if error.errno not in _UNUSABLE:
                 raise
             if os.path.lexists(path):
-                set_aside(path)
-            self.make_room()
+                discard_entry(path)
+            self.evict()
             make_entry(parent, path, address.shown, version)
             return UnitFile.open(path, version.size)
         mark_used(entry)
         return entry
 
-    def sufficient_entries(
-        self, address: Address, place: str = ""
+    def offline_entries(
+        self, address: Address, store_id: str = ""
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Yield the entries of an object that can be used without a server, the last used first.
 
-        These are entries with all units, or with as many as `note_sufficient` has noted.  The
+        These are entries with all units, or with as many as `mark_usable_offline` has noted.  The
         caller closes each entry.  Entries that cannot be read are left out.
         """
-        parent = self._directory_of(address, place)
+        parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):
             try:
-                version, needed = read_about(found.path)
+                version, needed = read_metadata(found.path)
                 entry = UnitFile.open(found.path, version.size)
             except (OSError, ValueError):
                 continue
@@ -155,13 +155,13 @@ class CacheDirectory:
                     continue
             entry.close()
 
-    def make_room(self, hidden_bytes: int = 0) -> int:
+    def evict(self, unlinked_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 
         A directory of the cache that was removed is made again.
 
         Args:
-            hidden_bytes: The space that open files take up which were removed from the cache.
+            unlinked_bytes: The space that open files take up which were removed from the cache.
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is at a limit
@@ -170,31 +170,31 @@ class CacheDirectory:
         try:
             self._path = prepare_directory(self._given)
             entries = list_entries(list_objects(self._path))
-            used = hidden_bytes + sum(entry.length for entry in entries)
+            used = unlinked_bytes + sum(entry.length for entry in entries)
             for entry in entries:
-                if self._must_go(entry, used) and remove_entry(entry.path):
+                if self._must_evict(entry, used) and remove_entry(entry.path):
                     used -= entry.length
-            return min(max(self._room_bytes(used), 0), _MAX_ROOM_BYTES)
+            return min(max(self._free_bytes(used), 0), _MAX_GRANT_BYTES)
         except (OSError, CacheError):
             return 0
 
-    def _must_go(self, entry: Entry, used: int) -> bool:
+    def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while ``used`` bytes are in use.
 
         Raises:
             OSError: The host refused.
         """
         if entry.is_new:
-            return time.time() - entry.used / 1e9 > _MAX_MAKING_SECONDS
-        return self._room_bytes(used) <= 0
+            return time.time() - entry.used / 1e9 > _MAX_CREATION_SECONDS
+        return self._free_bytes(used) <= 0
 
-    def _room_bytes(self, used: int) -> int:
+    def _free_bytes(self, used: int) -> int:
         """Return how many bytes may be stored; a negative number if the cache is too large.
 
         Raises:
             OSError: The host refused.
         """
-        room = _MAX_ROOM_BYTES
+        room = _MAX_GRANT_BYTES
         host = os.statvfs(self._path)
         if host.f_blocks:  # some file systems do not say how large they are
             kept = int(host.f_blocks * _FREE_FRACTION)
@@ -203,9 +203,9 @@ class CacheDirectory:
             room = min(room, self._max_bytes - used)
         return room
 
-    def _directory_of(self, address: Address, place: str) -> str:
+    def _directory_of(self, address: Address, store_id: str) -> str:
         """Return the directory for the entries of an object."""
-        name = f"object-{name_hash(f'{place} {address.url}')}"
+        name = f"object-{name_hash(f'{store_id} {address.url}')}"
         return os.path.join(self._path, name)  # noqa: PTH118  str paths
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qedfuse.hostio.regular import allocated_bytes
-from qedfuse.remote.cacheplace import OBJECT_NAME
+from qedfuse.remote.cacheroot import OBJECT_NAME
 from qedfuse.remote.client import Version
 from qedfuse.remote.unitfile import DATA_NAME, MAP_NAME, make_files, units_of
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 _NEW_PREFIX: Final = "new-"
 _ENTRY_NAME: Final = re.compile(r"version-[0-9a-f]{32}|new-[0-9a-f]{32}")
-_ABOUT_NAME: Final = "about.json"
-_NEW_ABOUT_NAME: Final = "about.new"
-_FILE_NAMES: Final = frozenset({DATA_NAME, MAP_NAME, _ABOUT_NAME, _NEW_ABOUT_NAME})
-_MAX_ABOUT_BYTES: Final = 1 << 20
+_METADATA_NAME: Final = "about.json"
+_NEW_METADATA_NAME: Final = "about.new"
+_FILE_NAMES: Final = frozenset({DATA_NAME, MAP_NAME, _METADATA_NAME, _NEW_METADATA_NAME})
+_MAX_METADATA_BYTES: Final = 1 << 20
 
 
 class Entry(NamedTuple):
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
         return os.path.basename(self.path).startswith(_NEW_PREFIX)  # noqa: PTH119  str paths
 
 
-class About(NamedTuple):
+class EntryMetadata(NamedTuple):
     """What an entry says about itself.
 
     Attributes:
@@ -107,14 +107,14 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
     try:
         make_files(new, version.size)
         about = {"url": shown, "version": asdict(version)}
-        _write_private(os.path.join(new, _ABOUT_NAME), about)  # noqa: PTH118  str paths
+        _write_private(os.path.join(new, _METADATA_NAME), about)  # noqa: PTH118  str paths
         os.rename(new, path)  # noqa: PTH104  str paths
     except OSError:
         _remove_files(new)
         raise
 
 
-def read_about(path: str) -> About:
+def read_metadata(path: str) -> EntryMetadata:
     """Return what an entry says about itself.
 
     Raises:
@@ -128,13 +128,13 @@ def read_about(path: str) -> About:
         name = entry_name(version)
         needed = int(about.get("needed_units", units_of(version.size)))
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(_ABOUT_NAME) from error
+        raise ValueError(_METADATA_NAME) from error
     if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
-        raise ValueError(_ABOUT_NAME)
-    return About(version, needed)
+        raise ValueError(_METADATA_NAME)
+    return EntryMetadata(version, needed)
 
 
-def note_sufficient(entry: UnitFile) -> bool:
+def mark_usable_offline(entry: UnitFile) -> bool:
     """Note that an entry has all units that readers need; return whether that was done.
 
     Only the number of units is noted, so an entry that loses some of them does not suffice any
@@ -154,16 +154,16 @@ def _note_needed(path: str, units: int) -> None:
         OSError: The host refused.
         ValueError: The description of the entry is damaged.
     """
-    read_about(path)
+    read_metadata(path)
     about = _read_json(path) | {"needed_units": units}
-    new = os.path.join(path, _NEW_ABOUT_NAME)  # noqa: PTH118  str paths
+    new = os.path.join(path, _NEW_METADATA_NAME)  # noqa: PTH118  str paths
     with suppress(FileNotFoundError):
         os.unlink(new)  # noqa: PTH108  str paths
     _write_private(new, about)
-    os.rename(new, os.path.join(path, _ABOUT_NAME))  # noqa: PTH104, PTH118  str paths
+    os.rename(new, os.path.join(path, _METADATA_NAME))  # noqa: PTH104, PTH118  str paths
 
 
-def set_aside(path: str) -> None:
+def discard_entry(path: str) -> None:
     """Give an entry that cannot be used another name, and remove it if no process has it open.
 
     Processes that have it open go on with the files that they have.
@@ -173,7 +173,7 @@ def set_aside(path: str) -> None:
     """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    remove_entry(_renamed(path))
+    remove_entry(_rename_aside(path))
 
 
 def remove_entry(path: str) -> bool:
@@ -190,7 +190,7 @@ def remove_entry(path: str) -> bool:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # From here on a process that opens the data waits for no lock, but finds the entry busy.
         # It is renamed first, so that the files of a new entry of the same name are never removed.
-        _remove_files(_renamed(path))
+        _remove_files(_rename_aside(path))
     except OSError:
         return False
     finally:
@@ -249,7 +249,7 @@ def _new_path(parent: str) -> str:
     return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
 
 
-def _renamed(path: str) -> str:
+def _rename_aside(path: str) -> str:
     """Give an entry a new name, by which no process looks for it; return the new path.
 
     Raises:
@@ -286,15 +286,15 @@ def _read_json(path: str) -> dict[str, Any]:
         ValueError: The file is damaged.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(os.path.join(path, _ABOUT_NAME), flags)  # noqa: PTH118  str paths
+    fd = os.open(os.path.join(path, _METADATA_NAME), flags)  # noqa: PTH118  str paths
     with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-        content = file.read(_MAX_ABOUT_BYTES)
+        content = file.read(_MAX_METADATA_BYTES)
     try:
         found = json.loads(content)
     except RecursionError as error:
-        raise ValueError(_ABOUT_NAME) from error
+        raise ValueError(_METADATA_NAME) from error
     if not isinstance(found, dict):
-        raise ValueError(_ABOUT_NAME)  # noqa: TRY004  damaged data, not a wrong call
+        raise ValueError(_METADATA_NAME)  # noqa: TRY004  damaged data, not a wrong call
     return found
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _STRONG_SECONDS: Final = 2.0
 """After this time, another change of an object has another time in Last-Modified (RFC 9110)."""
-_MAX_ASKED: Final = 5
+_MAX_QUERIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Client(Protocol):
     """
 
     @property
-    def place(self) -> str:
+    def store_id(self) -> str:
         """The store that the URL belongs to, without secrets; empty if the URL itself names it."""
 
     def head(self) -> Version:
@@ -142,7 +142,7 @@ class Client(Protocol):
         """Read the credentials again before the next attempt."""
 
 
-def settled_version(ask: Callable[[], tuple[Version, float | None]]) -> Version:
+def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:
     """Return the present version of an object, as soon as its validator can be relied on.
 
     A time of the last change counts whole seconds.  An object without a strong entity tag that was
@@ -150,20 +150,21 @@ def settled_version(ask: Callable[[], tuple[Version, float | None]]) -> Version:
     object is asked for again, until it has stayed unchanged for a while.
 
     Args:
-        ask: Returns the version, and for how many seconds it is unchanged; None if that is unknown.
+        query: Asks the server; returns the version, and how many seconds ago it was made, or None
+            if that is unknown.
 
     Raises:
         AttemptError: The object changes again and again.
-        Exception: What ``ask`` raises.
+        Exception: What ``query`` raises.
     """
-    version, seconds = ask()
-    for _ in range(_MAX_ASKED):
+    version, seconds = query()
+    for _ in range(_MAX_QUERIES):
         is_old = seconds is not None and seconds >= _STRONG_SECONDS
         if version.etag or version.modified is None or is_old:
             return version
         time.sleep(_STRONG_SECONDS)
         former = version
-        version, seconds = ask()
+        version, seconds = query()
         if version.is_same(former):
             return version
     msg = "found changes every few seconds and no strong ETag, expected the object to stay"

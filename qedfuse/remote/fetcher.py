@@ -49,33 +49,33 @@ class Fetcher:
         self,
         source: RemoteObject,
         cache: UnitFile | None,
-        make_room: Callable[[int], int] | None = None,
+        evict: Callable[[int], int] | None = None,
     ) -> None:
         """Fetch from ``source``; no thread is started yet.
 
         Args:
             source: The object, which the fetcher closes.
             cache: Where units are kept, which the fetcher closes; None for no place.
-            make_room: Keeps the cache within its limits; see `UnitStore`.
+            evict: Keeps the cache within its limits; see `UnitStore`.
         """
         self._source = source
         self._name = source.address.shown
         self._size = source.version.size
         self._units = units_of(self._size)
-        self._store = UnitStore(self._units, cache, make_room)
+        self._store = UnitStore(self._units, cache, evict)
         self.ready = self._store.ready
         self.zeros = self._store.zeros
         self.fetched_bytes = 0
         self.requests = 0
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
-        self._threads = FetchThreads(self._name, self._look, self._fetch, self._finish)
+        self._threads = FetchThreads(self._name, self._look_up, self._fetch, self._finish)
         self._lock = self._threads.lock
         # All that follows is protected by the lock.
         self._flights: dict[int, Flight] = {}
         self._wanted: set[Flight] = set()  # flights for which readers wait
         self._last_wanted = -math.inf  # when the last of them has ended
         self._readers = ReadAhead()
-        self._marks: set[int] = set()  # units that are fetched ahead; see `ReadAhead.mark`
+        self._markers: set[int] = set()  # units that are fetched ahead; see `ReadAhead.set_marker`
         self._held_back: set[int] = set()  # those of them that were fetched and are not ready
 
     def demand(self, first: int, last: int) -> list[Flight]:
@@ -123,17 +123,17 @@ class Fetcher:
         """Return whether the cache claims to have some adjacent units."""
         return self._store.is_stored(first, last)
 
-    def note_sufficient(self) -> bool:
+    def mark_usable_offline(self) -> bool:
         """Note that the cache has all units that readers need; return whether that was done.
 
         From then on, the object can be opened while no server answers.
         """
-        return self._store.note_sufficient()
+        return self._store.mark_usable_offline()
 
     @property
-    def makes_room(self) -> bool:
+    def is_evicting(self) -> bool:
         """Whether room is being made in the cache; see `store_held`."""
-        return self._store.makes_room
+        return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
         """Store adjacent units for which there was no room when they were fetched.
@@ -189,7 +189,7 @@ class Fetcher:
                 flight = self._new_flight(unit, last)
                 if is_wanted:
                     self._want(flight)
-                    self._threads.add_look(flight)
+                    self._threads.add_lookup(flight)
                 else:
                     self._threads.add_prefetch(flight)
             elif is_wanted and not flight.is_wanted:
@@ -216,7 +216,7 @@ class Fetcher:
         ):
             end += 1
         flight = Flight(
-            *(first, end - 1, self._name, self._source.max_seconds, self._threads.need_thread)
+            *(first, end - 1, self._name, self._source.max_seconds, self._threads.ensure_thread)
         )
         self._flights.update(dict.fromkeys(range(first, end), flight))
         self._held_back.difference_update(range(first, end))
@@ -225,7 +225,7 @@ class Fetcher:
     def _fetch_ahead(self, first: int, last: int) -> None:
         """Start fetching what a sequential reader will read next."""
         most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
-        window = self._readers.window(first, last, most)
+        window = self._readers.record_read(first, last, most)
         end = min(last + window, self._units - 1)
         ahead = last + 1
         # What is held back counts as well, so it does not matter which flights have ended.
@@ -235,10 +235,10 @@ class Fetcher:
             ahead += 1
         # Half a window is fetched together, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
-            self._marks.add(self._readers.mark(ahead, end))
+            self._markers.add(self._readers.set_marker(ahead, end))
             self._begin(ahead, end, is_wanted=False)
 
-    def _look(self, flight: Flight) -> None:
+    def _look_up(self, flight: Flight) -> None:
         """Look for the units of a flight in the cache; queue what is missing for a fetch."""
         if self._missing(flight):
             self._threads.add_fetch(flight)
@@ -304,8 +304,8 @@ class Fetcher:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:
                     del self._flights[unit]
-                if unit in self._marks:
-                    self._marks.remove(unit)
+                if unit in self._markers:
+                    self._markers.remove(unit)
                     if not flight.is_wanted:
                         self.ready[unit] = 0
                         self._held_back.add(unit)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_MAX_FETCHING_THREADS: Final = 16
-_LOOKING_THREADS: Final = 4
+_MAX_FETCH_THREADS: Final = 16
+_LOOKUP_THREADS: Final = 4
 _MAX_PREFETCHES: Final = 4
 """Maximum number of requests to the server that no reader waits for yet."""
 _IDLE_SECONDS = 10.0
@@ -43,7 +43,7 @@ class FetchThreads:
     def __init__(
         self,
         name: str,
-        look: Callable[[Flight], None],
+        look_up: Callable[[Flight], None],
         fetch: Callable[[Flight], None],
         fail: Callable[[Flight, HostError], None],
     ) -> None:
@@ -51,8 +51,8 @@ class FetchThreads:
 
         Args:
             name: The name of the object for messages.
-            look: Looks for the units of a flight in the cache; ends the flight, or queues it with
-                `add_fetch`.
+            look_up: Looks for the units of a flight in the cache; then ends the flight if the cache
+                has all of them, or queues the flight with `add_fetch`.
             fetch: Fetches the units of a flight, and ends the flight.
             fail: Ends a flight with an error, unless it has ended; called if a step raises an
                 exception.
@@ -60,19 +60,19 @@ class FetchThreads:
         self.lock = threading.Condition()
         self.is_closed = False
         self._name = name
-        self._look = look
+        self._look_up = look_up
         self._fetch = fetch
         self._fail = fail
-        self._looks: deque[Flight] = deque()
+        self._lookups: deque[Flight] = deque()
         self._fetches: deque[Flight] = deque()
         self._ahead: deque[Flight] = deque()
         self._lacks_thread = False  # whether no thread ran when one was wanted last
         self._threads = self._idle = self._fetching = self._prefetching = 0
 
-    def add_look(self, flight: Flight) -> None:
+    def add_lookup(self, flight: Flight) -> None:
         """Queue a flight that a reader waits for; the cache was not looked at yet."""
         with self.lock:
-            self._looks.append(flight)
+            self._lookups.append(flight)
             self._start_thread()
 
     def add_fetch(self, flight: Flight) -> None:
@@ -92,19 +92,19 @@ class FetchThreads:
         """Put a prefetch that has not begun among the flights that readers wait for."""
         with self.lock, suppress(ValueError):
             self._ahead.remove(flight)
-            self.add_look(flight)
+            self.add_lookup(flight)
 
-    def need_thread(self) -> None:
+    def ensure_thread(self) -> None:
         """Start a thread if flights are queued and the host had no thread for them."""
         with self.lock:
-            if self._looks or self._fetches or self._ahead:
+            if self._lookups or self._fetches or self._ahead:
                 self._start_thread()
 
     def close(self) -> None:
         """Forget what is queued, and let each thread end after its step."""
         with self.lock:
             self.is_closed = True
-            for queue in (self._looks, self._fetches, self._ahead):
+            for queue in (self._lookups, self._fetches, self._ahead):
                 queue.clear()
             self.lock.notify_all()
 
@@ -112,11 +112,11 @@ class FetchThreads:
         """Wake or start a thread for a flight that was queued; the caller holds the lock.
 
         If the host has no thread, the flight stays queued for the threads that there are, and
-        `need_thread` tries again.
+        `ensure_thread` tries again.
         """
         self.lock.notify()
-        queued = len(self._looks) + len(self._fetches) + len(self._ahead)
-        if queued <= self._idle or self._threads >= _MAX_FETCHING_THREADS + _LOOKING_THREADS:
+        queued = len(self._lookups) + len(self._fetches) + len(self._ahead)
+        if queued <= self._idle or self._threads >= _MAX_FETCH_THREADS + _LOOKUP_THREADS:
             return
         self._threads += 1
         try:
@@ -152,9 +152,9 @@ class FetchThreads:
 
         Returns None if there is no step that may begin now.
         """
-        if self._looks:
-            return self._look, self._looks.popleft(), 0, 0
-        if self._fetching >= _MAX_FETCHING_THREADS:
+        if self._lookups:
+            return self._look_up, self._lookups.popleft(), 0, 0
+        if self._fetching >= _MAX_FETCH_THREADS:
             return None
         if self._fetches:
             self._fetching += 1

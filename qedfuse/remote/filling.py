@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_RUN_UNITS: Final = 4
 """Number of adjacent units that one request fetches: 1 MiB."""
-_ROOM_PAUSE_SECONDS: Final = 0.2
+_EVICTION_PAUSE_SECONDS: Final = 0.2
 """How long to wait while room is being made in the cache."""
 
 
@@ -74,13 +74,13 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
     while True:
         for flight in flights:
             await flight.wait()
-        made_room = fetcher.makes_room
+        was_evicting = fetcher.is_evicting
         if await _in_thread(fetcher.store_held, first, last):
             return _length(file, first, last)
-        if not made_room and not fetcher.makes_room:
+        if not was_evicting and not fetcher.is_evicting:
             msg = f"{file.name}: found no room in the cache, expected room for what is needed of it"
             raise CacheError(msg)
-        await trio.sleep(_ROOM_PAUSE_SECONDS)
+        await trio.sleep(_EVICTION_PAUSE_SECONDS)
         flights = fetcher.prefetch(first, last)
 
 

@@ -39,7 +39,7 @@ class Flight:
         last: int,
         name: str,
         max_seconds: float,
-        need_thread: Callable[[], object] = lambda: None,
+        ensure_thread: Callable[[], object] = lambda: None,
     ) -> None:
         """Describe a fetch that has not begun.
 
@@ -48,7 +48,8 @@ class Flight:
             last: The last unit.
             name: The name of the object.
             max_seconds: How long readers wait at most, also if no thread takes the flight.
-            need_thread: Called now and then while a reader waits; see `FetchThreads.need_thread`.
+            ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
+                `FetchThreads.ensure_thread`.
         """
         self.first = first
         self.last = last
@@ -56,7 +57,7 @@ class Flight:
         self.is_wanted = False
         self._name = name
         self._max_seconds = max_seconds
-        self._need_thread = need_thread
+        self._ensure_thread = ensure_thread
         self._error: HostError | None = None
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
@@ -86,7 +87,7 @@ class Flight:
         while not self._ended.wait(_POLL_SECONDS) and time.monotonic() < end:
             with suppress(RuntimeError):  # not a thread of trio
                 trio.from_thread.check_cancelled()
-            self._need_thread()
+            self._ensure_thread()
         self._check(in_time=self._ended.is_set())
 
     async def wait(self) -> None:
@@ -109,7 +110,7 @@ class Flight:
                 while not event.is_set():
                     with trio.move_on_after(_POLL_SECONDS):
                         await event.wait()
-                    self._need_thread()
+                    self._ensure_thread()
         finally:
             load.fetched_reads -= 1
         self._check(in_time=not scope.cancelled_caught)

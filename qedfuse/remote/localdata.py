@@ -73,8 +73,8 @@ class LocalData:
         except OSError:
             os.close(self._fd)
             raise
-        self._has_server = waits_for_server(self._fd)
-        self.is_readable = not self._has_server and self._space.f_bsize >= BLOCK_BYTES
+        self._waits_for_server = waits_for_server(self._fd)
+        self.is_readable = not self._waits_for_server and self._space.f_bsize >= BLOCK_BYTES
 
     def page_source(
         self,
@@ -146,7 +146,7 @@ class LocalData:
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache, without waiting for a server."""
-        return self._space if self._has_server else os.fstatvfs(self._fd)
+        return self._space if self._waits_for_server else os.fstatvfs(self._fd)
 
     def close(self) -> None:
         """Close the file, when the reads that are running have returned.

@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes
 from qedfuse.remote.urlsyntax import invalid_url
 from qedfuse.text import printable
 
-UNIX: Final = ("nbd+unix", "nbds+unix")
+UNIX_SCHEMES: Final = ("nbd+unix", "nbds+unix")
 """Schemes of servers at a socket of this machine."""
 
 _PARAMETERS: Final[dict[str, tuple[str, ...]]] = {

@@ -69,7 +69,7 @@ class RemoteObject:
             RemoteError: The server cannot be reached or does not serve the range.
         """
         try:
-            return repeated(
+            return retry(
                 self.address,
                 lambda: self._client.get(offset, length, self.version),
                 self._client.renew,
@@ -136,7 +136,7 @@ def open_object(
         RemoteError: The object is missing, or the server cannot be reached, refuses, or gives
             nothing that distinguishes versions of the object.
     """
-    version = repeated(
+    version = retry(
         address,
         client.head,
         client.renew,
@@ -157,7 +157,7 @@ def open_object(
     return RemoteObject(address, client, version, deadlines)
 
 
-def repeated(
+def retry(
     address: Address,
     attempt: Callable[[], T],
     renew: Callable[[], object],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import CacheError, HostError, RemoteError
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, mark_used
-from qedfuse.remote.cacheplace import default_directory
+from qedfuse.remote.cacheroot import default_directory
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.fetcher import Fetcher
 from qedfuse.remote.localdata import LocalData
@@ -33,7 +33,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """Open an object; the caller closes the file.  The call blocks until the server answers.
 
     If the server cannot be reached or refuses, and the cache has all that is needed of the object
-    (`CacheDirectory.sufficient_entries`), the object is read from the cache, and this is logged.
+    (`CacheDirectory.offline_entries`), the object is read from the cache, and this is logged.
     Then attempts are repeated only for as long as a connection may take.
 
     Raises:
@@ -44,7 +44,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """
     client = make_client(address, client_options(options))
     directory = _open_directory(options)
-    version, cache = _sufficient_entry(directory, address, client)
+    version, cache = _offline_entry(directory, address, client)
     deadlines = options.deadlines
     if cache is not None:
         seconds = min(deadlines.connect_seconds, deadlines.total_seconds)
@@ -71,7 +71,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
         except OSError as error:
             cache.close()
             raise HostError.from_os(error, address.shown, "open the cache") from error
-    fetcher = Fetcher(source, cache, directory.make_room if directory else None)
+    fetcher = Fetcher(source, cache, directory.evict if directory else None)
     return RemoteFile(source, fetcher, local)
 
 
@@ -104,7 +104,7 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
             raise
         _log.warning("%s; going on without a cache", error)
         return None
-    if options.cache_directory is None and directory.asks_server():
+    if options.cache_directory is None and directory.waits_for_server():
         shown = printable(path)
         _log.warning("%s: found a network file system; going on without a cache", shown)
         return None
@@ -121,17 +121,17 @@ def _open_cache(
     if directory is None or not (version.validator or address.version):
         return None
     try:
-        return directory.open_entry(address, version, client.place)
+        return directory.open_entry(address, version, client.store_id)
     except CacheError as error:
         _log.warning("%s; going on without a cache", error)
         return None
 
 
-def _sufficient_entry(
+def _offline_entry(
     directory: CacheDirectory | None, address: Address, client: Client
 ) -> tuple[Version | None, UnitFile | None]:
     """Return the last used entry of an object that can be used without a server; None for none."""
     if directory is not None:
-        for version, entry in directory.sufficient_entries(address, client.place):
+        for version, entry in directory.offline_entries(address, client.store_id):
             return version, entry
     return None, None

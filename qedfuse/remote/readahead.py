@@ -20,20 +20,20 @@ class _Stream:
     Attributes:
         last: The unit in which its last read has ended.
         window: How many units are fetched ahead of it.
-        mark: A unit that was fetched ahead and that the reader comes for; -1 for none.
+        marker: A unit that was fetched ahead and that the reader comes for; -1 for none.
         end: The last unit that was fetched ahead; -1 for none.
     """
 
     last: int
     window: int = 0
-    mark: int = -1
+    marker: int = -1
     end: int = -1
 
     def is_continued_by(self, first: int, last: int) -> bool:
         """Return whether a read of some adjacent units is likely to be of this reader."""
         gap = min(self.window, _MAX_GAP_UNITS)
         is_near = self.last - gap <= first <= self.last + 1 + gap
-        return is_near or first <= self.mark <= last or first == self.end + 1
+        return is_near or first <= self.marker <= last or first == self.end + 1
 
 
 class ReadAhead:
@@ -49,7 +49,7 @@ class ReadAhead:
         """Know of no reader."""
         self._streams: list[_Stream] = []  # the last used one is last
 
-    def window(self, first: int, last: int, max_units: int) -> int:
+    def record_read(self, first: int, last: int, max_units: int) -> int:
         """Record a read of some adjacent units; return how many units to have fetched after them.
 
         The window of a sequential reader doubles with each unit, up to ``max_units``.
@@ -69,13 +69,13 @@ class ReadAhead:
             del self._streams[0]
         return stream.window
 
-    def mark(self, first: int, last: int) -> int:
+    def set_marker(self, first: int, last: int) -> int:
         """Record that units are fetched ahead of the reader whose read was recorded last.
 
         Returns one of them, which must not become ready until a reader needs it.  So the reader is
         recorded while it has half a window left.
         """
         stream = self._streams[-1]
-        stream.mark = max(first, last - stream.window // 2)
+        stream.marker = max(first, last - stream.window // 2)
         stream.end = last
-        return stream.mark
+        return stream.marker

@@ -47,15 +47,15 @@ class StoreClient:
         self._store = make_store(address, options)
 
     @property
-    def place(self) -> str:
+    def store_id(self) -> str:
         """The endpoint or account that has the bucket."""
-        return self._store.place
+        return self._store.store_id
 
     def head(self) -> Version:
         """Return the object's present version."""
-        return settled_version(self._ask)
+        return settled_version(self._query)
 
-    def _ask(self) -> tuple[Version, None]:
+    def _query(self) -> tuple[Version, None]:
         """Return the object's present version; obstore does not say what the server's clock is."""
         options: GetOptions = {"head": True}
         try:

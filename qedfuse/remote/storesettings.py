@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 """How the names of the variables begin that configure each kind of store."""
-_KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_REGIONS: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
-_OF_OTHER_TOOLS: Final = (
+_KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+_UNKNOWN_TO_OBSTORE: Final = (
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_EC2_METADATA_DISABLED",
 )
 """Variables that obstore does not know."""
-_WEB_IDENTITY: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
-_CONTAINER: Final = (
+_WEB_IDENTITY_VARIABLES: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
+_CONTAINER_VARIABLES: Final = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
-_GOOGLE: Final = (
+_GOOGLE_VARIABLES: Final = (
     "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_SERVICE_ACCOUNT",
     "GOOGLE_SERVICE_ACCOUNT_PATH",
     "GOOGLE_SERVICE_ACCOUNT_KEY",
     "GOOGLE_BEARER_TOKEN",
 )
-_AZURE: Final = (
+_AZURE_VARIABLES: Final = (
     *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
     *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
     *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
@@ -61,9 +61,9 @@ _AZURE: Final = (
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
-_GOOGLES_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
-_PLACES: Final = {
-    "s3": (_ENDPOINTS,),
+_GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
+_STORE_VARIABLES: Final = {
+    "s3": (_ENDPOINT_VARIABLES,),
     "gs": (("GOOGLE_BASE_URL",),),
     "az": (
         ("AZURE_STORAGE_ACCOUNT_NAME",),
@@ -73,14 +73,14 @@ _PLACES: Final = {
     ),
 }
 """Names of variables that say which store has the bucket or the container of a URL."""
-_MACHINES: Final = {
+_CLOUD_MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
     "gs": ("product_name", "Google Compute Engine"),
     "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
 }
 """By which file of the firmware's names a machine of each cloud is known."""
 _DMI: Final = "/sys/class/dmi/id"
-_NO_CREDENTIALS: Final = {
+_HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
@@ -94,13 +94,13 @@ class Store:
     Attributes:
         handle: obstore's object.
         hint: What a user without credentials can do; empty if there are credentials.
-        place: The endpoint or account that has the bucket; the same for all users of the public
+        store_id: The endpoint or account that has the bucket; the same for all users of the public
             cloud's own, in which the name of a bucket is unique.
     """
 
     handle: ObjectStore
     hint: str
-    place: str
+    store_id: str
 
 
 class _Variables:
@@ -120,7 +120,7 @@ class _Variables:
                     return source[name]
         return None
 
-    def together(self, names: tuple[str, ...]) -> list[str]:
+    def values_of_group(self, names: tuple[str, ...]) -> list[str]:
         """Return the values of variables that belong together, all from the same source."""
         source = self.own if any(self.own.get(name) for name in names) else os.environ
         return [source.get(name, "") for name in names]
@@ -143,7 +143,7 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
     """
     variables = _Variables(dict(options.credentials))
     prefix = _PREFIXES[address.scheme]
-    decided = (*_KEYS, *_ENDPOINTS, *_REGIONS, *_OF_OTHER_TOOLS)
+    decided = (*_KEY_VARIABLES, *_ENDPOINT_VARIABLES, *_REGION_VARIABLES, *_UNKNOWN_TO_OBSTORE)
     config: Any = {
         name.lower(): value
         for name, value in variables.own.items()
@@ -165,19 +165,21 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
                 # This name precedes all others, so no variable of the environment can replace it.
                 common["aws_endpoint_url_s3"] = endpoint
                 common["client_options"]["allow_http"] = endpoint.startswith("http://")
-            common["region"] = variables.first(_REGIONS) or "us-east-1"
+            common["region"] = variables.first(_REGION_VARIABLES) or "us-east-1"
             is_known = _add_s3_identity(variables, common, is_amazon=endpoint is None)
             handle: ObjectStore = S3Store(address.host, config=config, **common)
         elif address.scheme == "gs":
-            is_known = _add_identity("gs", variables, _GOOGLE, common)
+            is_known = _add_identity("gs", variables, _GOOGLE_VARIABLES, common)
             handle = GCSStore(address.host, config=config, **common)
         else:
-            is_known = _add_identity("az", variables, _AZURE, common)
+            is_known = _add_identity("az", variables, _AZURE_VARIABLES, common)
             handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
-    hint = "" if is_known else _NO_CREDENTIALS[address.scheme]
-    return Store(handle, hint, " ".join(variables.first(n) or "-" for n in _PLACES[address.scheme]))
+    hint = "" if is_known else _HINTS[address.scheme]
+    return Store(
+        handle, hint, " ".join(variables.first(n) or "-" for n in _STORE_VARIABLES[address.scheme])
+    )
 
 
 def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:
@@ -186,18 +188,19 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
     Raises:
         UnusableError: One half of a key is missing, or a credentials file cannot be read.
     """
-    key, secret, token = variables.together(_KEYS)
+    key, secret, token = variables.values_of_group(_KEY_VARIABLES)
     if bool(key) != bool(secret):
-        found = _KEYS[0 if key else 1]
-        msg = f"credentials: found {found} alone, expected {_KEYS[0]} and {_KEYS[1]}"
+        key_name, secret_name, _ = _KEY_VARIABLES
+        found = key_name if key else secret_name
+        msg = f"credentials: found {found} alone, expected {key_name} and {secret_name}"
         raise UnusableError(msg)
     if not key and not variables.is_true("AWS_SKIP_SIGNATURE"):
-        if variables.first(_WEB_IDENTITY):
+        if variables.first(_WEB_IDENTITY_VARIABLES):
             return True
         key, secret, token = _shared_credentials(variables)
-        if not key and variables.first(_CONTAINER):
+        if not key and variables.first(_CONTAINER_VARIABLES):
             return True
-        if not key and is_amazon and _has_metadata("s3", variables):
+        if not key and is_amazon and _has_metadata_service("s3", variables):
             return True
     if not key:
         settings["skip_signature"] = True
@@ -231,27 +234,27 @@ def _add_identity(
                 )
                 raise UnusableError(msg)
         return True
-    if variables.first(names) or (scheme == "gs" and _home(_GOOGLES_FILE).is_file()):
+    if variables.first(names) or (scheme == "gs" and _expand_home(_GOOGLE_DEFAULT_FILE).is_file()):
         return True
-    if _has_metadata(scheme, variables):
+    if _has_metadata_service(scheme, variables):
         return True
     settings["skip_signature"] = True
     return False
 
 
-def _home(path: str) -> Path:
+def _expand_home(path: str) -> Path:
     """Return a path with the home directory for ``~``; unchanged if the user has none."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 
-def _has_metadata(scheme: str, variables: _Variables) -> bool:
+def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
     """Return whether the machine is one of the cloud's own, which can have credentials."""
     if scheme == "s3":
         if variables.is_true("AWS_EC2_METADATA_DISABLED"):
             return False
         if variables.first(("AWS_METADATA_ENDPOINT",)):
             return True
-    name, expected = _MACHINES[scheme]
+    name, expected = _CLOUD_MACHINES[scheme]
     try:
         return Path(_DMI, name).read_text(encoding="utf-8").strip() == expected
     except (OSError, UnicodeDecodeError):
@@ -266,7 +269,7 @@ def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
-    path = _home(named or "~/.aws/credentials")
+    path = _expand_home(named or "~/.aws/credentials")
     shown = printable(str(path))
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
@@ -298,7 +301,7 @@ def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
     Raises:
         UnusableError: The endpoint is no URL of a web server, or on another machine without TLS.
     """
-    text = variables.first(_ENDPOINTS)
+    text = variables.first(_ENDPOINT_VARIABLES)
     if text is None:
         return None
     try:

@@ -71,10 +71,10 @@ class UnitFile:
         self.units = units_of(size)
         self._map_fd = map_fd
         self._residency = Residency(data_fd, size + SHARED_BYTES)
-        self._disk_fd = _open_direct(data_fd)
+        self._direct_fd = _open_direct(data_fd)
         self._lock = threading.Lock()
         self._users = 1
-        self._closed = False
+        self._is_closed = False
 
     @classmethod
     def open(cls, path: str, size: int) -> Self:
@@ -96,13 +96,13 @@ class UnitFile:
         data_fd = os.open(DATA_NAME, flags, dir_fd=directory)
         try:
             fcntl.flock(data_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            _expect_file(data_fd)
+            _require_file(data_fd)
             map_fd = os.open(MAP_NAME, flags, dir_fd=directory)
         except BaseException:
             os.close(data_fd)
             raise
         try:
-            _expect_file(map_fd, units_of(size) * _MAP_ENTRY.size)
+            _require_file(map_fd, units_of(size) * _MAP_ENTRY.size)
             join(data_fd, map_fd, size)
             # No readahead: only what `load` compares gets from the disk into the page cache.
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -121,7 +121,7 @@ class UnitFile:
             return None
         try:
             checksum = self._stored_checksum(unit)
-            if checksum is None or not self._may_read(unit, checksum):
+            if checksum is None or not self._may_cache(unit, checksum):
                 return None
             length, offset = self.length(unit), unit * UNIT_BYTES
             content = os.pread(self.data_fd, length, offset)
@@ -167,7 +167,7 @@ class UnitFile:
             present += words[1::2].count(_PRESENT)
         return present
 
-    def hidden_bytes(self) -> int:
+    def unlinked_bytes(self) -> int:
         """Return the space of the data if its file was removed from the cache, otherwise 0."""
         if not self._enter():
             return 0
@@ -189,9 +189,9 @@ class UnitFile:
         A second call does nothing.
         """
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 return
-            self._closed = True
+            self._is_closed = True
         self._leave()
 
     def __enter__(self) -> Self:
@@ -210,7 +210,7 @@ class UnitFile:
     def _enter(self) -> bool:
         """Keep the files open until `_leave`; return False if they are closed."""
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 return False
             self._users += 1
             return True
@@ -221,7 +221,7 @@ class UnitFile:
             is_last = not self._users
         if is_last:
             self._residency.close()
-            for fd in (self.data_fd, self._map_fd, self._disk_fd):
+            for fd in (self.data_fd, self._map_fd, self._direct_fd):
                 if fd >= 0:
                     os.close(fd)
 
@@ -233,7 +233,7 @@ class UnitFile:
         checksum, mark = _MAP_ENTRY.unpack(raw)
         return int(checksum) if mark == _PRESENT else None
 
-    def _may_read(self, unit: int, checksum: int) -> bool:
+    def _may_cache(self, unit: int, checksum: int) -> bool:
         """Return False if a unit must not get into the page cache, because it is not intact.
 
         Returns True if this is the only opener, if the page cache has the unit already, or if the
@@ -241,11 +241,11 @@ class UnitFile:
         """
         length, offset = self.length(unit), unit * UNIT_BYTES
         is_shared = os.lseek(self.data_fd, 0, os.SEEK_END) != self.size + ALONE_BYTES
-        if not is_shared or self._disk_fd < 0 or self._residency.has_range(offset, length):
+        if not is_shared or self._direct_fd < 0 or self._residency.has_range(offset, length):
             return True
         with mmap.mmap(-1, UNIT_BYTES) as buffer:  # O_DIRECT needs an aligned one
             try:
-                done = os.preadv(self._disk_fd, [buffer], offset)
+                done = os.preadv(self._direct_fd, [buffer], offset)
             except OSError as error:
                 if error.errno == errno.EINVAL:  # blocks of an unusual size
                     return True
@@ -284,7 +284,7 @@ def _open_direct(fd: int) -> int:
         return -1
 
 
-def _expect_file(fd: int, length: int | None = None) -> None:
+def _require_file(fd: int, length: int | None = None) -> None:
     """Raise OSError unless ``fd`` is a linked regular file of this user, of ``length`` bytes."""
     status = os.fstat(fd)
     if (

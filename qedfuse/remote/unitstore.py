@@ -10,8 +10,8 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.remote.cacheentry import note_sufficient
-from qedfuse.remote.room import Room
+from qedfuse.remote.cacheentry import mark_usable_offline
+from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import ZeroBlocks
 
@@ -41,21 +41,21 @@ class UnitStore:
     """
 
     def __init__(
-        self, units: int, cache: UnitFile | None, make_room: Callable[[int], int] | None
+        self, units: int, cache: UnitFile | None, evict: Callable[[int], int] | None
     ) -> None:
         """Keep units in ``cache``.
 
         Args:
             units: Number of units of the object.
             cache: Where units are kept, which the store closes; None for no place.
-            make_room: Makes room in the cache (`CacheDirectory.make_room`); None for no limit.
+            evict: Makes room in the cache (`CacheDirectory.evict`); None for no limit.
         """
         self.ready = bytearray(units)
         self.zeros = ZeroBlocks(units if cache is not None else 0)
         self._cache = cache
-        self._room: Room | None = None
-        if cache is not None and make_room is not None:
-            self._room = Room(lambda: make_room(cache.hidden_bytes()))
+        self._space: CacheSpace | None = None
+        if cache is not None and evict is not None:
+            self._space = CacheSpace(lambda: evict(cache.unlinked_bytes()))
         self._lock = threading.Lock()
         # All that follows is protected by the lock, as are changes of what precedes it.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
@@ -86,7 +86,7 @@ class UnitStore:
         if cache is None:
             return False
         try:
-            with self._room.reserve(len(block)) if self._room else nullcontext("") as reason:
+            with self._space.reserve(len(block)) if self._space else nullcontext("") as reason:
                 if reason:
                     self._record_refusal(cache, reason)
                     return False
@@ -110,15 +110,15 @@ class UnitStore:
         except OSError:
             return False
 
-    def note_sufficient(self) -> bool:
+    def mark_usable_offline(self) -> bool:
         """Note that the cache has all units that readers need; return whether that was done."""
         cache = self._cache
-        return cache is not None and note_sufficient(cache)
+        return cache is not None and mark_usable_offline(cache)
 
     @property
-    def makes_room(self) -> bool:
+    def is_evicting(self) -> bool:
         """Whether room is being made, so that what is held could be stored soon."""
-        return self._room is not None and self._room.is_making
+        return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
         """Store those of some adjacent units that are held; return `is_stored` of all."""

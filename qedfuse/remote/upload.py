@@ -14,7 +14,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.errors import RemoteError, UsageError
-from qedfuse.remote.object import repeated
+from qedfuse.remote.object import retry
 from qedfuse.remote.storeclient import translating
 from qedfuse.remote.storeerrors import ERRORS, code_of, translated
 from qedfuse.remote.storesettings import Store, make_store
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 _MIN_PART_BYTES: Final = 8 << 20
 _MAX_PART_BYTES: Final = 64 << 20
-_FEW_PARTS: Final = 1_000
+_MAX_PARTS_EVERYWHERE: Final = 1_000
 """Maximum number of parts in some stores (Swift); others take `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
-_PARALLEL_PARTS: Final = 4
-_PART_SECONDS: Final = 120.0
+_MAX_PARALLEL_PARTS: Final = 4
+_MAX_PART_SECONDS: Final = 120.0
 """Maximum time for one part; 4 parts at a time need at least 280 KiB/s."""
 _DRAIN_SECONDS: Final = 3.0
 """How long parts may go on before an upload that has failed is ended."""
@@ -103,7 +103,7 @@ class Upload:
             progress=self._progress,
             stopped=self._stopped,
         )
-        self._is_handed_over = False  # whether the client has all of the content
+        self._is_read_to_end = False  # whether the client has all of the content
 
     def stop(self) -> None:
         """Let `run` remove what it has stored, and raise StoppedError soon."""
@@ -120,19 +120,21 @@ class Upload:
             StoppedError: `stop` was called.
         """
         self._refuse_existing()
-        slow = replace(self._options, attempt_seconds=_PART_SECONDS)
-        store: Store = self._once(lambda: make_store(self._address, slow, max_retries=_MAX_RETRIES))
+        slow = replace(self._options, attempt_seconds=_MAX_PART_SECONDS)
+        store: Store = self._call_store(
+            lambda: make_store(self._address, slow, max_retries=_MAX_RETRIES)
+        )
         try:
-            result = self._once(lambda: self._put(store))
+            result = self._call_store(lambda: self._put(store))
         except (RemoteError, UsageError) as error:
-            if not self._is_handed_over:
+            if not self._is_read_to_end:
                 raise
-            self._look_after_failure(error)
+            self._verify_after_failure(error)
             return Uploaded(self._size, "")
         self._compare_or_delete(store, result["e_tag"] or "")
         return Uploaded(self._size, result["version"] or "")
 
-    def _look_after_failure(self, error: RemoteError | UsageError) -> None:
+    def _verify_after_failure(self, error: RemoteError | UsageError) -> None:
         """Return if the store has the content although storing it has failed; else raise.
 
         The answer of the store can get lost.  obstore then repeats the request, to which the store
@@ -178,10 +180,10 @@ class Upload:
     def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
         """Store the content under a condition, if it is short, or in parts."""
         self._digests.clear()
-        self._is_handed_over = False
+        self._is_read_to_end = False
         if self._size <= self._part_bytes:
             block = next(self._parts(), b"")
-            self._is_handed_over = True
+            self._is_read_to_end = True
             if not self._overwrite:
                 try:
                     return self._put_short(store, block, "create")
@@ -198,7 +200,7 @@ class Upload:
                 self._address.key,
                 self._parts(),
                 chunk_size=self._part_bytes,
-                max_concurrency=_PARALLEL_PARTS,
+                max_concurrency=_MAX_PARALLEL_PARTS,
                 use_multipart=True,
             )
 
@@ -245,7 +247,7 @@ class Upload:
         if self._stopped.is_set():
             raise StoppedError
         _in_thread(self._refuse_existing)
-        self._is_handed_over = True
+        self._is_read_to_end = True
 
     def _refuse_existing(self) -> None:
         """Raise UsageError if there is an object that may not be replaced."""
@@ -275,12 +277,12 @@ class Upload:
         except (RemoteError, *ERRORS):
             pass
 
-    def _once(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
+    def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
         """Call something that raises the exceptions of a client; raise those for users.
 
         If the store refuses the credentials, the call is made again.
         """
-        return repeated(self._address, call, lambda: None, 0, threading.Event())
+        return retry(self._address, call, lambda: None, 0, threading.Event())
 
 
 def _in_thread(call: Callable[[], object]) -> None:
@@ -294,6 +296,6 @@ def _in_thread(call: Callable[[], object]) -> None:
 
 def part_bytes(size: int) -> int:
     """Return the length of all parts but the last, in which content of ``size`` bytes is stored."""
-    few = min(-(-size // _FEW_PARTS), _MAX_PART_BYTES)
+    few = min(-(-size // _MAX_PARTS_EVERYWHERE), _MAX_PART_BYTES)
     part = max(_MIN_PART_BYTES, few, -(-size // _MAX_PARTS))
     return -(-part // _MIN_PART_BYTES) * _MIN_PART_BYTES

@@ -27,17 +27,17 @@ from qedfuse.remote.client import (
     UnusableError,
     settled_version,
 )
-from qedfuse.remote.webanswer import (
-    BrokenOffError,
-    body,
-    content_range,
-    failure,
-    no_ranges,
-    seconds_since_change,
-    version_of,
-)
 from qedfuse.remote.webcredentials import HINT, WebCredentials
 from qedfuse.remote.webpools import WebPools
+from qedfuse.remote.webresponse import (
+    TruncatedError,
+    content_range,
+    no_range_error,
+    read_body,
+    seconds_since_change,
+    translated,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ class WebClient:
         self._pools.pool_for(address)
 
     @property
-    def place(self) -> str:
+    def store_id(self) -> str:
         """Nothing: the URL names the server."""
         return ""
 
@@ -90,9 +90,9 @@ class WebClient:
         This is a GET of the first byte, because a signed URL permits no HEAD, and because the
         answer shows whether the server can serve ranges.
         """
-        return settled_version(self._ask)
+        return settled_version(self._query)
 
-    def _ask(self) -> tuple[Version, float | None]:
+    def _query(self) -> tuple[Version, float | None]:
         """Return the object's present version, and for how many seconds it is unchanged."""
         with self._open({"Range": "bytes=0-0"}) as response:
             found, size = content_range(response) or (None, -1)
@@ -102,20 +102,20 @@ class WebClient:
             else:
                 is_valid = response.status == HTTPStatus.PARTIAL_CONTENT and found == range(1)
             if not is_valid or (found is not None and not size):
-                raise no_ranges(response)
+                raise no_range_error(response)
             if size:
-                body(response, 1)
+                read_body(response, 1)
             return version_of(response, size), seconds_since_change(response)
 
     def get(self, offset: int, length: int, version: Version) -> bytearray:
         """Return a range of a version of the object; see `Client.get`."""
         try:
             return self._get(offset, length, version)
-        except BrokenOffError as error:
+        except TruncatedError as error:
             # A cache between begins an answer with what it has of an old version, and breaks it off
             # where the store has another one.  Further attempts would end in the same way.
             with suppress(AttemptError, RefusedError, UnusableError):
-                if not self._ask()[0].is_same(version):
+                if not self._query()[0].is_same(version):
                     raise ChangedError from error
             raise
 
@@ -131,14 +131,14 @@ class WebClient:
                 raise ChangedError
             found = content_range(response)
             if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
-                raise no_ranges(response)
+                raise no_range_error(response)
             # The server may have ignored the condition, so its answer is compared as well.
             if not version_of(response, found[1]).is_same(version):
                 raise ChangedError
             if found[0] != range(offset, offset + length):
                 msg = f"found another range, expected {offset}-{offset + length - 1}"
                 raise AttemptError(msg)
-            return body(response, length)
+            return read_body(response, length)
 
     def renew(self) -> None:
         """Read the credentials again, and forget where the last redirection led.
@@ -217,7 +217,7 @@ class WebClient:
             finally:
                 response.release_conn()
         except (HTTPError, OSError) as error:
-            raise failure(error) from error
+            raise translated(error) from error
 
     def _redirected(self, source: Address, location: str) -> Address:
         """Return the target of a redirection.

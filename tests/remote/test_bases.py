@@ -57,7 +57,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the path of the overlay; the cache of the test has a directory and room of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: 1 << 30)
+    monkeypatch.setattr(CacheDirectory, "evict", lambda *_: 1 << 30)
     (tmp_path / "images").mkdir()
     return tmp_path / "images" / "vm.qed"
 

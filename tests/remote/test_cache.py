@@ -21,7 +21,7 @@ from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
-from qedfuse.remote.cacheplace import default_directory
+from qedfuse.remote.cacheroot import default_directory
 from qedfuse.remote.client import Version
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
@@ -500,7 +500,7 @@ def test_threads_make_and_remove_one_entry(tmp_path: Path) -> None:
                 with suppress(CacheError), directory.open_entry(ADDRESS, version) as entry:
                     entry.store(0, block)
                     assert entry.load(0) == block
-                directory.make_room()
+                directory.evict()
         except BaseException as error:  # noqa: BLE001  reported by the test
             failures.append(error)
 
@@ -621,13 +621,13 @@ def test_least_recently_used_entries_are_removed(tmp_path: Path) -> None:
     for name in "bac":
         entries[name].close()
     limited = CacheDirectory(CacheOptions(str(tmp_path), 5 * UNIT_BYTES // 2))
-    limited.make_room()
+    limited.evict()
     assert {name for name in entries if Path(entries[name].path).exists()} == {"d", "c"}
-    CacheDirectory(CacheOptions(str(tmp_path), 0)).make_room()
+    CacheDirectory(CacheOptions(str(tmp_path), 0)).evict()
     assert {name for name in entries if Path(entries[name].path).exists()} == {"d"}
     assert entries["d"].load(0) == some_bytes(1)
     entries["d"].close()
-    CacheDirectory(CacheOptions(str(tmp_path), 0)).make_room()
+    CacheDirectory(CacheOptions(str(tmp_path), 0)).evict()
     assert [path.name for path in tmp_path.iterdir()] == ["CACHEDIR.TAG"]
 
 
@@ -640,7 +640,7 @@ def test_opening_is_a_use(tmp_path: Path) -> None:
         paths[name] = Path(entry.path)
         entry.close()
     directory.open_entry(parse_address("https://host/a"), Version(UNIT_BYTES, '"a"')).close()
-    CacheDirectory(CacheOptions(str(tmp_path), 3 * UNIT_BYTES // 2)).make_room()
+    CacheDirectory(CacheOptions(str(tmp_path), 3 * UNIT_BYTES // 2)).evict()
     assert paths["a"].exists()
     assert not paths["b"].exists()
 
@@ -660,10 +660,10 @@ def test_entry_of_another_process_is_kept(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
-        directory.make_room()
+        directory.evict()
         assert path.exists()
         process.kill()
-    directory.make_room()
+    directory.evict()
     assert not path.exists()
 
 
@@ -677,7 +677,7 @@ def test_what_a_crash_has_left_is_removed(tmp_path: Path) -> None:
         path.mkdir()
         make_files(str(path), UNIT_BYTES)
     os.utime(old, (0, 0))
-    directory.make_room()
+    directory.evict()
     assert list(parent.iterdir()) == [new]
 
 

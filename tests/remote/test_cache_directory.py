@@ -15,14 +15,14 @@ import pytest
 import trio
 
 from qedfuse.errors import CacheError, RemoteError
-from qedfuse.remote import cachedirectory, cacheplace, localdata, room
+from qedfuse.remote import cachedirectory, cacheroot, cachespace, localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
+from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.client import ClientOptions, Version
 from qedfuse.remote.object import make_client
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import Deadlines, RemoteOptions
-from qedfuse.remote.room import Room
 from qedfuse.remote.unitfile import UNIT_BYTES, make_files
 from qedfuse.remote.webclient import WebClient
 from tests.support.remotes import DEADLINES, PATIENT, opened, read, some_bytes
@@ -89,7 +89,7 @@ def full(_path: object) -> os.statvfs_result:
 
 
 @pytest.fixture(params=["limit", "full disk"])
-def make_room(
+def evict(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Path], None]:
     """Return a function that removes all of a cache, for one reason or another."""
@@ -100,7 +100,7 @@ def make_room(
             monkeypatch.setattr(os, "statvfs", full)
         directory = CacheDirectory(CacheOptions(str(path), limit))
         for _ in range(2):
-            assert directory.make_room() == 0
+            assert directory.evict() == 0
 
     return remove_all
 
@@ -112,9 +112,7 @@ def store_one(path: Path) -> Path:
         return Path(entry.path)
 
 
-def test_other_files_of_the_named_directory(
-    make_room: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_other_files_of_the_named_directory(evict: Callable[[Path], None], tmp_path: Path) -> None:
     """In a directory with other content the cache is a subdirectory; nothing else is touched."""
     path = tmp_path / "named"
     path.mkdir()
@@ -122,14 +120,14 @@ def test_other_files_of_the_named_directory(
     before, outside = tree(path), tree(tmp_path / "outside")
     entry = store_one(path)
     assert entry.parent.parent == path / "qedfuse"
-    make_room(path)
+    evict(path)
     assert not entry.exists()
     subprocess.run(["rm", "-r", path / "qedfuse"], check=True)
     assert tree(path) == before
     assert tree(tmp_path / "outside") == outside
 
 
-def test_other_files_inside_the_cache(make_room: Callable[[Path], None], tmp_path: Path) -> None:
+def test_other_files_inside_the_cache(evict: Callable[[Path], None], tmp_path: Path) -> None:
     """Files that others put into the directory of the cache, or into an entry, are not touched."""
     path = tmp_path / "cache"
     entry = store_one(path)
@@ -147,7 +145,7 @@ def test_other_files_inside_the_cache(make_room: Callable[[Path], None], tmp_pat
         second = Path(other.path)
     assert second.parent == entry.parent
     before = tree(path)
-    make_room(path)
+    evict(path)
     after = tree(path)
     gone = {name for name in before if name not in after}
     assert gone == {name for name in before if str(path / name).startswith(str(second))}
@@ -260,21 +258,21 @@ def test_places_of_stores(monkeypatch: pytest.MonkeyPatch) -> None:
         client = make_client(
             parse_address("s3://images/disk.qed"), variables(AWS_ENDPOINT_URL=endpoint, **keys)
         )
-        places.append(client.place)
+        places.append(client.store_id)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://three")
-    places.append(make_client(parse_address("s3://images/disk.qed"), variables(**keys)).place)
+    places.append(make_client(parse_address("s3://images/disk.qed"), variables(**keys)).store_id)
     for account in ("one", "two"):
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", account)
-        places.append(make_client(parse_address("az://images/disk.qed"), ClientOptions()).place)
+        places.append(make_client(parse_address("az://images/disk.qed"), ClientOptions()).store_id)
     assert len(set(places)) == 5
     assert not [place for place in places if "SECRET" in place]
-    assert make_client(ADDRESS, ClientOptions()).place == ""
+    assert make_client(ADDRESS, ClientOptions()).store_id == ""
 
 
 def test_entries_of_stores_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry of one store is not used for the same URL of another store that is out."""
     place = "one"
-    monkeypatch.setattr(WebClient, "place", property(lambda _: place))
+    monkeypatch.setattr(WebClient, "store_id", property(lambda _: place))
     with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
         assert read(file, 0, len(CONTENT)) == CONTENT
         url = server.url
@@ -294,9 +292,9 @@ def test_entry_that_suffices_without_a_server(tmp_path: Path) -> None:
             present = sum(file.fetcher.is_stored(unit, unit) for unit in range(6))
             assert present < 6
             (entry,) = tmp_path.glob("object-*/version-*")
-            assert file.fetcher.note_sufficient()
+            assert file.fetcher.mark_usable_offline()
         with opened(server.url, tmp_path) as file:
-            assert file.fetcher.note_sufficient(), "it can be noted twice"
+            assert file.fetcher.mark_usable_offline(), "it can be noted twice"
         url = server.url
     with opened(url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, UNIT_BYTES, 2 * UNIT_BYTES) == CONTENT[UNIT_BYTES : 3 * UNIT_BYTES]
@@ -329,7 +327,7 @@ def test_opening_without_a_server_is_quick(outage: str, tmp_path: Path) -> None:
 def test_default_directory_on_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default directory is not used if its files are on a server."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cacheplace, "waits_for_server", lambda _: True)
+    monkeypatch.setattr(cacheroot, "waits_for_server", lambda _: True)
     with serving(CONTENT) as server:
         file = open_remote(parse_address(server.url), RemoteOptions(deadlines=PATIENT))
         try:
@@ -341,7 +339,7 @@ def test_default_directory_on_a_network(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_named_directory_on_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory on a server only threads of the fetcher read, and compare all they read."""
-    monkeypatch.setattr(cacheplace, "waits_for_server", lambda _: True)
+    monkeypatch.setattr(cacheroot, "waits_for_server", lambda _: True)
     monkeypatch.setattr(localdata, "waits_for_server", lambda _: True)
 
     def refuse(*_: object) -> int:
@@ -362,7 +360,7 @@ def test_named_directory_on_a_network(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_removed_directory_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader stores what it fetches also after the whole cache was removed."""
-    monkeypatch.setattr(cachedirectory, "_MAX_ROOM_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(cachedirectory, "_MAX_GRANT_BYTES", UNIT_BYTES)
     path = tmp_path / "cache"
     with serving(CONTENT) as server, opened(server.url, path) as file:
         assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
@@ -378,7 +376,7 @@ def test_removed_directory_is_made_again(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.expect_log("no room is left")
 def test_removed_files_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reader has open counts against the limit also after its removal from the cache."""
-    monkeypatch.setattr(cachedirectory, "_MAX_ROOM_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(cachedirectory, "_MAX_GRANT_BYTES", UNIT_BYTES)
     path = tmp_path / "cache"
     limit = 3 * UNIT_BYTES
     with serving(CONTENT) as server, opened(server.url, path, cache_bytes=limit) as file:
@@ -404,13 +402,13 @@ def test_entry_that_vanishes_while_room_is_made(
         return lstat(path)
 
     monkeypatch.setattr(os, "lstat", vanish)
-    assert CacheDirectory(CacheOptions(str(tmp_path), 10 * UNIT_BYTES)).make_room() > 0
+    assert CacheDirectory(CacheOptions(str(tmp_path), 10 * UNIT_BYTES)).evict() > 0
     assert entry.exists()
 
 
 def test_room_is_made_beside_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """While entries are removed for long, units are not stored, and later they are again."""
-    monkeypatch.setattr(room, "_MAX_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(cachespace, "_MAX_WAIT_SECONDS", 0.05)
     may_end, calls = threading.Event(), list[int]()
 
     def make() -> int:
@@ -418,15 +416,15 @@ def test_room_is_made_beside_the_readers(monkeypatch: pytest.MonkeyPatch) -> Non
         may_end.wait(60)
         return 100
 
-    reservations = Room(make)
+    reservations = CacheSpace(make)
     for _ in range(3):
         with reservations.reserve(10) as reason:
             assert reason == "older entries are still being removed"
-    monkeypatch.setattr(room, "_MAX_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(cachespace, "_MAX_WAIT_SECONDS", 60.0)
     assert len(calls) == 1
     may_end.set()
     for thread in threading.enumerate():
-        if thread.name == "qedfuse-room":
+        if thread.name == "qedfuse-evict":
             thread.join(60)
     with reservations.reserve(60) as reason:
         assert reason == ""
@@ -445,7 +443,7 @@ def test_room_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: threading.Thread) -> None:
         raise RuntimeError
 
-    reservations = Room(lambda: 100)
+    reservations = CacheSpace(lambda: 100)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         with reservations.reserve(10) as reason:

@@ -136,26 +136,26 @@ def test_cached_units_are_not_fetched_again(tmp_path: Path) -> None:
 def test_window_of_a_sequential_reader() -> None:
     """The window grows while units are read in order, up to the maximum, and not within a unit."""
     readers = ReadAhead()
-    windows = [readers.window(unit, unit, 32) for unit in (0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8)]
+    windows = [readers.record_read(unit, unit, 32) for unit in (0, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8)]
     assert windows == [0, 0, 1, 1, 1, 2, 4, 8, 16, 32, 32, 32]
     # Two other readers do not disturb it.
-    assert readers.window(1000, 1000, 32) == 0
-    assert readers.window(2000, 2003, 32) == 0
-    assert readers.window(9, 9, 32) == 32
-    assert readers.window(2004, 2004, 32) == 1
+    assert readers.record_read(1000, 1000, 32) == 0
+    assert readers.record_read(2000, 2003, 32) == 0
+    assert readers.record_read(9, 9, 32) == 32
+    assert readers.record_read(2004, 2004, 32) == 1
 
 
 def test_reads_of_a_sequential_reader_in_another_order() -> None:
     """Reads that the kernel has in flight may arrive in any order; others begin anew."""
     readers = ReadAhead()
-    windows = [readers.window(unit, unit + 1, 32) for unit in (0, 2, 4, 8, 6, 10, 14, 12)]
+    windows = [readers.record_read(unit, unit + 1, 32) for unit in (0, 2, 4, 8, 6, 10, 14, 12)]
     assert windows == [0, 1, 2, 4, 4, 8, 16, 16]
-    assert readers.mark(16, 31) == 23
-    assert readers.window(40, 40, 32) == 0
+    assert readers.set_marker(16, 31) == 23
+    assert readers.record_read(40, 40, 32) == 0
     # Only the marked unit, and the one after the end, show how far the reader has come.
-    assert readers.window(28, 28, 32) == 0
-    assert readers.window(22, 23, 32) == 32
-    assert readers.window(32, 32, 32) == 32
+    assert readers.record_read(28, 28, 32) == 0
+    assert readers.record_read(22, 23, 32) == 32
+    assert readers.record_read(32, 32, 32) == 32
 
 
 def test_no_window_for_random_reads() -> None:
@@ -163,7 +163,7 @@ def test_no_window_for_random_reads() -> None:
     readers = ReadAhead()
     units = list(range(0, 1000, 3))
     random.Random(1).shuffle(units)
-    assert {readers.window(unit, unit, 32) for unit in units} == {0}
+    assert {readers.record_read(unit, unit, 32) for unit in units} == {0}
 
 
 def test_fetched_ahead_of_a_sequential_reader(tmp_path: Path) -> None:

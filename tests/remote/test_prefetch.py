@@ -16,7 +16,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.mount import prefetch
 from qedfuse.mount.prefetch import Prefetch
-from qedfuse.remote import room
+from qedfuse.remote import cachespace
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.cachedirectory import CacheDirectory
 from qedfuse.remote.options import Deadlines, RemoteOptions
@@ -209,7 +209,7 @@ async def test_a_full_cache_ends_it(
 ) -> None:
     """If the cache has no more room, the prefetch ends, and says so in one line."""
     room = [4 * UNIT_BYTES]
-    monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: room.pop() if room else 0)
+    monkeypatch.setattr(CacheDirectory, "evict", lambda *_: room.pop() if room else 0)
     async with opened_disk(server.url, tmp_path / "cache") as (_, task):
         with trio.fail_after(10):
             await task.run()
@@ -246,11 +246,11 @@ async def test_room_that_is_being_made(
     server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If making room in the cache takes long, the prefetch waits for it, and stores all."""
-    monkeypatch.setattr(room, "_MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(cachespace, "_MAX_WAIT_SECONDS", 0.01)
     making, made = threading.Event(), threading.Event()
 
-    def make_room(*_: object) -> int:
-        if threading.current_thread().name == "qedfuse-room":
+    def evict(*_: object) -> int:
+        if threading.current_thread().name == "qedfuse-evict":
             making.set()
             assert made.wait(20)
         return 1 << 30
@@ -262,7 +262,7 @@ async def test_room_that_is_being_made(
         stored.append(store_held(store, first, last))
         return stored[-1]
 
-    monkeypatch.setattr(CacheDirectory, "make_room", make_room)
+    monkeypatch.setattr(CacheDirectory, "evict", evict)
     monkeypatch.setattr(UnitStore, "store_held", recorded)
     async with opened_disk(server.url, tmp_path / "cache") as (disk, task):
         assert making.is_set()

@@ -183,7 +183,7 @@ def test_limit_of_the_cache_that_is_too_low(
 async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that cannot keep the file is an error, and not a warm-up without effect."""
     room = [10 * UNIT_BYTES]
-    monkeypatch.setattr(CacheDirectory, "make_room", lambda *_: room.pop() if room else 0)
+    monkeypatch.setattr(CacheDirectory, "evict", lambda *_: room.pop() if room else 0)
     with (
         serving(some_bytes(40)) as server,
         pytest.raises(CacheError, match="found no room in the cache, expected room for what"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qedfuse.errors import RemoteError
-from qedfuse.remote import client, resolver, webanswer
+from qedfuse.remote import client, resolver, webresponse
 from qedfuse.remote import object as remote_object
 from qedfuse.remote.address import parse_address, parse_prefix
 from qedfuse.remote.client import AttemptError, ClientOptions, Version, settled_version
@@ -259,8 +259,8 @@ def test_a_date_without_a_zone_is_universal_time(monkeypatch: pytest.MonkeyPatch
                 "Date": "Thu, 01 Jan 1970 00:01:03 GMT",
             }
         )
-        assert webanswer.version_of(answer, 1).modified == 60.0
-        assert webanswer.seconds_since_change(answer) == 3.0
+        assert webresponse.version_of(answer, 1).modified == 60.0
+        assert webresponse.seconds_since_change(answer) == 3.0
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -113,7 +113,7 @@ async def open_bases(
             is_trusted = trusted is not None
             trusted = name = None
             _record_base(base, file.name, seen)
-            with _naming(file):
+            with _prefixing_errors(file):
                 found = await _format_of(
                     base, file.name, header, options.backing, is_trusted=is_trusted
                 )
@@ -155,7 +155,7 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 
 @contextmanager
-def _naming(image: HostFile) -> Iterator[None]:
+def _prefixing_errors(image: HostFile) -> Iterator[None]:
     """Put the name of an image before the message of an error of a server in the ``with`` block.
 
     The class stays, so that a script can distinguish an outage from a base that cannot be used.
@@ -229,7 +229,7 @@ async def _open_url_base(
                 f"local file (allow it with backing_url={address.server})"
             )
             raise BackingRefusedError(msg)
-        with _naming(image):
+        with _prefixing_errors(image):
             return await open_url(url, remote)
     except UsageError as error:
         msg = f"{image.name}: backing file {error}"

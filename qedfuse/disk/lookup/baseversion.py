@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import ReadableFile
 
 
-class Version(NamedTuple):
+class FileVersion(NamedTuple):
     """A version of one file.
 
     Attributes:
@@ -27,7 +27,7 @@ class Version(NamedTuple):
     size: int
     validator: str
 
-    def is_other(self, new: Version) -> bool:
+    def differs_from(self, new: FileVersion) -> bool:
         """Return whether ``new`` is another version of a file on a server."""
         if not (self.validator and new.validator):
             return self.size != new.size
@@ -46,8 +46,8 @@ class BaseVersions(NamedTuple):
         remote: The bases on servers, by the checksum of the URL.
     """
 
-    local: Version | None
-    remote: dict[str, Version]
+    local: FileVersion | None
+    remote: dict[str, FileVersion]
 
     def encode(self, name: str) -> bytes:
         """Return the record for an image whose first base has the name ``name`` in the image."""
@@ -71,10 +71,10 @@ class BaseVersions(NamedTuple):
             for line in body.decode().split("\n"):
                 if line.startswith("u"):
                     url, size, validator = line.split(" ", 2)
-                    remote[url] = Version(int(size, 16), validator)
+                    remote[url] = FileVersion(int(size, 16), validator)
                 else:
                     size, validator = line.split(" ", 1)
-                    local = Version(int(size, 16), validator)
+                    local = FileVersion(int(size, 16), validator)
         except ValueError:
             return None
         return cls(local, remote)
@@ -90,16 +90,16 @@ def versions_of(bases: Sequence[ReadableFile]) -> BaseVersions:
     local = None if is_url(first.path) else version_of_status(first.stat())
     # The identity of a file on a server has the URL, the size and the validator.
     remote = {
-        url_checksum(base.path): Version(base.size(), str(base.identity[-1]))
+        url_checksum(base.path): FileVersion(base.size(), str(base.identity[-1]))
         for base in bases
         if is_url(base.path)
     }
     return BaseVersions(local, remote)
 
 
-def version_of_status(status: os.stat_result) -> Version:
+def version_of_status(status: os.stat_result) -> FileVersion:
     """Return the version of a local file with the attributes ``status``."""
-    return Version(status.st_size, f"{status.st_mtime_ns:x}.{status.st_ino:x}")
+    return FileVersion(status.st_size, f"{status.st_mtime_ns:x}.{status.st_ino:x}")
 
 
 def _checksum(name: str, body: bytes) -> int:

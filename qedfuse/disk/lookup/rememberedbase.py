@@ -42,7 +42,7 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qedfuse.disk.lookup.baseversion import Version
+    from qedfuse.disk.lookup.baseversion import FileVersion
     from qedfuse.hostio.hostfile import HostFile
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _compare(
     for base in bases:
         url = url_checksum(base.path)
         expected, found = old.remote.get(url), new.remote.get(url)
-        if expected is not None and found is not None and expected.is_other(found):
+        if expected is not None and found is not None and expected.differs_from(found):
             msg = (
                 f"{image.name}: backing file {base.name}: found {found}, expected {expected} as "
                 "when the image was made over it (base_changed accepts it)"
@@ -117,7 +117,7 @@ def _compare(
         _warn_if_changed(image, bases[0], old.local, new.local)
 
 
-def _warn_if_changed(image: HostFile, base: HostFile, old: Version, new: Version) -> None:
+def _warn_if_changed(image: HostFile, base: HostFile, old: FileVersion, new: FileVersion) -> None:
     """Log that a local base has another size or time of modification than the one remembered.
 
     A base that was copied with its times, as from a backup, has another inode only.

@@ -22,7 +22,7 @@ from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import identity_of
 from qedfuse.mount.images.naming import shown_source
-from qedfuse.remote.address import is_export, is_url, parse_address, require_storable
+from qedfuse.remote.address import is_nbd_url, is_url, parse_address, require_storable
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
             cluster_size=disk.header.cluster_size,
             table_size=disk.header.table_size,
             backing=source,
-            backing_is_raw=is_wrapped and is_export(source),
+            backing_is_raw=is_wrapped and is_nbd_url(source),
             mode=0o600,
             versions=versions_of(files[1:] if is_wrapped else files),
         )

@@ -106,9 +106,9 @@ async def publish(
         lock = LockMode.to_read(share=options.force_share) if options.lock else None
         fd = open_locked(source, lock)
         stack.callback(os.close, fd)
-        file = _File(fd, source)
+        file = _Source(fd, source)
         if not flatten:
-            _refuse_unfit(file)
+            _require_publishable(file)
         upload = Upload(
             address, file, file.size, connection, overwrite=overwrite, progress=progress
         )
@@ -116,7 +116,7 @@ async def publish(
         return Published(address.url, uploaded.size, uploaded.version)
 
 
-class _File:
+class _Source:
     """The file that is published, which must not change."""
 
     def __init__(self, fd: int, path: str) -> None:
@@ -166,7 +166,7 @@ def _address_in_store(url: str) -> Address:
     return address
 
 
-def _refuse_unfit(file: _File) -> None:
+def _require_publishable(file: _Source) -> None:
     """Refuse an image that other machines could not use.
 
     Raises:

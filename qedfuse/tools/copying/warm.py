@@ -88,19 +88,19 @@ async def warm(
         else:
             file = await stack.enter_async_context(open_image(url, None, options.remote))
             layers = [RawLayer(file)]
-        parts = [
-            _Part(layer.file, layer, 0 if depth else probed)
+        files = [
+            _NeededFile(layer.file, layer, 0 if depth else probed)
             for depth, layer in enumerate(layers)
             if isinstance(layer.file, RemoteFile)
         ]
-        for part in parts:
-            part.units.add_tables()
-        _refuse_excess(url, parts, options.remote.cache_bytes)
-        for part in parts:
-            await part.fill(lambda _: None)
-            await part.units.add_data()
-        _refuse_excess(url, parts, options.remote.cache_bytes)
-        total = sum(part.units.total_bytes for part in parts)
+        for item in files:
+            item.units.add_tables()
+        _require_within_limit(url, files, options.remote.cache_bytes)
+        for item in files:
+            await item.fill(lambda _: None)
+            await item.units.add_data()
+        _require_within_limit(url, files, options.remote.cache_bytes)
+        total = sum(item.units.total_bytes for item in files)
         done = 0
 
         def report(length: int) -> None:
@@ -109,12 +109,12 @@ async def warm(
             if progress is not None:
                 progress(done, total)
 
-        for part in parts:
-            await part.fill(report)
-        return [part.result() for part in parts]
+        for item in files:
+            await item.fill(report)
+        return [item.result() for item in files]
 
 
-class _Part:
+class _NeededFile:
     """One file of the chain, and which of its units are needed."""
 
     def __init__(self, file: RemoteFile, layer: Layer, fetched_before: int) -> None:
@@ -155,13 +155,13 @@ class _Part:
             self._file.name,
             self.units.total_bytes,
             self._fetched_before + fetcher.fetched_bytes,
-            is_complete=fetcher.note_sufficient(),
+            is_complete=fetcher.mark_usable_offline(),
         )
 
 
-def _refuse_excess(url: str, parts: list[_Part], max_bytes: int | None) -> None:
+def _require_within_limit(url: str, files: list[_NeededFile], max_bytes: int | None) -> None:
     """Raise CacheError if the cache may not become as large as what is needed."""
-    total = sum(part.units.total_bytes for part in parts)
+    total = sum(item.units.total_bytes for item in files)
     if max_bytes is not None and total > max_bytes:
         msg = (
             f"{parse_address(url).shown}: found {total} bytes to keep in the cache, expected at "

@@ -17,33 +17,33 @@ _MAX_WAIT_SECONDS: Final = 2.0
 can take longer, and a reader waits until its unit is stored."""
 
 
-class Room:
+class CacheSpace:
     """Counts what may still be stored in the cache.
 
     Threads may use the object concurrently.
     """
 
-    def __init__(self, make_room: Callable[[], int]) -> None:
+    def __init__(self, evict: Callable[[], int]) -> None:
         """Look for room at the first reservation.
 
         Args:
-            make_room: Makes room in the cache; returns how many bytes may be stored before it must
+            evict: Makes room in the cache; returns how many bytes may be stored before it must
                 be called again, 0 for none.  Called by one thread at a time.
         """
-        self._make_room = make_room
+        self._evict = evict
         self._changed = threading.Condition()
         # All that follows is protected by the condition.
         self._free = 0  # bytes that may be reserved
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
-        self._taken = 0  # bytes that `make_room`, which is running, may have overlooked
+        self._taken = 0  # bytes that `evict`, which is running, may have overlooked
         self._refused = _RETRY_BYTES  # bytes since room was looked for
-        self._is_making = False
-        self._last_moment = 0.0  # until when reservations wait for `make_room`
+        self._is_evicting = False
+        self._last_moment = 0.0  # until when reservations wait for `evict`
 
     @property
-    def is_making(self) -> bool:
+    def is_evicting(self) -> bool:
         """Whether room is being made, so that a reservation that fails may succeed soon."""
-        return self._is_making
+        return self._is_evicting
 
     @contextmanager
     def reserve(self, length: int) -> Iterator[str]:
@@ -63,9 +63,9 @@ class Room:
     def _take(self, length: int) -> str:
         """Reserve some bytes; return why that was not possible, or nothing."""
         with self._changed:
-            if length > self._free and not self._is_making and self._refused >= _RETRY_BYTES:
-                self._start()
-            while length > self._free and self._is_making:
+            if length > self._free and not self._is_evicting and self._refused >= _RETRY_BYTES:
+                self._start_eviction()
+            while length > self._free and self._is_evicting:
                 seconds = self._last_moment - time.monotonic()
                 if seconds <= 0 or not self._changed.wait(seconds):
                     return "older entries are still being removed"
@@ -78,23 +78,23 @@ class Room:
             self._taken += length
             return ""
 
-    def _start(self) -> None:
+    def _start_eviction(self) -> None:
         """Make room in a thread; the caller holds the lock."""
-        self._is_making = True
+        self._is_evicting = True
         self._taken = self._storing
         self._last_moment = time.monotonic() + _MAX_WAIT_SECONDS
         try:
-            threading.Thread(target=self._make, name="qedfuse-room", daemon=True).start()
+            threading.Thread(target=self._run_eviction, name="qedfuse-evict", daemon=True).start()
         except (RuntimeError, MemoryError):  # the host has no thread
-            self._is_making = False
+            self._is_evicting = False
 
-    def _make(self) -> None:
+    def _run_eviction(self) -> None:
         """Make room, and count it: the main function of the thread."""
         free = 0
         try:
-            free = self._make_room()
+            free = self._evict()
         finally:
             with self._changed:
                 self._free = free - self._taken
-                self._is_making = False
+                self._is_evicting = False
                 self._changed.notify_all()

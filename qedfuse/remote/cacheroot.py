@@ -76,7 +76,7 @@ def prepare_directory(path: str) -> str:
     return path
 
 
-def asks_server(path: str) -> bool:
+def directory_waits_for_server(path: str) -> bool:
     """Return whether access to a directory may wait for a server (NFS, FUSE).
 
     Raises:

@@ -40,7 +40,7 @@ _ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
 _MAX_READ_BYTES: Final = 1 << 18
 
 
-class BrokenOffError(AttemptError):
+class TruncatedError(AttemptError):
     """The server has ended an answer before its end."""
 
 
@@ -71,11 +71,11 @@ def seconds_since_change(response: BaseHTTPResponse) -> float | None:
     return None if modified is None or now is None else now - modified
 
 
-def body(response: BaseHTTPResponse, length: int) -> bytearray:
+def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
     """Return the body, which must have ``length`` bytes.
 
     Raises:
-        BrokenOffError: The body is shorter.
+        TruncatedError: The body is shorter.
         AttemptError: The body is longer.
         UnusableError: The body is encoded.
     """
@@ -95,10 +95,10 @@ def body(response: BaseHTTPResponse, length: int) -> bytearray:
             part = response.read1(min(_MAX_READ_BYTES, length - done), decode_content=False)
         except ProtocolError as error:
             msg = f"found an answer that breaks off, expected {length} bytes"
-            raise BrokenOffError(msg) from error
+            raise TruncatedError(msg) from error
         if not part:
             msg = f"found {done} bytes, expected {length}"
-            raise BrokenOffError(msg)
+            raise TruncatedError(msg)
         view[done : done + len(part)] = part
         done += len(part)
     # A body without a length in its header ends with its last chunk, or with the connection.
@@ -108,14 +108,14 @@ def body(response: BaseHTTPResponse, length: int) -> bytearray:
     return content
 
 
-def no_ranges(response: BaseHTTPResponse) -> UnusableError:
+def no_range_error(response: BaseHTTPResponse) -> UnusableError:
     """Return the error for a server that ignores ``Range``."""
     return UnusableError(
         f"found HTTP status {response.status} without a range, expected a server of ranges"
     )
 
 
-def failure(error: Exception) -> Exception:
+def translated(error: Exception) -> Exception:
     """Return the exception of `qedfuse.remote.client` for a request without a whole answer."""
     about = ""
     while isinstance(error, ProxyError):
