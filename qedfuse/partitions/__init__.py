@@ -1,1 +1,1 @@
-"""Partition tables of a disk: bytes to values, without any I/O of their own."""
+"""Parsers of partition tables; the caller passes the function that reads the disk."""

@@ -1,8 +1,8 @@
 """GUID partition tables (UEFI specification, chapter 5).
 
-A table has a primary header in sector 1 and a backup in the last sector of the disk.  Each has
-checksums of itself and of the entries.  As in sfdisk, the backup is used if the primary one is
-damaged.
+A table is stored twice: the header of the primary table is in sector 1, that of the backup table in
+the last sector of the disk.  Each header has one checksum of the header and one of the entries.  As
+in sfdisk, the backup table is used if the primary table is damaged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
 
 SECTOR_SIZES: Final = (512, 4096)
-"""The sizes of sectors for which a table is looked for, in bytes."""
+"""Sector sizes in bytes, tried in this order until a table is found."""
 _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
-"""Maximum length of the entries; the specification asks for at least 16 KiB."""
+"""Maximum length of all entries together; the specification reserves at least 16 KiB."""
 _MAX_PARTITIONS: Final = 255
-"""Maximum number of a partition, as in Linux."""
+"""The highest number that a partition can have in Linux."""
 
 _HEADER: Final[Any] = Struct(
     "signature" / Const(b"EFI PART"),
@@ -66,7 +66,7 @@ _ENTRIES: Final[Any] = GreedyRange(
 
 
 class _Table(NamedTuple):
-    """A header whose checksums are right, and its entries."""
+    """A header and its entries; both checksums of the header were correct."""
 
     header: Any
     entries: list[Any]
@@ -75,8 +75,8 @@ class _Table(NamedTuple):
 async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the GUID partition table of a disk of ``size`` bytes; None if there is none.
 
-    As for Linux, the first sector must have a protective entry, without which another program has
-    replaced the table.
+    As in Linux, the first sector must be a boot record with a protective entry.  If the entry is
+    missing, a program that knows only DOS tables may have replaced the GPT without erasing it.
 
     Raises:
         QedError: The disk cannot be read.
@@ -109,7 +109,7 @@ async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
 async def _read_table(
     read: ReadDisk, sector: int, sector_bytes: int, last_sector: int
 ) -> _Table | None:
-    """Return the table whose header is in a sector; None if there is none, or it is damaged."""
+    """Return the table whose header is in ``sector``; None if it is missing or damaged."""
     if not 1 <= sector <= last_sector:
         return None
     raw = await read(sector * sector_bytes, sector_bytes)
@@ -119,7 +119,7 @@ async def _read_table(
         return None
     if not _HEADER_BYTES <= header.header_bytes <= sector_bytes:
         return None
-    # The checksum is computed with the field of the checksum itself as zeros.
+    # The checksum of the header is computed with zeros in the field that holds the checksum.
     checked = raw[:16] + bytes(4) + raw[20 : header.header_bytes]
     length = header.entry_count * header.entry_bytes
     sectors = -(-length // sector_bytes)
@@ -141,7 +141,7 @@ async def _read_table(
 def _partitions(
     entries: list[Any], sector_bytes: int, last_sector: int, problems: list[str]
 ) -> list[Partition]:
-    """Return the partitions in a list of entries."""
+    """Return the partitions in a list of entries; add to ``problems`` what is wrong with them."""
     found = []
     for number, entry in enumerate(entries, 1):
         if entry.type == bytes(16):
@@ -159,5 +159,5 @@ def _partitions(
 
 
 def _uuid(raw: bytes) -> str:
-    """Return a UUID as sfdisk writes it; the first three parts are little-endian."""
+    """Return a stored UUID as sfdisk writes it; its first three fields are little-endian."""
     return str(UUID(bytes_le=raw)).upper()

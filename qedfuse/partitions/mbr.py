@@ -1,8 +1,8 @@
 """DOS partition tables: the master boot record, and the chain of extended boot records.
 
 Partitions are numbered as Linux numbers them (``block/partitions/msdos.c``): the four entries of
-the master boot record are 1 to 4, also if some are empty, and logical partitions follow from 5 in
-the order of the chain.
+the master boot record have the numbers 1 to 4, also if an entry is empty.  Logical partitions have
+numbers from 5 on, in the order of the chain.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
 
 SECTOR_BYTES: Final = 512
-"""The bytes of a boot record, and the sector in which the table counts."""
+"""Length in bytes of a boot record, and of the sectors in which a DOS table counts."""
 PROTECTIVE_TYPE: Final = 0xEE
-"""The type of the entry that protects a GPT from programs that know only this table."""
+"""Type of the entry by which programs that know only DOS tables take a GPT disk for full."""
 _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
 _MAX_LOGICAL: Final = 251
-"""Maximum number of logical partitions; Linux has at most 255 partitions on a disk."""
+"""Maximum number of logical partitions: in Linux the highest number of a partition is 255."""
 _MAX_EMPTY_RECORDS: Final = 100
-"""Maximum number of records in a row without a partition, as in Linux."""
+"""Number of consecutive records without a partition after which one more record is read."""
 
 _ENTRY: Final[Any] = Struct(
     "boot" / Int8ul,
-    Padding(3),  # the first sector as cylinder, head and sector, which nothing uses any more
+    Padding(3),  # the first sector as cylinder, head and sector, which no program uses any more
     "type" / Int8ul,
     Padding(3),
     "start" / Int32ul,
@@ -67,16 +67,15 @@ class Record(NamedTuple):
 
     @property
     def is_protective(self) -> bool:
-        """Whether the record belongs to a GPT."""
+        """Whether an entry protects a GPT."""
         return any(entry.type == PROTECTIVE_TYPE for entry in self.entries)
 
 
 def parse_record(sector: bytes) -> Record | None:
     """Return the boot record in the first 512 bytes of a sector; None if there is none.
 
-    A file system without a partition table may have the magic number of a boot record as well.
-    Then the bytes of the four entries are program code, as the first byte of an entry shows, which
-    can only be 0 or 0x80.
+    The boot sector of a file system can have the same magic number, with program code in place of
+    the entries.  So a sector in which an entry begins with a byte other than 0 and 0x80 is refused.
     """
     try:
         found = _RECORD.parse(sector)
@@ -91,8 +90,9 @@ def parse_record(sector: bytes) -> Record | None:
 async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the DOS partition table of a disk of ``size`` bytes; None if there is none.
 
-    A table without a partition counts as none unless it has an identifier, because the boot sector
-    of a file system can look like one.
+    Returns None also if the first sector protects a GPT.  A boot record without partitions counts
+    as a table only if the record has an identifier, because the boot sector of a file system can
+    look like an empty table.
 
     Raises:
         QedError: The disk cannot be read.
@@ -115,7 +115,8 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
         found = _partition(number, entry, entry.start, sectors, problems)
         if found is not None:
             partitions.append(found)
-            # Like sfdisk, and unlike Linux, use only the first extended partition.
+            # Like sfdisk, and unlike Linux, use only one extended partition: here the first in
+            # which a logical partition was found.
             if entry.is_extended and not logical:
                 chain = _logical(read, entry, sectors, problems)
                 logical += [partition async for partition in chain]
@@ -127,7 +128,15 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
 def _partition(
     number: int, entry: Entry, start: int, sectors: int, problems: list[str]
 ) -> Partition | None:
-    """Return the partition that begins at the sector ``start``, cut at the end of the disk."""
+    """Return the partition of an entry, cut at the end of the disk; None if it begins outside.
+
+    Args:
+        number: The number of the partition.
+        entry: The entry.
+        start: The first sector of the partition, counted from the beginning of the disk.
+        sectors: Number of sectors of the disk.
+        problems: Gets a clause if the partition begins outside of the disk, or was cut.
+    """
     if start >= sectors or not start:
         problems.append(f"partition {number}: begins outside of the disk, at sector {start}")
         return None
@@ -150,33 +159,34 @@ async def _logical(
 ) -> AsyncIterator[Partition]:
     """Yield the logical partitions in an extended one.
 
-    Each extended boot record has an entry for one logical partition, which counts from this record,
-    and an entry for the next record, which counts from the beginning of the extended partition.
+    Each extended boot record has an entry for one logical partition, whose ``start`` is relative to
+    this record, and an entry for the next record, whose ``start`` is relative to the beginning of
+    the extended partition.  An error in the chain is added to ``problems``.
     """
-    at = extended.start
+    sector = extended.start
     seen: set[int] = set()
     number = 5
-    empty = 0
-    while number < 5 + _MAX_LOGICAL and empty <= _MAX_EMPTY_RECORDS:
-        if at in seen or at >= sectors:
-            what = "a loop" if at in seen else f"sector {at} outside of the disk"
-            problems.append(f"extended partition: the chain of records leads to {what}")
+    empty_records = 0
+    while number < 5 + _MAX_LOGICAL and empty_records <= _MAX_EMPTY_RECORDS:
+        if sector in seen or sector >= sectors:
+            target = "a loop" if sector in seen else f"sector {sector} outside of the disk"
+            problems.append(f"extended partition: the chain of records leads to {target}")
             return
-        seen.add(at)
-        record = parse_record(await read(at * SECTOR_BYTES, SECTOR_BYTES))
+        seen.add(sector)
+        record = parse_record(await read(sector * SECTOR_BYTES, SECTOR_BYTES))
         if record is None:
-            problems.append(f"extended partition: sector {at} is no boot record")
+            problems.append(f"extended partition: sector {sector} is no boot record")
             return
-        empty += 1
+        empty_records += 1
         for entry in record.entries[:2]:
             if entry.length and entry.type and not entry.is_extended:
-                found = _partition(number, entry, at + entry.start, sectors, problems)
+                found = _partition(number, entry, sector + entry.start, sectors, problems)
                 if found is not None:
                     yield found
                 number += 1
-                empty = 0
-        following = next((entry for entry in record.entries if entry.is_extended), None)
-        if following is None:
+                empty_records = 0
+        next_record = next((entry for entry in record.entries if entry.is_extended), None)
+        if next_record is None:
             return
-        at = extended.start + following.start
+        sector = extended.start + next_record.start
     problems.append("extended partition: the chain of records is too long")

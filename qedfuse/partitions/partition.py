@@ -1,4 +1,4 @@
-"""A partition, and how the parsers of tables read the disk."""
+"""Partitions and partition tables, and the function by which the parsers read the disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 ReadDisk: TypeAlias = Callable[[int, int], Awaitable[bytes]]
-"""Reads a number of bytes at a guest offset, both within the disk; returns exactly that many."""
+"""Called with a guest offset and a length, a range within the disk; returns all its bytes."""
 
 Scheme: TypeAlias = Literal["dos", "gpt"]
-"""The kind of a partition table, by its name in sfdisk."""
+"""The kind of a partition table, by the name that sfdisk uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,16 @@ class Partition:
     """A partition that lies within the disk.
 
     Attributes:
-        number: Its number, by which Linux names its device: 1 for ``sda1``.
-        start: Guest offset of its first byte.
-        length: Its length in bytes, at least one sector.
-        type: Its type, as sfdisk writes it: two hexadecimal digits (``dos``), or a UUID (``gpt``).
+        number: The number by which Linux names the partition's device: 1 for ``sda1``.
+        start: Guest offset of the first byte.
+        length: Length in bytes, at least one sector.
+        type: The type, as sfdisk writes it: one or two hexadecimal digits (``dos``), or a UUID
+            (``gpt``).
         uuid: The UUID of the partition; empty for ``dos``.
-        name: The name that the table gives it; empty for ``dos``.
-        bootable: Whether it is marked as bootable (``dos``).
-        is_container: Whether it only contains logical partitions, and is no disk by itself.
+        name: The name that is stored in the table; empty for ``dos``.
+        bootable: Whether the table marks the partition as bootable (``dos``).
+        is_container: Whether the partition is an extended one, which only contains logical
+            partitions.
     """
 
     number: int
@@ -39,7 +41,7 @@ class Partition:
 
     @property
     def end(self) -> int:
-        """Guest offset just past its last byte."""
+        """Guest offset just past the last byte."""
         return self.start + self.length
 
 
@@ -50,7 +52,7 @@ class PartitionTable:
     Attributes:
         scheme: The kind of the table.
         id: The disk's identifier: ``0x`` and eight hexadecimal digits (``dos``), or a UUID.
-        sector_bytes: Bytes in a sector, in which the table counts.
+        sector_bytes: Length in bytes of the sectors in which the table counts.
         partitions: The partitions in the order of their numbers.
         problems: What is wrong with the table, each as a clause for a message.
     """

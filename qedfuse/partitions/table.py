@@ -1,4 +1,4 @@
-"""Reading the partition table of a disk, of whatever kind."""
+"""Reading the partition table of a disk: a GPT or a DOS table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 async def read_table(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the partition table of a disk of ``size`` bytes.
 
-    Returns None if the disk has none, for example because a file system begins at its first
-    sector.  The table is untrusted: whatever its content, at most a few hundred sectors and some
-    MiB are read.
+    Returns None if the disk has no table, for example because a file system begins at the first
+    sector.  The table is untrusted: whatever its content, at most 26,000 boot records, or 4 MiB of
+    the entries of a GPT, are read.
 
     Raises:
         QedError: The disk cannot be read.

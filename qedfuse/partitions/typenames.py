@@ -56,5 +56,5 @@ _GPT: Final[Mapping[str, str]] = {
 
 
 def type_name(scheme: Scheme, code: str) -> str:
-    """Return the name of a type as `Partition.type` has it; ``unknown`` if it has none here."""
+    """Return the name of the type ``code`` (`Partition.type`); ``unknown`` if no table has it."""
     return (_DOS if scheme == "dos" else _GPT).get(code, "unknown")

@@ -37,11 +37,11 @@ decide whether to accept an untrusted image.
 
 --allocation reads all tables, and counts the clusters of data and of zeros.
 
---partitions reads the partition table of the disk, with its backing files, and looks for
-file systems with blkid.
+--partitions reads the partition table of the disk, also from backing files, and finds
+the file systems with blkid.
 
 IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others.  If QEMU is
-installed, IMAGE may also be in one of its other formats, such as qcow2 or VMDK."""
+installed, IMAGE may also be in one of QEMU's other formats, such as qcow2 or VMDK."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,16 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Describe the image, or with ``--backing-chain`` the whole chain; return 0."""
-    form: FormatChoice = arguments.format or "auto"
+    image_format: FormatChoice = arguments.format or "auto"
     if arguments.backing_chain:
-        images = run_async(_chain, arguments, form)
-    elif is_url(arguments.image) or (form == "auto" and foreign_driver_of(arguments.image)):
-        images = [run_async(_any, arguments, form)]
+        images = run_async(_describe_chain, arguments, image_format)
+    elif is_url(arguments.image) or (image_format == "auto" and foreign_driver_of(arguments.image)):
+        images = [run_async(_describe_any, arguments, image_format)]
     else:
         lock = LockMode.to_read(share=arguments.force_share)
-        images = [describe(arguments.image, form, lock=lock)]
+        images = [describe(arguments.image, image_format, lock=lock)]
     described = [(image, _details(arguments, image)) for image in images]
-    partitions = run_async(_partitions, arguments, form) if arguments.partitions else None
+    partitions = run_async(_partitions, arguments, image_format) if arguments.partitions else None
     if arguments.output == "json":
         values: list[dict[str, Any]] = [json_value(*item) for item in described]
         if partitions is not None:
@@ -89,25 +89,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _partitions(arguments: argparse.Namespace, form: FormatChoice) -> PartitionInfo:
+async def _partitions(arguments: argparse.Namespace, image_format: FormatChoice) -> PartitionInfo:
     """Return the partitions of the disk."""
     from qedfuse.tools.inspection.partitioninfo import describe_partitions  # noqa: PLC0415  imported late: plain info must not load it
 
-    return await describe_partitions(arguments.image, form, common.open_options(arguments))
+    return await describe_partitions(arguments.image, image_format, common.open_options(arguments))
 
 
-async def _any(arguments: argparse.Namespace, form: FormatChoice) -> ImageInfo:
+async def _describe_any(arguments: argparse.Namespace, image_format: FormatChoice) -> ImageInfo:
     """Return the description of an image that is a URL, or in a format that QEMU reads."""
     from qedfuse.tools.inspection.chaininfo import describe_any  # noqa: PLC0415  imported late: plain info must not load it
 
-    return await describe_any(arguments.image, form, common.open_options(arguments))
+    return await describe_any(arguments.image, image_format, common.open_options(arguments))
 
 
-async def _chain(arguments: argparse.Namespace, form: FormatChoice) -> list[ImageInfo]:
+async def _describe_chain(
+    arguments: argparse.Namespace, image_format: FormatChoice
+) -> list[ImageInfo]:
     """Return the descriptions of an image and its backing files, the image first."""
     from qedfuse.tools.inspection.chaininfo import describe_chain  # noqa: PLC0415  imported late: plain info must not load it
 
-    return await describe_chain(arguments.image, form, common.open_options(arguments))
+    return await describe_chain(arguments.image, image_format, common.open_options(arguments))
 
 
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:

@@ -29,9 +29,9 @@ lists all extents, with qemu-img's keys.
 If a table entry points nowhere, the content of its range is unknown, and the exit code
 is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.
 
---output picture and svg show how the disk is laid out in the file of IMAGE, a QED
-image: data has the colour of its place on the disk, in the order of the disk and in that
-of the file, so a fragmented file shows a mixture of colours.
+--output picture and svg draw the disk and the file of IMAGE, a QED image.  In both, data
+has the colour of its position on the disk, so a fragmented file shows a mixture of
+colours.
 
 IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
@@ -116,7 +116,7 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 
 async def _layout(arguments: argparse.Namespace, cells: int, on_progress: Progress) -> Layout:
-    """Return how the image is laid out, in as many cells for the file and for the disk."""
+    """Return the layout of the image in ``cells`` cells of the file and as many of the disk."""
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  as above
     from qedfuse.hostio.imagefile import read_header  # noqa: PLC0415  as above
     from qedfuse.tools.inspection.layout import read_layout  # noqa: PLC0415  as above
@@ -146,8 +146,8 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
     """Print the extents that the fast map can list; return what was printed.
 
     The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
-    that it cannot list.  Nothing is printed if the image has no fast map, or if the options exclude
-    it.
+    that it cannot list.  Nothing is printed if the image is a URL or has no fast map, or if the
+    options need the slow path.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
@@ -175,7 +175,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:
-    """Return whether ``-q`` suppresses the list; ``-q`` suppresses text but no JSON."""
+    """Return whether ``-q`` suppresses the list; ``-q`` suppresses text, but not JSON."""
     return bool(arguments.quiet) and arguments.output == "human"
 
 

@@ -1,8 +1,8 @@
 """The colours of the pictures of ``qedimg map``: one for each cell of the file and of the disk.
 
-Data has the colour of its place on the disk, blue at the beginning and red at the end, in both
-parts of the picture.  So a file in the order of the disk shows the same colours in the same order,
-and a fragmented one a mixture.
+In both parts of the picture, data has the colour of its position on the disk, from blue for the
+beginning to red for the end.  So a file whose data is in the order of the disk shows the colours in
+the same order as the disk, and a fragmented file shows a mixture of colours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ZEROS: Final[Color] = (120, 120, 120)
 BASE: Final[Color] = (75, 60, 35)
 EMPTY: Final[Color] = (35, 35, 35)
 _FIRST_HUE: Final = 2 / 3
-"""The hue of the beginning of the disk: blue; that of its end is 0: red."""
+"""The hue of the beginning of the disk: blue.  The hue of the end is 0: red."""
 
 
 class Cell(NamedTuple):
@@ -34,13 +34,16 @@ class Cell(NamedTuple):
 
 
 def data_color(position: float) -> Color:
-    """Return the colour of data at a place on the disk, from 0 for its beginning to 1."""
+    """Return the colour of data at a position on the disk, from 0 (beginning) to 1 (end)."""
     red, green, blue = colorsys.hsv_to_rgb(_FIRST_HUE * (1 - position), 0.85, 0.95)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def file_cells(layout: Layout) -> list[Cell]:
-    """Return the cells of the file: tables, data or nothing, whichever is most of each cell."""
+    """Return the cells of the file.
+
+    A cell shows tables or data, whichever has more clusters, and is empty if it has neither.
+    """
     totals = layout.cell_clusters(len(layout.data), of_file=True).tolist()
     found = []
     parts = zip(
@@ -59,18 +62,24 @@ def file_cells(layout: Layout) -> list[Cell]:
 
 
 def disk_cells(layout: Layout) -> list[Cell]:
-    """Return the cells of the disk: data, zeros or neither, whichever is most of each."""
+    """Return the cells of the disk.
+
+    A cell shows data or zeros, whichever has more clusters; if it has neither, it shows the base,
+    or a hole if the image has no base.
+    """
     cells = len(layout.disk_data)
     totals = layout.cell_clusters(cells, of_file=False).tolist()
     rest = Cell(BASE, "b") if layout.has_base else Cell(EMPTY, ".")
     found = []
-    places = np.linspace(0, 1, cells).tolist()
-    parts = zip(totals, layout.disk_data.tolist(), layout.disk_zeros.tolist(), places, strict=True)
-    for total, data, zeros, place in parts:
+    positions = np.linspace(0, 1, cells).tolist()
+    parts = zip(
+        totals, layout.disk_data.tolist(), layout.disk_zeros.tolist(), positions, strict=True
+    )
+    for total, data, zeros, position in parts:
         if data and data >= zeros:
             share = data / total
             character = "#" if share > 0.5 else "+"  # noqa: PLR2004  a half
-            found.append(Cell(_mixed(data_color(place), share, rest.color), character))
+            found.append(Cell(_mixed(data_color(position), share, rest.color), character))
         elif zeros:
             found.append(Cell(_mixed(ZEROS, zeros / total, rest.color), "0"))
         else:
@@ -79,7 +88,7 @@ def disk_cells(layout: Layout) -> list[Cell]:
 
 
 def _mixed(color: Color, share: float, other: Color = EMPTY) -> Color:
-    """Return a mixture of two colours; even a small share of the first one can be seen."""
+    """Return a mixture of two colours, in which even a small share of ``color`` is visible."""
     weight = 0.35 + 0.65 * min(1.0, share)
     red, green, blue = (
         round(one * weight + two * (1 - weight)) for one, two in zip(color, other, strict=True)

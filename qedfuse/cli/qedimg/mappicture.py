@@ -1,4 +1,4 @@
-"""``qedimg map --output picture`` and ``svg``: how a disk is laid out in its image."""
+"""``qedimg map --output picture`` and ``svg``: pictures of a disk and of its image file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LINE_PIXELS: Final = 22
 
 
 def terminal_columns() -> int:
-    """Return how many cells fit into a line of the terminal."""
+    """Return how many cells fit into a line of the terminal; at least 20."""
     return max(20, shutil.get_terminal_size((_DEFAULT_COLUMNS, 24)).columns)
 
 
@@ -84,7 +84,7 @@ def _row(cells: Sequence[Cell], *, colored: bool) -> str:
 
 
 def _background(color: Color) -> str:
-    """Return the escape sequence for the colour of the next characters' background (ECMA-48)."""
+    """Return the escape sequence (ECMA-48) for the background colour of the next characters."""
     return "\033[48;2;{};{};{}m".format(*color)
 
 
@@ -141,7 +141,7 @@ def _svg_legend(layout: Layout) -> Iterator[tuple[str, Color]]:
 
 
 def _grid(cells: Sequence[Cell], y: int) -> str:
-    """Return the cells of one part: for each colour a path, whose lines are as wide as a cell."""
+    """Return one part as an SVG group: for each colour a path with strokes one cell high."""
     lines: dict[str, list[str]] = {}
     for row in range(0, len(cells), SVG_COLUMNS):
         x = 0
@@ -151,14 +151,14 @@ def _grid(cells: Sequence[Cell], y: int) -> str:
             width = len(list(run))
             lines.setdefault(color, []).append(f"M{x} {row // SVG_COLUMNS}h{width}")
             x += width
-    # A line has its middle at its coordinate, so the grid is moved by half a cell.
+    # SVG centres a stroke on its coordinate, so the grid is moved by half a cell.
     move = f"translate(0 {y}) scale({_CELL_PIXELS}) translate(0 .5)"
     paths = [f'<path stroke="{color}" d="{"".join(parts)}"/>' for color, parts in lines.items()]
     return "\n".join([f'<g transform="{move}" shape-rendering="crispEdges">', *paths, "</g>"])
 
 
 def _code(color: Color) -> str:
-    """Return a colour in four bits for each part, which keeps the document short."""
+    """Return a colour as ``#RGB``, which keeps the document short."""
     red, green, blue = (round(part / 17) for part in color)
     return f"#{red:x}{green:x}{blue:x}"
 

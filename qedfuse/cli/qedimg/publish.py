@@ -1,4 +1,4 @@
-"""``qedimg publish``: copy an image to an object store, for any number of machines."""
+"""``qedimg publish``: copy an image to an object store, from which other machines mount it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ with the file.  URL is s3://BUCKET/KEY, gs://BUCKET/KEY or az://CONTAINER/KEY.  
 appears when it is complete.  An image with a backing file is refused, unless --flatten makes
 one image of the chain first.
 
-The last line of the output is the command that mounts a disk of this machine's own over the
-published image.  Credentials come from the environment (AWS_ACCESS_KEY_ID,
+The last line of the output is a command that mounts a new writable disk over the published
+image.  Credentials come from the environment (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and others)."""
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Publish the image, print how to use it, and return 0.
+    """Publish the image, print the object and a command that mounts it, and return 0.
 
     Raises:
         QedError: The image was not published.
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with progress(arguments, "Publishing") as on_progress:
 
-        async def work() -> Published:
+        async def copy() -> Published:
             return await publish(
                 arguments.image,
                 arguments.url,
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
                 progress=on_progress,
             )
 
-        result = run_async(work)
+        result = run_async(copy)
     version = f" (versionId {result.version})" if result.version else ""
     print_line(arguments, f"{result.url}: {result.size} bytes, compared with the file{version}")
     print_line(arguments, f"qedfuse -o overlay=vm1.qed {shlex.quote(result.url)} /mnt/vm1")

@@ -30,25 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fetch the image, print what the cache has then, and return 0.
+    """Fetch the image, print how much of each file is in the cache, and return 0.
 
     Raises:
-        QedError: Not all was fetched.
+        QedError: The image or a backing file was not fetched completely.
     """
     from qedfuse.tools.copying.warm import warm  # noqa: PLC0415  imported late: --help must not load it
 
     with progress(arguments, "Fetching") as on_progress:
 
-        async def work() -> list[WarmedFile]:
+        async def fetch() -> list[WarmedFile]:
             options = common.open_options(arguments)
             return await warm(arguments.url, options, progress=on_progress)
 
-        files = run_async(work)
+        files = run_async(fetch)
     for file in files:
-        whole = ", no server is needed to read it" if file.is_complete else ""
+        server_note = ", no server is needed to read it" if file.is_complete else ""
         print_line(
             arguments,
             f"{file.url}: {file.cached_bytes} bytes in the cache, fetched now: "
-            f"{file.fetched_bytes}{whole}",
+            f"{file.fetched_bytes}{server_note}",
         )
     return 0

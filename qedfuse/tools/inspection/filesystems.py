@@ -1,7 +1,7 @@
-"""What a partition holds: the file system, its label and its UUID, as blkid(8) finds them.
+"""The file system in a partition, with its label and UUID, as blkid(8) recognises them.
 
 blkid gets a file in memory with the beginning and the end of the partition, where the file systems
-that it knows have their superblocks; the rest of the file is a hole.
+that blkid knows have their superblocks; the rest of the file is a hole.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
 
 _HEAD_BYTES: Final = 2 << 20
-"""How much of the beginning blkid gets.  ZFS has its labels in the first and last half MiB."""
+"""How many bytes of the beginning blkid gets.  ZFS has labels in the first and last 512 KiB."""
 _TAIL_BYTES: Final = 1 << 20
 _TIMEOUT_SECONDS: Final = 10.0
 _MAX_OUTPUT_BYTES: Final = 1 << 16
 _PROGRAM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where blkid is looked for; the path of an ordinary user may lack the first directory."""
+"""Where blkid is looked for; the PATH of an ordinary user may lack the first directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSystem:
-    """A file system, or what else blkid knows, such as swap space or an encrypted volume.
+    """What blkid has recognised: a file system, or for example swap or an encrypted volume.
 
     Attributes:
         type: The type by its name in blkid: ``ext4``, ``ntfs``, ``swap``.
@@ -41,7 +41,7 @@ class FileSystem:
 
 
 async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSystem | None:
-    """Return what is in a range of a disk; None if blkid is missing or does not know it.
+    """Return the file system in a range of a disk; None if blkid is missing or recognises none.
 
     Args:
         read: Reads the disk.
@@ -58,7 +58,7 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
 
 
 def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:
-    """Return what blkid finds in a file of ``length`` bytes with this beginning and end."""
+    """Return what blkid recognises in ``length`` bytes with ``head`` first and ``tail`` last."""
     try:
         fd = os.memfd_create("partition", os.MFD_CLOEXEC)
         with open(fd, "r+b", buffering=0) as file:  # noqa: PTH123  a descriptor
@@ -66,7 +66,7 @@ def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSyste
             file.write(head)
             file.seek(tail_at)
             file.write(tail)
-            found = subprocess.run(  # noqa: S603  a fixed program, which gets a descriptor
+            completed = subprocess.run(  # noqa: S603  a fixed program, which gets a descriptor
                 ["blkid", "--probe", "--output", "export", f"/proc/self/fd/{fd}"],  # noqa: S607
                 pass_fds=(fd,),
                 stdin=subprocess.DEVNULL,
@@ -78,11 +78,11 @@ def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSyste
             )
     except (OSError, subprocess.SubprocessError):
         return None
-    return _parse(found.stdout[:_MAX_OUTPUT_BYTES]) if found.returncode == 0 else None
+    return _parse(completed.stdout[:_MAX_OUTPUT_BYTES]) if completed.returncode == 0 else None
 
 
 def _parse(output: bytes) -> FileSystem | None:
-    """Return what the lines ``NAME=VALUE`` of blkid say; None if they name no type."""
+    """Return the file system in blkid's lines ``NAME=VALUE``; None if no line is ``TYPE=``."""
     lines = output.decode(errors="replace").splitlines()
     values = dict(line.split("=", 1) for line in lines if "=" in line)
     if "TYPE" not in values:

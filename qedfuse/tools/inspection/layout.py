@@ -1,8 +1,8 @@
-"""How a disk is laid out in its image: a summary for a picture.
+"""The layout of a disk in its image, summarised for a picture.
 
-The file and the disk are each divided into a number of cells of equal length.  All L2 tables are
-read, slice by slice, and their entries counted by arrays, so that a full disk of 1 TiB with 16.7
-million entries takes about a second.
+The file and the disk are each divided into cells of nearly equal length, and the clusters of each
+cell are counted.  All L2 tables are read, slice by slice, and numpy counts the entries of a slice
+in a few operations, so that a full disk of 1 TiB with 16.7 million entries takes about a second.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ class Layout:
         has_base: Whether the image has a backing file, from which unallocated clusters are read.
         tables: For each cell of the file the number of its clusters with the header or tables.
         data: For each cell of the file the number of its clusters with data.
-        positions: For each cell of the file with data the place on the disk of one of its
-            clusters, from 0 for the beginning of the disk to 1 for its end; otherwise 0.
+        positions: For each cell of the file with data the position on the disk of one of the cell's
+            clusters, from 0 for the beginning of the disk to 1 for its end; for other cells 0.
         disk_data: For each cell of the disk the number of its clusters with data.
         disk_zeros: For each cell of the disk the number of its zero clusters.
-        runs: Number of runs of data: clusters that follow each other on the disk and in the file.
-        bad: Number of entries that are invalid, which are not counted elsewhere.
+        runs: Number of runs of data.  In a run each cluster follows the one before, both on the
+            disk and in the file.
+        bad: Number of invalid entries of the L1 and L2 tables; the other attributes leave them out.
     """
 
     file_clusters: int
@@ -78,20 +79,20 @@ class Layout:
         return max(0, self.file_clusters - self.table_clusters - self.data_clusters)
 
     def cell_clusters(self, cells: int, *, of_file: bool) -> Counts:
-        """Return the number of clusters in each of the cells of the file or of the disk."""
+        """Return the number of clusters in each of ``cells`` cells of the file or of the disk."""
         total = self.file_clusters if of_file else self.disk_clusters
         return np.diff(_edges(total, cells))
 
 
 def _edges(total: int, cells: int) -> Counts:
-    """Return the first cluster of each cell, and the end of the last one."""
+    """Return the number of the first cluster of each cell, and last the end, ``total``."""
     # A cluster c is in the cell c * cells // total.
     return -(-np.arange(cells + 1, dtype=np.int64) * total // cells)
 
 
 @dataclass
 class _Counter:
-    """Counts the entries of L2 tables; see `Layout` for the attributes that it has too."""
+    """Counts clusters by cells; `Layout` describes the attributes that both classes have."""
 
     header: Header
     file_clusters: int
@@ -104,7 +105,7 @@ class _Counter:
     disk_zeros: Counts = field(init=False)
     runs: int = 0
     bad: int = 0
-    _next: tuple[int, int] = (-1, -1)  # the guest and the file cluster that would continue the run
+    _next: tuple[int, int] = (-1, -1)  # the guest and the file cluster that would continue a run
 
     def __post_init__(self) -> None:
         """Begin with nothing counted."""
@@ -137,7 +138,8 @@ class _Counter:
         cells = self.file_cells
         where = clusters * cells // self.file_clusters
         self.data += np.bincount(where, minlength=cells)
-        # One cluster of each cell stands for all: a mean would hide that a cell is a mixture.
+        # Each cell gets the position of one of its clusters.  A mean of distant positions would be
+        # a position from which the cell has no data.
         self.positions[where] = guest / self.disk_clusters
         breaks = (np.diff(guest) != 1) | (np.diff(clusters) != 1)
         self.runs += int(breaks.sum()) + ((int(guest[0]), int(clusters[0])) != self._next)
@@ -156,8 +158,8 @@ async def read_layout(
     Args:
         file: The image.
         header: The header of the image.
-        file_cells: Into how many cells the file is divided; fewer if it has fewer clusters.
-        disk_cells: Into how many cells the disk is divided; fewer if it has fewer clusters.
+        file_cells: Maximum number of cells of the file; a cell has at least one cluster.
+        disk_cells: Maximum number of cells of the disk; a cell has at least one cluster.
         progress: Called with the number of L2 tables read so far and in all.
 
     Raises:
@@ -184,7 +186,7 @@ async def read_layout(
     entries = header.geometry.entries
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
         start = index * entries
-        # The entries of clusters past the end of the disk mean nothing.
+        # Entries of clusters past the end of the disk are not used, and so not counted.
         wanted = max(0, min(entries, disk_clusters - start)) * ENTRY_BYTES
         async for first, values in read_table(file, table, wanted):
             invalid = np.zeros(len(values), bool)

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PartitionInfo:
-    """What a disk is divided into.
+    """The partitions of a disk, and the file systems in them.
 
     Attributes:
         table: The partition table; None if the disk has none.
-        file_systems: What each partition holds, by its number.  Without a table, what the whole
-            disk holds is under 0.  What is not known is missing.
+        file_systems: The file systems, by the number of the partition; without a partition table,
+            the file system of the whole disk by the number 0.  A partition in which blkid
+            recognises no file system is left out.
     """
 
     table: PartitionTable | None
@@ -37,12 +38,14 @@ async def describe_partitions(
     """Read the partition table of a disk, and find the file systems.
 
     Args:
-        path: A QED image, whose bases are read as well, or a raw file; or a URL.
+        path: An image, whose bases are read as well, or a regular file or block device with raw
+            content; or a URL.
         image_format: Format of the file; ``auto`` detects it.
         options: How to open the file.
 
     Raises:
-        UsageError: The format is ``auto`` and the file is an image of a foreign format.
+        UsageError: The format is ``auto`` and a URL or a block device has an image of a foreign
+            format, or the URL is not valid.
         QedError: The file or a base cannot be opened, locked or read.
     """
     async with open_source(path, image_format, options) as source:

@@ -1,4 +1,4 @@
-"""Reading some bytes of a disk, wherever they are stored."""
+"""Reading a small range of a disk, whose bytes may be in several files of the chain."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
     This is for small ranges: the whole result is in memory, and nothing is read ahead.
 
     Raises:
-        CorruptImageError: A table entry for part of the range is bad.
-        HostError: The host cannot read a file, or a file ends before the bytes.
+        CorruptImageError: A table entry for part of the range is invalid.
+        HostError: A file cannot be read, or ends before the end of the data.
     """
     result = bytearray(length)
     at, end = start, start + length
@@ -38,7 +38,7 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
 
 
 def _read(source: Source, reader: BlockingReader, offset: int, view: memoryview) -> None:
-    """Fill a view from a file.
+    """Fill ``view`` from the file offset ``offset``; the call blocks.
 
     Raises:
         HostError: The file cannot be read, or ends too early.
