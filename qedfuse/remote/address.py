@@ -1,7 +1,7 @@
 """The address of an object: a URL of an object store, a web server or an NBD server, normalised.
 
-Two URLs of the same object become the same address wherever that can be known without asking the
-server, so that addresses can be compared, and can name entries of the cache.
+Equivalent spellings of a URL give equal addresses, as far as the equivalence can be decided without
+a request to the server.  So addresses can be compared, and can identify entries of the cache.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Address:
 
     Attributes:
         scheme: One of `STORES`, `WEB` or `NBD`.
-        host: Name of the bucket or container; for a server, its host and, unless it is the default
-            of the scheme, its port; empty for a socket of this machine.
+        host: Name of the bucket or container; or the host of the server, followed by ``:PORT``
+            unless the port is the default of the scheme; empty for a Unix socket.
         path: Path of the object, or name of the export, escaped as in a URL, without a slash at the
             beginning.
-        query: Query of the URL of a server, without ``?``.  That of a web server may be a secret,
-            so it is in no message.
+        query: Query of the URL of a web server or an NBD server, without ``?``.  The query for a
+            web server may be a secret, so no message contains it.
         version: Version of an object in a store; empty for the latest.
     """
 
@@ -71,13 +71,13 @@ class Address:
 
     @property
     def server(self) -> str:
-        """The URL that stands for all objects of the server, bucket or container, for messages."""
+        """The prefix of the URLs of all objects of the server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""
         return printable(f"{self.scheme}://{self.host}/{query}")
 
     @property
     def shown(self) -> str:
-        """The URL for messages, without its query."""
+        """The URL for messages, with ``?...`` for the query of a web server."""
         if self.is_nbd:
             return printable(self.url)
         query = "..." if self.query else self._version_query
@@ -92,7 +92,7 @@ class Address:
 
     @property
     def key(self) -> str:
-        """The path without escapes, as object stores name the object."""
+        """The path without escapes: the key by which an object store knows the object."""
         return unquote_to_bytes(self.path).decode()
 
     @property
@@ -112,7 +112,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether the host is the machine itself, by its name or its IP address."""
+        """Whether the host is ``localhost`` or a loopback address."""
         name = urlsplit(f"//{self.host}").hostname or ""
         try:
             return ipaddress.ip_address(name).is_loopback
@@ -123,7 +123,7 @@ class Address:
 def is_url(text: str) -> bool:
     """Return whether ``text`` begins with a scheme and ``://``, so that it is not a path.
 
-    ``file://`` is no such scheme, because a path follows ``file:`` as in QEMU.
+    ``file://`` does not count, because a path follows ``file:``, as in QEMU.
     """
     return _URL_START.match(text) is not None
 
@@ -135,7 +135,7 @@ def is_nbd_url(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a file for messages: a URL without its query and its user."""
+    """Return the name of a file for messages; a URL loses its user and a query for a web server."""
     if not is_url(name):
         return printable(name)
     try:
@@ -145,12 +145,12 @@ def shown_name(name: str) -> str:
 
 
 def without_secrets(name: str) -> str:
-    """Return the name of a local file unchanged, and a URL without its query and its user."""
+    """Return the name of a local file unchanged, and a URL as `shown_name` returns it."""
     return shown_name(name) if is_url(name) else name
 
 
 def require_local(name: str) -> None:
-    """Return if a file is a local one, which can be written to.
+    """Refuse a URL as the name of a file that will be written to.
 
     Raises:
         UsageError: The name is a URL.
@@ -161,13 +161,14 @@ def require_local(name: str) -> None:
 
 
 def require_storable(name: str, hint: str = "") -> None:
-    """Return if an image may store the name of its backing file, for all who may read the image.
+    """Refuse the name of a backing file that an image must not store.
 
-    A query may be a secret, and it may expire.
+    Every user who may read the image can read the name, and the query of a URL may be a secret.
+    The query may also expire.
 
     Args:
         name: The name of the backing file.
-        hint: What the user can do instead.
+        hint: The end of the message: what the user can do instead.
 
     Raises:
         UsageError: The name is a URL with a query, or a URL that is not valid.
@@ -181,7 +182,7 @@ def require_storable(name: str, hint: str = "") -> None:
 
 
 def parse_address(text: str) -> Address:
-    """Return the address that a URL stands for.
+    """Return the address of the object that a URL names.
 
     Raises:
         UsageError: The URL is not valid, its scheme is unknown, or it names no object.
@@ -193,10 +194,11 @@ def parse_address(text: str) -> Address:
 
 
 def parse_prefix(text: str) -> Address:
-    """Return the address that stands for all objects whose URLs begin with ``text``.
+    """Return the address of a prefix, which stands for all objects below it (`is_below`).
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or it has a query.
+        UsageError: The URL is not valid, its scheme is unknown, or it has a query that is not one
+            for an NBD server.
     """
     address = _parse(text)
     if address.may_have_secret or address.version:
@@ -205,7 +207,10 @@ def parse_prefix(text: str) -> Address:
 
 
 def is_below(address: Address, prefix: Address) -> bool:
-    """Return whether a prefix, which ends with a whole name of the path, allows an address."""
+    """Return whether an address is ``prefix`` itself, or lies below it.
+
+    A prefix ends with a whole component of the path: ``/gold`` does not cover ``/golden``.
+    """
     if (address.scheme, address.host) != (prefix.scheme, prefix.host):
         return False
     if address.is_nbd and address.query != prefix.query:  # another socket, or another certificate
@@ -216,7 +221,11 @@ def is_below(address: Address, prefix: Address) -> bool:
 
 
 def _parse(text: str) -> Address:
-    """Return the address for a URL whose path may be empty."""
+    """Return the address for a URL, whose path may be empty.
+
+    Raises:
+        UsageError: The URL is not valid, or its scheme is unknown.
+    """
     match = _URL_START.match(text)
     scheme = match[1].lower() if match else ""
     if scheme not in (*STORES, *WEB, *NBD):

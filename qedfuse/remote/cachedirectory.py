@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import Version
 
 _FREE_FRACTION: Final = 0.05
-"""The part of the file system that the cache leaves free."""
+"""The fraction of the file system that the cache leaves free."""
 _MAX_GRANT_BYTES: Final = 64 << 20
-"""How many bytes may be stored at most before the limits of the cache are looked at again."""
+"""How many bytes may be stored at most before the limits of the cache are checked again."""
 _MAX_CREATION_SECONDS: Final = 60.0
-"""After this time, a directory in which an entry is being made is one that a crash has left."""
+"""Maximum age of a directory in which an entry is being made; a crash has left an older one."""
 _MAX_ATTEMPTS: Final = 5
-"""How often an entry is opened or made while other processes make or remove the same one."""
+"""Maximum number of attempts to open or make an entry that other processes make or remove."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
 )
-"""Errors of opening an entry that is missing or is none."""
+"""Errors of opening an entry that is missing or damaged, or a file that is no entry."""
 _RACES: Final = (errno.EWOULDBLOCK, errno.EEXIST, errno.ENOTEMPTY)
-"""Errors of an entry that another process makes or removes at the same time."""
+"""Errors of opening or making an entry that another process makes or removes concurrently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class CacheOptions:
     """Where the cache is, and how large it may become.
 
     Attributes:
-        directory: The directory of the cache.  It is made if it is missing.
-        max_bytes: Maximum space of the cache; None for as much as leaves a part of the file
-            system free.
+        directory: The directory of the cache, which is made if it is missing.
+        max_bytes: Maximum disk space of the cache; None for no maximum.  In both cases the cache
+            leaves 5 % of the file system free.
     """
 
     directory: str
@@ -71,8 +71,7 @@ class CacheOptions:
 class CacheDirectory:
     """Finds, makes and removes the entries of a cache.
 
-    An object is known by its URL and by the store that the URL's name of a bucket belongs to
-    (`Client.store_id`).
+    An object is identified by its URL and by the store that has the bucket (`Client.store_id`).
     """
 
     def __init__(self, options: CacheOptions) -> None:
@@ -86,7 +85,10 @@ class CacheDirectory:
         self._max_bytes = options.max_bytes
 
     def waits_for_server(self) -> bool:
-        """Return whether calls on files of the cache may wait for a server; True if unknown."""
+        """Return whether calls on files of the cache may wait for a server (NFS, FUSE).
+
+        Returns True also if the host does not show that.
+        """
         try:
             return directory_waits_for_server(self._path)
         except OSError:
@@ -95,10 +97,10 @@ class CacheDirectory:
     def open_entry(self, address: Address, version: Version, store_id: str = "") -> UnitFile:
         """Open the entry for a version of an object; make the entry if it is missing.
 
-        An entry that cannot be used is removed first.
+        A damaged entry is replaced by a new one.
 
         Raises:
-            CacheError: The host refused, or something else has the name of the entry.
+            CacheError: The host refused, or a file that is no entry has the name of the entry.
         """
         number = 1
         while True:
@@ -114,7 +116,7 @@ class CacheDirectory:
             time.sleep(_RETRY_PAUSE_SECONDS)
 
     def _open_or_make(self, parent: str, path: str, address: Address, version: Version) -> UnitFile:
-        """Open an entry, or make it; remove one that cannot be used.
+        """Open the entry ``path``; make it if it is missing, and replace it if it is damaged.
 
         Raises:
             OSError: The host refused, or another process makes or removes the entry.
@@ -137,10 +139,11 @@ class CacheDirectory:
     def offline_entries(
         self, address: Address, store_id: str = ""
     ) -> Iterator[tuple[Version, UnitFile]]:
-        """Yield the entries of an object that can be used without a server, the last used first.
+        """Yield the entries of an object that can be used without a server, opened.
 
-        These are entries with all units, or with as many as `mark_usable_offline` has noted.  The
-        caller closes each entry.  Entries that cannot be read are left out.
+        These are the entries with all units, or with at least as many as `mark_usable_offline` has
+        recorded.  The most recently used entry comes first.  The caller closes each entry.  Entries
+        that cannot be read are skipped.
         """
         parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):
@@ -158,14 +161,15 @@ class CacheDirectory:
     def evict(self, unlinked_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 
-        A directory of the cache that was removed is made again.
+        The directory of the cache is made again if it was removed.
 
         Args:
-            unlinked_bytes: The space that open files take up which were removed from the cache.
+            unlinked_bytes: Disk space of files that the caller has open, and that were removed from
+                the cache.
 
         Returns:
-            How many bytes may be stored before the next call; 0 if the cache is at a limit
-            although all other entries were removed, or if the host refuses.
+            How many bytes may be stored before the next call; 0 if the cache is still at a limit,
+            or if the host refuses.
         """
         try:
             self._path = prepare_directory(self._given)
@@ -179,7 +183,7 @@ class CacheDirectory:
             return 0
 
     def _must_evict(self, entry: Entry, used: int) -> bool:
-        """Return whether an entry must be removed while ``used`` bytes are in use.
+        """Return whether an entry must be removed while the cache takes up ``used`` bytes.
 
         Raises:
             OSError: The host refused.
@@ -189,19 +193,21 @@ class CacheDirectory:
         return self._free_bytes(used) <= 0
 
     def _free_bytes(self, used: int) -> int:
-        """Return how many bytes may be stored; a negative number if the cache is too large.
+        """Return how many bytes may be stored; negative if the cache is above a limit.
+
+        ``used`` is the disk space of the cache in bytes.
 
         Raises:
             OSError: The host refused.
         """
-        room = _MAX_GRANT_BYTES
+        free = _MAX_GRANT_BYTES
         host = os.statvfs(self._path)
-        if host.f_blocks:  # some file systems do not say how large they are
+        if host.f_blocks:  # some file systems do not report their size
             kept = int(host.f_blocks * _FREE_FRACTION)
-            room = (host.f_bavail - kept) * host.f_frsize
+            free = (host.f_bavail - kept) * host.f_frsize
         if self._max_bytes is not None:
-            room = min(room, self._max_bytes - used)
-        return room
+            free = min(free, self._max_bytes - used)
+        return free
 
     def _directory_of(self, address: Address, store_id: str) -> str:
         """Return the directory for the entries of an object."""
@@ -210,6 +216,6 @@ class CacheDirectory:
 
 
 def mark_used(entry: UnitFile) -> None:
-    """Record that an entry is used now."""
+    """Record the present time as that of the last use of an entry, if the host permits it."""
     with suppress(OSError):
         os.utime(entry.path)

@@ -1,8 +1,8 @@
 """The files of one entry of the cache: how they are made, described and removed.
 
-An entry is the directory DIRECTORY/object-HASH/version-HASH, or new-HASH while it is made or
-removed.  Directories with other names, and files with other names in an entry, are never touched,
-and no symbolic link is followed.
+An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
+removed, its name is new-RANDOM.  Directories with other names, and files with other names in an
+entry, are never removed, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Entry(NamedTuple):
     """An entry in the directory of the cache, as it was when the directory was read.
 
     Attributes:
-        used: Time of the last use in nanoseconds, or when the entry was made.
+        used: Time of the last use or of the creation, in nanoseconds since 1970.
         path: The directory of the entry.
-        length: The space in bytes that its data takes up.
+        length: Disk space in bytes that the data of the entry takes up.
     """
 
     used: int
@@ -57,11 +57,11 @@ class Entry(NamedTuple):
 
 
 class EntryMetadata(NamedTuple):
-    """What an entry says about itself.
+    """The metadata of an entry, which its file ``about.json`` has.
 
     Attributes:
         version: The version of the object.
-        needed_units: How many units the entry must have to be used without a server.
+        needed_units: Number of units that the entry must have to be used without a server.
     """
 
     version: Version
@@ -78,7 +78,10 @@ def list_objects(directory: str) -> list[str]:
 
 
 def list_entries(parents: list[str]) -> list[Entry]:
-    """Return the entries in directories of objects, the last used one last."""
+    """Return the entries in directories of objects, the most recently used one last.
+
+    What cannot be read is skipped.
+    """
     found = []
     for parent in parents:
         with suppress(OSError):
@@ -90,13 +93,19 @@ def list_entries(parents: list[str]) -> list[Entry]:
 
 
 def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
-    """Make an empty entry ``path`` in the directory of an object, which is made if it is missing.
+    """Make an empty entry ``path`` in the directory ``parent``, which is made if it is missing.
 
-    Others see the entry only when it is whole.
+    Other processes find the entry only when it is complete.
+
+    Args:
+        parent: The directory for the entries of an object.
+        path: The directory of the entry.
+        shown: The URL of the object without secrets, for people who look into the cache.
+        version: The version of the object.
 
     Raises:
-        OSError: The host refused, another process has made the entry, or something else has the
-            name of one of the directories.
+        OSError: The host refused, another process has made the entry, or one of the paths is that
+            of a file which is no directory.
     """
     with suppress(FileExistsError):
         os.mkdir(parent, 0o700)  # noqa: PTH102  str paths
@@ -115,11 +124,11 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
 
 
 def read_metadata(path: str) -> EntryMetadata:
-    """Return what an entry says about itself.
+    """Return the metadata of the entry ``path``.
 
     Raises:
         OSError: The host refused.
-        ValueError: The file is damaged.
+        ValueError: The metadata are damaged, or are those of another version.
     """
     try:
         about = _read_json(path)
@@ -135,24 +144,24 @@ def read_metadata(path: str) -> EntryMetadata:
 
 
 def mark_usable_offline(entry: UnitFile) -> bool:
-    """Note that an entry has all units that readers need; return whether that was done.
+    """Record that an entry has all units that readers need; return whether that succeeded.
 
-    Only the number of units is noted, so an entry that loses some of them does not suffice any
-    more, until it has as many again.
+    Only the number of units is recorded, so an entry that loses units cannot be used without a
+    server until it has that number again.
     """
     try:
-        _note_needed(entry.path, entry.count_present(0, entry.units - 1))
+        _record_needed_units(entry.path, entry.count_present(0, entry.units - 1))
     except (OSError, ValueError):
         return False
     return True
 
 
-def _note_needed(path: str, units: int) -> None:
-    """Note that an entry can be used without a server while it has ``units`` units.
+def _record_needed_units(path: str, units: int) -> None:
+    """Record that an entry can be used without a server while it has ``units`` units.
 
     Raises:
         OSError: The host refused.
-        ValueError: The description of the entry is damaged.
+        ValueError: The metadata of the entry are damaged.
     """
     read_metadata(path)
     about = _read_json(path) | {"needed_units": units}
@@ -164,12 +173,12 @@ def _note_needed(path: str, units: int) -> None:
 
 
 def discard_entry(path: str) -> None:
-    """Give an entry that cannot be used another name, and remove it if no process has it open.
+    """Rename a damaged entry, and remove it if no process has it open.
 
-    Processes that have it open go on with the files that they have.
+    Processes that have the entry open keep using the open files.
 
     Raises:
-        OSError: The host refused, or something else has the name of an entry (ENOTDIR).
+        OSError: The host refused, or ``path`` is no directory (ENOTDIR).
     """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -177,9 +186,10 @@ def discard_entry(path: str) -> None:
 
 
 def remove_entry(path: str) -> bool:
-    """Remove an entry that no process has open; return whether that was done.
+    """Remove an entry that no process has open; return whether it was removed.
 
-    The host may refuse; then a part of the entry may be left, under another name.
+    An entry with files that are not the cache's is kept.  If the host refuses, a part of the entry
+    may be left, under another name.
     """
     fd = -1
     try:
@@ -188,8 +198,8 @@ def remove_entry(path: str) -> bool:
         fd = _open_data(path)
         if fd >= 0:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # From here on a process that opens the data waits for no lock, but finds the entry busy.
-        # It is renamed first, so that the files of a new entry of the same name are never removed.
+        # From here on, opening the entry fails with EWOULDBLOCK.  The entry is renamed before its
+        # files are removed, because another process may make a new entry of the same name.
         _remove_files(_rename_aside(path))
     except OSError:
         return False
@@ -207,7 +217,7 @@ def entry_name(version: Version) -> str:
 
 
 def name_hash(text: str) -> str:
-    """Return a part of a directory's name, which differs for all texts."""
+    """Return the hash of ``text`` for the name of a directory, as 32 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -220,7 +230,7 @@ def _directories(path: str, name: re.Pattern[str]) -> Iterator[os.DirEntry[str]]
 
 
 def _data_bytes(path: str) -> int:
-    """Return the space in bytes that the data of an entry takes up; 0 if there is none."""
+    """Return the disk space in bytes of the data of an entry; 0 if there is no data file."""
     try:
         return allocated_bytes(os.lstat(os.path.join(path, DATA_NAME)))  # noqa: PTH118  str paths
     except OSError:
@@ -228,7 +238,10 @@ def _data_bytes(path: str) -> int:
 
 
 def _open_data(path: str) -> int:
-    """Open the data of an entry; return -1 if no process can have it open as an entry.
+    """Open the data file of an entry; return its descriptor.
+
+    Returns -1 if there is no such file, or if it is a link, a directory or a socket, which no
+    process can have open as the data of an entry.
 
     Raises:
         OSError: The host refused.
@@ -245,12 +258,12 @@ def _open_data(path: str) -> int:
 
 
 def _new_path(parent: str) -> str:
-    """Return a path by which no process looks for an entry."""
+    """Return a new path in ``parent``, under which no process looks for an entry."""
     return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
 
 
 def _rename_aside(path: str) -> str:
-    """Give an entry a new name, by which no process looks for it; return the new path.
+    """Rename an entry so that no process finds it any more; return the new path.
 
     Raises:
         OSError: The host refused.
@@ -261,7 +274,10 @@ def _rename_aside(path: str) -> str:
 
 
 def _remove_files(path: str) -> None:
-    """Remove the files of an entry, and its directory if there is nothing else in it."""
+    """Remove the files of an entry, and its directory if that is empty then.
+
+    Errors of the host are ignored.
+    """
     with suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -279,11 +295,11 @@ def _remove_files(path: str) -> None:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    """Return the content of an entry's description.
+    """Return the content of the file ``about.json`` of an entry.
 
     Raises:
         OSError: The host refused.
-        ValueError: The file is damaged.
+        ValueError: The file is no JSON object.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(os.path.join(path, _METADATA_NAME), flags)  # noqa: PTH118  str paths
@@ -299,7 +315,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _write_private(path: str, about: dict[str, Any]) -> None:
-    """Write a new file that only this user can read.
+    """Write metadata to a new file that only this user can read.
 
     Raises:
         OSError: The host refused.

@@ -1,4 +1,4 @@
-"""The directory of the cache: private, marked, and apart from files that are not the cache's."""
+"""The root directory of the cache: private, marked, and without files that are not the cache's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qedfuse.hostio.systemcalls import waits_for_server
 from qedfuse.text import printable
 
 OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
-"""The names of the directories for objects."""
+"""The names of the directories for objects, each with the entries of one object."""
 
 _NAME: Final = "qedfuse"
-"""The cache's directory in a directory that has other content."""
+"""The name of the cache in the user's directory for caches, and in one with other content."""
 _TAG_NAME: Final = "CACHEDIR.TAG"
 _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -43,19 +43,20 @@ def default_directory() -> str:
 
 
 def prepare_directory(path: str) -> str:
-    """Return the directory for the cache at ``path``; make and mark it if that was not done.
+    """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    The directory itself is used if it is empty, marked, or has nothing but a cache.  If it has
-    other content, the cache is its subdirectory ``qedfuse``, so that no file of others is near.
+    The directory is ``path`` if that is missing, empty, marked, or has only what a cache has.  If
+    ``path`` has other content, the directory is its subdirectory ``qedfuse``, so that the cache is
+    apart from other files.
 
     Raises:
-        CacheError: The directory cannot be used, other users can change it, or it has other content
-            and its subdirectory as well.
+        CacheError: The directory cannot be used, other users can change it, or both ``path`` and
+            its subdirectory have other content.
     """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)  # noqa: PTH103  str paths
         _require_private(path, os.stat(path))  # noqa: PTH116  str paths
-        if not _is_own(path):
+        if not _is_cache(path):
             path = os.path.join(path, _NAME)  # noqa: PTH118  str paths
             with suppress(FileExistsError):
                 os.mkdir(path, 0o700)  # noqa: PTH102  str paths
@@ -63,7 +64,7 @@ def prepare_directory(path: str) -> str:
             if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             _require_private(path, status)
-            if not _is_own(path):
+            if not _is_cache(path):
                 msg = (
                     f"{printable(path)}: cache directory: found other files, "
                     "expected an empty directory"
@@ -101,8 +102,8 @@ def _require_private(path: str, status: os.stat_result) -> None:
         raise CacheError(msg)
 
 
-def _is_own(path: str) -> bool:
-    """Return whether a directory is marked as this cache, or has nothing but a cache.
+def _is_cache(path: str) -> bool:
+    """Return whether a directory is marked as this cache, or has only what a cache has.
 
     Raises:
         OSError: The host refused.
@@ -115,18 +116,18 @@ def _is_own(path: str) -> bool:
         finally:
             os.close(fd)
     with os.scandir(path) as found:
-        return all(_may_be_own(entry) for entry in found)
+        return all(_is_cache_file(entry) for entry in found)
 
 
-def _may_be_own(entry: os.DirEntry[str]) -> bool:
-    """Return whether a directory entry may have been made by this module or by the cache."""
-    if entry.name == _TAG_NAME:  # perhaps cut by a crash
+def _is_cache_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether a directory entry has the name and the type of one that a cache has."""
+    if entry.name == _TAG_NAME:  # a crash may have cut its content
         return entry.is_file(follow_symlinks=False)
     return bool(OBJECT_NAME.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)
 
 
 def _mark(path: str) -> None:
-    """Mark a directory as this cache if it has no mark, and the host permits it."""
+    """Make the file that marks a directory as this cache, unless it exists or the host refuses."""
     with suppress(OSError):
         fd = _open_tag(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -136,7 +137,11 @@ def _mark(path: str) -> None:
 
 
 def _open_tag(path: str, flags: int) -> int:
-    """Open the file that marks a cache, and no symbolic link; return the descriptor."""
+    """Open the file that marks a cache, without following a link; return the descriptor.
+
+    Raises:
+        OSError: The host refused, or the file is a symbolic link.
+    """
     return os.open(
         os.path.join(path, _TAG_NAME),  # noqa: PTH118  str paths
         flags | os.O_NOFOLLOW | os.O_CLOEXEC,

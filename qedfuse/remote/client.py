@@ -1,6 +1,6 @@
-"""What a client of an object store or a web server does: ask for an object's version, read a range.
+"""The interface of clients of object stores and web servers: ask for a version, read a range.
 
-A client makes one attempt for each call, and blocks the thread.  `qedfuse.remote.object` repeats
+Each call makes one attempt, and blocks the calling thread.  `qedfuse.remote.object` repeats failed
 attempts.
 """
 
@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _STRONG_SECONDS: Final = 2.0
-"""After this time, another change of an object has another time in Last-Modified (RFC 9110)."""
+"""Minimum age of a Last-Modified time that identifies a version: a later change has a later time
+(RFC 9110, 8.8.2.2)."""
 _MAX_QUERIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of an object, by which its content is known.
+    """Identifies one version of an object, and so its content.
 
     Attributes:
         size: Length of the object in bytes.
         etag: The strong entity tag (RFC 9110); empty if there is none.
-        modified: Time of the last change in seconds since 1970; None if the server does not say.
+        modified: Time of the last change in seconds since 1970; None if the server does not report
+            it.
     """
 
     size: int
@@ -40,7 +42,7 @@ class Version:
 
     @property
     def validator(self) -> str:
-        """What distinguishes the version from others of the object; empty if nothing does."""
+        """The entity tag or else the time; empty if the server reports neither."""
         if self.etag:
             return f"etag {self.etag}"
         return "" if self.modified is None else f"modified {self.modified:.0f}"
@@ -48,7 +50,8 @@ class Version:
     def is_same(self, other: Version) -> bool:
         """Return whether the content is the same, as far as size and validator show.
 
-        With an entity tag, the time does not count: servers of one object may differ in it.
+        If there is an entity tag, the time is ignored: servers that share an object may report
+        different times.
         """
         return (self.size, self.validator) == (other.size, other.validator)
 
@@ -61,8 +64,10 @@ class ClientOptions:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.
         allow_http: Whether ``http://`` is allowed to other machines.
-        redirect_prefixes: Where a web server may redirect to, besides its own host.
-        credentials: Variables as in the environment, which they replace.
+        redirect_prefixes: The addresses to which, and below which, a web server may redirect; its
+            own host is always allowed.
+        credentials: Name and value of each variable in the credentials file.  The variables take
+            precedence over those of the environment.
         credentials_file: The file from which ``credentials`` were read, and are read again when a
             server refuses them; None for no file.
     """
@@ -75,7 +80,7 @@ class ClientOptions:
     credentials_file: str | None = None
 
     def renewed(self) -> ClientOptions:
-        """Return the options with what the file of credentials has now.
+        """Return the options with the present content of the credentials file.
 
         Raises:
             UnusableError: The file cannot be read, or its content is not valid.
@@ -104,15 +109,15 @@ class RefusedError(AttemptError):
 
 
 class MissingError(Exception):
-    """The server has no such object, or has not what the message names."""
+    """The server has no such object, or no such bucket if the message is ``bucket``."""
 
 
 class ChangedError(Exception):
-    """The server has another version of the object than the one that was asked for."""
+    """The server has another version of the object than the requested one."""
 
 
 class UnusableError(Exception):
-    """The server cannot serve the object in the way that is needed.
+    """The object cannot be read from the server or with the configuration; retries do not help.
 
     The message is the reason: what was found and what was expected.
     """
@@ -126,16 +131,19 @@ class Client(Protocol):
 
     @property
     def store_id(self) -> str:
-        """The store that the URL belongs to, without secrets; empty if the URL itself names it."""
+        """The endpoint or account of the store, without secrets; empty if the URL names the server.
+
+        Buckets of the same name in two stores have the same URL.
+        """
 
     def head(self) -> Version:
-        """Return the object's present version."""
+        """Ask the server for the object's present version; return the version."""
 
     def get(self, offset: int, length: int, version: Version) -> Buffer:
-        """Return ``length`` bytes of a version of the object, which has all of these bytes.
+        """Return ``length`` bytes of a version of the object, all of which lie within the object.
 
         Raises:
-            ChangedError: The server has another version, whatever the server says about it.
+            ChangedError: The server has another version, even if it ignores the requested one.
         """
 
     def renew(self) -> None:
@@ -143,19 +151,19 @@ class Client(Protocol):
 
 
 def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:
-    """Return the present version of an object, as soon as its validator can be relied on.
+    """Return the present version of an object, as soon as its validator identifies the version.
 
-    A time of the last change counts whole seconds.  An object without a strong entity tag that was
-    just changed could be changed again in the same second, and nothing would show it.  So such an
-    object is asked for again, until it has stayed unchanged for a while.
+    The time of the last change has a resolution of one second.  So if an object without a strong
+    entity tag has just changed, it could change again without another time.  In this case the
+    version is queried again until the object has been unchanged for two seconds.
 
     Args:
-        query: Asks the server; returns the version, and how many seconds ago it was made, or None
-            if that is unknown.
+        query: Asks the server; returns the version, and for how many seconds the object has been
+            unchanged, or None if that is unknown.
 
     Raises:
-        AttemptError: The object changes again and again.
-        Exception: What ``query`` raises.
+        AttemptError: The object has changed between all queries.
+        Exception: ``query`` has raised it.
     """
     version, seconds = query()
     for _ in range(_MAX_QUERIES):

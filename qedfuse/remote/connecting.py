@@ -1,6 +1,6 @@
-"""Connecting to a host within one time limit, with the lookup of its name and all its addresses.
+"""Connecting to a host within one time limit, which covers the name lookup and all addresses.
 
-urllib3's own function has no limit for the lookup, and a limit for each address.
+urllib3's own function does not limit the lookup, and applies the limit to each address separately.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def connect(connection: HTTPConnection, host: str) -> socket.socket:
-    """Return a connected socket for a connection of urllib3, within the timeout of the connection.
+    """Connect to ``host`` within the timeout of a connection of urllib3; return the socket.
 
     Raises:
         NameResolutionError: The host has no address.
-        ConnectTimeoutError: The time is over.
+        ConnectTimeoutError: The name servers or all addresses did not answer in time.
         NewConnectionError: No address accepts a connection.
     """
     seconds = float(connection.timeout or 0)
@@ -41,5 +41,5 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
     for level, name, value in connection.socket_options or ():
         with suppress(OSError):
             sock.setsockopt(level, name, value)
-    sock.settimeout(max(end - time.monotonic(), 0.001))  # the handshake of TLS follows
+    sock.settimeout(max(end - time.monotonic(), 0.001))  # for the handshake of TLS
     return sock

@@ -1,7 +1,8 @@
 """Credentials for servers, in a file that only its owner may read.
 
 The file has lines ``NAME=VALUE``, as a file of environment variables (systemd.exec(5),
-``EnvironmentFile=``).  No message has any of its content, not even a name.
+``EnvironmentFile=``).  No message contains any content of the file, not even the name of a
+variable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _QUOTES: Final = ('"', "'")
 def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
     """Return the variables in a file, each as name and value, in the order of their lines.
 
-    Empty lines and lines that begin with ``#`` are skipped.  A value in quotes loses the quotes.
+    Empty lines and lines that begin with ``#`` are skipped.  Quotes around a value are removed.
 
     Raises:
         HostError: The file cannot be read.
@@ -62,7 +63,10 @@ def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def _parse_line(line: bytes) -> tuple[str, str] | tuple[()] | None:
-    """Return the name and the value in a line; an empty tuple for none; None if it is not valid."""
+    """Return the name and the value in a line; an empty tuple if the line is skipped.
+
+    Returns None if the line is not valid.
+    """
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
-"""Connections of urllib3 that neither connect nor read a response for longer than their timeouts.
+"""Connections of urllib3 whose timeouts limit connecting as a whole, and a response as a whole.
 
-The timeout of a socket is one for each read.  With it alone, a server that sends a byte now and
-then could keep a thread forever, in the header as well as in the body.
+The timeout of a socket applies to each read separately.  With that timeout alone, a server that
+sends one byte before each timeout could block a thread without limit, in the header as well as in
+the body.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _TimedSocket(io.RawIOBase):
-    """The reading end of a socket; all reads together take at most the timeout of the socket."""
+    """The reading end of a socket, whose timeout at the beginning limits all reads together."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
         self._sock = sock
@@ -52,7 +53,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """A response that is read within the timeout that its socket has at the beginning."""
+    """A response all of which is read within the timeout that the socket has at the beginning."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
@@ -86,11 +87,11 @@ _POOLS: Final = {"http": _TimedHTTPPool, "https": _TimedHTTPSPool}
 
 
 def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
-    """Return connections, through a proxy if one is given, whose timeouts hold for whole responses.
+    """Return a pool of connections whose timeouts apply to whole responses.
 
     Args:
-        proxy: The URL of a proxy, perhaps with a user and a password; None for no proxy.
-        max_connections: How many connections to a host are kept.
+        proxy: The URL of a proxy, which may have a user and a password; None for no proxy.
+        max_connections: Maximum number of connections that are kept for each host.
 
     Raises:
         HTTPError: The URL of the proxy cannot be used.
@@ -100,7 +101,7 @@ def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
         pool = urllib3.PoolManager(maxsize=max_connections)
     else:
         user = urllib3.util.parse_url(proxy).auth
-        # urllib3 itself ignores the user.
+        # urllib3 itself does not send the user and the password.
         headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
         pool = urllib3.ProxyManager(proxy, maxsize=max_connections, proxy_headers=headers)
     pool.pool_classes_by_scheme = _POOLS

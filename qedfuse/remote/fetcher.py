@@ -1,7 +1,7 @@
-"""Fetching the units of an object: each once, neighbours together, ahead of sequential readers.
+"""Fetching the units of an object: each once, adjacent ones together, ahead of sequential readers.
 
-A unit is looked for in the cache first.  Only a reader of a unit waits for the thread that fetches
-it.
+A unit is looked up in the cache before it is fetched.  Threads look up and fetch, and only the
+readers of a unit wait for its thread.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ _MAX_REQUEST_UNITS: Final = 4
 _MAX_WINDOW_UNITS: Final = 32
 """Maximum number of units that are fetched ahead of a sequential reader: 8 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
-"""The same if units are held in memory only, so that several readers find theirs there."""
+"""The same if units cannot be stored in the cache; so those of several readers fit into the memory
+for such units (`UnitStore.hold`)."""
 
 
 class Fetcher:
-    """Fetches units of one version of an object, into the cache if there is one.
+    """Fetches units of one version of an object, and stores them in the cache if there is one.
 
     Threads and tasks may use a fetcher concurrently.
 
     Attributes:
         ready: See `UnitStore.ready`.
         zeros: See `UnitStore.zeros`.
-        fetched_bytes: How many bytes the server has sent.
-        requests: How many requests the server has answered with a range.
+        fetched_bytes: Number of bytes of the object that the server has sent.
+        requests: Number of requests that the server has answered with a range.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Fetcher:
 
         Args:
             source: The object, which the fetcher closes.
-            cache: Where units are kept, which the fetcher closes; None for no place.
+            cache: The entry of the cache in which units are stored, which the fetcher closes; None
+                to store none.
             evict: Keeps the cache within its limits; see `UnitStore`.
         """
         self._source = source
@@ -70,19 +72,19 @@ class Fetcher:
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
         self._threads = FetchThreads(self._name, self._look_up, self._fetch, self._finish)
         self._lock = self._threads.lock
-        # All that follows is protected by the lock.
-        self._flights: dict[int, Flight] = {}
+        # The lock protects the following attributes.
+        self._flights: dict[int, Flight] = {}  # the flight of each unit that has one
         self._wanted: set[Flight] = set()  # flights for which readers wait
-        self._last_wanted = -math.inf  # when the last of them has ended
+        self._last_wanted = -math.inf  # when the last of these flights has ended
         self._readers = ReadAhead()
-        self._markers: set[int] = set()  # units that are fetched ahead; see `ReadAhead.set_marker`
-        self._held_back: set[int] = set()  # those of them that were fetched and are not ready
+        self._markers: set[int] = set()  # the markers of `ReadAhead` that are being fetched
+        self._held_back: set[int] = set()  # markers that were fetched, and made not ready
 
     def demand(self, first: int, last: int) -> list[Flight]:
-        """Start fetching those of some adjacent units that are not ready; return their flights.
+        """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
-        The caller must wait for the flights, and then finds each unit in the blocks of its flight,
-        or else ready.  What a sequential reader will read next is fetched as well.
+        The caller must wait for the flights.  Then each unit is in the blocks of its flight, or is
+        ready.  If the reader is sequential, the fetch of what it will read next starts as well.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -93,9 +95,9 @@ class Fetcher:
         return flights
 
     def prefetch(self, first: int, last: int) -> list[Flight]:
-        """Start fetching units that no reader waits for; return their flights.
+        """Start fetching adjacent units that no reader waits for; return their flights.
 
-        Such a fetch begins only while few others like it are running.
+        At most 4 of these fetches run at a time.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -109,22 +111,22 @@ class Fetcher:
         return self._threads.is_closed
 
     def quiet_seconds(self) -> float:
-        """Return for how long no reader has waited for a fetch; 0 if one waits now."""
+        """Return for how many seconds no reader has waited for a fetch; 0 if a reader waits now."""
         with self._lock:
             return 0.0 if self._wanted else time.monotonic() - self._last_wanted
 
     def record_read(self, first: int, last: int) -> None:
-        """Record a read of units that are ready; fetch what a sequential reader will read next."""
+        """Record a read of ready units; start fetching what a sequential reader will read next."""
         with self._lock:
             if not self._threads.is_closed:
                 self._fetch_ahead(first, last)
 
     def is_stored(self, first: int, last: int) -> bool:
-        """Return whether the cache claims to have some adjacent units."""
+        """Return whether the cache claims to have all units ``first`` to ``last``."""
         return self._store.is_stored(first, last)
 
     def mark_usable_offline(self) -> bool:
-        """Note that the cache has all units that readers need; return whether that was done.
+        """Record that the cache has all units that readers need; return whether that succeeded.
 
         From then on, the object can be opened while no server answers.
         """
@@ -132,28 +134,29 @@ class Fetcher:
 
     @property
     def is_evicting(self) -> bool:
-        """Whether room is being made in the cache; see `store_held`."""
+        """Whether entries of the cache are being removed, so that `store_held` may succeed soon."""
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store adjacent units for which there was no room when they were fetched.
+        """Store those of some adjacent units that could not be stored when they were fetched.
 
-        Returns whether the cache claims to have them all.
+        Returns whether the cache then claims to have all of the units.
         """
         return self._store.store_held(first, last)
 
     def forget(self, first: int, last: int) -> None:
-        """Make units not ready that the page cache does not have; see `UnitStore.forget`."""
+        """Make adjacent units not ready after a miss of the page cache; see `UnitStore.forget`."""
         self._store.forget(first, last)
 
     def discard_cache(self) -> None:
-        """Stop using the cache's file, because it has lost bytes that were in it."""
+        """Stop using the entry of the cache, because its data file was cut."""
         self._store.discard()
 
     def close(self) -> None:
         """End the threads, and all flights with an error; a second call does nothing.
 
-        Threads that wait for the server are not waited for: each ends at its deadline.
+        The call does not wait for a thread that waits for the server: the thread ends at its
+        deadline.
         """
         with self._lock:
             self._threads.close()
@@ -167,11 +170,17 @@ class Fetcher:
 
     def _closed_error(self) -> RemoteError:
         error = RemoteError(f"{self._name}: found the file closed, expected it open")
-        error.is_logged = True  # the reader has gone, or has closed the file
+        error.is_logged = True  # not worth a line: the file was closed on purpose
         return error
 
     def _begin(self, first: int, last: int, *, is_wanted: bool) -> list[Flight]:
-        """Return the flights of the units that are not ready, new ones for those without."""
+        """Return the flights of the units that are not ready; start a flight for those without.
+
+        The caller holds the lock.
+
+        Raises:
+            RemoteError: The fetcher is closed.
+        """
         if self._threads.is_closed:
             raise self._closed_error()
         found: list[Flight] = []
@@ -205,7 +214,10 @@ class Fetcher:
         self._wanted.add(flight)
 
     def _new_flight(self, first: int, last: int) -> Flight:
-        """Return a new flight of adjacent units that are neither ready, held nor in a flight."""
+        """Return a new flight, of ``first`` and the next units up to ``last`` that need one.
+
+        A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
+        """
         end = first + 1
         while (
             end <= last
@@ -223,23 +235,24 @@ class Fetcher:
         return flight
 
     def _fetch_ahead(self, first: int, last: int) -> None:
-        """Start fetching what a sequential reader will read next."""
+        """Start fetching what the reader of some adjacent units will read next, if sequential."""
         most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
         window = self._readers.record_read(first, last, most)
         end = min(last + window, self._units - 1)
         ahead = last + 1
-        # What is held back counts as well, so it does not matter which flights have ended.
+        # A unit that is held back counts as fetched, so the result does not depend on which flights
+        # have ended.
         while ahead <= end and (
             self.ready[ahead] or ahead in self._flights or ahead in self._held_back
         ):
             ahead += 1
-        # Half a window is fetched together, so that the requests are long.
+        # Fetching starts when half of the window is used up, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
             self._markers.add(self._readers.set_marker(ahead, end))
             self._begin(ahead, end, is_wanted=False)
 
     def _look_up(self, flight: Flight) -> None:
-        """Look for the units of a flight in the cache; queue what is missing for a fetch."""
+        """Look up the units of a flight in the cache; queue the flight if a unit is missing."""
         if self._missing(flight):
             self._threads.add_fetch(flight)
         else:
@@ -248,7 +261,7 @@ class Fetcher:
     def _missing(self, flight: Flight) -> list[int]:
         """Return the units of a flight that are neither ready nor intact in the cache.
 
-        Those that are intact are added to the flight's blocks.
+        Units that are intact in the cache are added to the flight's blocks.
         """
         missing = []
         for unit in range(flight.first, flight.last + 1):
@@ -262,7 +275,7 @@ class Fetcher:
         return missing
 
     def _fetch(self, flight: Flight) -> None:
-        """Fetch the units of a flight that are not ready, and end the flight."""
+        """Fetch the units of a flight that are still missing, and end the flight."""
         try:
             missing = self._missing(flight)
             if missing:
@@ -276,7 +289,7 @@ class Fetcher:
         """Fetch adjacent units with one request; store them, and add them to the flight's blocks.
 
         Raises:
-            HostError: The server does not give them.
+            RemoteError: The server does not give the units.
         """
         start = first * UNIT_BYTES
         length = min((last + 1) * UNIT_BYTES, self._size) - start
@@ -299,7 +312,10 @@ class Fetcher:
                     self._store.hold(unit, block)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
-        """Remove a flight from the table and end it."""
+        """End a flight, with an error if one is given, after removing it from the table.
+
+        Markers that no reader waits for are made not ready.
+        """
         with self._lock:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:

@@ -1,7 +1,8 @@
-"""The threads that fetch, and the queues of what they do next.
+"""The threads that fetch, and the queues of their work.
 
-A slow server takes no thread from reads of local files, and no fetch takes a thread from the looks
-into the cache.  So cached units can be read while the server does not answer.
+These threads do not belong to trio's limited number, so a slow server does not delay reads of local
+files.  Some of them only look up units in the cache, so cached units can be read while the server
+does not answer.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_FETCH_THREADS: Final = 16
+"""Maximum number of threads that fetch at a time."""
 _LOOKUP_THREADS: Final = 4
+"""Number of further threads, which only look up units in the cache while that many fetch."""
 _MAX_PREFETCHES: Final = 4
 """Maximum number of requests to the server that no reader waits for yet."""
 _IDLE_SECONDS = 10.0
-"""A thread ends when it has had nothing to do for this long."""
+"""A thread that has been idle for this time ends."""
 
 
 class FetchThreads:
-    """Runs the steps of flights: looks into the cache, fetches for readers, and prefetches.
+    """Runs the steps of flights: cache lookups, fetches for readers, and prefetches.
 
     Threads and tasks may use the object concurrently.
 
     Attributes:
-        lock: Protects the queues.  A step runs without it.
+        lock: Protects the queues.  It is not held while a step runs.
         is_closed: Whether `close` was called.
     """
 
@@ -54,8 +57,8 @@ class FetchThreads:
             look_up: Looks for the units of a flight in the cache; then ends the flight if the cache
                 has all of them, or queues the flight with `add_fetch`.
             fetch: Fetches the units of a flight, and ends the flight.
-            fail: Ends a flight with an error, unless it has ended; called if a step raises an
-                exception.
+            fail: Ends a flight with an error, unless the flight has ended; called if a step raises
+                an exception.
         """
         self.lock = threading.Condition()
         self.is_closed = False
@@ -66,42 +69,42 @@ class FetchThreads:
         self._lookups: deque[Flight] = deque()
         self._fetches: deque[Flight] = deque()
         self._ahead: deque[Flight] = deque()
-        self._lacks_thread = False  # whether no thread ran when one was wanted last
+        self._lacks_thread = False  # whether the failure to start a thread was logged
         self._threads = self._idle = self._fetching = self._prefetching = 0
 
     def add_lookup(self, flight: Flight) -> None:
-        """Queue a flight that a reader waits for; the cache was not looked at yet."""
+        """Queue a flight that a reader waits for, to look up its units in the cache."""
         with self.lock:
             self._lookups.append(flight)
             self._start_thread()
 
     def add_fetch(self, flight: Flight) -> None:
-        """Queue a flight that a reader waits for, and that the cache does not have."""
+        """Queue a flight that a reader waits for, to fetch units that the cache does not have."""
         with self.lock:
             if not self.is_closed:
                 self._fetches.append(flight)
                 self._start_thread()
 
     def add_prefetch(self, flight: Flight) -> None:
-        """Queue a flight that no reader waits for."""
+        """Queue a flight that no reader waits for, to look up and fetch its units."""
         with self.lock:
             self._ahead.append(flight)
             self._start_thread()
 
     def promote(self, flight: Flight) -> None:
-        """Put a prefetch that has not begun among the flights that readers wait for."""
+        """Move a prefetch for which a reader now waits to the lookups, unless it has begun."""
         with self.lock, suppress(ValueError):
             self._ahead.remove(flight)
             self.add_lookup(flight)
 
     def ensure_thread(self) -> None:
-        """Start a thread if flights are queued and the host had no thread for them."""
+        """Start a thread if flights are queued for which the host could not start one."""
         with self.lock:
             if self._lookups or self._fetches or self._ahead:
                 self._start_thread()
 
     def close(self) -> None:
-        """Forget what is queued, and let each thread end after its step."""
+        """Empty the queues, and let each thread end after its step."""
         with self.lock:
             self.is_closed = True
             for queue in (self._lookups, self._fetches, self._ahead):
@@ -111,8 +114,8 @@ class FetchThreads:
     def _start_thread(self) -> None:
         """Wake or start a thread for a flight that was queued; the caller holds the lock.
 
-        If the host has no thread, the flight stays queued for the threads that there are, and
-        `ensure_thread` tries again.
+        If the host cannot start a thread, the flight stays queued for the threads that are running,
+        and `ensure_thread` tries again.
         """
         self.lock.notify()
         queued = len(self._lookups) + len(self._fetches) + len(self._ahead)
@@ -130,7 +133,7 @@ class FetchThreads:
             self._lacks_thread = False
 
     def _work(self) -> None:
-        """Run steps until there has been none for a while: the main function of a thread."""
+        """Run steps until none has come for `_IDLE_SECONDS`: the main function of a thread."""
         while True:
             with self.lock:
                 step = self._next()
@@ -148,9 +151,9 @@ class FetchThreads:
             self._run(*step)
 
     def _next(self) -> tuple[Callable[[Flight], None], Flight, int, int] | None:
-        """Take a step out of the queues; return it with what it adds to the counts.
+        """Take a step out of the queues, and count it; return the arguments of `_run`.
 
-        Returns None if there is no step that may begin now.
+        Returns None if no step may begin now.
         """
         if self._lookups:
             return self._look_up, self._lookups.popleft(), 0, 0
@@ -168,7 +171,14 @@ class FetchThreads:
     def _run(
         self, step: Callable[[Flight], None], flight: Flight, fetching: int, prefetching: int
     ) -> None:
-        """Run one step of a flight.  Whatever it raises, no reader is left waiting."""
+        """Run one step of a flight; if the step raises any exception, end the flight with an error.
+
+        Args:
+            step: What to call with the flight.
+            flight: The flight.
+            fetching: 1 if the step counts as a fetch, otherwise 0.
+            prefetching: 1 if the step counts as a prefetch, otherwise 0.
+        """
         try:
             step(flight)
         except BaseException as failure:  # noqa: BLE001  see above

@@ -1,4 +1,4 @@
-"""Fetching many units of a file into the cache, which no reader waits for."""
+"""Fetching many units of a file into the cache before readers need them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_RUN_UNITS: Final = 4
 """Number of adjacent units that one request fetches: 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
-"""How long to wait while room is being made in the cache."""
+"""Pause between two attempts to store a unit while entries of the cache are being removed."""
 
 
 async def fill(
@@ -31,18 +31,18 @@ async def fill(
     wait_turn: Callable[[], Awaitable[object]],
     report: Callable[[int], object],
 ) -> None:
-    """Fetch runs of units that the cache does not have, in their order.
+    """Fetch the runs of units that the cache does not have, in the order of ``runs``.
 
-    A cancelled or failed call leaves the requests that are running, which fill the cache as well.
+    Requests that are running when the call is cancelled or fails go on, and fill the cache as well.
 
     Args:
         file: The file.
         runs: The first and the last unit of each run.
-        max_requests: How many runs are queued for the server at a time.
+        max_requests: Maximum number of runs that are queued or being fetched at a time.
         verify: Whether to compare units that the cache has with their checksums, and to fetch
-            those that are damaged.  Readers do that as well.
-        wait_turn: Awaited before each run; it must be a checkpoint.
-        report: Called with the length in bytes of each run that is in the cache then.
+            damaged ones.  Readers compare units as well.
+        wait_turn: Called and awaited before each run; it must be a checkpoint of trio.
+        report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:
         CacheError: The cache has not kept a unit.
@@ -52,7 +52,7 @@ async def fill(
     running: deque[tuple[int, int, list[Flight]]] = deque()
     for first, last in runs:
         await wait_turn()
-        # Threads look into the cache, because its file system may not answer.
+        # A thread asks the cache, because calls on its file system may block.
         if not verify and await _in_thread(fetcher.is_stored, first, last):
             report(_length(file, first, last))
             continue
@@ -85,10 +85,13 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
 
 
 def _length(file: RemoteFile, first: int, last: int) -> int:
-    """Return the number of bytes in some adjacent units."""
+    """Return the number of bytes in the units ``first`` to ``last``."""
     return min((last + 1) * UNIT_BYTES, file.size()) - first * UNIT_BYTES
 
 
 async def _in_thread(call: Callable[[int, int], bool], first: int, last: int) -> bool:
-    """Make a call for some adjacent units in a thread, which is not waited for if cancelled."""
+    """Call a function with two units in a thread; return its result.
+
+    If the task is cancelled, it does not wait for the thread.
+    """
     return await trio.to_thread.run_sync(call, first, last, abandon_on_cancel=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _POLL_SECONDS: Final = 0.2
-"""How often a thread that waits asks whether its task was cancelled, and how often any reader asks
-for a thread that fetches, in case the host had none."""
+"""How often a thread that waits checks whether its task was cancelled, and how often every reader
+tries to start a thread that fetches, in case the host could not start one."""
 
 
 class Flight:
@@ -28,9 +28,9 @@ class Flight:
     Attributes:
         first: The first unit.
         last: The last unit.
-        blocks: The content of the units that were read from the cache or fetched; filled before
-            the end.
-        is_wanted: Whether a reader waits for it.
+        blocks: The content of each unit that was read from the cache or fetched; complete when the
+            flight has ended.
+        is_wanted: Whether a reader waits for the flight.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Flight:
             first: The first unit.
             last: The last unit.
             name: The name of the object.
-            max_seconds: How long readers wait at most, also if no thread takes the flight.
+            max_seconds: How long a reader waits at most, also if no thread takes the flight.
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
         """
@@ -64,7 +64,10 @@ class Flight:
         self._lock = threading.Lock()
 
     def end(self, error: HostError | None = None) -> None:
-        """Wake all who wait.  A second call does nothing."""
+        """End the flight, with an error if one is given; wake the readers that wait.
+
+        A second call does nothing.
+        """
         with self._lock:
             if self._ended.is_set():
                 return
@@ -72,15 +75,15 @@ class Flight:
             self._ended.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            # The event loop of a reader that has gone may have ended.
+            # The event loop of a cancelled reader may have ended.
             with suppress(trio.RunFinishedError):
                 callback()
 
     def wait_blocking(self) -> None:
-        """Wait in a thread until the fetch has ended.
+        """Block the thread until the flight has ended.
 
         Raises:
-            HostError: The fetch failed.
+            HostError: The fetch failed, or did not end within ``max_seconds``.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
         end = time.monotonic() + self._max_seconds
@@ -91,10 +94,10 @@ class Flight:
         self._check(in_time=self._ended.is_set())
 
     async def wait(self) -> None:
-        """Wait in a task until the fetch has ended.
+        """Wait in a task until the flight has ended.
 
         Raises:
-            HostError: The fetch failed.
+            HostError: The fetch failed, or did not end within ``max_seconds``.
         """
         event = trio.Event()
         token = trio.lowlevel.current_trio_token()

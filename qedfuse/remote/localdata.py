@@ -1,26 +1,27 @@
-"""Reads of the cache's data file from the page cache, the only ones that need no checksum.
+"""Reads of the cache's data file from the page cache, which are not compared with a checksum.
 
-A unit is compared with its checksum when it is read from the disk (`UnitFile.load`), and then read
-here as often as the page cache has it.  So what the disk returns is never used unchecked, also if
-bits have flipped on it or a write has failed since.
+A unit is compared with its checksum when it is read from the disk (`UnitFile.load`).  From then on,
+this module reads the unit, as long as the page cache has it.  So bytes that the disk returns are
+never used without a comparison, even if bits have flipped on the disk or a write has failed.
 
-Three things can make a read with ``RWF_NOWAIT`` return what was not compared:
+A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
-- A read that misses starts reading from the disk, and the next one finds what came.  So after a
-  miss, the units of the range are not ready (`RemoteFile`), and nothing is read ahead (`UnitFile`).
-- The kernel answers from a hole without reading from the disk.  A failed write can leave one.  So a
-  block of zeros counts as a miss, unless a comparison has shown that it belongs to the object
-  (`ZeroBlocks`).
-- The file was cut, and a later write has made it longer.  So its length is compared after the read.
+- A read that misses the page cache can make the kernel read from the disk, and the next read
+  returns these bytes.  So a miss makes the units of the range not ready (`RemoteFile`), and the
+  kernel's readahead is off (`UnitFile`).
+- The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
+  can leave a hole.  So a block of zeros counts as a miss, unless a comparison has shown that the
+  object has zeros there (`ZeroBlocks`).
+- The file was cut, and a later write has made it longer.  So its length is checked after the read.
 
-While other processes use the entry as well, a miss of one must not bring bytes into the page cache
-that another reads there.  So then a read is only tried if mincore(2) says that all of it is there.
+While several processes use the entry, a miss of one process must not bring bytes into the page
+cache that another process reads there.  So a read is then tried only if mincore(2) reports that the
+page cache has all of its bytes.
 
-The extension of the mount reads the file by the same rules (``_checkedunits.c``).
+The mount's extension in C reads the file by the same rules (``_checkedunits.c``).
 
-What is left is a block that another program has read from a damaged disk into the page cache; and
-one that the kernel drops and reads again in the microsecond between a look at the page cache and
-the read.
+Two cases remain: another program has read a block from a damaged disk into the page cache; or the
+kernel drops a block and reads it again between the call of mincore(2) and the read.
 """
 
 from __future__ import annotations
@@ -48,19 +49,21 @@ if TYPE_CHECKING:
 class LocalData:
     """The data file of an entry of the cache, open for reading.
 
-    It has a descriptor of its own, because the fetcher closes that of an entry that is damaged.
-    Threads may read concurrently; the descriptor is closed when the last read has returned.
+    The object has a duplicate of the entry's descriptor, because the fetcher closes the entry if
+    that is damaged.  Threads may read concurrently; the duplicate is closed when the last read has
+    returned.
 
     Attributes:
         is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,
-            FUSE), since reads run in the event loop.
+            FUSE), because reads run in the event loop; also False if blocks of the file system are
+            smaller than `BLOCK_BYTES`, because then a hole may be too small to be recognised.
     """
 
     def __init__(self, entry: UnitFile) -> None:
         """Read the data of ``entry``, which must be open.
 
         Raises:
-            OSError: The host has no further descriptor, or refused.
+            OSError: The host has no free descriptor, or refused.
         """
         self._fd = os.dup(entry.data_fd)
         self._size = entry.size
@@ -83,12 +86,12 @@ class LocalData:
         content_bytes: int,
         forget: Callable[[int, int], object],
     ) -> PageSource | None:
-        """Return how the mount's extension reads the file; None if the page cache is not read.
+        """Return what the mount's extension needs to read the file; None if not `is_readable`.
 
         Args:
-            ready: For each unit 1 if it may be read, otherwise 0.
+            ready: 1 for each unit that may be read, 0 for the others.
             zeros: The blocks of the object that are known to be zeros.
-            content_bytes: The length of the object.
+            content_bytes: The length of the object in bytes.
             forget: Called with the first and the last unit of a read that failed.
         """
         if not self.is_readable:
@@ -104,8 +107,10 @@ class LocalData:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
         ``zeros`` has the blocks of the object that are known to be zeros.
-        Returns False without a reason that is known: a byte is not in the page cache or may be in a
-        hole, the file system does not support such reads, or the file was cut or closed.
+
+        Returns False if a byte is not in the page cache or may be in a hole, if the file system
+        does not support such reads, or if the file was cut or closed; the caller cannot distinguish
+        these cases.  The content of ``view`` is undefined then.
         """
         if not self.is_readable:
             return False
@@ -119,7 +124,7 @@ class LocalData:
         """Fill ``view`` from the page cache; see `try_read`.
 
         Raises:
-            OSError: A byte is not there, or the host refused.
+            OSError: The first byte is not in the page cache, or the host refused.
         """
         length = os.lseek(self._fd, 0, os.SEEK_END)
         is_alone = length == self._size + ALONE_BYTES
@@ -132,12 +137,13 @@ class LocalData:
         )
 
     def is_whole(self) -> bool:
-        """Return False if the file was cut.
+        """Return False if the file was cut, also if it has become longer again since then.
 
-        A file that was cut never has its length again (`qedfuse.remote.sharing`).
+        A file that was cut never gets a valid length again (`qedfuse.remote.sharing`).  Returns
+        True if the file is closed, or if calls may wait for a server.
         """
         if not self.is_readable:
-            return True  # not known without a call that may wait
+            return True  # the length cannot be read without a call that may wait
         with self._in_use() as is_open:
             try:
                 return not is_open or has_length(os.lseek(self._fd, 0, os.SEEK_END), self._size)
@@ -149,7 +155,7 @@ class LocalData:
         return self._space if self._waits_for_server else os.fstatvfs(self._fd)
 
     def close(self) -> None:
-        """Close the file, when the reads that are running have returned.
+        """Close the file when the running reads have returned, without waiting for them.
 
         A second call does nothing.
         """

@@ -1,6 +1,6 @@
-"""The query of the URL of an NBD server: where its socket is, and what name its certificate has.
+"""The query of the URL of an NBD server: the path of its socket, and the name in its certificate.
 
-The parameters are those of ``doc/uri.md`` of the NBD project, as far as they have a meaning here.
+The parameters ``socket`` and ``tls-hostname`` of ``doc/uri.md`` of the NBD project are supported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from qedfuse.remote.urlsyntax import invalid_url
 from qedfuse.text import printable
 
 UNIX_SCHEMES: Final = ("nbd+unix", "nbds+unix")
-"""Schemes of servers at a socket of this machine."""
+"""Schemes of servers at a Unix socket."""
 
 _PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
     "nbd": (),
@@ -25,10 +25,15 @@ _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 def nbd_query(text: str, scheme: str, query: str) -> str:
-    """Return the query of the URL ``text``, with its parameters escaped and in order.
+    """Return the query of a URL in its normalised form: parameters escaped, in a fixed order.
+
+    Args:
+        text: The whole URL, for messages.
+        scheme: The scheme of the URL.
+        query: The query of the URL, without ``?``.
 
     Raises:
-        UsageError: A parameter is unknown or not valid, or one that is needed is missing.
+        UsageError: A parameter is unknown or not valid, or the path of a socket is missing.
     """
     allowed = _PARAMETERS[scheme]
     values: dict[str, str] = {}
@@ -50,6 +55,6 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
 
 
 def nbd_parameters(query: str) -> dict[str, str]:
-    """Return the values in a query that `nbd_query` has returned, without their escapes."""
+    """Return the parameters in a query that `nbd_query` has returned, with unescaped values."""
     pairs = [part.partition("=") for part in query.split("&")] if query else []
     return {name: unquote(value, errors="surrogateescape") for name, _, value in pairs}
