@@ -63,7 +63,7 @@
 #define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
 #define MAX_PARTS 1024           /* maximum number of buffers in one system call: IOV_MAX */
 
-#define MAX_EXPORT_READ (32u << 20) /* what servers of NBD allow if they say nothing */
+#define MAX_EXPORT_READ_BYTES (32u << 20) /* what an NBD server allows if it states no maximum */
 
 #define NANOSECONDS INT64_C(1000000000) /* in a second */
 
@@ -241,9 +241,9 @@ static int receive(int fd, void *buffer, size_t length)
     return 0;
 }
 
-/* Fill the only part of a job from an export of a server of NBD, on a connection that no other thread
- * uses and that gets simple replies; return the number of bytes, or -errno.  After an error the
- * connection is of no use. */
+/* Fill the only part of a job from an export of an NBD server; return the number of bytes, or -errno.
+ * The descriptor of the job is a connection that no other thread uses, and on which the server sends
+ * simple replies.  After an error the connection must not be used again. */
 static int64_t read_export(struct job *job)
 {
     size_t length = job->parts->iov_len;
@@ -265,7 +265,7 @@ static int64_t read_export(struct job *job)
     ssize_t sent;
     int failed;
 
-    if (length == 0 || length > MAX_EXPORT_READ)
+    if (length == 0 || length > MAX_EXPORT_READ_BYTES)
         return -EINVAL;
     do
         sent = send(job->fd, &request, sizeof request, MSG_NOSIGNAL);
@@ -648,7 +648,7 @@ static int check_count(const char *name, Py_ssize_t found, Py_ssize_t expected)
     return -1;
 }
 
-/* Queue a read of one of two kinds, whose arguments are the same. */
+/* Queue a job of kind READ or READ_EXPORT; both kinds have the same arguments. */
 static PyObject *submit_read_of(enum kind kind, const char *name, PyObject *self,
                                 PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
@@ -992,8 +992,7 @@ static PyMethodDef methods[] = {
     {"submit_export_read", FAST(submit_export_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_export_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from an offset of an NBD export, by one request on a connection with simple\n"
-     "replies that no other thread uses.  The result is the number of bytes, which is that of the\n"
-     "buffer."},
+     "replies that no other thread uses.  The result is the length of the buffer."},
     {"submit_write", FAST(submit_write), METH_FASTCALL,
      "submit_write(fd, offset, parts, tag, /)\n"
      "Write a tuple of buffers from a file offset on; the result is the number of bytes."},

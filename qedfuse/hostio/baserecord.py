@@ -1,11 +1,11 @@
-"""A record beside an image: which version of its base the image was made over.
+"""The record of the version of the base over which an image was made, stored with the image.
 
 The record is an extended attribute of the image.  If the file system of the image has no such
-attributes, a hidden file in the directory of the image holds the record, together with the inode
-number of the image: a record that belongs to an earlier image of the same name is not used.
+attributes, a hidden file in the directory of the image holds the record and the inode number of the
+image, so that the record of an earlier image of the same name is not used.
 
-This file is the only one that is ever replaced or removed here, and only if its magic and its
-checksum show that it is a record.  Any other file of that name is left alone.
+This module replaces or removes only the hidden file, and only if its magic and its checksum show
+that it is a record.  Another file of the same name is left unchanged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import suppress
 from typing import Final
 
 from qedfuse.errors import HostError
-from qedfuse.hostio.newfile import CONTENT_ATTRIBUTES, NewFile
+from qedfuse.hostio.newfile import CONTENT_ATTRIBUTE_PREFIX, NewFile
 from qedfuse.hostio.systemcalls import keeps_inode_numbers, write_all
 from qedfuse.text import printable
 
-_ATTRIBUTE: Final = CONTENT_ATTRIBUTES + "base"
+_ATTRIBUTE: Final = CONTENT_ATTRIBUTE_PREFIX + "base"
 _NO_ATTRIBUTE: Final = (errno.ENOTSUP, errno.ENODATA, errno.ENOSYS)
-"""Errors of getxattr(2) if there is no attribute."""
+"""Errors of getxattr(2) if the file or its file system has no such attribute."""
 _CANNOT_HOLD: Final = (
     *(errno.ENOTSUP, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE),
 )
@@ -85,7 +85,8 @@ def write_file(fd: int, path: str, record: bytes) -> None:
 
     Raises:
         OSError: The host refused.
-        QedError: The host refused.  Or another file has the name of the image or of the record.
+        QedError: The new file cannot be made, or another file has the name of the image or of the
+            record.
     """
     target, status = record_path(path), os.fstat(fd)
     if not os.path.samestat(os.stat(os.path.realpath(path)), status):  # noqa: PTH116  str paths
@@ -113,10 +114,10 @@ def write_file(fd: int, path: str, record: bytes) -> None:
 
 
 def remove_record(fd: int, path: str) -> None:
-    """Remove the record of an image, if there is one, and a record of an earlier image of its name.
+    """Remove the record of an image, if there is one, and that of an earlier image of its name.
 
-    An error of the host is ignored: the caller has changed what the record is about, so that it is
-    not valid any more.
+    An error of the host is ignored: the caller has changed the base or its name, so that a record
+    that stays does not match any more.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)
@@ -170,7 +171,7 @@ def _open_file(path: str) -> int:
 
 
 def _parse(file: int) -> tuple[int, bytes] | None:
-    """Return the inode number and the record in an open file; None if the file is no record.
+    """Return the inode number and the record in an open file; None if the file has no valid record.
 
     Raises:
         OSError: The file cannot be read.

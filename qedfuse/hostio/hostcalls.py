@@ -93,11 +93,11 @@ class HostCalls(Protocol):
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read of an NBD export in a thread; for the other arguments see `start_read`.
+        """Start a read of an NBD export in a thread.
 
         Args:
-            fd: A connection with simple replies that no other thread uses.  If the read fails, the
-                connection is of no use any more.
+            fd: A connection that no other thread uses, and on which the server sends simple
+                replies.  After a read that failed, the connection must not be used again.
             offset: Offset in the export.
             view: See `start_read`.
             answer: See `start_read`.

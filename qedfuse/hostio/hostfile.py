@@ -1,4 +1,4 @@
-"""The interfaces that readers need from a file of a chain, and the disk from its image's file.
+"""The interface of a file of a chain for readers, and that of an image's file for the disk.
 
 `qedfuse.hostio.posixfile.PosixFile` implements both with system calls.  Tests implement them with
 files that record the writes, fail at a chosen step or lose power.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 FileIdentity: TypeAlias = tuple[object, ...]
-"""What is equal for two open files if they are the same file, such as device and inode."""
+"""A value that is equal for two open files if they are the same file, such as device and inode."""
 
 
 class ReadableFile(Protocol):
@@ -37,7 +37,7 @@ class ReadableFile(Protocol):
 
     @property
     def identity(self) -> FileIdentity:
-        """What distinguishes the file from all others."""
+        """The value by which two open files can be compared."""
 
     @property
     def read_policy(self) -> ReadPolicy | None:
@@ -45,7 +45,7 @@ class ReadableFile(Protocol):
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the file itself; None if it must not."""
+        """What the mount's extension needs to read the file; None if the extension must not."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""
@@ -125,7 +125,7 @@ class ReadableFile(Protocol):
         """
 
     def stop_fetching(self) -> None:
-        """Make reads fail that wait for a server, and later ones that would; others go on."""
+        """Make every read fail that waits for a server, now or later; other reads go on."""
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.

@@ -23,9 +23,9 @@ _MAX_PREFIX_BYTES: Final = 200
 """Maximum number of bytes of the final name that the temporary name repeats.  The temporary name
 adds a few bytes, and a file name has at most 255 bytes (NAME_MAX)."""
 
-CONTENT_ATTRIBUTES: Final = "user.qedfuse."
-"""How the names of the attributes begin that qedfuse sets and that are about the content of a file,
-so that a file with other content must not get them."""
+CONTENT_ATTRIBUTE_PREFIX: Final = "user.qedfuse."
+"""The beginning of the names of the extended attributes in which qedfuse records facts about the
+content of a file.  A file with other content must not get a copy of such an attribute."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
@@ -53,7 +53,7 @@ class NewFile:
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
                 to replace no file.  The caller must keep the descriptor open until the end of
                 the block.  The new file gets the owner, permissions and extended attributes
-                of the old one, except those about its content (`CONTENT_ATTRIBUTES`).
+                of the old one, except `CONTENT_ATTRIBUTE_PREFIX`.
             overwrite: Whether the user has agreed to replace a file.  This only chooses the
                 error that is raised for a file other than ``old``.
         """
@@ -180,8 +180,9 @@ class NewFile:
 def _copy_attributes(old: int, new: str) -> None:
     """Copy owner, mode and extended attributes of the replaced file to the new one.
 
-    Extended attributes include access control lists; `CONTENT_ATTRIBUTES` are left out.  An owner
-    or an attribute that the host refuses to set is skipped (only root can change the owner).
+    Extended attributes include access control lists; attributes with `CONTENT_ATTRIBUTE_PREFIX` are
+    not copied.  An owner or an attribute that the host refuses to set is skipped (only root can
+    change the owner).
 
     Raises:
         OSError: The host refused to set the mode.
@@ -194,7 +195,7 @@ def _copy_attributes(old: int, new: str) -> None:
     os.chmod(new, status.st_mode & 0o7777)  # noqa: PTH101
     with suppress(OSError):
         for name in os.listxattr(old):
-            if name.startswith(CONTENT_ATTRIBUTES):
+            if name.startswith(CONTENT_ATTRIBUTE_PREFIX):
                 continue
             with suppress(OSError):
                 os.setxattr(new, name, os.getxattr(old, name))

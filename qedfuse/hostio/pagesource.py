@@ -1,4 +1,4 @@
-"""How the mount's extension reads a file by itself (``mount/fuse/_cachedread.c``)."""
+"""What the mount's extension needs to read a file by itself (``mount/fuse/_cachedread.c``)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ if TYPE_CHECKING:
 
 
 class CheckedUnits(NamedTuple):
-    """The parts of a file that may be read, for a file of the cache for servers.
+    """The parts of a file in the cache for remote files that the extension may read.
 
-    A *unit* is a power of two of bytes.  A read must find all of its bytes in the page cache, and
-    no block of zeros that may be a hole; `qedfuse.remote.localdata` says why.
+    The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.  A
+    read must find all of its bytes in the page cache, and no block of zeros that may be a hole;
+    `qedfuse.remote.localdata` says why.
 
     Attributes:
-        ready: For each unit 1 if its bytes may be read, otherwise 0.  The extension looks at the
-            object before each read, so its length must not change.
-        zero_blocks: For each unit a number of 64 bits, in which the bits of the blocks are set that
-            are known to be all zeros; perhaps not for all units.
+        ready: For each unit a byte: 1 if the unit may be read, otherwise 0.  The extension keeps a
+            view of the bytes, and looks at them before each read.
+        zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
+            same number is known to be all zeros.  Numbers of the last units may be missing, which
+            means 0.
         unit_bits: Binary logarithm of the number of bytes in a unit.
-        content_bytes: Where the bytes end that may be read.
-        file_bytes: The length of the file while one process uses it, and one byte less than while
-            several do.  A file that has another length after a read was cut, and the bytes that
-            were read do not count.
-        address: Where the file is mapped.  While several processes use the file, a read is only
-            tried if mincore(2) says that all of it is in the page cache.
-        forget: Called with the first and the last unit of a read that failed, which makes them not
-            ready.
+        content_bytes: Offset at which the readable part of the file ends.
+        file_bytes: Length of the file while one process uses it.  While several processes use the
+            file, it is one byte longer.  If the file has any other length after a read, the file
+            was truncated, and the bytes that were read are not used.
+        address: Address at which the file is mapped.  While several processes use the file, a read
+            is tried only if mincore(2) reports that the page cache has the whole range.
+        forget: Called with the numbers of the first and the last unit of a read that failed; makes
+            these units not ready.
     """
 
     ready: bytearray
@@ -42,12 +44,12 @@ class CheckedUnits(NamedTuple):
 
 
 class PageSource(NamedTuple):
-    """A file whose pages answer reads.
+    """A file that the extension may read.
 
     Attributes:
         policy: Decides whether a read is tried.
         fd: The descriptor.
-        units: Which parts of the file may be read; None if all of it may.
+        units: Which parts of the file may be read; None if the whole file may be read.
     """
 
     policy: ReadPolicy

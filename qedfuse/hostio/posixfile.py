@@ -103,7 +103,7 @@ class PosixFile:
 
     @property
     def page_source(self) -> PageSource:
-        """The descriptor, all of which may be read."""
+        """The descriptor and the read policy; the extension may read the whole file."""
         return PageSource(self.read_policy, self.fd)
 
     @property
@@ -498,7 +498,7 @@ class PosixFile:
             await self._inode.in_thread(trio.to_thread.run_sync, set_times)
 
     def stop_fetching(self) -> None:
-        """Return: the file is on no server."""
+        """Do nothing: no read of this file can be stopped."""
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.

@@ -1,4 +1,4 @@
-"""The part of `HostFile` that changes a file, for files that cannot be changed."""
+"""The methods of `HostFile` that change a file, for files that cannot be changed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ReadOnlyFile:
     can_punch = False
 
     def __init__(self, name: str) -> None:
-        """Refuse the changes of the file ``name``."""
+        """Refuse all changes of a file, whose name in messages is ``name``."""
         self.name = name
 
     @property
     def page_source(self) -> PageSource | None:
-        """None: the mount's extension reads only files that say how."""
+        """None: unless a subclass returns another value, the mount's extension must not read."""
         return None
 
     def can_write_inline(self, _length: int) -> bool:

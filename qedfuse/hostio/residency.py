@@ -1,4 +1,4 @@
-"""Which bytes of a file are in the page cache, without bringing others there."""
+"""Finding out whether the page cache has a range of a file, without reading the range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mmap
 import os
 from typing import Final
 
-_libc: Final = ctypes.PyDLL(None, use_errno=True)  # calls that do not wait, with the GIL held
+_libc: Final = ctypes.PyDLL(None, use_errno=True)  # keeps the GIL, because these calls do not wait
 _mmap = _libc.mmap
 _mmap.argtypes = (
     *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
@@ -22,17 +22,20 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 
 
 class Residency:
-    """A mapping of a file that is never read, by which mincore(2) looks into the page cache.
+    """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
-    A read with ``RWF_NOWAIT`` of bytes that are not there would make the kernel fetch them, and
-    would find zeros in a hole.
+    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not find this out: if a page
+    is missing, the kernel begins to read the page from the disk, and a hole is read as zeros.
 
     Attributes:
-        address: Where the file is mapped; 0 after `close`.
+        address: Address at which the file is mapped; 0 after `close`.
     """
 
     def __init__(self, fd: int, length: int) -> None:
-        """Map the first ``length`` bytes of a file of this user, at least one.
+        """Map the first ``length`` bytes of a file; ``length`` is at least one.
+
+        This user must own the file or have permission to write to it.  For other files mincore(2)
+        reports every page as present.
 
         Raises:
             OSError: The host refused.
@@ -45,9 +48,9 @@ class Residency:
         self._length = length
 
     def has_range(self, offset: int, length: int) -> bool:
-        """Return whether all pages of a range of the file, which is not empty, are in the cache.
+        """Return whether the page cache has all pages of a range, which must not be empty.
 
-        The pages of a hole that no program has read are not.
+        A page of a hole that no program has read is not in the page cache.
         """
         start = offset & -mmap.PAGESIZE
         size = offset + length - start

@@ -49,7 +49,8 @@ _SERVER_MAGICS: Final = frozenset(
 )
 """The ``f_type`` of file systems that send requests to a server (linux/magic.h)."""
 _FAT_MAGICS: Final = frozenset({0x4D44, 0x2011BAB0})
-"""The ``f_type`` of FAT and exFAT, which store no inode numbers: the kernel makes them up."""
+"""The ``f_type`` of FAT and exFAT, which store no inode numbers: the kernel assigns new
+ones when it loads an inode."""
 _STATFS_BYTES: Final = 256
 """Length of the buffer for struct statfs, more than needed; the first field is ``f_type``, a
 long."""

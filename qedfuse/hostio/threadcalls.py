@@ -41,7 +41,7 @@ class ThreadCalls:
         raise NotImplementedError
 
     def start_export_read(self, *_: object) -> None:
-        """Refuse, for the same reason.
+        """Refuse, for the reason that `start_read` states.
 
         Raises:
             NotImplementedError: Always.

@@ -57,20 +57,23 @@ class MountOptions:
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.
-        base_changed: Whether to accept bases of another version than an image remembers.
+        base_changed: Whether to accept a base whose version is not that which was recorded with an
+            image.
         backing_urls: Prefixes of the URLs that images may name as backing files.
-        remote_cache_directory: Where the cache for remote files is; None for the user's directory.
+        remote_cache_directory: Directory of the cache for remote files; None for the default
+            directory of the user.
         remote_cache_bytes: Maximum space in bytes of this cache; None for as much as leaves a part
             of the file system free.
         remote_seconds: Maximum time in seconds that a request to a server takes, with all attempts.
         remote_attempt_seconds: Maximum time in seconds of one attempt; at most ``remote_seconds``
             is used.
         allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object of which only the size shows a change.
+        allow_unpinned: Whether to read an object for which the server states no validator, so that
+            only another size shows a change.
         credentials_file: A file with credentials for servers; None for no file.
         credentials: The content of ``credentials_file``, as `with_credentials` has read it.
-        prefetch: Whether all that the disks can need of remote files is fetched into the cache
-            while no reader waits for a server.
+        prefetch: ``all`` if all data of remote files that the disks can need is fetched into the
+            cache while no reader waits for a server; ``off`` if not.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -167,7 +170,7 @@ class MountOptions:
 
 
 def _absolute(path: str | None) -> str | None:
-    """Return a path made absolute; None for None."""
+    """Return an absolute path for ``path``; None for None."""
     return None if path is None else os.path.abspath(path)  # noqa: PTH100  must not resolve links
 
 

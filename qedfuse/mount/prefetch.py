@@ -1,8 +1,8 @@
-"""Option ``prefetch=all``: fetching what the disks of a mount can need of files on servers.
+"""Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
-The task begins when the mount is ready.  It fetches the tables of all files, then their data.  It
-begins no request while a reader waits for a server, nor shortly after that, because the reader will
-probably need something else then.
+The task begins when the mount is ready.  The task fetches the tables of all files, then their data.
+It begins no request while a reader waits for a server, nor shortly after that, because the reader
+will probably need further data then.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
-"""How many requests of 1 MiB run at a time.  One more is left for what sequential readers will read
-next (`qedfuse.remote.fetchthreads`)."""
+"""Maximum number of requests of 1 MiB in flight.  One further request is left for reading ahead of
+sequential readers (`qedfuse.remote.fetchthreads`)."""
 _QUIET_SECONDS: Final = 0.1
-"""How long no reader must have waited for a server before a request begins."""
+"""Minimum time for which no reader has waited for a server before a request begins."""
 _PAUSE_SECONDS: Final = 30.0
-"""How long to wait after a failure of a server."""
+"""Time between a failure of a server and the next attempt."""
 
 
 class Prefetch:
-    """Fetches what some disks can need of remote files into the cache."""
+    """Fetches all data of remote files that some disks can need into the cache."""
 
     def __init__(self, disks: Iterable[Disk], mountpoint: str) -> None:
         """Fetch for ``disks``; log with the name of ``mountpoint``."""
@@ -51,7 +51,7 @@ class Prefetch:
     async def run(self) -> None:
         """Fetch all that is needed, and log the end; return early if the files are closed.
 
-        After a failure of a server the task goes on later.
+        After a failure of a server the task waits for `_PAUSE_SECONDS` and goes on.
         """
         try:
             for file, units in self._parts:
@@ -125,13 +125,13 @@ class Prefetch:
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until no reader has waited for a server for a while; always a checkpoint."""
+        """Wait until no reader has waited for `_QUIET_SECONDS`; always a checkpoint."""
         await trio.lowlevel.checkpoint()
         while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time
             await trio.sleep(_QUIET_SECONDS - quiet)
 
     def _quiet_seconds(self) -> float:
-        """Return for how long no reader of a file has waited for its server."""
+        """Return for how many seconds no reader of a file has waited for its server."""
         return min((file.fetcher.quiet_seconds() for file, _ in self._parts), default=math.inf)
 
     def _is_closed(self) -> bool:

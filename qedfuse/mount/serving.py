@@ -97,8 +97,8 @@ class Server:
         self._is_ready = False
         self._prefetch: Callable[[], Awaitable[None]] | None = None
         if options.prefetch == "all":
-            # Imported late: without the option no module about remote files is needed.  While the
-            # mount is served, nothing may be imported.
+            # Imported late, because only this option needs the modules about remote files; but not
+            # later, because no module may be imported while the mount is served.
             from qedfuse.mount.prefetch import Prefetch  # noqa: PLC0415  late, see above
 
             self._prefetch = Prefetch((exported.disk for exported in disks), mountpoint).run

@@ -234,6 +234,6 @@ class Shutdown:
         self._terminate()
 
     def _terminate(self) -> None:
-        """End `pyfuse3.main`, which does not wait for a server then."""
+        """End `pyfuse3.main`, after making every read fail that waits for a server."""
         self._disks.stop_fetching()
         pyfuse3.terminate()

@@ -11,8 +11,8 @@
  * table that could become stale.  A read that waits enters an epoch in the same step, as
  * Disk.try_start_read does.
  *
- * Of a file in the cache for servers only the units that were compared with their checksums are
- * read here, and only from the page cache, because what comes from the disk must be compared again.
+ * From a file in the cache for remote files, this module reads only units that were compared with
+ * their checksums, and only from the page cache, because bytes from the disk must be compared again.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
  * (_dataops.c), which begins anew.  The functions that other files call are described in
@@ -186,8 +186,9 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Reads from the page cache into the buffer.  Returns 1 if all of the data was there, 0 if not, and -1
- * if that failed, or if a file with checked units has not the given length any more. */
+/* Reads from the page cache into the buffer.  Returns 1 if the page cache had all of the data, 0 if not,
+ * or if a file with checked units may have a hole there, and -1 if the read failed, or if a file with
+ * checked units does not have the given length any more. */
 static int read_cached(const struct read_file *file, uint64_t offset, size_t size, off_t length)
 {
     const struct checked_units *units = &file->units;
@@ -251,7 +252,7 @@ static int serve(struct read_place place, fuse_req_t request, uint64_t handle, o
         forget_units(units, place.offset, size);
     if (attempt == ANSWERED || attempt == FAILED)
         return attempt == ANSWERED;
-    /* What comes from the disk must be compared with its checksum. */
+    /* A queued read would read from the disk, and those bytes must be compared with a checksum. */
     if (has_units(units))
         return 0;
     return queue_read(request, handle, start, size, place, attempt == NOT_CACHED);

@@ -1,7 +1,7 @@
 /*
- * The units of a file in the cache for servers: which of them may be read from the page cache, and
- * which reads of them count.  LocalData (remote/localdata.py) reads the file by the same rules, and
- * says why.
+ * The units of a file in the cache for remote files: which units may be read from the page cache, and
+ * whether the result of such a read may be used.  LocalData (remote/localdata.py) reads the file by the
+ * same rules, and says why.
  *
  * Everything happens with the GIL held.  The functions that other files call are described in
  * _extraops.h.
@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* How many units after a sequential reader are read ahead at most (_MAX_WINDOW_UNITS in
+/* Maximum number of units that are read ahead of a sequential reader (_MAX_WINDOW_UNITS in
  * remote/fetcher.py). */
 #define MAX_AHEAD_UNITS 32
 
@@ -20,7 +20,7 @@
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
-/* The smallest page of a kernel, and how many of them a read can have that begins within one. */
+/* The smallest page size, and the maximum number of such pages in a read, which can begin within one. */
 #define PAGE_BYTES 4096
 #define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
 
@@ -65,8 +65,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* A read up to the end of its unit must be passed on if a unit is missing that a sequential
-     * reader soon needs, because the Python function has it fetched. */
+    /* A read that reaches the end of a unit goes to the Python function if a sequential reader soon
+     * needs a unit that is missing, because that function fetches the unit. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;

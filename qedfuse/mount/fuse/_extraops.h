@@ -47,12 +47,12 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused);
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
-/* A file whose length does not matter to splice_reply(). */
+/* The argument file_bytes of splice_reply() for a file whose length is not compared. */
 #define ANY_LENGTH (-1)
 
-/* Answers a read with the pages of a file, if its length permits that, all pages are in the page cache,
- * and the file's length is `file_bytes`; returns whether it did.  The caller must hold the GIL
- * (_splice.c). */
+/* Answers a read with the pages of a file, if the length of the read permits that, the page cache has
+ * all pages, and the file's length is `file_bytes`; returns whether the read was answered.  The caller
+ * must hold the GIL (_splice.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size, off_t file_bytes);
 
 /* Lets splice_reply() answer reads of the session that begins (_splice.c). */
@@ -79,9 +79,9 @@ struct checked_units {
     Py_buffer ready;        /* for each unit whether it may be read; `obj` is NULL if all of the file may */
     Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
-    uint64_t content_bytes; /* where the readable part of the file ends */
+    uint64_t content_bytes; /* offset at which the readable part of the file ends */
     off_t file_bytes;       /* length of the file while one process uses it */
-    char *address;          /* where the file is mapped, for mincore(2) */
+    char *address;          /* address of a mapping of the file, for mincore(2) */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
 };
 
@@ -95,11 +95,13 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns the length of the file that has the units; ANY_LENGTH if it was cut (_checkedunits.c). */
+/* Returns the length of the file that has the units; ANY_LENGTH if it was truncated
+ * (_checkedunits.c). */
 off_t length_of_units(const struct checked_units *units, int fd);
 
-/* Returns whether a read of a range may be tried while the file has a length, so that it brings nothing
- * into the page cache that another process could read there (_checkedunits.c). */
+/* Returns whether a read of a range may be tried: either `length` shows that no other process uses the
+ * file, or the page cache has the whole range.  So the read brings nothing into the page cache that
+ * another process could read there (_checkedunits.c). */
 int may_try_units(const struct checked_units *units, off_t length, uint64_t offset, size_t size);
 
 /* Returns whether a range may be read by the extension (_checkedunits.c). */
@@ -108,13 +110,14 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 /* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
 int may_have_holes(const struct checked_units *units, const char *data, uint64_t offset, size_t size);
 
-/* Makes the units of a range not ready, because a read of it failed: what the kernel now brings into
- * the page cache was not compared with a checksum.  Perhaps leaves an exception (_checkedunits.c). */
+/* Makes the units of a range not ready after a read of the range failed, because the bytes that the
+ * kernel now brings into the page cache were not compared with a checksum.  An exception may be set
+ * afterwards (_checkedunits.c). */
 void forget_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* A file of a chain, as a PageSource describes it (hostio/pagesource.py). */
 struct read_file {
-    PyObject *policy; /* ReadPolicy; NULL if the file's reads are not answered here */
+    PyObject *policy; /* ReadPolicy; NULL if the extension must not read the file */
     int fd;
     unsigned int queued; /* number of queued reads */
     struct checked_units units;

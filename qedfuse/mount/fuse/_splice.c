@@ -2,8 +2,8 @@
  * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)), so that
  * it copies the data once instead of twice.
  *
- * If the file must have a certain length for its data to count, the pages are put into a pipe of this
- * module first, and the length is looked at before libfuse passes the pipe's pages on.
+ * If the data may be used only while the file has a certain length, the pages are put into a pipe of
+ * this module first, and the length is compared before libfuse passes the pages of the pipe on.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.
@@ -22,7 +22,8 @@
 #define SYS_cachestat 451
 #endif
 
-/* Pages that a pipe must hold for the longest reply, which can begin and end within a page. */
+/* Capacity of the pipe in bytes: enough for the pages of the longest reply, which can begin and end
+ * within a page. */
 #define PIPE_BYTES (2 * MAX_SPLICE_BYTES)
 
 struct page_range {
@@ -117,7 +118,7 @@ int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size, off_t fi
         return 0;
     pages.buf[0].fd = staging[0];
     if (fuse_reply_data(request, &pages, 0))
-        close_pipe(); /* perhaps not all pages were taken */
+        close_pipe(); /* pages may have stayed in the pipe */
     return 1;
 }
 

@@ -81,7 +81,7 @@ class ExportedDisks:
 
     @property
     def use_servers(self) -> bool:
-        """Whether a server has a file of a disk."""
+        """Whether a file of the chain of a disk is on a server."""
         return any(exported.disk.uses_server for exported in self)
 
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
@@ -114,7 +114,10 @@ class ExportedDisks:
         return self._all_closed
 
     def stop_fetching(self) -> None:
-        """Make reads of all disks fail that wait for a server, because their readers have gone."""
+        """Make every read of a disk fail that waits for a server, now or later.
+
+        The caller knows that no program waits for these reads any more.
+        """
         for exported in self:
             exported.disk.stop_fetching()
 

@@ -61,9 +61,9 @@ class RequestErrors:
         A FUSEError is not logged, because it has only an errno and no message.  A PastEndError
         is not logged, because the program that made the request has made a mistake, and neither
         the image nor the host has failed.  A RemoteError or a ForeignError is not logged if its
-        cause was.  Any other QedError is logged with its message.  An exception of another type is
-        a bug, so it is logged with its traceback, and the errno is EIO.  The log is rate-limited
-        (see the module).
+        cause has been logged.  Any other QedError is logged with its message.  An exception of
+        another type is a bug, so it is logged with its traceback, and the errno is EIO.  The log is
+        rate-limited (see the module).
 
         Args:
             inode: The inode of the disk or of the directory to which the request was made.
@@ -81,7 +81,8 @@ class RequestErrors:
     def _log_error(self, inode: int, error: QedError) -> None:
         """Log an error of a disk with its message.
 
-        A write past the end is not logged, nor an outage of a server that was logged when it began.
+        Nothing is logged for a write past the end, nor for an error whose cause has been logged: an
+        outage of a server, or the end of qemu-nbd.
         """
         if isinstance(error, PastEndError) or (
             isinstance(error, RemoteError | ForeignError) and error.is_logged

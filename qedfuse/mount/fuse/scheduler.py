@@ -22,8 +22,8 @@ and trio checks for finished threads, timers and signals.  While the event loop 
 other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
 descriptor is polled only once.  The event loop is needed in three cases:
 
-- A thread of trio is running, or a thread that fetches for a read of a file on a server, because
-  only trio notices the end of the thread.
+- A thread of trio is running, or a thread that fetches the bytes of a read from a server, because
+  only trio notices the end of such a thread.
 - Another task retries a read of a host file (`qedfuse.hostio.nowaitretry`).
 - A task is runnable because its call on a host file has ended.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SUFFIX: Final = ".qed"
 _EXPORT: Final = "export"
-"""What stands for an export without a name."""
+"""The name that is used in place of the empty name of an export."""
 _MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 
@@ -45,7 +45,7 @@ class Source:
 
 
 def absolute_source(path: str) -> str:
-    """Return a path of the user as an absolute path; a URL is returned unchanged."""
+    """Return a path that the user gave as an absolute path, or a URL unchanged."""
     return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100  must not resolve links
 
 
@@ -58,8 +58,8 @@ def disk_file_name(path: str) -> bytes:
     """Return the file name of a disk: ``vm.raw`` for ``vm.qed``, ``x.img.raw`` for ``x.img``.
 
     The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
-    two images may differ only in their suffix.  For a URL, the last name of its path counts; an
-    export of an NBD server may have none.
+    two images may differ only in their suffix.  The name of a URL is the last component of its
+    path; an export of an NBD server may have an empty path.
     """
     if is_url(path):
         path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT
@@ -72,7 +72,7 @@ def disk_file_name(path: str) -> bytes:
 def find_sources(paths: Iterable[str]) -> list[Source]:
     """Return the images that the paths of sources stand for, in the order of the paths.
 
-    A directory stands for all images in it, sorted by name.  Any other path, and a URL, stands for
+    A directory stands for all images in it, sorted by name.  Any other path or URL stands for
     itself, and need not exist.
 
     Raises:
