@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import trio
+
+from qedfuse.errors import ForeignError, RemoteError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
 
 K = TypeVar("K", bound="Hashable")
+
+_SHARED_ERRORS: Final = (RemoteError, ForeignError)
+"""Errors that all who wait for a fetch get: the fetch has waited for a server already, and each
+further fetch would wait for as long."""
+
+
+class _Flight:
+    """A fetch that is running or has ended.
+
+    Attributes:
+        ended: Set when the fetch has ended.
+        error: The error of a server with which it has ended; None for any other end.
+    """
+
+    def __init__(self) -> None:
+        """Start with a fetch that is running."""
+        self.ended = trio.Event()
+        self.error: RemoteError | ForeignError | None = None
 
 
 class SingleFlight(Generic[K]):
@@ -18,12 +38,13 @@ class SingleFlight(Generic[K]):
     The fetch must store its result in a cache, and the callers must look there when `run`
     returns.  A caller that has only waited may find no result there: the other caller's fetch
     may have failed or been cancelled, or the cache may have evicted the result since.  Such a
-    caller must call `run` again.  So no caller gets the error of another caller's fetch.
+    caller must call `run` again.  So no caller gets the error of another caller's fetch, except an
+    error of a server: otherwise the callers would wait for the server one after the other.
     """
 
     def __init__(self) -> None:
         """Start with no fetch running."""
-        self._flights: dict[K, trio.Event] = {}
+        self._flights: dict[K, _Flight] = {}
 
     async def run(self, key: K, fetch: Callable[[], Awaitable[None]]) -> bool:
         """Run ``fetch``, or wait until the fetch that is running for ``key`` has ended.
@@ -33,16 +54,23 @@ class SingleFlight(Generic[K]):
             another call, which may have stored a result or failed.
 
         Raises:
-            BaseException: The error of ``fetch``, only if this call has run ``fetch``.
+            RemoteError: The server has failed, in ``fetch`` or in the fetch of the other call.
+            ForeignError: The same for the process that reads an image in another format.
+            BaseException: Any other error of ``fetch``, only if this call has run ``fetch``.
         """
         flight = self._flights.get(key)
         if flight is not None:
-            await flight.wait()
+            await flight.ended.wait()
+            if flight.error is not None:
+                raise flight.error.again()
             return False
-        flight = self._flights[key] = trio.Event()
+        flight = self._flights[key] = _Flight()
         try:
             await fetch()
+        except _SHARED_ERRORS as error:
+            flight.error = error.again()
+            raise
         finally:
             del self._flights[key]
-            flight.set()
+            flight.ended.set()
         return True
