@@ -149,7 +149,7 @@ class CacheDirectory:
         for found in reversed(list_entries([parent])):
             try:
                 version, needed = read_metadata(found.path)
-                entry = UnitFile.open(found.path, version.size)
+                entry = _open_busy(found.path, version.size)
             except (OSError, ValueError):
                 continue
             with suppress(OSError):
@@ -213,6 +213,18 @@ class CacheDirectory:
         """Return the directory for the entries of an object."""
         name = f"object-{name_hash(f'{store_id} {address.url}')}"
         return os.path.join(self._path, name)  # noqa: PTH118  str paths
+
+
+def _open_busy(path: str, size: int) -> UnitFile:
+    """Open an entry, again if other processes are opening it; see `UnitFile.open`."""
+    for _ in range(_MAX_ATTEMPTS - 1):
+        try:
+            return UnitFile.open(path, size)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+        time.sleep(_RETRY_PAUSE_SECONDS)
+    return UnitFile.open(path, size)
 
 
 def mark_used(entry: UnitFile) -> None:

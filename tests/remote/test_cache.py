@@ -531,6 +531,28 @@ def test_complete_entry_without_a_server(outage: str, tmp_path: Path) -> None:
         assert read(file, 0, len(CONTENT)) == CONTENT
 
 
+@from_cache
+def test_entry_that_others_open_without_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete entry is read although another process is just opening it."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+    with (entry / "map").open("rb") as file:
+        pauses: list[float] = []
+
+        def end_other_opening(seconds: float) -> None:
+            assert seconds < 1
+            pauses.append(seconds)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("qedfuse.remote.cachedirectory.time.sleep", end_other_opening)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as other:
+            assert pauses
+            assert read(other, 0, len(CONTENT)) == CONTENT
+
+
 def test_no_entry_instead_of_an_answer(tmp_path: Path) -> None:
     """An object that the server does not have any more is not read from the cache."""
     with serving(CONTENT) as server:
