@@ -1,4 +1,4 @@
-"""Reservations of room in the cache, which is made in a thread while readers go on."""
+"""Reservations of space in the cache, and the thread that evicts entries to make space."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""How many bytes are refused before room is looked for again."""
+"""Number of bytes that are refused after an eviction without success before the next eviction."""
 _MAX_WAIT_SECONDS: Final = 2.0
-"""How long a reservation waits at most for room that is being made.  The removal of large entries
-can take longer, and a reader waits until its unit is stored."""
+"""Maximum time that reservations wait for an eviction.  The removal of large entries can take more
+time, and a reader waits until its unit is stored."""
 
 
 class CacheSpace:
-    """Counts what may still be stored in the cache.
+    """Counts the bytes that may still be stored in the cache.
 
     Threads may use the object concurrently.
     """
 
     def __init__(self, evict: Callable[[], int]) -> None:
-        """Look for room at the first reservation.
+        """Begin without space: the first reservation calls ``evict``.
 
         Args:
-            evict: Makes room in the cache; returns how many bytes may be stored before it must
-                be called again, 0 for none.  Called by one thread at a time.
+            evict: Removes entries of the cache; returns how many bytes may be stored before the
+                next call, 0 for none.  Called by one thread at a time.
         """
         self._evict = evict
         self._changed = threading.Condition()
-        # All that follows is protected by the condition.
+        # The condition protects the following attributes.
         self._free = 0  # bytes that may be reserved
-        self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
-        self._taken = 0  # bytes that `evict`, which is running, may have overlooked
-        self._refused = _RETRY_BYTES  # bytes since room was looked for
+        self._storing = 0  # bytes that are reserved, and may not be in the file yet
+        self._taken = 0  # bytes that the running eviction may not have counted as used
+        self._refused = _RETRY_BYTES  # bytes that were refused since the last eviction
         self._is_evicting = False
-        self._last_moment = 0.0  # until when reservations wait for `evict`
+        self._last_moment = 0.0  # until when reservations wait for the eviction
 
     @property
     def is_evicting(self) -> bool:
-        """Whether room is being made, so that a reservation that fails may succeed soon."""
+        """Whether an eviction is running, so that a reservation that fails may succeed soon."""
         return self._is_evicting
 
     @contextmanager
     def reserve(self, length: int) -> Iterator[str]:
-        """Reserve room for some bytes, which are stored in the block.
+        """Reserve space for ``length`` bytes, which the ``with`` block stores.
 
         Yields:
-            Why they must not be stored; empty if they may.
+            The reason why the bytes must not be stored; empty if the reservation succeeded.
         """
         reason = self._take(length)
         try:
@@ -61,7 +61,7 @@ class CacheSpace:
                     self._storing -= length
 
     def _take(self, length: int) -> str:
-        """Reserve some bytes; return why that was not possible, or nothing."""
+        """Reserve ``length`` bytes; return the reason of a failure, or an empty string."""
         with self._changed:
             if length > self._free and not self._is_evicting and self._refused >= _RETRY_BYTES:
                 self._start_eviction()
@@ -79,17 +79,17 @@ class CacheSpace:
             return ""
 
     def _start_eviction(self) -> None:
-        """Make room in a thread; the caller holds the lock."""
+        """Start the thread that evicts entries; the caller holds the lock."""
         self._is_evicting = True
         self._taken = self._storing
         self._last_moment = time.monotonic() + _MAX_WAIT_SECONDS
         try:
             threading.Thread(target=self._run_eviction, name="qedfuse-evict", daemon=True).start()
-        except (RuntimeError, MemoryError):  # the host has no thread
+        except (RuntimeError, MemoryError):  # the host cannot start a thread
             self._is_evicting = False
 
     def _run_eviction(self) -> None:
-        """Make room, and count it: the main function of the thread."""
+        """Evict entries, and count the space that results: the main function of the thread."""
         free = 0
         try:
             free = self._evict()

@@ -1,4 +1,4 @@
-"""One version of an object, read by ranges: attempts are repeated, and bounded in time."""
+"""One version of an object, read by ranges: failed attempts are repeated for a limited time."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_SIZE: Final = 16 << 40
-"""Maximum size of an object, as of a file of ext4: each unit takes a byte of memory (64 MiB for the
-largest object) and eight of the cache's map."""
+"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes a byte of memory,
+64 MiB for the largest object, and eight bytes in the map of the cache."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 
 
 class RemoteObject:
-    """An object of a server, of which one version is read.
+    """An object on a server, of which one version is read.
 
     Threads may read concurrently.
 
     Attributes:
         address: The address of the object.
         version: The version that is read.
-        max_seconds: Maximum time that a call takes.
+        max_seconds: Maximum duration of a call of `get`.
     """
 
     def __init__(
@@ -56,17 +56,18 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # The last attempt begins when the time is over, and credentials are renewed once.
+        # The last attempt may begin when the time is over, and may be repeated once with other
+        # credentials.
         self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
         self._total_seconds = deadlines.total_seconds
         self._closed = threading.Event()
 
     def get(self, offset: int, length: int) -> Buffer:
-        """Return ``length`` bytes at an offset, all within the object; blocks the thread.
+        """Return ``length`` bytes at an offset, all within the object; block the thread until then.
 
         Raises:
-            ObjectChangedError: The server has another version of the object now, or none.
-            RemoteError: The server cannot be reached or does not serve the range.
+            ObjectChangedError: The server now has another version of the object, or no object.
+            RemoteError: The server cannot be reached, or does not serve the range.
         """
         try:
             return retry(
@@ -79,12 +80,12 @@ class RemoteObject:
         except RemoteError as error:
             if error.errno != errno.ENOENT:
                 raise
-            # The reader has a file open, for which ENOENT would make no sense.
+            # A read of an open file must not fail with ENOENT.
             msg = f"{self.address.shown}: found no such object any more"
             raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
-        """Make no further attempt.  A running attempt ends by itself, at its deadline."""
+        """Let no further attempt begin.  A running attempt ends at its deadline."""
         self._closed.set()
 
 
@@ -92,9 +93,9 @@ def make_client(address: Address, options: ClientOptions) -> Client:
     """Return a client for an address.
 
     Raises:
-        RemoteError: The library for the scheme is not installed, or the environment configures no
-            usable store.
-        UsageError: The address is that of another machine without TLS, and this is not allowed.
+        RemoteError: The library for the scheme is not installed, or the credentials or the
+            environment are not valid.
+        UsageError: The server is another machine without TLS, which the options do not allow.
     """
     if address.scheme == "http" and not (address.is_loopback or options.allow_http):
         msg = (
@@ -104,7 +105,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
         raise UsageError(msg)
     try:
         if address.is_web:
-            # Imported late: only a URL needs these libraries, which are not always installed.
+            # Imported late: these libraries are optional, and slow to load.
             from qedfuse.remote.webclient import WebClient  # noqa: PLC0415  late, see above
 
             return WebClient(address, options)
@@ -112,7 +113,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 
         return StoreClient(address, options)
     except ImportError as error:
-        # Of a library that is too old, a name is missing.
+        # A library that is too old lacks a name that is imported.
         library = "urllib3>=2.2" if address.is_web else "obstore>=0.12"
         msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
         raise RemoteError(msg, errno.ENOPKG) from error
@@ -124,17 +125,19 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 def open_object(
     address: Address, client: Client, deadlines: Deadlines, *, allow_unpinned: bool = False
 ) -> RemoteObject:
-    """Ask the server for the present version of an object; return the object; blocks the thread.
+    """Ask the server for the present version of an object; return the object at this version.
+
+    The call blocks the thread until the server answers.
 
     Args:
         address: The address of the object.
         client: A client for this address.
         deadlines: How long to wait for the server.
-        allow_unpinned: Whether to accept a version that only its size distinguishes from others.
+        allow_unpinned: Whether to accept a version of which only the size is known.
 
     Raises:
-        RemoteError: The object is missing, or the server cannot be reached, refuses, or gives
-            nothing that distinguishes versions of the object.
+        RemoteError: The object is missing or too large, or the server cannot be reached, refuses,
+            or reports nothing that distinguishes versions of the object.
     """
     version = retry(
         address,
@@ -166,17 +169,19 @@ def retry(
     *,
     unreachable_seconds: float = math.inf,
 ) -> T:
-    """Make an attempt until it succeeds, the time is over or ``closed`` is set.
+    """Repeat an attempt until it succeeds; return its result.
+
+    The attempts end without success when the time is over or ``closed`` is set.
 
     Args:
         address: The address of the object.
         attempt: Makes one attempt; raises the exceptions of a client.
         renew: Called once if the server refuses the credentials; see `Client.renew`.
-        total_seconds: For how long attempts are repeated.  The last one begins at the end of this
-            time.
+        total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
+            end of this time.
         closed: Ends the attempts when it is set.
-        unreachable_seconds: For how long attempts are repeated at most if no connection is made:
-            nothing may be wrong but the name of the server.
+        unreachable_seconds: The same limit for attempts that make no connection.  A shorter time
+            reports a wrong name of a server sooner.
 
     Raises:
         ObjectChangedError: The server has another version of the object.
@@ -199,7 +204,7 @@ def retry(
             msg = f"{address.shown}: {error}"
             raise RemoteError(msg) from error
         except RefusedError as error:
-            # Credentials expire; those that are valid now may differ from those at the beginning.
+            # Temporary credentials expire, and their file or variable may have others now.
             if renewal is not None:
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error
@@ -210,7 +215,7 @@ def retry(
             if isinstance(error, UnreachableError):
                 seconds = min(seconds, unreachable_seconds)
             left = begin + seconds - time.monotonic()
-            # Machines that were stopped by the same outage must not all come back at one moment.
+            # The pause is random, so that machines do not all repeat requests at the same moment.
             wait = min(pause * random.uniform(0.5, 1), left)  # noqa: S311  no secret
             if left <= 0 or closed.wait(wait):
                 msg = f"{address.shown}: {error} (attempts: {number})"
@@ -220,10 +225,10 @@ def retry(
 
 
 def _renewed(renew: Callable[[], object]) -> str:
-    """Read the credentials again; return why that is not possible, or an empty string."""
+    """Read the credentials again; return the reason of a failure, or an empty string."""
     try:
         renew()
     except UnusableError as error:
-        # The former ones are used once more: the file may be about to be replaced.
+        # The former credentials are used once more: this failure may be temporary.
         return str(error)
     return ""

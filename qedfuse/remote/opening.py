@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _UNREACHABLE: Final = (errno.EIO, errno.EACCES)
-"""Errors with which an entry of the cache is used instead of the server."""
+"""Errors of a server after which an entry of the cache is used instead."""
 
 
 def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
-    """Open an object; the caller closes the file.  The call blocks until the server answers.
+    """Open the object at an address as a file; the caller closes the file.
 
-    If the server cannot be reached or refuses, and the cache has all that is needed of the object
-    (`CacheDirectory.offline_entries`), the object is read from the cache, and this is logged.
-    Then attempts are repeated only for as long as a connection may take.
+    The call blocks until the server answers.  If the server cannot be reached or does not serve the
+    object, and the cache has an entry with all that readers need (see `offline_entries`),
+    that entry is used, which is logged.  If there is such an entry, attempts are repeated only for
+    the time limit of a connection.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
         CacheError: The directory that ``options`` name cannot be used.
-        HostError: The host has no further descriptor.
-        UsageError: The address is not allowed.
+        HostError: The host has no free descriptor.
+        UsageError: The server is another machine without TLS, which the options do not allow.
     """
     client = make_client(address, client_options(options))
     directory = _open_directory(options)
@@ -76,7 +77,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
 
 
 def client_options(options: RemoteOptions) -> ClientOptions:
-    """Return how clients connect, for the options of a user."""
+    """Return the options for clients that correspond to the options of a user."""
     return ClientOptions(
         connect_seconds=options.deadlines.connect_seconds,
         attempt_seconds=options.deadlines.attempt_seconds,
@@ -88,10 +89,11 @@ def client_options(options: RemoteOptions) -> ClientOptions:
 
 
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
-    """Return the directory of the cache; None if the default one cannot be used, which is logged.
+    """Return the directory of the cache.
 
-    A default directory on a file system that asks a server is not used, because a server that does
-    not answer would stop the readers.
+    Returns None if the default directory cannot be used, and logs this.  A default directory on a
+    file system that waits for a server (NFS, FUSE) is not used, because a server that does not
+    answer would block the readers.
 
     Raises:
         CacheError: The directory that the user has named cannot be used.
@@ -114,9 +116,10 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
 def _open_cache(
     directory: CacheDirectory | None, address: Address, version: Version, client: Client
 ) -> UnitFile | None:
-    """Open the entry of the cache for a version; None if it cannot be used, which is logged.
+    """Open the entry of the cache for a version; return None if there is none.
 
-    A version that nothing distinguishes from others has no entry.
+    Logs the reason if the entry cannot be used.  A version of which only the size is known has no
+    entry, because another version may have the same size.
     """
     if directory is None or not (version.validator or address.version):
         return None
@@ -130,7 +133,10 @@ def _open_cache(
 def _offline_entry(
     directory: CacheDirectory | None, address: Address, client: Client
 ) -> tuple[Version | None, UnitFile | None]:
-    """Return the last used entry of an object that can be used without a server; None for none."""
+    """Return the most recently used entry of an object that can be used without a server.
+
+    Returns the version and the open entry, which the caller closes; None for both if there is none.
+    """
     if directory is not None:
         for version, entry in directory.offline_entries(address, client.store_id):
             return version, entry

@@ -1,4 +1,4 @@
-"""How files on servers are read: the options, apart from the code that loads libraries for them."""
+"""The options for reading files on servers, in a module that loads no library for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 MIN_CACHE_BYTES: Final = 1 << 20
-"""Minimum for the maximum space of the cache."""
+"""Minimum value of ``RemoteOptions.cache_bytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Deadlines:
     Attributes:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.
-        total_seconds: Maximum time of all attempts of one request, except that an attempt that has
-            begun is finished.
+        total_seconds: Maximum time in which attempts of one request begin; the last attempt may
+            end later.
     """
 
     connect_seconds: float = 5.0
@@ -29,7 +29,7 @@ class Deadlines:
 
     @classmethod
     def limited(cls, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines of which the shorter limits are no longer than the longer ones."""
+        """Return deadlines in which connecting is limited to one attempt, and that to the total."""
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(cls().connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 
@@ -39,16 +39,17 @@ class RemoteOptions:
     """How remote files are read.
 
     Attributes:
-        cache_directory: Where the cache is; None for the user's directory, or no cache if that
-            cannot be used.
-        cache_bytes: Maximum space of the cache; None for as much as leaves a part of the file
-            system free.
+        cache_directory: The directory of the cache; None for the default directory of the user, or
+            for no cache if the default directory cannot be used.
+        cache_bytes: Maximum disk space of the cache; None for no maximum.  In both cases the cache
+            leaves a part of the file system free.
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
         allow_unpinned: Whether to read an object of which only the size shows a change.
-        allowed: The addresses, each with all that lies below it, that images may name as backing
-            files, and to which web servers may redirect.
-        credentials: Variables as in the environment, which they replace.
+        allowed: The addresses that images may name as backing files, and to which web servers may
+            redirect; each includes all addresses below it.
+        credentials: Name and value of each variable in the credentials file.  The variables take
+            precedence over those of the environment.
         credentials_file: The file from which ``credentials`` were read, and are read again when a
             server refuses them; None for no file.
     """

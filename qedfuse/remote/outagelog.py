@@ -1,10 +1,12 @@
 """The log of outages: one line when a server stops answering, and one when it answers again.
 
-An answer that the object has changed begins an outage of its own kind.
+There are two kinds of outages: the server does not serve the object, or it has another version of
+the object.
 
-A server that fails now and then would fill the log, so an outage that begins shortly after the
-last logged one of its kind is not logged here.  Its errors are then logged where they are reported
-(`RemoteError.is_logged`), which limits their rate.
+A server that often fails for a short time would fill the log.  So an outage is not logged if the
+last logged outage of the same kind has begun less than a minute ago.  The errors of an outage that
+is not logged are not marked with `RemoteError.is_logged`, so the code that reports them logs them,
+at a limited rate.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ _MIN_SECONDS_BETWEEN: Final = 60.0
 
 
 class OutageLog:
-    """Logs the outages of one object's server.  Threads may use it concurrently."""
+    """Logs the outages of one object's server.  Threads may use the log concurrently."""
 
     def __init__(self, name: str, consequence: str) -> None:
-        """Log outages of the server of the object ``name``; none has been seen yet.
+        """Log outages of the server of the object ``name``.
 
-        ``consequence`` is the end of the line for the beginning of an outage.
+        ``consequence`` is the end of the line for the beginning of an outage: what cannot be read.
         """
         self._name = name
         self._consequence = consequence

@@ -1,4 +1,4 @@
-"""How far to fetch ahead: not at all for random reads, further with each sequential one."""
+"""How much to fetch ahead: nothing for random reads, more with each sequential read."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _MIN_WINDOW_UNITS: Final = 1
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
-"""How far a sequential reader may seem to jump, forward or back: several reads of the kernel are in
-flight, and arrive in any order."""
+"""Maximum distance of two sequential reads: the kernel sends several reads concurrently, so they
+arrive in any order."""
 
 
 @dataclass(slots=True)
 class _Stream:
-    """What is known of a reader.
+    """The state of a reader.
 
     Attributes:
-        last: The unit in which its last read has ended.
-        window: How many units are fetched ahead of it.
-        marker: A unit that was fetched ahead and that the reader comes for; -1 for none.
+        last: The last unit that the reader has read.
+        window: Number of units that are fetched ahead of the reader.
+        marker: The unit whose read asks for more units to be fetched ahead; -1 for none.
         end: The last unit that was fetched ahead; -1 for none.
     """
 
@@ -30,7 +30,7 @@ class _Stream:
     end: int = -1
 
     def is_continued_by(self, first: int, last: int) -> bool:
-        """Return whether a read of some adjacent units is likely to be of this reader."""
+        """Return whether a read of the units ``first`` to ``last`` probably is of this reader."""
         gap = min(self.window, _MAX_GAP_UNITS)
         is_near = self.last - gap <= first <= self.last + 1 + gap
         return is_near or first <= self.marker <= last or first == self.end + 1
@@ -39,20 +39,21 @@ class _Stream:
 class ReadAhead:
     """Recognises sequential readers by the units that they read.
 
-    A read is sequential if it begins in the unit where another has ended or shortly after that.
-    Most reads of units that are ready are not recorded here, because the mount answers them from
-    the page cache.  So a read is sequential as well if it is for the marked unit of those that were
-    fetched ahead, or if it begins after the last of them.
+    A read is sequential if it begins near the unit where an earlier read has ended.  Most reads of
+    ready units are not recorded, because the mount's extension answers them from the page cache.
+    So a read is also sequential if it needs the marker, which is one of the units that were fetched
+    ahead, or if it begins behind the last of these units.
     """
 
     def __init__(self) -> None:
-        """Know of no reader."""
+        """Begin without readers."""
         self._streams: list[_Stream] = []  # the last used one is last
 
     def record_read(self, first: int, last: int, max_units: int) -> int:
-        """Record a read of some adjacent units; return how many units to have fetched after them.
+        """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
-        The window of a sequential reader doubles with each unit, up to ``max_units``.
+        The window is the number of units to fetch after ``last``.  It doubles with each read of a
+        sequential reader that ends in a later unit, up to ``max_units``.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:
@@ -70,10 +71,10 @@ class ReadAhead:
         return stream.window
 
     def set_marker(self, first: int, last: int) -> int:
-        """Record that units are fetched ahead of the reader whose read was recorded last.
+        """Record that the units up to ``last`` are fetched ahead of the last recorded reader.
 
-        Returns one of them, which must not become ready until a reader needs it.  So the reader is
-        recorded while it has half a window left.
+        Returns the marker: a unit between ``first`` and ``last`` that must not become ready until a
+        reader needs it.  So the read of the marker is recorded, half a window before ``last``.
         """
         stream = self._streams[-1]
         stream.marker = max(first, last - stream.window // 2)

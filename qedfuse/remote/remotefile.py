@@ -1,6 +1,7 @@
 """One version of an object as a file of a chain: a `HostFile` that cannot be changed.
 
-What is in the cache is read like a local file.  The rest is fetched first.
+Units in the page cache are read like those of a local file.  Other units are fetched first, from
+the cache's disk or from the server.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RemoteFile(ReadOnlyFile):
 
     Attributes:
         path: The URL.
-        fetcher: Fetches what is not in the cache.
+        fetcher: Fetches units that cannot be read from the page cache.
     """
 
     def __init__(self, source: RemoteObject, fetcher: Fetcher, local: LocalData | None) -> None:
@@ -44,7 +45,7 @@ class RemoteFile(ReadOnlyFile):
         Args:
             source: The object.
             fetcher: Fetches from ``source``; the file closes it.
-            local: The data of the fetcher's cache, which the file closes; None for no cache.
+            local: The data file of the fetcher's cache, which the file closes; None for no cache.
         """
         super().__init__(source.address.shown)
         self.path = source.address.url
@@ -52,17 +53,17 @@ class RemoteFile(ReadOnlyFile):
         self._version = source.version
         self._size = source.version.size
         self._opened = time.time()
-        self._last_unit = -1  # the unit of the last read, for which the fetcher was asked already
+        self._last_unit = -1  # the last unit of the last read that the fetcher has recorded
         self._local = local
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None, because only `try_read` knows what is in the cache."""
+        """None, because only `try_read` knows which bytes are in the page cache."""
         return None
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data of the cache, of which the ready units may be read; None without a cache."""
+        """The data file of the cache, of which the ready units may be read; None without one."""
         if self._local is None:
             return None
         return self._local.page_source(
@@ -71,11 +72,11 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def identity(self) -> FileIdentity:
-        """The URL and what distinguishes the version from others."""
+        """The URL, the size and the validator of the version."""
         return (self.path, self._size, self._version.validator)
 
     def fileno(self) -> int:
-        """Return -1: the descriptor of the cache does not have all bytes."""
+        """Return -1, because no descriptor has all bytes of the object."""
         return -1
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
@@ -90,7 +91,7 @@ class RemoteFile(ReadOnlyFile):
         The result is less than the length of the view only if the file ends earlier.
 
         Raises:
-            RemoteError: The server does not give what is not in the cache.
+            RemoteError: The server does not give a unit that the cache does not have.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -108,7 +109,7 @@ class RemoteFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: The server does not give what is not in the cache.
+            RemoteError: The server does not give a unit that the cache does not have.
         """
         length = max(0, min(len(view), self._size - offset))
         at = 0
@@ -122,8 +123,8 @@ class RemoteFile(ReadOnlyFile):
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if a byte is not in the cache or not in memory, or if the file ends before the
-        view is full.  The content of ``view`` is undefined then.
+        Returns False if a byte is not ready or not in the page cache, or if the file ends before
+        the view is full.  The content of ``view`` is undefined then.
         """
         end = offset + len(view)
         first, last = offset // UNIT_BYTES, (end - 1) // UNIT_BYTES
@@ -141,11 +142,11 @@ class RemoteFile(ReadOnlyFile):
         _take_answer: Callable[[], object],
         _ended: Callable[[int], object],
     ) -> bool:
-        """Return False: reads of the cache are not worth it, and others take long anyway."""
+        """Return False: neither the cache nor a server is read by the kernel's queue."""
         return False
 
     async def next_data(self, offset: int) -> int | None:
-        """Return ``offset`` itself, because a server knows no holes; None past the end."""
+        """Return ``offset`` itself, because servers report no holes; None at or past the end."""
         await trio.lowlevel.checkpoint()
         return offset if offset < self._size else None
 
@@ -159,11 +160,11 @@ class RemoteFile(ReadOnlyFile):
         return self._size
 
     def stored_blocks(self) -> int:
-        """Return the number of blocks of 512 bytes that the file has on the server."""
+        """Return the number of blocks of 512 bytes in the object, which has no holes."""
         return -(-self._size // _BLOCK_BYTES)
 
     def stat(self) -> os.stat_result:
-        """Return attributes as for a local file of this user without permission to write."""
+        """Return the attributes of a local file of this user that is read-only."""
         modified = self._opened if self._version.modified is None else self._version.modified
         values = (
             *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self._size),
@@ -181,17 +182,17 @@ class RemoteFile(ReadOnlyFile):
         return os.statvfs("/") if self._local is None else self._local.statvfs()
 
     def stop_fetching(self) -> None:
-        """Make reads fail that wait for the server, and later ones that would."""
+        """Make reads fail that wait for the server, and later reads that would have to wait."""
         self.fetcher.close()
 
     def close(self) -> None:
-        """Close the file; reads that are waiting fail.  A second call does nothing."""
+        """Close the file; reads that wait for the server fail.  A second call does nothing."""
         self.fetcher.close()
         if self._local is not None:
             self._local.close()
 
     def _demand(self, offset: int, length: int) -> list[Flight]:
-        """Start fetching what a range needs; return the flights to wait for."""
+        """Start fetching the units of a range that are not ready; return their flights."""
         first, last = offset // UNIT_BYTES, (offset + length - 1) // UNIT_BYTES
         if first == last == self._last_unit and self._is_ready(first, last):
             return []
@@ -199,14 +200,15 @@ class RemoteFile(ReadOnlyFile):
         return self.fetcher.demand(first, last)
 
     def _is_ready(self, first: int, last: int) -> bool:
-        """Return whether some adjacent units can be read from the cache."""
+        """Return whether all units ``first`` to ``last`` are ready; see `UnitStore.ready`."""
         return self.fetcher.ready.find(0, first, last + 1) < 0
 
     def _fill(self, offset: int, view: memoryview, flights: list[Flight]) -> int:
         """Fill ``view`` from flights that have ended and from the cache.
 
         Returns:
-            How many bytes at its begin are right; the caller must demand the rest again.
+            How many bytes at the beginning of ``view`` are valid; the caller must demand the rest
+            again.
         """
         filled = len(view)
         for start, count, block in self._parts(offset, len(view), flights):
@@ -214,7 +216,7 @@ class RemoteFile(ReadOnlyFile):
             if block is not None:
                 part[:] = block
             elif not self._read_cached(start, part):
-                # All of the rest is tried, so that what is missing is demanded together.
+                # The rest is tried as well, so that all missing units are demanded together.
                 filled = min(filled, start - offset)
         return filled
 
@@ -245,13 +247,13 @@ class RemoteFile(ReadOnlyFile):
     def _read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
-        If not, the units of the range are not ready any more.
+        If the read fails, the units of the range are made not ready.
         """
         first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
         local = self._local
         if local is None or not self._is_ready(first, last):
             return False
-        # Units may be forgotten during the read, so what was read counts only if they were not.
+        # Another thread may make the units not ready during the read; then the bytes do not count.
         if local.try_read(offset, view, self.fetcher.zeros) and self._is_ready(first, last):
             return True
         if local.is_whole():

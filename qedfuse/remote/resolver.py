@@ -1,8 +1,8 @@
 """Looking up the addresses of a host, and connecting to one of them, in bounded time.
 
-getaddrinfo(3) has no deadline: with a name server that does not answer, it blocks for tens of
-seconds.  So it runs in a thread of its own, which is left behind when the time is over.  Lookups of
-the same name share a thread, so a dead name server costs one thread for each name.
+getaddrinfo(3) has no deadline: if no name server answers, the function blocks for tens of seconds.
+So it is called in a separate thread, which goes on when the caller's time is over.  Concurrent
+lookups of the same name share a thread, so at most one thread waits for each name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ SocketAddress = tuple[
 
 
 class _Lookup:
-    """A lookup that runs, and its result."""
+    """A lookup of one host, and its result.
+
+    Attributes:
+        ended: Set when the result is there.
+        addresses: The addresses; empty before the end and after an error.
+        error: The error of the lookup; None for success.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self._host = host
@@ -33,7 +39,7 @@ class _Lookup:
         self.error: OSError | None = None
 
     def run(self) -> None:
-        """Look the name up."""
+        """Look up the host, and store the result."""
         try:
             self.addresses = _lookup(self._host, self._port, 0)
         except OSError as error:
@@ -43,7 +49,7 @@ class _Lookup:
 
 
 class Resolver:
-    """Looks up addresses.  Threads may use it concurrently."""
+    """Looks up the addresses of hosts.  Threads may use a resolver concurrently."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,7 +60,7 @@ class Resolver:
 
         Raises:
             TimeoutError: The name servers did not answer within ``seconds``.
-            OSError: There is no such host, or no thread.
+            OSError: There is no such host, or no thread can be started.
         """
         host = host.strip("[]")
         with suppress(OSError, UnicodeError):
@@ -70,7 +76,11 @@ class Resolver:
         return lookup.addresses
 
     def _start(self, host: str, port: int) -> _Lookup:
-        """Start a lookup; the caller holds the lock."""
+        """Start a lookup in a thread; return the lookup.  The caller holds the lock.
+
+        Raises:
+            OSError: No thread can be started.
+        """
         lookup = _Lookup(host, port)
 
         def run() -> None:
@@ -92,10 +102,16 @@ RESOLVER: Final = Resolver()
 
 
 def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
-    """Return a socket that is connected to the first address that accepts in its share of the time.
+    """Connect to the first address that accepts; return the socket.
+
+    The addresses are tried in their order.  Each gets an equal share of the time that is left.
+
+    Args:
+        addresses: The addresses.
+        end: The deadline, as a value of ``time.monotonic()``.
 
     Raises:
-        OSError: No address accepts; the error is that of the last one.
+        OSError: No address accepts; the error is that of the last address that was tried.
     """
     failure: OSError = TimeoutError()
     for number, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -117,5 +133,5 @@ def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.soc
 
 
 def _lookup(host: str, port: int, flags: int) -> Sequence[SocketAddress]:
-    """Return the addresses of a host; blocks until the name servers answer."""
+    """Return the addresses of a host; block until the name servers answer."""
     return socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM, 0, flags)

@@ -1,12 +1,12 @@
-"""Whether one process has an entry of the cache open, or several: the length of its data shows it.
+"""The length of the data file of an entry shows whether one opener uses the entry, or several.
 
 The data file is longer than the object by one byte while one opener uses the entry, and by two
-bytes while several may use it.  Nothing writes these bytes.  So a reader knows with one lseek(2)
-whether it is alone, and a file that was cut never has one of these lengths again because of a
-write.
+bytes while several may use it.  No write reaches these bytes.  So a reader needs only one lseek(2)
+to find out whether other openers exist, and no write can give a file that was cut one of these
+lengths again.
 
-An opener holds a lock on the first byte of the data, by which the next one sees it.  The lock
-belongs to the open file description (``F_OFD_SETLK``), as flock(2) does.
+Each opener holds a read lock on the first byte of the data file, by which the next opener finds it.
+The lock belongs to the open file description (``F_OFD_SETLK``), like that of flock(2).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, l
 
 
 def has_length(length: int, size: int) -> bool:
-    """Return whether ``length`` is that of the data for an object of ``size`` bytes, not cut."""
+    """Return whether a data file of ``length`` bytes, for an object of ``size`` bytes, is uncut."""
     return length - size in {ALONE_BYTES, SHARED_BYTES}
 
 
 def join(data_fd: int, lock_fd: int, size: int) -> None:
-    """Become a user of an entry, and set the length of its data.
+    """Become an opener of an entry, and set the length of its data file.
 
     Args:
-        data_fd: The data of an object of ``size`` bytes.
-        lock_fd: Another file of the entry, by whose lock openers follow each other.
-        size: The size of the object.
+        data_fd: The open data file.
+        lock_fd: Another open file of the entry, whose lock only one opener holds at a time.
+        size: The size of the object in bytes.
 
     Raises:
-        OSError: The file was cut (EBADMSG), or another opener does not finish (EWOULDBLOCK).
+        OSError: The file was cut (EBADMSG), or another opener holds the lock (EWOULDBLOCK).
     """
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
@@ -55,11 +55,11 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
 
 
 def _has_others(fd: int) -> bool:
-    """Lock the first byte; return whether others have locked it, or may have."""
+    """Lock the first byte; return whether another opener has locked it, or may have."""
     with suppress(OSError):
         lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
         kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
-    return True  # the file system has no such locks
+    return True  # the file system has no such locks, so other openers are not known

@@ -1,7 +1,7 @@
-"""A client for object stores, by obstore: S3, Google Cloud Storage and Azure.
+"""A client for object stores (S3, Google Cloud Storage, Azure) that uses obstore.
 
-obstore hangs in a child process that was forked after its first use, so a client must be made after
-the mount has become a daemon.
+obstore hangs in a child process that is forked after the first use of obstore.  So a client must be
+made after the mount has become a daemon.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StoreClient:
     """Reads one object of an object store."""
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
-        """Read the object at ``address``; nothing is connected yet.
+        """Read the object at ``address``; no connection is made yet.
 
         Raises:
             UnusableError: The environment or the credentials configure no usable store.
@@ -56,12 +56,12 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the object's present version; obstore does not say what the server's clock is."""
+        """Return the present version, and None, because obstore does not give the server's time."""
         options: GetOptions = {"head": True}
         try:
             return version_of(self._get(options).meta), None
         except (MissingError, RefusedError, UnusableError):
-            # The answer to a HEAD has no body, which would say what is missing, refused or expired.
+            # The response to a HEAD has no body, which would name what is missing or refused.
             return version_of(self._get({"range": (0, 1)}).meta), None
 
     def get(self, offset: int, length: int, version: Version) -> memoryview:
@@ -72,7 +72,7 @@ class StoreClient:
         elif version.modified is not None:
             options["if_unmodified_since"] = datetime.fromtimestamp(version.modified, UTC)
         result = self._get(options)
-        # The server may have ignored the condition, so its answer is compared as well.
+        # The server may ignore the condition, so the version in the response is compared as well.
         if not version_of(result.meta).is_same(version):
             raise ChangedError
         with translating(self._store.hint):
@@ -83,7 +83,11 @@ class StoreClient:
         return memoryview(content)
 
     def renew(self) -> None:
-        """Make the store again, with the credentials that are valid now."""
+        """Configure the store again, with the present credentials.
+
+        Raises:
+            UnusableError: The environment or the credentials configure no usable store.
+        """
         self._options = self._options.renewed()
         self._store = make_store(self._address, self._options)
 
@@ -96,10 +100,10 @@ class StoreClient:
 
 @contextmanager
 def translating(hint: str) -> Iterator[None]:
-    """Raise the exceptions of `qedfuse.remote.client` instead of obstore's.
+    """Raise exceptions of `qedfuse.remote.client` instead of those of obstore in the block.
 
     Args:
-        hint: What a user without credentials can do; empty for a user who has some.
+        hint: How a user without credentials can give them; empty for a user with credentials.
     """
     try:
         yield
@@ -108,7 +112,7 @@ def translating(hint: str) -> Iterator[None]:
 
 
 def version_of(meta: ObjectMeta) -> Version:
-    """Return the version that an answer is about."""
+    """Return the version of an object that its metadata describe."""
     etag = meta["e_tag"] or ""
     if etag.startswith("W/"):  # a weak tag is equal for contents that differ
         etag = ""

@@ -1,7 +1,7 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
-obstore's own texts contain the URL of the request, which may hold a secret (a signature of Azure),
-and the answer of the server, so only known parts of them are shown.
+obstore's own texts contain the URL of the request, which may have a secret (a signature of Azure),
+and the response of the server.  So only known parts of these texts are shown.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def translated(error: Exception, hint: str = "") -> Exception:
     """Return the exception of `qedfuse.remote.client` for one of obstore's.
 
     Args:
-        error: One of `ERRORS`.
-        hint: What a user without credentials can do; empty for a user who has some.
+        error: An instance of one of `ERRORS`.
+        hint: How a user without credentials can give them; empty for a user with credentials.
     """
     text, _, details = str(error).partition("\n\nDebug source")
     for kind, failure in (
@@ -78,13 +78,13 @@ def translated(error: Exception, hint: str = "") -> Exception:
 
 
 def code_of(error: Exception) -> str:
-    """Return the code that an S3 server gives for an error, such as ``NotImplemented``, or ''."""
+    """Return the code of an S3 server for an error, such as ``NotImplemented``; empty for none."""
     match = _CODE.search(str(error).partition("\n\nDebug source")[0])
     return match[1] if match else ""
 
 
 def _for_status(status: int, text: str, hint: str) -> Exception:
-    """Return the exception for the status of an answer, and the body in ``text``."""
+    """Return the exception for a response with an HTTP status, and with its body in ``text``."""
     code, sentence = _CODE.search(text), _SENTENCE.search(text)
     msg = f"found HTTP status {status}"
     if code is not None:
@@ -99,13 +99,13 @@ def _for_status(status: int, text: str, hint: str) -> Exception:
     ):
         return AttemptError(msg)
     if hint:
-        # Stores answer requests without a signature in different ways.
+        # Some stores answer a request without a signature with another status than 401 or 403.
         return RefusedError(f"{msg} (found no credentials: {hint})")
     return UnusableError(msg)
 
 
 def _for_no_answer(text: str, details: str) -> Exception:
-    """Return the exception for a request without an answer, by obstore's debugging details."""
+    """Return the exception for a request without a response, from obstore's debugging output."""
     cause = next((found[1] for each in _CAUSES if (found := each.search(details))), None)
     if "InvalidCertificate" in details:
         msg = (
@@ -126,5 +126,5 @@ def _for_no_answer(text: str, details: str) -> Exception:
 
 
 def _last_part(text: str) -> str:
-    """Return the part of a text after the URL of the request, in one line."""
+    """Return the part of obstore's text after the URL of the request, in one line."""
     return printable(" ".join(text.rpartition(" - ")[2].split())[:300])

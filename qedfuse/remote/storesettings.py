@@ -1,8 +1,8 @@
-"""How an object store is found and with which credentials: from variables, files and the machine.
+"""The endpoint of an object store, and its credentials from variables, files and the machine.
 
-obstore itself reads the environment.  Four things are decided here instead: a credentials file must
-replace a whole identity, never half of one; no credentials mean anonymous access, not a wait for an
-instance metadata service that only machines of the cloud have; an endpoint without TLS must be
+obstore itself reads the environment.  This module changes four things: a credentials file replaces
+a whole identity, never half of one; without credentials, access is anonymous, instead of a wait for
+an instance metadata service that only machines of the cloud have; an endpoint without TLS must be
 allowed; and the credentials file of Amazon's command line is read.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions
 
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
-"""How the names of the variables begin that configure each kind of store."""
+"""The prefix of the variables that configure each kind of store."""
 _KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -72,13 +72,14 @@ _STORE_VARIABLES: Final = {
         ("AZURITE_BLOB_STORAGE_URL",),
     ),
 }
-"""Names of variables that say which store has the bucket or the container of a URL."""
+"""Groups of variables that determine which store has the bucket or container; the first variable of
+each group that is set counts."""
 _CLOUD_MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
     "gs": ("product_name", "Google Compute Engine"),
     "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
 }
-"""By which file of the firmware's names a machine of each cloud is known."""
+"""A file of the firmware's identification, and its content on a machine of each cloud."""
 _DMI: Final = "/sys/class/dmi/id"
 _HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -89,13 +90,12 @@ _HINTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A bucket or container, as obstore knows it.
+    """A configured bucket or container.
 
     Attributes:
         handle: obstore's object.
-        hint: What a user without credentials can do; empty if there are credentials.
-        store_id: The endpoint or account that has the bucket; the same for all users of the public
-            cloud's own, in which the name of a bucket is unique.
+        hint: How a user without credentials can give them; empty if there are credentials.
+        store_id: The values of `_STORE_VARIABLES`: the endpoint or account that has the bucket.
     """
 
     handle: ObjectStore
@@ -104,16 +104,19 @@ class Store:
 
 
 class _Variables:
-    """The variables of a credentials file, and those of the environment that it does not replace.
+    """The variables of a credentials file, and those of the environment that the file does not set.
 
-    An empty variable counts as none.
+    A variable with an empty value counts as not set.
     """
 
     def __init__(self, own: dict[str, str]) -> None:
         self.own = own
 
     def first(self, names: tuple[str, ...]) -> str | None:
-        """Return the first of some variables that is set; the file's hide the environment's."""
+        """Return the value of the first variable of ``names`` that is set; None if none is set.
+
+        All variables of the file precede those of the environment.
+        """
         for source in (self.own, os.environ):
             for name in names:
                 if source.get(name):
@@ -121,22 +124,25 @@ class _Variables:
         return None
 
     def values_of_group(self, names: tuple[str, ...]) -> list[str]:
-        """Return the values of variables that belong together, all from the same source."""
+        """Return the values of variables that belong together; empty for each that is not set.
+
+        All come from the file if one of the variables is set there, or else from the environment.
+        """
         source = self.own if any(self.own.get(name) for name in names) else os.environ
         return [source.get(name, "") for name in names]
 
     def is_true(self, name: str) -> bool:
-        """Return whether a variable says yes."""
+        """Return whether the value of a variable is 1, true, yes or on."""
         return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
 
 
 def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0) -> Store:
-    """Return the bucket or container of an address; nothing is connected yet.
+    """Return the bucket or container of an address; no connection is made yet.
 
     Args:
         address: The address of an object.
         options: How to connect, and the variables of a credentials file.
-        max_retries: How often obstore itself repeats a request that failed.
+        max_retries: How often obstore itself repeats a failed request.
 
     Raises:
         UnusableError: The variables configure no usable store.
@@ -162,7 +168,7 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
         if address.scheme == "s3":
             endpoint = _endpoint(variables, options)
             if endpoint is not None:
-                # This name precedes all others, so no variable of the environment can replace it.
+                # obstore prefers this name to all others, so no variable can replace the value.
                 common["aws_endpoint_url_s3"] = endpoint
                 common["client_options"]["allow_http"] = endpoint.startswith("http://")
             common["region"] = variables.first(_REGION_VARIABLES) or "us-east-1"
@@ -183,7 +189,7 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
 
 
 def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:
-    """Add to the settings how requests are signed; return False if they are not signed.
+    """Add to the settings how requests are signed; return False if they are anonymous.
 
     Raises:
         UnusableError: One half of a key is missing, or a credentials file cannot be read.
@@ -211,7 +217,7 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
         "token": token or None,
         "expires_at": None,
     }
-    # A function and not settings: those would be mixed with variables of the environment.
+    # A function, because obstore would mix settings with variables of the environment.
     settings["credential_provider"] = lambda: credential
     return True
 
@@ -219,13 +225,13 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
 def _add_identity(
     scheme: str, variables: _Variables, names: tuple[str, ...], settings: dict[str, Any]
 ) -> bool:
-    """Turn signatures off if nothing has credentials for them; return whether something has.
+    """Make requests anonymous if no credentials are found; return whether credentials are found.
 
     Raises:
         UnusableError: The file and the environment both have credentials, of different kinds.
     """
     if any(variables.own.get(name) for name in names):
-        # obstore would add those of the environment, and choose among them.
+        # obstore would add the credentials in the environment, and choose one of them.
         for name in names:
             if os.environ.get(name) and not variables.own.get(name):
                 msg = (
@@ -248,7 +254,7 @@ def _expand_home(path: str) -> Path:
 
 
 def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
-    """Return whether the machine is one of the cloud's own, which can have credentials."""
+    """Return whether the machine has an instance metadata service, which can give credentials."""
     if scheme == "s3":
         if variables.is_true("AWS_EC2_METADATA_DISABLED"):
             return False
@@ -262,7 +268,9 @@ def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
 
 
 def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
-    """Return key, secret and token of the profile in the file of Amazon's tools; '' for none.
+    """Return key, secret and token of the profile in the credentials file of Amazon's tools.
+
+    Returns empty texts if there are none.
 
     Raises:
         UnusableError: The file or the profile that a variable names cannot be used.
@@ -296,10 +304,11 @@ def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
 
 
 def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
-    """Return the endpoint of the S3 store; None for Amazon's.
+    """Return the URL of the endpoint of the S3 store; None for Amazon's own.
 
     Raises:
-        UnusableError: The endpoint is no URL of a web server, or on another machine without TLS.
+        UnusableError: The endpoint is no URL of a web server, or is another machine without TLS,
+            which the options do not allow.
     """
     text = variables.first(_ENDPOINT_VARIABLES)
     if text is None:
