@@ -1,12 +1,24 @@
-"""File names as text that is safe to print."""
+"""File names and messages as text that is safe to print."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 
 _UNDECODABLE: Final = range(0xDC80, 0xDD00)
 """The surrogates by which `os.fsdecode` represents bytes that are not valid UTF-8 (PEP 383)."""
+_USER: Final = re.compile(r"(?<=://)[^\s/?]*@")
+"""The user and the password in a URL."""
+_QUERY: Final = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?]*\?)"  # a URL up to its query
+    r"(\S*?)"
+    r"(?=['\",:;)]*(?:\s|$))"  # marks of the sentence are no part of the query
+)
+_OPEN_QUERY: Final = re.compile(
+    r"(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*", re.IGNORECASE
+)
+"""The URLs whose queries are no secrets."""
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:
@@ -31,3 +43,18 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
         else:
             out.append(char)
     return "".join(out)
+
+
+def without_queries(message: str) -> str:
+    """Return a message with ``...`` for the user and the query of each URL in it.
+
+    Either can be a secret.  The version of an object and the query of an NBD server are none.
+    """
+    if "://" not in message:
+        return message
+    return _QUERY.sub(_hide_query, _USER.sub("...@", message))
+
+
+def _hide_query(match: re.Match[str]) -> str:
+    """Return a URL that has a query, without the query if it may be a secret."""
+    return match[0] if _OPEN_QUERY.fullmatch(match[0]) else f"{match[1]}..."

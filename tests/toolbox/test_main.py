@@ -334,3 +334,25 @@ def test_a_logged_failure_is_not_printed_twice(
     said = shown.getvalue() + capfd.readouterr().err
     assert said.count("datasync: Input/output error") == 1
     assert "the disk is read-only from now on" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["URL"],
+        ["info", "vm.qed", "URL"],
+        ["check", "--repair=URL", "vm.qed"],
+        ["check", "--URL", "vm.qed"],
+        ["create", "vm.qed", "URL"],
+        ["resize", "vm.qed", "URL"],
+        ["convert", "-f", "URL", "vm.qed", "vm.raw"],
+    ],
+)
+def test_no_message_repeats_a_secret(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A message about an argument leaves out the query of a URL in it, which may be a signature."""
+    url = "https://me:hush@host/golden.qed?sig=hush"
+    assert program.main([word.replace("URL", url) for word in words]) == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert "https://...@host/golden.qed?..." in text
+    assert "hush" not in text

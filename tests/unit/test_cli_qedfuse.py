@@ -135,3 +135,21 @@ def test_an_interrupt_is_quiet(
     monkeypatch.setitem(program._ACTIONS, "mount", interrupted)
     assert main(["a", "b"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--URL", "a", "b"],
+        ["-o", "URL", "a", "b"],
+        ["-o", "remote_timeout=URL", "a", "b"],
+        ["umount", "a", "--timeout", "URL"],
+    ],
+)
+def test_no_message_repeats_a_secret(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A message about an argument leaves out the query of a URL in it, which may be a signature."""
+    url = "https://host/golden.qed?sig=hush"
+    assert main([word.replace("URL", url) for word in words]) == 1
+    text = capsys.readouterr().err
+    assert "https://host/golden.qed?..." in text
+    assert "hush" not in text

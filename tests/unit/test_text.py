@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qedfuse.text import printable
+from qedfuse.text import printable, without_queries
 
 
 @pytest.mark.parametrize("name", ["vm.qed", "a b.qed", "Grüße.qed", "C:\\disk.qed", "", "日本.qed"])
@@ -48,3 +48,27 @@ def test_different_names_stay_different(one: bytes, other: bytes) -> None:
     """Different names are shown differently, unless one looks like an escape."""
     if "\\" not in os.fsdecode(one) + os.fsdecode(other):
         assert (printable(one) == printable(other)) == (os.fsdecode(one) == os.fsdecode(other))
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("a: b?c", "a: b?c"),
+        ("https://h/x: found 1?", "https://h/x: found 1?"),
+        ("https://h/x?sig=a%2Fb: found", "https://h/x?...: found"),
+        ("found 'HTTPS://h/x?sig=1', expected 2", "found 'HTTPS://h/x?...', expected 2"),
+        (
+            "unknown: --b=https://h/x?s=1 https://h/y?t=2",
+            "unknown: --b=https://h/x?... https://h/y?...",
+        ),
+        ("https://me:word@h/x@1?s", "https://...@h/x@1?..."),
+        ("https://h/x?... (see)", "https://h/x?... (see)"),
+        ("s3://b/k?versionId=v1: gone", "s3://b/k?versionId=v1: gone"),
+        ("s3://b/k?versionId=v1&sig=2: gone", "s3://b/k?...: gone"),
+        ("gs://b/k?sig=2", "gs://b/k?..."),
+        ("nbd+unix:///?socket=/run/s: gone", "nbd+unix:///?socket=/run/s: gone"),
+    ],
+)
+def test_secrets_in_messages(message: str, shown: str) -> None:
+    """Users and queries of URLs are left out of messages, unless they are no secrets."""
+    assert without_queries(message) == shown

@@ -18,7 +18,7 @@ from qedfuse.cli.sigint import sigint_raises
 from qedfuse.cli.streams import discard_unwritten, open_streams
 from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal
 from qedfuse.errors import HostError, QedError
-from qedfuse.text import printable
+from qedfuse.text import printable, without_queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,10 +93,11 @@ def _print(text: str) -> int:
 def _print_message(message: str) -> None:
     """Print a line to stderr; if stderr cannot be written to, do nothing.
 
-    The line may be lost, because the exit code reports the outcome too.
+    Messages repeat arguments, so the queries of URLs are left out.  The line may be lost, because
+    the exit code reports the outcome too.
     """
     try:
-        sys.stderr.write(f"qedfuse: {message}\n")
+        sys.stderr.write(f"qedfuse: {without_queries(message)}\n")
         sys.stderr.flush()
     except OSError:
         pass

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from qedfuse.cli.streams import discard_unwritten
-from qedfuse.text import printable
+from qedfuse.text import printable, without_queries
 
 if TYPE_CHECKING:
     import argparse
@@ -54,10 +54,11 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 def print_error(message: str) -> None:
     """Print an error message to stderr; if stderr cannot be written to, discard further output.
 
+    Messages repeat arguments, so the queries of URLs are left out.
     The exit code reports the failure in any case.
     """
     try:
-        sys.stderr.write(f"qedimg: {printable(message)}\n")
+        sys.stderr.write(f"qedimg: {without_queries(printable(message))}\n")
         sys.stderr.flush()
     except OSError:
         discard_unwritten(sys.stderr)
