@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -19,11 +23,11 @@ from qedfuse.remote.upload import Upload, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, qemu
+from tests.support.mounted import environment
 from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support.swift import Swift
 
@@ -104,6 +108,50 @@ def test_raw_file_of_any_length(store: Swift, tmp_path: Path, size: int) -> None
     path.write_bytes(os.urandom(size))
     assert main(["publish", "-q", str(path), f"s3://golden/raw-{size}"]) == 0
     assert content(store, f"golden/raw-{size}") == path.read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no FUSE")
+@pytest.mark.parametrize("kind", ["image", "raw"])
+def test_the_commands_that_are_printed(
+    store: Swift,
+    image: Path,
+    tmp_path: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The commands in the output mount a writable disk with the content of what was published."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = image
+    if kind == "raw":
+        source = tmp_path / "disk.raw"
+        source.write_bytes(os.urandom(3 * MIB))
+    url = f"s3://golden/a,b/{tmp_path.name}%20{kind}"
+    assert main(["publish", str(source), url]) == 0
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    commands = capsys.readouterr().out.replace("/mnt/vm1", str(mountpoint)).splitlines()[1:]
+    for command in commands:
+        program, *words = shlex.split(command)
+        module = {"qedimg": "qedfuse.cli.qedimg", "qedfuse": "qedfuse"}[program]
+        subprocess.run(
+            [sys.executable, "-m", module, *words], check=True, env=environment(), timeout=60
+        )
+    try:
+        (disk,) = mountpoint.iterdir()
+        expected = source.read_bytes() if kind == "raw" else qemu.content(source)
+        assert disk.read_bytes() == expected
+        with disk.open("r+b") as file:
+            file.write(b"written")
+    finally:
+        subprocess.run(
+            [sys.executable, "-m", "qedfuse", "umount", str(mountpoint)],
+            check=True,
+            env=environment(),
+            timeout=60,
+        )
+    assert content(store, f"golden/a,b/{tmp_path.name}%20{kind}") == source.read_bytes()
 
 
 def test_existing_object_is_kept(

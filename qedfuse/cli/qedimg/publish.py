@@ -22,8 +22,8 @@ with the file.  URL is s3://BUCKET/KEY, gs://BUCKET/KEY or az://CONTAINER/KEY.  
 appears when it is complete.  An image with a backing file is refused, unless --flatten makes
 one image of the chain first.
 
-The last line of the output is a command that mounts a new writable disk over the published
-image.  Credentials come from the environment (AWS_ACCESS_KEY_ID,
+The output ends with the commands that mount a new writable disk over the published image or
+file.  Credentials come from the environment (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and others)."""
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Publish the image, print the object and a command that mounts it, and return 0.
+    """Publish the image, print the object and the commands that mount it, and return 0.
 
     Raises:
         QedError: The image was not published.
@@ -66,5 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         result = run_async(copy)
     version = f" (versionId {result.version})" if result.version else ""
     print_line(arguments, f"{result.url}: {result.size} bytes, compared with the file{version}")
-    print_line(arguments, f"qedfuse -o overlay=vm1.qed {shlex.quote(result.url)} /mnt/vm1")
+    url = shlex.quote(result.url)
+    if result.is_raw:
+        # A mount makes an overlay over images only.  A comma would end the option.
+        prefix = shlex.quote(f"backing_url={result.url.replace(',', '%2C')}")
+        print_line(arguments, f"qedimg create -b {url} -F raw vm1.qed")
+        print_line(arguments, f"qedfuse -o {prefix} vm1.qed /mnt/vm1")
+    else:
+        print_line(arguments, f"qedfuse -o overlay=vm1.qed {url} /mnt/vm1")
     return 0

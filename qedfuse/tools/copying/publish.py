@@ -43,11 +43,13 @@ class Published:
         url: The URL of the object.
         size: Length of the object in bytes.
         version: The version that a store with versions has given the object; empty for none.
+        is_raw: Whether it is a raw file and no image.
     """
 
     url: str
     size: int
     version: str
+    is_raw: bool
 
 
 async def publish(
@@ -107,13 +109,12 @@ async def publish(
         fd = open_locked(source, lock)
         stack.callback(os.close, fd)
         file = _Source(fd, source)
-        if not flatten:
-            _require_publishable(file)
+        is_raw = not flatten and not _require_publishable(file)
         upload = Upload(
             address, file, file.size, connection, overwrite=overwrite, progress=progress
         )
         uploaded = await _run(upload, stack)
-        return Published(address.url, uploaded.size, uploaded.version)
+        return Published(address.url, uploaded.size, uploaded.version, is_raw)
 
 
 class _Source:
@@ -166,8 +167,8 @@ def _address_in_store(url: str) -> Address:
     return address
 
 
-def _require_publishable(file: _Source) -> None:
-    """Refuse an image that other machines could not use.
+def _require_publishable(file: _Source) -> bool:
+    """Refuse an image that other machines could not use; return whether the file is an image.
 
     Raises:
         UsageError: The image needs a check or a backing file.
@@ -175,7 +176,7 @@ def _require_publishable(file: _Source) -> None:
     """
     qed = describe_open(DescriptorReader(file.fd), file.path).qed
     if qed is None:
-        return
+        return False
     if qed.need_check:
         msg = (
             f"{file.name}: found NEED_CHECK set, expected an image that was closed cleanly "
@@ -188,6 +189,7 @@ def _require_publishable(file: _Source) -> None:
             "one image)"
         )
         raise UsageError(msg)
+    return True
 
 
 async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
