@@ -1,14 +1,14 @@
-"""A file of the cache: the content of one version of an object, as far as it was fetched.
+"""The data file of the cache for one version of an object, with the units that were fetched.
 
 The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map.  A
-unit counts only after its bytes were read and compared with the checksum in this process, and again
-whenever its bytes have left the page cache (`qedfuse.remote.localdata`).  So nothing needs an order
-of writes, a datasync or a journal: what a crash, a full disk, a failed write or another program has
-damaged differs from its checksum, and is fetched again.
+process uses a unit only after it has read the unit and compared it with the checksum.  When bytes
+of the unit have left the page cache, the unit is compared again (`qedfuse.remote.localdata`).  So
+the cache needs no order of writes, no datasync and no journal: a unit that a crash, a full disk, a
+failed write or another program has damaged differs from its checksum, and is fetched again.
 
-If several processes use an entry, none may bring bytes from the disk into the page cache that it
-has not compared, because another one may read them there (`qedfuse.remote.sharing` and
-`qedfuse.remote.localdata`).  So a unit is first read around the page cache (``O_DIRECT``).
+If several processes use an entry, no process may bring bytes from the disk into the page cache that
+it has not compared, because another process may read them there (`qedfuse.remote.sharing` and
+`qedfuse.remote.localdata`).  So a unit is first read with ``O_DIRECT``, around the page cache.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 UNIT_BYTES: Final = 1 << 18
-"""Bytes in a unit.  At 20 ms to the first byte and 80 MiB/s for each connection, a request of 4 KiB
-takes 20 ms and one of 256 KiB takes 23 ms."""
+"""Bytes in a unit.  If the first byte arrives after 20 ms and a connection carries 80 MiB/s, a
+request of 4 KiB takes 20 ms, and a request of 256 KiB takes 23 ms."""
 
 _MAP_ENTRY: Final = struct.Struct("<II")
 _PRESENT: Final = 0x51454455
-"""Marks an entry of the map in use, so that a hole of the map is no checksum."""
+"""Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
 
 
 class UnitFile:
-    """The data and the map of one entry of the cache, shared by processes.
+    """The data and the map of one entry of the cache, which several processes may have open.
 
-    Two processes that fetch the same unit write the same bytes, so they need no lock.  Each holds a
-    shared flock(2), which keeps others from removing the entry.
+    Two processes that fetch the same unit write the same bytes, so writes need no lock.  Each
+    process holds a shared flock(2), so that no other process removes the entry.
 
     Threads may use the object concurrently.  The files are closed when the last call has returned.
 
     Attributes:
         path: The directory of the entry.
         data_fd: The descriptor of the data, valid until `close`.
-        size: The size of the object.
-        units: Number of units.
+        size: The size of the object in bytes.
+        units: Number of units of the object.
     """
 
     def __init__(self, path: str, data_fd: int, map_fd: int, size: int) -> None:
@@ -81,7 +81,8 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, is being removed, or is not one for this size (EBADMSG).
+            OSError: The entry is missing, is being removed (EWOULDBLOCK), or is damaged or one for
+                another size (EBADMSG).
         """
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -104,7 +105,7 @@ class UnitFile:
         try:
             _require_file(map_fd, units_of(size) * _MAP_ENTRY.size)
             join(data_fd, map_fd, size)
-            # No readahead: only what `load` compares gets from the disk into the page cache.
+            # No readahead: only bytes that `load` compares may enter the page cache.
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
             return cls(path, data_fd, map_fd, size)
         except BaseException:
@@ -113,9 +114,9 @@ class UnitFile:
             raise
 
     def load(self, unit: int) -> bytes | None:
-        """Return the content of a unit; None if it is not there or not intact.
+        """Return the content of a unit; None if the unit is missing or damaged.
 
-        What is not intact is dropped from the page cache, where other processes could read it.
+        A damaged unit is dropped from the page cache, because other processes could read it there.
         """
         if not self._enter():
             return None
@@ -153,7 +154,7 @@ class UnitFile:
             self._leave()
 
     def count_present(self, first: int, last: int) -> int:
-        """Return how many of some adjacent units the map claims to be there.
+        """Return how many of the units ``first`` to ``last`` have an entry in the map.
 
         Raises:
             OSError: The host refused.
@@ -168,7 +169,7 @@ class UnitFile:
         return present
 
     def unlinked_bytes(self) -> int:
-        """Return the space of the data if its file was removed from the cache, otherwise 0."""
+        """Return the disk space in bytes of the data file if it was removed, otherwise 0."""
         if not self._enter():
             return 0
         try:
@@ -184,7 +185,7 @@ class UnitFile:
         return min(UNIT_BYTES, self.size - unit * UNIT_BYTES)
 
     def close(self) -> None:
-        """Close the files, when the calls that are running have returned.
+        """Close the files when the running calls have returned, without waiting for them.
 
         A second call does nothing.
         """
@@ -226,7 +227,7 @@ class UnitFile:
                     os.close(fd)
 
     def _stored_checksum(self, unit: int) -> int | None:
-        """Return the checksum of a unit in the map; None if the map claims not to have the unit."""
+        """Return the checksum of a unit in the map; None if the unit has no entry there."""
         raw = os.pread(self._map_fd, _MAP_ENTRY.size, unit * _MAP_ENTRY.size)
         if len(raw) < _MAP_ENTRY.size:
             return None
@@ -234,20 +235,20 @@ class UnitFile:
         return int(checksum) if mark == _PRESENT else None
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
-        """Return False if a unit must not get into the page cache, because it is not intact.
+        """Return False if a damaged unit must not enter the page cache.
 
-        Returns True if this is the only opener, if the page cache has the unit already, or if the
-        file system has no way around the page cache.
+        Returns True without a comparison if there is no other opener, if the page cache already has
+        the unit, or if the file system does not support reads around the page cache.
         """
         length, offset = self.length(unit), unit * UNIT_BYTES
         is_shared = os.lseek(self.data_fd, 0, os.SEEK_END) != self.size + ALONE_BYTES
         if not is_shared or self._direct_fd < 0 or self._residency.has_range(offset, length):
             return True
-        with mmap.mmap(-1, UNIT_BYTES) as buffer:  # O_DIRECT needs an aligned one
+        with mmap.mmap(-1, UNIT_BYTES) as buffer:  # O_DIRECT needs an aligned buffer
             try:
                 done = os.preadv(self._direct_fd, [buffer], offset)
             except OSError as error:
-                if error.errno == errno.EINVAL:  # blocks of an unusual size
+                if error.errno == errno.EINVAL:  # blocks larger than the alignment of the buffer
                     return True
                 raise
             with memoryview(buffer) as view, view[:length] as content:
@@ -260,7 +261,7 @@ def units_of(size: int) -> int:
 
 
 def make_files(directory: str, size: int) -> None:
-    """Make the two files of an empty entry for an object of ``size`` bytes, in a new directory.
+    """Make the two files of an empty entry in a new directory, for an object of ``size`` bytes.
 
     Raises:
         OSError: The host refused.
@@ -276,7 +277,7 @@ def make_files(directory: str, size: int) -> None:
 
 
 def _open_direct(fd: int) -> int:
-    """Open a file for reads around the page cache; return -1 if the host has none."""
+    """Open a file again for reads around the page cache; return -1 if the host refuses."""
     flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
     try:
         return os.open(f"/proc/self/fd/{fd}", flags)
@@ -297,7 +298,7 @@ def _require_file(fd: int, length: int | None = None) -> None:
 
 
 def _checksum(unit: int, content: Buffer) -> int:
-    """Return the checksum of a unit, which differs for the same content in another unit."""
+    """Return the checksum of a unit, which depends on its number as well as on its content."""
     return zlib.crc32(content, unit & 0xFFFFFFFF)
 
 

@@ -1,4 +1,4 @@
-"""Where fetched units are kept: in the cache's file, or for a while in memory."""
+"""The storage of fetched units: in the cache, or for a limited time in memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_HELD_BYTES: Final = 16 << 20
-"""Maximum memory for units that could not be stored in the cache, and that no reader waits for."""
+"""Maximum memory for units that could not be stored in the cache."""
 _MAX_CLEARED_UNITS: Final = 1 << 16
-"""How many units are made not ready in one step, which takes as many bytes of memory."""
+"""How many units are made not ready in one step, which needs a byte of memory for each."""
 
 
 class UnitStore:
@@ -35,8 +35,10 @@ class UnitStore:
     Threads may use the object concurrently.
 
     Attributes:
-        ready: For each unit 1 if its content was compared with its checksum, and no byte of it was
-            missing in the page cache since, otherwise 0.  The object is never replaced.
+        ready: 1 for each unit that may be read from the page cache, 0 for the others.  A unit
+            becomes ready when it has been fetched and stored, or compared with its checksum.  It
+            becomes not ready when one of its bytes was not in the page cache.  The attribute always
+            refers to the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -47,8 +49,8 @@ class UnitStore:
 
         Args:
             units: Number of units of the object.
-            cache: Where units are kept, which the store closes; None for no place.
-            evict: Makes room in the cache (`CacheDirectory.evict`); None for no limit.
+            cache: The entry of the cache, which the store closes; None for no cache.
+            evict: Removes entries of the cache (`CacheDirectory.evict`); None for no limit.
         """
         self.ready = bytearray(units)
         self.zeros = ZeroBlocks(units if cache is not None else 0)
@@ -57,7 +59,7 @@ class UnitStore:
         if cache is not None and evict is not None:
             self._space = CacheSpace(lambda: evict(cache.unlinked_bytes()))
         self._lock = threading.Lock()
-        # All that follows is protected by the lock, as are changes of what precedes it.
+        # The lock protects the following attributes, and changes of `ready` and `_cache`.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
         self._cannot_store = False
         self._is_closed = False
@@ -69,7 +71,7 @@ class UnitStore:
         return self._cache is not None and not self._cannot_store
 
     def load(self, unit: int) -> bytes | None:
-        """Return a unit that is intact in the cache, and make it ready; None if it is not."""
+        """Return a unit from the cache, and make it ready; None if it is missing or damaged."""
         cache = self._cache
         forgotten = self._forgotten
         content = None if cache is None else cache.load(unit)
@@ -80,7 +82,7 @@ class UnitStore:
         return content
 
     def store(self, unit: int, block: Buffer) -> bool:
-        """Store a unit in the cache and make it ready; return whether that was done."""
+        """Store a unit in the cache and make it ready; return whether it was stored."""
         cache = self._cache
         forgotten = self._forgotten
         if cache is None:
@@ -103,7 +105,7 @@ class UnitStore:
         return self._set_ready(unit, cache, forgotten)
 
     def is_stored(self, first: int, last: int) -> bool:
-        """Return whether the cache claims to have some adjacent units."""
+        """Return whether the map of the cache has all units ``first`` to ``last``."""
         cache = self._cache
         try:
             return cache is not None and cache.count_present(first, last) == last + 1 - first
@@ -111,17 +113,17 @@ class UnitStore:
             return False
 
     def mark_usable_offline(self) -> bool:
-        """Note that the cache has all units that readers need; return whether that was done."""
+        """Record that the cache has all units that readers need; return whether that succeeded."""
         cache = self._cache
         return cache is not None and mark_usable_offline(cache)
 
     @property
     def is_evicting(self) -> bool:
-        """Whether room is being made, so that what is held could be stored soon."""
+        """Whether an eviction is running, so that units in memory can perhaps be stored soon."""
         return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store those of some adjacent units that are held; return `is_stored` of all."""
+        """Store those of some adjacent units that are held in memory; return `is_stored` of all."""
         for unit in range(first, last + 1):
             block = self.held(unit)
             if block is not None and not self.is_stored(unit, unit):
@@ -129,16 +131,16 @@ class UnitStore:
         return self.is_stored(first, last)
 
     def forget(self, first: int, last: int) -> None:
-        """Make adjacent units not ready, because a byte of them was not in the page cache.
+        """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        What the kernel now reads from the disk was not compared with a checksum.
+        The kernel may now read the bytes from the disk, and they were not compared since.
         """
         with self._lock:
             self._forgotten += 1
             self.ready[first : last + 1] = bytes(last + 1 - first)
 
     def held(self, unit: int) -> Buffer | None:
-        """Return the content of a unit that is kept in memory; None if there is none."""
+        """Return the content of a unit that is held in memory; None if the unit is not held."""
         with self._lock:
             block = self._held.get(unit)
             if block is not None:
@@ -146,16 +148,16 @@ class UnitStore:
             return block
 
     def hold(self, unit: int, block: Buffer) -> None:
-        """Keep a unit in memory that could not be stored; those that were not used for long go."""
+        """Hold a unit in memory that could not be stored; drop the least recently used ones."""
         with self._lock:
             if self._is_closed:
                 return
-            self._held[unit] = bytes(block)  # a copy, which keeps no other unit in memory
+            self._held[unit] = bytes(block)  # a copy: the block is a part of a longer buffer
             while len(self._held) * UNIT_BYTES > _MAX_HELD_BYTES:
                 self._held.popitem(last=False)
 
     def discard(self) -> None:
-        """Stop using the cache's file, because it has lost bytes that were in it."""
+        """Stop using the entry of the cache, because its data file was cut; log that."""
         with self._lock:
             cache, self._cache = self._cache, None
             for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):
@@ -168,7 +170,7 @@ class UnitStore:
             cache.close()
 
     def close(self) -> None:
-        """Close the cache and forget what is held; a second call does nothing."""
+        """Close the entry of the cache, and drop the held units; a second call does nothing."""
         with self._lock:
             self._is_closed = True
             self._held.clear()
@@ -177,10 +179,10 @@ class UnitStore:
             cache.close()
 
     def _set_ready(self, unit: int, cache: UnitFile, forgotten: int) -> bool:
-        """Make a unit ready that was read or written; return False if ``cache`` is discarded.
+        """Make a unit ready that was read or written; return False if ``cache`` was discarded.
 
-        The unit does not become ready if `forget` was called since ``forgotten`` was read, because
-        that call may have been about this unit.
+        The unit does not become ready if `forget` was called since the caller read ``forgotten``,
+        because that call may have been for this unit.
         """
         with self._lock:
             is_used = self._cache is cache
@@ -188,7 +190,7 @@ class UnitStore:
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
-        """Log that a unit cannot be stored, if the one before it could."""
+        """Log that a unit cannot be stored, unless the previous one could not be stored either."""
         with self._lock:
             is_first = not self._cannot_store and not self._is_closed
             self._cannot_store = True

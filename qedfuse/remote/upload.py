@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 _MIN_PART_BYTES: Final = 8 << 20
 _MAX_PART_BYTES: Final = 64 << 20
 _MAX_PARTS_EVERYWHERE: Final = 1_000
-"""Maximum number of parts in some stores (Swift); others take `_MAX_PARTS`."""
+"""Number of parts that all stores accept, such as Swift; most stores accept `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 120.0
-"""Maximum time for one part; 4 parts at a time need at least 280 KiB/s."""
+"""Maximum time for one part; four concurrent parts of 8 MiB need at least 280 KiB/s."""
 _DRAIN_SECONDS: Final = 3.0
-"""How long parts may go on before an upload that has failed is ended."""
+"""How long running parts may go on before a failed upload is aborted."""
 _MAX_RETRIES: Final = 4
 _NOT_IMPLEMENTED: Final = "NotImplemented"
-"""The code of a store that knows no conditional put."""
+"""The error code of a store that does not support conditional puts."""
 
 
 class Content(Protocol):
-    """What is uploaded."""
+    """The content of an upload."""
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; return how many bytes were read.
@@ -58,7 +58,7 @@ class Uploaded:
 
     Attributes:
         size: Length of the object in bytes.
-        version: The version that a store with versions has given it; empty for none.
+        version: The version of the object in a store with versions; empty for none.
     """
 
     size: int
@@ -82,12 +82,12 @@ class Upload:
 
         Args:
             address: An address of a store.
-            content: What to store.
-            size: Length of the content.
+            content: The content to store.
+            size: Length of the content in bytes.
             options: How to connect.
-            overwrite: Whether to replace an object.
-            progress: Called with the number of bytes that are done, and the size: at first of
-                the upload, and then of the comparison if the object must be read for it.
+            overwrite: Whether to replace an object that exists.
+            progress: Called with the number of bytes that are done, and the size: first for the
+                upload, then for the comparison if that must read the object.
         """
         self._address = address
         self._content = content
@@ -103,19 +103,20 @@ class Upload:
             progress=self._progress,
             stopped=self._stopped,
         )
-        self._is_read_to_end = False  # whether the client has all of the content
+        self._is_read_to_end = False  # whether obstore has all of the content
 
     def stop(self) -> None:
-        """Let `run` remove what it has stored, and raise StoppedError soon."""
+        """Make `run` remove what it has stored, and raise StoppedError soon."""
         self._stopped.set()
 
     def run(self) -> Uploaded:
-        """Store the content, and compare what the store has then; blocks the thread.
+        """Store the content, and compare the object in the store with it; block the thread.
 
         Raises:
-            UsageError: There is an object and it may not be replaced.
+            UsageError: There is an object, which may not be replaced.
             RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
-                it does not say what it has, the object may be there, as the message says.
+                the store does not answer after the upload, it may have the object, as the message
+                says.
             HostError: The content cannot be read.
             StoppedError: `stop` was called.
         """
@@ -135,13 +136,13 @@ class Upload:
         return Uploaded(self._size, result["version"] or "")
 
     def _verify_after_failure(self, error: RemoteError | UsageError) -> None:
-        """Return if the store has the content although storing it has failed; else raise.
+        """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        The answer of the store can get lost.  obstore then repeats the request, to which the store
-        answers that there is an object, or no such upload any more.
+        If the response of the store is lost, obstore repeats the request, and the store reports
+        that the object exists, or that the upload does not exist any more.
 
         Raises:
-            RemoteError: ``error``, or the store does not say what it has.
+            RemoteError: ``error``, or the store does not answer whether it has the content.
             UsageError: ``error``.
             StoppedError: `stop` was called.
         """
@@ -159,8 +160,9 @@ class Upload:
         """Compare the object that was stored with the content; delete it if it differs.
 
         Raises:
-            RemoteError: The object differs, or the store does not say.
-            StoppedError: `stop` was called; the object is deleted unless it has replaced another.
+            RemoteError: The object differs, or the store does not answer.
+            StoppedError: `stop` was called; the object is deleted unless it may have replaced
+                another one.
         """
         try:
             self._check.compare(etag)
@@ -178,7 +180,10 @@ class Upload:
             raise RemoteError(msg, error.errno) from error
 
     def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
-        """Store the content under a condition, if it is short, or in parts."""
+        """Store content that is one part with one request, and longer content in parts.
+
+        One request can have the condition that there is no object; parts cannot.
+        """
         self._digests.clear()
         self._is_read_to_end = False
         if self._size <= self._part_bytes:
@@ -205,7 +210,7 @@ class Upload:
             )
 
     def _put_short(self, store: Store, block: bytes | bytearray, mode: Any) -> Any:  # noqa: ANN401
-        """Store content that is one part."""
+        """Store content that is one part; ``mode`` is that of obstore."""
         return obstore.put(
             store.handle, self._address.key, bytes(block), mode=mode, use_multipart=False
         )
@@ -213,8 +218,8 @@ class Upload:
     def _parts(self) -> Iterator[bytearray]:
         """Yield the content in parts, as `_read_parts` does; wait before an exception is raised.
 
-        obstore then cuts the parts that are running off, and removes those that the store has.  A
-        part that has been sent but not yet stored would be stored after that, and stay.
+        After the exception, obstore aborts the running parts, and removes the parts that the store
+        has.  Without the wait, the store could keep a part that arrives after that.
         """
         try:
             yield from self._read_parts()
@@ -224,14 +229,21 @@ class Upload:
             raise
 
     def _drain(self) -> None:
-        """Wait until most parts that are running have ended; none begins meanwhile."""
+        """Wait until most running parts have ended.  No part begins during the wait."""
         time.sleep(_DRAIN_SECONDS)
 
     def _read_parts(self) -> Iterator[bytearray]:
-        """Yield the content in parts; record the checksum of each.
+        """Yield the content in parts; record the checksum of each part.
 
-        The store makes the object after the last part, so the last look for another object, which
-        may have been stored meanwhile, is before that.
+        The store makes the object when it has the last part.  Another program may have stored an
+        object since the upload began, so the store is asked for an object before the last part
+        ends.
+
+        Raises:
+            UsageError: There is an object, which may not be replaced.
+            RemoteError: The content is shorter than before, or the store does not answer.
+            HostError: The content cannot be read.
+            StoppedError: `stop` was called.
         """
         for start in range(0, self._size, self._part_bytes):
             if self._stopped.is_set():
@@ -250,7 +262,12 @@ class Upload:
         self._is_read_to_end = True
 
     def _refuse_existing(self) -> None:
-        """Raise UsageError if there is an object that may not be replaced."""
+        """Ask the store for an object, unless it may be replaced.
+
+        Raises:
+            UsageError: There is an object.
+            RemoteError: The store cannot be reached, or refuses.
+        """
         if self._overwrite:
             return
         try:
@@ -267,9 +284,10 @@ class Upload:
         )
 
     def _delete(self, store: Store, etag: str) -> None:
-        """Delete the object, unless another program has replaced it meanwhile.
+        """Delete the object with the entity tag ``etag``.
 
-        Does nothing if the store does not answer, or has given no entity tag.
+        Does nothing if the object has another tag, because another program has stored it, if
+        ``etag`` is empty, or if the store does not answer.
         """
         try:
             if etag and self._check.open().version.etag == etag:
@@ -278,24 +296,24 @@ class Upload:
             pass
 
     def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
-        """Call something that raises the exceptions of a client; raise those for users.
+        """Call a function once; raise the errors of `retry` instead of the exceptions of a client.
 
-        If the store refuses the credentials, the call is made again.
+        The function is called again if the store refuses the credentials.
         """
         return retry(self._address, call, lambda: None, 0, threading.Event())
 
 
 def _in_thread(call: Callable[[], object]) -> None:
-    """Call something in a thread of its own.
+    """Call a function in a new thread, and wait for it.
 
-    In the thread from which obstore takes parts, no function of obstore can be called.
+    The thread from which obstore takes the parts cannot call functions of obstore.
     """
     with ThreadPoolExecutor(1) as executor:
         executor.submit(call).result()
 
 
 def part_bytes(size: int) -> int:
-    """Return the length of all parts but the last, in which content of ``size`` bytes is stored."""
+    """Return the length in bytes of the parts, except the last, for content of ``size`` bytes."""
     few = min(-(-size // _MAX_PARTS_EVERYWHERE), _MAX_PART_BYTES)
     part = max(_MIN_PART_BYTES, few, -(-size // _MAX_PARTS))
     return -(-part // _MIN_PART_BYTES) * _MIN_PART_BYTES

@@ -1,4 +1,4 @@
-"""Comparing an object that was stored with its content, by checksums of its parts."""
+"""Comparing a stored object with the content of its upload, by checksums of the parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class StoppedError(Exception):
     """The upload was stopped.
 
-    The store has no object of it, unless an object was replaced before the stop.
+    What the upload has stored was removed, unless the upload may replace an object and was complete
+    before the stop, or the store did not answer.
     """
 
 
@@ -30,7 +31,7 @@ class DifferentError(RemoteError):
 
 
 class UploadCheck:
-    """Compares an object with what was uploaded."""
+    """Compares an object with the content of an upload."""
 
     def __init__(
         self,
@@ -47,13 +48,13 @@ class UploadCheck:
 
         Args:
             address: An address of a store.
-            size: Length of the content.
+            size: Length of the content in bytes.
             options: How to connect.
-            part_bytes: Length of all parts of the content but the last.
+            part_bytes: Length in bytes of each part of the content, except the last.
             digests: The MD5 checksum of each part; the caller fills the list before `compare`.
             progress: Called with the number of bytes that were compared, and the size, if the
                 object must be read.
-            stopped: Set if the comparison should end.
+            stopped: Another thread sets the event to end the comparison.
         """
         self._address = address
         self._size = size
@@ -64,17 +65,23 @@ class UploadCheck:
         self._stopped = stopped
 
     def open(self) -> RemoteObject:
-        """Ask the store for the object; see `open_object`."""
+        """Return the object that the store has now; see `open_object`, also for the errors."""
         client = make_client(self._address, self._options)
         return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
 
     def compare(self, etag: str) -> None:
         """Compare the object with the content.
 
-        Most stores return the checksum of what they have received; otherwise all is read.
+        The entity tag of most stores is a checksum of the object.  If it is not, the object is
+        read.
+
+        Args:
+            etag: The entity tag that the store has returned for the upload; empty if unknown.
 
         Raises:
-            RemoteError: The object differs.
+            DifferentError: The object differs.
+            RemoteError: The object is missing, or cannot be read.
+            StoppedError: The upload was stopped.
         """
         if self._stopped.is_set():
             raise StoppedError
@@ -90,7 +97,11 @@ class UploadCheck:
             self._compare_content(source)
 
     def _expected_etags(self) -> tuple[str, str]:
-        """Return what the entity tag is if the store has the content: in parts, or as a whole."""
+        """Return the entity tags of the content in S3: that of an object in parts, and of one part.
+
+        The tag of an object in parts is the MD5 checksum of the checksums of its parts, with the
+        number of parts.
+        """
         digests = b"".join(self._digests)
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
         return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
@@ -99,8 +110,9 @@ class UploadCheck:
         """Read the object and compare it with the content.
 
         Raises:
-            RemoteError: The object differs or cannot be read.
-            HostError: The content cannot be read.
+            DifferentError: The object differs.
+            RemoteError: The object cannot be read.
+            StoppedError: The upload was stopped.
         """
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
             if self._stopped.is_set():

@@ -1,4 +1,4 @@
-"""The parts of URLs: each is checked, and escaped in one way, so that URLs can be compared."""
+"""Checking and normalising the parts of URLs, so that equivalent URLs can be compared."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from qedfuse.text import printable
 _HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x1f\x7f/\\]")
 _MAX_NAME_BYTES: Final = 4096
-"""Maximum length of the name of an export; keys of stores are shorter."""
+"""Maximum length of the name of an NBD export; the keys of object stores are shorter."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
 """Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
 
 
 def parse_host(text: str, authority: str, host: str) -> str:
-    """Return the host of a URL as it stands in a URL, without its port.
+    """Return the normalised host of a URL, without its port.
+
+    Args:
+        text: The URL, for messages.
+        authority: The part of the URL between ``://`` and the path.
+        host: The host in the authority, without brackets.
 
     Raises:
         UsageError: There is no valid host.
@@ -36,16 +41,20 @@ def parse_host(text: str, authority: str, host: str) -> str:
 
 
 def parse_path(text: str, path: str) -> str:
-    """Return the path of a URL with each segment escaped in the same way."""
+    """Return the normalised path of the URL ``text``, without its first slash.
+
+    Raises:
+        UsageError: A segment is not valid; see `_segment`.
+    """
     segments = path.removeprefix("/").split("/")
     return "/".join(_segment(text, segment) for segment in segments)
 
 
 def parse_name(text: str, path: str) -> str:
-    """Return the path of a URL that stands for a name, escaped.
+    """Return the normalised path of a URL whose path is the name of an object or export.
 
     Raises:
-        UsageError: The name is no text, or is longer than any name.
+        UsageError: A segment is not valid, or the name is not in UTF-8 or too long.
     """
     path = parse_path(text, path)
     raw = unquote_to_bytes(path)
@@ -59,10 +68,11 @@ def parse_name(text: str, path: str) -> str:
 
 
 def _segment(text: str, segment: str) -> str:
-    """Return one segment of a path, with only those characters escaped that need it.
+    """Return one segment of a path, in which only characters are escaped that must be.
 
     Raises:
-        UsageError: The segment could lead out of its directory, or could be read as two.
+        UsageError: The segment is ``.`` or ``..``, or has an escaped slash, backslash or control
+            character, which some servers would not take for a part of the segment.
     """
     raw = unquote_to_bytes(segment)
     if raw in (b".", b".."):
@@ -73,11 +83,15 @@ def _segment(text: str, segment: str) -> str:
 
 
 def parse_version(text: str, query: str) -> str:
-    """Return the version that the query of a store's URL names; empty for no query."""
+    """Return the version of an object that the query of a URL names; empty for no query.
+
+    Raises:
+        UsageError: The query is not ``versionId=VERSION``.
+    """
     if not query:
         return ""
     name, _, value = query.partition("=")
-    # Not as in forms, where a plus sign stands for a space.
+    # A plus sign stands for itself, and not for a space as in HTML forms.
     raw = unquote_to_bytes(value)
     if name != "versionId" or not raw or "&" in value or not raw.isascii():
         raise invalid_url(text, "query", "something else", "versionId=VERSION or no query")
@@ -85,12 +99,12 @@ def parse_version(text: str, query: str) -> str:
 
 
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a URL, whose query and user are not shown."""
+    """Return the error for a part of the URL ``text``; the message has no query and no user."""
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 
 
 def hide_secrets(text: str) -> str:
-    """Return a URL, valid or not, for messages: without what may be its user or its query."""
-    # A password may contain each character that would end the user in a valid URL.
+    """Return a URL, which need not be valid, for messages: without its user and its query."""
+    # A password that is not escaped may contain any character, so the end of the user is unknown.
     shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
     return printable(shown)

@@ -1,7 +1,7 @@
-"""A client for web servers, by urllib3: ranges of one URL, pinned to one version.
+"""A client for web servers that uses urllib3: reads ranges of one version of the object at a URL.
 
 A redirection is followed only to the host of the URL itself and to prefixes that the user allows,
-so a server cannot make its clients read from other machines.
+so a server cannot make its clients send requests to other machines.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ for _name in ("urllib3.connection", "urllib3.connectionpool"):
 
 _MAX_REDIRECTS: Final = 5
 _MAX_DRAINED_BYTES: Final = 1 << 16
-"""Maximum rest of an answer that is read for the sake of the connection."""
+"""Maximum rest of a body that is read so that the connection can be used again."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 425, 429)
 """Statuses below 500 with which a server asks for another attempt."""
-_LASTING_STATUS: Final = (501, 505)
-"""Statuses with which a server says that it does not know such requests."""
+_PERMANENT_STATUS: Final = (501, 505)
+"""Statuses from 500 for requests that the server does not support, so that retries do not help."""
 
 
 class WebClient:
@@ -74,26 +74,26 @@ class WebClient:
         self._address = address
         self._options = options
         self._credentials = WebCredentials(options.credentials)
-        # Where the last redirection led; another thread may replace it at any time.
+        # The target of the last redirection.  Other threads may replace it at any time.
         self._target = address
         self._pools = WebPools()
         self._pools.pool_for(address)
 
     @property
     def store_id(self) -> str:
-        """Nothing: the URL names the server."""
+        """Empty, because the URL names the server."""
         return ""
 
     def head(self) -> Version:
         """Return the object's present version.
 
-        This is a GET of the first byte, because a signed URL permits no HEAD, and because the
-        answer shows whether the server can serve ranges.
+        The request is a GET of the first byte, because a signed URL may not permit HEAD, and
+        because the response shows whether the server can serve ranges.
         """
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, float | None]:
-        """Return the object's present version, and for how many seconds it is unchanged."""
+        """Return the object's present version, and `seconds_since_change`."""
         with self._open({"Range": "bytes=0-0"}) as response:
             found, size = content_range(response) or (None, -1)
             # Only an empty object has no first byte.
@@ -112,15 +112,15 @@ class WebClient:
         try:
             return self._get(offset, length, version)
         except TruncatedError as error:
-            # A cache between begins an answer with what it has of an old version, and breaks it off
-            # where the store has another one.  Further attempts would end in the same way.
+            # A caching server sends the slices that it has of the old version, and ends the
+            # response at a slice that it cannot fetch any more.  A retry would end in the same way.
             with suppress(AttemptError, RefusedError, UnusableError):
                 if not self._query()[0].is_same(version):
                     raise ChangedError from error
             raise
 
     def _get(self, offset: int, length: int, version: Version) -> bytearray:
-        """Return a range of a version of the object."""
+        """Return a range of a version of the object, as `get` does without its last check."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:
             headers["If-Match"] = version.etag
@@ -132,7 +132,7 @@ class WebClient:
             found = content_range(response)
             if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
                 raise no_range_error(response)
-            # The server may have ignored the condition, so its answer is compared as well.
+            # The server may ignore the condition, so the version in the response is compared too.
             if not version_of(response, found[1]).is_same(version):
                 raise ChangedError
             if found[0] != range(offset, offset + length):
@@ -141,9 +141,12 @@ class WebClient:
             return read_body(response, length)
 
     def renew(self) -> None:
-        """Read the credentials again, and forget where the last redirection led.
+        """Read the credentials again, and forget the target of the last redirection.
 
-        A signed target of a redirection expires.
+        The target may be a signed URL that has expired.
+
+        Raises:
+            UnusableError: The credentials file cannot be read, or is not valid.
         """
         self._target = self._address
         self._options = self._options.renewed()
@@ -151,10 +154,10 @@ class WebClient:
 
     @contextmanager
     def _open(self, headers: dict[str, str]) -> Iterator[BaseHTTPResponse]:
-        """Make a request; yield the response, after any redirections, without its body.
+        """Make a request and follow redirections; yield the response, whose body is not read yet.
 
-        At the end of the block the connection is used again if the body was read to its end, and
-        closed if not.
+        At the end of the block, the connection is kept if little of the body is left, and closed
+        otherwise.
         """
         end = time.monotonic() + self._options.attempt_seconds
         remembered = target = self._target
@@ -168,7 +171,7 @@ class WebClient:
                         return
                     target = self._redirected(target, response.headers.get("Location", ""))
         except BaseException as error:
-            # If anything fails, the next attempt asks where to read again.
+            # After any failure, the next attempt follows the redirections from the beginning.
             self._target = self._address
             is_final = isinstance(error, (MissingError, UnusableError))
             if is_final and target is remembered is not self._address:
@@ -185,7 +188,7 @@ class WebClient:
     ) -> Iterator[BaseHTTPResponse]:
         """Make one request without following a redirection; yield the response.
 
-        The response must be read before the moment ``end``.
+        The response must be read before ``end``, a value of ``time.monotonic()``.
         """
         seconds = max(end - time.monotonic(), 0.001)
         try:
@@ -247,7 +250,10 @@ class WebClient:
         raise UnusableError(msg)
 
     def _refuse(self, response: BaseHTTPResponse, target: Address) -> None:
-        """Raise the exception for a status that is no success; return if there is none."""
+        """Raise the exception for the status of a response, unless the status is a success.
+
+        Status 416 counts as a success: its header can have the size of an empty object.
+        """
         status = response.status
         if status in {200, 206, 416}:
             return
@@ -260,7 +266,7 @@ class WebClient:
             if status == HTTPStatus.UNAUTHORIZED and not self._credentials.headers_for(target):
                 msg += f" (found no credentials for the host, expected {HINT})"
             raise RefusedError(msg)
-        is_failure = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LASTING_STATUS
+        is_failure = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _PERMANENT_STATUS
         if is_failure or status in _RETRIED_STATUS:
             raise AttemptError(msg)
         msg += ", expected 206"

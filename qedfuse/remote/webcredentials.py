@@ -1,7 +1,7 @@
 """Credentials for web servers: a user with a password, or a token, for one host.
 
-They come only from a credentials file, and are bound to the host that the file names, so no URL in
-an image and no redirection can make the client send them to another server.
+The credentials come only from a credentials file, and only the host that the file names gets them.
+So no URL in an image and no redirection can make the client send them to another server.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _PASSWORD: Final = "WEB_PASSWORD"  # noqa: S105  the name of a variable
 _TOKEN: Final = "WEB_TOKEN"  # noqa: S105  the name of a variable
 _VALID_TOKEN: Final = re.compile(r"[\x21-\x7e]+")
 HINT: Final = f"a file given with credentials: {_HOST}, {_USER} and {_PASSWORD}, or {_TOKEN}"
-"""What a user without credentials can set."""
+"""How a user without credentials can give them."""
 
 
 class WebCredentials:
     """The header ``Authorization`` for the requests to one host."""
 
     def __init__(self, variables: tuple[tuple[str, str], ...]) -> None:
-        """Take the variables of a credentials file; those for other servers are ignored.
+        """Use the variables of a credentials file; variables for object stores are ignored.
 
         Raises:
             UnusableError: The variables are incomplete or contradict each other.
@@ -57,9 +57,10 @@ class WebCredentials:
             raise _invalid(_HOST, found or "nothing beside it", expected)
 
     def headers_for(self, target: Address) -> dict[str, str]:
-        """Return the headers that a request for an address needs; none for any other host.
+        """Return the headers for a request to ``target``.
 
-        They are not sent without TLS, except to this machine itself.
+        The result is empty if ``target`` is on another host than the credentials, or is another
+        machine without TLS.
         """
         is_private = target.scheme == "https" or target.is_loopback
         if self._header and target.host == self._host and is_private:
@@ -68,7 +69,11 @@ class WebCredentials:
 
 
 def _parse_host(text: str) -> str:
-    """Return a host, with its port if that is not 443, as addresses have it."""
+    """Return the value of ``WEB_HOST`` in the form of `Address.host`.
+
+    Raises:
+        UnusableError: The value is missing or not valid.
+    """
     if not text:
         raise _invalid(_HOST, "none", "the host to which the others are sent")
     address = None

@@ -1,6 +1,6 @@
-"""The connections of a client of web servers: direct ones, and ones through proxies.
+"""The pools of connections of a client for web servers, direct or through proxies.
 
-The variables of the environment that other programs know (``https_proxy``, ``no_proxy``) decide.
+The usual variables of the environment (``https_proxy``, ``no_proxy``) configure the proxies.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MAX_CONNECTIONS: Final = 16
 
 
 class WebPools:
-    """Chooses the connections for a request.  Threads may use it concurrently."""
+    """Chooses the connection pool for a request.  Threads may use the object concurrently."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pools: dict[tuple[str, str], urllib3.PoolManager] = {}
 
     def pool_for(self, target: Address) -> urllib3.PoolManager:
-        """Return the connections for an address: through a proxy, if the environment names one.
+        """Return the pool for an address: through a proxy, if the environment names one.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.
@@ -43,7 +43,7 @@ class WebPools:
 
 
 def _make_pool(target: Address) -> urllib3.PoolManager:
-    """Return new connections for an address.
+    """Return a new pool for an address, without a proxy if the host is this machine.
 
     Raises:
         UnusableError: The URL of the proxy cannot be used.
@@ -53,6 +53,6 @@ def _make_pool(target: Address) -> urllib3.PoolManager:
     try:
         return make_pool(proxy or None, _MAX_CONNECTIONS)
     except (HTTPError, ValueError) as error:
-        # The URL of a proxy may contain a password.
+        # The message has no URL, because the URL of a proxy may contain a password.
         msg = f"found a proxy in the environment that is no usable URL ({target.scheme}_proxy)"
         raise UnusableError(msg) from error

@@ -1,6 +1,6 @@
-"""What the answer of a web server means: its range, the version it is about, its body, its failure.
+"""Reading the responses of web servers: range, version, body, and errors of requests.
 
-An answer is believed only as far as all of its parts agree.
+Servers are not trusted: a response whose headers and body contradict each other is an error.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ if TYPE_CHECKING:
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
 _ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
-"""A strong or weak tag, with or without its quotes; one with other characters is not sent back."""
+"""An entity tag, with or without quotes.  A tag with other characters is ignored, because it could
+break the header of a request."""
 _MAX_READ_BYTES: Final = 1 << 18
 
 
 class TruncatedError(AttemptError):
-    """The server has ended an answer before its end."""
+    """The server has ended a response before the end of its body."""
 
 
 def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None:
-    """Return the range of an answer, or None for no range, and the size of the object.
+    """Return the range in the header ``Content-Range``, and the size of the object.
 
-    Returns None if the header is missing or not valid.
+    The range is None if the header has only the size.  Returns None instead of both if the header
+    is missing or not valid.
     """
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
@@ -57,7 +59,7 @@ def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None
 
 
 def version_of(response: BaseHTTPResponse, size: int) -> Version:
-    """Return the version that a response is about."""
+    """Return the version of an object of ``size`` bytes that the headers of a response describe."""
     etag = response.headers.get("ETag", "")
     # A weak tag is equal for contents that differ.
     if etag.startswith("W/") or not _ENTITY_TAG.fullmatch(etag):
@@ -66,13 +68,13 @@ def version_of(response: BaseHTTPResponse, size: int) -> Version:
 
 
 def seconds_since_change(response: BaseHTTPResponse) -> float | None:
-    """Return for how long the object is unchanged, by the server's clock; None if it is unknown."""
+    """Return the seconds since the last change, by the server's clock; None if unknown."""
     modified, now = _time(response, "Last-Modified"), _time(response, "Date")
     return None if modified is None or now is None else now - modified
 
 
 def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
-    """Return the body, which must have ``length`` bytes.
+    """Read the body of a response, which must have ``length`` bytes; return the body.
 
     Raises:
         TruncatedError: The body is shorter.
@@ -101,7 +103,7 @@ def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
             raise TruncatedError(msg)
         view[done : done + len(part)] = part
         done += len(part)
-    # A body without a length in its header ends with its last chunk, or with the connection.
+    # Without Content-Length, only a further read shows the end of the body.
     if response.read1(1, decode_content=False):
         msg = f"found more than {length} bytes, expected {length}"
         raise AttemptError(msg)
@@ -109,14 +111,14 @@ def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
 
 
 def no_range_error(response: BaseHTTPResponse) -> UnusableError:
-    """Return the error for a server that ignores ``Range``."""
+    """Return the error for a response without the requested range."""
     return UnusableError(
         f"found HTTP status {response.status} without a range, expected a server of ranges"
     )
 
 
 def translated(error: Exception) -> Exception:
-    """Return the exception of `qedfuse.remote.client` for a request without a whole answer."""
+    """Return the exception of `qedfuse.remote.client` for a failed request of urllib3."""
     about = ""
     while isinstance(error, ProxyError):
         about, error = "proxy: ", error.original_error
@@ -148,10 +150,10 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
 
 
 def _time(response: BaseHTTPResponse, name: str) -> float | None:
-    """Return the time in a header in seconds since 1970; None if there is no valid one."""
+    """Return the time in the header ``name`` in seconds since 1970; None if there is none."""
     with suppress(ValueError, TypeError, LookupError, ArithmeticError, OSError):
         moment: datetime = parsedate_to_datetime(response.headers.get(name, ""))
-        if moment.tzinfo is None:  # the zone "-0000" is UTC as well
+        if moment.tzinfo is None:  # the zone "-0000" means UTC
             moment = moment.replace(tzinfo=UTC)
         return moment.timestamp()
     return None

@@ -1,7 +1,7 @@
-"""Blocks of zeros: those that belong to an object, and those that may be holes of the cache's file.
+"""Blocks of zeros: those that belong to an object, and those that may be holes of the data file.
 
-The kernel answers from a hole without reading from the disk, and a failed write can leave a hole.
-So zeros count only if a comparison with a checksum has shown that they belong to the object.
+The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
+hole.  So zeros are valid only if a unit that was fetched, or compared with its checksum, had them.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ class ZeroBlocks:
     Threads may use the object concurrently.
 
     Attributes:
-        masks: For each unit a number of 64 bits, in which the bits of these blocks are set.  Empty
-            if the host has no memory for it.
+        masks: For each unit a number of 64 bits, one for each block, which is set if the block is
+            known to be all zeros.  Empty if the host has no memory for the numbers.
     """
 
     def __init__(self, units: int) -> None:
-        """Know of no block of an object with a number of units."""
+        """Begin without known blocks of an object of ``units`` units."""
         try:
-            # The kernel gives memory only for the parts that are written to.
+            # The kernel allocates memory only for pages that are written to.
             self.masks = memoryview(mmap.mmap(-1, max(1, units) * 8, mmap.MAP_PRIVATE)).cast("Q")
         except (OSError, OverflowError):
             self.masks = memoryview(b"").cast("Q")
 
     def record(self, unit: int, content: Buffer) -> None:
-        """Record the content of a unit."""
+        """Record which blocks of a unit with this content are all zeros."""
         mask = sum(1 << number for number in _zero_blocks(memoryview(content)))
         if mask and unit < len(self.masks):
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether what was read of a block is all zeros, and the block is not known.
+        """Return whether a block of a read is all zeros, and is not known to be so.
 
         Args:
             offset: The offset of the read in the object.
@@ -68,7 +68,7 @@ class ZeroBlocks:
 
 
 def _zero_blocks(view: memoryview) -> Iterator[int]:
-    """Yield the numbers of the blocks that are all zeros; the last block may be shorter."""
+    """Yield the numbers of the blocks of ``view`` that are all zeros; the last may be shorter."""
     firsts = bytes(view[::BLOCK_BYTES])
     number = firsts.find(0)
     while number >= 0:

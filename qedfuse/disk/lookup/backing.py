@@ -74,15 +74,15 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, that of the first base first.
 
-    The list is empty if the image has no base.  If the image is open for writing, the version of
-    its bases is remembered, unless ``name`` is given.
+    The list is empty if the image has no base.  The versions of the bases are compared with those
+    that the image remembers, unless ``name`` is given (see `verify_bases`).
 
     Args:
         path: Path of the image.
         file: The image's open file.
         header: The image's header.
         options: The policy for bases, and whether to lock the bases.  Its ``backing.trusted`` is a
-            path that is allowed, even in another directory, but only as the first base.
+            path or URL that is allowed as the first base wherever it is.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 
@@ -97,7 +97,8 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    # Of each image whose bases are open; a name that the caller gives is not stored in the image.
+    # Each image whose base is open, with the name of the base that the image stores; empty if the
+    # caller has given another name.
     stored_names = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
@@ -156,9 +157,10 @@ def closing_layers(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 @contextmanager
 def _prefixing_errors(image: HostFile) -> Iterator[None]:
-    """Put the name of an image before the message of an error of a server in the ``with`` block.
+    """Put the name of an image before the message of a RemoteError or CacheError in the block.
 
-    The class stays, so that a script can distinguish an outage from a base that cannot be used.
+    The class of the error stays the same, so that a script can distinguish an outage from a base
+    that is refused.
     """
     try:
         yield
@@ -168,9 +170,9 @@ def _prefixing_errors(image: HostFile) -> Iterator[None]:
 
 
 def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
-    """Add a base to ``seen``, which has the identities of the image and of the bases above.
+    """Add the identity of a base to ``seen``, which has those of the image and of the bases above.
 
-    ``image`` is the name of the file that names the base, for messages.
+    ``image`` is the name of the image that names the base, for messages.
 
     Raises:
         BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.
@@ -199,7 +201,7 @@ async def open_base(
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The cache or a further descriptor that a URL needs cannot be opened.
+        HostError: The cache for a URL cannot be used, or the host has no free descriptor.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":

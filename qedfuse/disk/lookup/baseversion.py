@@ -1,4 +1,4 @@
-"""The versions of the bases of an image, and their form in a record."""
+"""The versions of the bases of an image, and their encoding in the record of an image."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ if TYPE_CHECKING:
 
 
 class FileVersion(NamedTuple):
-    """A version of one file.
+    """A version of one base.
 
     Attributes:
         size: Length in bytes.
-        validator: What distinguishes versions of equal size: what a server says, or, for a local
-            file, its time of modification and its inode.
+        validator: A text that differs between versions of equal size.  For a file on a server it is
+            the validator that the server gives, or empty.  For a local file it has the time of
+            modification in nanoseconds and the inode number, both in hexadecimal digits.
     """
 
     size: int
     validator: str
 
     def differs_from(self, new: FileVersion) -> bool:
-        """Return whether ``new`` is another version of a file on a server."""
+        """Return whether ``new`` is another version of the same file on a server.
+
+        If a validator is missing, only the sizes are compared.
+        """
         if not (self.validator and new.validator):
             return self.size != new.size
         return self != new
 
     def __str__(self) -> str:
-        """Return the version of a file on a server for messages."""
+        """Return the version, which is that of a file on a server, for messages."""
         return f"size {self.size}" + (f" and {printable(self.validator)}" if self.validator else "")
 
 
@@ -43,14 +47,14 @@ class BaseVersions(NamedTuple):
 
     Attributes:
         local: The first base, if it is a local file; otherwise None.
-        remote: The bases on servers, by the checksum of the URL.
+        remote: The bases on servers; the keys are the checksums of their URLs (`url_checksum`).
     """
 
     local: FileVersion | None
     remote: dict[str, FileVersion]
 
     def encode(self, name: str) -> bytes:
-        """Return the record for an image whose first base has the name ``name`` in the image."""
+        """Return the record for an image that stores ``name`` as the name of its first base."""
         lines = [] if self.local is None else [f"{self.local.size:x} {self.local.validator}"]
         for url, version in self.remote.items():
             lines.append(f"{url} {version.size:x} {version.validator}")
@@ -59,9 +63,10 @@ class BaseVersions(NamedTuple):
 
     @classmethod
     def decode(cls, record: bytes, name: str) -> BaseVersions | None:
-        """Return the versions in a record; None if it is damaged, or if the base had another name.
+        """Return the versions in a record of an image that stores ``name`` as the name of its base.
 
-        A checksum of a URL has 9 characters, the first of which is ``u``.
+        Returns None if the record is damaged, or was made when the image stored another name.  A
+        line for a file on a server begins with ``u``, and other lines with a hexadecimal digit.
         """
         checksum, _, body = record.partition(b"\n")
         if checksum != b"%08x" % _checksum(name, body):
@@ -81,7 +86,9 @@ class BaseVersions(NamedTuple):
 
 
 def versions_of(bases: Sequence[ReadableFile]) -> BaseVersions:
-    """Return the versions of the open bases of an image, from the first base down.
+    """Return the versions of the open bases of an image.
+
+    ``bases`` has the first base, and then the bases below it.
 
     Raises:
         HostError: The attributes of a local file cannot be read.
@@ -108,5 +115,5 @@ def _checksum(name: str, body: bytes) -> int:
 
 
 def url_checksum(url: str) -> str:
-    """Return what stands for a URL in a record."""
+    """Return the checksum of a URL in a record: ``u`` and eight hexadecimal digits."""
     return f"u{zlib.crc32(os.fsencode(url)):08x}"

@@ -1,4 +1,4 @@
-"""Opening the file of an image that the user has named: a local file, or a URL."""
+"""Opening the file of an image: a local file, or a URL."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 async def open_image(
     path: str, lock: LockMode | None, remote: RemoteOptions, *, writable: bool = False
 ) -> AsyncIterator[HostFile]:
-    """Open a regular file and lock it, or open a URL; close it at the end of the block.
+    """Open a regular file and lock it, or open a URL; close the file at the end of the block.
 
     The block may also close the file earlier, for example through a disk that owns the file.
 
     Args:
-        path: The file, or the URL.
+        path: The path of the file, or the URL.
         lock: The mode in which to lock a file; None to take no lock.  A URL is never locked.
         remote: How to read a URL.
         writable: Whether to open the file for writing as well.
@@ -64,7 +64,7 @@ async def open_url(url: str, remote: RemoteOptions) -> HostFile:
     address = parse_address(url)
     handover = _Handover()
     call: Callable[[], HostFile]
-    # Imported late: without a URL no module about remote files is needed.
+    # Imported late: only URLs need these modules.
     if address.is_nbd:
         from qedfuse.nbd.export import open_export  # noqa: PLC0415  late, see above
 
@@ -82,7 +82,7 @@ async def open_url(url: str, remote: RemoteOptions) -> HostFile:
 
 
 class _Handover:
-    """Closes a file that a thread opens for a task that no longer waits for it."""
+    """Closes the file that a thread opens for a task, if the task no longer waits for the file."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class _Handover:
         self._is_abandoned = False
 
     def keep_result(self, call: Callable[[], HostFile]) -> HostFile:
-        """Return the file that ``call`` returns; close the file if the task has gone."""
+        """Return the file that ``call`` returns; close the file if `abandon` was called."""
         file = call()
         with self._lock:
             self._file = file
@@ -100,7 +100,7 @@ class _Handover:
         return file
 
     def abandon(self) -> None:
-        """Close the file, now, or after it has been opened."""
+        """Close the file: now if it is open, or else when the thread has opened it."""
         with self._lock:
             self._is_abandoned = True
             file = self._file

@@ -1,4 +1,4 @@
-"""Copying an image to an object store, from which any number of machines can read it."""
+"""Copying an image to an object store, from which any number of machines can read the image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _STOP_SECONDS: Final = 15.0
-"""How long a cancelled upload is waited for, while it removes what it has stored."""
+"""Maximum time that a cancelled task waits for its upload to remove what the upload has stored."""
 _FLATTENED_NAME: Final = "flattened.qed"
 _TEMPORARY_DIRECTORY: Final = "/var/tmp"  # noqa: S108  for large files; TMPDIR names another one
 
@@ -63,25 +63,25 @@ async def publish(
 ) -> Published:
     """Copy an image or a raw file to an object store as one object.
 
-    The object appears when it is complete, and is compared with the file then.  A cancelled or
-    failed call leaves none, with two exceptions: a store that stops answering at the end may have
-    the object, which the message says, and an object that has replaced another one is deleted only
-    if it differs from the file.  The file is locked for reading meanwhile.
+    The object appears when it is complete, and is then compared with the file.  A cancelled or
+    failed call leaves no object, with two exceptions.  If the store stops answering at the end, the
+    object may exist, as the message says.  An object that has replaced another one is deleted only
+    if it differs from the file.  The file is locked for reading during the call.
 
     Args:
         path: The image or raw file.
         url: The URL of the object.
         flatten: Whether to publish one new image with the content of the whole chain.
-        overwrite: Whether to replace an object.
+        overwrite: Whether to replace an object that exists.
         options: How to open the image, and how to connect; None for the defaults.
-        progress: Called with the number of bytes that are done and the number of all bytes, which
-            begin again at 0 for each part of the work.
+        progress: Called with the number of bytes that are done, and the total.  Flattening, the
+            upload and the comparison each begin again at 0.
 
     Raises:
-        UsageError: The URL is not that of an object store, or has an object that may not be
-            replaced.  Or the image needs a check or its backing file.
+        UsageError: The URL is not that of an object store, or the store has an object there that
+            may not be replaced; or the image needs a check, or has a backing file.
         RemoteError: The store cannot be reached, refuses, or has other content afterwards.
-        QedError: The image cannot be opened, locked or read, or has changed meanwhile.
+        QedError: The image cannot be opened, locked or read, or has changed during the call.
     """
     options = options or OpenOptions()
     address = _address_in_store(url)
@@ -89,7 +89,7 @@ async def publish(
         msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
         raise UsageError(msg)
     connection = client_options(options.remote)
-    # Before all else, because this fails if the library is not installed.
+    # The first step, because it fails if the library is not installed.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
 
@@ -118,7 +118,7 @@ async def publish(
 
 
 class _Source:
-    """The file that is published, which must not change."""
+    """The file that is published, which must not change during the upload."""
 
     def __init__(self, fd: int, path: str) -> None:
         """Read an open file."""
@@ -193,9 +193,10 @@ def _require_publishable(file: _Source) -> bool:
 
 
 async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
-    """Run an upload in a thread; if cancelled, let it remove what it has stored.
+    """Run an upload in a thread; return its result.
 
-    The files of ``stack`` stay open as long as the thread may read them.
+    If the task is cancelled, it waits until the upload has removed what it has stored.  The files
+    of ``stack`` stay open as long as the thread may read them.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
@@ -218,7 +219,7 @@ async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
         with trio.move_on_after(_STOP_SECONDS, shield=True):
             await ended.wait()
         if not ended.is_set():
-            # The thread still reads; the process ends soon.
+            # The thread may still read the files, so only the end of the process closes them.
             stack.pop_all()
         raise
     assert result is not None  # noqa: S101  only `stop` ends an upload without a result

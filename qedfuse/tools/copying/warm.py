@@ -28,19 +28,20 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MAX_REQUESTS: Final = 8
-"""How many requests are queued at a time.  A request that waits too long in the queue fails."""
+"""Maximum number of requests that are queued at a time.  A request that waits in the queue for more
+than the time limit of a read fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmedFile:
-    """What the cache has of one file of the chain.
+    """The content of the cache for one file of the chain.
 
     Attributes:
-        url: The normalised URL, without its query.
-        cached_bytes: How many bytes are needed, and are in the cache.
-        fetched_bytes: How many of them were not in the cache before.
-        is_complete: Whether the cache has noted that it has all that is needed of the file, so
-            that no server is needed to read it.
+        url: The normalised URL, without a secret query.
+        cached_bytes: Number of bytes that a mount can need, all of which are in the cache.
+        fetched_bytes: Number of bytes that were fetched from the server.
+        is_complete: Whether the cache has recorded that it has all needed units, so that the file
+            can be read without its server.
     """
 
     url: str
@@ -52,21 +53,22 @@ class WarmedFile:
 async def warm(
     url: str, options: OpenOptions | None = None, *, progress: Progress | None = None
 ) -> list[WarmedFile]:
-    """Fetch what a mount of an image can need into the cache: the image, then its bases.
+    """Fetch into the cache all that a mount of an image can need of the image and its bases.
 
-    Of a QED image these are the tables and the allocated clusters, of a raw file all bytes.  What
-    is in the cache and intact is not fetched again, so an interrupted call can be repeated.
+    A mount can need the tables and the allocated clusters of a QED image, and all bytes of a raw
+    file.  Units that are intact in the cache are not fetched again, so an interrupted call can be
+    repeated.
 
     Args:
         url: The URL of the image.
-        options: How to open it and its bases, and where the cache is; None for the defaults.
-        progress: Called with the number of bytes that are in the cache, and the number that are
-            needed of all files.
+        options: How to open the image and its bases, and where the cache is; None for the defaults.
+        progress: Called with the number of needed bytes that are in the cache, and the number of
+            needed bytes of all files.
 
     Raises:
         UsageError: A path was given, or the URL is not valid.
-        CacheError: There is no cache, or not enough room in it; if its limit is too low for what
-            is needed, no data has been fetched.
+        CacheError: There is no cache, or the cache has not enough space.  If the limit of the cache
+            is smaller than the needed bytes, no data clusters have been fetched.
         RemoteError: A server cannot be reached, or does not serve a file.
         QedError: An image cannot be opened, or a base is refused.
     """
@@ -115,15 +117,16 @@ async def warm(
 
 
 class _NeededFile:
-    """One file of the chain, and which of its units are needed."""
+    """One remote file of the chain, and its units that a mount can need."""
 
     def __init__(self, file: RemoteFile, layer: Layer, fetched_before: int) -> None:
-        """Fetch an open file.
+        """Begin without needed units of an open file.
 
         Args:
             file: The file.
             layer: The layer of the file.
-            fetched_before: How many bytes were fetched before the file was opened.
+            fetched_before: Number of bytes of the object that the caller has fetched with another
+                open file.
         """
         self.units = NeededUnits(layer)
         self._file = file
@@ -133,7 +136,7 @@ class _NeededFile:
         """Fetch the needed units that are not in the cache.
 
         Args:
-            report: Called with the length of each range that is in the cache then.
+            report: Called with the length in bytes of each run of units that is in the cache then.
 
         Raises:
             CacheError: The cache has not kept a unit.
@@ -149,7 +152,7 @@ class _NeededFile:
         )
 
     def result(self) -> WarmedFile:
-        """Note that the cache has all that is needed of the file; return what it has."""
+        """Record that the cache has all needed units; return the numbers of bytes."""
         fetcher = self._file.fetcher
         return WarmedFile(
             self._file.name,
@@ -160,7 +163,7 @@ class _NeededFile:
 
 
 def _require_within_limit(url: str, files: list[_NeededFile], max_bytes: int | None) -> None:
-    """Raise CacheError if the cache may not become as large as what is needed."""
+    """Raise CacheError if the needed bytes of all files exceed the limit of the cache."""
     total = sum(item.units.total_bytes for item in files)
     if max_bytes is not None and total > max_bytes:
         msg = (
