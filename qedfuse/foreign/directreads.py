@@ -1,4 +1,4 @@
-"""Reads of a served disk by native threads, which answer the kernel without the event loop."""
+"""Reads of qemu-nbd's disk by native threads, which answer the kernel without the event loop."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS: Final = 16
-"""Maximum number of reads in flight; further ones take the slow path."""
+"""Maximum number of reads in flight, one on each connection; further reads take the slow path."""
 _MAX_READ_BYTES: Final = 32 << 20
+"""Maximum length of a read; MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 
 
 class DirectReads:
-    """Connections to a program, each of which one native thread uses at a time.
+    """Connections to qemu-nbd, each of which at most one native thread uses at a time.
 
-    They are made when the first read could use one.  A read that fails is repeated by the caller on
-    the slow path, and its connection is closed.
+    The first read that finds no connection starts a thread that makes them.  If a read fails, its
+    connection is closed, and the caller repeats the read on the slow path.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
         """Read from the export of ``server``, which has ``size`` bytes.
 
         Args:
-            server: The program; nothing is done yet.
-            size: The size of the export.
-            seconds: Maximum time of a read.
+            server: The process; the constructor makes no connection.
+            size: The size of the export in bytes.
+            seconds: Maximum time for which a read waits for the next bytes.
         """
         self._server = server
         self._size = size
@@ -46,7 +47,7 @@ class DirectReads:
         self._lock = threading.Lock()
         self._free: deque[socket.socket] = deque()
         self._all: set[socket.socket] = set()
-        self._is_begun = self._is_closed = False
+        self._has_started = self._is_closed = False
 
     def try_start(
         self,
@@ -57,8 +58,8 @@ class DirectReads:
     ) -> bool:
         """Start a read in a native thread; see `ReadableFile.try_start_read`.
 
-        Returns False if there are no native threads, no connection is free, or the range does not
-        lie within the disk.
+        Returns False if there are no native threads, no connection is free, the range does not lie
+        within the disk, or the view is empty or longer than `_MAX_READ_BYTES`.
         """
         calls = host_calls()
         if not calls.can_start_reads or not 0 < len(view) <= _MAX_READ_BYTES:
@@ -68,7 +69,7 @@ class DirectReads:
         try:
             connection = self._free.popleft()
         except IndexError:
-            self._begin()
+            self._start_connecting()
             return False
         finish = partial(self._finish, connection, len(view), ended)
         try:
@@ -79,26 +80,27 @@ class DirectReads:
         return True
 
     def close(self) -> None:
-        """Make the reads fail that wait, and make no more; a second call does nothing."""
+        """Make all reads in flight fail, and all later calls of `try_start` return False."""
         with self._lock:
             self._is_closed = True
             for connection in self._all:
-                # Not closed before its thread has ended: another file could get its number.
+                # The thread of the read closes the connection: if it were closed here, another file
+                # could get the number of the descriptor that the thread uses.
                 connection.shutdown(socket.SHUT_RDWR)
             while self._free:
                 self._drop(self._free.popleft())
 
-    def _begin(self) -> None:
-        """Start the thread that makes the connections, once."""
-        if not self._is_begun:
-            self._is_begun = True
-            threading.Thread(target=self._connect, name="qedfuse nbd", daemon=True).start()
+    def _start_connecting(self) -> None:
+        """Start the thread that makes the connections, unless it was started before."""
+        if not self._has_started:
+            self._has_started = True
+            threading.Thread(target=self._make_connections, name="qedfuse nbd", daemon=True).start()
 
-    def _connect(self) -> None:
-        """Make the connections; with fewer of them fewer reads are in flight."""
+    def _make_connections(self) -> None:
+        """Make the connections; stop at the first error, because fewer connections suffice."""
         for _ in range(_MAX_CONNECTIONS):
             try:
-                connection = self._server.connect_simply()
+                connection = self._server.connect_negotiated()
             except OSError as error:
                 _log.debug("%s: no further connection: %s", self._server.name, error)
                 return
@@ -123,7 +125,8 @@ class DirectReads:
         """Take back the connection of a read that has ended."""
         with self._lock:
             if result == length and not self._is_closed:
-                # The connection that was used last is used next: its thread is awake.
+                # The connection that was used last is used next, so that a load with few reads in
+                # flight uses few connections.
                 self._free.appendleft(connection)
             else:
                 self._drop(connection)

@@ -1,4 +1,4 @@
-"""The disk of an image that QEMU serves, as a file of a chain: a `HostFile` that is not changed."""
+"""The disk of an image that QEMU serves, as a file of a chain: a read-only `HostFile`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time of a read: the program waits for the host's disk, which may be slow."""
+"""Maximum time of a read: qemu-nbd waits for the host's disk, which may be slow."""
 
 
 class ForeignFile(ReadOnlyFile):
-    """A disk that qemu-nbd serves; its bytes are those that the guest sees.
+    """A disk that qemu-nbd serves; the file has the bytes that the guest sees.
 
-    If the program ends, one line is logged, and every read fails from then on.  It is not started
-    again, because the image could be another one then.
+    If qemu-nbd ends, one line is logged, and every read fails from then on.  qemu-nbd is not
+    started again: its locks have ended, so another program can have changed a file of the chain.
 
     Attributes:
         path: The path of the image.
@@ -41,14 +41,14 @@ class ForeignFile(ReadOnlyFile):
     def __init__(
         self, image: PosixFile, driver: str, disk: ReadableFile, server: QemuNbd, graph: Graph
     ) -> None:
-        """Read ``disk``; this object closes all that it is given.
+        """Read ``disk``; `close` closes all arguments and ends the program.
 
         Args:
             image: The file of the image.
             driver: The format of the image as QEMU calls it.
             disk: The disk, read from ``server``.
-            server: The program.
-            graph: The files that the program has open.
+            server: The process of qemu-nbd.
+            graph: The files that the process has open.
         """
         super().__init__(image.name)
         self.path = image.path
@@ -72,7 +72,7 @@ class ForeignFile(ReadOnlyFile):
         return self.image.identity
 
     def fileno(self) -> int:
-        """Return -1: the descriptor of the image does not have the bytes of the disk."""
+        """Return -1: no descriptor gives the bytes of the disk."""
         return -1
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
@@ -131,7 +131,7 @@ class ForeignFile(ReadOnlyFile):
         return self.image.statvfs()
 
     def stop_fetching(self) -> None:
-        """Make reads fail that wait for the program, and later ones."""
+        """Make all reads fail: those that wait for qemu-nbd, and later ones."""
         self._direct.close()
         self._disk.stop_fetching()
 
@@ -148,13 +148,13 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in the error of a failed read, and once in the log, that the program has ended."""
+        """If qemu-nbd has ended, replace the error of a read by the reason; log the reason once."""
         try:
             yield
         except HostError as error:
             if self._is_closed or not self._server.has_ended():
                 raise
-            failure = ForeignError(f"{self.name}: qemu-nbd: {self._server.last_words()}")
+            failure = ForeignError(f"{self.name}: qemu-nbd: {self._server.end_reason()}")
             failure.is_logged = True
             if not self._is_failure_logged:
                 self._is_failure_logged = True

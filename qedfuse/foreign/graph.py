@@ -1,4 +1,4 @@
-"""The files of a chain in QEMU's formats: opened here, and described to QEMU one by one."""
+"""Opening the files of a chain in QEMU's formats, and the options by which QEMU reads them."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
     Opener: TypeAlias = Callable[[bytes, "PosixFile"], "PosixFile"]
-    """Opens, by name, a file that an image names, or raises BackingError to refuse the file."""
+    """Opens the file of a name that is stored in an image; raises BackingError to refuse it."""
 
     Options: TypeAlias = dict[str, object]
-    """Options of a block device of QEMU."""
+    """Options of a block node of QEMU, as for its option ``--blockdev``."""
 
 _MAX_FILES: Final = 64
 """Maximum number of files in a chain."""
 
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
-"""What images call the format of a raw backing file."""
+"""Names that images have for the format of a raw backing file."""
 _DRIVERS: Final = ("raw", "qed", *DRIVERS.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What images may name, and how their files are locked.
+    """Which files images may name, and how these files are locked.
 
     Attributes:
-        open_named: Opens a file that an image names.
-        any_file: Whether the images may name any file, so that no sandbox is needed.
-        lock: Whether QEMU takes locks.
-        share: Whether to read files that another program writes to.
+        open_named: Opens a file that an image names, or refuses the file.
+        any_file: Whether images may name any file, so that they are read without Landlock too.
+        lock: Whether QEMU locks the files.
+        share: Whether to read files that another program has open for writing.
     """
 
     open_named: Opener
@@ -51,12 +51,12 @@ class Limits:
 
 @dataclass(slots=True)
 class Graph:
-    """The open files of a chain, and what QEMU needs to know about them.
+    """The open files of a chain, and the options by which QEMU reads the chain.
 
     Attributes:
-        options: The options of the block device.
+        options: The options of the block node of the image.
         files: The files that QEMU opens: that of the image first.
-        opened: Those of the files that the graph closes.
+        opened: The files that `close` closes: all but that of the image.
     """
 
     options: Options = field(default_factory=dict)
@@ -75,25 +75,26 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
     Args:
         file: The open file of the image, which the caller closes.
         driver: The format of the image as QEMU calls it.
-        limits: What the image may name.
+        limits: Which files the images may name.
 
     Raises:
         BackingError: A file is missing or refused, or the chain is a loop or too long.
-        ForeignError: An image cannot be shown.
+        ForeignError: An image is encrypted, has a header that cannot be used, or names a file while
+            the kernel has no Landlock.
         ImageError: A header of a QED image is not valid.
         HostError: A file cannot be read.
     """
     graph = Graph()
     try:
-        graph.options = _node(graph, file, driver, limits)
+        graph.options = _add_image(graph, file, driver, limits)
     except BaseException:
         graph.close()
         raise
     return graph
 
 
-def _node(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options:
-    """Add an image and all that it names to a graph; return the options of its block device."""
+def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options:
+    """Add an image and all files that it names to a graph; return the image's options."""
     graph.files.append(file)
     links = read_links(file.fd, driver, file.name)
     if links and not limits.any_file and not landlock_version():
@@ -103,7 +104,7 @@ def _node(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options
             "because this kernel has no Landlock to confine QEMU (backing=any allows it)"
         )
         raise ForeignError(msg)
-    # A list of extents names them relative to its own path.
+    # QEMU opens the extents of a VMDK image by names that are relative to the path of the image.
     path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
@@ -116,14 +117,14 @@ def _node(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options
         options["data-file"] = _file_options(_inherited_path(graph), limits)
     if links.backing:
         base = _open(graph, links.backing, file, limits)
-        options["backing"] = _node(graph, base, _base_driver(base, file, links), limits)
+        options["backing"] = _add_image(graph, base, _base_driver(base, file, links), limits)
     elif driver in ("qed", "qcow", "qcow2", "vmdk"):
         options["backing"] = None
     return options
 
 
 def _inherited_path(graph: Graph) -> str:
-    """Return the path by which QEMU opens the last file of a graph: that of its descriptor."""
+    """Return the path, that of an inherited descriptor, by which QEMU opens the last file."""
     return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
 
 
@@ -134,7 +135,7 @@ def _image_options(driver: str, file: Options, limits: Limits) -> Options:
 
 
 def _file_options(path: str, limits: Limits) -> Options:
-    """Return the options of a file."""
+    """Return the options of the block node that reads the file at ``path``."""
     return {
         "driver": "file",
         "filename": path,
@@ -184,7 +185,7 @@ def _base_driver(base: PosixFile, image: PosixFile, links: Links) -> str:
 
 
 def detect_driver(file: PosixFile) -> str:
-    """Return the format of a file as QEMU calls it, from the first bytes.
+    """Return the format of a file as QEMU calls it, detected from the first bytes.
 
     Raises:
         HostError: The file cannot be read.

@@ -1,7 +1,9 @@
 """The other files that an image in a format of QEMU names, read from its header.
 
-QEMU is given these files one by one, and never looks up a name itself.  So what this module finds
-decides only whether an image can be shown, not which files are read.
+QEMU gets the backing files and data files as open descriptors, and looks up no name of these files.
+So even if QEMU read a header differently from this module, QEMU would read only files that the
+policy for backing files allows.  Only the extents of a VMDK image are opened by QEMU under their
+names, within the sandbox.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _START_BYTES: Final = 4096
-"""How much of the file is read for the fields of its header."""
+"""Number of bytes that are read for the fields of a header."""
 
 _QCOW2_EXTENSIONS_AT: Final = 72
-"""Where the header extensions of version 2 of qcow2 begin."""
+"""Offset of the header extensions in version 2 of qcow2."""
 _QCOW2_HEADER_LENGTH_AT: Final = 100
 _EXTENSION_END: Final = 0
 _EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
@@ -34,11 +36,11 @@ _QCOW2_EXTERNAL_DATA: Final = 1 << 2
 _MAX_EXTENSIONS: Final = 32
 
 _MAX_NAME_BYTES: Final = 1023
-"""Maximum length of the name of a backing file, also in QEMU."""
+"""Maximum length of the name of a backing file, as in QEMU."""
 
 _VMDK_SECTOR_BYTES: Final = 512
 _VMDK_DESCRIPTOR_BYTES: Final = 20 * _VMDK_SECTOR_BYTES
-"""Maximum length of a descriptor inside an image, which begins at the second sector."""
+"""Maximum length of a descriptor inside an image; the descriptor begins at the second sector."""
 _VMDK_TEXT_BYTES: Final = 1 << 20
 """Maximum length of a descriptor in a file of its own."""
 _VMDK_EXTENT: Final = re.compile(
@@ -135,7 +137,7 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the header extensions of a qcow2 image by type, up to the first that is not valid."""
+    """Return the header extensions of a qcow2 image by type, without those that are too long."""
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)
@@ -182,14 +184,14 @@ def _vmdk(fd: int, name: str) -> Links:
 
 
 def refuse_descriptor(start: bytes, name: str) -> None:
-    """Refuse a VMDK file that is both an extent and a list of other extents, for QEMU at least.
+    """Refuse a VMDK extent of capacity 0, which QEMU would read as a list of further extents.
 
     Args:
         start: The first bytes of the file.
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: The file is of this kind.
+        ForeignError: The file is such an extent.
     """
     if start.startswith(b"KDMV") and not any(start[12:20]):
         msg = f"{name}: header field capacity: found 0, expected the size of the disk"
@@ -197,13 +199,13 @@ def refuse_descriptor(start: bytes, name: str) -> None:
 
 
 def _vmdk_parent(text: bytes) -> bytes:
-    """Return the name of the parent in a descriptor, found as QEMU does; empty if none."""
+    """Return the name of the parent in a descriptor, as QEMU finds it; empty if there is none."""
     _, found, rest = text.partition(_VMDK_PARENT)
     return rest.partition(b'"')[0][:_MAX_NAME_BYTES] if found else b""
 
 
 def _vpc(fd: int, name: str) -> Links:
-    """Return no file; refuse an image that has a parent, which QEMU would ignore."""
+    """Return no names; refuse an image that has a parent, because QEMU would ignore the parent."""
     start = os.pread(fd, _START_BYTES, 0)
     kind = start[_VHD_TYPE_AT : _VHD_TYPE_AT + 4]
     if start.startswith(b"conectix") and int.from_bytes(kind, "big") == _VHD_DIFFERENCING:
@@ -238,4 +240,4 @@ _READERS: Final[dict[str, Callable[[int, str], Links]]] = {
     "vmdk": _vmdk,
     "vpc": _vpc,
 }
-"""How the names are read, by format; images of other formats name no file that QEMU opens."""
+"""Functions that read the names, by format; other formats name no file that QEMU opens."""

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class ForeignOpening:
-    """An image that is being opened: in two steps, because only the second one blocks."""
+    """An image that is opened in two steps: only the second step waits for qemu-nbd."""
 
     def __init__(self, image: PosixFile, driver: str, limits: Limits) -> None:
         """Open the files that an image names, and start qemu-nbd.
 
-        Must be called in a thread that does not end before the file is closed; see `QemuNbd`.
+        The calling thread must not end before the file is closed; see `QemuNbd`.
 
         Args:
             image: The file of the image, which this object closes.
             driver: The format of the image as QEMU calls it.
-            limits: What the image may name.
+            limits: Which files the images of the chain may name.
 
         Raises:
             BackingError: A file that the image names is missing or refused.
-            ForeignError: qemu-nbd is not installed, or the image cannot be shown.
+            ForeignError: qemu-nbd is not installed, or `open_graph` refuses an image.
             QedError: A file cannot be read, or the host refused.
         """
         self._image = image
@@ -55,7 +55,8 @@ class ForeignOpening:
     def finish(self) -> ForeignFile:
         """Wait until qemu-nbd serves the image; return its disk, which the caller closes.
 
-        The call blocks; another thread may call `abandon` meanwhile.
+        The call blocks; another thread may call `abandon` during the call.  Then the file is
+        closed, or the call fails.
 
         Raises:
             ForeignError: qemu-nbd refuses the image, has ended, or does not answer.
@@ -73,7 +74,7 @@ class ForeignOpening:
         return file
 
     def abandon(self) -> None:
-        """End the program and close all files, also if `finish` still runs in another thread."""
+        """End qemu-nbd and close all files, also while `finish` runs in another thread."""
         with self._lock:
             self._is_abandoned = True
         self._server.close()
@@ -84,10 +85,10 @@ class ForeignOpening:
         """Return a new connection to the program.
 
         Raises:
-            ForeignError: The program has ended, so that another attempt is of no use.
+            ForeignError: The program has ended, so that no later attempt can succeed.
             OSError: The host refused.
         """
         if self._server.has_ended():
-            msg = f"{self._image.name}: qemu-nbd: {self._server.last_words()}"
+            msg = f"{self._image.name}: qemu-nbd: {self._server.end_reason()}"
             raise ForeignError(msg)
         return self._server.connect()

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 _PROGRAM: Final = "qemu-nbd"
 _PACKAGE: Final = "qemu-utils"
-"""The package of Debian that has the program."""
+"""The Debian package that contains the program."""
 
 READY_SECONDS: Final = 30.0
-"""Maximum time until the program has opened the image and answers."""
+"""Maximum time from the start of the program to its answer, when it has opened the image."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
-"""Maximum time until the program has ended: after the last client, after SIGTERM, after SIGKILL."""
+"""Maximum times until the program has ended: after its last client has disconnected, after SIGTERM,
+and after SIGKILL."""
 
 _GREETING: Final = b"NBDMAGICIHAVEOPT"
 _FIXED_NEWSTYLE_NO_ZEROES: Final = 0b11
@@ -38,23 +39,23 @@ _OPTION_EXPORT_NAME: Final = 1
 _EXPORT_REPLY_BYTES: Final = 10
 _REQUEST_MAGIC: Final = 0x25609513
 _COMMAND_DISCONNECT: Final = 2
-"""The protocol of NBD, as far as a client needs it that stays connected and reads nothing."""
+"""The constants of the NBD protocol that a client needs to negotiate and to disconnect."""
 
 _OPTIONS_BEFORE_REASON: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
-"""Between these a message of QEMU has the options of the block device."""
-_IN_USE: Final = "Failed to get "
-"""How QEMU's message about a lock begins that another program holds."""
+"""A message of QEMU has the options of the block node between these texts, then the reason."""
+_LOCK_MESSAGE: Final = "Failed to get "
+"""Part of QEMU's message about a lock that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
-"""How much of the program's messages is read."""
+"""Maximum number of bytes that are read of the program's messages."""
 _BACKLOG: Final = 64
 
 
 def find_program(name: str) -> str:
-    """Return the path of qemu-nbd; ``name`` is that of the image, for the message.
+    """Return the path of qemu-nbd; ``name`` is the name of the image in messages.
 
     Raises:
-        ForeignError: It is not installed.
+        ForeignError: The program is not installed.
     """
     found = shutil.which(_PROGRAM)
     if found is None:
@@ -68,8 +69,8 @@ def find_program(name: str) -> str:
 class QemuNbd:
     """A process of qemu-nbd that serves the chain of a graph on a private socket.
 
-    The program ends when its last client has gone.  So this object is a client too, which reads
-    nothing, from the beginning to `close`.
+    The program ends when its last client has disconnected.  So this object keeps a connection, on
+    which it reads no data, until `close`.
 
     Attributes:
         name: The name of the image in messages.
@@ -78,8 +79,8 @@ class QemuNbd:
     def __init__(self, graph: Graph, name: str) -> None:
         """Start the program; `wait_ready` waits until it serves.
 
-        The program is killed when the calling thread ends.  So the thread must be one that does not
-        end before `close`, as that of an event loop.
+        The program is killed when the calling thread ends.  So the thread must not end before
+        `close`; the thread of an event loop meets this condition.
 
         Raises:
             ForeignError: The program is not installed.
@@ -95,7 +96,7 @@ class QemuNbd:
                 listener, self._address = _private_listener()
                 stack.callback(os.close, self._address)
                 with listener:
-                    # The connection waits in the queue of the socket until the program starts.
+                    # The connection stays in the queue of the listener until the program runs.
                     self._client = self.connect()
                     stack.callback(self._client.close)
                     self._messages = os.memfd_create("qemu-nbd", os.MFD_CLOEXEC)
@@ -110,7 +111,9 @@ class QemuNbd:
         self._is_closed = False
 
     def connect(self) -> socket.socket:
-        """Return a new connection to the program, which waits until the program accepts it.
+        """Return a new connection, which the program accepts later.
+
+        The call blocks only while the queue of the listener is full.
 
         Raises:
             OSError: The program has ended, or the host refused.
@@ -123,8 +126,10 @@ class QemuNbd:
             raise
         return client
 
-    def connect_simply(self) -> socket.socket:
-        """Return a new connection that gets simple replies, after its negotiation; blocks.
+    def connect_negotiated(self) -> socket.socket:
+        """Return a new connection after the negotiation; the program sends simple replies on it.
+
+        The call blocks.
 
         Raises:
             OSError: The program has ended, does not answer, or the host refused.
@@ -160,7 +165,7 @@ class QemuNbd:
         """Return whether the program has ended."""
         return self._is_closed or self._wait(0)
 
-    def last_words(self) -> str:
+    def end_reason(self) -> str:
         """Return why the program has ended, as one printable line."""
         if self._is_closed:
             return "closed"
@@ -171,13 +176,13 @@ class QemuNbd:
         lines = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0).decode(errors="replace").split("\n")
         errors = [line for line in lines if line.strip() and "warning:" not in line]
         if status and errors:
-            return self._in_our_words(errors[0].strip())
+            return self._as_readable_line(errors[0].strip())
         return f"ended with status {status}"
 
     def close(self) -> None:
         """Disconnect, and end the program if it does not end by itself; a second call does nothing.
 
-        The call returns after at most a few seconds.
+        The call returns after at most the sum of `_END_SECONDS`.
         """
         if self._is_closed:
             return
@@ -187,20 +192,20 @@ class QemuNbd:
             self._client.send(request)
         with contextlib.suppress(OSError):
             self._client.shutdown(socket.SHUT_RDWR)
-        for seconds, number in zip(
+        for seconds, next_signal in zip(
             _END_SECONDS, (signal.SIGTERM, signal.SIGKILL, None), strict=True
         ):
-            if self._wait(seconds) or number is None:
+            if self._wait(seconds) or next_signal is None:
                 break
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+                signal.pidfd_send_signal(self._pidfd, next_signal)
         self._is_closed = True
         os.close(self._pidfd)
         self._process.poll()
         self._cleanup.close()
 
-    def _in_our_words(self, line: str) -> str:
-        """Return a message of the program as printable text, with the names of the files."""
+    def _as_readable_line(self, line: str) -> str:
+        """Return a message of the program as printable text, with names instead of descriptors."""
         line = printable(line.removeprefix(f"{_PROGRAM}: "))
         if line.startswith(_OPTIONS_BEFORE_REASON):
             line = line.rpartition(_OPTIONS_END)[2]
@@ -211,10 +216,10 @@ class QemuNbd:
     def _failure(self) -> ForeignError | ImageInUseError:
         """Return the error for a program that closed the connection before it served."""
         self._wait(_END_SECONDS[0])
-        words = self.last_words()
-        if _IN_USE in words:
-            return ImageInUseError(f"{self.name}: in use: {_PROGRAM}: {words}")
-        return ForeignError(f"{self.name}: {_PROGRAM}: {words}")
+        reason = self.end_reason()
+        if _LOCK_MESSAGE in reason:
+            return ImageInUseError(f"{self.name}: in use: {_PROGRAM}: {reason}")
+        return ForeignError(f"{self.name}: {_PROGRAM}: {reason}")
 
     def _wait(self, seconds: float) -> bool:
         """Wait for the end of the program; return whether it has ended."""
@@ -229,7 +234,7 @@ class QemuNbd:
 def _private_listener() -> tuple[socket.socket, int]:
     """Return a listening socket that no other user can reach, and a descriptor of its path.
 
-    The path itself is removed again: a client connects by the descriptor.
+    The path is removed before the return; clients connect through the descriptor.
 
     Raises:
         OSError: The host refused.
@@ -239,7 +244,7 @@ def _private_listener() -> tuple[socket.socket, int]:
         directory = tempfile.mkdtemp(prefix="qedfuse-")
         path = os.path.join(directory, "nbd")  # noqa: PTH118
         try:
-            # The name of a directory can be longer than that of a socket may be.
+            # The path of the directory can be too long for the address of a socket.
             handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 listener.bind(f"/proc/self/fd/{handle}/nbd")
@@ -263,7 +268,7 @@ def _spawn(
     Raises:
         OSError: The host refused.
     """
-    # No name is looked up and no code runs between fork and exec: other threads may exist.
+    # No Python code runs between fork and exec, because another thread may hold a lock then.
     return subprocess.Popen(  # noqa: S603  no shell, and no name from an image
         launch_command(list(program), files, listener),
         stdin=subprocess.DEVNULL,
@@ -277,10 +282,10 @@ def _spawn(
 
 
 def _negotiate(client: socket.socket) -> None:
-    """Become a client of an export, with the oldest of the options that do this.
+    """Choose the default export by the option ``NBD_OPT_EXPORT_NAME``.
 
     Raises:
-        OSError: The server does not answer or closed the connection, or is none of NBD.
+        OSError: The server does not answer or closed the connection, or is no NBD server.
     """
     greeting = _receive(client, len(_GREETING) + 2)
     if not greeting.startswith(_GREETING):
@@ -294,10 +299,10 @@ def _negotiate(client: socket.socket) -> None:
 
 
 def _receive(client: socket.socket, length: int) -> bytes:
-    """Return the next bytes of a connection.
+    """Return the next ``length`` bytes of a connection.
 
     Raises:
-        OSError: The connection ends before, or nothing comes.
+        OSError: The connection ends first, or no byte comes within the timeout of the socket.
     """
     data = b""
     while len(data) < length:

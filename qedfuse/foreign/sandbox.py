@@ -1,8 +1,9 @@
-"""Starting a program that can read only some files: a part of this module runs as a script.
+"""Starting a program that can read only given files; a part of this module runs as a script.
 
-Between the start of a process and its program, rights must be given up by the process itself.
-A program with several threads must not run Python there, so this file is started as a program of
-its own, gives up the rights, and then replaces itself.  So it must import nothing of this project.
+A new process must give up its rights itself, after fork and before the exec of the program.  In a
+process with several threads no Python code may run between fork and exec.  So this file is run as a
+script, which gives up the rights and then replaces itself by the program.  The file must import
+nothing of this project.
 """
 
 from __future__ import annotations
@@ -26,41 +27,42 @@ _RULE_PATH_BENEATH = 1
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""How many rights on files each version of Landlock knows; later ones know those of the last."""
+"""Number of rights on files by version of Landlock; later versions count as the last one here."""
 _NETWORK_VERSION, _ALL_TCP = 4, 0b11
 _SCOPE_VERSION, _ALL_SCOPES = 6, 0b11
-"""From which version Landlock can forbid TCP, and abstract sockets and signals to others."""
+"""The first version that can forbid TCP, and the first that can forbid signals to processes outside
+of the sandbox and connections to their abstract sockets."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 _SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store")
-"""Where programs, libraries and their modules are."""
+"""Where programs, libraries and QEMU's modules are installed."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec", "share")
-"""Where a program that is installed elsewhere has them, below the parent of its directory."""
+"""Where a program with another prefix has its libraries and modules, relative to the prefix."""
 
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
-_MOVED_DESCRIPTORS = 300
-"""Descriptors from here on are used to bring others into their places."""
+_FIRST_TEMPORARY_DESCRIPTOR = 300
+"""First number for temporary copies of descriptors, which then get their final numbers."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
-"""Maximum length of a file that the program writes: of its messages."""
+"""Maximum length of a file that the program writes: only its messages go to a file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def landlock_version() -> int:
-    """Return which version of Landlock the kernel has; 0 if it has none, or Landlock is off."""
+    """Return the version of the kernel's Landlock ABI; 0 if Landlock is missing or switched off."""
     size = ctypes.c_size_t(0)
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, size, _VERSION_FLAG)))
 
 
 def launch_command(program: list[str], files: list[int], listener: int) -> list[str]:
-    """Return the command that starts ``program`` with the rights to read some files only.
+    """Return the command that starts ``program`` with the right to read only ``files``.
 
-    The program is killed when the thread ends that starts the command.
+    The kernel kills the program when the thread that has started the command ends.
 
     Args:
         program: The program's absolute path and its arguments.
@@ -74,7 +76,7 @@ def launch_command(program: list[str], files: list[int], listener: int) -> list[
         "files": files,
         "listener": listener,
     }
-    # The options: no variables of the environment, no site packages, no files of bytecode.
+    # The options: no Python variables of the environment, no site packages, no bytecode files.
     return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(order)]
 
 
@@ -87,11 +89,11 @@ def _check(result: int, action: str) -> int:
 
 
 def _restrict(version: int, files: list[int], programs: list[str]) -> None:
-    """Give up, for this process, all access to files except reading the given ones.
+    """Give up all rights of this process on files, except reading given files and running programs.
 
     Args:
         version: The version of Landlock.
-        files: Descriptors of files that may still be opened.
+        files: Descriptors of files that may still be opened for reading.
         programs: Files and directories whose content may still be read and run; those that do not
             exist are left out.
 
@@ -108,7 +110,7 @@ def _restrict(version: int, files: list[int], programs: list[str]) -> None:
     rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
     for fd in files:
         _allow(rules, fd, _READ_FILE)
-    # QEMU finds out with this file which kind of locks there are.
+    # QEMU opens this file to find out which kinds of locks the kernel has.
     null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     _allow(rules, null, _READ_FILE | _WRITE_FILE)
     os.close(null)
@@ -125,13 +127,13 @@ def _restrict(version: int, files: list[int], programs: list[str]) -> None:
 
 
 def _allow(rules: int, fd: int, rights: int) -> None:
-    """Add to a set of rules that an open file, or all below an open directory, may be used."""
+    """Add a rule that permits ``rights`` on an open file, or on all files below a directory."""
     rule = struct.pack("=Qi", rights, fd)
     _check(_libc.syscall(_ADD_RULE, rules, _RULE_PATH_BENEATH, rule, 0), "landlock_add_rule")
 
 
 def _main(text: str) -> None:
-    """Give up rights and become the program of an order; see `launch_command`.
+    """Give up rights, and replace this process by the program; see `launch_command`.
 
     Raises:
         OSError: The kernel refused, or there is no such program.
@@ -140,21 +142,21 @@ def _main(text: str) -> None:
     program = order["program"]
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != order["parent"]:
-        return  # the parent has ended before it could be watched
+        return  # the parent ended before prctl, so no signal would come
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     listener, *files = [
-        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _MOVED_DESCRIPTORS)
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR)
         for fd in (order["listener"], *order["files"])
     ]
-    os.closerange(3, _MOVED_DESCRIPTORS)
+    os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
     os.dup2(listener, 3)
     for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
         os.dup2(fd, number)
     version = landlock_version()
     if version:
-        # A program in a prefix of its own has its libraries beside it.
+        # A program in a prefix of its own has its libraries in the same prefix.
         prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120  as above
         own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
         _restrict(version, files, [*_SYSTEM_PATHS, *own])
