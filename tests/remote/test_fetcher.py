@@ -282,6 +282,7 @@ def test_no_thread_to_be_had(
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(fetchthreads, "_IDLE_SECONDS", 0.0)
     with fetching(tmp_path) as (_, _, file):
         for unit, fails in enumerate((3, 6)):
             if unit:
@@ -290,7 +291,6 @@ def test_no_thread_to_be_had(
                 found = read(file, unit * UNIT_BYTES, 10)
             assert found == unit_bytes(unit)[:10]
             assert failed == fails
-            monkeypatch.setattr(fetchthreads, "_IDLE_SECONDS", 0.0)
             wait_until(lambda: not fetching_threads())
         assert len(caplog.records) == 2
         monkeypatch.setattr(HeldObject, "max_seconds", 0.05)
