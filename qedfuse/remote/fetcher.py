@@ -15,6 +15,7 @@ from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
 from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.readahead import ReadAhead
+from qedfuse.remote.recentfailures import RecentFailures
 from qedfuse.remote.unitfile import UNIT_BYTES, units_of
 from qedfuse.remote.unitstore import UnitStore
 
@@ -70,6 +71,7 @@ class Fetcher:
         self.fetched_bytes = 0
         self.requests = 0
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
+        self._failures = RecentFailures()
         self._threads = FetchThreads(self._name, self._look_up, self._fetch, self._finish)
         self._lock = self._threads.lock
         # The lock protects the following attributes.
@@ -191,7 +193,7 @@ class Fetcher:
                 continue
             flight = self._flights.get(unit)
             if flight is None and (held := self._store.held(unit)) is not None:
-                flight = Flight(unit, unit, self._name, self._source.max_seconds)
+                flight = self._make_flight(unit, unit)
                 flight.blocks[unit] = held
                 flight.end()
             elif flight is None:
@@ -227,12 +229,19 @@ class Fetcher:
             and self._store.held(end) is None
         ):
             end += 1
-        flight = Flight(
-            *(first, end - 1, self._name, self._source.max_seconds, self._threads.ensure_thread)
-        )
+        flight = self._make_flight(first, end - 1)
         self._flights.update(dict.fromkeys(range(first, end), flight))
         self._held_back.difference_update(range(first, end))
         return flight
+
+    def _make_flight(self, first: int, last: int) -> Flight:
+        """Return a flight of adjacent units; a brief one if a reader of them has just failed."""
+        source = self._source
+        return Flight(
+            *(first, last, self._name, source.max_seconds, source.max_brief_seconds),
+            self._threads.ensure_thread,
+            is_brief=self._failures.has_any(first, last),
+        )
 
     def _fetch_ahead(self, first: int, last: int) -> None:
         """Start fetching what the reader of some adjacent units will read next, if sequential."""
@@ -294,7 +303,7 @@ class Fetcher:
         start = first * UNIT_BYTES
         length = min((last + 1) * UNIT_BYTES, self._size) - start
         try:
-            content = memoryview(self._source.get(start, length))
+            content = memoryview(self._source.get(start, length, is_brief=flight.is_brief))
         except RemoteError as error:
             if not self._threads.is_closed:
                 self._outages.failed(error)
@@ -327,5 +336,7 @@ class Fetcher:
                         self._held_back.add(unit)
             if flight in self._wanted:
                 self._wanted.remove(flight)
+                if error is not None:
+                    self._failures.record(flight.first, flight.last)
                 self._last_wanted = time.monotonic()
         flight.end(error)

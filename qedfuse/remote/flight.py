@@ -31,6 +31,8 @@ class Flight:
         blocks: The content of each unit that was read from the cache or fetched; complete when the
             flight has ended.
         is_wanted: Whether a reader waits for the flight.
+        is_brief: Whether the server is waited for only briefly, because a reader of one of the
+            units has waited for it in vain.
     """
 
     def __init__(
@@ -39,7 +41,10 @@ class Flight:
         last: int,
         name: str,
         max_seconds: float,
+        max_brief_seconds: float,
         ensure_thread: Callable[[], object] = lambda: None,
+        *,
+        is_brief: bool = False,
     ) -> None:
         """Describe a fetch that has not begun.
 
@@ -48,15 +53,19 @@ class Flight:
             last: The last unit.
             name: The name of the object.
             max_seconds: How long a reader waits at most, also if no thread takes the flight.
+            max_brief_seconds: The same for a brief flight.
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
+            is_brief: The attribute.
         """
         self.first = first
         self.last = last
         self.blocks: dict[int, Buffer] = {}
         self.is_wanted = False
+        self.is_brief = is_brief
         self._name = name
         self._max_seconds = max_seconds
+        self._max_brief_seconds = max_brief_seconds
         self._ensure_thread = ensure_thread
         self._error: HostError | None = None
         self._ended = threading.Event()
@@ -86,12 +95,13 @@ class Flight:
             HostError: The fetch failed, or did not end within ``max_seconds``.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
-        end = time.monotonic() + self._max_seconds
+        seconds = self._max_wait()
+        end = time.monotonic() + seconds
         while not self._ended.wait(_POLL_SECONDS) and time.monotonic() < end:
             with suppress(RuntimeError):  # not a thread of trio
                 trio.from_thread.check_cancelled()
             self._ensure_thread()
-        self._check(in_time=self._ended.is_set())
+        self._check(seconds, in_time=self._ended.is_set())
 
     async def wait(self) -> None:
         """Wait in a task until the flight has ended.
@@ -106,21 +116,27 @@ class Flight:
                 self._callbacks.append(lambda: token.run_sync_soon(event.set, idempotent=True))
             else:
                 event.set()
+        seconds = self._max_wait()
         load = loop_load()
         load.fetched_reads += 1
         try:
-            with trio.move_on_after(self._max_seconds) as scope:
+            with trio.move_on_after(seconds) as scope:
                 while not event.is_set():
                     with trio.move_on_after(_POLL_SECONDS):
                         await event.wait()
                     self._ensure_thread()
         finally:
             load.fetched_reads -= 1
-        self._check(in_time=not scope.cancelled_caught)
+        self._check(seconds, in_time=not scope.cancelled_caught)
 
-    def _check(self, *, in_time: bool) -> None:
+    def _max_wait(self) -> float:
+        return self._max_brief_seconds if self.is_brief else self._max_seconds
+
+    def _check(self, seconds: float, *, in_time: bool) -> None:
         if not in_time:
-            msg = f"{self._name}: found no answer within {self._max_seconds:.0f} seconds"
+            # The reader will ask again, and joins this flight then.
+            self.is_brief = True
+            msg = f"{self._name}: found no answer within {seconds:.0f} seconds"
             raise RemoteError(msg)
         if self._error is not None:
             raise self._error.again()

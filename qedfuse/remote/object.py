@@ -36,6 +36,9 @@ _MAX_SIZE: Final = 16 << 40
 64 MiB for the largest object, and eight bytes in the map of the cache."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
+_BRIEF_SECONDS: Final = 0.5
+"""For how long attempts of a brief call are repeated.  One attempt would be enough, but a program
+that repeats its reads must not make more than a few requests a second."""
 
 
 class RemoteObject:
@@ -47,6 +50,7 @@ class RemoteObject:
         address: The address of the object.
         version: The version that is read.
         max_seconds: Maximum duration of a call of `get`.
+        max_brief_seconds: Maximum duration of a brief call.
     """
 
     def __init__(
@@ -60,10 +64,14 @@ class RemoteObject:
         # credentials.
         self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
         self._total_seconds = deadlines.total_seconds
+        self._brief_seconds = min(_BRIEF_SECONDS, deadlines.total_seconds)
+        self.max_brief_seconds = self._brief_seconds + 2 * deadlines.attempt_seconds
         self._closed = threading.Event()
 
-    def get(self, offset: int, length: int) -> Buffer:
+    def get(self, offset: int, length: int, *, is_brief: bool = False) -> Buffer:
         """Return ``length`` bytes at an offset, all within the object; block the thread until then.
+
+        With ``is_brief``, the attempts end after half a second instead of the usual time.
 
         Raises:
             ObjectChangedError: The server now has another version of the object, or no object.
@@ -74,7 +82,7 @@ class RemoteObject:
                 self.address,
                 lambda: self._client.get(offset, length, self.version),
                 self._client.renew,
-                self._total_seconds,
+                self._brief_seconds if is_brief else self._total_seconds,
                 self._closed,
             )
         except RemoteError as error:

@@ -13,11 +13,12 @@ import trio
 
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.errors import ObjectChangedError, RemoteError, UsageError
+from qedfuse.remote import recentfailures
 from qedfuse.remote.address import parse_address, parse_prefix
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.object import make_client, open_object
 from qedfuse.remote.opening import open_remote
-from qedfuse.remote.options import RemoteOptions
+from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.webclient import WebClient
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
@@ -105,6 +106,33 @@ def test_always(fault: Fault, cached: bool, tmp_path: Path) -> None:  # noqa: FB
         assert read(file, 100, 1000) == CONTENT[100:1100]
         server.always, server.faults = None, []
         assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@logs_outage
+@logs_end
+@pytest.mark.parametrize("fault", ["silence", "stall", "status 503", "reset"])
+def test_a_failed_read_that_is_repeated_waits_once(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read again of what has just failed does not wait for the whole time once more.
+
+    It is right as soon as the server answers.
+    """
+    monkeypatch.setattr(recentfailures, "_RECENT_SECONDS", 600.0)
+    deadlines = Deadlines(connect_seconds=1.0, attempt_seconds=0.5, total_seconds=4.0)
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=deadlines) as file:
+        server.always = fault
+        attempts = []
+        for _ in range(2):
+            before = server.struck[fault]
+            with pytest.raises(RemoteError):
+                read(file, 2 * UNIT_BYTES, 4096)
+            attempts.append(server.struck[fault] - before)
+        # One lasts half a second, or those that fail immediately are repeated for half a second.
+        assert attempts[1] < attempts[0]
+        assert attempts[1] == 1 or fault not in {"silence", "stall"}
+        server.always = None
+        assert read(file, 2 * UNIT_BYTES, 4096) == CONTENT[2 * UNIT_BYTES :][:4096]
 
 
 @pytest.mark.parametrize("fault", ALL)

@@ -13,10 +13,11 @@ import pytest
 import trio
 
 from qedfuse.errors import RemoteError
-from qedfuse.remote import fetchthreads
+from qedfuse.remote import fetchthreads, recentfailures
 from qedfuse.remote.fetcher import Fetcher
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.readahead import ReadAhead
+from qedfuse.remote.recentfailures import RecentFailures
 from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
 from tests.support.remotes import HeldObject, fetching_threads, read, some_bytes
@@ -316,21 +317,90 @@ def test_idle_threads_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_readers_wait_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader, thread or task, gives up on a request that hangs; later readers get its bytes."""
+    """A reader, thread or task, gives up on a request that hangs; later readers get its bytes.
+
+    Those that come after one that has given up wait as for a brief request.
+    """
     monkeypatch.setattr(HeldObject, "max_seconds", 0.05)
+    monkeypatch.setattr(HeldObject, "max_brief_seconds", 0.7)
     with fetching(tmp_path) as (source, fetcher, file):
         source.held = {0}
         begin = time.monotonic()
-        with pytest.raises(RemoteError, match=r"held\.qed: found no answer"):
+        with pytest.raises(RemoteError, match=r"held\.qed: found no answer within 0 s"):
             read(file, 0, 10)
-        with pytest.raises(RemoteError, match="found no answer"):
+        with pytest.raises(RemoteError, match="found no answer within 1 s"):
             trio.run(file.pread, 0, 10)
+        with pytest.raises(RemoteError, match="found no answer within 1 s"):
+            read(file, 0, 10)
         assert time.monotonic() - begin < 10
         assert len(source.requests) == 1
         source.release()
         wait_until(lambda: fetcher.ready[0])
         assert read(file, 0, 10) == CONTENT[:10]
         assert len(source.requests) == 1
+
+
+class _Clock:
+    """Replaces the module ``time``."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        """Return the time that the test has set."""
+        return self.now
+
+
+@pytest.mark.expect_log("what is not in the cache")
+@pytest.mark.expect_log("answers again")
+def test_after_a_failure_the_next_request_is_brief(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that a reader could not read is asked for briefly within a second, other units not.
+
+    The second begins anew with each failure.  Bytes that the server gives are read in each case.
+    """
+    clock = _Clock()
+    monkeypatch.setattr(recentfailures, "time", clock)
+    with fetching(tmp_path) as (source, _, file):
+
+        def brief_requests(unit: int, *, fails: bool) -> int:
+            before = source.brief_requests
+            if fails:
+                source.errors[unit] = RemoteError("out")
+                with pytest.raises(RemoteError, match="out"):
+                    read(file, unit * UNIT_BYTES, 10)
+            else:
+                assert read(file, unit * UNIT_BYTES, 10) == unit_bytes(unit)[:10]
+            assert not source.errors
+            return source.brief_requests - before
+
+        assert brief_requests(10, fails=True) == 0
+        assert brief_requests(20, fails=True) == 0
+        clock.now += 0.9
+        assert brief_requests(10, fails=True) == 1
+        clock.now += 0.2
+        assert brief_requests(20, fails=True) == 0
+        assert brief_requests(30, fails=False) == 0
+        assert brief_requests(10, fails=False) == 1
+        clock.now += 1.1
+        assert brief_requests(20, fails=False) == 0
+
+
+def test_failures_of_long_ago_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the failures of the last second are kept, in the order of time."""
+    clock = _Clock()
+    monkeypatch.setattr(recentfailures, "time", clock)
+    failures = RecentFailures()
+    for first in [*range(0, 40, 4), 4, 0]:
+        failures.record(first, first + 3)
+        clock.now += 0.3
+    assert {unit for unit in range(50) if failures.has_any(unit, unit)} == {
+        *range(8),
+        *range(36, 40),
+    }
+    assert failures.has_any(7, 100)
+    assert not failures.has_any(8, 35)
+    assert len(failures._times) <= 16
 
 
 def test_held_blocks_are_bounded() -> None:

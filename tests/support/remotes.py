@@ -82,12 +82,14 @@ class HeldObject:
 
     Attributes:
         requests: Offset and length of each request that has begun.
+        brief_requests: How many of them were brief.
         held: The offsets of units of which requests wait for `release`.
         ignores_close: Whether held requests go on waiting after `close`.
         errors: For offsets of units, what requests for them raise.
     """
 
     max_seconds = 60.0
+    max_brief_seconds = 10.0
 
     def __init__(self, content: bytes) -> None:
         """Serve ``content``."""
@@ -95,16 +97,18 @@ class HeldObject:
         self.address = parse_address("http://127.0.0.1/held.qed")
         self.version = Version(len(content), '"held"')
         self.requests: list[tuple[int, int]] = []
+        self.brief_requests = 0
         self.held: set[int] = set()
         self.errors: dict[int, BaseException] = {}
         self.is_closed = self.ignores_close = False
         self._condition = threading.Condition()
 
-    def get(self, offset: int, length: int) -> bytes:
+    def get(self, offset: int, length: int, *, is_brief: bool = False) -> bytes:
         """Return a range, once no unit of it is held."""
         units = set(range(offset // UNIT_BYTES, -(-(offset + length) // UNIT_BYTES)))
         with self._condition:
             self.requests.append((offset, length))
+            self.brief_requests += is_brief
             self._condition.notify_all()
             while units & self.held and not self.is_closed:
                 self._condition.wait()

@@ -301,7 +301,7 @@ async def test_no_polling_while_a_read_waits_for_a_server(pipe: tuple[int, int])
     """The thread that fetches needs the GIL, and only trio notices its end."""
     scheduler = Scheduler(POLL_SECONDS, Clock(step=0))
     scheduler._adaptive_poll.record(0.0, slept=False)
-    flight = Flight(0, 0, "object", 60.0)
+    flight = Flight(0, 0, "object", 60.0, 10.0)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flight.wait)
