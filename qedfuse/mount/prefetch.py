@@ -15,7 +15,7 @@ import trio
 
 from qedfuse.disk.lookup.neededunits import NeededUnits
 from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
-from qedfuse.remote.filling import MAX_RUN_UNITS, fill
+from qedfuse.remote.filling import MAX_RUN_UNITS, fill, mark_usable_offline
 from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.text import printable
 
@@ -65,7 +65,7 @@ class Prefetch:
                 _log.warning("%s: prefetch ended: %s", self._shown, error)
             return
         for file, _ in self._parts:
-            file.fetcher.mark_usable_offline()
+            await mark_usable_offline(file)
         if self._parts:
             needed = sum(units.total_bytes for _, units in self._parts)
             fetched = sum(file.fetcher.fetched_bytes for file, _ in self._parts)

@@ -19,14 +19,12 @@ from qedfuse.errors import CacheError
 from qedfuse.remote.cacheentry import (
     Entry,
     discard_entry,
-    entry_name,
     list_entries,
     list_objects,
     make_entry,
-    name_hash,
-    read_metadata,
     remove_entry,
 )
+from qedfuse.remote.cachemetadata import entry_name, name_hash, read_metadata
 from qedfuse.remote.cacheroot import directory_waits_for_server, prepare_directory
 from qedfuse.remote.unitfile import UnitFile
 from qedfuse.text import printable

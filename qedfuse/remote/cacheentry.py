@@ -1,4 +1,4 @@
-"""The files of one entry of the cache: how they are made, described and removed.
+"""The files of one entry of the cache: how they are made and removed.
 
 An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
 removed, its name is new-RANDOM.  Directories with other names, and files with other names in an
@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import json
 import os
 import re
 import secrets
 import stat
 from contextlib import suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.hostio.regular import allocated_bytes
+from qedfuse.remote.cachemetadata import METADATA_NAMES, write_metadata
 from qedfuse.remote.cacheroot import OBJECT_NAME
-from qedfuse.remote.client import Version
-from qedfuse.remote.unitfile import DATA_NAME, MAP_NAME, make_files, units_of
+from qedfuse.remote.unitfile import DATA_NAME, MAP_NAME, make_files, open_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qedfuse.remote.unitfile import UnitFile
+    from qedfuse.remote.client import Version
 
 _NEW_PREFIX: Final = "new-"
 _ENTRY_NAME: Final = re.compile(r"version-[0-9a-f]{32}|new-[0-9a-f]{32}")
-_METADATA_NAME: Final = "about.json"
-_NEW_METADATA_NAME: Final = "about.new"
-_FILE_NAMES: Final = frozenset({DATA_NAME, MAP_NAME, _METADATA_NAME, _NEW_METADATA_NAME})
-_MAX_METADATA_BYTES: Final = 1 << 20
+_FILE_NAMES: Final = METADATA_NAMES | {DATA_NAME, MAP_NAME}
 
 
 class Entry(NamedTuple):
@@ -54,18 +48,6 @@ class Entry(NamedTuple):
     def is_new(self) -> bool:
         """Whether the entry is being made or removed."""
         return os.path.basename(self.path).startswith(_NEW_PREFIX)  # noqa: PTH119  str paths
-
-
-class EntryMetadata(NamedTuple):
-    """The metadata of an entry, which its file ``about.json`` has.
-
-    Attributes:
-        version: The version of the object.
-        needed_units: Number of units that the entry must have to be used without a server.
-    """
-
-    version: Version
-    needed_units: int
 
 
 def list_objects(directory: str) -> list[str]:
@@ -115,61 +97,11 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
     os.mkdir(new, 0o700)  # noqa: PTH102  str paths
     try:
         make_files(new, version.size)
-        about = {"url": shown, "version": asdict(version)}
-        _write_private(os.path.join(new, _METADATA_NAME), about)  # noqa: PTH118  str paths
+        write_metadata(new, shown, version)
         os.rename(new, path)  # noqa: PTH104  str paths
     except OSError:
         _remove_files(new)
         raise
-
-
-def read_metadata(path: str) -> EntryMetadata:
-    """Return the metadata of the entry ``path``.
-
-    Raises:
-        OSError: The host refused.
-        ValueError: The metadata are damaged, or are those of another version.
-    """
-    try:
-        about = _read_json(path)
-        found = about["version"]
-        version = Version(int(found["size"]), str(found["etag"]), found["modified"])
-        name = entry_name(version)
-        needed = int(about.get("needed_units", units_of(version.size)))
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(_METADATA_NAME) from error
-    if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
-        raise ValueError(_METADATA_NAME)
-    return EntryMetadata(version, needed)
-
-
-def mark_usable_offline(entry: UnitFile) -> bool:
-    """Record that an entry has all units that readers need; return whether that succeeded.
-
-    Only the number of units is recorded, so an entry that loses units cannot be used without a
-    server until it has that number again.
-    """
-    try:
-        _record_needed_units(entry.path, entry.count_present(0, entry.units - 1))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _record_needed_units(path: str, units: int) -> None:
-    """Record that an entry can be used without a server while it has ``units`` units.
-
-    Raises:
-        OSError: The host refused.
-        ValueError: The metadata of the entry are damaged.
-    """
-    read_metadata(path)
-    about = _read_json(path) | {"needed_units": units}
-    new = os.path.join(path, _NEW_METADATA_NAME)  # noqa: PTH118  str paths
-    with suppress(FileNotFoundError):
-        os.unlink(new)  # noqa: PTH108  str paths
-    _write_private(new, about)
-    os.rename(new, os.path.join(path, _METADATA_NAME))  # noqa: PTH104, PTH118  str paths
 
 
 def discard_entry(path: str) -> None:
@@ -209,16 +141,6 @@ def remove_entry(path: str) -> bool:
     with suppress(OSError):
         os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120  only if it is empty
     return True
-
-
-def entry_name(version: Version) -> str:
-    """Return the name of the directory for a version."""
-    return f"version-{name_hash(f'{version.size} {version.validator}')}"
-
-
-def name_hash(text: str) -> str:
-    """Return the hash of ``text`` for the name of a directory, as 32 hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _directories(path: str, name: re.Pattern[str]) -> Iterator[os.DirEntry[str]]:
@@ -279,7 +201,7 @@ def _remove_files(path: str) -> None:
     Errors of the host are ignored.
     """
     with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_directory(path)
         try:
             for name in _FILE_NAMES:
                 try:
@@ -292,35 +214,3 @@ def _remove_files(path: str) -> None:
         finally:
             os.close(fd)
         os.rmdir(path)  # noqa: PTH106  str paths
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    """Return the content of the file ``about.json`` of an entry.
-
-    Raises:
-        OSError: The host refused.
-        ValueError: The file is no JSON object.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(os.path.join(path, _METADATA_NAME), flags)  # noqa: PTH118  str paths
-    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-        content = file.read(_MAX_METADATA_BYTES)
-    try:
-        found = json.loads(content)
-    except RecursionError as error:
-        raise ValueError(_METADATA_NAME) from error
-    if not isinstance(found, dict):
-        raise ValueError(_METADATA_NAME)  # noqa: TRY004  damaged data, not a wrong call
-    return found
-
-
-def _write_private(path: str, about: dict[str, Any]) -> None:
-    """Write metadata to a new file that only this user can read.
-
-    Raises:
-        OSError: The host refused.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
-        file.write(json.dumps(about))

@@ -84,7 +84,7 @@ class UnitFile:
             OSError: The entry is missing, is being removed (EWOULDBLOCK), or is damaged or one for
                 another size (EBADMSG).
         """
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        directory = open_directory(path)
         try:
             return cls._open_in(directory, path, size)
         finally:
@@ -157,16 +157,35 @@ class UnitFile:
         """Return how many of the units ``first`` to ``last`` have an entry in the map.
 
         Raises:
-            OSError: The host refused.
+            OSError: The host refused, or the files are closed (EBADF).
         """
-        present = 0
-        step = 1 << 16
-        for begin in range(first, last + 1, step):
-            count = min(step, last + 1 - begin)
-            raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
-            words = struct.unpack(f"<{len(raw) // _MAP_ENTRY.size * 2}I", raw[: len(raw) & ~7])
-            present += words[1::2].count(_PRESENT)
-        return present
+        if not self._enter():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            present = 0
+            step = 1 << 16
+            for begin in range(first, last + 1, step):
+                count = min(step, last + 1 - begin)
+                raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
+                words = struct.unpack(f"<{len(raw) // _MAP_ENTRY.size * 2}I", raw[: len(raw) & ~7])
+                present += words[1::2].count(_PRESENT)
+            return present
+        finally:
+            self._leave()
+
+    def is_in(self, directory: int) -> bool:
+        """Return whether an open directory has the data of this entry, and not those of another.
+
+        Raises:
+            OSError: The host refused, or the directory has no data.
+        """
+        if not self._enter():
+            return False
+        try:
+            found = os.stat(DATA_NAME, dir_fd=directory, follow_symlinks=False)
+            return os.path.samestat(found, os.fstat(self.data_fd))
+        finally:
+            self._leave()
 
     def unlinked_bytes(self) -> int:
         """Return the disk space in bytes of the data file if it was removed, otherwise 0."""
@@ -274,6 +293,15 @@ def make_files(directory: str, size: int) -> None:
             os.ftruncate(fd, length)
         finally:
             os.close(fd)
+
+
+def open_directory(path: str) -> int:
+    """Open the directory of an entry, which may be no symbolic link; return its descriptor.
+
+    Raises:
+        OSError: The host refused, or ``path`` is no directory.
+    """
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _open_direct(fd: int) -> int:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.remote.cacheentry import mark_usable_offline
+from qedfuse.remote.cachemetadata import mark_usable_offline
 from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import ZeroBlocks

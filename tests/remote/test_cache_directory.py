@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from qedfuse.errors import CacheError, RemoteError
 from qedfuse.remote import cachedirectory, cacheroot, cachespace, localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
+from qedfuse.remote.cachemetadata import mark_usable_offline
 from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.client import ClientOptions, Version
 from qedfuse.remote.object import make_client
@@ -305,6 +307,21 @@ def test_entry_that_suffices_without_a_server(tmp_path: Path) -> None:
         open_remote(
             parse_address(url), RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES)
         )
+
+
+def test_another_entry_of_the_same_name(tmp_path: Path) -> None:
+    """That an entry suffices is not recorded in another one that has its name meanwhile."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    with directory.open_entry(ADDRESS, VERSION) as entry:
+        shutil.rmtree(entry.path)
+        assert not mark_usable_offline(entry)
+        with directory.open_entry(ADDRESS, VERSION) as other:
+            assert other.path == entry.path
+            assert not mark_usable_offline(entry)
+            assert not list(directory.offline_entries(ADDRESS))
+            assert mark_usable_offline(other)
+        ((_, found),) = directory.offline_entries(ADDRESS)
+        found.close()
 
 
 @from_cache

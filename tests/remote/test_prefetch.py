@@ -23,6 +23,7 @@ from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile
 from qedfuse.remote.unitstore import UnitStore
+from qedfuse.tools.copying.warm import warm
 from tests.remote.test_warm import make_image
 from tests.support import qemu
 from tests.support.remotes import PATIENT, some_bytes
@@ -275,6 +276,46 @@ async def test_room_that_is_being_made(
         await needed.add_data()
         fetcher = parts(disk)[1]
         assert all(fetcher.is_stored(first, last) for first, last in needed.runs(4))
+
+
+@pytest.mark.parametrize("how", ["prefetch", "warm"])
+async def test_the_end_waits_for_no_file_system(
+    server: WebServer, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the cache's file system does not answer at the end, other tasks run, and Ctrl-C does.
+
+    What is abandoned records nothing in an entry that is closed.
+    """
+    stalled, released, ended = threading.Event(), threading.Event(), threading.Event()
+    mark = UnitStore.mark_usable_offline
+
+    def stall(store: UnitStore) -> bool:
+        stalled.set()
+        assert released.wait(20)
+        assert not mark(store)
+        ended.set()
+        return False
+
+    monkeypatch.setattr(UnitStore, "mark_usable_offline", stall)
+    cache = tmp_path / "cache"
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            if how == "warm":
+                remote = RemoteOptions(cache_directory=str(cache), deadlines=PATIENT)
+                nursery.start_soon(warm, server.url, OpenOptions(remote=remote))
+            else:
+
+                async def run() -> None:
+                    async with opened_disk(server.url, cache) as (_, task):
+                        await task.run()
+
+                nursery.start_soon(run)
+            await trio.to_thread.run_sync(stalled.wait, 20)
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert not ended.is_set()
+    released.set()
+    assert await trio.to_thread.run_sync(ended.wait, 20)
 
 
 async def test_local_disks_need_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CacheError, UsageError
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.remote.address import is_url, parse_address
-from qedfuse.remote.filling import MAX_RUN_UNITS, fill
+from qedfuse.remote.filling import MAX_RUN_UNITS, fill, mark_usable_offline
 from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import format_of
@@ -113,7 +113,7 @@ async def warm(
 
         for item in files:
             await item.fill(report)
-        return [item.result() for item in files]
+        return [await item.result() for item in files]
 
 
 class _NeededFile:
@@ -151,14 +151,14 @@ class _NeededFile:
             report=report,
         )
 
-    def result(self) -> WarmedFile:
+    async def result(self) -> WarmedFile:
         """Record that the cache has all needed units; return the numbers of bytes."""
         fetcher = self._file.fetcher
         return WarmedFile(
             self._file.name,
             self.units.total_bytes,
             self._fetched_before + fetcher.fetched_bytes,
-            is_complete=fetcher.mark_usable_offline(),
+            is_complete=await mark_usable_offline(self._file),
         )
 
 

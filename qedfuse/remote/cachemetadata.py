@@ -1,0 +1,152 @@
+"""The metadata of an entry of the cache: the version of the object, and what its readers need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from qedfuse.remote.client import Version
+from qedfuse.remote.unitfile import open_directory, units_of
+
+if TYPE_CHECKING:
+    from qedfuse.remote.unitfile import UnitFile
+
+_NAME: Final = "about.json"
+_NEW_NAME: Final = "about.new"
+METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
+"""The names that files of metadata have."""
+_MAX_BYTES: Final = 1 << 20
+
+
+class EntryMetadata(NamedTuple):
+    """The metadata of an entry, which its file ``about.json`` has.
+
+    Attributes:
+        version: The version of the object.
+        needed_units: Number of units that the entry must have to be used without a server.
+    """
+
+    version: Version
+    needed_units: int
+
+
+def write_metadata(path: str, shown: str, version: Version) -> None:
+    """Write the metadata of a new entry, whose directory is ``path``.
+
+    Args:
+        path: The directory.
+        shown: The URL of the object, without its query.
+        version: The version of the object.
+
+    Raises:
+        OSError: The host refused.
+    """
+    directory = open_directory(path)
+    try:
+        _write_json(directory, _NAME, {"url": shown, "version": asdict(version)})
+    finally:
+        os.close(directory)
+
+
+def read_metadata(path: str) -> EntryMetadata:
+    """Return the metadata of the entry ``path``.
+
+    Raises:
+        OSError: The host refused.
+        ValueError: The metadata are damaged, or are those of another version.
+    """
+    directory = open_directory(path)
+    try:
+        return _parsed(_read_json(directory), path)
+    finally:
+        os.close(directory)
+
+
+def mark_usable_offline(entry: UnitFile) -> bool:
+    """Record that an entry has all units that readers need; return whether that succeeded.
+
+    Only the number of units is recorded, so an entry that loses units cannot be used without a
+    server until it has that number again.  If the entry was removed from the cache, nothing is
+    recorded, even if another entry has its name now.
+    """
+    try:
+        units = entry.count_present(0, entry.units - 1)
+        directory = open_directory(entry.path)
+        try:
+            if not entry.is_in(directory):
+                return False
+            about = _read_json(directory)
+            _parsed(about, entry.path)
+            with suppress(FileNotFoundError):
+                os.unlink(_NEW_NAME, dir_fd=directory)
+            _write_json(directory, _NEW_NAME, about | {"needed_units": units})
+            os.rename(_NEW_NAME, _NAME, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            os.close(directory)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def entry_name(version: Version) -> str:
+    """Return the name of the directory for a version."""
+    return f"version-{name_hash(f'{version.size} {version.validator}')}"
+
+
+def name_hash(text: str) -> str:
+    """Return the hash of ``text`` for the name of a directory, as 32 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
+    """Return the metadata that a file of the entry ``path`` contains.
+
+    Raises:
+        ValueError: The metadata are damaged, or are those of another version.
+    """
+    try:
+        found = about["version"]
+        version = Version(int(found["size"]), str(found["etag"]), found["modified"])
+        name = entry_name(version)
+        needed = int(about.get("needed_units", units_of(version.size)))
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(_NAME) from error
+    if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
+        raise ValueError(_NAME)
+    return EntryMetadata(version, needed)
+
+
+def _read_json(directory: int) -> dict[str, Any]:
+    """Return the content of the file ``about.json`` of the entry in an open directory.
+
+    Raises:
+        OSError: The host refused.
+        ValueError: The file is no JSON object.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(_NAME, flags, dir_fd=directory)
+    with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
+        content = file.read(_MAX_BYTES)
+    try:
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(_NAME) from error
+    if not isinstance(found, dict):
+        raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
+    return found
+
+
+def _write_json(directory: int, name: str, about: dict[str, Any]) -> None:
+    """Write a new file in an open directory that only this user can read.
+
+    Raises:
+        OSError: The host refused.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=directory)
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
+        file.write(json.dumps(about))
