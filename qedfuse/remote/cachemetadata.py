@@ -1,4 +1,4 @@
-"""The metadata of an entry of the cache: the version of the object, and what its readers need."""
+"""The metadata of an entry of the cache: the object's version, and the number of needed units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NAME: Final = "about.json"
 _NEW_NAME: Final = "about.new"
 METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
-"""The names that files of metadata have."""
+"""The names of the files with metadata; the second file replaces the first when it is complete."""
 _MAX_BYTES: Final = 1 << 20
 
 
@@ -39,7 +39,7 @@ def write_metadata(path: str, shown: str, version: Version) -> None:
 
     Args:
         path: The directory.
-        shown: The URL of the object, without its query.
+        shown: The URL of the object without secrets, for people who look into the cache.
         version: The version of the object.
 
     Raises:
@@ -103,7 +103,7 @@ def name_hash(text: str) -> str:
 
 
 def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
-    """Return the metadata that a file of the entry ``path`` contains.
+    """Return the metadata in the file ``about.json`` of the entry ``path``.
 
     Raises:
         ValueError: The metadata are damaged, or are those of another version.

@@ -235,7 +235,10 @@ class Fetcher:
         return flight
 
     def _make_flight(self, first: int, last: int) -> Flight:
-        """Return a flight of adjacent units; a brief one if a reader of them has just failed."""
+        """Return a flight of the units ``first`` to ``last``, which is brief after a failure.
+
+        It is brief if a reader of one of the units has failed within the last second.
+        """
         source = self._source
         return Flight(
             *(first, last, self._name, source.max_seconds, source.max_brief_seconds),

@@ -66,8 +66,8 @@ async def fill(
 async def mark_usable_offline(file: RemoteFile) -> bool:
     """Record that the cache has all that readers of a file need; return whether that succeeded.
 
-    A thread does it, because calls on the cache's file system may block.  A task that is cancelled
-    does not wait for the thread.
+    A thread makes the record, because calls on the cache's file system may block.  A task that is
+    cancelled does not wait for the thread.
     """
     record = file.fetcher.mark_usable_offline
     return await trio.to_thread.run_sync(record, abandon_on_cancel=True)

@@ -31,8 +31,8 @@ class Flight:
         blocks: The content of each unit that was read from the cache or fetched; complete when the
             flight has ended.
         is_wanted: Whether a reader waits for the flight.
-        is_brief: Whether the server is waited for only briefly, because a reader of one of the
-            units has waited for it in vain.
+        is_brief: Whether attempts are repeated for a short time only, because a reader of one of
+            the units has just waited for the server without success.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Flight:
             last: The last unit.
             name: The name of the object.
             max_seconds: How long a reader waits at most, also if no thread takes the flight.
-            max_brief_seconds: The same for a brief flight.
+            max_brief_seconds: The same limit for a brief flight.
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
-            is_brief: The attribute.
+            is_brief: Whether the flight is brief from the beginning; see the attribute.
         """
         self.first = first
         self.last = last
@@ -134,7 +134,7 @@ class Flight:
 
     def _check(self, seconds: float, *, in_time: bool) -> None:
         if not in_time:
-            # The reader will ask again, and joins this flight then.
+            # The kernel may repeat the read, which then joins this flight.
             self.is_brief = True
             msg = f"{self._name}: found no answer within {seconds:.0f} seconds"
             raise RemoteError(msg)

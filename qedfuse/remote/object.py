@@ -37,8 +37,8 @@ _MAX_SIZE: Final = 16 << 40
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
-"""For how long attempts of a brief call are repeated.  One attempt would be enough, but a program
-that repeats its reads must not make more than a few requests a second."""
+"""For how long attempts of a brief call are repeated.  With one attempt, a program that repeats
+failed reads could make many requests a second."""
 
 
 class RemoteObject:
@@ -50,7 +50,7 @@ class RemoteObject:
         address: The address of the object.
         version: The version that is read.
         max_seconds: Maximum duration of a call of `get`.
-        max_brief_seconds: Maximum duration of a brief call.
+        max_brief_seconds: The same for a brief call.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RemoteObject:
     def get(self, offset: int, length: int, *, is_brief: bool = False) -> Buffer:
         """Return ``length`` bytes at an offset, all within the object; block the thread until then.
 
-        With ``is_brief``, the attempts end after half a second instead of the usual time.
+        With ``is_brief``, attempts are repeated for half a second instead of the usual time.
 
         Raises:
             ObjectChangedError: The server now has another version of the object, or no object.

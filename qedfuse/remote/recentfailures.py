@@ -1,7 +1,7 @@
-"""Which units could not be read a moment ago, so that a reader does not wait for them twice.
+"""The units that could not be fetched within the last second.
 
-After a read-ahead that has failed, the kernel asks for the page itself, and a file system on a loop
-device asks once more.
+After a failed read-ahead, the kernel sends another read for the page itself, and a file system on a
+loop device sends one more.  These reads must not each wait for the whole time limit.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import time
 from typing import Final
 
 _RECENT_SECONDS: Final = 1.0
-"""For how long a failure is remembered."""
+"""For how many seconds a failure is remembered."""
 
 
 class RecentFailures:
-    """The units of a file for which a reader has waited in vain within the last second.
+    """The units of a file for which a reader has waited without success within the last second.
 
     Threads may use the object concurrently.
     """
 
     def __init__(self) -> None:
-        """Know of no failure."""
+        """Begin without failures."""
         self._lock = threading.Lock()
-        self._times: dict[int, float] = {}  # when each unit failed last, in this order
+        self._times: dict[
+            int, float
+        ] = {}  # time of the last failure of each unit, the oldest first
 
     def record(self, first: int, last: int) -> None:
-        """Record that a reader could not read some adjacent units; forget older failures."""
+        """Record that the units ``first`` to ``last`` could not be fetched; drop old failures."""
         now = time.monotonic()
         with self._lock:
             for unit in range(first, last + 1):
@@ -39,7 +41,7 @@ class RecentFailures:
                 del self._times[oldest]
 
     def has_any(self, first: int, last: int) -> bool:
-        """Return whether the failure of one of some adjacent units is remembered."""
+        """Return whether a failure of one of the units ``first`` to ``last`` is remembered."""
         with self._lock:
             if not self._times:
                 return False

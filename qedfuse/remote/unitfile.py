@@ -174,10 +174,10 @@ class UnitFile:
             self._leave()
 
     def is_in(self, directory: int) -> bool:
-        """Return whether an open directory has the data of this entry, and not those of another.
+        """Return whether an open directory has the data file of this entry, not that of another.
 
         Raises:
-            OSError: The host refused, or the directory has no data.
+            OSError: The host refused, or the directory has no data file.
         """
         if not self._enter():
             return False
@@ -296,7 +296,7 @@ def make_files(directory: str, size: int) -> None:
 
 
 def open_directory(path: str) -> int:
-    """Open the directory of an entry, which may be no symbolic link; return its descriptor.
+    """Open the directory of an entry, without following a symbolic link; return the descriptor.
 
     Raises:
         OSError: The host refused, or ``path`` is no directory.
