@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import CacheError, HostError, RemoteError
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, mark_used
 from qedfuse.remote.cacheroot import default_directory
-from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.client import AttemptError, ClientOptions, RefusedError
 from qedfuse.remote.fetcher import Fetcher
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.object import RemoteObject, make_client, open_object
@@ -25,15 +24,19 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_UNREACHABLE: Final = (errno.EIO, errno.EACCES)
-"""Errors of a server after which an entry of the cache is used instead."""
+_OUTAGES: Final = (AttemptError, RefusedError)
+"""The causes of a failed opening after which an entry of the cache is used instead.
+
+An answer that is not usable, such as one with an untrusted certificate, is a fault of the server
+or of the configuration, and no outage.
+"""
 
 
 def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """Open the object at an address as a file; the caller closes the file.
 
-    The call blocks until the server answers.  If the server cannot be reached or does not serve the
-    object, and the cache has an entry with all that readers need (see `offline_entries`),
+    The call blocks until the server answers.  If the server cannot be reached, fails or refuses the
+    credentials, and the cache has an entry with all that readers need (see `offline_entries`),
     that entry is used, which is logged.  If there is such an entry, attempts are repeated only for
     the time limit of a connection.
 
@@ -53,7 +56,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     try:
         source = open_object(address, client, deadlines, allow_unpinned=options.allow_unpinned)
     except RemoteError as error:
-        if version is None or cache is None or error.errno not in _UNREACHABLE:
+        if version is None or cache is None or not isinstance(error.__cause__, _OUTAGES):
             if cache is not None:
                 cache.close()
             raise

@@ -34,6 +34,8 @@ from tests.support.webserver import WebServer, serving, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.support.nginx import Nginx
+
 UNITS: Final = 9
 CONTENT: Final = some_bytes(UNITS - 0.5)
 ADDRESS: Final = parse_address("https://host/disk.qed")
@@ -529,6 +531,36 @@ def test_complete_entry_without_a_server(outage: str, tmp_path: Path) -> None:
             return
     with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "fault", ["no range", "gzip", "no etag", "redirect elsewhere", "redirect loop", "status 418"]
+)
+def test_no_entry_instead_of_an_unusable_answer(fault: str, tmp_path: Path) -> None:
+    """An answer that cannot be used is no outage: nothing is read from the cache."""
+    with serving(CONTENT) as server:
+        fill(server, tmp_path)
+        server.elsewhere = "https://192.0.2.1/disk.qed"
+        server.modified = None
+        server.always = fault  # type: ignore[assignment]
+        with pytest.raises(RemoteError, match="found") as caught:
+            open_remote(parse_address(server.url), options(tmp_path))
+        assert "attempts" not in str(caught.value)
+        assert server.struck[fault] >= 1
+
+
+def test_no_entry_instead_of_an_untrusted_server(
+    nginx: Nginx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with an untrusted certificate is no outage: nothing is read from the cache."""
+    (nginx.directory / "trusted.qed").write_bytes(CONTENT)
+    url = f"{nginx.https}/trusted.qed"
+    monkeypatch.setenv("SSL_CERT_FILE", str(nginx.certificate))
+    with opened(url, tmp_path) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(RemoteError, match="TLS: certificate: found self-signed"):
+        open_remote(parse_address(url), options(tmp_path))
 
 
 @from_cache
