@@ -66,7 +66,9 @@ async def publish(
     The object appears when it is complete, and is then compared with the file.  A cancelled or
     failed call leaves no object, with two exceptions.  If the store stops answering at the end, the
     object may exist, as the message says.  An object that has replaced another one is deleted only
-    if it differs from the file.  The file is locked for reading during the call.
+    if it differs from the file.  The file is locked for reading during the call.  An object that
+    another program stores while the last parts are being sent is replaced even without
+    ``overwrite``.
 
     Args:
         path: The image or raw file.
