@@ -1,1 +1,1 @@
-"""Exports of NBD servers as files of a chain: the protocol, connections, and the file itself."""
+"""Exports of NBD servers as files of a chain: the protocol, the connections and the file."""

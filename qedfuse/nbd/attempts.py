@@ -1,4 +1,4 @@
-"""When to try again after a request to an NBD server has failed, and which error ends that."""
+"""When a read from an NBD server is tried again after a failure, and which failures are final."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _MAX_PAUSE_SECONDS: Final = 5.0
 _MAX_PROTOCOL_ERRORS: Final = 2
-"""After this number of them in one read the read fails, because the server has a bug."""
+"""Number of protocol errors after which a read fails, because the server must have a bug."""
 
 
 class Attempts:
     """The attempts of one read.
 
     Attributes:
-        end: When the read fails at the latest (`time.monotonic`).
+        end: The time (`time.monotonic`) at which the read fails at the latest.
     """
 
     def __init__(self, name: str, deadlines: Deadlines, outages: OutageLog) -> None:
@@ -36,7 +36,7 @@ class Attempts:
         self._count = self._protocol_errors = 0
 
     def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
-        """Return how long to wait before the next attempt.
+        """Return how many seconds to wait before the next attempt.
 
         Raises:
             RemoteError: No further attempt is made.
@@ -61,7 +61,7 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the connection was idle and the server has closed it.
+            # Most likely the server has closed the connection, because it was idle.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds
@@ -69,7 +69,7 @@ class Attempts:
     def _final(self, text: str, number: int) -> RemoteError:
         """Return the error of the read, after recording it as the beginning of an outage."""
         msg = f"{self._name}: {text}"
-        is_other = number == errno.ESTALE
-        failure = ObjectChangedError(msg) if is_other else RemoteError(msg, number)
+        is_changed = number == errno.ESTALE
+        failure = ObjectChangedError(msg) if is_changed else RemoteError(msg, number)
         self._outages.failed(failure)
         return failure

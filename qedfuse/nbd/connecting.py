@@ -1,4 +1,4 @@
-"""Making a connection to an export: the socket, TLS, and the handshake within a limited time."""
+"""Making a connection to an export: the socket, TLS and the handshake, within a limited time."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time of the handshake, and maximum time in which a server sends
-            nothing later, although a reply is expected.
+        attempt_seconds: Maximum time of the handshake, and after the handshake the maximum time for
+            which a server sends nothing although a reply is expected.
 
     Raises:
-        BrokenError: The server cannot be reached, or does not answer in the way of the protocol.
+        BrokenError: The server cannot be reached, or does not keep to the protocol.
         RefusedError: The server does not serve the export in a way that can be used.
     """
     end = time.monotonic() + attempt_seconds
@@ -72,7 +72,7 @@ def make_connection(
 
 
 def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wire, Export]:
-    """Make the handshake; return the connection, which may be one of TLS now, and the export."""
+    """Make the handshake; return the wire to use after it, which may have TLS, and the export."""
     steps = handshake(name, use_tls=tls is not None)
     data: bytes | None = None
     while True:
@@ -95,7 +95,7 @@ def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wi
 
 
 def _receive(wire: Wire, length: int, end: float) -> bytes:
-    """Receive exactly ``length`` bytes."""
+    """Receive exactly ``length`` bytes, at the latest at the time ``end``."""
     data = bytearray(length)
     at = 0
     while at < length:
@@ -111,10 +111,10 @@ def _receive(wire: Wire, length: int, end: float) -> bytes:
 
 
 def _wait(wire: Wire, end: float) -> None:
-    """Wait until there is something to receive.
+    """Wait until bytes can be received.
 
     Raises:
-        BrokenError: The time is over.
+        BrokenError: No byte has come until the time ``end``.
         trio.Cancelled: This is a thread of trio, and its task was cancelled.
     """
     poll = select.poll()

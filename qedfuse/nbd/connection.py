@@ -1,8 +1,8 @@
-"""A connection to an NBD server with many requests in flight, for tasks and threads together.
+"""A connection to an NBD server with many requests in flight, shared by tasks and threads.
 
-No thread and no task belongs to the connection.  Of the readers that wait for replies, one is the
-*leader*: it receives for all, and wakes each reader whose reply is complete.  When its own reply is
-complete, another reader becomes the leader.
+No thread and no task belongs to the connection.  One of the readers that wait for replies is the
+*leader*: the leader receives for all readers, and wakes each reader whose reply is complete.  When
+the leader's own reply is complete, another reader becomes the leader.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from qedfuse.nbd.waiters import Waiter
     from qedfuse.nbd.wire import Wire
 
-_MAX_STEPS: Final = 16
-"""Number of receptions in a row after which a leading task lets other tasks run."""
+_RECEPTIONS_PER_CHECKPOINT: Final = 16
+"""Number of consecutive receptions after which a leading task lets other tasks run."""
 
 
 class Connection:
@@ -46,12 +46,12 @@ class Connection:
     """
 
     def __init__(self, wire: Wire, export: Export, idle_seconds: float) -> None:
-        """Use a connection.
+        """Use a connection after its handshake.
 
         Args:
-            wire: The connection, which this object closes.
-            export: What the handshake has returned.
-            idle_seconds: Maximum time in which nothing comes while a reply is expected.
+            wire: The bytes of the connection; this object closes the socket.
+            export: The export, as the handshake has returned it.
+            idle_seconds: Maximum time for which no byte comes while a reply is expected.
         """
         self.export = export
         self._wire = wire
@@ -70,14 +70,15 @@ class Connection:
 
     @property
     def in_flight(self) -> int:
-        """How many replies are expected."""
+        """The number of requests without a complete reply."""
         return len(self._replies.pending)
 
     async def run(self, requests: Sequence[Request], end: float) -> None:
         """Send requests, and wait in a task until all replies are complete.
 
         Args:
-            requests: The requests; afterwards each has its failure, if it has one.
+            requests: The requests.  If the server has answered a request with an error,
+                `Request.failure` has the error after the call.
             end: The time (`time.monotonic`) at which waiting ends.
 
         Raises:
@@ -116,14 +117,14 @@ class Connection:
         _raise_broken(requests)
 
     def close(self) -> None:
-        """Close the connection; readers that wait get a `BrokenError`."""
+        """Close the connection; in readers that wait, `BrokenError` is raised."""
         with self._lock, suppress(OSError):
             if self._failure is None:
                 self._wire.send(messages.request(messages.CMD_DISC, 0, 0, 0))
         self._fail(BrokenError("closed"))
 
     def _submit(self, requests: Sequence[Request], waiter: Waiter) -> None:
-        """Send requests for which a reader waits.
+        """Send requests; ``waiter`` is the reader that waits for their replies.
 
         Raises:
             BrokenError: The connection broke.
@@ -141,7 +142,7 @@ class Connection:
             raise self._fail(_broken(error)) from error
 
     def _try_lead(self, waiter: Waiter, requests: Sequence[Request]) -> bool:
-        """Become the leader, unless there is one or all replies are complete."""
+        """Make ``waiter`` the leader; return False if there is a leader or no reply is missing."""
         with self._lock:
             if self._leader is not None or are_done(requests):
                 return False
@@ -149,17 +150,17 @@ class Connection:
             return True
 
     async def _lead(self, requests: Sequence[Request], end: float) -> None:
-        """Receive for all readers until some requests are complete."""
-        steps = 0
+        """Receive for all readers until ``requests`` are complete."""
+        receptions = 0
         while not are_done(requests):
             if not self._receive():
                 with trio.move_on_after(self._seconds_to_wait(end)):
                     await trio.lowlevel.wait_readable(self._wire.socket)
-            elif (steps := steps + 1) % _MAX_STEPS == 0:
+            elif (receptions := receptions + 1) % _RECEPTIONS_PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
 
     def _lead_blocking(self, requests: Sequence[Request], end: float) -> None:
-        """Receive in a thread for all readers until some requests are complete."""
+        """Receive in a thread for all readers until ``requests`` are complete."""
         poll = select.poll()
         poll.register(self._wire.socket, select.POLLIN)
         while not are_done(requests):
@@ -169,7 +170,7 @@ class Connection:
                 check_cancelled()
 
     def _receive(self) -> bool:
-        """Receive what has come, and wake readers; return False if nothing has come."""
+        """Receive bytes, and wake readers whose requests have ended; return False if none came."""
         try:
             with self._lock:
                 if self._failure is not None:
@@ -197,24 +198,24 @@ class Connection:
         return True
 
     def _take_waiters(self) -> list[Waiter]:
-        """Return the readers whose requests have ended; the caller holds the lock."""
+        """Return the readers of the requests that have ended; the caller holds the lock."""
         done = self._replies.take_done()
         return [self._waiters.pop(request) for request in done if request in self._waiters]
 
     def _seconds_until(self, end: float) -> float:
-        """Return how long a reader may still wait.
+        """Return for how many seconds a reader may still wait.
 
         Raises:
             BrokenError: The time is over.
         """
         seconds = end - time.monotonic()
         if seconds <= 0:
-            # The server may never answer, and the reply would be expected for ever.
+            # The connection is given up, because the server may never answer the request.
             raise self._fail(BrokenError("found no reply in time"))
         return seconds
 
     def _seconds_to_wait(self, end: float) -> float:
-        """Return how long the leader may wait for the next bytes.
+        """Return for how many seconds the leader may wait for the next bytes.
 
         Raises:
             BrokenError: The time is over, or nothing has come for too long.
@@ -226,7 +227,7 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """End all requests with a failure, unless there was one; return the failure."""
+        """Return ``failure``, after ending all requests with it unless the connection is broken."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure
@@ -240,11 +241,11 @@ class Connection:
         return failure
 
     def _leave(self, waiter: Waiter, requests: Sequence[Request]) -> None:
-        """Wait no more: what still comes is dropped, and another reader leads.
+        """End the waiting of a reader: drop the rest of its replies, and let another reader lead.
 
-        After the call nothing is written to the buffers of the requests.
+        After the call no byte is written to the buffers of the requests.
         """
-        following = None
+        next_leader = None
         with self._lock:
             for request in requests:
                 self._waiters.pop(request, None)
@@ -252,13 +253,13 @@ class Connection:
             if self._leader is waiter:
                 self._leader = None
             if self._leader is None:
-                following = next(iter(self._waiters.values()), None)
+                next_leader = next(iter(self._waiters.values()), None)
             self._close_if_unused()
-        if following is not None:
-            following.wake()
+        if next_leader is not None:
+            next_leader.wake()
 
     def _close_if_unused(self) -> None:
-        """Close the socket of a broken connection that no leader waits for; the lock is held."""
+        """Close the socket of a broken connection that has no leader; the caller holds the lock."""
         if self._failure is not None and self._leader is None:
             self._wire.socket.close()
 
@@ -269,7 +270,7 @@ def _broken(error: OSError) -> BrokenError:
 
 
 def _raise_broken(requests: Sequence[Request]) -> None:
-    """Raise the failure of the connection, if requests have one."""
+    """Raise a copy of the failure by which the connection has ended requests, if there is one."""
     for request in requests:
         if isinstance(request.failure, BrokenError):
             raise type(request.failure)(*request.failure.args)

@@ -1,4 +1,4 @@
-"""Opening the export that a URL of an NBD server names."""
+"""Opening the export of an NBD server that a URL names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.options import Deadlines
 
 _PORT: Final = 10809
-"""The port of NBD servers."""
+"""The port of NBD servers if the URL has none."""
 
 
 def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
@@ -34,8 +34,8 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
         RemoteError: The server cannot be reached, or does not serve the export.
     """
     parameters = nbd_parameters(address.query)
-    place = urlsplit(f"//{address.host}")
-    host, port = place.hostname or "", place.port or _PORT
+    authority = urlsplit(f"//{address.host}")
+    host, port = authority.hostname or "", authority.port or _PORT
     path = parameters.get("socket")
     if path is None:
         connect = partial(_connect_tcp, host, port, deadlines.connect_seconds)
@@ -56,7 +56,7 @@ def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def _connect_unix(path: str, seconds: float) -> socket.socket:
-    """Return a socket that is connected to one of this machine."""
+    """Return a socket that is connected to the socket ``path`` of this machine."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(seconds)

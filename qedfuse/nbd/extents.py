@@ -1,7 +1,7 @@
-"""What an NBD server has said of an export: which ranges read as zeros.
+"""The extents of an export, as an NBD server has reported them: which ranges read as zeros.
 
-Only the last answer is kept, which is what a search from the beginning to the end needs.  So the
-memory is limited, and an answer is never old.
+Only the last reply is kept, which suffices for a search from the beginning to the end, and limits
+the use of memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class Found(NamedTuple):
-    """What is known of an offset.
+class KnownExtent(NamedTuple):
+    """The rest of an extent, from an offset on.
 
     Attributes:
-        is_zero: Whether the byte reads as zero, and all that follow up to ``end``.
-        end: Where what is known ends.
+        is_zero: Whether all bytes from the offset to ``end`` read as zeros.  If False, the bytes
+            can have any value.
+        end: Offset of the end of the extent.
     """
 
     is_zero: bool
@@ -28,25 +29,25 @@ class Found(NamedTuple):
 
 
 class ExtentMap:
-    """The last answer to a question about the extents of an export."""
+    """The extents in the last reply about an export."""
 
     def __init__(self, size: int) -> None:
-        """Know nothing of an export of ``size`` bytes."""
+        """Begin without extents; ``size`` is the size of the export in bytes."""
         self._size = size
         self._starts: list[int] = []
         self._zero: list[bool] = []
         self._end = 0
 
-    def find(self, offset: int) -> Found | None:
-        """Return what is known of an offset; None for nothing."""
+    def find(self, offset: int) -> KnownExtent | None:
+        """Return the extent that has an offset, from this offset on; None if it is unknown."""
         index = bisect_right(self._starts, offset) - 1
         if index < 0 or offset >= self._end:
             return None
         is_last = index + 1 == len(self._starts)
-        return Found(self._zero[index], self._end if is_last else self._starts[index + 1])
+        return KnownExtent(self._zero[index], self._end if is_last else self._starts[index + 1])
 
-    def take(self, offset: int, extents: Sequence[tuple[int, int]]) -> None:
-        """Replace what is known by (length, flags) of extents that begin at ``offset``."""
+    def replace(self, offset: int, extents: Sequence[tuple[int, int]]) -> None:
+        """Replace the extents by those of a reply, as (length, flags), the first at ``offset``."""
         self._starts, self._zero = [], []
         for length, flags in extents:
             is_zero = bool(flags & STATE_ZERO)
@@ -57,5 +58,5 @@ class ExtentMap:
         self._end = min(offset, self._size)
 
     def set_all_data(self) -> None:
-        """Take all of the export for data."""
+        """Replace the extents by one of data, the whole export."""
         self._starts, self._zero, self._end = [0], [False], self._size

@@ -1,4 +1,4 @@
-"""Why a connection to an NBD server cannot be used: exceptions between the modules of `nbd`.
+"""The exceptions that the modules of `nbd` raise for each other.
 
 Readers of a file get a `qedfuse.errors.RemoteError` instead.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class BrokenError(Exception):
-    """A connection broke, or could not be made; another attempt may succeed."""
+    """A connection broke or could not be made; a new connection may succeed."""
 
 
 class ProtocolError(BrokenError):
@@ -30,8 +30,8 @@ class ReplyError(Exception):
     """The server has answered a request with an error.
 
     Attributes:
-        errno: The host's number of the error.
-        text: What the server says of it; may be empty.
+        errno: The error number of this host for the error.
+        text: The message of the server; may be empty.
     """
 
     def __init__(self, errno: int, text: str) -> None:

@@ -1,6 +1,7 @@
 """The handshake with an NBD server (fixed newstyle), without any I/O.
 
-`handshake` is a generator that says what it needs next, so the driver alone knows the socket.
+`handshake` is a generator.  Each step that it yields is performed by its caller, the driver, which
+has the socket.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _MAX_REPLY_BYTES: Final = 64 << 10
-"""Maximum length of a reply to an option; longer than each reply that a server needs to send."""
+"""Maximum length of the data of a reply to an option; servers need less."""
 _MAX_REPLIES: Final = 64
 """Maximum number of replies to one option."""
 _MAX_BLOCK_BYTES: Final = 1 << 16
-"""Maximum of the minimum block that the protocol allows."""
+"""The largest minimum block size that the protocol allows."""
 _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
 _MAX_SIZE: Final = 1 << 63
 
@@ -34,7 +35,7 @@ _ERRORS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What a server says of an export.
+    """The properties of an export, as the server has stated them.
 
     Attributes:
         size: Length in bytes.
@@ -42,7 +43,8 @@ class Export:
         max_payload_bytes: Maximum length of a read.
         can_multi_conn: Whether several connections to the export are allowed.
         is_structured: Whether replies are structured.
-        context: The number of ``base:allocation`` in replies; None if it cannot be asked for.
+        context: The number of the metadata context ``base:allocation`` in replies; None if the
+            server does not offer the context.
     """
 
     size: int
@@ -69,7 +71,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class StartTls:
-    """The driver must make the connection one of TLS."""
+    """The driver must start TLS on the connection."""
 
 
 Step: TypeAlias = Send | Receive | StartTls
@@ -115,9 +117,9 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
 
 
 def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]]:
-    """Ask for structured replies and for ``base:allocation``.
+    """Negotiate structured replies and the metadata context ``base:allocation``.
 
-    Returns whether replies are structured, and the number of ``base:allocation``.
+    Returns whether replies are structured, and the number of the context (`Export.context`).
     """
     yield Send(messages.option(messages.OPT_STRUCTURED_REPLY))
     kind, data = yield from _reply(messages.OPT_STRUCTURED_REPLY)
@@ -148,7 +150,7 @@ def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]
 
 
 def _go(name: str, *, is_structured: bool, context: int | None) -> Steps:
-    """Choose the export, and end the handshake."""
+    """Choose the export by the option GO, which ends the handshake; return the export."""
     wanted = [messages.INFO_BLOCK_SIZE]
     data = _string(name.encode()) + len(wanted).to_bytes(2, "big")
     data += b"".join(info.to_bytes(2, "big") for info in wanted)
@@ -200,7 +202,7 @@ def _reply(asked: int) -> Generator[Step, bytes, tuple[int, bytes]]:
 
 
 def _parse_export(data: bytes) -> tuple[int, int]:
-    """Return the size and the flags of an export."""
+    """Return the size in bytes and the flags of an export."""
     if len(data) != messages.EXPORT_INFO.size:
         msg = f"found a description of {len(data)} bytes, expected {messages.EXPORT_INFO.size}"
         raise ProtocolError(msg)
@@ -212,7 +214,7 @@ def _parse_export(data: bytes) -> tuple[int, int]:
 
 
 def _parse_blocks(data: bytes) -> tuple[int, int]:
-    """Return the minimum block and the maximum payload of an export."""
+    """Return the minimum block size and the maximum payload of an export, in bytes."""
     if len(data) != messages.BLOCK_INFO.size:
         msg = f"found block sizes in {len(data)} bytes, expected {messages.BLOCK_INFO.size}"
         raise ProtocolError(msg)
@@ -234,11 +236,11 @@ def _string(raw: bytes) -> bytes:
     return len(raw).to_bytes(4, "big") + raw
 
 
-def _refusal(what: str, kind: int, data: bytes) -> tuple[str, int]:
-    """Return message and error number for a refused option, which was needed for ``what``."""
-    number_of_error = kind - messages.REP_IS_ERROR
-    message, number = _ERRORS.get(kind, (f"found error {number_of_error} for {{}}", errno.EIO))
-    message = message.format(what)
+def _refusal(feature: str, kind: int, data: bytes) -> tuple[str, int]:
+    """Return message and error number for a refused option, which was needed for ``feature``."""
+    error_code = kind - messages.REP_IS_ERROR
+    message, number = _ERRORS.get(kind, (f"found error {error_code} for {{}}", errno.EIO))
+    message = message.format(feature)
     text = messages.server_text(data)
     return f"{message} ({text})" if text else message, number
 

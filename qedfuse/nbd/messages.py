@@ -65,9 +65,9 @@ MAX_STRING_BYTES: Final = 4096
 """Maximum length of a string of the protocol, such as the name of an export."""
 
 OPTION: Final = struct.Struct(">8sII")
-"""Magic, option, length of what follows."""
+"""Magic, option, length of the data that follows."""
 OPTION_REPLY: Final = struct.Struct(">QIII")
-"""Magic, option, type of the reply, length of what follows."""
+"""Magic, option, type of the reply, length of the data that follows."""
 EXPORT_INFO: Final = struct.Struct(">HQH")
 """``INFO_EXPORT``, size, transmission flags."""
 BLOCK_INFO: Final = struct.Struct(">HIII")
@@ -77,7 +77,7 @@ REQUEST: Final = struct.Struct(">IHHQQI")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 """Magic, error, cookie."""
 STRUCTURED_REPLY: Final = struct.Struct(">IHHQI")
-"""Magic, flags, type, cookie, length of what follows."""
+"""Magic, flags, type, cookie, length of the data that follows."""
 ERROR: Final = struct.Struct(">IH")
 """Error, length of the message that follows."""
 DATA_OFFSET: Final = struct.Struct(">Q")
@@ -98,11 +98,11 @@ _ERRNOS: Final = {
     95: errno.ENOTSUP,
     108: errno.ESHUTDOWN,
 }
-"""The errors that the protocol knows."""
+"""The error numbers of this host, by the error values of the protocol."""
 
 
 def option(number: int, data: bytes = b"") -> bytes:
-    """Return the request for an option."""
+    """Return the message that asks for an option."""
     return OPTION.pack(OPTION_MAGIC, number, len(data)) + data
 
 
@@ -112,12 +112,12 @@ def request(command: int, cookie: int, offset: int, length: int) -> bytes:
 
 
 def host_errno(error: int) -> int:
-    """Return the error number of the host for one of the protocol; EINVAL for an unknown one."""
+    """Return the error number of this host for an error value; EINVAL for an unknown value."""
     return _ERRNOS.get(error, errno.EINVAL)
 
 
 def server_text(raw: bytes) -> str:
-    """Return what a server says of an error, as text for messages; it may be empty."""
+    """Return a server's message about an error as printable text, which may be empty."""
     text = raw.decode(errors="replace").strip()
     if len(text) > _MAX_SHOWN_CHARACTERS:
         text = text[:_MAX_SHOWN_CHARACTERS] + "..."

@@ -1,4 +1,4 @@
-"""An export of an NBD server as a file of a chain: a `HostFile` that cannot be changed."""
+"""An export of an NBD server as a file of a chain: a read-only `HostFile`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
+from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
 from qedfuse.nbd.extents import ExtentMap
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
-from qedfuse.nbd.parts import Parts, block_status
 from qedfuse.nbd.waiters import pause
 from qedfuse.remote.outagelog import OutageLog
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.hostio.readpolicy import ReadPolicy
+    from qedfuse.nbd.connectionpool import ConnectionPool
     from qedfuse.nbd.handshake import Export
-    from qedfuse.nbd.links import Links
     from qedfuse.remote.options import Deadlines
 
 _BLOCK_BYTES = 512
@@ -39,7 +39,12 @@ class NbdFile(ReadOnlyFile):
     """
 
     def __init__(
-        self, path: str, name: str, export: Export, links: Links, deadlines: Deadlines
+        self,
+        path: str,
+        name: str,
+        export: Export,
+        connections: ConnectionPool,
+        deadlines: Deadlines,
     ) -> None:
         """Read an export; `qedfuse.nbd.opening.open_nbd` makes the arguments.
 
@@ -47,13 +52,13 @@ class NbdFile(ReadOnlyFile):
             path: The URL.
             name: The name in messages.
             export: The export.
-            links: The connections, which the file closes.
+            connections: The connections, which the file closes.
             deadlines: How long to wait for the server.
         """
         super().__init__(name)
         self.path = path
         self._size = export.size
-        self._links = links
+        self._connections = connections
         self._deadlines = deadlines
         self._outages = OutageLog(name, "reads fail until it answers again")
         self._extents = ExtentMap(export.size)
@@ -62,16 +67,16 @@ class NbdFile(ReadOnlyFile):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None: there is nothing that `try_read` could find."""
+        """None: `try_read` always returns False."""
         return None
 
     @property
     def identity(self) -> FileIdentity:
-        """The URL and the size; an export has nothing else that distinguishes its versions."""
+        """The URL and the size, because an export has no other property that shows its version."""
         return (self.path, self._size, "")
 
     def fileno(self) -> int:
-        """Return -1: no file of the operating system has the bytes."""
+        """Return -1: no descriptor gives the bytes of the export."""
         return -1
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
@@ -86,7 +91,7 @@ class NbdFile(ReadOnlyFile):
         The result is less than the length of the view only if the file ends earlier.
 
         Raises:
-            RemoteError: The server does not give the bytes.
+            RemoteError: The server cannot be reached, or answers with an error.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -95,12 +100,12 @@ class NbdFile(ReadOnlyFile):
         attempts = Attempts(self.name, self._deadlines, self._outages)
         while True:
             try:
-                connection = await self._links.connection()
-                parts = Parts(connection.export, offset, view[:length])
-                await connection.run(parts.requests, attempts.end)
-                parts.finish()
+                connection = await self._connections.connection()
+                read = AlignedRead(connection.export, offset, view[:length])
+                await connection.run(read.requests, attempts.end)
+                read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
-                seconds = attempts.failed(error, is_closed=self._links.is_closed)
+                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
                 await trio.sleep(seconds)
             else:
                 self._outages.answered()
@@ -110,7 +115,7 @@ class NbdFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: The server does not give the bytes.
+            RemoteError: The server cannot be reached, or answers with an error.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -118,12 +123,12 @@ class NbdFile(ReadOnlyFile):
         attempts = Attempts(self.name, self._deadlines, self._outages)
         while True:
             try:
-                connection = self._links.connection_blocking()
-                parts = Parts(connection.export, offset, view[:length])
-                connection.run_blocking(parts.requests, attempts.end)
-                parts.finish()
+                connection = self._connections.connection_blocking()
+                read = AlignedRead(connection.export, offset, view[:length])
+                connection.run_blocking(read.requests, attempts.end)
+                read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
-                seconds = attempts.failed(error, is_closed=self._links.is_closed)
+                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
                 pause(self._closed, seconds)
             else:
                 self._outages.answered()
@@ -140,13 +145,13 @@ class NbdFile(ReadOnlyFile):
         _take_answer: Callable[[], object],
         _ended: Callable[[int], object],
     ) -> bool:
-        """Return False: no thread reads."""
+        """Return False: the file has no connections for native threads."""
         return False
 
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        What the server does not say to read as zeros counts as data.
+        A range counts as data unless the server reports that it reads as zeros.
 
         Raises:
             RemoteError: The server does not answer.
@@ -154,7 +159,9 @@ class NbdFile(ReadOnlyFile):
         return await self._find(offset, is_zero=False)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; None past the end.
+        """Return where the first hole at or past ``offset`` begins; the end counts as one.
+
+        Returns None if ``offset`` is at or past the end.
 
         Raises:
             RemoteError: The server does not answer.
@@ -171,7 +178,7 @@ class NbdFile(ReadOnlyFile):
         return -(-self._size // _BLOCK_BYTES)
 
     def stat(self) -> os.stat_result:
-        """Return attributes as for a local file of this user without permission to write."""
+        """Return attributes as of a read-only file of this user that was made at the opening."""
         opened = int(self._opened)
         values = (
             *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self._size),
@@ -185,20 +192,20 @@ class NbdFile(ReadOnlyFile):
         )
 
     def statvfs(self) -> os.statvfs_result:
-        """Return the attributes of the file system ``/``."""
+        """Return the attributes of the file system ``/``, because no local one holds the export."""
         return os.statvfs("/")
 
     def stop_fetching(self) -> None:
-        """Make all reads fail, those that wait and later ones."""
+        """Make all reads fail: those that wait, and later reads."""
         self.close()
 
     def close(self) -> None:
-        """Close the connections; reads that wait fail.  A second call does nothing."""
-        self._links.close()
+        """Close the connections; reads that wait fail.  A second call has no effect."""
+        self._connections.close()
         self._closed.set()
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return where the first zeros, or the first data, begin; None if there are none."""
+        """Return where the first zeros, or the first data, at or past ``offset`` begin; or None."""
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
         while offset < self._size:
@@ -206,18 +213,19 @@ class NbdFile(ReadOnlyFile):
             if found is None:
                 await self._ask_for_extents(offset)
             elif found.is_zero is is_zero or (not is_zero and time.monotonic() > end):
-                # A server could describe an export byte by byte; data are always a right answer.
+                # A server could report extents of one byte each, so a search for data is limited in
+                # time: data is always a correct answer.
                 return offset
             else:
                 offset = found.end
         return None
 
     async def _ask_for_extents(self, offset: int) -> None:
-        """Ask the server what the range at ``offset`` contains."""
+        """Ask the server for the extents at ``offset``, and record them."""
         attempts = Attempts(self.name, self._deadlines, self._outages)
         while True:
             try:
-                connection = await self._links.connection()
+                connection = await self._connections.connection()
                 export = connection.export
                 if export.context is None:
                     self._extents.set_all_data()
@@ -225,11 +233,11 @@ class NbdFile(ReadOnlyFile):
                 request = block_status(export, offset)
                 await connection.run([request], attempts.end)
             except (BrokenError, RefusedError) as error:
-                await trio.sleep(attempts.failed(error, is_closed=self._links.is_closed))
+                await trio.sleep(attempts.failed(error, is_closed=self._connections.is_closed))
             else:
                 self._outages.answered()
                 if request.failure is None:
-                    self._extents.take(request.offset, request.extents)
-                if self._extents.find(offset) is None:  # the server cannot answer
+                    self._extents.replace(request.offset, request.extents)
+                if self._extents.find(offset) is None:  # the reply was an error
                     self._extents.set_all_data()
                 return

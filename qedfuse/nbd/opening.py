@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from qedfuse.errors import RemoteError
 from qedfuse.nbd.connecting import Tls, make_connection
+from qedfuse.nbd.connectionpool import ConnectionPool
 from qedfuse.nbd.failures import BrokenError, RefusedError
-from qedfuse.nbd.links import Links
 from qedfuse.nbd.nbdfile import NbdFile
 
 if TYPE_CHECKING:
@@ -31,13 +31,15 @@ def open_nbd(
     """Open an export; the caller closes the file.  The call blocks until the server answers.
 
     Args:
-        connect: Returns a connected socket (of a stream), in a limited time.  It is called again,
-            in other threads too, after a connection broke and if the server allows several.  After
-            an OSError, reads call it again until their time is over; a `QedError` ends them.
+        connect: Function that returns a connected stream socket within a limited time.  The
+            function is called again, also in other threads, after a connection broke, and if the
+            server allows several.  If the function raises OSError, a read calls it again until the
+            time of the read is over; a `QedError` ends the read.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.
-        path: The name by which the file was given, such as its URL; None for ``shown_name``.
+        path: The name by which the user or an image gave the file, such as a URL; None for
+            ``shown_name``.
         tls: How to use TLS; None to use none.
 
     Raises:
@@ -46,7 +48,7 @@ def open_nbd(
     size: int | None = None
 
     def make() -> Connection:
-        """Make a connection to the same export; see `make_connection`."""
+        """Make a connection, and refuse an export of another size; see `make_connection`."""
         connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds)
         if size is not None and connection.export.size != size:
             connection.close()
@@ -61,4 +63,5 @@ def open_nbd(
         msg = f"{shown_name}: {error}"
         raise RemoteError(msg, number) from error
     size = first.export.size
-    return NbdFile(path or shown_name, shown_name, first.export, Links(make, first), deadlines)
+    connections = ConnectionPool(make, first)
+    return NbdFile(path or shown_name, shown_name, first.export, connections, deadlines)

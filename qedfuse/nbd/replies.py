@@ -1,7 +1,7 @@
-"""Requests to an NBD server and its replies, without any I/O.
+"""Parsing the replies of an NBD server, without any I/O.
 
-Every field of a reply is checked.  A reply to no request, a byte outside its request, twice or
-missing is a `ProtocolError`, after which the connection cannot be used.
+Every field of a reply is checked.  `ProtocolError` is raised for a reply to no request, and for a
+byte that lies outside its request, comes twice or is missing.  Then the connection cannot be used.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""Maximum length of a rest of data that is received together with what follows it."""
+"""If a chunk has more bytes to come, they are received directly into the buffer of the reader."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, which the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
-"""Maximum length of an error chunk; its message has at most half of it."""
+"""Maximum length of an error chunk; its message needs at most half of this length."""
 
 
 class Replies:
     """Divides the bytes that a server sends into replies.
 
-    The driver asks `buffer` where to put the next bytes, receives some, and calls `advance`.
+    The driver receives bytes into the view that `buffer` returns, and calls `advance`.
 
     Attributes:
         pending: The requests that wait for their replies, by their cookies.
     """
 
     def __init__(self, context: int | None, *, is_structured: bool) -> None:
-        """Expect the replies that were agreed on; the arguments are those of `Export`."""
+        """Expect the kind of replies that was negotiated; `Export` describes the arguments."""
         self.pending: dict[int, Request] = {}
         self._done: list[Request] = []
         self._context = context
         self._is_structured = is_structured
         self._cookie = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._start = self._end = 0  # of what is in the scratch buffer and was not used yet
-        self._chunk: _Chunk | None = None  # whose payload is being received
+        self._start = self._end = 0  # of the bytes in the scratch buffer that were not parsed yet
+        self._chunk: _Chunk | None = None  # the chunk whose payload is being received
         self._is_direct = False  # whether the last `buffer` was the view of a reader
 
     def add(self, request: Request) -> bytes:
@@ -59,7 +59,7 @@ class Replies:
         return done
 
     def fail(self, failure: BrokenError) -> None:
-        """End all requests with a failure, as no further byte will come."""
+        """End all requests with ``failure``, because no further byte will come."""
         for request in self.pending.values():
             request.failure = failure
             request.is_done = True
@@ -67,7 +67,7 @@ class Replies:
         self.pending.clear()
 
     def buffer(self) -> memoryview:
-        """Return where to put the bytes that come next; at least one byte long."""
+        """Return a view of at least one byte, for the bytes that come next."""
         chunk = self._chunk
         if chunk is not None and chunk.left > _MAX_COPIED_BYTES:
             view = chunk.destination(chunk.left)
@@ -81,10 +81,10 @@ class Replies:
         return self._scratch[count:]
 
     def advance(self, count: int) -> None:
-        """Take ``count`` bytes, at least one, that were put into the last `buffer`.
+        """Parse ``count`` bytes, at least one, that were received into the last `buffer`.
 
         Raises:
-            ProtocolError: They are not what the protocol allows.
+            ProtocolError: The protocol does not allow the bytes.
         """
         if self._is_direct:
             self._received(count)
@@ -100,7 +100,7 @@ class Replies:
                 return
 
     def _received(self, count: int) -> None:
-        """Record that bytes of the payload were put where they go; end the chunk after its last."""
+        """Record that ``count`` bytes of the payload were stored; end the chunk after the last."""
         chunk = self._chunk
         assert chunk is not None  # noqa: S101  the callers have a chunk
         chunk.at += count
@@ -148,7 +148,7 @@ class Replies:
         return True
 
     def _find(self, cookie: int) -> Request:
-        """Return the request of a reply."""
+        """Return the request of a reply, by its cookie."""
         request = self.pending.get(cookie)
         if request is None:
             msg = "found a reply to no request"
@@ -156,7 +156,7 @@ class Replies:
         return request
 
     def _begin_simple(self, request: Request, error: int) -> None:
-        """Take the header of a simple reply."""
+        """Begin to receive a simple reply, whose header was parsed."""
         if error:
             request.failure = ReplyError(messages.host_errno(error), "")
             self._finish(request)
@@ -167,18 +167,18 @@ class Replies:
             self._begin_data(request, request.offset, request.length, is_last=True)
 
     def _begin_data(self, request: Request, offset: int, length: int, *, is_last: bool) -> None:
-        """Take the header of data of the export."""
+        """Begin to receive bytes of the export."""
         if not isinstance(request, Read):
             msg = "found data that were not asked for"
             raise ProtocolError(msg)
-        request.take(offset, length)
+        request.record(offset, length)
         at = offset - request.offset
         self._chunk = _Chunk(
             request, messages.REPLY_OFFSET_DATA, length, None, is_last=is_last, at=at
         )
 
     def _end_chunk(self, chunk: _Chunk) -> None:
-        """Take the payload of a chunk."""
+        """Process a chunk whose payload is complete."""
         request, payload = chunk.request, chunk.payload
         if payload is None or chunk.kind == messages.REPLY_NONE:
             pass
@@ -187,12 +187,12 @@ class Replies:
             request.failure = request.failure or failure
         elif isinstance(request, Read):
             offset, length = messages.HOLE.unpack(payload)
-            request.take(offset, length)
+            request.record(offset, length)
             view = request.destination(offset, length)
             if view is not None:
                 view[:] = bytes(length)
         elif isinstance(request, BlockStatus):
-            request.take(payload, self._context)
+            request.record(payload, self._context)
         if chunk.is_last:
             self._finish(request)
 
@@ -210,10 +210,10 @@ class _Chunk:
     Attributes:
         request: The request.
         kind: The type of the chunk.
-        payload: Where the payload goes; None for data, which go to the reader.
-        at: Where the next byte goes, in the payload or in the range of the request.
+        payload: Buffer for the payload; None for data, which goes into the view of the reader.
+        at: Offset of the next byte, in the payload or in the range of the request.
         left: Number of bytes that are missing.
-        is_last: Whether it is the last chunk of the reply.
+        is_last: Whether the chunk is the last of the reply.
     """
 
     __slots__ = ("at", "is_last", "kind", "left", "payload", "request")
@@ -236,24 +236,24 @@ class _Chunk:
         self.is_last = is_last
 
     def destination(self, count: int) -> memoryview | None:
-        """Return where the next ``count`` bytes go; None for nowhere."""
+        """Return the buffer for the next ``count`` bytes; None if they are dropped."""
         if self.payload is not None:
             return memoryview(self.payload)[self.at : self.at + count]
         assert isinstance(self.request, Read)  # noqa: S101  see `Replies._begin_data`
         return self.request.destination(self.request.offset + self.at, count)
 
     def put(self, data: memoryview) -> None:
-        """Put the next bytes where they go."""
+        """Store the next bytes, or drop them if no reader waits for them."""
         view = self.destination(len(data))
         if view is not None:
             view[:] = data
 
 
 def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> None:
-    """Return if the header of a chunk that has no data is one that the request allows.
+    """Check that a request allows a chunk of type ``kind``, which is not one of data.
 
     Raises:
-        ProtocolError: It is not.
+        ProtocolError: The request does not allow the chunk.
     """
     if kind == messages.REPLY_NONE:
         is_valid = is_last and not length

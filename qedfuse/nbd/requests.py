@@ -1,4 +1,4 @@
-"""Requests to an NBD server, and what has been received for each of them."""
+"""Requests to an NBD server, and what has been received for each request."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from qedfuse.nbd.failures import BrokenError, ReplyError
 
 CONTEXT_BYTES: Final = 4
-"""Length of the number of the context, with which a chunk of extents begins."""
+"""Length of the number of the metadata context, with which a chunk of extents begins."""
 EXTENT_BYTES: Final = 8
 MAX_KEPT_EXTENTS: Final = 1 << 16
-"""Further extents of a reply are dropped, to limit time and memory."""
+"""Maximum number of extents that are kept of a reply, to limit time and memory."""
 
 _MIN_CHUNK_BYTES: Final = 512
 _SPARE_CHUNKS: Final = 16
-"""A reply may have this many chunks more than one for each `_MIN_CHUNK_BYTES` of data."""
+"""Number of chunks that a reply may have beside one for each `_MIN_CHUNK_BYTES` of data."""
 
 
 class Request:
@@ -29,8 +29,8 @@ class Request:
         command: The command.
         offset: Where the range begins in the export.
         length: Length of the range.
-        is_done: Whether the reply is complete, or will never be.
-        failure: Why the request failed; None if it did not.
+        is_done: Whether the reply is complete, or cannot be completed any more.
+        failure: Why the request failed; None if it has not failed.
         cookie: The number of the request on its connection.
     """
 
@@ -57,18 +57,18 @@ class Request:
             raise ProtocolError(msg)
 
     def check_complete(self) -> None:
-        """Raise ProtocolError if something is missing, although the last chunk has come."""
+        """Raise ProtocolError if a part of the reply is missing after its last chunk."""
         raise NotImplementedError
 
     def abandon(self) -> None:
-        """Drop what still comes, because no reader waits for it."""
+        """Drop the rest of the reply when it comes, because no reader waits for the reply."""
 
 
 class Read(Request):
     """A request for the bytes of a range.
 
     Attributes:
-        view: Where the bytes go; None if the reader does not wait for them any more.
+        view: Buffer for the bytes; None if the reader does not wait for them any more.
     """
 
     command = messages.CMD_READ
@@ -78,10 +78,10 @@ class Read(Request):
         super().__init__(offset, len(view))
         self.view: memoryview | None = view
         self._chunks_left += len(view) // _MIN_CHUNK_BYTES
-        self._starts: list[int] = []  # of what has been received, ascending and disjoint
+        self._starts: list[int] = []  # of the received ranges, ascending and disjoint
         self._ends: list[int] = []
 
-    def take(self, offset: int, length: int) -> None:
+    def record(self, offset: int, length: int) -> None:
         """Record that a range was received.
 
         Raises:
@@ -89,7 +89,7 @@ class Read(Request):
         """
         end = offset + length
         if not length or offset < self.offset or end > self.offset + self.length:
-            msg = f"found data of {offset}+{length}, expected some of {self.offset}+{self.length}"
+            msg = f"found data of {offset}+{length}, expected a part of {self.offset}+{self.length}"
             raise ProtocolError(msg)
         starts, ends = self._starts, self._ends
         after = bisect_left(starts, offset)
@@ -103,17 +103,17 @@ class Read(Request):
             ends.insert(after, end)
 
     def destination(self, offset: int, length: int) -> memoryview | None:
-        """Return where bytes of the export go; None for nowhere, because no reader waits."""
+        """Return the part of the view for bytes of the export; None if no reader waits for them."""
         if self.view is None:
             return None
         return self.view[offset - self.offset : offset - self.offset + length]
 
     def abandon(self) -> None:
-        """Drop what still comes; see `Request.abandon`."""
+        """Drop the rest of the reply; see `Request.abandon`."""
         self.view = None
 
     def check_complete(self) -> None:
-        """Raise ProtocolError if a byte is missing and no error was reported."""
+        """Raise ProtocolError if a byte is missing although the server reported no error."""
         received = sum(self._ends) - sum(self._starts)
         if self.failure is None and received != self.length:
             msg = f"found {received} bytes in a reply, expected {self.length}"
@@ -121,25 +121,25 @@ class Read(Request):
 
 
 class BlockStatus(Request):
-    """A request for what a range contains.
+    """A request for the extents of a range.
 
     Attributes:
-        extents: (length, flags) of the extents from the beginning of the range.  They may end
-            before its end, and the last one also past it.
+        extents: (length, flags) of the extents from the beginning of the range.  The extents may
+            end before the end of the range, and the last extent may end past it.
     """
 
     command = messages.CMD_BLOCK_STATUS
 
     def __init__(self, offset: int, length: int) -> None:
-        """Ask for a range of less than 4 GiB."""
+        """Ask for the extents of a range of less than 4 GiB."""
         super().__init__(offset, length)
         self.extents: list[tuple[int, int]] = []
 
-    def take(self, payload: bytearray, context: int | None) -> None:
-        """Take the chunk with the extents.
+    def record(self, payload: bytearray, context: int | None) -> None:
+        """Record the extents in a chunk.
 
         Raises:
-            ProtocolError: The chunk is not valid, or not the first one.
+            ProtocolError: The chunk is not valid, or is not the first chunk with extents.
         """
         if self.extents or int.from_bytes(payload[:CONTEXT_BYTES], "big") != context:
             msg = "found block status that was not asked for"
@@ -154,7 +154,7 @@ class BlockStatus(Request):
             left -= length
 
     def check_complete(self) -> None:
-        """Raise ProtocolError if there is no extent and no error was reported."""
+        """Raise ProtocolError if there is no extent although the server reported no error."""
         if self.failure is None and not self.extents:
             msg = "found no extent in a reply, expected one"
             raise ProtocolError(msg)

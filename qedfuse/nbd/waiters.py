@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""How often a thread that waits asks whether its task was cancelled."""
+"""Interval at which a waiting thread checks whether its task was cancelled."""
 
 
 class Waiter(Protocol):
-    """A reader that waits."""
+    """A reader that waits for replies."""
 
     def wake(self) -> None:
-        """Let the reader look at its requests again; any thread may call it."""
+        """Let the reader check its requests again; any thread may call the method."""
 
 
 class WaitingTask:
-    """A task of trio that waits."""
+    """A task of trio that waits for replies."""
 
     def __init__(self) -> None:
         self._event = trio.Event()
@@ -40,7 +40,7 @@ class WaitingTask:
         return not are_done(requests)
 
     async def wait(self, seconds: float) -> None:
-        """Wait until `wake` is called or the time is over."""
+        """Wait for ``seconds``, or until `wake` is called."""
         with trio.move_on_after(seconds):
             await self._event.wait()
 
@@ -57,7 +57,7 @@ class WaitingTask:
 
 
 class WaitingThread:
-    """A thread that waits."""
+    """A thread that waits for replies."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -69,7 +69,7 @@ class WaitingThread:
         return not are_done(requests)
 
     def wait(self, seconds: float) -> None:
-        """Wait until `wake` is called or the time is over."""
+        """Wait for ``seconds``, or until `wake` is called."""
         self._event.wait(seconds)
 
 
@@ -79,7 +79,7 @@ def are_done(requests: Sequence[Request]) -> bool:
 
 
 def pause(closed: threading.Event, seconds: float) -> None:
-    """Wait in a thread for some time, or until the file is closed.
+    """Wait in a thread for ``seconds``, or until ``closed`` is set.
 
     Raises:
         trio.Cancelled: This is a thread of trio, and its task was cancelled.

@@ -1,4 +1,4 @@
-"""The bytes of a connection, plain or with TLS, without blocking.
+"""Sending and receiving the bytes of a connection, with or without TLS, without blocking.
 
 A wire is not safe for concurrent use; `qedfuse.nbd.connection.Connection` has the lock.
 """
@@ -18,20 +18,22 @@ class Wire(Protocol):
     """A connection as a stream of bytes.
 
     Attributes:
-        socket: The socket, to wait for.
+        socket: The socket, so that callers can wait until bytes can be received.
     """
 
     socket: socket.socket
 
     def send(self, data: bytes) -> None:
-        """Send ``data``, now or with a later call, because the server does not take it yet.
+        """Send ``data``; a later call sends the bytes that the socket does not take now.
 
         Raises:
             OSError: The connection is broken.
         """
 
     def receive_into(self, view: memoryview) -> int | None:
-        """Receive at least one byte; return the number; None if none has come, 0 at the end.
+        """Receive bytes into ``view``; return their number.
+
+        Returns None if no byte has come, and 0 at the end of the stream.
 
         Raises:
             OSError: The connection is broken.
@@ -42,7 +44,7 @@ class PlainWire:
     """A connection without TLS."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """Use a connected socket, which becomes one that does not block."""
+        """Use a connected socket, which is made non-blocking."""
         sock.setblocking(False)  # noqa: FBT003  no keyword
         self.socket = sock
         self._unsent = bytearray()
@@ -61,7 +63,7 @@ class PlainWire:
             self._unsent += data[sent:]
 
     def receive_into(self, view: memoryview) -> int | None:
-        """Receive some bytes; see `Wire`."""
+        """Receive bytes; see `Wire`."""
         if self._unsent:
             self._flush()
         try:
@@ -78,7 +80,7 @@ class PlainWire:
 
 
 class TlsWire:
-    """A connection with TLS, whose handshake is made with the first bytes."""
+    """A connection with TLS; the caller must finish the handshake of TLS before other calls."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:
         """Use a connected socket; ``host`` is the name that the certificate must have."""
@@ -90,7 +92,7 @@ class TlsWire:
         self._received = memoryview(bytearray(_RECEIVE_BYTES))
 
     def try_handshake(self) -> bool:
-        """Go on with the handshake of TLS; return whether it has ended.
+        """Continue the handshake of TLS without blocking; return whether the handshake has ended.
 
         Raises:
             OSError: The handshake failed, or the connection is broken.
@@ -112,10 +114,10 @@ class TlsWire:
         self._send_outgoing()
 
     def receive_into(self, view: memoryview) -> int | None:
-        """Receive some bytes; see `Wire`."""
+        """Receive bytes; see `Wire`."""
         while True:
             try:
-                # An end of the stream without the message of TLS for it is an error.
+                # If the stream ends without a close_notify alert, the call raises an SSLError.
                 return cast("int", self._tls.read(len(view), view))
             except ssl.SSLZeroReturnError:
                 return 0
@@ -129,7 +131,7 @@ class TlsWire:
             self._plain.send(self._outgoing.read())
 
     def _receive_more(self) -> bool:
-        """Receive bytes of TLS, or its end; return False if none has come."""
+        """Receive encrypted bytes, or the end of the stream; return False if neither has come."""
         count = self._plain.receive_into(self._received)
         if count is None:
             return False

@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
-from qedfuse.nbd.links import MAX_CONNECTIONS
+from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
 from tests.support.faultynbd import (

@@ -1,4 +1,4 @@
-"""The requests for a range of an export, with the offsets and lengths that the server allows."""
+"""The requests for a range of an export, with offsets and lengths that the server allows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
+"""Maximum length of one read request."""
 _STATUS_BYTES: Final = 1 << 30
-"""Length of the range that one request asks about."""
+"""Maximum length of the range of one request for extents."""
 
 
-class Parts:
-    """The requests for a range, whose offsets and lengths are those that the server allows."""
+class AlignedRead:
+    """The read requests for a range.
+
+    The requests are aligned to the minimum block of the export.  If the range is not aligned, the
+    requests read a larger range into a bounce buffer.
+
+    Attributes:
+        requests: The requests.
+    """
 
     def __init__(self, export: Export, offset: int, view: memoryview) -> None:
         block = export.min_block_bytes
@@ -27,17 +35,17 @@ class Parts:
         end = offset + len(view)
         last = -(-end // block) * block
         self._target = view
-        self._whole: memoryview | None = None
-        self._skip = offset - first
+        self._bounce: memoryview | None = None
+        self._head_bytes = offset - first
         if (first, last) != (offset, end):
-            self._whole = memoryview(bytearray(last - first))
-            view = self._whole
+            self._bounce = memoryview(bytearray(last - first))
+            view = self._bounce
         self.requests: Sequence[Request] = [
             Read(first + at, view[at : at + step]) for at in range(0, last - first, step)
         ]
 
     def finish(self) -> None:
-        """Copy what was read to where it goes, if it is not there.
+        """Copy the bytes of the range from the bounce buffer, if there is one.
 
         Raises:
             ReplyError: The server has answered a request with an error.
@@ -45,11 +53,11 @@ class Parts:
         for request in self.requests:
             if request.failure is not None:
                 raise request.failure
-        if self._whole is not None:
-            self._target[:] = self._whole[self._skip : self._skip + len(self._target)]
+        if self._bounce is not None:
+            self._target[:] = self._bounce[self._head_bytes : self._head_bytes + len(self._target)]
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for what a range contains; the range has the byte at ``offset``."""
+    """Return a request for the extents of a range that has the byte at ``offset``."""
     first = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(first, min(_STATUS_BYTES, export.size - first))

@@ -1,4 +1,4 @@
-"""The connections to one export: made when they are needed, and again after they broke."""
+"""The connections to one export, made when they are needed, and again after they broke."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
     from qedfuse.nbd.connection import Connection
 
 MAX_CONNECTIONS: Final = 4
-_REST_SECONDS: Final = 60.0
-"""For how long no connection is tried again in a place where it failed, if others work."""
+_BACKOFF_SECONDS: Final = 60.0
+"""Time for which a slot is not used after a failure to connect, if another slot is connected."""
 
 
-class Link:
-    """The place of one connection.  Threads and tasks may use it concurrently.
+class Slot:
+    """A slot for one connection of a pool.  Threads and tasks may use the slot concurrently.
 
     Attributes:
-        rests_until: Until when no connection is made here, if there is one in another place.
+        backoff_until: The time (`time.monotonic`) until which no connection is made in this slot,
+            if another slot is connected.
     """
 
     def __init__(self, make: Callable[[], Connection], connection: Connection | None) -> None:
-        """Make connections with ``make``, which blocks; the first one may be given."""
+        """Make connections with ``make``, which blocks; ``connection`` is used while it works."""
         self._make = make
         self._lock = threading.Lock()
         self._connection = connection
         self._failed_at = 0.0
         self._failure: BrokenError | None = None
         self._is_closed = False
-        self.rests_until = 0.0
+        self.backoff_until = 0.0
 
     @property
     def ready(self) -> Connection | None:
@@ -46,16 +47,16 @@ class Link:
 
     @property
     def in_flight(self) -> int:
-        """How many replies are expected."""
+        """The number of requests without a complete reply."""
         connection = self._connection
         return 0 if connection is None else connection.in_flight
 
     def connect(self, since: float) -> Connection:
-        """Return the connection, after making one if there is none; blocks the thread.
+        """Return the connection; make one if there is none.  The call blocks the thread.
 
         Args:
-            since: When the caller has begun to wait (`time.monotonic`).  If an attempt of
-                another caller has failed since then, no further one is made.
+            since: The time (`time.monotonic`) at which the caller began to wait.  If an attempt of
+                another caller has failed since then, its error is raised again.
 
         Raises:
             BrokenError: The connection cannot be made.
@@ -77,14 +78,14 @@ class Link:
         return connection
 
     def close(self) -> None:
-        """Close the connection, also one that is being made."""
+        """Close the connection, also if another thread is still making the connection."""
         self._is_closed = True
         connection = self._connection
         if connection is not None:
             connection.close()
 
 
-class Links:
+class ConnectionPool:
     """Up to `MAX_CONNECTIONS` connections to one export.
 
     Attributes:
@@ -92,11 +93,12 @@ class Links:
     """
 
     def __init__(self, make: Callable[[], Connection], first: Connection) -> None:
-        """Use ``first``, and further connections of ``make`` if the server allows several."""
+        """Use ``first``, and connections that ``make`` returns if the server allows several."""
         self.is_closed = False
         count = MAX_CONNECTIONS if first.export.can_multi_conn else 1
-        self._links = [Link(make, None if index else first) for index in range(count)]
-        # A thread that waits for a server takes none from calls on local files.
+        self._slots = [Slot(make, None if index else first) for index in range(count)]
+        # The pool has a limiter of its own: threads that wait for a server must not delay calls on
+        # local files.
         self._threads = trio.CapacityLimiter(count)
 
     async def connection(self) -> Connection:
@@ -106,22 +108,23 @@ class Links:
             BrokenError: No connection can be made.
         """
         while True:
-            # One connection is enough for tasks, whose replies one thread receives anyway.
-            connection = None if self.is_closed else self._links[0].ready
+            # One connection is enough for tasks: one thread runs all tasks, and so receives all of
+            # their replies.
+            connection = None if self.is_closed else self._slots[0].ready
             if connection is not None:
                 return connection
-            link = self._choose()
-            connection = link.ready
+            slot = self._choose()
+            connection = slot.ready
             if connection is not None:
                 return connection
             try:
                 return await trio.to_thread.run_sync(
-                    partial(link.connect, time.monotonic()),
+                    partial(slot.connect, time.monotonic()),
                     abandon_on_cancel=True,
                     limiter=self._threads,
                 )
             except BrokenError:
-                if not self._can_rest(link):
+                if not self._try_back_off(slot):
                     raise
 
     def connection_blocking(self) -> Connection:
@@ -131,45 +134,46 @@ class Links:
             BrokenError: No connection can be made.
         """
         while True:
-            link = self._choose()
-            connection = link.ready
+            slot = self._choose()
+            connection = slot.ready
             if connection is not None:
                 return connection
             try:
-                return link.connect(time.monotonic())
+                return slot.connect(time.monotonic())
             except BrokenError:
-                if not self._can_rest(link):
+                if not self._try_back_off(slot):
                     raise
 
     def close(self) -> None:
-        """Close all connections, and make no more."""
+        """Close all connections; later calls make no new ones."""
         self.is_closed = True
-        for link in self._links:
-            link.close()
+        for slot in self._slots:
+            slot.close()
 
-    def _choose(self) -> Link:
-        """Return the link with the fewest requests; of equal ones, the first.
+    def _choose(self) -> Slot:
+        """Return the slot with the fewest requests in flight; of equal slots, the first.
 
         Raises:
-            BrokenError: The file was closed.
+            BrokenError: The pool was closed.
         """
         if self.is_closed:
             msg = "closed"
             raise BrokenError(msg)
         now = time.monotonic()
-        links = [link for link in self._links if link.ready or link.rests_until <= now]
-        return min(links or self._links, key=_load)
+        slots = [slot for slot in self._slots if slot.ready or slot.backoff_until <= now]
+        return min(slots or self._slots, key=_in_flight)
 
-    def _can_rest(self, link: Link) -> bool:
-        """Let a link in which no connection can be made rest, if another one works.
+    def _try_back_off(self, slot: Slot) -> bool:
+        """Start the backoff time of a slot in which no connection could be made.
 
-        Returns whether that is so.  A server may allow fewer connections than this.
+        Returns False, and does nothing, if no other slot is connected.  The server may allow fewer
+        connections than `MAX_CONNECTIONS`.
         """
-        if not any(other.ready for other in self._links):
+        if not any(other.ready for other in self._slots):
             return False
-        link.rests_until = time.monotonic() + _REST_SECONDS
+        slot.backoff_until = time.monotonic() + _BACKOFF_SECONDS
         return True
 
 
-def _load(link: Link) -> int:
-    return link.in_flight
+def _in_flight(slot: Slot) -> int:
+    return slot.in_flight
