@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 import trio
 
-from qedfuse.errors import QedError
+from qedfuse.errors import HostError, QedError
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.attach import attach
 from qedfuse.mount.fuse.blocksinvalidator import BlocksInvalidator
@@ -123,8 +123,8 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            An error if a forced unmount may have lost data; otherwise None.  In both cases the
-            caller must close the disks to make the last changes durable.
+            An error if a forced unmount may have lost data, or an outage of a server has; otherwise
+            None.  In each case the caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -233,7 +233,18 @@ class Server:
                 signals.handle_with(lambda _name: self._disks.stop_compacting())
             announcement.stopping()
             nursery.cancel_scope.cancel()
-        return shutdown.failure
+        return shutdown.failure or self._loss()
+
+    def _loss(self) -> QedError | None:
+        """Return an error if a server has made writes of a disk fail; None if not."""
+        names = self._disks.with_lost_data
+        if not names:
+            return None
+        msg = (
+            f"{printable(self._mountpoint)}: data that programs have written to "
+            f"{', '.join(names)} was lost in an outage of a server"
+        )
+        return HostError(msg)
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
         """Log refusals of the default read-ahead and of the protection from memory pressure.

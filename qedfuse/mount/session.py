@@ -209,7 +209,7 @@ class _Session:
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
         """Open the disks, serve them unless the mount is a fake, and close them in any case.
 
-        If a forced unmount may have lost data, `_failure` is set.
+        If a forced unmount or an outage of a server may have lost data, `_failure` is set.
 
         Raises:
             QedError: The mount was refused, or data could not be made durable.

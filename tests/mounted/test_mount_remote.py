@@ -219,6 +219,47 @@ def test_an_outage_fails_only_what_is_not_cached(
         ]
 
 
+def test_a_write_that_needs_the_server_is_lost_with_a_message(
+    server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """In an outage, writes of parts of new clusters fail, which the log and the exit code say.
+
+    Writes of allocated clusters and of whole clusters succeed.
+    """
+    overlay = tmp_path / "vm1.qed"
+    options = f"overlay={overlay},remote_timeout=0.5,remote_attempt_timeout=0.5"
+    new = b"n" * BLOCK
+    with front("-o", options, server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        write(disk, 0, new)
+        server.always = "status 503"
+        for _ in range(2):
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                write(disk, FAR, new)
+        assert server.struck["status 503"] > 0
+        write(disk, BLOCK, new)
+        write(disk, 1 << 20, b"w" * (1 << 16))
+        server.always = None
+        write(disk, FAR + BLOCK, new)
+        mount.signal(signal.SIGTERM)
+        code, log = mount.finish()
+    lines = log.splitlines()
+    lost = "data that a program has written is lost, because the rest of its cluster cannot be read"
+    assert any(line.startswith(f"qedfuse: {overlay}: {lost}: {server.url}: ") for line in lines)
+    assert lines[-1] == (
+        f"qedfuse: {mount.mountpoint}: data that programs have written to {overlay} was lost in an "
+        "outage of a server"
+    )
+    assert code == 2
+    check(overlay)
+    with mounted(overlay, tmp_path / "mnt", "-o", prefix(server)) as directory:
+        expected = bytearray(content)
+        expected[: 2 * BLOCK] = 2 * new
+        expected[FAR + BLOCK : FAR + 2 * BLOCK] = new
+        expected[1 << 20 : (1 << 20) + (1 << 16)] = b"w" * (1 << 16)
+        assert (directory / "vm1.raw").read_bytes() == expected
+
+
 def epolls(pid: int) -> int:
     """Return how many epoll instances a process has."""
     links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]  # noqa: PTH115

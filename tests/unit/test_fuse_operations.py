@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import pyfuse3
 import pytest
 import trio
+from pyfuse3 import FUSEError
 
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import CorruptImageError, FuseError, MountpointError, PrivilegeError
+from qedfuse.errors import (
+    CorruptImageError,
+    ForeignError,
+    FuseError,
+    MountpointError,
+    ObjectChangedError,
+    PrivilegeError,
+    RemoteError,
+)
 from qedfuse.mount.fuse import attach
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
 from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
-from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+from qedfuse.mount.fuse.exporteddisk import HANDLE_DIRECT, ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
 from qedfuse.mount.fuse.operations import Operations
@@ -46,6 +55,7 @@ class Broken:
     size = 4096
     writable = True
     failure: str | None = None
+    name = "vm.qed"
 
     def __init__(self, error: Exception) -> None:
         """Fail with ``error``."""
@@ -55,6 +65,14 @@ class Broken:
         """Return None, so that the slow path is taken."""
 
     async def read(self, _start: int, _length: int) -> bytes:
+        """Fail."""
+        raise self._error
+
+    def try_write(self, _start: int, _data: bytes) -> bool:
+        """Return False, so that the slow path is taken."""
+        return False
+
+    async def write(self, _start: int, _data: bytes) -> int:
         """Fail."""
         raise self._error
 
@@ -457,7 +475,9 @@ async def test_a_bug_on_the_fast_path_is_answered_too(
             """Fail."""
             raise self._error
 
-        try_write = try_read
+        def try_write(self, _start: int, _data: bytes) -> bool:
+            """Fail."""
+            raise self._error
 
     handlers = operations(export(Worse(ValueError("oops"))))
     with pytest.raises(pyfuse3.FUSEError) as caught:
@@ -500,3 +520,42 @@ async def test_fallocate_succeeds_if_another_request_grows_the_disk_meanwhile(
         with trio.fail_after(60):
             await answered.wait()
         assert (answers, calls, disk.size) == ([0], [0, 0], grown)
+
+
+@pytest.mark.expect_log("server")
+@pytest.mark.parametrize("kind", [RemoteError, ObjectChangedError, ForeignError])
+async def test_what_a_server_makes_a_write_lose_is_logged(
+    kind: type[RemoteError | ForeignError], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A write from the kernel's cache that fails for a server is logged as lost, in one line.
+
+    The line is written also if the outage was logged, and not again for each further write.
+    """
+    error = kind("server")
+    error.is_logged = True
+    disks = export(Broken(error), Broken(error))
+    handlers = operations(disks)
+    for _ in range(5):
+        with pytest.raises(FUSEError) as caught:
+            await handlers.write(2, 0, b"data")
+        assert caught.value.errno == error.errno
+    assert disks.with_lost_data == ["vm.qed"]
+    (line,) = caplog.messages
+    assert line.startswith("vm.qed: data that a program has written is lost, because ")
+    assert line.endswith(": server")
+
+
+@pytest.mark.parametrize(
+    ("handle", "options"),
+    [(2 | HANDLE_DIRECT, MountOptions()), (2, MountOptions(direct_io=True))],
+)
+async def test_a_write_that_the_program_sees_fail_is_not_lost(
+    handle: int, options: MountOptions
+) -> None:
+    """A write that does not come from the kernel's cache only fails."""
+    error = RemoteError("server")
+    error.is_logged = True
+    disks = export(Broken(error))
+    with pytest.raises(FUSEError):
+        await operations(disks, options).write(handle, 0, b"data")
+    assert not disks.with_lost_data

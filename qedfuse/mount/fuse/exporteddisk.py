@@ -40,6 +40,8 @@ class ExportedDisk:
             backing file of another disk of the mount.  False in a read-only mount.
         overrun: Whether a write from the kernel's cache began before the end of the disk and went
             past it, and no writer has got the error yet.
+        has_lost_data: Whether a write from the kernel's cache has failed because a server did not
+            give the rest of a cluster.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
     """
@@ -53,6 +55,7 @@ class ExportedDisk:
     slow_writes: int = 0
     blocks: int = -1
     overrun: bool = False
+    has_lost_data: bool = False
     fixup_size: int = -1
 
 
@@ -83,6 +86,11 @@ class ExportedDisks:
     def use_servers(self) -> bool:
         """Whether a file of the chain of a disk is on a server."""
         return any(exported.disk.uses_server for exported in self)
+
+    @property
+    def with_lost_data(self) -> list[str]:
+        """The names of the disks for which `ExportedDisk.has_lost_data` is set."""
+        return [exported.disk.name for exported in self if exported.has_lost_data]
 
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Count a new handle of a disk; ``writer`` says whether the handle may write."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 from pyfuse3 import FUSEError
 
+from qedfuse.errors import ForeignError, RemoteError
 from qedfuse.mount.fuse.exporteddisk import (
     HANDLE_DIRECT,
     HANDLE_FLAGS,
@@ -164,6 +165,10 @@ class Operations(MetadataOperations):
             written = await exported.disk.write(off, buf)
             if fh & HANDLE_SYNC:
                 await exported.disk.flush()
+        except (RemoteError, ForeignError) as error:
+            if not self.enable_writeback_cache or fh & HANDLE_DIRECT:
+                raise  # the program gets the error
+            raise _lost_data(exported, error) from error
         finally:
             exported.slow_writes -= 1
         if written < len(buf) and fh & HANDLE_DIRECT:
@@ -246,3 +251,20 @@ class Operations(MetadataOperations):
     async def release(self, fh: int) -> None:
         """Count a handle as closed, because its last descriptor was closed."""
         self._exported.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))
+
+
+def _lost_data(
+    exported: ExportedDisk, error: RemoteError | ForeignError
+) -> RemoteError | ForeignError:
+    """Record that a write from the kernel's cache has failed; return the error for the log.
+
+    write(2) has reported success, and the kernel does not repeat the write.  So the loss is logged
+    also if the outage of the server was logged already.
+    """
+    exported.has_lost_data = True
+    lost = error.prefixed(
+        f"{exported.disk.name}: data that a program has written is lost, because the rest of its "
+        "cluster cannot be read: "
+    )
+    lost.is_logged = False
+    return lost
