@@ -67,7 +67,7 @@ values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size o
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Parse lists of options; a later option overrides an earlier one.
 
-    Some options add up instead: ``backing_dir``, ``backing_url``, and mount flags for the kernel.
+    All values of ``backing_dir`` and ``backing_url``, and all mount flags for the kernel, are kept.
 
     Args:
         lists: The arguments of all ``-o``, in order.
@@ -251,4 +251,4 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
 }
 """Options with a free value: the field of `MountOptions` that each sets, and the parser."""
 _REPEATED: Final = ("backing_dir", "backing_url")
-"""Options with a free value whose values add up."""
+"""Options that can be given several times, each time with one more value."""

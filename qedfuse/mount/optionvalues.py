@@ -120,7 +120,7 @@ def parse_remote_cache(name: str, value: str) -> int:
 
 
 def parse_local_path(name: str, value: str) -> str:
-    """Return a path unchanged.
+    """Return ``value`` unchanged if it is a path.
 
     Raises:
         UsageError: The value is a URL.
@@ -133,10 +133,10 @@ def parse_local_path(name: str, value: str) -> str:
 
 
 def parse_prefix_url(name: str, value: str) -> Address:
-    """Parse the URL below which backing files may be.
+    """Parse a URL that is the prefix of allowed URLs of backing files.
 
     Raises:
-        UsageError: The value is no such URL.
+        UsageError: The value is not a valid prefix.
     """
     try:
         return parse_prefix(value)
