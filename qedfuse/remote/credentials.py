@@ -55,7 +55,7 @@ def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
     for number, line in enumerate(raw.split(b"\n"), 1):
         variable = _parse_line(line)
         if variable is None:
-            msg = f"{shown}: credentials: line {number}: found something else, expected NAME=VALUE"
+            msg = f"{shown}: credentials: line {number}: found another form, expected NAME=VALUE"
             raise UsageError(msg)
         if variable:
             variables.append(variable)

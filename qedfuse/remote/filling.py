@@ -88,7 +88,7 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
         if await _in_thread(fetcher.store_held, first, last):
             return _length(file, first, last)
         if not was_evicting and not fetcher.is_evicting:
-            msg = f"{file.name}: found no room in the cache, expected room for what is needed of it"
+            msg = f"{file.name}: found no space in the cache, expected space for all needed units"
             raise CacheError(msg)
         await trio.sleep(_EVICTION_PAUSE_SECONDS)
         flights = fetcher.prefetch(first, last)

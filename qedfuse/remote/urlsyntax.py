@@ -94,7 +94,7 @@ def parse_version(text: str, query: str) -> str:
     # A plus sign stands for itself, and not for a space as in HTML forms.
     raw = unquote_to_bytes(value)
     if name != "versionId" or not raw or "&" in value or not raw.isascii():
-        raise invalid_url(text, "query", "something else", "versionId=VERSION or no query")
+        raise invalid_url(text, "query", "another query", "versionId=VERSION or no query")
     return raw.decode()
 
 

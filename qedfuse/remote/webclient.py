@@ -239,9 +239,9 @@ class WebClient:
         origin = (self._address.scheme, self._address.host)
         if (target.scheme, target.host) == origin:
             return target
-        is_private = target.scheme == "https" or target.is_loopback or self._options.allow_http
+        is_secure = target.scheme == "https" or target.is_loopback or self._options.allow_http
         is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
-        if target.is_web and is_private and is_allowed:
+        if target.is_web and is_secure and is_allowed:
             return target
         msg = (
             f"found a redirection to {target.shown}, expected one on the same host "

@@ -62,8 +62,8 @@ class WebCredentials:
         The result is empty if ``target`` is on another host than the credentials, or is another
         machine without TLS.
         """
-        is_private = target.scheme == "https" or target.is_loopback
-        if self._header and target.host == self._host and is_private:
+        is_secure = target.scheme == "https" or target.is_loopback
+        if self._header and target.host == self._host and is_secure:
             return {"Authorization": self._header}
         return {}
 
@@ -80,7 +80,7 @@ def _parse_host(text: str) -> str:
     with suppress(UsageError):
         address = parse_prefix(text if "://" in text else f"https://{text}")
     if address is None or not address.is_web or address.path:
-        raise _invalid(_HOST, "something else", "HOST or HOST:PORT")
+        raise _invalid(_HOST, "no valid host", "HOST or HOST:PORT")
     return address.host
 
 

@@ -390,7 +390,7 @@ def test_credentials_of_others_are_refused(server: WebServer, tmp_path: Path, mn
         pass
     secrets.write_text("AWS_SECRET=hush\nhush hush\n")
     line = refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=1)
-    assert line == f"{secrets}: credentials: line 2: found something else, expected NAME=VALUE"
+    assert line == f"{secrets}: credentials: line 2: found another form, expected NAME=VALUE"
     secrets.unlink()
     assert "cannot open" in refused(server.url, mnt, "-r", "-o", f"credentials={secrets}", code=2)
 

@@ -297,7 +297,7 @@ async def test_changed_file_is_not_published(store: Swift, image: Path) -> None:
     def on_progress(_done: int, _total: int) -> None:
         os.utime(image)
 
-    with pytest.raises(ImageInUseError, match="found the file changed meanwhile"):
+    with pytest.raises(ImageInUseError, match="found the file changed during the upload"):
         await publish(str(image), "s3://golden/moving.qed", progress=on_progress)
     assert "moving.qed" not in store.keys("golden")
 

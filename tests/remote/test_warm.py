@@ -186,7 +186,7 @@ async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CacheDirectory, "evict", lambda *_: room.pop() if room else 0)
     with (
         serving(some_bytes(40)) as server,
-        pytest.raises(CacheError, match="found no room in the cache, expected room for what"),
+        pytest.raises(CacheError, match="found no space in the cache, expected space for all"),
     ):
         await warm(server.url, options(tmp_path / "cache"))
     assert not room

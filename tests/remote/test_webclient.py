@@ -340,9 +340,9 @@ def test_missing_credentials_are_named(tmp_path: Path) -> None:
         ({"WEB_HOST": "h"}, "WEB_HOST: found nothing beside it"),
         ({"WEB_HOST": "h", "WEB_USER": "hush"}, "WEB_HOST: found WEB_USER, expected"),
         ({"WEB_HOST": "h", "WEB_USER": "hush", "WEB_PASSWORD": "x", "WEB_TOKEN": "x"}, "WEB_TOKEN"),
-        ({"WEB_HOST": "h/hush", "WEB_TOKEN": "x"}, "WEB_HOST: found something else"),
-        ({"WEB_HOST": "s3://hush", "WEB_TOKEN": "x"}, "WEB_HOST: found something else"),
-        ({"WEB_HOST": "u:hush@h", "WEB_TOKEN": "x"}, "WEB_HOST: found something else"),
+        ({"WEB_HOST": "h/hush", "WEB_TOKEN": "x"}, "WEB_HOST: found no valid host"),
+        ({"WEB_HOST": "s3://hush", "WEB_TOKEN": "x"}, "WEB_HOST: found no valid host"),
+        ({"WEB_HOST": "u:hush@h", "WEB_TOKEN": "x"}, "WEB_HOST: found no valid host"),
         ({"WEB_HOST": "h", "WEB_TOKEN": "hush hush"}, "WEB_TOKEN: found a character"),
         ({"WEB_HOST": "h", "WEB_USER": "hush:", "WEB_PASSWORD": "x"}, "WEB_USER: found a colon"),
     ],
@@ -400,7 +400,7 @@ def test_a_credentials_file_that_cannot_be_read_again(secrets: Path, is_missing:
         with pytest.raises(RemoteError, match="refused: found HTTP status 403") as caught:
             source.get(0, 100)
         assert caught.value.errno == 13
-        assert ("cannot open" if is_missing else "line 1: found something") in str(caught.value)
+        assert ("cannot open" if is_missing else "line 1: found another form") in str(caught.value)
 
 
 def test_an_expired_key_of_a_store_is_read_again(

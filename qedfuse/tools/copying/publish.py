@@ -144,7 +144,7 @@ class _Source:
         now = status_of(self.fd, self.name)
         before = self._status
         if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            msg = f"{self.name}: found the file changed meanwhile, expected it unchanged"
+            msg = f"{self.name}: found the file changed during the upload, expected it unchanged"
             raise ImageInUseError(msg)
         return count
 
