@@ -1,7 +1,7 @@
 """The extents of an export, as an NBD server has reported them: which ranges read as zeros.
 
-Only the last reply is kept, which suffices for a search from the beginning to the end, and limits
-the use of memory.
+Only the last reply is kept.  A search from the beginning to the end needs no other, and the use of
+memory is limited.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If a chunk has more bytes to come, they are received directly into the buffer of the reader."""
+"""If more bytes of a payload are missing, they are received directly into the view of the reader.
+Fewer bytes are received into the scratch buffer, in one call with the next reply, and copied."""
 _MAX_EXTENTS: Final = 1 << 20
-"""Maximum number of extents in a reply, which the protocol recommends."""
+"""Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
 """Maximum length of an error chunk; its message needs at most half of this length."""
 
@@ -42,7 +43,7 @@ class Replies:
         self._is_structured = is_structured
         self._cookie = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._start = self._end = 0  # of the bytes in the scratch buffer that were not parsed yet
+        self._start = self._end = 0  # of the bytes in the scratch buffer that are not parsed yet
         self._chunk: _Chunk | None = None  # the chunk whose payload is being received
         self._is_direct = False  # whether the last `buffer` was the view of a reader
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def foreign_driver(start: bytes | bytearray) -> str | None:
-    """Return the format of a file as QEMU calls it; None if it is not one that only QEMU reads.
+    """Return the format of a file as QEMU calls it; None if qedfuse itself reads the format.
 
     ``start`` holds the first bytes, as for `foreign_format`.
     """
@@ -47,7 +47,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
         ImageInUseError: Another program has locked a file.
         HostError: A file cannot be read, or the host refused.
     """
-    # Imported late: without an image of another format no module of this kind is needed.
+    # Imported late, because only images of other formats need these modules.
     from qedfuse.foreign.graph import Limits  # noqa: PLC0415  late, see above
     from qedfuse.foreign.opening import ForeignOpening  # noqa: PLC0415
 
