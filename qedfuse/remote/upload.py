@@ -6,7 +6,6 @@ import errno
 import hashlib
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -105,6 +104,15 @@ class Upload:
             stopped=self._stopped,
         )
         self._is_read_to_end = False  # whether obstore has all of the content
+        self._has_begun = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the content may have been read, and the store may have a part of it.
+
+        If it is false after `stop`, the content is never read, and nothing is stored.
+        """
+        return self._has_begun
 
     def stop(self) -> None:
         """Make `run` remove what it has stored, and raise StoppedError soon."""
@@ -185,6 +193,10 @@ class Upload:
 
         One request can have the condition that there is no object; parts cannot.
         """
+        # In this order, because another thread calls `stop` and then asks whether this has begun.
+        self._has_begun = True
+        if self._stopped.is_set():
+            raise StoppedError
         self._digests.clear()
         self._is_read_to_end = False
         if self._size <= self._part_bytes:
@@ -309,8 +321,20 @@ def _in_thread(call: Callable[[], object]) -> None:
 
     The thread from which obstore takes the parts cannot call functions of obstore.
     """
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(call).result()
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  raised below
+            failures.append(error)
+
+    # A daemon, because the process may end while the store does not answer.
+    thread = threading.Thread(target=work, name="qedfuse-upload", daemon=True)
+    thread.start()
+    thread.join()
+    for failure in failures:
+        raise failure
 
 
 def part_bytes(size: int) -> int:

@@ -7,8 +7,9 @@ import random
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import obstore
 import pytest
@@ -19,7 +20,7 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
-from qedfuse.remote.upload import Upload, part_bytes
+from qedfuse.remote.upload import Upload, _in_thread, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, qemu
@@ -29,6 +30,7 @@ from tests.support.webserver import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qedfuse.remote.object import RemoteObject
     from tests.support.swift import Swift
 
 MIB = 1 << 20
@@ -257,6 +259,54 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert struck
     assert key not in store.keys("golden")
     assert parts(store, key) == []
+
+
+async def test_cancelled_before_anything_is_sent(
+    store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first request has no answer, a cancelled publish ends; it stores nothing later."""
+    asked, answers, ended = threading.Event(), threading.Event(), threading.Event()
+    run, open_stored = Upload.run, UploadCheck.open
+
+    def wait(check: UploadCheck) -> RemoteObject:
+        asked.set()
+        assert answers.wait(30)
+        return open_stored(check)
+
+    def recorded(upload: Upload) -> NoReturn:
+        with pytest.raises(StoppedError):
+            run(upload)
+        ended.set()
+        raise StoppedError
+
+    monkeypatch.setattr(UploadCheck, "open", wait)
+    monkeypatch.setattr(Upload, "run", recorded)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publish, str(image), "s3://golden/never.qed")
+        assert await trio.to_thread.run_sync(asked.wait, 30)
+        begin = trio.current_time()
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - begin < 10
+    assert not ended.is_set()
+    answers.set()
+    assert await trio.to_thread.run_sync(ended.wait, 30)
+    assert "never.qed" not in store.keys("golden")
+    assert parts(store, "never.qed") == []
+
+
+def test_the_process_waits_for_no_thread() -> None:
+    """A request in a thread of its own does not keep a process that ends; its error is raised."""
+    threads: list[threading.Thread] = []
+    failure = RemoteError("out")
+
+    def fail() -> None:
+        threads.append(threading.current_thread())
+        raise failure
+
+    with pytest.raises(RemoteError, match="out"):
+        _in_thread(fail)
+    assert threads[0] is not threading.current_thread()
+    assert threads[0].daemon
 
 
 def test_stopped_upload_keeps_what_it_would_replace(

@@ -197,8 +197,9 @@ def _require_publishable(file: _Source) -> bool:
 async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
     """Run an upload in a thread; return its result.
 
-    If the task is cancelled, it waits until the upload has removed what it has stored.  The files
-    of ``stack`` stay open as long as the thread may read them.
+    If the task is cancelled, and the upload has sent anything, the task waits until the upload has
+    removed what it has stored.  The files of ``stack`` stay open as long as the thread may read
+    them.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
@@ -218,11 +219,12 @@ async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
         result = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
     except trio.Cancelled:
         upload.stop()
-        with trio.move_on_after(_STOP_SECONDS, shield=True):
-            await ended.wait()
-        if not ended.is_set():
-            # The thread may still read the files, so only the end of the process closes them.
-            stack.pop_all()
+        if upload.has_begun:
+            with trio.move_on_after(_STOP_SECONDS, shield=True):
+                await ended.wait()
+            if not ended.is_set():
+                # The thread may still read the files, so only the end of the process closes them.
+                stack.pop_all()
         raise
     assert result is not None  # noqa: S101  only `stop` ends an upload without a result
     return result
