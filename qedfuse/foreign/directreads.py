@@ -28,8 +28,8 @@ _MAX_READ_BYTES: Final = 32 << 20
 class DirectReads:
     """Connections to qemu-nbd, each of which at most one native thread uses at a time.
 
-    The first read that finds no connection starts a thread that makes them.  If a read fails, its
-    connection is closed, and the caller repeats the read on the slow path.
+    The first read that finds no connection starts a thread that makes all connections.  If a read
+    fails, its connection is closed, and the caller repeats the read on the slow path.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:

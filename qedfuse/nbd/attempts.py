@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _MAX_PAUSE_SECONDS: Final = 5.0
 _MAX_PROTOCOL_ERRORS: Final = 2
-"""Number of protocol errors after which a read fails, because the server must have a bug."""
+"""Number of protocol errors after which a read fails, because the server probably has a bug."""
 
 
 class Attempts:
