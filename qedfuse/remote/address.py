@@ -32,7 +32,7 @@ STORES: Final = ("s3", "gs", "az")
 WEB: Final = ("https", "http")
 """Schemes of web servers."""
 NBD: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
-"""Schemes of NBD servers, as in ``doc/uri.md`` of the NBD project; those with ``s`` use TLS."""
+"""Schemes of NBD servers (``doc/uri.md`` of the NBD project).  Those with ``nbds`` use TLS."""
 
 _URL_START: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKET: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -185,7 +185,7 @@ def parse_address(text: str) -> Address:
     """Return the address of the object that a URL names.
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or it names no object.
+        UsageError: The URL is not valid, its scheme is unknown, or the URL names no object.
     """
     address = _parse(text)
     if not address.is_nbd and (not address.path or address.path.endswith("/")):
@@ -197,8 +197,8 @@ def parse_prefix(text: str) -> Address:
     """Return the address of a prefix, which stands for all objects below it (`is_below`).
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or it has a query that is not one
-            for an NBD server.
+        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query, which only
+            a prefix for an NBD server may have.
     """
     address = _parse(text)
     if address.may_have_secret or address.version:

@@ -214,7 +214,11 @@ class CacheDirectory:
 
 
 def _open_busy(path: str, size: int) -> UnitFile:
-    """Open an entry, again if other processes are opening it; see `UnitFile.open`."""
+    """Open an entry; repeat the attempt while other processes hold the locks of the entry.
+
+    Raises:
+        OSError: See `UnitFile.open`.
+    """
     for _ in range(_MAX_ATTEMPTS - 1):
         try:
             return UnitFile.open(path, size)

@@ -45,9 +45,9 @@ def default_directory() -> str:
 def prepare_directory(path: str) -> str:
     """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    The directory is ``path`` if that is missing, empty, marked, or has only what a cache has.  If
-    ``path`` has other content, the directory is its subdirectory ``qedfuse``, so that the cache is
-    apart from other files.
+    The result is ``path`` if ``path`` did not exist, or is empty or marked, or has only what a cache
+    has.  If ``path`` has other content, the result is its subdirectory ``qedfuse``, so that the
+    cache is apart from other files.
 
     Raises:
         CacheError: The directory cannot be used, other users can change it, or both ``path`` and

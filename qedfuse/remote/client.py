@@ -27,13 +27,12 @@ _MAX_QUERIES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Identifies one version of an object, and so its content.
+    """Identifies one version of the content of an object.
 
     Attributes:
         size: Length of the object in bytes.
         etag: The strong entity tag (RFC 9110); empty if there is none.
-        modified: Time of the last change in seconds since 1970; None if the server does not report
-            it.
+        modified: Time of the last change in seconds since 1970; None if the server reports none.
     """
 
     size: int
@@ -64,8 +63,7 @@ class ClientOptions:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.
         allow_http: Whether ``http://`` is allowed to other machines.
-        redirect_prefixes: The addresses to which, and below which, a web server may redirect; its
-            own host is always allowed.
+        redirect_prefixes: Prefixes to which a web server may redirect, besides its own host.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
         credentials_file: The file from which ``credentials`` were read, and are read again when a
@@ -101,7 +99,7 @@ class AttemptError(Exception):
 
 
 class UnreachableError(AttemptError):
-    """No connection to the server was made: its name is unknown, or nothing answers there."""
+    """No connection to the server was made: the name is unknown, or no address answers."""
 
 
 class RefusedError(AttemptError):
@@ -143,7 +141,8 @@ class Client(Protocol):
         """Return ``length`` bytes of a version of the object, all of which lie within the object.
 
         Raises:
-            ChangedError: The server has another version, even if it ignores the requested one.
+            ChangedError: The server has another version.  Also raised if the server ignores the
+                condition of the request, and sends bytes of the other version.
         """
 
     def renew(self) -> None:

@@ -1,7 +1,7 @@
 """Fetching the units of an object: each once, adjacent ones together, ahead of sequential readers.
 
-A unit is looked up in the cache before it is fetched.  Threads look up and fetch, and only the
-readers of a unit wait for its thread.
+Threads look up a unit in the cache, and then fetch the unit if it is missing.  Only the readers of
+the unit wait for the thread.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _MAX_REQUEST_UNITS: Final = 4
 _MAX_WINDOW_UNITS: Final = 32
 """Maximum number of units that are fetched ahead of a sequential reader: 8 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
-"""The same if units cannot be stored in the cache; so those of several readers fit into the memory
-for such units (`UnitStore.hold`)."""
+"""Maximum number of units that are fetched ahead if units cannot be stored in the cache: 2 MiB, so
+that the units of several readers fit into the memory for such units (`UnitStore.hold`)."""
 
 
 class Fetcher:

@@ -1,8 +1,8 @@
 """The threads that fetch, and the queues of their work.
 
-These threads do not belong to trio's limited number, so a slow server does not delay reads of local
-files.  Some of them only look up units in the cache, so cached units can be read while the server
-does not answer.
+These threads are not trio's, whose number is limited, so a slow server does not delay reads of
+local files.  At most 16 of the 20 threads fetch; the others only look up units in the cache, so
+cached units can be read while the server does not answer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FetchThreads:
         Args:
             name: The name of the object for messages.
             look_up: Looks for the units of a flight in the cache; then ends the flight if the cache
-                has all of them, or queues the flight with `add_fetch`.
+                has all of the units, or queues the flight with `add_fetch`.
             fetch: Fetches the units of a flight, and ends the flight.
             fail: Ends a flight with an error, unless the flight has ended; called if a step raises
                 an exception.

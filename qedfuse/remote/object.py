@@ -212,7 +212,7 @@ def retry(
             msg = f"{address.shown}: {error}"
             raise RemoteError(msg) from error
         except RefusedError as error:
-            # Temporary credentials expire, and their file or variable may have others now.
+            # Temporary credentials expire, and the file may have been replaced since the last read.
             if renewal is not None:
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error

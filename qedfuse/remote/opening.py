@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 _OUTAGES: Final = (AttemptError, RefusedError)
 """The causes of a failed opening after which an entry of the cache is used instead.
 
-An answer that is not usable, such as one with an untrusted certificate, is a fault of the server
-or of the configuration, and no outage.
+A response that is not usable, or an untrusted certificate, is a fault of the server or of the
+configuration, and no outage.
 """
 
 

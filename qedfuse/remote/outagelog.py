@@ -1,7 +1,7 @@
 """The log of outages: one line when a server stops answering, and one when it answers again.
 
-There are two kinds of outages: the server does not serve the object, or it has another version of
-the object.
+There are two kinds of outages: the server does not serve the object, or the server has another
+version of the object.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
 last logged outage of the same kind has begun less than a minute ago.  The errors of an outage that

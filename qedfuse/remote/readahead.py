@@ -9,7 +9,7 @@ _MIN_WINDOW_UNITS: Final = 1
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
-"""Maximum distance of two sequential reads: the kernel sends several reads concurrently, so they
+"""Maximum distance of two sequential reads: the kernel sends several reads concurrently, and they
 arrive in any order."""
 
 

@@ -19,9 +19,9 @@ from contextlib import suppress
 from typing import Final
 
 ALONE_BYTES: Final = 1
-"""How many bytes the file is longer than the object while one opener uses it."""
+"""How many bytes the file is longer than the object while one opener uses the entry."""
 SHARED_BYTES: Final = 2
-"""The same while several openers may use it."""
+"""How many bytes the file is longer than the object while several openers may use the entry."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 

@@ -100,10 +100,10 @@ class StoreClient:
 
 @contextmanager
 def translating(hint: str) -> Iterator[None]:
-    """Raise exceptions of `qedfuse.remote.client` instead of those of obstore in the block.
+    """Replace obstore's exceptions in the ``with`` block by those of `qedfuse.remote.client`.
 
     Args:
-        hint: How a user without credentials can give them; empty for a user with credentials.
+        hint: How to give credentials; empty if the user has given credentials.
     """
     try:
         yield

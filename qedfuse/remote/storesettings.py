@@ -94,7 +94,7 @@ class Store:
 
     Attributes:
         handle: obstore's object.
-        hint: How a user without credentials can give them; empty if there are credentials.
+        hint: How to give credentials; empty if the user has given credentials.
         store_id: The values of `_STORE_VARIABLES`: the endpoint or account that has the bucket.
     """
 

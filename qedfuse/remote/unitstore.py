@@ -133,7 +133,7 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        The kernel may now read the bytes from the disk, and they were not compared since.
+        The kernel may now have read the bytes from the disk, without a comparison.
         """
         with self._lock:
             self._forgotten += 1

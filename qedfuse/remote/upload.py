@@ -66,7 +66,7 @@ class Uploaded:
 
 
 class Upload:
-    """One upload; `run` may be called once, and `stop` at any time by another thread."""
+    """One upload.  `run` may be called once; another thread may call `stop` at any time."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Upload:
         Raises:
             UsageError: There is an object, which may not be replaced.
             RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
-                the store does not answer after the upload, it may have the object, as the message
+                the store does not answer after the upload, the object may exist, as the message
                 says.
             HostError: The content cannot be read.
             StoppedError: `stop` was called.
@@ -193,7 +193,7 @@ class Upload:
 
         One request can have the condition that there is no object; parts cannot.
         """
-        # In this order, because another thread calls `stop` and then asks whether this has begun.
+        # Set before the check: another thread calls `stop`, and then reads `has_begun`.
         self._has_begun = True
         if self._stopped.is_set():
             raise StoppedError

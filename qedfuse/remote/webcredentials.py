@@ -24,7 +24,7 @@ _PASSWORD: Final = "WEB_PASSWORD"  # noqa: S105  the name of a variable
 _TOKEN: Final = "WEB_TOKEN"  # noqa: S105  the name of a variable
 _VALID_TOKEN: Final = re.compile(r"[\x21-\x7e]+")
 HINT: Final = f"a file given with credentials: {_HOST}, {_USER} and {_PASSWORD}, or {_TOKEN}"
-"""How a user without credentials can give them."""
+"""How to give credentials, for messages."""
 
 
 class WebCredentials:

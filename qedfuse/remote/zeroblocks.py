@@ -1,7 +1,8 @@
 """Blocks of zeros: those that belong to an object, and those that may be holes of the data file.
 
 The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
-hole.  So zeros are valid only if a unit that was fetched, or compared with its checksum, had them.
+hole.  So zeros are valid only if the unit had zeros there when it was fetched, or compared with its
+checksum.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Published:
     Attributes:
         url: The URL of the object.
         size: Length of the object in bytes.
-        version: The version that a store with versions has given the object; empty for none.
-        is_raw: Whether it is a raw file and no image.
+        version: The version of the object in a store with versions; empty for none.
+        is_raw: Whether the object is a raw file and not an image.
     """
 
     url: str

@@ -1,4 +1,4 @@
-"""Fetching a remote image into the cache before it is needed: tables first, then its data."""
+"""Fetching a remote image into the cache before a mount needs it: first tables, then data."""
 
 from __future__ import annotations
 
