@@ -110,7 +110,7 @@ class Upload:
     def has_begun(self) -> bool:
         """Whether the content may have been read, and the store may have a part of it.
 
-        If it is false after `stop`, the content is never read, and nothing is stored.
+        If the value is false after `stop`, `run` does not read the content, and stores nothing.
         """
         return self._has_begun
 
