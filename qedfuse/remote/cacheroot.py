@@ -45,7 +45,7 @@ def default_directory() -> str:
 def prepare_directory(path: str) -> str:
     """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    The result is ``path`` if ``path`` did not exist, or is empty or marked, or has only what a cache
+    The result is ``path`` if ``path`` is new, empty or marked, or if ``path`` has only what a cache
     has.  If ``path`` has other content, the result is its subdirectory ``qedfuse``, so that the
     cache is apart from other files.
 
