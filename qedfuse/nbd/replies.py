@@ -128,19 +128,19 @@ class Replies:
         _, flags, kind, cookie, length = messages.STRUCTURED_REPLY.unpack_from(
             self._scratch, self._start
         )
+        request = self._find(cookie)
+        is_last = bool(flags & messages.REPLY_FLAG_DONE)
+        _check_chunk(request, kind, length, is_last=is_last)
         fixed = messages.DATA_OFFSET.size if kind == messages.REPLY_OFFSET_DATA else 0
         if available < messages.STRUCTURED_REPLY.size + fixed:
             return False
         self._start += messages.STRUCTURED_REPLY.size
-        request = self._find(cookie)
         request.count_chunk()
-        is_last = bool(flags & messages.REPLY_FLAG_DONE)
         if fixed:
             (offset,) = messages.DATA_OFFSET.unpack_from(self._scratch, self._start)
             self._start += fixed
             self._begin_data(request, offset, length - fixed, is_last=is_last)
             return True
-        _check_chunk(request, kind, length, is_last=is_last)
         chunk = _Chunk(request, kind, length, bytearray(length), is_last=is_last)
         if length:
             self._chunk = chunk
@@ -251,13 +251,15 @@ class _Chunk:
 
 
 def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> None:
-    """Check that a request allows a chunk of type ``kind``, which is not one of data.
+    """Check that a request allows a chunk of type ``kind`` with ``length`` bytes.
 
     Raises:
         ProtocolError: The request does not allow the chunk.
     """
     if kind == messages.REPLY_NONE:
         is_valid = is_last and not length
+    elif kind == messages.REPLY_OFFSET_DATA:
+        is_valid = isinstance(request, Read) and length > messages.DATA_OFFSET.size
     elif kind & messages.REPLY_IS_ERROR:
         is_valid = messages.ERROR.size <= length <= _MAX_ERROR_BYTES
     elif kind == messages.REPLY_OFFSET_HOLE:

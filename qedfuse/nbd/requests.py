@@ -88,7 +88,7 @@ class Read(Request):
             ProtocolError: The range is empty, not inside the request, or overlaps another one.
         """
         end = offset + length
-        if not length or offset < self.offset or end > self.offset + self.length:
+        if length <= 0 or offset < self.offset or end > self.offset + self.length:
             msg = f"found data of {offset}+{length}, expected a part of {self.offset}+{self.length}"
             raise ProtocolError(msg)
         starts, ends = self._starts, self._ends

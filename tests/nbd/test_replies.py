@@ -185,6 +185,51 @@ def test_a_wrong_reply_to_a_read_is_a_protocol_error(name: str) -> None:
     assert not read.is_done
 
 
+@pytest.mark.parametrize("length", range(messages.DATA_OFFSET.size + 1))
+@pytest.mark.parametrize("rest", [b"", OFFSET.to_bytes(8, "big") + bytes(64)])
+def test_data_shorter_than_their_offset_are_a_protocol_error(length: int, rest: bytes) -> None:
+    """A chunk of data without a byte of data is refused by its header, whatever follows."""
+    replies, read, buffer = reading()
+    head = chunk(read, messages.REPLY_OFFSET_DATA, bytes(length))[: -length or None]
+    with pytest.raises(ProtocolError):
+        feed(replies, head + rest)
+    assert not read.is_done
+    assert buffer == b"\xff" * 4096
+
+
+KINDS: Final = (
+    *(messages.REPLY_NONE, messages.REPLY_OFFSET_DATA, messages.REPLY_OFFSET_HOLE),
+    *(messages.REPLY_BLOCK_STATUS, messages.REPLY_IS_ERROR + 1, messages.REPLY_ERROR_OFFSET, 9),
+)
+"""Types of chunks, the last of which does not exist."""
+
+
+@given(st.randoms(use_true_random=False))
+def test_any_chunks_are_replies_or_a_protocol_error(draw: random.Random) -> None:
+    """Chunks of any type, length and division complete a request or are a protocol error."""
+    buffer = bytearray(4096)
+    replies = Replies(draw.choice([CONTEXT, None]), is_structured=draw.random() < 0.9)
+    requests = [Read(OFFSET, memoryview(buffer)), BlockStatus(OFFSET, 1 << 20)]
+    for request in requests:
+        replies.add(request)
+    raw = b""
+    for _ in range(draw.randrange(1, 5)):
+        request = draw.choice(requests)
+        begin = draw.choice([b"", CONTEXT.to_bytes(4, "big"), OFFSET.to_bytes(8, "big")])
+        payload = begin + draw.choice([bytes(30), draw.randbytes(30)])[: draw.randrange(30)]
+        part = chunk(request, draw.choice(KINDS), payload, flags=draw.randrange(2))
+        cut = draw.choice([0, 0, 1, len(payload)])
+        raw += part[: len(part) - min(cut, len(payload))]
+        if draw.random() < 0.2:
+            raw += simple(request, draw.randrange(3)) + draw.randbytes(draw.randrange(20))
+    with suppress(ProtocolError):
+        feed(replies, raw, (draw.choice([1, 7, 20, 21, 28, 64]) for _ in range(1 << 10)))
+    read, status_request = requests
+    assert not read.is_done or isinstance(read.failure, ReplyError)
+    assert isinstance(status_request, BlockStatus)
+    assert not status_request.is_done or status_request.failure or status_request.extents
+
+
 BAD_STATUS: Final[Wrong] = {
     "another context": lambda request: status(request, (4096, 0), context=8),
     "twice": lambda request: status(request, (4096, 0), flags=0) + status(request, (4096, 0)),

@@ -21,7 +21,7 @@ _DATA_AT: Final = messages.STRUCTURED_REPLY.size + messages.DATA_OFFSET.size
 
 REPLY_FAULTS: Final = (
     *("reset", "cut", "cut in the header", "stall", "drip", "another cookie", "magic", "too short"),
-    *("outside", "error", "shutdown", "twice"),
+    *("outside", "error", "shutdown", "twice", "no offset"),
 )
 """What can be wrong with the reply to a read; ``late`` and ``held`` are no mistakes."""
 CONNECTION_FAULTS: Final = (
@@ -188,6 +188,7 @@ class FaultyServer:
             "another cookie": self._good(cookie + 1000, offset, length),
             "magic": bytes(len(good)),
             "too short": _chunk(cookie, kind, start + data[:-1]),
+            "no offset": _chunk(cookie, kind, b"")[:-1] + b"\5" + start + data,
             "outside": _chunk(cookie, kind, messages.DATA_OFFSET.pack(offset + 1) + data),
             "twice": _chunk(cookie, kind, start + data, flags=0) + good,
             "error": _chunk(cookie, error, messages.ERROR.pack(5, 0)),
