@@ -28,8 +28,14 @@ class Attempts:
         end: The time (`time.monotonic`) at which the read fails at the latest.
     """
 
-    def __init__(self, name: str, deadlines: Deadlines, outages: OutageLog) -> None:
-        self.end = time.monotonic() + deadlines.total_seconds
+    def __init__(
+        self, name: str, deadlines: Deadlines, outages: OutageLog, *, is_brief: bool = False
+    ) -> None:
+        """Begin now; with ``is_brief``, end after the time of one attempt."""
+        seconds = deadlines.total_seconds
+        if is_brief:
+            seconds = min(seconds, deadlines.attempt_seconds)
+        self.end = time.monotonic() + seconds
         self._name = name
         self._outages = outages
         self._pause = _FIRST_PAUSE_SECONDS

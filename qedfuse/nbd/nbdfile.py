@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from qedfuse.errors import RemoteError
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
@@ -17,6 +18,7 @@ from qedfuse.nbd.extents import ExtentMap
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
 from qedfuse.nbd.waiters import pause
 from qedfuse.remote.outagelog import OutageLog
+from qedfuse.remote.recentfailures import RecentFailures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 512
 """The unit of ``st_blocks``."""
+_UNIT_BYTES = 1 << 18
+"""The unit of `RecentFailures`: the kernel reads ahead up to half of it."""
 
 
 class NbdFile(ReadOnlyFile):
@@ -62,6 +66,7 @@ class NbdFile(ReadOnlyFile):
         self._deadlines = deadlines
         self._outages = OutageLog(name, "reads fail until it answers again")
         self._extents = ExtentMap(export.size)
+        self._failures = RecentFailures()
         self._opened = time.time()
         self._closed = threading.Event()
 
@@ -97,7 +102,7 @@ class NbdFile(ReadOnlyFile):
         if not length:
             await trio.lowlevel.checkpoint()
             return 0
-        attempts = Attempts(self.name, self._deadlines, self._outages)
+        attempts = self._attempts(offset, length)
         while True:
             try:
                 connection = await self._connections.connection()
@@ -105,7 +110,7 @@ class NbdFile(ReadOnlyFile):
                 await connection.run(read.requests, attempts.end)
                 read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
-                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
+                seconds = self._pause_seconds(attempts, error, offset, length)
                 await trio.sleep(seconds)
             else:
                 self._outages.answered()
@@ -120,7 +125,7 @@ class NbdFile(ReadOnlyFile):
         length = max(0, min(len(view), self._size - offset))
         if not length:
             return 0
-        attempts = Attempts(self.name, self._deadlines, self._outages)
+        attempts = self._attempts(offset, length)
         while True:
             try:
                 connection = self._connections.connection_blocking()
@@ -128,7 +133,7 @@ class NbdFile(ReadOnlyFile):
                 connection.run_blocking(read.requests, attempts.end)
                 read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
-                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
+                seconds = self._pause_seconds(attempts, error, offset, length)
                 pause(self._closed, seconds)
             else:
                 self._outages.answered()
@@ -204,6 +209,29 @@ class NbdFile(ReadOnlyFile):
         self._connections.close()
         self._closed.set()
 
+    def _attempts(self, offset: int, length: int) -> Attempts:
+        """Return the attempts of a read, which are brief if a read there has just failed."""
+        is_brief = self._failures.has_any(*_units(offset, length))
+        return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
+
+    def _pause_seconds(
+        self,
+        attempts: Attempts,
+        error: BrokenError | RefusedError | ReplyError,
+        offset: int,
+        length: int,
+    ) -> float:
+        """Return how long to wait before the next attempt of a read, after one has failed.
+
+        Raises:
+            RemoteError: No further attempt is made.
+        """
+        try:
+            return attempts.failed(error, is_closed=self._connections.is_closed)
+        except RemoteError:
+            self._failures.record(*_units(offset, length))
+            raise
+
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
         """Return where the first zeros, or the first data, at or past ``offset`` begin; or None."""
         await trio.lowlevel.checkpoint()
@@ -241,3 +269,8 @@ class NbdFile(ReadOnlyFile):
                 if self._extents.find(offset) is None:  # the reply was an error
                     self._extents.set_all_data()
                 return
+
+
+def _units(offset: int, length: int) -> tuple[int, int]:
+    """Return the first and the last of the units of a range whose failures are remembered."""
+    return offset // _UNIT_BYTES, (offset + length - 1) // _UNIT_BYTES

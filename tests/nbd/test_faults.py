@@ -17,6 +17,7 @@ import trio.testing
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
+from qedfuse.remote import recentfailures
 from qedfuse.remote.options import Deadlines
 from tests.support.faultynbd import (
     CONNECTION_FAULTS,
@@ -100,6 +101,33 @@ def test_a_server_that_is_always_wrong_is_an_error(
             READERS[reader](file)
         assert time.monotonic() - start < MAX_SECONDS
         assert server.struck[fault] >= 1
+        server.choose_reply = lambda _number: None
+        assert READERS[reader](file) == server.content[:LENGTH]
+
+
+@BEGINS
+@ENDS
+@pytest.mark.parametrize("reader", READERS)
+def test_a_failed_read_that_is_repeated_waits_once(
+    server: FaultyServer, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read again of what has just failed makes one attempt at most, and then works again.
+
+    A read of another place is not affected.
+    """
+    monkeypatch.setattr(recentfailures, "_RECENT_SECONDS", 600.0)
+    server.choose_reply = lambda _number: "stall"
+    with opened(
+        server, Deadlines(connect_seconds=20, attempt_seconds=0.4, total_seconds=2)
+    ) as file:
+        attempts = []
+        for offset in (0, 4096, 1 << 19):
+            before = server.struck["stall"]
+            with pytest.raises(RemoteError):
+                READERS[reader](file, offset)
+            attempts.append(server.struck["stall"] - before)
+        assert attempts[1] <= 1
+        assert attempts[0] > 1 < attempts[2]
         server.choose_reply = lambda _number: None
         assert READERS[reader](file) == server.content[:LENGTH]
 
