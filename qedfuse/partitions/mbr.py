@@ -26,7 +26,9 @@ _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
 _MAX_LOGICAL: Final = 251
 """Maximum number of logical partitions: in Linux the highest number of a partition is 255."""
 _MAX_EMPTY_RECORDS: Final = 100
-"""Number of consecutive records without a partition after which one more record is read."""
+"""Maximum number of consecutive records without a partition, as in Linux."""
+_MAX_RECORDS: Final = 512
+"""Maximum number of extended boot records that are read of a disk."""
 
 _ENTRY: Final[Any] = Struct(
     "boot" / Int8ul,
@@ -108,6 +110,7 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
     problems: list[str] = []
     partitions: list[Partition] = []
     logical: list[Partition] = []
+    has_extended = False
     sectors = size // SECTOR_BYTES
     for number, entry in enumerate(record.entries, 1):
         if not entry.length or not entry.type:
@@ -115,9 +118,9 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
         found = _partition(number, entry, entry.start, sectors, problems)
         if found is not None:
             partitions.append(found)
-            # Like sfdisk, and unlike Linux, use only one extended partition: here the first in
-            # which a logical partition was found.
-            if entry.is_extended and not logical:
+            # Like sfdisk, and unlike Linux, use only the first extended partition.
+            if entry.is_extended and not has_extended:
+                has_extended = True
                 chain = _logical(read, entry, sectors, problems)
                 logical += [partition async for partition in chain]
     return PartitionTable(
@@ -167,7 +170,11 @@ async def _logical(
     seen: set[int] = set()
     number = 5
     empty_records = 0
-    while number < 5 + _MAX_LOGICAL and empty_records <= _MAX_EMPTY_RECORDS:
+    while (
+        number < 5 + _MAX_LOGICAL
+        and empty_records < _MAX_EMPTY_RECORDS
+        and len(seen) < _MAX_RECORDS
+    ):
         if sector in seen or sector >= sectors:
             target = "a loop" if sector in seen else f"sector {sector} outside of the disk"
             problems.append(f"extended partition: the chain of records leads to {target}")

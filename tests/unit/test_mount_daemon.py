@@ -34,6 +34,13 @@ def test_ready_is_success() -> None:
     assert run("ready(); print('lost'); return 5") == (0, "")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_after_the_success_changes_nothing(name: str) -> None:
+    """A signal that arrives when the child is ready does not make the parent report a failure."""
+    prelude = f"import atexit; atexit.register(os.kill, os.getpid(), signal.{name})"
+    assert run("ready(); return 0", prelude) == (0, "")
+
+
 @pytest.mark.parametrize("code", [1, 12, 32])
 def test_a_failure_keeps_its_exit_code(code: int) -> None:
     """The parent passes on the child's output and exit code."""

@@ -254,6 +254,18 @@ def test_the_latest_record_counts(directory: Path) -> None:
     assert found.record.mountpoint == "/mnt"
 
 
+def test_the_time_of_the_mount_decides(directory: Path) -> None:
+    """The record of the mount that was made last is used, although its server started first."""
+    directory.mkdir(mode=0o700)
+    for pid, started, mounted in ((1, 500, 1000), (2, 100, 2000), (3, 400, 0)):
+        record = {"pid": pid, "started": started, "mountpoint": "", "sources": []}
+        text = json.dumps(record | ({"mounted": mounted} if mounted else {}))
+        (directory / f"{DEVICE}.{pid}").write_text(text)
+    found = find_record(DEVICE, USER)
+    assert found is not None
+    assert found.record.pid == 2
+
+
 def write_stale_record(directory: Path, device: str) -> Path:
     """Write the record of a process that was killed."""
     directory.mkdir(mode=0o700)
@@ -329,6 +341,7 @@ def test_malformed_records_are_skipped(directory: Path, text: str) -> None:
     [
         ("pid", [0, -1, 1 << 80, 1.0, "1", True, None, []]),
         ("started", [-1, 1 << 80, 1.0, "1", False, None]),
+        ("mounted", [-1, 1 << 80, 1.0, "1", False, None]),
         ("mountpoint", [1, None, ["/mnt"]]),
         ("sources", ["/vm.qed", [1], [["a"]], None, {"a": 1}, 1]),
         ("options", ["ro", [1], None, {"a": 1}]),

@@ -140,6 +140,31 @@ def test_a_long_chain_of_records_ends() -> None:
     assert reader.count < 400
 
 
+def test_records_with_and_without_partitions_are_limited() -> None:
+    """A chain in which one of fifty records has a partition is followed for 512 records at most."""
+    sectors = {0: boot_record((0, 5, 1, 8000))}
+    for at in range(1, 8000):
+        entry = (0, 0x83, 1, 1) if at % 50 == 0 else (0, 0, 0, 0)
+        sectors[at] = boot_record(entry, (0, 5, at, 1))
+    reader = Reader(disk_of(sectors))
+    table = reader.table()
+    assert table is not None
+    assert "too long" in table.problems[0]
+    assert reader.count < 520
+
+
+def test_only_the_first_extended_partition_counts() -> None:
+    """As for sfdisk, logical partitions are those of the first extended partition, if any."""
+    disk = disk_of(
+        {
+            0: boot_record((0, 5, 100, 50), (0, 5, 200, 50)),
+            100: boot_record(),
+            200: boot_record((0, 0x83, 1, 5)),
+        }
+    )
+    assert ranges(Reader(disk).table()) == [(1, 100, 50), (2, 200, 50)]
+
+
 def test_partitions_outside_of_the_disk_are_left_out() -> None:
     """A partition ends with the disk at the latest, and one that begins after it is none."""
     end = DISK // SECTOR

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import QedError
@@ -71,7 +72,9 @@ class Announcement:
         self._manager = ServiceManager()
 
     def write_record(self, device: str) -> None:
-        """Write the mount record; log a failure, because the mount works without a record.
+        """Write the mount record, with the present time as that of the mount; log a failure.
+
+        The mount works without a record.
 
         If the constructor could not open a directory for the record, nothing is written, and
         nothing is logged again.
@@ -86,6 +89,7 @@ class Announcement:
             record = MountRecord(
                 *(pid, process_start(pid) or 0, self._mountpoint, self._sources),
                 options=self._options,
+                mounted=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             )
             self._record.write(device, record)
         except QedError as error:

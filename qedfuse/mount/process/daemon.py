@@ -167,6 +167,9 @@ def _wait(child: int, reading: int) -> int:
     If the child was killed, or ended with 0 before it was ready, a message is printed.
     """
     if _read_report(reading):
+        # From here on a signal could only end this process with a status of failure, although the
+        # disk is mounted and stays.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         return 0
     # After waitpid another process may get the pid of the child.  Signals are blocked from here
     # on, so that no signal is forwarded to that other process.

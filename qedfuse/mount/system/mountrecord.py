@@ -34,7 +34,7 @@ from qedfuse.mount.system.recorddirectory import NO_RECORD
 _MAX_RECORD_BYTES: Final = 1 << 20
 """Maximum number of bytes that are read of a record; a longer record is not valid."""
 _MAX_PID: Final = 1 << 22
-_MAX_TICKS: Final = (1 << 64) - 1
+_MAX_TIME: Final = (1 << 64) - 1
 _MAX_EXIT_CODE: Final = 255
 
 
@@ -54,6 +54,8 @@ class MountRecord:
         exit_code: The exit code of the server; 0 if ``failure`` is None.
         options: All mount options, each as for ``-o``, with absolute paths; empty in a record of
             an earlier version of qedfuse.
+        mounted: When the mount was made, in nanoseconds since boot (CLOCK_BOOTTIME); 0 in a record
+            of an earlier version of qedfuse.
     """
 
     pid: int
@@ -63,6 +65,7 @@ class MountRecord:
     failure: str | None = None
     exit_code: int = 0
     options: tuple[str, ...] = ()
+    mounted: int = 0
 
 
 def process_start(pid: int) -> int | None:
@@ -139,7 +142,7 @@ def _parse(text: bytes) -> MountRecord:
         RecursionError: The text is nested too deeply.
     """
     data = json.loads(text)
-    # Earlier versions of qedfuse wrote no options.
+    # Earlier versions of qedfuse wrote no options and no time of the mount.
     lists = {"sources": data["sources"], "options": data.get("options", [])}
     record = MountRecord(**{**data, **{name: tuple(items) for name, items in lists.items()}})
     if not (
@@ -148,7 +151,8 @@ def _parse(text: bytes) -> MountRecord:
         and type(record.mountpoint) is str
         and type(record.failure) in (str, type(None))
         and _is_number(record.pid, 1, _MAX_PID)
-        and _is_number(record.started, 0, _MAX_TICKS)
+        and _is_number(record.started, 0, _MAX_TIME)
+        and _is_number(record.mounted, 0, _MAX_TIME)
         and _is_number(record.exit_code, 0, _MAX_EXIT_CODE)
     ):
         msg = "expected a mount record"

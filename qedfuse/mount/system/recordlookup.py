@@ -33,7 +33,7 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         user: The user who has mounted.
 
     Returns:
-        The record; if there are several, that of the server that started last.  None if there is
+        The record; if there are several, that of the mount that was made last.  None if there is
         no record in a directory to which only ``user`` can write.
 
     Raises:
@@ -56,8 +56,14 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     if failure is not None and not records:
         raise failure
     # The kernel reuses device numbers, so there may be records of earlier mounts with the same
-    # number.  Normally the server that started last has also mounted last.
-    return max(records, key=lambda found: found.record.started, default=None)
+    # number.  The time at which a server started does not decide: a server that waits for another
+    # machine before it mounts may have started long before a mount that is gone already.
+    return max(records, key=_mount_time, default=None)
+
+
+def _mount_time(found: FoundRecord) -> tuple[int, int]:
+    """Return what orders records by the times of their mounts, as far as these are recorded."""
+    return found.record.mounted, found.record.started
 
 
 def _records_in(directory: Path, device: str, user: int) -> Iterator[FoundRecord | HostError]:
