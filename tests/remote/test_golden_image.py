@@ -6,7 +6,6 @@ The store is OpenStack Swift.  nginx, in front of it, gives the same objects by 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -127,19 +126,6 @@ def read(path: Path, offset: int, length: int = 4096) -> bytes:
         os.close(fd)
 
 
-def as_qemu_reads(overlay: Path, golden: Golden, target: Path) -> bytes:
-    """Return the disk of an overlay over the image, both read by QEMU, the image by https."""
-    copy = target.with_suffix(".copy")
-    shutil.copy(overlay, copy)
-    base = {
-        "driver": "qed",
-        "file": {"driver": "https", "url": golden.https, "sslverify": False},
-    }
-    qemu.run("qemu-img", "rebase", "-u", "-F", "qed", "-b", "json:" + json.dumps(base), copy)
-    qemu.run("qemu-img", "convert", "-f", "qed", "-O", "raw", copy, target)
-    return target.read_bytes()
-
-
 @pytest.mark.skipif(not HAS_HTTPS, reason="QEMU without https (Debian: qemu-block-extra)")
 def test_two_users_have_machines_of_their_own(golden: Golden, tmp_path: Path) -> None:
     """Two users mount overlays over one object, each changes the file system in its own.
@@ -181,7 +167,8 @@ def test_two_users_have_machines_of_their_own(golden: Golden, tmp_path: Path) ->
     contents = {}
     for name, text in (("mine", "mine\n"), ("theirs", "theirs\n")):
         overlay, raw = tmp_path / f"{name}.qed", tmp_path / f"{name}.raw"
-        contents[name] = as_qemu_reads(overlay, golden, raw)
+        contents[name] = qemu.content_over_url(overlay, golden.https)
+        raw.write_bytes(contents[name])
         assert run("debugfs", "-R", "cat release", raw) == text
         run("e2fsck", "-fn", raw)
         qedimg("check", overlay)
