@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import BackingError, ForeignError
-from qedfuse.foreign.links import Links, read_links, refuse_descriptor
+from qedfuse.foreign.links import Links, read_links
 from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, landlock_version
+from qedfuse.foreign.vmdk import refuse_hidden_descriptor
 from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.text import printable
 
@@ -110,7 +111,7 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
     for name in links.extents:
         extent = _open(graph, name, file, limits)
         graph.files.append(extent)
-        refuse_descriptor(_signature(extent), extent.name)
+        refuse_hidden_descriptor(_signature(extent), extent.name)
     if links.data_file:
         data = _open(graph, links.data_file, file, limits)
         graph.files.append(data)

@@ -3,18 +3,18 @@
 QEMU gets the backing files and data files as open descriptors, and looks up no name of these files.
 So even if QEMU read a header differently from this module, QEMU would read only files that the
 policy for backing files allows.  Only the extents of a VMDK image are opened by QEMU under their
-names, within the sandbox.
+names, within the sandbox; `qedfuse.foreign.vmdk` reads these names.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError
+from qedfuse.foreign.vmdk import DESCRIPTOR_START, read_descriptor, read_embedded_parent
 from qedfuse.ondisk.constants import HEADER_BYTES
 from qedfuse.ondisk.header import parse_header
 from qedfuse.text import printable
@@ -37,17 +37,6 @@ _MAX_EXTENSIONS: Final = 32
 
 _MAX_NAME_BYTES: Final = 1023
 """Maximum length of the name of a backing file, as in QEMU."""
-
-_VMDK_SECTOR_BYTES: Final = 512
-_VMDK_DESCRIPTOR_BYTES: Final = 20 * _VMDK_SECTOR_BYTES
-"""Maximum length of a descriptor inside an image; the descriptor begins at the second sector."""
-_VMDK_TEXT_BYTES: Final = 1 << 20
-"""Maximum length of a descriptor in a file of its own."""
-_VMDK_EXTENT: Final = re.compile(
-    rb'^\s*(?:RW|RDONLY|NOACCESS)\s+[0-9]+\s+([A-Z0-9]+)(?:\s+"([^"\n\r]*)")?', re.MULTILINE
-)
-_VMDK_ZERO_EXTENT: Final = b"ZERO"
-_VMDK_PARENT: Final = b'parentFileNameHint="'
 
 _VHD_TYPE_AT: Final = 60
 _VHD_DIFFERENCING: Final = 4
@@ -173,35 +162,10 @@ def _qcow_backing(fd: int, start: bytes, name: str) -> bytes:
 def _vmdk(fd: int, name: str) -> Links:
     """Return the parent and the extents of a VMDK image."""
     start = _start(fd, 64, name)
-    if start.startswith(b"# "):
-        text = os.pread(fd, _VMDK_TEXT_BYTES, 0)
-        extents = {
-            file: None for kind, file in _VMDK_EXTENT.findall(text) if kind != _VMDK_ZERO_EXTENT
-        }
-        return Links(_vmdk_parent(text), "vmdk", extents=tuple(extents))
-    refuse_descriptor(start, name)
-    return Links(_vmdk_parent(os.pread(fd, _VMDK_DESCRIPTOR_BYTES, _VMDK_SECTOR_BYTES)), "vmdk")
-
-
-def refuse_descriptor(start: bytes, name: str) -> None:
-    """Refuse a VMDK extent of capacity 0, which QEMU would read as a list of further extents.
-
-    Args:
-        start: The first bytes of the file.
-        name: Name of the file in messages.
-
-    Raises:
-        ForeignError: The file is such an extent.
-    """
-    if start.startswith(b"KDMV") and not any(start[12:20]):
-        msg = f"{name}: header field capacity: found 0, expected the size of the disk"
-        raise ForeignError(msg)
-
-
-def _vmdk_parent(text: bytes) -> bytes:
-    """Return the name of the parent in a descriptor, as QEMU finds it; empty if there is none."""
-    _, found, rest = text.partition(_VMDK_PARENT)
-    return rest.partition(b'"')[0][:_MAX_NAME_BYTES] if found else b""
+    if start.startswith(DESCRIPTOR_START):
+        descriptor = read_descriptor(fd, name)
+        return Links(descriptor.parent, "vmdk", extents=descriptor.extents)
+    return Links(read_embedded_parent(fd, start, name), "vmdk")
 
 
 def _vpc(fd: int, name: str) -> Links:

@@ -162,11 +162,75 @@ RW %d FLAT "%s" 0
 def test_vmdk_extent_elsewhere(images: Path, secret: Path) -> None:
     """A list of extents that names one elsewhere, or of another driver, is refused."""
     path = images / "evil.vmdk"
-    for name in (str(secret), "../elsewhere/secret.raw", f'json:{{"filename":"{secret}"}}'):
+    for name in (str(secret), "../elsewhere/secret.raw", f"json:{{'filename':'{secret}'}}"):
         path.write_text(DESCRIPTOR % ("ffffffff", "", len(SECRET) // 512, name), "utf-8")
         refused(path, 17)
     path.write_text(DESCRIPTOR % ("ffffffff", "", 8, "nbd:unix:/run/x"), "utf-8")
     assert "found a protocol" in refused(path, 17)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'RW +2 FLAT "%s" 0',
+        'RW 2FLAT "%s" 0',
+        'RW 0x2 FLAT "%s" 0',
+        'RW 2 FLAT"%s" 0',
+        'RW 2 FLAT "%s" +0',
+        'RW 2 FLAT "%s"',
+        'RW 2 FLAT "%s" 0 more',
+        'RW\n2 FLAT "%s" 0',
+        'RW 2 ZERO\n"%s" 0',
+        '\vRW 2 FLAT "%s" 0',
+        '\rRW 2 FLAT "%s" 0',
+        'RW\f2 FLAT "%s" 0',
+        'RDONLY 2 FLAT "%s" 0',
+        'NOACCESS 2 FLAT "%s" 0',
+        "RW 2 ZERO",
+        'RW 2 flat "%s" 0',
+        'version=1\0\nRW 2 FLAT "%s" 0',
+        '# comment\vRW\nRW 2 FLAT "%s" 0',
+        '"%s"',
+        "2 FLAT",
+    ],
+)
+def test_vmdk_line_of_another_form(images: Path, secret: Path, line: str) -> None:
+    """A descriptor with a line that QEMU could read differently is refused, and names the line."""
+    path = images / "evil.vmdk"
+    (images / "good.raw").write_bytes(bytes(4096))
+    text = DESCRIPTOR % ("ffffffff", "", 8, "good.raw")
+    path.write_text(text + line.replace("%s", str(secret)) + "\n", "utf-8")
+    assert "of the descriptor: found '" in refused(path, 25)
+
+
+def test_vmdk_without_extents(images: Path) -> None:
+    """A descriptor without extents is refused."""
+    path = images / "empty.vmdk"
+    path.write_text(DESCRIPTOR.partition("RW")[0] % ("ffffffff", ""), "utf-8")
+    assert "without extents" in refused(path, 25)
+
+
+def test_vmdk_stated_over_other_bytes(images: Path, secret: Path) -> None:
+    """A backing file that is stated to be VMDK, and begins with no VMDK header, is refused."""
+    text = (DESCRIPTOR % ("ffffffff", "", 8, secret)).partition("\n")[2]
+    (images / "base").write_text(text.replace("version=1", 'createType="monolithicFlat"'), "utf-8")
+    path = images / "evil.qcow2"
+    write_qcow2(path, backing=b"base")
+    start = path.read_bytes()
+    path.write_bytes(put_extension(start, 0xE2792ACA, b"vmdk"))
+    assert "found 'crea' at the start of a VMDK image" in refused(path, 25)
+
+
+def test_vmdk_parent_without_name(images: Path) -> None:
+    """An image that has a parent by its identifier, but not by its name, is refused."""
+    base = qemu.create(images / "base.vmdk", 1 << 20, image_format="vmdk")
+    path = qemu.create(
+        images / "top.vmdk", image_format="vmdk", backing=base, backing_format="vmdk"
+    )
+    found = path.read_bytes()
+    assert found.count(b'parentFileNameHint="') == 1
+    path.write_bytes(found.replace(b'parentFileNameHint="', b'parentFileNameHint ="'))
+    assert "and no parentFileNameHint=" in refused(path, 25)
 
 
 @needs_landlock
@@ -216,6 +280,9 @@ def test_without_landlock(images: Path, monkeypatch: pytest.MonkeyPatch) -> None
     write_qcow2(path, backing=b"base.raw")
     with pytest.raises(Exception, match="no Landlock"):
         open_graph(path)
+    (images / "list.vmdk").write_text(DESCRIPTOR % ("ffffffff", "", 8, "base.raw"), "utf-8")
+    with pytest.raises(Exception, match=r"base\.raw.*no Landlock"):
+        open_graph(images / "list.vmdk", driver="vmdk")
     graph_of = open_graph(path, any_file=True)
     assert len(graph_of.files) == 2
     graph_of.close()
@@ -337,11 +404,11 @@ def put_extension(image: bytes, kind: int, value: bytes) -> bytes:
     return header + image[len(header) :]
 
 
-def open_graph(path: Path, *, any_file: bool = False) -> graph.Graph:
+def open_graph(path: Path, *, driver: str = "qcow2", any_file: bool = False) -> graph.Graph:
     """Open the files of an image; names are relative to its directory."""
 
     def opened(name: bytes, image: PosixFile) -> PosixFile:
         return PosixFile.open(str(Path(image.path).parent / os.fsdecode(name)))
 
     limits: Limits = graph.Limits(opened, any_file=any_file)
-    return graph.open_graph(PosixFile.open(str(path)), "qcow2", limits)
+    return graph.open_graph(PosixFile.open(str(path)), driver, limits)
