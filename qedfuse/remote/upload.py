@@ -31,9 +31,9 @@ _MAX_PARTS_EVERYWHERE: Final = 1_000
 """Number of parts that all stores accept, such as Swift; most stores accept `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _MAX_PARALLEL_PARTS: Final = 4
-_MAX_PART_SECONDS: Final = 120.0
-"""Maximum time for one part.  Four concurrent parts need at least 280 KiB/s if each has 8 MiB, and
-2.2 MiB/s if each has 64 MiB."""
+_MAX_PART_SECONDS: Final = 600.0
+"""Maximum time for one part.  Four concurrent parts need at least 56 KiB/s if each has 8 MiB, and
+440 KiB/s if each has 64 MiB."""
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
 _MAX_RETRIES: Final = 4
