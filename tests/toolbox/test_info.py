@@ -224,7 +224,7 @@ def test_resolution_of_a_backing_name(
 
 def test_schemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A name that QEMU would take for a protocol is reported and not treated as a file."""
-    names = {b"json:{}": "json", b"nbd://host/x": "nbd", b":x": "", b"a/b:c": None, b"./b:c": None}
+    names = {b"json:{}": "json", b"ssh://host/x": "ssh", b":x": "", b"a/b:c": None, b"./b:c": None}
     for name, scheme in names.items():
         path = tmp_path / "top.qed"
         path.write_bytes(build_image(MIB, backing=name))
