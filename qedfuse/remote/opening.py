@@ -32,13 +32,22 @@ configuration, and no outage.
 """
 
 
-def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
+def open_remote(
+    address: Address, options: RemoteOptions, wanted: tuple[int, str] | None = None
+) -> RemoteFile:
     """Open the object at an address as a file; the caller closes the file.
 
     The call blocks until the server answers.  If the server cannot be reached, fails or refuses the
     credentials, and the cache has an entry with all that readers need (see `offline_entries`),
     that entry is used, which is logged.  If there is such an entry, attempts are repeated only for
     the time limit of a connection.
+
+    Args:
+        address: The address.
+        options: How to read the object, and where the cache is.
+        wanted: Size and validator of the version that the caller needs.  The cache's entry for this
+            version is used also if the server has another version, and no entry for another version
+            is used.  None if the caller needs no particular version.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
@@ -48,7 +57,7 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
     """
     client = make_client(address, client_options(options))
     directory = _open_directory(options)
-    version, cache = _offline_entry(directory, address, client)
+    version, cache = _offline_entry(directory, address, client, wanted)
     deadlines = options.deadlines
     if cache is not None:
         seconds = min(deadlines.connect_seconds, deadlines.total_seconds)
@@ -63,10 +72,18 @@ def open_remote(address: Address, options: RemoteOptions) -> RemoteFile:
         _log.warning("%s; reading it from the cache", error)
         mark_used(cache)
     else:
-        if cache is not None:
-            cache.close()
-        version = source.version
-        cache = _open_cache(directory, address, version, client)
+        found = source.version
+        if wanted and version and cache and not version.is_same(found):
+            _log.warning(
+                "%s: found %s, expected %s; reading that one from the cache",
+                *(address.shown, _shown(found), _shown(version)),
+            )
+            mark_used(cache)
+        else:
+            if cache is not None:
+                cache.close()
+            version = found
+            cache = _open_cache(directory, address, version, client)
     source = RemoteObject(address, client, version, options.deadlines)
     local = None
     if cache is not None:
@@ -134,13 +151,26 @@ def _open_cache(
 
 
 def _offline_entry(
-    directory: CacheDirectory | None, address: Address, client: Client
+    directory: CacheDirectory | None,
+    address: Address,
+    client: Client,
+    wanted: tuple[int, str] | None,
 ) -> tuple[Version | None, UnitFile | None]:
-    """Return the most recently used entry of an object that can be used without a server.
+    """Return the entry of an object that can be used without a server.
 
-    Returns the version and the open entry, which the caller closes; None for both if there is none.
+    It is the entry for the version ``wanted``, or the most recently used one if that is None.
+
+    Returns:
+        The version and the open entry, which the caller closes; None for both if there is none.
     """
     if directory is not None:
         for version, entry in directory.offline_entries(address, client.store_id):
-            return version, entry
+            if wanted is None or wanted == (version.size, version.validator):
+                return version, entry
+            entry.close()
     return None, None
+
+
+def _shown(version: Version) -> str:
+    """Return a version for messages."""
+    return f"size {version.size} and {printable(version.validator) or 'no validator'}"

@@ -55,9 +55,13 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 @pytest.fixture(autouse=True)
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the path of the overlay; the cache of the test has a directory and room of its own."""
+    """Give the path of the overlay.
+
+    The cache of the test has a directory and room of its own, and is never used without a server.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(CacheDirectory, "evict", lambda *_: 1 << 30)
+    monkeypatch.setattr(CacheDirectory, "offline_entries", lambda *_: iter(()))
     (tmp_path / "images").mkdir()
     return tmp_path / "images" / "vm.qed"
 
@@ -101,7 +105,10 @@ def is_refused(path: Path, server: WebServer, base: str | None = None) -> bool:
     size = len(server.content)
     assert line == again
     assert line.startswith(f"{path}: backing file {base or server.url}: found size {size} ")
-    assert line.endswith(" as when the image was made over it (base_changed accepts it)")
+    assert line.endswith(
+        " as when the image was made over it (base_changed accepts it; the cache lacks a part "
+        "of the expected one)"
+    )
     return True
 
 

@@ -16,7 +16,7 @@ from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
 from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
-from qedfuse.disk.lookup.rememberedbase import verify_bases
+from qedfuse.disk.lookup.rememberedbase import remembered_version, verify_bases
 from qedfuse.errors import (
     BackingError,
     BackingRefusedError,
@@ -33,14 +33,13 @@ from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import BackingPolicy, OpenOptions
     from qedfuse.hostio.hostfile import FileIdentity, HostFile
     from qedfuse.ondisk.header import Header
-    from qedfuse.remote.options import RemoteOptions
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
@@ -107,9 +106,9 @@ async def open_bases(
             if name is None:
                 name = await read_backing_name(file, header)
             path = backing_path(path, name, options.backing.working_directory)
-            base = await open_base(path, file, options, trusted)
             if len(stored_names) == len(layers):
                 stored_names.append((file, name))
+            base = await open_base(path, file, options, trusted, stored_names)
             is_trusted = trusted is not None
             trusted = name = None
             _record_base(base, file.name, seen)
@@ -190,12 +189,22 @@ def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
 
 
 async def open_base(
-    path: str, image: HostFile, options: OpenOptions, trusted: str | None
+    path: str,
+    image: HostFile,
+    options: OpenOptions,
+    trusted: str | None,
+    images: Sequence[tuple[HostFile, str]] = (),
 ) -> HostFile:
     """Open one backing file of ``image``, if the policy allows it.
 
-    ``trusted`` is a path or URL that is allowed wherever it is, unless the mode is ``none``; None
-    for no such path.
+    Args:
+        path: The path or URL of the backing file.
+        image: The image that names it.
+        options: The policy, and how to read a URL.
+        trusted: A path or URL that is allowed wherever it is, unless the mode is ``none``; None for
+            no such path.
+        images: The images above the backing file; see `verify_bases`.  The version of a URL that
+            they remember is read from the cache if the server has another one.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
@@ -207,7 +216,7 @@ async def open_base(
         msg = f"{image.name}: backing file {shown_name(path)}: refused by backing=none"
         raise BackingRefusedError(msg)
     if is_url(path):
-        return await _open_url_base(path, image, options.remote, trusted)
+        return await _open_url_base(path, image, options, trusted, images)
     if is_url(image.path):
         msg = (
             f"{image.name}: backing file {printable(path)}: refused: found a local file, expected "
@@ -218,20 +227,29 @@ async def open_base(
 
 
 async def _open_url_base(
-    url: str, image: HostFile, remote: RemoteOptions, trusted: str | None
+    url: str,
+    image: HostFile,
+    options: OpenOptions,
+    trusted: str | None,
+    images: Sequence[tuple[HostFile, str]],
 ) -> HostFile:
     """Open a backing file that is a URL, if the user allows it; see `open_base`."""
     try:
         address = parse_address(url)
         is_trusted = trusted is not None and is_url(trusted) and parse_address(trusted) == address
-        if not is_trusted and not any(is_below(address, prefix) for prefix in remote.allowed):
+        if not is_trusted and not any(
+            is_below(address, prefix) for prefix in options.remote.allowed
+        ):
             msg = (
                 f"{image.name}: backing file {address.shown}: refused: found a URL, expected a "
                 f"local file (allow it with backing_url={address.server})"
             )
             raise BackingRefusedError(msg)
+        wanted = None
+        if not options.backing.base_changed:
+            wanted = remembered_version(images, address.url)
         with _prefixing_errors(image):
-            return await open_url(url, remote)
+            return await open_url(url, options.remote, wanted)
     except UsageError as error:
         msg = f"{image.name}: backing file {error}"
         raise BackingError(msg) from error

@@ -53,8 +53,16 @@ async def open_image(
         remote_file.close()
 
 
-async def open_url(url: str, remote: RemoteOptions) -> HostFile:
+async def open_url(
+    url: str, remote: RemoteOptions, wanted: tuple[int, str] | None = None
+) -> HostFile:
     """Open a URL; the caller closes the file.
+
+    Args:
+        url: The URL.
+        remote: How to read it.
+        wanted: Size and validator of the version that is read from the cache if the server has
+            another one (`open_remote`); None for the version that the server has.
 
     Raises:
         UsageError: The URL is not valid.
@@ -72,7 +80,7 @@ async def open_url(url: str, remote: RemoteOptions) -> HostFile:
     else:
         from qedfuse.remote.opening import open_remote  # noqa: PLC0415  late, see above
 
-        call = partial(open_remote, address, remote)
+        call = partial(open_remote, address, remote, wanted)
     try:
         # A task that is cancelled does not wait for the server.
         return await trio.to_thread.run_sync(handover.keep_result, call, abandon_on_cancel=True)

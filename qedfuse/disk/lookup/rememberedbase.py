@@ -37,6 +37,7 @@ from qedfuse.hostio.baserecord import (
     set_attribute,
     write_file,
 )
+from qedfuse.remote.address import is_nbd_url
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -65,6 +66,24 @@ def verify_bases(
     for depth, (image, name) in reversed(list(enumerate(images))):
         if name:
             verify_base(image, name, bases[depth:], accept=accept)
+
+
+def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
+    """Return the version of a base on a server that the images above it remember; None for none.
+
+    If they remember different ones, it is the version that the first of them remembers.
+
+    Args:
+        images: See `verify_bases`.
+        url: The normalised URL of the base.
+    """
+    checksum = url_checksum(url)
+    for image, name in images:
+        if name and image.fileno() >= 0:
+            versions = _read(image, name, is_vital=False)
+            if versions is not None and checksum in versions.remote:
+                return versions.remote[checksum]
+    return None
 
 
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
@@ -108,9 +127,10 @@ def _compare(
         url = url_checksum(base.path)
         expected, found = old.remote.get(url), new.remote.get(url)
         if expected is not None and found is not None and expected.differs_from(found):
+            lacks = "" if is_nbd_url(base.path) else "; the cache lacks a part of the expected one"
             msg = (
                 f"{image.name}: backing file {base.name}: found {found}, expected {expected} as "
-                "when the image was made over it (base_changed accepts it)"
+                f"when the image was made over it (base_changed accepts it{lacks})"
             )
             raise BackingError(msg)
     if old.local is not None and new.local is not None:
