@@ -140,11 +140,15 @@ class ForeignFile(ReadOnlyFile):
         if self._is_closed:
             return
         self._is_closed = True
-        self._direct.close()
-        self._disk.close()
+        self.disconnect()
         self._server.close()
         self._graph.close()
         self.image.close()
+
+    def disconnect(self) -> None:
+        """Close the connections to qemu-nbd, and nothing else."""
+        self._direct.close()
+        self._disk.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -40,7 +40,9 @@ class ForeignOpening:
         self._image = image
         self._driver = driver
         self._lock = threading.Lock()
+        """Held to decide who closes: `abandon`, or the caller of `finish`."""
         self._is_abandoned = False
+        self._file: ForeignFile | None = None
         try:
             self._graph = open_graph(image, driver, limits)
             try:
@@ -55,11 +57,11 @@ class ForeignOpening:
     def finish(self) -> ForeignFile:
         """Wait until qemu-nbd serves the image; return its disk, which the caller closes.
 
-        The call blocks; another thread may call `abandon` during the call.  Then the file is
-        closed, or the call fails.
+        The call blocks; another thread may call `abandon` during the call, which then fails.
 
         Raises:
-            ForeignError: qemu-nbd refuses the image, has ended, or does not answer.
+            ForeignError: qemu-nbd refuses the image, has ended, or does not answer; or the opening
+                was abandoned.
             ImageInUseError: Another program holds a lock that excludes reading.
             HostError: The host refused.
         """
@@ -68,15 +70,22 @@ class ForeignOpening:
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
         file = ForeignFile(self._image, self._driver, disk, self._server, self._graph)
         with self._lock:
-            is_abandoned = self._is_abandoned
-        if is_abandoned:
-            file.close()
-        return file
+            if not self._is_abandoned:
+                self._file = file
+                return file
+        file.disconnect()  # all else is closed by `abandon`
+        msg = f"{self._image.name}: the opening was abandoned"
+        raise ForeignError(msg)
 
     def abandon(self) -> None:
         """End qemu-nbd and close all files, also while `finish` runs in another thread."""
         with self._lock:
             self._is_abandoned = True
+            file = self._file
+        self._server.kill()
+        if file is not None:
+            file.close()
+            return
         self._server.close()
         self._graph.close()
         self._image.close()

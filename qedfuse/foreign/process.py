@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import tempfile
+import threading
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError, ImageInUseError
@@ -87,6 +87,11 @@ class QemuNbd:
             HostError: The host refused.
         """
         self.name = name
+        self._closing = threading.Lock()
+        """Held during `close`."""
+        self._lock = threading.Lock()
+        """Held while a descriptor is used or closed, never while a thread waits."""
+        self._is_closed = False
         self._names = [file.name for file in graph.files]
         program = find_program(name)
         options = "json:" + json.dumps(graph.options)
@@ -108,7 +113,6 @@ class QemuNbd:
             except OSError as error:
                 raise HostError.from_os(error, name, f"cannot run {_PROGRAM}") from error
             self._cleanup = stack.pop_all()
-        self._is_closed = False
 
     def connect(self) -> socket.socket:
         """Return a new connection, which the program accepts later.
@@ -118,12 +122,19 @@ class QemuNbd:
         Raises:
             OSError: The program has ended, or the host refused.
         """
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with self._lock:
+            if self._is_closed:
+                raise ConnectionRefusedError
+            address = os.dup(self._address)
         try:
-            client.connect(f"/proc/self/fd/{self._address}")
-        except BaseException:
-            client.close()
-            raise
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                client.connect(f"/proc/self/fd/{address}")
+            except BaseException:
+                client.close()
+                raise
+        finally:
+            os.close(address)
         return client
 
     def connect_negotiated(self) -> socket.socket:
@@ -163,29 +174,39 @@ class QemuNbd:
 
     def has_ended(self) -> bool:
         """Return whether the program has ended."""
-        return self._is_closed or self._wait(0)
+        return self._is_closed or self._process.poll() is not None
 
     def end_reason(self) -> str:
         """Return why the program has ended, as one printable line."""
-        if self._is_closed:
-            return "closed"
+        with self._lock:
+            if self._is_closed:
+                return "closed"
+            messages = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0)
         status = self._process.poll()
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(-status).name}"
-        lines = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0).decode(errors="replace").split("\n")
+        lines = messages.decode(errors="replace").split("\n")
         errors = [line for line in lines if line.strip() and "warning:" not in line]
         if status and errors:
             return self._as_readable_line(errors[0].strip())
         return f"ended with status {status}"
 
+    def kill(self) -> None:
+        """Kill the program, so that no thread waits for it any longer; the call does not block."""
+        self._send(signal.SIGKILL)
+
     def close(self) -> None:
         """Disconnect, and end the program if it does not end by itself; a second call does nothing.
 
-        The call returns after at most the sum of `_END_SECONDS`.
+        The call returns after at most the sum of `_END_SECONDS`; a second call waits for the first.
         """
-        if self._is_closed:
-            return
+        with self._closing:
+            if not self._is_closed:
+                self._end()
+
+    def _end(self) -> None:
+        """Disconnect, end the program, and close all descriptors."""
         with contextlib.suppress(OSError):
             self._client.settimeout(0)
             request = struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _COMMAND_DISCONNECT, 0, 0, 0)
@@ -197,12 +218,17 @@ class QemuNbd:
         ):
             if self._wait(seconds) or next_signal is None:
                 break
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, next_signal)
-        self._is_closed = True
-        os.close(self._pidfd)
-        self._process.poll()
-        self._cleanup.close()
+            self._send(next_signal)
+        with self._lock:
+            self._is_closed = True
+            os.close(self._pidfd)
+            self._cleanup.close()
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal to the program if it has not ended."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if not self._is_closed:
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _as_readable_line(self, line: str) -> str:
         """Return a message of the program as printable text, with names instead of descriptors."""
@@ -223,11 +249,10 @@ class QemuNbd:
 
     def _wait(self, seconds: float) -> bool:
         """Wait for the end of the program; return whether it has ended."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        if not poll.poll(seconds * 1000):
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
             return False
-        self._process.poll()
         return True
 
 

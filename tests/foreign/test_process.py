@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -21,7 +24,9 @@ from qedfuse.disk.lookup.foreignopening import open_foreign
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import ForeignError, ImageInUseError
-from qedfuse.foreign import process, sandbox
+from qedfuse.foreign import opening, process, sandbox
+from qedfuse.foreign.foreignfile import ForeignFile
+from qedfuse.foreign.graph import Limits, open_graph
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 from tests.support.fakecommand import qedimg
@@ -197,6 +202,76 @@ async def test_cancelled_opening(image: Path, monkeypatch: pytest.MonkeyPatch) -
         await open_foreign(PosixFile.open(str(image)), "qcow2", OpenOptions())
     assert scope.cancelled_caught
     assert time.monotonic() - begin < process.READY_SECONDS - 5
+
+
+def test_abandoned_at_the_end(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An opening that is abandoned when the disk is just made closes each descriptor once."""
+    made, abandoned = threading.Event(), threading.Event()
+
+    def make(*arguments: Any) -> ForeignFile:  # noqa: ANN401  as for the class
+        file = ForeignFile(*arguments)
+        made.set()
+        assert abandoned.wait(20)
+        return file
+
+    monkeypatch.setattr(opening, "ForeignFile", make)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
+    opened = opening.ForeignOpening(
+        PosixFile.open(str(image)), "qcow2", Limits(lambda _name, file: file)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(opened.finish)
+        assert made.wait(20)
+        opened.abandon()
+        abandoned.set()
+        with pytest.raises(ForeignError, match="abandoned"):
+            finished.result(20)
+    assert servers(image.parent) == []
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
+
+
+def test_abandoned_after_the_end(image: Path) -> None:
+    """An opening whose disk nobody has taken is abandoned as a whole, and can be so twice."""
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
+    opened = opening.ForeignOpening(
+        PosixFile.open(str(image)), "qcow2", Limits(lambda _name, file: file)
+    )
+    opened.finish()
+    opened.abandon()
+    opened.abandon()
+    assert servers(image.parent) == []
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
+
+
+def test_closed_by_two_threads(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads that close the program, one closes its descriptors, and the other waits."""
+    entered, released = threading.Event(), threading.Event()
+    wait = process.QemuNbd._wait
+    waits: list[float] = []
+
+    def slow(server: process.QemuNbd, seconds: float) -> bool:
+        waits.append(seconds)
+        if len(waits) == 1:
+            entered.set()
+            assert released.wait(20)
+        return wait(server, seconds)
+
+    file = PosixFile.open(str(image))
+    server = process.QemuNbd(open_graph(file, "qcow2", Limits(lambda _name, it: it)), "x")
+    server.wait_ready()
+    monkeypatch.setattr(process.QemuNbd, "_wait", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.close)
+        assert entered.wait(20)
+        second = pool.submit(server.close)
+        # Without the lock the second ends now, and the first fails by closed descriptors.
+        wait_for([second], 0.3)
+        released.set()
+        first.result(20)
+        second.result(20)
+    file.close()
+    assert len(waits) == 1
+    assert server.has_ended()
 
 
 async def test_many_readers(tmp_path: Path) -> None:
