@@ -6,13 +6,15 @@ loop device sends one more.  These reads must not each wait for the whole time l
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from typing import Final
 
 _RECENT_SECONDS: Final = 1.0
 """For how many seconds a failure is remembered."""
+_MAX_REPEATED_SECONDS: Final = 3.0
+"""For how many seconds a unit is remembered if it fails again and again.  After that, a reader
+waits for the whole time limit; otherwise readers that never pause would get only early errors."""
 
 
 class RecentFailures:
@@ -24,19 +26,19 @@ class RecentFailures:
     def __init__(self) -> None:
         """Begin without failures."""
         self._lock = threading.Lock()
-        self._times: dict[
-            int, float
-        ] = {}  # time of the last failure of each unit, the oldest first
+        # The times of the first and the last of the recent failures of each unit, the unit that
+        # failed last at the end.
+        self._times: dict[int, tuple[float, float]] = {}
 
     def record(self, first: int, last: int) -> None:
         """Record that the units ``first`` to ``last`` could not be fetched; drop old failures."""
         now = time.monotonic()
         with self._lock:
             for unit in range(first, last + 1):
-                self._times.pop(unit, None)
-                self._times[unit] = now
+                begin, latest = self._times.pop(unit, (now, now))
+                self._times[unit] = (begin if now - latest <= _RECENT_SECONDS else now, now)
             while (oldest := next(iter(self._times))) not in range(first, last + 1):
-                if now - self._times[oldest] <= _RECENT_SECONDS:
+                if now - self._times[oldest][1] <= _RECENT_SECONDS:
                     break
                 del self._times[oldest]
 
@@ -45,5 +47,9 @@ class RecentFailures:
         with self._lock:
             if not self._times:
                 return False
-            begin = time.monotonic() - _RECENT_SECONDS
-            return any(self._times.get(unit, -math.inf) >= begin for unit in range(first, last + 1))
+            now = time.monotonic()
+            found = [self._times[unit] for unit in range(first, last + 1) if unit in self._times]
+            return any(
+                now - latest <= _RECENT_SECONDS and now - begin <= _MAX_REPEATED_SECONDS
+                for begin, latest in found
+            )

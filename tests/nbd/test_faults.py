@@ -116,6 +116,7 @@ def test_a_failed_read_that_is_repeated_waits_once(
     A read of another place is not affected.
     """
     monkeypatch.setattr(recentfailures, "_RECENT_SECONDS", 600.0)
+    monkeypatch.setattr(recentfailures, "_MAX_REPEATED_SECONDS", 600.0)
     server.choose_reply = lambda _number: "stall"
     with opened(
         server, Deadlines(connect_seconds=20, attempt_seconds=0.4, total_seconds=2)

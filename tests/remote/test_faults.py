@@ -119,6 +119,7 @@ def test_a_failed_read_that_is_repeated_waits_once(
     It is right as soon as the server answers.
     """
     monkeypatch.setattr(recentfailures, "_RECENT_SECONDS", 600.0)
+    monkeypatch.setattr(recentfailures, "_MAX_REPEATED_SECONDS", 600.0)
     deadlines = Deadlines(connect_seconds=1.0, attempt_seconds=0.5, total_seconds=4.0)
     with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=deadlines) as file:
         server.always = fault

@@ -386,6 +386,22 @@ def test_after_a_failure_the_next_request_is_brief(
         assert brief_requests(20, fails=False) == 0
 
 
+def test_readers_without_a_pause_wait_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that fails again and again counts for three seconds, and then no longer."""
+    clock = _Clock()
+    monkeypatch.setattr(recentfailures, "time", clock)
+    failures = RecentFailures()
+    recent = []
+    for _ in range(12):
+        recent.append(failures.has_any(5, 5))
+        failures.record(5, 5)
+        clock.now += 0.5
+    assert recent == [False, *[True] * 6, *[False] * 5]
+    clock.now += 2
+    failures.record(5, 5)
+    assert failures.has_any(5, 5)
+
+
 def test_failures_of_long_ago_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the failures of the last second are kept, in the order of time."""
     clock = _Clock()
