@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import ssl
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from qedfuse.nbd.connection import Connection
 from qedfuse.nbd.failures import BrokenError
 from qedfuse.nbd.handshake import Receive, Send, handshake
-from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_cancelled
+from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
 from qedfuse.nbd.wire import PlainWire, TlsWire
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ class Tls:
 
 
 def make_connection(
-    connect: Callable[[], socket.socket], name: str, tls: Tls | None, attempt_seconds: float
+    connect: Callable[[], socket.socket],
+    name: str,
+    tls: Tls | None,
+    attempt_seconds: float,
+    closed: threading.Event,
 ) -> Connection:
     """Connect to an export; the call blocks.
 
@@ -44,16 +49,19 @@ def make_connection(
         tls: How to use TLS; None to use none.
         attempt_seconds: Maximum time of the handshake, and after the handshake the maximum time for
             which a server sends nothing although a reply is expected.
+        closed: Event that ends the call when it is set.
 
     Raises:
-        BrokenError: The server cannot be reached, or does not keep to the protocol.
+        BrokenError: The server cannot be reached, or does not keep to the protocol; or ``closed``
+            was set.
         RefusedError: The server does not serve the export in a way that can be used.
+        trio.Cancelled: This is a thread of trio, and its task was cancelled.
     """
     end = time.monotonic() + attempt_seconds
     try:
-        sock = connect()
+        sock = _Connecting(connect).wait(closed)
         try:
-            wire, export = _shake_hands(PlainWire(sock), name, tls, end)
+            wire, export = _shake_hands(PlainWire(sock), name, tls, _Patience(end, closed))
         except BaseException:
             sock.close()
             raise
@@ -71,7 +79,95 @@ def make_connection(
     return Connection(wire, export, attempt_seconds)
 
 
-def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wire, Export]:
+class _Connecting:
+    """A call of a function that connects, in a thread of its own, which can be given up."""
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        """Call ``connect``.
+
+        Raises:
+            OSError: No thread can be started.
+        """
+        self._connect = connect
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._sock: socket.socket | None = None
+        self._failure: BaseException | None = None
+        self._is_given_up = False
+        try:
+            threading.Thread(target=self._run, name="qedfuse connect", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            msg = "found no thread to connect, expected one"
+            raise OSError(msg) from error
+
+    def wait(self, closed: threading.Event) -> socket.socket:
+        """Return the socket, or raise the exception of the function.
+
+        Raises:
+            BrokenError: ``closed`` was set.  A socket that comes later is closed.
+            trio.Cancelled: This is a thread of trio, and its task was cancelled.
+        """
+        try:
+            while not self._ended.wait(CANCEL_POLL_SECONDS):
+                check_wanted(closed)
+        except BaseException:
+            with self._lock:
+                self._is_given_up = True
+                sock = self._sock
+            if sock is not None:
+                sock.close()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        assert self._sock is not None  # noqa: S101  the function has returned it
+        return self._sock
+
+    def _run(self) -> None:
+        try:
+            sock = self._connect()
+        except BaseException as error:  # noqa: BLE001  raised by `wait`
+            self._failure = error
+        else:
+            with self._lock:
+                self._sock = sock
+                is_given_up = self._is_given_up
+            if is_given_up:
+                sock.close()
+        self._ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """How long a handshake waits.
+
+    Attributes:
+        end: The time (`time.monotonic`) at which waiting ends.
+        closed: Event that ends waiting when it is set.
+    """
+
+    end: float
+    closed: threading.Event
+
+    def wait(self, wire: Wire) -> None:
+        """Wait until bytes can be received.
+
+        Raises:
+            BrokenError: No byte has come in time, or `closed` was set.
+            trio.Cancelled: This is a thread of trio, and its task was cancelled.
+        """
+        poll = select.poll()
+        poll.register(wire.socket, select.POLLIN)
+        while (seconds := self.end - time.monotonic()) > 0:
+            if poll.poll(1 + 1000 * min(seconds, CANCEL_POLL_SECONDS)):
+                return
+            check_wanted(self.closed)
+        msg = "found no answer in time during the handshake"
+        raise BrokenError(msg)
+
+
+def _shake_hands(
+    wire: Wire, name: str, tls: Tls | None, patience: _Patience
+) -> tuple[Wire, Export]:
     """Make the handshake; return the wire to use after it, which may have TLS, and the export."""
     steps = handshake(name, use_tls=tls is not None)
     data: bytes | None = None
@@ -85,43 +181,26 @@ def _shake_hands(wire: Wire, name: str, tls: Tls | None, end: float) -> tuple[Wi
         if isinstance(step, Send):
             wire.send(step.data)
         elif isinstance(step, Receive):
-            data = _receive(wire, step.length, end)
+            data = _receive(wire, step.length, patience)
         else:
             assert tls is not None  # noqa: S101  otherwise there is no such step
             tls_wire = TlsWire(wire.socket, ssl.create_default_context(), tls.host)
             while not tls_wire.try_handshake():
-                _wait(wire, end)
+                patience.wait(wire)
             wire = tls_wire
 
 
-def _receive(wire: Wire, length: int, end: float) -> bytes:
-    """Receive exactly ``length`` bytes, at the latest at the time ``end``."""
+def _receive(wire: Wire, length: int, patience: _Patience) -> bytes:
+    """Receive exactly ``length`` bytes."""
     data = bytearray(length)
     at = 0
     while at < length:
         count = wire.receive_into(memoryview(data)[at:])
         if count is None:
-            _wait(wire, end)
+            patience.wait(wire)
         elif count:
             at += count
         else:
             msg = "found the end of the connection during the handshake"
             raise BrokenError(msg)
     return bytes(data)
-
-
-def _wait(wire: Wire, end: float) -> None:
-    """Wait until bytes can be received.
-
-    Raises:
-        BrokenError: No byte has come until the time ``end``.
-        trio.Cancelled: This is a thread of trio, and its task was cancelled.
-    """
-    poll = select.poll()
-    poll.register(wire.socket, select.POLLIN)
-    while (seconds := end - time.monotonic()) > 0:
-        if poll.poll(1 + 1000 * min(seconds, CANCEL_POLL_SECONDS)):
-            return
-        check_cancelled()
-    msg = "found no answer in time during the handshake"
-    raise BrokenError(msg)

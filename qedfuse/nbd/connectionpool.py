@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.nbd.failures import BrokenError
+from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,14 +30,22 @@ class Slot:
             if another slot is connected.
     """
 
-    def __init__(self, make: Callable[[], Connection], connection: Connection | None) -> None:
-        """Make connections with ``make``, which blocks; ``connection`` is used while it works."""
+    def __init__(
+        self,
+        make: Callable[[], Connection],
+        connection: Connection | None,
+        closed: threading.Event,
+    ) -> None:
+        """Make connections with ``make``, which blocks; ``connection`` is used while it works.
+
+        ``closed`` is the event of the pool.
+        """
         self._make = make
+        self._closed = closed
         self._lock = threading.Lock()
         self._connection = connection
         self._failed_at = 0.0
         self._failure: BrokenError | None = None
-        self._is_closed = False
         self.backoff_until = 0.0
 
     @property
@@ -59,9 +68,13 @@ class Slot:
                 another caller has failed since then, its error is raised again.
 
         Raises:
-            BrokenError: The connection cannot be made.
+            BrokenError: The connection cannot be made, or the pool was closed.
+            trio.Cancelled: This is a thread of trio, and its task was cancelled.
         """
-        with self._lock:
+        check_wanted(self._closed)
+        while not self._lock.acquire(timeout=CANCEL_POLL_SECONDS):
+            check_wanted(self._closed)
+        try:
             connection = self.ready
             if connection is not None:
                 return connection
@@ -73,13 +86,17 @@ class Slot:
                 self._failed_at, self._failure = time.monotonic(), error
                 raise
             self._connection, self._failure = connection, None
-        if self._is_closed:
+        finally:
+            self._lock.release()
+        if self._closed.is_set():
             connection.close()
         return connection
 
     def close(self) -> None:
-        """Close the connection, also if another thread is still making the connection."""
-        self._is_closed = True
+        """Close the connection, after the event of the pool was set.
+
+        A thread that is making a connection sees the event, and closes the connection.
+        """
         connection = self._connection
         if connection is not None:
             connection.close()
@@ -89,17 +106,27 @@ class ConnectionPool:
     """Up to `MAX_CONNECTIONS` connections to one export.
 
     Attributes:
-        is_closed: Whether `close` was called.
+        closed: Event that is set by `close`, and ends all waiting.
     """
 
-    def __init__(self, make: Callable[[], Connection], first: Connection) -> None:
-        """Use ``first``, and connections that ``make`` returns if the server allows several."""
-        self.is_closed = False
+    def __init__(
+        self, make: Callable[[], Connection], first: Connection, closed: threading.Event
+    ) -> None:
+        """Use ``first``, and connections that ``make`` returns if the server allows several.
+
+        ``make`` ends when ``closed`` is set.
+        """
+        self.closed = closed
         count = MAX_CONNECTIONS if first.export.can_multi_conn else 1
-        self._slots = [Slot(make, None if index else first) for index in range(count)]
+        self._slots = [Slot(make, None if index else first, closed) for index in range(count)]
         # The pool has a limiter of its own: threads that wait for a server must not delay calls on
         # local files.
         self._threads = trio.CapacityLimiter(count)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.closed.is_set()
 
     async def connection(self) -> Connection:
         """Return the connection for the next request of a task.
@@ -146,7 +173,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close all connections; later calls make no new ones."""
-        self.is_closed = True
+        self.closed.set()
         for slot in self._slots:
             slot.close()
 

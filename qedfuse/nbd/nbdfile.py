@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
 from qedfuse.nbd.extents import ExtentMap
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
-from qedfuse.nbd.waiters import pause
+from qedfuse.nbd.waiters import pause, pause_blocking
 from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.recentfailures import RecentFailures
 
@@ -68,7 +67,6 @@ class NbdFile(ReadOnlyFile):
         self._extents = ExtentMap(export.size)
         self._failures = RecentFailures()
         self._opened = time.time()
-        self._closed = threading.Event()
 
     @property
     def read_policy(self) -> ReadPolicy | None:
@@ -111,7 +109,7 @@ class NbdFile(ReadOnlyFile):
                 read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
                 seconds = self._pause_seconds(attempts, error, offset, length)
-                await trio.sleep(seconds)
+                await pause(self._connections.closed, seconds)
             else:
                 self._outages.answered()
                 return length
@@ -134,7 +132,7 @@ class NbdFile(ReadOnlyFile):
                 read.finish()
             except (BrokenError, RefusedError, ReplyError) as error:
                 seconds = self._pause_seconds(attempts, error, offset, length)
-                pause(self._closed, seconds)
+                pause_blocking(self._connections.closed, seconds)
             else:
                 self._outages.answered()
                 return length
@@ -207,7 +205,6 @@ class NbdFile(ReadOnlyFile):
     def close(self) -> None:
         """Close the connections; reads that wait fail.  A second call has no effect."""
         self._connections.close()
-        self._closed.set()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
         """Return the attempts of a read, which are brief if a read there has just failed."""
@@ -261,7 +258,8 @@ class NbdFile(ReadOnlyFile):
                 request = block_status(export, offset)
                 await connection.run([request], attempts.end)
             except (BrokenError, RefusedError) as error:
-                await trio.sleep(attempts.failed(error, is_closed=self._connections.is_closed))
+                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
+                await pause(self._connections.closed, seconds)
             else:
                 self._outages.answered()
                 if request.failure is None:

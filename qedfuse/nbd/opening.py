@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 from qedfuse.errors import RemoteError
@@ -46,10 +47,11 @@ def open_nbd(
         RemoteError: The server cannot be reached, or does not serve the export.
     """
     size: int | None = None
+    closed = threading.Event()
 
     def make() -> Connection:
         """Make a connection, and refuse an export of another size; see `make_connection`."""
-        connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds)
+        connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds, closed)
         if size is not None and connection.export.size != size:
             connection.close()
             msg = f"found an export of {connection.export.size} bytes, expected {size} as before"
@@ -63,5 +65,5 @@ def open_nbd(
         msg = f"{shown_name}: {error}"
         raise RemoteError(msg, number) from error
     size = first.export.size
-    connections = ConnectionPool(make, first)
+    connections = ConnectionPool(make, first, closed)
     return NbdFile(path or shown_name, shown_name, first.export, connections, deadlines)

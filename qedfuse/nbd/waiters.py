@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from qedfuse.nbd.failures import BrokenError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -78,7 +80,7 @@ def are_done(requests: Sequence[Request]) -> bool:
     return all(request.is_done for request in requests)
 
 
-def pause(closed: threading.Event, seconds: float) -> None:
+def pause_blocking(closed: threading.Event, seconds: float) -> None:
     """Wait in a thread for ``seconds``, or until ``closed`` is set.
 
     Raises:
@@ -90,6 +92,27 @@ def pause(closed: threading.Event, seconds: float) -> None:
         if seconds <= 0:
             return
         check_cancelled()
+
+
+async def pause(closed: threading.Event, seconds: float) -> None:
+    """Wait in a task for ``seconds``, or until ``closed`` is set."""
+    end = time.monotonic() + seconds
+    await trio.lowlevel.checkpoint()
+    while not closed.is_set() and (left := end - time.monotonic()) > 0:  # noqa: ASYNC110  threads set it
+        await trio.sleep(min(left, CANCEL_POLL_SECONDS))
+
+
+def check_wanted(closed: threading.Event) -> None:
+    """Raise an exception if a thread must not wait any longer.
+
+    Raises:
+        BrokenError: ``closed`` is set.
+        trio.Cancelled: This is a thread of trio, and its task was cancelled.
+    """
+    if closed.is_set():
+        msg = "closed"
+        raise BrokenError(msg)
+    check_cancelled()
 
 
 def check_cancelled() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import trio
 import trio.testing
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
+from qedfuse.nbd import attempts
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote import recentfailures
@@ -237,6 +239,102 @@ def test_close_ends_a_read_that_waits(server: FaultyServer, reader: str) -> None
         thread.join(10)
         assert not thread.is_alive()
     assert len(failures) == 1
+
+
+def fail_until_closed(
+    file: NbdFile, reader: str, has_struck: Callable[[], object], *, count: int = 1
+) -> None:
+    """Read in threads; stop the file when ``has_struck`` is true, and expect that all reads end."""
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            READERS[reader](file)
+        except HostError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=wait) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    while not has_struck():
+        time.sleep(0.01)
+    file.stop_fetching()
+    for thread in threads:
+        thread.join(PATIENT.attempt_seconds / 2)
+        assert not thread.is_alive()
+    assert len(failures) == count
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("fault", ["no greeting", "stall in the handshake"])
+def test_stop_ends_a_handshake(server: FaultyServer, fault: str, reader: str) -> None:
+    """Reads whose new connections wait in the handshake fail as soon as fetching is stopped."""
+    server.choose_connection = lambda number: None if number == 1 else fault
+    with opened(server, PATIENT) as file:
+        server.break_connections()
+        count = 6 if reader == "thread" else 1  # a file belongs to one event loop
+        fail_until_closed(file, reader, lambda: server.struck[fault], count=count)
+    assert server.struck[fault] <= MAX_CONNECTIONS
+
+
+class Connector:
+    """Connects to a server at first, and later does what a test asks for."""
+
+    def __init__(self, server: FaultyServer) -> None:
+        """Connect to ``server``."""
+        self._connect = server.connect
+        self.count = 0
+        self.later: Callable[[], socket.socket] = server.connect
+
+    def __call__(self) -> socket.socket:
+        """Return a connected socket."""
+        self.count += 1
+        return self._connect() if self.count == 1 else self.later()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_stop_ends_the_wait_for_a_socket(server: FaultyServer, reader: str) -> None:
+    """A read fails as soon as fetching is stopped, also while connect(2) waits.
+
+    A socket that comes later is closed.
+    """
+    released = threading.Event()
+    mine, other = socket.socketpair()
+    connector = Connector(server)
+
+    def connect() -> socket.socket:
+        released.wait()
+        return mine
+
+    connector.later = connect
+    file = open_nbd(connector, "", "x", PATIENT)
+    try:
+        server.break_connections()
+        fail_until_closed(file, reader, lambda: connector.count > 1)
+    finally:
+        released.set()
+        file.close()
+    with other:
+        other.settimeout(20)
+        assert other.recv(1) == b""
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_stop_ends_the_pause_between_attempts(
+    server: FaultyServer, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that waits before its next attempt fails as soon as fetching is stopped."""
+    monkeypatch.setattr(attempts, "_FIRST_PAUSE_SECONDS", PATIENT.attempt_seconds)
+    monkeypatch.setattr(attempts, "_MAX_PAUSE_SECONDS", 1.5 * PATIENT.attempt_seconds)
+    connector = Connector(server)
+
+    def fail() -> socket.socket:
+        raise ConnectionRefusedError
+
+    connector.later = fail
+    file = open_nbd(connector, "", "x", PATIENT)
+    server.break_connections()
+    fail_until_closed(file, reader, lambda: connector.count > 1)
 
 
 class Readers:
