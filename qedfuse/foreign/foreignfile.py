@@ -59,6 +59,7 @@ class ForeignFile(ReadOnlyFile):
         self._graph = graph
         self._direct = DirectReads(server, disk.size(), READ_SECONDS)
         self._is_failure_logged = False
+        self._is_stopped = False
         self._is_closed = False
 
     @property
@@ -131,7 +132,10 @@ class ForeignFile(ReadOnlyFile):
         return self.image.statvfs()
 
     def stop_fetching(self) -> None:
-        """Make all reads fail: those that wait for qemu-nbd, and later ones."""
+        """Kill qemu-nbd, so that all reads fail: those that wait, and later ones."""
+        self._is_stopped = True
+        # A thread may also wait in a handshake, which only the end of the program ends.
+        self._server.kill()
         self._direct.close()
         self._disk.stop_fetching()
 
@@ -156,7 +160,7 @@ class ForeignFile(ReadOnlyFile):
         try:
             yield
         except HostError as error:
-            if self._is_closed or not self._server.has_ended():
+            if self._is_closed or self._is_stopped or not self._server.has_ended():
                 raise
             failure = ForeignError(f"{self.name}: qemu-nbd: {self._server.end_reason()}")
             failure.is_logged = True

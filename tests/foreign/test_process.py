@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +24,7 @@ import qedfuse
 from qedfuse.disk.lookup.foreignopening import open_foreign
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import ForeignError, ImageInUseError
+from qedfuse.errors import ForeignError, HostError, ImageInUseError
 from qedfuse.foreign import opening, process, sandbox
 from qedfuse.foreign.foreignfile import ForeignFile
 from qedfuse.foreign.graph import Limits, open_graph
@@ -35,7 +36,10 @@ from tests.support.mounted import environment, front, mounted
 from tests.support.mounted import qedfuse as command
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
+
+    from qedfuse.hostio.hostfile import HostFile
 
 
 @pytest.fixture
@@ -272,6 +276,43 @@ def test_closed_by_two_threads(image: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file.close()
     assert len(waits) == 1
     assert server.has_ended()
+
+
+async def test_stopped_during_handshake(
+    image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of fetching ends reads on a qemu-nbd that hangs, also those that just connect."""
+    disk = await open_foreign(PosixFile.open(str(image)), "qcow2", OpenOptions())
+    server = server_of(image)
+    os.kill(server, signal.SIGSTOP)
+    wait_until(lambda: Path(f"/proc/{server}/stat").read_text().rpartition(") ")[2][0] == "T")
+    connect = process.QemuNbd.connect
+    made = threading.Event()
+
+    def connect_and_tell(self: process.QemuNbd) -> socket.socket:
+        client = connect(self)
+        made.set()
+        return client
+
+    monkeypatch.setattr(process.QemuNbd, "connect", connect_and_tell)
+    threads = [
+        Thread(target=read_in_vain, args=(disk, offset), daemon=True) for offset in (0, 1 << 20)
+    ]
+    for thread in threads:
+        thread.start()
+    assert made.wait(20)
+    disk.stop_fetching()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert "reads of this image fail" not in caplog.text
+    disk.close()
+
+
+def read_in_vain(disk: HostFile, offset: int) -> None:
+    """Read a page of a disk, which must fail."""
+    with pytest.raises(HostError):
+        disk.read_blocking(offset, memoryview(bytearray(4096)))
 
 
 async def test_many_readers(tmp_path: Path) -> None:
