@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     """Options of a block node of QEMU, as for its option ``--blockdev``."""
 
 _MAX_FILES: Final = 64
-"""Maximum number of files in a chain."""
+"""Maximum number of files in a chain, without the extents of VMDK images."""
+_MAX_EXTENTS: Final = 512
+"""Maximum number of extents in a chain: 1 TiB if VMware splits a disk into files of 2 GiB."""
 
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
 """Names that images have for the format of a raw backing file."""
@@ -56,12 +58,14 @@ class Graph:
 
     Attributes:
         options: The options of the block node of the image.
-        files: The files that QEMU opens: that of the image first.
+        files: The files that QEMU gets as descriptors: that of the image first.
+        extents: The files that QEMU opens under their names.
         opened: The files that `close` closes: all but that of the image.
     """
 
     options: Options = field(default_factory=dict)
     files: list[PosixFile] = field(default_factory=list)
+    extents: list[PosixFile] = field(default_factory=list)
     opened: list[PosixFile] = field(default_factory=list)
 
     def close(self) -> None:
@@ -109,8 +113,11 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
     path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
+        if len(graph.extents) >= _MAX_EXTENTS:
+            msg = f"{file.name}: found more than {_MAX_EXTENTS} extents, expected fewer"
+            raise ForeignError(msg)
         extent = _open(graph, name, file, limits)
-        graph.files.append(extent)
+        graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
     if links.data_file:
         data = _open(graph, links.data_file, file, limits)
@@ -153,7 +160,7 @@ def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixF
     """
     file = limits.open_named(name, image)
     graph.opened.append(file)
-    if any(file.identity == other.identity for other in graph.files):
+    if any(file.identity == other.identity for other in (*graph.files, *graph.extents)):
         msg = f"{image.name}: backing file {file.name}: found a loop in the chain"
         raise BackingError(msg)
     if len(graph.files) >= _MAX_FILES:

@@ -106,8 +106,7 @@ class QemuNbd:
                     stack.callback(self._client.close)
                     self._messages = os.memfd_create("qemu-nbd", os.MFD_CLOEXEC)
                     stack.callback(os.close, self._messages)
-                    files = [file.fd for file in graph.files]
-                    self._process = _spawn(arguments, files, listener.fileno(), self._messages)
+                    self._process = _spawn(arguments, graph, listener.fileno(), self._messages)
                 stack.callback(self._process.kill)
                 self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
@@ -286,20 +285,22 @@ def _private_listener() -> tuple[socket.socket, int]:
 
 
 def _spawn(
-    program: Sequence[str], files: list[int], listener: int, messages: int
+    program: Sequence[str], graph: Graph, listener: int, messages: int
 ) -> subprocess.Popen[bytes]:
     """Start a program in a sandbox, in a session of its own, so that Ctrl-C does not end it.
 
     Raises:
         OSError: The host refused.
     """
+    files = [file.fd for file in graph.files]
+    extents = [file.fd for file in graph.extents]
     # No Python code runs between fork and exec, because another thread may hold a lock then.
     return subprocess.Popen(  # noqa: S603  no shell, and no name from an image
-        launch_command(list(program), files, listener),
+        launch_command(list(program), files, listener, extents),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=messages,
-        pass_fds=(*files, listener),
+        pass_fds=(*files, *extents, listener),
         start_new_session=True,
         cwd="/",
         env={},

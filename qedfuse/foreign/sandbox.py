@@ -17,6 +17,10 @@ import signal
 import struct
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _CREATE_RULESET = 444
 _ADD_RULE = 445
 _RESTRICT_SELF = 446
@@ -59,7 +63,9 @@ def landlock_version() -> int:
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, size, _VERSION_FLAG)))
 
 
-def launch_command(program: list[str], files: list[int], listener: int) -> list[str]:
+def launch_command(
+    program: list[str], files: list[int], listener: int, named: Sequence[int] = ()
+) -> list[str]:
     """Return the command that starts ``program`` with the right to read only ``files``.
 
     The kernel kills the program when the thread that has started the command ends.
@@ -69,15 +75,28 @@ def launch_command(program: list[str], files: list[int], listener: int) -> list[
         files: Descriptors of the files that may be opened for reading, which must be inherited; in
             the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
         listener: Descriptor of a listening socket, which the program gets as systemd would pass it.
+        named: Descriptors of further files that may be opened, which must be inherited; the program
+            opens them under their names and does not get the descriptors.
     """
     order = {
         "parent": os.getpid(),
         "program": program,
         "files": files,
         "listener": listener,
+        "named": list(named),
     }
     # The options: no Python variables of the environment, no site packages, no bytecode files.
     return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(order)]
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise the limit of open files as far as the host permits, because VMDK has many extents.
+
+    Raises:
+        OSError: The host refused.
+    """
+    maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
 def _check(result: int, action: str) -> int:
@@ -146,11 +165,15 @@ def _main(text: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    listener, *files = [
-        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR)
-        for fd in (order["listener"], *order["files"])
+    _raise_descriptor_limit()
+    given = (order["listener"], *order["files"], *order["named"])
+    listener, *opened = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given
     ]
+    for fd in given:
+        os.set_inheritable(fd, False)  # noqa: FBT003  those that closerange leaves open
     os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
+    files = opened[: len(order["files"])]
     os.dup2(listener, 3)
     for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
         os.dup2(fd, number)
@@ -159,7 +182,7 @@ def _main(text: str) -> None:
         # A program in a prefix of its own has its libraries in the same prefix.
         prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120  as above
         own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
-        _restrict(version, files, [*_SYSTEM_PATHS, *own])
+        _restrict(version, opened, [*_SYSTEM_PATHS, *own])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     variables = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
     os.execve(program[0], program, variables)  # noqa: S606  no shell is wanted

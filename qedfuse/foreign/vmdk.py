@@ -77,10 +77,19 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
         msg = f"{name}: found a descriptor of more than {_MAX_BYTES} bytes, expected a shorter one"
         raise ForeignError(msg)
     extents: dict[bytes, None] = {}
+    is_after_empty = False
     # QEMU fills the last sector with zeros when it writes a descriptor.
     for number, whole in enumerate(text.rstrip(b"\0").split(b"\n"), 1):
         line = whole.removesuffix(b"\r")
-        if extent := _EXTENT.fullmatch(line):
+        extent = _EXTENT.fullmatch(line)
+        if extent and is_after_empty:
+            msg = (
+                f"{name}: line {number} of the descriptor: found an extent after an empty line, "
+                "expected a comment between them, because QEMU would read the extent twice"
+            )
+            raise ForeignError(msg)
+        is_after_empty = not line.strip()
+        if extent:
             extents[extent[1] or extent[2]] = None
         elif not (_COMMENT.fullmatch(line) or (_FIELD.fullmatch(line) and not _ACCESS.match(line))):
             shown = printable(line[:_MAX_SHOWN_BYTES])

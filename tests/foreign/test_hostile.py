@@ -155,6 +155,7 @@ CID=12345678
 parentCID=%s
 createType="monolithicFlat"
 %s
+# Extent description
 RW %d FLAT "%s" 0
 """
 
@@ -231,6 +232,34 @@ def test_vmdk_parent_without_name(images: Path) -> None:
     assert found.count(b'parentFileNameHint="') == 1
     path.write_bytes(found.replace(b'parentFileNameHint="', b'parentFileNameHint ="'))
     assert "and no parentFileNameHint=" in refused(path, 25)
+
+
+@needs_landlock
+def test_vmdk_with_many_extents(images: Path) -> None:
+    """A list of many extents is read, of which QEMU opens each, and a list of too many refused."""
+    path = images / "split.vmdk"
+    lines = []
+    for number in range(513):
+        (images / f"x-f{number:03}.raw").write_bytes(number.to_bytes(2, "big") * 256)
+        lines.append(f'RW 1 FLAT "x-f{number:03}.raw" 0\n')
+    head = DESCRIPTOR.partition("RW")[0] % ("ffffffff", "")
+    path.write_text(head + "".join(lines[:200]), "utf-8")
+    copy = images / "copy.raw"
+    assert qedimg("convert", "-O", "raw", str(path), str(copy)) == (0, "", "")
+    assert copy.read_bytes() == b"".join(n.to_bytes(2, "big") * 256 for n in range(200))
+    copy.unlink()
+    path.write_text(head + "".join(lines), "utf-8")
+    assert "more than 512 extents" in refused(path, 25)
+
+
+def test_vmdk_extent_after_empty_line(images: Path) -> None:
+    """An extent after an empty line, which QEMU puts into the disk twice, is refused."""
+    path = images / "list.vmdk"
+    (images / "x.raw").write_bytes(bytes(4096))
+    text = DESCRIPTOR % ("ffffffff", "", 8, "x.raw")
+    for empty in ("\n", " \t\r\n"):
+        path.write_text(text.replace("# Extent description\n", empty), "utf-8", newline="")
+        assert "QEMU would read the extent twice" in refused(path, 25)
 
 
 @needs_landlock
