@@ -7,12 +7,17 @@ memory is limited.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.nbd.messages import STATE_ZERO
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from qedfuse.nbd.requests import BlockStatus
+
+_MIN_STEP_BYTES: Final = 1 << 20
+"""A reply about fewer bytes, although more were asked for, is a small step."""
 
 
 class KnownExtent(NamedTuple):
@@ -60,3 +65,24 @@ class ExtentMap:
     def set_all_data(self) -> None:
         """Replace the extents by one of data, the whole export."""
         self._starts, self._zero, self._end = [0], [False], self._size
+
+
+class SmallSteps:
+    """Limits the time that a server can take by replies about few bytes each.
+
+    Without a limit, a server that reports extents of one byte could make a search endless.
+    """
+
+    def __init__(self, max_seconds: float) -> None:
+        """Permit small steps for ``max_seconds`` in a search from the beginning to the end."""
+        self._max_seconds = max_seconds
+        self._seconds = 0.0
+
+    def is_too_slow(self, request: BlockStatus, seconds: float) -> bool:
+        """Count a reply that took ``seconds``; return whether small steps have taken too long."""
+        if not request.offset:  # a new search
+            self._seconds = 0.0
+        step = sum(length for length, _ in request.extents)
+        if step < min(_MIN_STEP_BYTES, request.length):
+            self._seconds += seconds
+        return self._seconds > self._max_seconds

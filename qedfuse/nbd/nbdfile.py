@@ -13,7 +13,7 @@ from qedfuse.errors import RemoteError
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
-from qedfuse.nbd.extents import ExtentMap
+from qedfuse.nbd.extents import ExtentMap, SmallSteps
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
 from qedfuse.nbd.waiters import pause, pause_blocking
 from qedfuse.remote.outagelog import OutageLog
@@ -65,6 +65,7 @@ class NbdFile(ReadOnlyFile):
         self._deadlines = deadlines
         self._outages = OutageLog(name, "reads fail until it answers again")
         self._extents = ExtentMap(export.size)
+        self._small_steps = SmallSteps(deadlines.total_seconds)
         self._failures = RecentFailures()
         self._opened = time.time()
 
@@ -154,7 +155,7 @@ class NbdFile(ReadOnlyFile):
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        A range counts as data unless the server reports that it reads as zeros.
+        A range counts as data unless the server reports in time that it reads as zeros.
 
         Raises:
             RemoteError: The server does not answer.
@@ -237,9 +238,14 @@ class NbdFile(ReadOnlyFile):
             found = self._extents.find(offset)
             if found is None:
                 await self._ask_for_extents(offset)
-            elif found.is_zero is is_zero or (not is_zero and time.monotonic() > end):
-                # A server could report extents of one byte each, so a search for data is limited in
-                # time: data is always a correct answer.
+            elif found.is_zero is is_zero:
+                return offset
+            elif time.monotonic() > end:
+                # Data is always a correct answer; the next search must find the same.
+                if is_zero:
+                    self._extents.set_all_data()
+                    return None
+                self._extents.replace(offset, [(found.end - offset, 0)])
                 return offset
             else:
                 offset = found.end
@@ -248,6 +254,7 @@ class NbdFile(ReadOnlyFile):
     async def _ask_for_extents(self, offset: int) -> None:
         """Ask the server for the extents at ``offset``, and record them."""
         attempts = Attempts(self.name, self._deadlines, self._outages)
+        start = time.monotonic()
         while True:
             try:
                 connection = await self._connections.connection()
@@ -264,7 +271,8 @@ class NbdFile(ReadOnlyFile):
                 self._outages.answered()
                 if request.failure is None:
                     self._extents.replace(request.offset, request.extents)
-                if self._extents.find(offset) is None:  # the reply was an error
+                is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
+                if is_too_slow or self._extents.find(offset) is None:  # the reply was an error
                     self._extents.set_all_data()
                 return
 

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
-from qedfuse.nbd import attempts
+from qedfuse.nbd import attempts, messages
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote import recentfailures
@@ -335,6 +335,53 @@ def test_stop_ends_the_pause_between_attempts(
     file = open_nbd(connector, "", "x", PATIENT)
     server.break_connections()
     fail_until_closed(file, reader, lambda: connector.count > 1)
+
+
+async def holes(file: NbdFile) -> list[tuple[int, int]]:
+    """Return the holes of a file, by a search from the beginning to the end."""
+    found, offset = [], 0
+    while (start := await file.next_hole(offset)) is not None and start < file.size():
+        end = await file.next_data(start)
+        offset = file.size() if end is None else end
+        found.append((start, offset))
+    return found
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 4096])
+def test_tiny_extents_do_not_make_a_search_endless(server: FaultyServer, zeros: int) -> None:
+    """A server that answers with one extent of a byte gets limited time; the rest is data.
+
+    In each range of 8192 bytes the first ``zeros`` are reported as zeros.
+    """
+    asked: list[int] = []
+
+    def choose(offset: int, _length: int) -> list[tuple[int, int]]:
+        asked.append(offset)
+        return [(1, messages.STATE_ZERO if offset % 8192 < zeros else 0)]
+
+    server.choose_extents = choose
+    with opened(server, Deadlines(1, 10, 0.3)) as file:
+        start = time.monotonic()
+        found = trio.run(holes, file)
+        assert time.monotonic() - start < MAX_SECONDS
+        count = len(asked)
+        assert 1 < count < file.size() // 4
+        assert all(begin % 8192 + end - begin <= zeros for begin, end in found)
+        assert trio.run(holes, file) == []
+        assert len(asked) == count
+
+
+def test_small_extents_are_found_within_the_time(server: FaultyServer) -> None:
+    """A server that answers with one extent of 64 KiB is asked for all of them."""
+    step = 64 << 10
+
+    def choose(offset: int, _length: int) -> list[tuple[int, int]]:
+        return [(step, messages.STATE_ZERO * (offset // step % 2))]
+
+    server.choose_extents = choose
+    with opened(server, PATIENT) as file:
+        expected = [(at, at + step) for at in range(step, file.size(), 2 * step)]
+        assert trio.run(holes, file) == expected
 
 
 class Readers:

@@ -36,6 +36,8 @@ class FaultyServer:
         content: The export; a fault ``other size`` adds a block.
         choose_reply: Returns the fault for the reply to a read, or None; called with its number.
         choose_connection: Returns the fault for a connection, or None; called with its number.
+        choose_extents: Returns (length, flags) of the extents from an offset on; called with the
+            offset and the length of a request.
         struck: How often each fault was made.
         connect: Connects to the server.
         released: Set when the replies with the fault ``held`` may go on; it is no mistake.
@@ -46,6 +48,7 @@ class FaultyServer:
         self.content = content
         self.choose_reply: Callable[[int], str | None] = _none
         self.choose_connection: Callable[[int], str | None] = _none
+        self.choose_extents: Callable[[int, int], list[tuple[int, int]]] = _all_data
         self.struck: Counter[str] = Counter()
         self.connect = partial(connect_unix, path)
         self.released = threading.Event()
@@ -141,8 +144,9 @@ class FaultyServer:
             if command == messages.CMD_DISC:
                 return
             if command == messages.CMD_BLOCK_STATUS:
-                extent = bytes(4) + messages.EXTENT.pack(length, 0)
-                sock.sendall(_chunk(cookie, messages.REPLY_BLOCK_STATUS, extent))
+                extents = self.choose_extents(offset, length)
+                payload = bytes(4) + b"".join(messages.EXTENT.pack(*each) for each in extents)
+                sock.sendall(_chunk(cookie, messages.REPLY_BLOCK_STATUS, payload))
                 continue
             with self._lock:
                 self._reads += 1
@@ -213,6 +217,10 @@ def serving_faulty(directory: Path, content: bytes) -> Iterator[FaultyServer]:
 
 def _none(_number: int) -> str | None:
     return None
+
+
+def _all_data(_offset: int, length: int) -> list[tuple[int, int]]:
+    return [(length, 0)]
 
 
 def _receive(sock: socket.socket, length: int) -> bytes:
