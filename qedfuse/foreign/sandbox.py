@@ -40,9 +40,12 @@ of the sandbox and connections to their abstract sockets."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
-_SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store")
-"""Where programs, libraries and QEMU's modules are installed."""
-_OWN_DIRECTORIES = ("lib", "lib64", "libexec", "share")
+_SYSTEM_PATHS = (
+    *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
+    *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
+)
+"""Where libraries and QEMU's modules are installed."""
+_OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Where a program with another prefix has its libraries and modules, relative to the prefix."""
 
 FIRST_FILE_DESCRIPTOR = 100
