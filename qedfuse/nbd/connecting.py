@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import ssl
 import threading
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qedfuse.nbd.connection import Connection
-from qedfuse.nbd.failures import BrokenError
+from qedfuse.nbd.failures import BrokenError, RefusedError
 from qedfuse.nbd.handshake import Receive, Send, handshake
 from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
 from qedfuse.nbd.wire import PlainWire, TlsWire
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     import socket
@@ -184,10 +186,24 @@ def _shake_hands(
             data = _receive(wire, step.length, patience)
         else:
             assert tls is not None  # noqa: S101  otherwise there is no such step
-            tls_wire = TlsWire(wire.socket, ssl.create_default_context(), tls.host)
+            tls_wire = _tls_wire(wire.socket, tls.host)
             while not tls_wire.try_handshake():
                 patience.wait(wire)
             wire = tls_wire
+
+
+def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
+    """Return a connection with TLS, before the handshake of TLS.
+
+    Raises:
+        RefusedError: No certificate can have the name ``host``.
+    """
+    context = ssl.create_default_context()
+    try:
+        return TlsWire(sock, context, host)
+    except (ValueError, TypeError) as error:  # an empty or long label, or a NUL
+        msg = f"TLS: found the host name '{printable(host)}', expected one that certificates have"
+        raise RefusedError(msg, errno.EINVAL) from error
 
 
 def _receive(wire: Wire, length: int, patience: _Patience) -> bytes:

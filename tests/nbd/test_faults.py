@@ -17,6 +17,7 @@ import trio.testing
 
 from qedfuse.errors import HostError, ObjectChangedError, RemoteError
 from qedfuse.nbd import attempts, messages
+from qedfuse.nbd.connecting import Tls
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote import recentfailures
@@ -160,6 +161,13 @@ def test_a_connection_that_cannot_be_made_is_an_error(server: FaultyServer, faul
             open_nbd(server.connect, "", "x", DEADLINES)
     assert time.monotonic() - start < MAX_SECONDS
     assert server.struck[fault] == 1
+
+
+@pytest.mark.parametrize("host", ["", ".x", "a..b", "x" * 64 + ".org", "a\0b"])
+def test_a_host_name_that_no_certificate_has_is_refused(server: FaultyServer, host: str) -> None:
+    """A name with an empty or long label, or a NUL, is an error of one line when TLS starts."""
+    with pytest.raises(RemoteError, match=r"^x: TLS: found the host name '[^\n\0]*', expected .*$"):
+        open_nbd(server.connect, "", "x", DEADLINES, tls=Tls(host))
 
 
 @BEGINS
