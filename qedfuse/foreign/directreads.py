@@ -29,7 +29,8 @@ class DirectReads:
     """Connections to qemu-nbd, each of which at most one native thread uses at a time.
 
     The first read that finds no connection starts a thread that makes all connections.  If a read
-    fails, its connection is closed, and the caller repeats the read on the slow path.
+    fails, its connection is closed, and the caller repeats the read on the slow path.  When the
+    last connection has been closed so, the next read starts the thread again.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -47,7 +48,8 @@ class DirectReads:
         self._lock = threading.Lock()
         self._free: deque[socket.socket] = deque()
         self._all: set[socket.socket] = set()
-        self._has_started = self._is_closed = False
+        self._is_closed = False
+        self._may_connect = True
 
     def try_start(
         self,
@@ -91,9 +93,10 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes the connections, unless it was started before."""
-        if not self._has_started:
-            self._has_started = True
+        """Start the thread that makes the connections, if there are none and it did not fail."""
+        with self._lock:
+            may_connect, self._may_connect = self._may_connect, False
+        if may_connect:
             threading.Thread(target=self._make_connections, name="qedfuse nbd", daemon=True).start()
 
     def _make_connections(self) -> None:
@@ -109,7 +112,7 @@ class DirectReads:
                 connection.setsockopt(socket.SOL_SOCKET, option, self._timeout)
             with self._lock:
                 self._all.add(connection)
-                if self._is_closed:
+                if self._is_closed or len(self._all) > _MAX_CONNECTIONS:
                     self._drop(connection)
                     return
                 self._free.append(connection)
@@ -130,6 +133,7 @@ class DirectReads:
                 self._free.appendleft(connection)
             else:
                 self._drop(connection)
+                self._may_connect = not self._all and not self._is_closed
         ended(result)
 
     def _drop(self, connection: socket.socket) -> None:

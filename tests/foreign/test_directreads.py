@@ -7,16 +7,19 @@ import select
 import socket
 import struct
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, cast
 
 import pytest
 
+from qedfuse.foreign import directreads
 from qedfuse.hostio.nativecalls import make_io_threads
 from tests.support import extensions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio._iothreads import IoThreads
 
 pytestmark = pytest.mark.skipif(not extensions.EXPECTED, reason="needs the extension")
@@ -100,3 +103,45 @@ def test_lengths() -> None:
         theirs.recv(1)
     theirs.close()
     ours.close()
+
+
+def test_connections_after_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After as many failed reads as there are connections, new connections are made."""
+    made: list[socket.socket] = []
+    are_made = threading.Event()
+
+    def connect() -> socket.socket:
+        ours, theirs = socket.socketpair()
+        made.append(theirs)
+        return ours
+
+    def fail(
+        _fd: int, _at: int, _view: memoryview, _tag: object, ended: Callable[..., object]
+    ) -> None:
+        ended(-errno.EIO, 0)
+
+    class Connecting(threading.Thread):
+        def run(self) -> None:
+            super().run()
+            are_made.set()
+
+    calls = SimpleNamespace(can_start_reads=True, start_export_read=fail)
+    monkeypatch.setattr(directreads, "host_calls", lambda: calls)
+    monkeypatch.setattr("qedfuse.foreign.directreads.threading.Thread", Connecting)
+    server = cast("QemuNbd", SimpleNamespace(connect_negotiated=connect, name="x"))
+    reads = directreads.DirectReads(server, 1 << 20, 1)
+    results: list[int] = []
+
+    def start() -> bool:
+        return reads.try_start(0, memoryview(bytearray(4096)), object, results.append)
+
+    for number in (1, 2):
+        assert not start()
+        assert are_made.wait(20)
+        are_made.clear()
+        assert len(made) == 16 * number
+        assert [start() for _ in range(16)] == [True] * 16
+        assert results == [-errno.EIO] * 16 * number
+    reads.close()
+    for connection in made:
+        connection.close()
