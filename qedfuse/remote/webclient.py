@@ -55,8 +55,9 @@ _MAX_REDIRECTS: Final = 5
 _MAX_DRAINED_BYTES: Final = 1 << 16
 """Maximum rest of a body that is read so that the connection can be used again."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
-_RETRIED_STATUS: Final = (408, 425, 429)
-"""Statuses below 500 with which a server asks for another attempt."""
+_RETRIED_STATUS: Final = (408, 409, 425, 429)
+"""Statuses below 500 after which another attempt can succeed.  Swift answers 409 for an object
+whose parts it cannot read at the moment."""
 _PERMANENT_STATUS: Final = (501, 505)
 """Statuses from 500 for requests that the server does not support, so that retries do not help."""
 

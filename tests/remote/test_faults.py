@@ -31,7 +31,16 @@ ALL: Final[tuple[Fault, ...]] = get_args(Fault)
 CONTENT: Final = some_bytes(3.5)
 
 REPEATED: Final = {
-    *("half", "stall", "trickle", "slow header", "status 503", "status 500", "status 429"),
+    *(
+        "half",
+        "stall",
+        "trickle",
+        "slow header",
+        "status 503",
+        "status 500",
+        "status 429",
+        "status 409",
+    ),
     *("status 403", "other range", "reset", "silence", "garbage", "endless", "redirect"),
     *("longer", "chunked", "chunked longer"),
 }
