@@ -41,10 +41,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 _SYSTEM_PATHS = (
+    *("/usr/bin", "/usr/local/bin", "/bin"),
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""Where libraries and QEMU's modules are installed."""
+"""Where libraries and QEMU's modules are installed, and the commands of a script that runs QEMU."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Where a program with another prefix has its libraries and modules, relative to the prefix."""
 
