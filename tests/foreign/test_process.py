@@ -235,7 +235,7 @@ def test_abandoned_at_the_end(image: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_abandoned_after_the_end(image: Path) -> None:
-    """An opening whose disk nobody has taken is abandoned as a whole, and can be so twice."""
+    """An opening whose disk no task has taken is abandoned as a whole, also by a second call."""
     before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
     opened = opening.ForeignOpening(
         PosixFile.open(str(image)), "qcow2", Limits(lambda _name, file: file)
