@@ -433,7 +433,6 @@ PATHS = (
     "growth",
     "concurrent writes",
     "extent of kind DATA, depth 0",
-    "extent of kind DATA, depth 1",
     "extent of kind ZERO, depth 0",
     "checked by QEMU",
 )

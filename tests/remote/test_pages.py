@@ -62,7 +62,9 @@ async def test_an_overlay_and_its_cached_base_are_answered(
             fetched = len(server.requests)
             assert session.read(8 * MIB, 4096) == bytes([7]) * 4096
             assert session.read(4 * MIB, 4096) is None, "not fetched yet"
-            assert len(server.requests) == fetched, "the extension itself fetches nothing"
+            # The read of the tables may have begun to read ahead.
+            later = server.requests[fetched:]
+            assert all(last < 2 * MIB for _, last in later), "the extension itself fetches nothing"
             for start in range(0, SIZE, MIB):
                 assert await disk.read(start, MIB) == content[start : start + MIB]
             for start in random.Random(1).sample(range(0, SIZE, 4096), 200):
