@@ -399,7 +399,7 @@ def test_a_call_in_a_child_has_a_timeout() -> None:
         call_in_child(_fail, 30)
     assert (str(caught.value), caught.value.exit_code) == ("it failed", 16)
     with pytest.raises(FileNotFoundError):
-        call_in_child(lambda: os.stat("/nonexistent"), None)  # noqa: PTH116
+        call_in_child(lambda: os.stat("/proc/nonexistent"), None)  # noqa: PTH116
     with pytest.raises(TimeoutError):
         call_in_child(signal.pause, 0.01)
 

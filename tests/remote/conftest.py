@@ -17,6 +17,7 @@ from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.nginx import Nginx
     from tests.support.swift import Swift
@@ -50,12 +51,12 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the variables of stores from the environment, and the files of the home directory."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
