@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
     from qedfuse.hostio.posixfile import PosixFile
-    from qedfuse.hostio.readpolicy import ReadPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -63,18 +62,9 @@ class ForeignFile(ReadOnlyFile):
         self._is_closed = False
 
     @property
-    def read_policy(self) -> ReadPolicy | None:
-        """None: every read is tried."""
-        return None
-
-    @property
     def identity(self) -> FileIdentity:
         """The identity of the file of the image."""
         return self.image.identity
-
-    def fileno(self) -> int:
-        """Return -1: no descriptor gives the bytes of the disk."""
-        return -1
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at an offset; fewer only where the disk ends."""

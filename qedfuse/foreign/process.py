@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError, ImageInUseError
 from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, launch_command
+from qedfuse.nbd import messages
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -33,13 +33,10 @@ _END_SECONDS: Final = (2.0, 1.0, 0.5)
 """Maximum times until the program has ended: after its last client has disconnected, after SIGTERM,
 and after SIGKILL."""
 
-_GREETING: Final = b"NBDMAGICIHAVEOPT"
-_FIXED_NEWSTYLE_NO_ZEROES: Final = 0b11
-_OPTION_EXPORT_NAME: Final = 1
+_GREETING: Final = messages.INIT_MAGIC + messages.OPTION_MAGIC
+_FLAGS: Final = messages.FLAG_FIXED_NEWSTYLE | messages.FLAG_NO_ZEROES
 _EXPORT_REPLY_BYTES: Final = 10
-_REQUEST_MAGIC: Final = 0x25609513
-_COMMAND_DISCONNECT: Final = 2
-"""The constants of the NBD protocol that a client needs to negotiate and to disconnect."""
+"""Length of the answer to ``NBD_OPT_EXPORT_NAME``: the size of the export and its flags."""
 
 _OPTIONS_BEFORE_REASON: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
@@ -180,12 +177,12 @@ class QemuNbd:
         with self._lock:
             if self._is_closed:
                 return "closed"
-            messages = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0)
+            output = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0)
         status = self._process.poll()
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(-status).name}"
-        lines = messages.decode(errors="replace").split("\n")
+        lines = output.decode(errors="replace").split("\n")
         errors = [line for line in lines if line.strip() and "warning:" not in line]
         if status and errors:
             return self._as_readable_line(errors[0].strip())
@@ -208,8 +205,7 @@ class QemuNbd:
         """Disconnect, end the program, and close all descriptors."""
         with contextlib.suppress(OSError):
             self._client.settimeout(0)
-            request = struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _COMMAND_DISCONNECT, 0, 0, 0)
-            self._client.send(request)
+            self._client.send(messages.request(messages.CMD_DISC, 0, 0, 0))
         with contextlib.suppress(OSError):
             self._client.shutdown(socket.SHUT_RDWR)
         for seconds, next_signal in zip(
@@ -285,7 +281,7 @@ def _private_listener() -> tuple[socket.socket, int]:
 
 
 def _spawn(
-    program: Sequence[str], graph: Graph, listener: int, messages: int
+    program: Sequence[str], graph: Graph, listener: int, output: int
 ) -> subprocess.Popen[bytes]:
     """Start a program in a sandbox, in a session of its own, so that Ctrl-C does not end it.
 
@@ -299,7 +295,7 @@ def _spawn(
         launch_command(list(program), files, listener, extents),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=messages,
+        stderr=output,
         pass_fds=(*files, *extents, listener),
         start_new_session=True,
         cwd="/",
@@ -317,10 +313,7 @@ def _negotiate(client: socket.socket) -> None:
     if not greeting.startswith(_GREETING):
         msg = f"found {greeting!r}, expected a greeting"
         raise OSError(msg)
-    client.sendall(
-        struct.pack(">I", _FIXED_NEWSTYLE_NO_ZEROES)
-        + struct.pack(">8sII", _GREETING[8:], _OPTION_EXPORT_NAME, 0)
-    )
+    client.sendall(_FLAGS.to_bytes(4, "big") + messages.option(messages.OPT_EXPORT_NAME))
     _receive(client, _EXPORT_REPLY_BYTES)
 
 

@@ -1,20 +1,31 @@
-"""The methods of `HostFile` that change a file, for files that cannot be changed."""
+"""What files that cannot be changed, and that have no descriptor of their own, have in common."""
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, NoReturn
+import stat
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.readpolicy import ReadPolicy
+
+_BLOCK_BYTES: Final = 512
+"""The unit of ``st_blocks``."""
 
 
-class ReadOnlyFile:
+class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
+
+    The bytes of the file are not those of a descriptor, and it counts as a file without holes,
+    unless a subclass says otherwise.
 
     Attributes:
         name: The file's name in messages.
@@ -33,6 +44,59 @@ class ReadOnlyFile:
     def page_source(self) -> PageSource | None:
         """None: unless a subclass returns another value, the mount's extension must not read."""
         return None
+
+    @property
+    def read_policy(self) -> ReadPolicy | None:
+        """None: only `try_read` decides whether a read is tried."""
+        return None
+
+    def fileno(self) -> int:
+        """Return -1: no descriptor has the bytes of the file."""
+        return -1
+
+    @abstractmethod
+    def size(self) -> int:
+        """Return the file's length in bytes."""
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
+        buffer = bytearray(max(0, min(length, self.size() - offset)))
+        await self.pread_into(offset, memoryview(buffer))
+        return buffer
+
+    @abstractmethod
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; see `ReadableFile.pread_into`."""
+
+    def try_start_read(
+        self,
+        _offset: int,
+        _view: memoryview,
+        _take_answer: Callable[[], object],
+        _ended: Callable[[int], object],
+    ) -> bool:
+        """Return False: native threads and the kernel's queue cannot read the file."""
+        return False
+
+    def stored_blocks(self) -> int:
+        """Return the number of blocks of 512 bytes in the file."""
+        return -(-self.size() // _BLOCK_BYTES)
+
+    def _status(self, modified: float) -> os.stat_result:
+        """Return the attributes of a local file of this user that is read-only.
+
+        ``modified`` is the time for all times of the file, in seconds since 1970.
+        """
+        values = (
+            *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self.size()),
+            *(int(modified), int(modified), int(modified)),
+        )
+        seconds = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), modified)
+        nanoseconds = {f"{name}_ns": int(value * 1e9) for name, value in seconds.items()}
+        return os.stat_result(
+            values,
+            {**seconds, **nanoseconds, "st_blocks": self.stored_blocks(), "st_blksize": 4096},
+        )
 
     def can_write_inline(self, _length: int) -> bool:
         """Return False."""
@@ -70,7 +134,7 @@ class ReadOnlyFile:
         """Return True: nothing was written."""
         return True
 
-    async def datasync(self) -> None:
+    async def datasync(self) -> None:  # noqa: B027  no subclass has more to do
         """Return: nothing was written."""
 
     def _refuse(self, action: str) -> NoReturn:

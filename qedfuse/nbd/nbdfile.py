@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from typing import TYPE_CHECKING
 
@@ -20,16 +19,11 @@ from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.recentfailures import RecentFailures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.hostio.hostfile import FileIdentity
-    from qedfuse.hostio.readpolicy import ReadPolicy
     from qedfuse.nbd.connectionpool import ConnectionPool
     from qedfuse.nbd.handshake import Export
     from qedfuse.remote.options import Deadlines
 
-_BLOCK_BYTES = 512
-"""The unit of ``st_blocks``."""
 _UNIT_BYTES = 1 << 18
 """The unit of `RecentFailures`: the kernel reads ahead up to half of it."""
 
@@ -70,24 +64,9 @@ class NbdFile(ReadOnlyFile):
         self._opened = time.time()
 
     @property
-    def read_policy(self) -> ReadPolicy | None:
-        """None: `try_read` always returns False."""
-        return None
-
-    @property
     def identity(self) -> FileIdentity:
         """The URL and the size, because an export has no other property that shows its version."""
         return (self.path, self._size, "")
-
-    def fileno(self) -> int:
-        """Return -1: no descriptor gives the bytes of the export."""
-        return -1
-
-    async def pread(self, offset: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
-        buffer = bytearray(max(0, min(length, self._size - offset)))
-        await self.pread_into(offset, memoryview(buffer))
-        return buffer
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
@@ -142,16 +121,6 @@ class NbdFile(ReadOnlyFile):
         """Return False, because every read asks the server."""
         return False
 
-    def try_start_read(
-        self,
-        _offset: int,
-        _view: memoryview,
-        _take_answer: Callable[[], object],
-        _ended: Callable[[int], object],
-    ) -> bool:
-        """Return False: the file has no connections for native threads."""
-        return False
-
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
@@ -177,23 +146,9 @@ class NbdFile(ReadOnlyFile):
         """Return the file's length in bytes."""
         return self._size
 
-    def stored_blocks(self) -> int:
-        """Return the number of blocks of 512 bytes of the export."""
-        return -(-self._size // _BLOCK_BYTES)
-
     def stat(self) -> os.stat_result:
         """Return attributes as of a read-only file of this user that was made at the opening."""
-        opened = int(self._opened)
-        values = (
-            *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self._size),
-            *(opened, opened, opened),
-        )
-        times = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), self._opened)
-        nanoseconds = {f"{name}_ns": int(value * 1e9) for name, value in times.items()}
-        return os.stat_result(
-            values,
-            {**times, **nanoseconds, "st_blocks": self.stored_blocks(), "st_blksize": 4096},
-        )
+        return self._status(self._opened)
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system ``/``, because no local one holds the export."""

@@ -7,7 +7,6 @@ the cache's disk or from the server.
 from __future__ import annotations
 
 import os
-import stat
 import time
 from typing import TYPE_CHECKING
 
@@ -17,18 +16,12 @@ from qedfuse.hostio.readonlyfile import ReadOnlyFile
 from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qedfuse.hostio.hostfile import Buffer, FileIdentity
     from qedfuse.hostio.pagesource import PageSource
-    from qedfuse.hostio.readpolicy import ReadPolicy
     from qedfuse.remote.fetcher import Fetcher
     from qedfuse.remote.flight import Flight
     from qedfuse.remote.localdata import LocalData
     from qedfuse.remote.object import RemoteObject
-
-_BLOCK_BYTES = 512
-"""The unit of ``st_blocks``."""
 
 
 class RemoteFile(ReadOnlyFile):
@@ -57,11 +50,6 @@ class RemoteFile(ReadOnlyFile):
         self._local = local
 
     @property
-    def read_policy(self) -> ReadPolicy | None:
-        """None, because only `try_read` knows which bytes are in the page cache."""
-        return None
-
-    @property
     def page_source(self) -> PageSource | None:
         """The data file of the cache, of which the ready units may be read; None without one."""
         if self._local is None:
@@ -74,16 +62,6 @@ class RemoteFile(ReadOnlyFile):
     def identity(self) -> FileIdentity:
         """The URL, the size and the validator of the version."""
         return (self.path, self._size, self._version.validator)
-
-    def fileno(self) -> int:
-        """Return -1, because no descriptor has all bytes of the object."""
-        return -1
-
-    async def pread(self, offset: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
-        buffer = bytearray(max(0, min(length, self._size - offset)))
-        await self.pread_into(offset, memoryview(buffer))
-        return buffer
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
@@ -135,16 +113,6 @@ class RemoteFile(ReadOnlyFile):
             self.fetcher.record_read(first, last)
         return self._read_cached(offset, view)
 
-    def try_start_read(
-        self,
-        _offset: int,
-        _view: memoryview,
-        _take_answer: Callable[[], object],
-        _ended: Callable[[int], object],
-    ) -> bool:
-        """Return False: neither the cache nor a server is read by the kernel's queue."""
-        return False
-
     async def next_data(self, offset: int) -> int | None:
         """Return ``offset`` itself, because servers report no holes; None at or past the end."""
         await trio.lowlevel.checkpoint()
@@ -159,23 +127,10 @@ class RemoteFile(ReadOnlyFile):
         """Return the file's length in bytes."""
         return self._size
 
-    def stored_blocks(self) -> int:
-        """Return the number of blocks of 512 bytes in the object, which has no holes."""
-        return -(-self._size // _BLOCK_BYTES)
-
     def stat(self) -> os.stat_result:
         """Return the attributes of a local file of this user that is read-only."""
         modified = self._opened if self._version.modified is None else self._version.modified
-        values = (
-            *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self._size),
-            *(int(modified), int(modified), int(modified)),
-        )
-        seconds = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), modified)
-        nanoseconds = {f"{name}_ns": int(value * 1e9) for name, value in seconds.items()}
-        return os.stat_result(
-            values,
-            {**seconds, **nanoseconds, "st_blocks": self.stored_blocks(), "st_blksize": 4096},
-        )
+        return self._status(modified)
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache; of ``/`` without a cache."""

@@ -13,10 +13,8 @@ from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import FileIdentity, HostFile
-    from qedfuse.hostio.readpolicy import ReadPolicy
 
 
 class EmptyImage(ReadOnlyFile):
@@ -43,24 +41,9 @@ class EmptyImage(ReadOnlyFile):
         self._start = build_header(self.header)
 
     @property
-    def read_policy(self) -> ReadPolicy | None:
-        """None: every read is tried."""
-        return None
-
-    @property
     def identity(self) -> FileIdentity:
         """What distinguishes the image from all others, also from the disk."""
         return ("empty", *self._disk.identity)
-
-    def fileno(self) -> int:
-        """Return -1: there is no file."""
-        return -1
-
-    async def pread(self, offset: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
-        buffer = bytearray(max(0, min(length, self.size() - offset)))
-        await self.pread_into(offset, memoryview(buffer))
-        return buffer
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read."""
@@ -76,16 +59,6 @@ class EmptyImage(ReadOnlyFile):
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset; return False if the file ends before."""
         return self.read_blocking(offset, view) == len(view)
-
-    def try_start_read(
-        self,
-        _offset: int,
-        _view: memoryview,
-        _take_answer: Callable[[], object],
-        _ended: Callable[[int], object],
-    ) -> bool:
-        """Return False: `try_read` reads everything."""
-        return False
 
     async def next_data(self, offset: int) -> int | None:
         """Return ``offset`` within the header; None past it."""
