@@ -16,7 +16,7 @@ from qedfuse.disk.space.epochs import Epochs
 from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
-from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
+from qedfuse.mount.fuse.handles import HANDLE_MASK
 from tests.support.fusewire import FSYNC_SLOT, READ, READ_SLOT, WRITE_SLOT, Operation, Wire
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.residency import Residency
 from qedfuse.mount.fuse import extraops
-from qedfuse.mount.fuse.exporteddisk import HANDLE_SYNC, HANDLE_WRITER
+from qedfuse.mount.fuse.handles import HANDLE_SYNC, HANDLE_WRITER
 from tests.support.fusewire import session_of
 from tests.support.readsession import BITS, CLUSTER, CLUSTERS, INODE, Session, Tables
 

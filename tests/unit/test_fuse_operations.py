@@ -28,9 +28,10 @@ from qedfuse.errors import (
 from qedfuse.mount.fuse import attach
 from qedfuse.mount.fuse.attach import _explain, libfuse_options
 from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
-from qedfuse.mount.fuse.exporteddisk import HANDLE_DIRECT, ExportedDisk, ExportedDisks
+from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
+from qedfuse.mount.fuse.handles import HANDLE_DIRECT
 from qedfuse.mount.fuse.operations import Operations
 from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation

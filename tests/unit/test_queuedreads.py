@@ -29,7 +29,7 @@ from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
-from qedfuse.mount.fuse.exporteddisk import HANDLE_WRITER
+from qedfuse.mount.fuse.handles import HANDLE_WRITER
 from qedfuse.mount.fuse.queuedreads import queued_reads
 from tests.support.fusewire import session_of
 from tests.support.readsession import BITS, CLUSTER, INODE, Session, Tables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -11,16 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from qedfuse.disk.disk import Disk
-
-HANDLE_DIRECT: Final = 1 << 62
-"""Bit of a file handle: the handle was opened with O_DIRECT, and the mount lacks ``direct_io``.
-
-A file handle is the inode number of the disk together with the `HANDLE_FLAGS` that apply."""
-HANDLE_WRITER: Final = 1 << 61
-"""Bit of a file handle: the handle was opened with an access mode other than O_RDONLY."""
-HANDLE_SYNC: Final = 1 << 60
-"""Bit of a file handle: each write must be durable before the server replies."""
-HANDLE_FLAGS: Final = HANDLE_DIRECT | HANDLE_WRITER | HANDLE_SYNC
 
 
 @dataclass(eq=False, slots=True)

@@ -16,7 +16,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.mount.fuse.fastrequests import HANDLE_MASK
+from qedfuse.mount.fuse.handles import HANDLE_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable

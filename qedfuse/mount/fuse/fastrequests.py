@@ -9,21 +9,15 @@ the error to the kernel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS, HANDLE_SYNC
+from qedfuse.mount.fuse.handles import HANDLE_FLAGS, HANDLE_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
-
-HANDLE_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
-"""The bits of a handle by which `FastRequests.read` and `write` look up the disk.
-
-The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
-handle with `HANDLE_SYNC`, and its reads and writes take the slow path."""
 
 
 class FastRequests:

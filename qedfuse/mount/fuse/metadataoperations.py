@@ -12,7 +12,7 @@ import pyfuse3
 from pyfuse3 import FUSEError
 
 from qedfuse.mount.fuse.attributes import Attributes, set_times
-from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
+from qedfuse.mount.fuse.handles import HANDLE_FLAGS
 from qedfuse.mount.fuse.requesterrors import RequestErrors, answered
 
 if TYPE_CHECKING:

@@ -14,13 +14,8 @@ import pyfuse3
 from pyfuse3 import FUSEError
 
 from qedfuse.errors import ForeignError, RemoteError
-from qedfuse.mount.fuse.exporteddisk import (
-    HANDLE_DIRECT,
-    HANDLE_FLAGS,
-    HANDLE_SYNC,
-    HANDLE_WRITER,
-)
 from qedfuse.mount.fuse.fastrequests import FastRequests
+from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_FLAGS, HANDLE_SYNC, HANDLE_WRITER
 from qedfuse.mount.fuse.metadataoperations import MetadataOperations
 from qedfuse.mount.fuse.requesterrors import answered
 

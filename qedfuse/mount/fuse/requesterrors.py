@@ -22,7 +22,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from qedfuse.errors import ForeignError, PastEndError, QedError, RemoteError
-from qedfuse.mount.fuse.exporteddisk import HANDLE_FLAGS
+from qedfuse.mount.fuse.handles import HANDLE_FLAGS
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
