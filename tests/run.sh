@@ -27,7 +27,7 @@ run_tests "$@"
 # Reads, writes and flushes of mounts.
 io_tests=(
     tests/unit/test_extensions.py
-    tests/mounted/test_{read_paths,mount_load,kill}.py tests/fuzz
+    tests/mounted/test_{read_paths,mount_load,kill}.py tests/fuzz/test_fuzz.py
 )
 say "Tests with threads of trio in place of native threads"
 QEDFUSE_HOST_CALLS=threads run_tests "${io_tests[@]}"

@@ -39,18 +39,19 @@ done
 address_share=(
     tests/unit/test_{iothreads,hostcalls,started_reads,extraops,dataops,burst,queuedreads}.py
     tests/property/test_entry_rules.py tests/mounted/test_read_paths.py
+    tests/fuzz/test_targets.py::test_inputs_for_c_code_find_nothing
 )
 # shellcheck disable=SC2034  # used by reference
 address_rest=(
     tests/unit/test_{hostfile,fuse_operations,datarequests,cachedread}.py tests/toolbox/test_{check,map}.py
-    tests/mounted/test_{mount_load,discard,kill,remount,umount}.py tests/fuzz
+    tests/mounted/test_{mount_load,discard,kill,remount,umount}.py tests/fuzz/test_fuzz.py
 )
 # shellcheck disable=SC2034  # used by reference
 thread_share=(tests/unit/test_{iothreads,hostcalls,extraops,dataops,burst,queuedreads}.py)
 # shellcheck disable=SC2034  # used by reference
 thread_rest=(
     tests/unit/test_hostfile.py
-    tests/mounted/test_{read_paths,mount_load,discard}.py tests/fuzz
+    tests/mounted/test_{read_paths,mount_load,discard}.py tests/fuzz/test_fuzz.py
 )
 
 install_for_tests

@@ -110,7 +110,10 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     """
     try:
         found = about["version"]
-        version = Version(int(found["size"]), str(found["etag"]), found["modified"])
+        modified = found["modified"]
+        # The name of the entry does not show a damaged time if there is an entity tag.
+        modified = None if modified is None else float(modified)
+        version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)
         needed = int(about.get("needed_units", units_of(version.size)))
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -1,0 +1,88 @@
+"""The metadata of an entry of the cache, JSON: a version that can be used, or ValueError."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from typing import Final
+
+from qedfuse.remote.cachemetadata import entry_name, read_metadata
+from qedfuse.remote.client import Version
+from tests.fuzz.targets.scratch import put, scratch
+from tests.fuzz.targets.target import Target
+
+
+def check(data: bytes) -> None:
+    """Read the metadata in a directory whose name agrees with the version in them, if any does."""
+    name = _name(data)
+    directory = scratch("cachemetadata")
+    path = directory / name
+    with suppress(FileExistsError):
+        path.mkdir()
+    put(path / "about.json", data)
+    try:
+        found = read_metadata(str(path))
+    except ValueError:
+        return
+    finally:
+        os.unlink(path / "about.json")  # noqa: PTH108  shorter
+        path.rmdir()
+    version = found.version
+    assert type(version.size) is int
+    assert version.size >= 0
+    assert type(version.etag) is str
+    assert version.modified is None or type(version.modified) in (int, float)
+    assert type(found.needed_units) is int
+    assert entry_name(version) == name
+    assert version.is_same(version)
+
+
+def _name(data: bytes) -> str:
+    """Return the name of the directory for the version in the metadata."""
+    try:
+        found = json.loads(data)["version"]
+        version = Version(int(found["size"]), str(found["etag"]), found["modified"])
+        return entry_name(version)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return "version-none"
+
+
+def seeds() -> list[bytes]:
+    """Return metadata with an entity tag, with a time, and with a number of needed units."""
+    return [
+        json.dumps({"url": "https://h/x", **about}).encode()
+        for about in (
+            {"version": {"size": 1 << 20, "etag": '"abc"', "modified": 1.5e9}},
+            {"version": {"size": 0, "etag": "", "modified": 1.5e9}, "needed_units": 3},
+            {"version": {"size": 7, "etag": "", "modified": None}, "needed_units": 0},
+        )
+    ]
+
+
+TARGET: Final = Target(
+    check,
+    seeds,
+    (
+        b"null",
+        b"true",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b'"',
+        b":",
+        b",",
+        b"1e999",
+        b"-1",
+        b"NaN",
+        b"9" * 30,
+        b"\\ud800",
+        b"\\u0000",
+        b'"size"',
+        b'"modified"',
+        b'"needed_units"',
+        b"\xff",
+        b"1e300",
+    ),
+)

@@ -1,0 +1,33 @@
+"""Files for targets whose part opens a path, in memory if the machine has a directory for that."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108  the directory below it has a random name
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    """Return the directory of this process, which is removed when the process ends."""
+    parent = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="qedfuse-fuzz-", dir=parent)
+
+
+@functools.cache
+def scratch(name: str) -> Path:
+    """Return an empty directory of a target, the same one in each call."""
+    path = Path(_root().name, name)
+    path.mkdir()
+    return path
+
+
+def put(path: Path, content: bytes | bytearray) -> str:
+    """Write a file, replacing its content; return its path as a string."""
+    with open(path, "wb", buffering=0) as file:  # noqa: PTH123  unbuffered
+        file.write(content)
+    return str(path)
