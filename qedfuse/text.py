@@ -8,16 +8,15 @@ from typing import Final
 
 _UNDECODABLE: Final = range(0xDC80, 0xDD00)
 """The surrogates by which `os.fsdecode` represents bytes that are not valid UTF-8 (PEP 383)."""
-_USER: Final = re.compile(r"(?<=://)[^\s/?]*@")
+# Compiled when first used, because every program loads this module.
+_USER: Final = r"(?<=://)[^\s/?]*@"
 """The user and the password in a URL."""
-_QUERY: Final = re.compile(
+_QUERY: Final = (
     r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?]*\?)"  # a URL up to its query
     r"(\S*?)"
     r"(?=['\",:;)]*(?:\s|$))"  # marks of the sentence are no part of the query
 )
-_OPEN_QUERY: Final = re.compile(
-    r"(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*", re.IGNORECASE
-)
+_OPEN_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*)"
 """The URLs whose queries are no secrets."""
 
 
@@ -52,9 +51,9 @@ def without_queries(message: str) -> str:
     """
     if "://" not in message:
         return message
-    return _QUERY.sub(_hide_query, _USER.sub("...@", message))
+    return re.sub(_QUERY, _hide_query, re.sub(_USER, "...@", message))
 
 
 def _hide_query(match: re.Match[str]) -> str:
     """Return a URL that has a query, without the query if it may be a secret."""
-    return match[0] if _OPEN_QUERY.fullmatch(match[0]) else f"{match[1]}..."
+    return match[0] if re.fullmatch(_OPEN_QUERY, match[0]) else f"{match[1]}..."

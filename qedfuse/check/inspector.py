@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from qedfuse.check.findings import FREE_LIST_CODES, Severity
 from qedfuse.errors import CorruptImageError
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     """
     # Imported late, because the checker takes long to load and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415
+    from qedfuse.check.findings import FREE_LIST_CODES, Severity  # noqa: PLC0415
 
     why = "was not closed cleanly" if header.need_check else "has a partial last cluster"
     report = await check_image(file, header)

@@ -14,7 +14,6 @@ from qedfuse.disk.options import (
     BackingPolicy,
 )
 from qedfuse.errors import UsageError
-from qedfuse.remote.credentials import read_credentials
 from qedfuse.remote.options import Deadlines, RemoteOptions
 
 if TYPE_CHECKING:
@@ -136,6 +135,9 @@ class MountOptions:
         """
         if self.credentials_file is None:
             return self
+        # Imported late, because few mounts need credentials.
+        from qedfuse.remote.credentials import read_credentials  # noqa: PLC0415
+
         return replace(self, credentials=read_credentials(self.credentials_file))
 
     def absolute(self) -> MountOptions:

@@ -35,9 +35,9 @@ NBD: Final = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 """Schemes of NBD servers (``doc/uri.md`` of the NBD project).  Those with ``nbds`` use TLS."""
 
 _URL_START: Final = re.compile(r"(?!file:)([A-Za-z][A-Za-z0-9+.-]*)://")
-_BUCKET: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_BUCKET: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 """The name of a bucket or container; some stores distinguish upper and lower case."""
-_URL_CHARACTERS: Final = re.compile(r"[!$-;=?-\[\]_a-z~]+")
+_URL_CHARACTERS: Final = r"[!$-;=?-\[\]_a-z~]+"
 """The characters of a URL (RFC 3986), without ``#``: a URL of an object has no fragment."""
 _DEFAULT_PORTS: Final = {"https": 443, "http": 80, "nbd": 10809, "nbds": 10809}
 
@@ -232,7 +232,7 @@ def _parse(text: str) -> Address:
         found = f"{scheme}://" if match else "no scheme"
         expected = ", ".join(f"{known}://" for known in (*STORES, *WEB, *NBD))
         raise invalid_url(text, "scheme", found, f"one of {expected}")
-    if not _URL_CHARACTERS.fullmatch(text):
+    if not re.fullmatch(_URL_CHARACTERS, text):
         raise invalid_url(text, "characters", "one that is not allowed", "%XX for it")
     try:
         parts = urlsplit(text)
@@ -258,7 +258,7 @@ def _parse(text: str) -> Address:
 def _store_address(text: str, parts: SplitResult, port: int | None) -> Address:
     """Return the address for a URL of an object store."""
     bucket = parts.netloc.partition(":")[0]
-    if not _BUCKET.fullmatch(bucket):
+    if not re.fullmatch(_BUCKET, bucket):
         raise invalid_url(text, "host", bucket or "none", "the name of a bucket or container")
     if port is not None:
         raise invalid_url(text, "port", str(port), "none after the name of a bucket")

@@ -21,7 +21,7 @@ _PARAMETERS: Final[dict[str, tuple[str, ...]]] = {
     "nbd+unix": ("socket",),
     "nbds+unix": ("socket", "tls-hostname"),
 }
-_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
+_CONTROL: Final = rb"[\x00-\x1f\x7f]"
 
 
 def nbd_query(text: str, scheme: str, query: str) -> str:
@@ -44,7 +44,7 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
             expected = f"{expected}, each once" if allowed else "none"
             raise invalid_url(text, "query", printable(name), expected)
         raw = unquote_to_bytes(value)
-        if not raw or _CONTROL.search(raw):
+        if not raw or re.search(_CONTROL, raw):
             found = f"{name}={printable(raw)}"
             raise invalid_url(text, "query", found, "a value without control characters")
         values[name] = quote(raw, safe="/-._~")

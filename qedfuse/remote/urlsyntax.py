@@ -11,8 +11,9 @@ from urllib.parse import quote, unquote_to_bytes
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
 
-_HOST: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
-_FORBIDDEN: Final = re.compile(rb"[\x00-\x1f\x7f/\\]")
+# Compiled when first used, because every mount loads this module, and few have URLs.
+_HOST: Final = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
+_FORBIDDEN: Final = rb"[\x00-\x1f\x7f/\\]"
 _MAX_NAME_BYTES: Final = 4096
 """Maximum length of the name of an NBD export; the keys of object stores are shorter."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
@@ -35,7 +36,7 @@ def parse_host(text: str, authority: str, host: str) -> str:
         with suppress(ValueError):
             return f"[{ipaddress.IPv6Address(host).compressed}]"
         host = f"[{host}]"
-    if not _HOST.fullmatch(host):
+    if not re.fullmatch(_HOST, host):
         raise invalid_url(text, "host", host or "none", "a host name or an IP address")
     return host
 
@@ -77,7 +78,7 @@ def _segment(text: str, segment: str) -> str:
     raw = unquote_to_bytes(segment)
     if raw in (b".", b".."):
         raise invalid_url(text, "path", printable(segment), "no . or .. in it")
-    if _FORBIDDEN.search(raw):
+    if re.search(_FORBIDDEN, raw):
         raise invalid_url(text, "path", printable(segment), "no escaped slash or control character")
     return quote(raw, safe=_SAFE_IN_SEGMENT)
 

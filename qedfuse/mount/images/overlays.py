@@ -11,11 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qedfuse.check.inspector import inspect_image
-from qedfuse.disk.creation.create import create_image
-from qedfuse.disk.creation.emptyimage import EmptyImage
 from qedfuse.disk.lookup.backing import read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
-from qedfuse.disk.lookup.baseversion import versions_of
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
@@ -157,6 +154,11 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     Raises:
         QedError: The source is not a usable image, or the overlay cannot be made.
     """
+    # Imported late, because most mounts make no overlay.
+    from qedfuse.disk.creation.create import create_image  # noqa: PLC0415
+    from qedfuse.disk.creation.emptyimage import EmptyImage  # noqa: PLC0415
+    from qedfuse.disk.lookup.baseversion import versions_of  # noqa: PLC0415
+
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
         files = [layer.file for layer in disk.chain.layers]

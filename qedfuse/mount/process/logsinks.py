@@ -14,14 +14,25 @@ import logging
 import os
 import select
 import socket
+import syslog
 from abc import abstractmethod
 from contextlib import suppress
-from logging.handlers import SysLogHandler
 from typing import Final
 
 _MAX_WRITE_BYTES: Final = select.PIPE_BUF
 """Maximum number of bytes in one write(2).  If poll(2) reports that a pipe is writable, the pipe
 takes this number of bytes without waiting (pipe(7))."""
+
+
+_PRIORITIES: Final = {
+    "DEBUG": syslog.LOG_DEBUG,
+    "INFO": syslog.LOG_INFO,
+    "WARNING": syslog.LOG_WARNING,
+    "ERROR": syslog.LOG_ERR,
+    "CRITICAL": syslog.LOG_CRIT,
+}
+"""The priority in the system log for each level (syslog(3)).  `logging.handlers` has such a table
+too, but that module loads modules for networks and queues, which would delay every mount."""
 
 
 class DroppingHandler(logging.Handler):
@@ -136,8 +147,7 @@ class SystemLogHandler(DroppingHandler):
 
         The result is that of `DroppingHandler.try_send`.
         """
-        name = SysLogHandler.priority_map.get(record.levelname, "warning")
-        priority = SysLogHandler.LOG_DAEMON << 3 | SysLogHandler.priority_names[name]
+        priority = syslog.LOG_DAEMON | _PRIORITIES.get(record.levelname, syslog.LOG_WARNING)
         text = f"<{priority}>{self._identity}{self.format(record)}\0"
         data = text.encode(errors="backslashreplace")
         return self._try_send_once(data) or (self._socket is None and self._try_send_once(data))
