@@ -116,7 +116,7 @@ def _fuzz_target(name: str, given: argparse.Namespace, seed: int) -> None:
     if given.keep:
         from tests.fuzz.reduction import reduced  # noqa: PLC0415  only to change the corpus
 
-        corpus.save(name, reduced(target_named(name), [*corpus.load(name), *found]))
+        corpus.save(name, reduced(target_named(name), corpus.load(name), found))
     sys.stdout.write(f"{name}: {text} from seed {seed}: nothing found\n")
     sys.stdout.flush()
 

@@ -49,6 +49,7 @@ def run_guided(
         arguments = [
             *(f"-runs={count or -1}", f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}"),
             *(f"-timeout={_MAX_INPUT_SECONDS}", f"-rss_limit_mb={_MAX_RESIDENT_MEGABYTES}"),
+            "-len_control=0",  # otherwise short inputs come first, and the seeds are cut
             *(f"-artifact_prefix={scratch}/{_FINDING}", "-print_final_stats=1", str(inputs)),
         ]
         subprocess.run([sys.executable, "-m", "tests.fuzz.guided", name, *arguments], check=False)

@@ -27,27 +27,30 @@ MAX_INPUT_BYTES: Final = 400
 _SOURCE: Final = str(Path(qedfuse.__file__).parent)
 
 
-def reduced(target: Target, inputs: Iterable[bytes]) -> list[bytes]:
-    """Return the inputs, the shortest first, that reach lines which the seeds and others do not.
+def reduced(target: Target, kept: Iterable[bytes], inputs: Iterable[bytes]) -> list[bytes]:
+    """Return the inputs that are kept, and of other inputs those that reach further lines.
 
-    Inputs that are findings are kept whatever they reach, until the limits of this module.
+    Args:
+        target: The target.
+        kept: Inputs that stay in the result: some were findings, whose lines others reach too.
+        inputs: Inputs that are added, the shortest first, up to the limits of this module.
     """
     reached: set[Line] = set()
-    kept: list[bytes] = []
+    result = list(kept)
     with limits():
-        for data in target.seeds():
+        for data in (*target.seeds(), *result):
             _trace(target, data, reached)
-        for data in sorted(set(inputs), key=lambda item: (len(item), item)):
+        for data in sorted(set(inputs) - set(result), key=lambda item: (len(item), item)):
             before = len(reached)
-            failed = _trace(target, data, reached)
-            is_new = failed or len(reached) > before
-            if is_new and len(data) <= MAX_INPUT_BYTES and len(kept) < MAX_INPUTS:
-                kept.append(data)
-    return kept
+            _trace(target, data, reached)
+            is_short = len(data) <= MAX_INPUT_BYTES and len(result) < MAX_INPUTS
+            if is_short and len(reached) > before:
+                result.append(data)
+    return result
 
 
-def _trace(target: Target, data: bytes, reached: set[Line]) -> bool:
-    """Add the lines that an input reaches to ``reached``; return whether it is a finding."""
+def _trace(target: Target, data: bytes, reached: set[Line]) -> None:
+    """Add the lines that an input reaches to ``reached``."""
     last: dict[int, int] = {}
 
     def on_line(frame: FrameType, event: str, _value: object) -> Any:  # noqa: ANN401  settrace
@@ -63,6 +66,6 @@ def _trace(target: Target, data: bytes, reached: set[Line]) -> bool:
 
     sys.settrace(on_call)
     try:
-        return check_input(target, data) is not None
+        check_input(target, data)
     finally:
         sys.settrace(None)

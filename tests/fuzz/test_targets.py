@@ -199,10 +199,11 @@ def test_a_file_survives_its_encoding() -> None:
 
 
 def test_only_inputs_that_reach_new_lines_are_kept() -> None:
-    """Of two inputs that reach the same lines, the shorter one is kept."""
+    """Of two inputs that reach the same lines, the shorter one is kept; earlier ones stay."""
     target = target_named("optionlist")
-    kept = reduced(target, [b"\0unknown=1", b"\0unknown=12", b"\0unknown=123"])
-    assert kept == [b"\0unknown=1"]
+    new = [b"\0unknown=1", b"\0unknown=12", b"\0unknown=123"]
+    assert reduced(target, [b"\0ro"], new) == [b"\0ro", b"\0unknown=1"]
+    assert reduced(target, new, [b"\0unknown="]) == new
 
 
 def test_the_command_runs_a_target(capsys: pytest.CaptureFixture[str]) -> None:

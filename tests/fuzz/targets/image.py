@@ -289,4 +289,4 @@ TOKENS: Final = (
     *(number.to_bytes(8, "little") for number in ((1 << 63) - 4096, (1 << 64) - 4096)),
 )
 
-TARGET: Final = Target(check, seeds, TOKENS, ask_peer=ask_qemu, uses_c=True)
+TARGET: Final = Target(check, seeds, TOKENS, ask_peer=ask_qemu)
