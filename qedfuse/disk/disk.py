@@ -75,6 +75,7 @@ class Disk:
         self._options = options
         self._layer = components.layer
         self._chain = components.chain
+        self._file_reads = components.chain.file_reads
         self._header_store = components.header_store
         self._writeback = components.writeback
         self._flusher = components.flusher
@@ -182,6 +183,15 @@ class Disk:
             return None
         return fd, location[1]
 
+    def count_read(self, start: int, length: int) -> None:
+        """Count that the caller has read a range where `try_locate` has found it.
+
+        The caller must not have awaited since then.
+        """
+        location = self._fast_path.locate(start, length)
+        if location is not None:
+            self._file_reads.count(location[0], length)
+
     def try_start_read(
         self,
         start: int,
@@ -211,6 +221,8 @@ class Disk:
 
         def leave(result: int) -> None:
             self._epochs.leave(epoch)
+            if result == length:
+                self._file_reads.count(file, length)
             ended(result)
 
         is_started = False
@@ -256,6 +268,7 @@ class Disk:
                 file, offset = location
                 data = await file.pread(offset, length)
                 if len(data) == length:
+                    self._file_reads.count(file, length)
                     return data
             return await self._chain.read(start, length)
         finally:

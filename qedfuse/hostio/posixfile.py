@@ -137,6 +137,7 @@ class PosixFile:
             self._missed_offset = -1
         calls = host_calls()
         if calls.retries_reads:
+            self.read_policy.uncached += 1
             if done is None and tries:
                 return await self._read_retrying(calls, offset, view)
             return await self._read_rest(calls, offset, view, done or 0)

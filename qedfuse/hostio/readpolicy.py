@@ -35,6 +35,7 @@ class ReadPolicy:
         misses: How many inline reads in a row have not found all their data.  The caller must set
             this to 0 when an inline read has found all its data.  There is no method for it,
             because the call would cost more than all other bookkeeping of such a read.
+        uncached: How many reads have had to wait for data that the page cache did not have.
         can_queue: Whether a queue of the kernel (``_ring.c``) can make reads of the file.  False if
             the kernel itself would need a thread for each of these reads: if the file system asks
             a server, or does not support RWF_NOWAIT.
@@ -45,12 +46,14 @@ class ReadPolicy:
         self.can_queue = can_queue
         self.is_inline = True
         self.misses = 0
+        self.uncached = 0
         self._hits = 0
         self._is_supported = True
 
     def record_inline_miss(self) -> None:
         """Record that an inline read has not found all its data."""
         self.misses += 1
+        self.uncached += 1
         if self.misses >= _MISSES_IN_A_ROW:
             self.is_inline = False
             self._hits = 0
@@ -62,6 +65,7 @@ class ReadPolicy:
     def record_cached(self, is_cached: bool) -> None:  # noqa: FBT001  the extension calls it
         """Record whether a read that was not tried has found all its data in the page cache."""
         if not is_cached:
+            self.uncached += 1
             self._hits = 0
             return
         self._hits += 1

@@ -202,6 +202,7 @@ class Server:
             extraops_failure = extraops.serve(
                 FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
                 None if operations.debug else data_requests,
+                self._disks.shared_cells(),
             )
             if extraops_failure is not None:
                 _log.warning(

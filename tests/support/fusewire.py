@@ -29,6 +29,8 @@ LSEEK: Final = 46
 """Numbers of the requests, from linux/fuse.h."""
 READ_SLOT: Final = 15
 WRITE_SLOT: Final = 16
+NODE = 5
+"""The inode number of all requests."""
 FSYNC_SLOT: Final = 19
 FALLOCATE_SLOT: Final = 40
 SLOTS: Final = 44
@@ -146,7 +148,7 @@ class Wire:
         """Return a request of user 7 on inode 5, with a new number."""
         self._number += 1
         length = 40 + len(body)
-        return struct.pack("=IIQQIIII", length, operation, self._number, 5, 7, 8, 9, 0) + body
+        return struct.pack("=IIQQIIII", length, operation, self._number, NODE, 7, 8, 9, 0) + body
 
     def send(self, operation: int, body: bytes) -> int:
         """Pass a request to libfuse, as the event loop does; return its number."""

@@ -17,10 +17,12 @@ from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_MASK
-from tests.support.fusewire import FSYNC_SLOT, READ, READ_SLOT, WRITE_SLOT, Operation, Wire
+from tests.support.fusewire import FSYNC_SLOT, NODE, READ, READ_SLOT, WRITE_SLOT, Operation, Wire
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qedfuse.mount.fuse.requestcounters import RequestCounters
 
 INODE = 2
 BITS = 12
@@ -65,6 +67,11 @@ class Session:
         views = {inode: extraops._extension.read_view(*view) for inode, view in tables.items()}
         extraops._extension.set_read_views(views, HANDLE_MASK % (1 << 64))
 
+    def count(self, counters: RequestCounters) -> None:
+        """Let the extension count all requests of the session."""
+        assert extraops._extension is not None
+        extraops._extension.set_counters(NODE, (counters.cells,))
+
     def send(self, offset: int, size: int, handle: int = INODE) -> int:
         """Let the kernel request a read; return the number of the request."""
         return self.wire.send(READ, read_body(offset, size, handle))
@@ -98,6 +105,7 @@ class Tables:
         base_policy: The policy of the backing file.
         base_content: The content of the backing file.
         epochs: What counts the queued reads.
+        file_reads: What counts the reads of the two files, as `FileReads.cells`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,6 +116,7 @@ class Tables:
         self.layer = SimpleNamespace(header=SimpleNamespace(image_size=CLUSTERS * CLUSTER))
         self.policy = ReadPolicy(can_queue=True)
         self.epochs = Epochs()
+        self.file_reads = array("Q", bytes(4 * 8))
         entries = [(number + 1) * CLUSTER for number in range(CLUSTERS)]
         self.slices = {
             ("key", 0): SimpleNamespace(bad=None, entries=array("Q", entries[:4])),
@@ -130,7 +139,7 @@ class Tables:
         return (
             *(self.layer, self.keys, self.slices.get, "codes"),
             (PageSource(self.policy, fd), PageSource(self.base_policy, self._base.fileno())),
-            *(BITS, SLICE_BITS, self.epochs),
+            *(BITS, SLICE_BITS, self.epochs, self.file_reads),
         )
 
     def close(self) -> None:

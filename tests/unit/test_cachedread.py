@@ -6,6 +6,7 @@ import os
 import random
 from array import array
 from contextlib import closing
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.residency import Residency
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_SYNC, HANDLE_WRITER
+from qedfuse.mount.fuse.requestcounters import READ, WRITE, RequestCounters
 from tests.support.fusewire import session_of
 from tests.support.readsession import BITS, CLUSTER, CLUSTERS, INODE, Session, Tables
 
@@ -104,6 +106,45 @@ def test_a_range_that_is_no_run_is_passed_on(
     """A range that is empty, in two slices, or not within the disk goes to the function."""
     assert tables.policy.is_inline
     assert session.read(start, size) is None
+
+
+def test_answered_reads_are_counted(session: Session, tables: Tables) -> None:
+    """Each answered read counts once, with its bytes, for the disk and for one file."""
+    counters = RequestCounters()
+    session.count(counters)
+    tables.slices["key", 0].entries[3] = 0
+    tables.slices["codes", 0].entries[3] = (3 * CLUSTER) | 3
+    for _ in range(20):
+        assert session.read(0, 100) is not None
+    assert session.read(3 * CLUSTER, 7) == tables.base_content[3 * CLUSTER : 3 * CLUSTER + 7]
+    assert session.read(CLUSTERS * CLUSTER, 8) is None, "passed on, so it is counted elsewhere"
+    found = counters.statistics(READ)
+    assert (found.requests, found.bytes, found.fast, found.errors) == (21, 2007, 21, 0)
+    assert sum(found.histogram) == 21
+    assert 0 < found.seconds < 20
+    assert counters.statistics(WRITE).requests == 0
+    assert tables.file_reads.tolist() == [20, 2000, 1, 7]
+
+
+def test_one_of_sixteen_reads_is_timed(session: Session, tables: Tables) -> None:  # noqa: ARG001  shows a view
+    """The time of the first of 16 reads counts for the 15 that follow it."""
+    counters = RequestCounters()
+    session.count(counters)
+    times = [0.0]
+    for _ in range(34):
+        session.read(0, 8)
+        times.append(counters.statistics(READ).seconds)
+    steps = [round(1e9 * (after - before)) for before, after in pairwise(times)]
+    assert len({*steps[:16]}) == len({*steps[16:32]}) == len({*steps[32:]}) == 1
+    assert min(steps) > 0
+    assert len({*steps}) > 1, "the first read of the next 16 is timed"
+
+
+def test_arrays_of_another_length_are_refused(session: Session) -> None:  # noqa: ARG001  makes a session
+    """The extension counts in no array that does not have its number of cells."""
+    assert extraops._extension is not None
+    with pytest.raises(ValueError, match="another number of cells"):
+        extraops._extension.set_counters(2, (array("Q", bytes(8)),))
 
 
 @pytest.mark.parametrize("entry", [0, 1, 5 * CLUSTER])

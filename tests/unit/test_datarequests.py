@@ -12,6 +12,7 @@ from pyfuse3 import FUSEError
 from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.mount.fuse.datarequests import DataRequests
+from qedfuse.mount.fuse.requestcounters import READ, RequestCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class Disk:
         can_start: Whether `try_start_read` starts a read.
         refusal: What `try_start_read` raises after it has taken the answer.
         started: The functions that must be called at the end of the started reads.
+        counted: The ranges that `count_read` has counted.
     """
 
     def __init__(self) -> None:
@@ -63,6 +65,11 @@ class Disk:
         self.can_start = True
         self.refusal: Exception | None = None
         self.started: list[Callable[[int], object]] = []
+        self.counted: list[tuple[int, int]] = []
+
+    def count_read(self, start: int, length: int) -> None:
+        """Count a read of the image's file."""
+        self.counted.append((start, length))
 
     def try_read(self, _start: int, _length: int) -> memoryview | None:
         """Return the content, if it is in memory."""
@@ -101,6 +108,7 @@ class Mount:
         is_cached: Whether the page cache holds the data, so that a reply from a file succeeds.
         replied: The descriptor and the file offset of each attempt to reply from a file.
         requests: The object under test.
+        counters: What counts the requests to the disk.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -111,7 +119,8 @@ class Mount:
         self.error: FUSEError | None = None
         self.is_cached = True
         self.replied: list[tuple[int, int]] = []
-        exported = SimpleNamespace(disk=self.disk)
+        self.counters = RequestCounters()
+        exported = SimpleNamespace(disk=self.disk, requests=self.counters)
         fast = SimpleNamespace(
             disk_of=lambda handle: exported if handle == HANDLE else None, write=None, fsync=None
         )
@@ -174,6 +183,8 @@ async def test_a_read_of_all_bytes_needs_no_task(nursery: trio.Nursery) -> None:
     await wait_all_tasks_blocked()
     assert mount.slow_reads == []
     assert [pending.answers for pending in mount.pending] == [[]]
+    counted = mount.counters.statistics(READ)
+    assert (counted.requests, counted.bytes, counted.fast) == (1, 4, 0)
 
 
 @pytest.mark.parametrize("result", [3, 0, -errno.EIO])
@@ -235,6 +246,7 @@ async def test_a_long_read_is_answered_from_the_page_cache(
     mount.disk.content = memoryview(b"data")
     assert mount.requests.read(HANDLE, 4096, size) is None
     assert mount.replied == [(5, 69632)]
+    assert mount.disk.counted == [(4096, size)]
     mount.is_cached = False
     assert mount.requests.read(HANDLE, 4096, size) is mount.disk.content
     assert mount.pending == []

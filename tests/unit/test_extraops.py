@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.requestcounters import SharedCells
 from tests.support.fusewire import (
     FALLOCATE_SLOT,
     LSEEK,
@@ -72,7 +73,7 @@ class Keeper:
 
 def served(handler: Handler) -> None:
     """Pass the requests of the session to a handler."""
-    assert extraops.serve(handler, None) is None
+    assert extraops.serve(handler, None, SharedCells(0, ())) is None
 
 
 def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:

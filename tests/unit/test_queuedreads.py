@@ -31,6 +31,8 @@ from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_WRITER
 from qedfuse.mount.fuse.queuedreads import queued_reads
+from qedfuse.mount.fuse.requestcounters import READ as COUNTED_READ
+from qedfuse.mount.fuse.requestcounters import RequestCounters
 from tests.support.fusewire import session_of
 from tests.support.readsession import BITS, CLUSTER, INODE, Session, Tables
 
@@ -149,6 +151,14 @@ def tables(tmp_path: Path) -> Iterator[Tables]:
     made.close()
 
 
+@pytest.fixture
+def counters(session: Session) -> RequestCounters:
+    """Let the extension count the requests of the session."""
+    made = RequestCounters()
+    session.count(made)
+    return made
+
+
 def test_a_read_is_answered_when_its_data_has_arrived(
     session: Session, queue: Queue, tables: Tables, pipes: Pipes
 ) -> None:
@@ -169,6 +179,37 @@ def test_a_read_is_answered_when_its_data_has_arrived(
     assert extraops.queued_reads() == 0
     assert not queue.is_notified()
     assert queue.failed == []
+
+
+def test_queued_reads_are_counted_at_their_end(
+    session: Session, queue: Queue, tables: Tables, pipes: Pipes, counters: RequestCounters
+) -> None:
+    """A queued read counts when it is answered, and is not one that was answered in one step."""
+    reader, writer = pipes.make()
+    session.show(*tables.arguments(reader))
+    session.send(0, 8)
+    assert counters.statistics(COUNTED_READ).requests == 0
+    os.write(writer, b"contents")
+    queue.end(0)
+    found = counters.statistics(COUNTED_READ)
+    assert (found.requests, found.bytes, found.fast, found.errors) == (1, 8, 0, 0)
+    assert sum(found.histogram) == 1
+    assert found.seconds > 0
+    assert tables.file_reads.tolist() == [1, 8, 0, 0]
+
+
+def test_a_queued_read_that_fails_is_left_to_the_slow_path(
+    session: Session, queue: Queue, tables: Tables, pipes: Pipes, counters: RequestCounters
+) -> None:
+    """A queued read with too few bytes is not counted, because the function that gets it counts."""
+    reader, writer = pipes.make()
+    session.show(*tables.arguments(reader))
+    session.send(0, 8)
+    os.write(writer, b"short")
+    queue.end(0)
+    assert len(queue.failed) == 1
+    assert counters.statistics(COUNTED_READ).requests == 0
+    assert tables.file_reads.tolist() == [0, 0, 0, 0]
 
 
 def test_all_reads_of_a_burst_are_queued(
@@ -350,7 +391,7 @@ def test_long_reads_are_passed_on(
     """A read that is longer than the limit is not queued."""
     reader, writer = pipes.make()
     cluster_bits = 15
-    session.show(*tables.arguments(reader)[:5], cluster_bits, 0, tables.epochs)
+    session.show(*tables.arguments(reader)[:5], cluster_bits, 0, *tables.arguments()[7:])
     session.send(0, MAX_BYTES)
     assert session.asked == []
     session.send(0, MAX_BYTES + 1)

@@ -64,6 +64,7 @@ class ReadTables(NamedTuple):
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
         epochs: What a read enters that waits for the host.
+        file_reads: The cells of `FileReads`, in which the extension counts its reads.
     """
 
     layer: QedLayer
@@ -74,6 +75,7 @@ class ReadTables(NamedTuple):
     cluster_bits: int
     slice_bits: int
     epochs: Epochs
+    file_reads: array[int]
 
 
 class FastPath:
@@ -96,6 +98,7 @@ class FastPath:
         self._flattened = chain.flattened
         self._lacks_base = chain.lacks_base
         self._files = [one.file for one in chain.layers]
+        self._file_reads = chain.file_reads
         self._file = layer.file
         self._try_write_file = layer.file.try_write
         # All requests share one buffer: to allocate a buffer for each request, filled with
@@ -124,8 +127,12 @@ class FastPath:
             return None
         location = self.locate(start, length)
         if location is not None:
+            file, offset = location
             view = self._buffer[:length]
-            return view if location[0].try_read(location[1], view) else None
+            if not file.try_read(offset, view):
+                return None
+            self._file_reads.count(file, length)
+            return view
         return self._gather(start, start + length)
 
     def read_tables(self, epochs: Epochs) -> ReadTables:
@@ -139,6 +146,7 @@ class FastPath:
             self._bits,
             self._slice_bits,
             epochs,
+            self._file_reads.cells,
         )
 
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:
@@ -310,7 +318,9 @@ class FastPath:
             view = whole[at : at + length]
             if depth < 0:
                 view[:] = _ZEROS[:length]
-            elif not self._files[depth].try_read(offset, view):
+            elif self._files[depth].try_read(offset, view):
+                self._file_reads.count(self._files[depth], length)
+            else:
                 return None
             at += length
         return whole

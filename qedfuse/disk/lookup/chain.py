@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.lookup.extents import Extent, Kind, joined
+from qedfuse.disk.lookup.filereads import FileReads
 from qedfuse.errors import BackingError, CorruptImageError, HostError
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ whole hole."""
 
 
 class Chain:
-    """Layers from the image itself (depth 0) down to the last base."""
+    """Layers from the image itself (depth 0) down to the last base.
+
+    Attributes:
+        file_reads: Counts what is read of the file of each layer.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Chain:
         self.layers = layers
         self.flattened = flattened
         self.lacks_base = lacks_base
+        self.file_reads = FileReads(layer.file for layer in layers)
 
     @property
     def has_base(self) -> bool:
@@ -153,6 +159,7 @@ class Chain:
             data = await file.pread(first.file_offset, length)
             if len(data) < length:
                 self._raise_truncated(first, len(data))
+            self.file_reads.count(file, length)
             return data
         buffer = bytearray(length)
         view = memoryview(buffer)
@@ -164,6 +171,7 @@ class Chain:
                 count = await file.pread_into(extent.file_offset, target)
                 if count < extent.length:
                     self._raise_truncated(extent, count)
+                self.file_reads.count(file, count)
             elif extent.kind is Kind.BAD:
                 raise CorruptImageError(extent.reason)
             elif extent.kind is Kind.UNALLOCATED and self.lacks_base:

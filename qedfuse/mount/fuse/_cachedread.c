@@ -42,6 +42,7 @@ typedef struct {
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
     PyObject *epochs;    /* Epochs, which a read enters that waits */
     struct read_file *files; /* the files of the chain, by depth; the top image has depth 0 */
+    Py_buffer file_reads;    /* for each file two numbers: of reads, and of bytes (FileReads) */
     uint64_t file_count;
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
@@ -235,39 +236,48 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
     return ANSWERED;
 }
 
-/* Answers or queues a read whose bytes are at `place`; returns whether it did.  Perhaps leaves an
- * exception. */
-static int serve(struct read_place place, fuse_req_t request, uint64_t handle, off_t start,
-                 size_t size)
+void count_file_read(const struct read_place *place, size_t size)
+{
+    place->counts[0]++;
+    place->counts[1] += size;
+}
+
+/* Answers or queues a read whose bytes are at `place`.  Perhaps leaves an exception. */
+static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_ino_t inode,
+                              uint64_t handle, off_t start, size_t size)
 {
     const struct checked_units *units = &place.file->units;
     enum attempt attempt;
 
     if (place.file->policy == NULL)
-        return 0;
+        return PASSED_ON;
     if (has_units(units) && !may_read_units(units, place.offset, size))
-        return 0;
+        return PASSED_ON;
     attempt = answer_from_file(place.file, request, place.offset, size);
     if (attempt != ANSWERED && attempt != NOT_ALLOWED && has_units(units) && !PyErr_Occurred())
         forget_units(units, place.offset, size);
-    if (attempt == ANSWERED || attempt == FAILED)
-        return attempt == ANSWERED;
+    if (attempt == ANSWERED) {
+        count_file_read(&place, size);
+        return REPLIED;
+    }
     /* A queued read would read from the disk, and those bytes must be compared with a checksum. */
-    if (has_units(units))
-        return 0;
-    return queue_read(request, handle, start, size, place, attempt == NOT_CACHED);
+    if (attempt == FAILED || has_units(units))
+        return PASSED_ON;
+    return queue_read(request, inode, handle, start, size, place, attempt == NOT_CACHED) ? QUEUED
+                                                                                         : PASSED_ON;
 }
 
-int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size)
+enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
+                                    size_t size)
 {
     PyObject *key, *found;
     ReadView *view;
     uint64_t offset, depth;
     long long end;
-    int answered = 0;
+    enum cached_read result = PASSED_ON;
 
     if (views == NULL || size == 0 || size > MAX_READ_BYTES || start < 0)
-        return 0;
+        return PASSED_ON;
     key = PyLong_FromUnsignedLongLong(handle & handle_mask);
     found = key == NULL ? NULL : PyDict_GetItemWithError(views, key);
     Py_XDECREF(key);
@@ -277,14 +287,14 @@ int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t 
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
             offset = file_offset(view, (uint64_t)start, size, &depth);
             if (offset != 0 && depth < view->file_count)
-                answered = serve((struct read_place){found, view->files + depth, view->epochs,
-                                                     offset},
-                                 request, handle, start, size);
+                result = serve((struct read_place){found, view->files + depth, view->epochs, offset,
+                                                   (uint64_t *)view->file_reads.buf + 2 * depth},
+                               request, inode, handle, start, size);
         }
         Py_DECREF(view);
     }
     PyErr_Clear();
-    return answered;
+    return result;
 }
 
 /* --- the type and the functions of the module ------------------------------------------ */
@@ -306,6 +316,8 @@ static void view_free(PyObject *object)
         clear_units(&file->units);
     }
     PyMem_Free(self->files);
+    if (self->file_reads.obj != NULL)
+        PyBuffer_Release(&self->file_reads);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -375,13 +387,13 @@ static int fill_files(ReadView *self, PyObject *sources)
 
 PyObject *read_view(PyObject *module, PyObject *args)
 {
-    PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs;
+    PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads;
     unsigned int cluster_bits, slice_bits;
     ReadView *self;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOO!IIO", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
-                          &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs))
+    if (!PyArg_ParseTuple(args, "OO!OOO!IIOO", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+                          &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs, &file_reads))
         return NULL;
     self = PyObject_New(ReadView, view_type);
     if (self == NULL)
@@ -395,8 +407,14 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->file_count = 0;
     self->cluster_bits = cluster_bits;
     self->slice_bits = slice_bits;
-    if (fill_files(self, files))
+    memset(&self->file_reads, 0, sizeof self->file_reads);
+    if (fill_files(self, files) ||
+        PyObject_GetBuffer(file_reads, &self->file_reads, PyBUF_WRITABLE)) {
         Py_CLEAR(self);
+    } else if (self->file_reads.len < PyTuple_GET_SIZE(files) * 2 * (Py_ssize_t)sizeof(uint64_t)) {
+        PyErr_SetString(PyExc_ValueError, "the counts are fewer than two for each file");
+        Py_CLEAR(self);
+    }
     return (PyObject *)self;
 }
 

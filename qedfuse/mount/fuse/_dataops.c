@@ -47,6 +47,7 @@ static PyObject *try_fsync;
  * reply_from_file() has answered or defer_read() has deferred the read. */
 static fuse_req_t read_request;
 static size_t read_size; /* in bytes */
+static int was_deferred; /* whether defer_read() has deferred the read, so that Python counts it */
 
 /* --- deferred reads ------------------------------------------------------------------ */
 
@@ -61,8 +62,10 @@ PyObject *defer_read(PyObject *module, PyObject *unused)
         return NULL;
     }
     made = new_request(read_request, read_size);
-    if (made != NULL)
+    if (made != NULL) {
         read_request = NULL;
+        was_deferred = 1;
+    }
     return made;
 }
 
@@ -120,7 +123,10 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
                     struct fuse_file_info *info)
 {
     PyGILState_STATE state = PyGILState_Ensure();
-    int answered = answer_cached_read(request, info->fh, offset, size);
+    int64_t start = sampled_start(inode, COUNT_READ);
+    enum cached_read cached = answer_cached_read(request, inode, info->fh, offset, size);
+    int answered = cached != PASSED_ON;
+    int is_fast = cached == REPLIED;
     PyObject *size_object = answered || try_read == NULL ? NULL : PyLong_FromSize_t(size);
     PyObject *result = NULL;
     Py_buffer data;
@@ -128,23 +134,27 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t size, off_t off
     if (size_object != NULL) {
         read_request = request;
         read_size = size;
+        was_deferred = 0;
         result = call(try_read, info->fh, offset, size_object);
         /* A read that the function has deferred counts as answered, even if the function has
          * raised, because the Request will answer it. */
         answered = read_request == NULL;
+        is_fast = answered && !was_deferred;
         read_request = NULL;
     }
     if (!answered && result != NULL && result != Py_None) {
         if (PyObject_GetBuffer(result, &data, PyBUF_SIMPLE) == 0) {
             fuse_reply_buf(request, data.buf, (size_t)data.len);
             PyBuffer_Release(&data);
-            answered = 1;
+            answered = is_fast = 1;
         } else {
             PyErr_Clear();
         }
     }
     Py_XDECREF(size_object);
     Py_XDECREF(result);
+    if (is_fast)
+        count_fast(inode, COUNT_READ, size, start);
     if (answered)
         take_more();
     else
@@ -156,6 +166,7 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
                      off_t offset, struct fuse_file_info *info)
 {
     PyGILState_STATE state = PyGILState_Ensure();
+    int64_t start = sampled_start(inode, COUNT_WRITE);
     PyObject *view = NULL, *result = NULL;
     int answered;
 
@@ -169,6 +180,7 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     Py_XDECREF(view);
     if (answered) {
         fuse_reply_write(request, size);
+        count_fast(inode, COUNT_WRITE, size, start);
         take_more();
     } else {
         pyfuse3_write(request, inode, data, size, offset, info);
@@ -180,6 +192,7 @@ static void on_fsync(fuse_req_t request, fuse_ino_t inode, int datasync,
                      struct fuse_file_info *info)
 {
     PyGILState_STATE state = PyGILState_Ensure();
+    int64_t start = sampled_start(inode, COUNT_FLUSH);
     PyObject *handle = try_fsync == NULL ? NULL : PyLong_FromUnsignedLongLong(info->fh);
     PyObject *result = handle == NULL ? NULL : PyObject_CallOneArg(try_fsync, handle);
     int answered = result == Py_True;
@@ -190,6 +203,7 @@ static void on_fsync(fuse_req_t request, fuse_ino_t inode, int datasync,
     Py_XDECREF(result);
     if (answered) {
         fuse_reply_err(request, 0);
+        count_fast(inode, COUNT_FLUSH, 0, start);
         take_more();
     } else {
         pyfuse3_fsync(request, inode, datasync, info);

@@ -372,6 +372,8 @@ static PyMethodDef module_methods[] = {
      "Return a ReadView, by which the extension itself answers reads of a disk."},
     {"set_read_views", set_read_views, METH_VARARGS,
      "Set the ReadViews by inode number, and the mask that is applied to each handle."},
+    {"set_counters", set_counters, METH_VARARGS,
+     "Set the first inode number, and the arrays in which requests to it and the next ones count."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Let reads of the session's device no longer block; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,

@@ -61,9 +61,33 @@ void begin_splicing(void);
 /* Lets splice_reply() answer no further read (_splice.c). */
 void end_splicing(void);
 
-/* Answers a read whose tables and data are in memory, or queues one whose tables are; returns whether it
- * did.  The caller must hold the GIL (_cachedread.c). */
-int answer_cached_read(fuse_req_t request, uint64_t handle, off_t start, size_t size);
+/* What became of a read that _cachedread.c has tried to answer. */
+enum cached_read { PASSED_ON, REPLIED, QUEUED };
+
+/* Answers a read whose tables and data are in memory, or queues one whose tables are.  The caller must
+ * hold the GIL (_cachedread.c). */
+enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
+                                    size_t size);
+
+/* The operations that are counted here, in the order of OPERATIONS in requestcounters.py. */
+enum operation { COUNT_READ, COUNT_WRITE, COUNT_FLUSH };
+
+/* Returns the time for count_fast() if the request that begins must be timed in case it is answered in
+ * one step; otherwise returns 0 (_counters.c). */
+int64_t sampled_start(fuse_ino_t inode, enum operation operation);
+
+/* Counts a request of `size` bytes that was answered in one step (_counters.c). */
+void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
+
+/* Returns the time for count_waited() (_counters.c). */
+int64_t waiting_start(void);
+
+/* Counts a request of `size` bytes that had to wait (_counters.c). */
+void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
+
+/* Sets the first inode number, and the arrays in which the requests to this inode and the following ones
+ * are counted (_counters.c). */
+PyObject *set_counters(PyObject *module, PyObject *args);
 
 /* Prepares the following two functions.  Returns 0, or -1 with an exception (_cachedread.c). */
 int init_cached_reads(void);
@@ -129,13 +153,17 @@ struct read_place {
     struct read_file *file;
     PyObject *epochs; /* Epochs */
     uint64_t offset;  /* file offset */
+    uint64_t *counts; /* the numbers of reads and of bytes that were read of the file */
 };
+
+/* Counts a read of `size` bytes of the file at a place (_cachedread.c). */
+void count_file_read(const struct read_place *place, size_t size);
 
 /* Lets the kernel's queue make a read, which end_queued_reads() answers later; returns whether it did.
  * `start` is the guest offset, and `was_tried` says whether the caller has not found the data in the
  * page cache.  Perhaps leaves an exception if it did not.  The caller must hold the GIL, and must
  * call end_queued_reads() after the burst (_queuedread.c). */
-int queue_read(fuse_req_t request, uint64_t handle, off_t start, size_t size,
+int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start, size_t size,
                struct read_place place, int was_tried);
 
 /* Submits the reads that were queued, and answers those that have ended.  The caller must hold the

@@ -1,3 +1,4 @@
+from array import array
 from collections.abc import Callable
 
 class Request:
@@ -29,9 +30,11 @@ def read_view(
     cluster_bits: int,
     slice_bits: int,
     epochs: object,
+    file_reads: array[int],
     /,
 ) -> ReadView: ...
 def set_read_views(views: dict[int, ReadView], mask: int, /) -> None: ...
+def set_counters(first_inode: int, cells: tuple[array[int], ...], /) -> None: ...
 def open_read_queue(
     answer_slowly: Callable[[Request, int, int, int], object], slow_seconds: float, /
 ) -> int: ...

@@ -47,8 +47,10 @@ struct queued_read {
     struct queued_read *next; /* in the list of unused ones */
     fuse_req_t request;
     unsigned long session; /* from which the request came */
+    fuse_ino_t inode;
     uint64_t handle;
-    off_t start; /* guest offset */
+    int64_t begun; /* when the read was queued, for count_waited() */
+    off_t start;   /* guest offset */
     size_t size;
     struct read_place place; /* its `view` is a reference of this read */
     PyObject *epoch;
@@ -113,7 +115,7 @@ static int can_queue(const struct read_file *file)
     return 1;
 }
 
-int queue_read(fuse_req_t request, uint64_t handle, off_t start, size_t size,
+int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start, size_t size,
                struct read_place place, int was_tried)
 {
     struct queued_read *read;
@@ -135,7 +137,9 @@ int queue_read(fuse_req_t request, uint64_t handle, off_t start, size_t size,
     }
     read->request = request;
     read->session = current_session();
+    read->inode = inode;
     read->handle = handle;
+    read->begun = waiting_start();
     read->start = start;
     read->size = size;
     read->place = place;
@@ -174,8 +178,11 @@ static void end(struct queued_read *read, int result, int was_cached)
     int is_whole = result >= 0 && (size_t)result == read->size;
     int can_answer = read->session == current_session(); /* libfuse frees the requests with it */
 
-    if (is_whole && can_answer)
+    if (is_whole && can_answer) {
         fuse_reply_buf(read->request, read->data, read->size);
+        count_waited(read->inode, COUNT_READ, read->size, read->begun);
+        count_file_read(&place, read->size);
+    }
     place.file->queued--;
     reads--;
     notify(place.epochs, name_leave, read->epoch);

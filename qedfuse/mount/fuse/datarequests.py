@@ -10,17 +10,20 @@ requests that must wait, and those that fail, are left to pyfuse3 and `Operation
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 from pyfuse3 import FUSEError
 
+from qedfuse.mount.fuse.requestcounters import READ
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.disk.datapath.fastpath import ReadTables
-    from qedfuse.disk.disk import Disk
     from qedfuse.mount.fuse._extraops import Request
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk
     from qedfuse.mount.fuse.operations import Operations
 
 _MIN_SPLICE_BYTES: Final = 1 << 15
@@ -71,20 +74,21 @@ class DataRequests:
         if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
+                exported.disk.count_read(offset, size)
                 return None
         is_tried = exported.disk.should_try_read  # False after several misses in the page cache
-        if not is_tried and self._defer(exported.disk, handle, offset, size):
+        if not is_tried and self._defer(exported, handle, offset, size):
             return None
         content = exported.disk.try_read(offset, size)
         if content is None and is_tried:
-            self._defer(exported.disk, handle, offset, size)
+            self._defer(exported, handle, offset, size)
         return content
 
-    def _defer(self, disk: Disk, handle: int, offset: int, size: int) -> bool:
+    def _defer(self, exported: ExportedDisk, handle: int, offset: int, size: int) -> bool:
         """Defer the read that is being handled, if possible; return whether that was done."""
-        read = _DeferredRead(self, handle, offset, size)
+        read = _DeferredRead(self, exported, handle, offset, size)
         try:
-            disk.try_start_read(offset, size, read.take_answer, read.ended)
+            exported.disk.try_start_read(offset, size, read.take_answer, read.ended)
         except Exception:
             if not read.is_taken:
                 raise
@@ -151,10 +155,14 @@ class _DeferredRead:
         pending: The object that answers the read; None while the read is not deferred.
     """
 
-    __slots__ = ("_requests", "handle", "offset", "pending", "size")
+    __slots__ = ("_counters", "_requests", "_start", "handle", "offset", "pending", "size")
 
-    def __init__(self, requests: DataRequests, handle: int, offset: int, size: int) -> None:
+    def __init__(
+        self, requests: DataRequests, exported: ExportedDisk, handle: int, offset: int, size: int
+    ) -> None:
         self._requests = requests
+        self._counters = exported.requests
+        self._start = time.perf_counter_ns()
         self.handle = handle
         self.offset = offset
         self.size = size
@@ -173,6 +181,9 @@ class _DeferredRead:
     def ended(self, result: int) -> None:
         """Note how many bytes the thread has read, or its negative errno.
 
-        The thread has answered only if it has read all bytes.
+        The thread has answered only if it has read all bytes.  Otherwise the slow path answers and
+        counts the read.
         """
+        if result == self.size:
+            self._counters.count(READ, self.size, self._start)
         self._requests.read_ended(self, None if result == self.size else self.pending)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
+
+from qedfuse.mount.fuse.requestcounters import RequestCounters, SharedCells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,6 +36,7 @@ class ExportedDisk:
             give the rest of a cluster.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
+        requests: Counts the requests to the file.
     """
 
     disk: Disk
@@ -47,6 +50,7 @@ class ExportedDisk:
     overrun: bool = False
     has_lost_data: bool = False
     fixup_size: int = -1
+    requests: RequestCounters = field(default_factory=RequestCounters)
 
 
 class ExportedDisks:
@@ -66,6 +70,11 @@ class ExportedDisks:
     def __iter__(self) -> Iterator[ExportedDisk]:
         """Iterate over the disks in the order in which the user named them."""
         return iter(self.by_inode.values())
+
+    def shared_cells(self) -> SharedCells:
+        """Return the arrays in which the extension counts requests to the disks."""
+        cells = tuple(exported.requests.cells for exported in self)
+        return SharedCells(min(self.by_inode, default=0), cells)
 
     @property
     def open_handles(self) -> int:

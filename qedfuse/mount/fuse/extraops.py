@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.datarequests import DataRequests
+    from qedfuse.mount.fuse.requestcounters import SharedCells
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
     """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
@@ -57,12 +58,16 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _load_error = _load()
 
 
-def serve(handler: Handler, data_requests: DataRequests | None) -> str | None:
+def serve(
+    handler: Handler, data_requests: DataRequests | None, counters: SharedCells
+) -> str | None:
     """Pass requests of the session to ``handler`` and ``data_requests`` from now on.
 
     ``handler`` gets fallocate and lseek.  ``data_requests`` gets the reads, writes and fsyncs that
     the extension does not answer itself, and pyfuse3 gets those that ``data_requests`` does not
-    answer either.  If ``data_requests`` is None, pyfuse3 gets all reads, writes and fsyncs.
+    answer either.  If ``data_requests`` is None, pyfuse3 gets all reads, writes and fsyncs.  The
+    extension counts the requests that it or ``data_requests`` answers in ``counters``, except the
+    deferred ones.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -73,6 +78,7 @@ def serve(handler: Handler, data_requests: DataRequests | None) -> str | None:
         return "pyfuse3 has called libfuse without the extension"
     _extension.set_handler(handler)
     _extension.stop_blocking()
+    _extension.set_counters(*counters)
     if data_requests is not None:
         _extension.set_data_handlers(data_requests.read, data_requests.write, data_requests.fsync)
         _extension.set_read_views(
@@ -177,4 +183,5 @@ def end() -> None:
         _extension.set_handler(None)
         _extension.set_data_handlers(None, None, None)
         _extension.set_read_views({}, 0)
+        _extension.set_counters(0, ())
         _extension.end()

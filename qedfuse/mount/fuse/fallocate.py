@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 from pyfuse3 import FUSEError
 
 from qedfuse.errors import QedError
+from qedfuse.mount.fuse.requestcounters import DISCARD
 
 if TYPE_CHECKING:
     import trio
@@ -132,7 +133,9 @@ class FallocateLseek:
             if operation == "lseek":
                 request.offset(await self._seek(exported, mode, start))
             else:
-                await self._fallocate(exported, mode, start, length)
+                is_discard = mode & (_PUNCH_HOLE | _ZERO_RANGE)
+                with exported.requests.counted(DISCARD, length) if is_discard else nullcontext():
+                    await self._fallocate(exported, mode, start, length)
                 request.error(0)
         except Exception as error:  # noqa: BLE001  the kernel must get an answer
             request.error(self._operations.errors.to_errno(inode, operation, error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -17,6 +18,7 @@ from qedfuse.errors import ForeignError, RemoteError
 from qedfuse.mount.fuse.fastrequests import FastRequests
 from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_FLAGS, HANDLE_SYNC, HANDLE_WRITER
 from qedfuse.mount.fuse.metadataoperations import MetadataOperations
+from qedfuse.mount.fuse.requestcounters import FLUSH, READ, WRITE
 from qedfuse.mount.fuse.requesterrors import answered
 
 if TYPE_CHECKING:
@@ -104,11 +106,14 @@ class Operations(MetadataOperations):
             FUSEError: The read has failed; the errno is that of the error of the disk.
         """
         if not self.debug:
+            start = time.perf_counter_ns()
             try:
                 content = self.fast.read(fh, off, size)
             except Exception as error:
+                self.disk_of(fh).requests.count_error(READ, start)
                 raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "read", error)) from error
             if content is not None:
+                self.disk_of(fh).requests.count(READ, size, start, is_fast=True)
                 # pyfuse3 accepts any buffer, although its type hints say bytes.
                 return content  # type: ignore[return-value]
         return await self.read_slowly(fh, off, size)
@@ -124,11 +129,14 @@ class Operations(MetadataOperations):
             FUSEError: As in `_write`.
         """
         if not self.debug:
+            start = time.perf_counter_ns()
             try:
                 is_written = self.fast.write(fh, off, buf)
             except Exception as error:
+                self.disk_of(fh).requests.count_error(WRITE, start)
                 raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "write", error)) from error
             if is_written:
+                self.disk_of(fh).requests.count(WRITE, len(buf), start, is_fast=True)
                 return len(buf)
         return await self._write(fh, off, buf)
 
@@ -139,7 +147,11 @@ class Operations(MetadataOperations):
         Raises:
             FUSEError: The disk could not be read.
         """
-        return await self.disk_of(fh).disk.read(off, size)  # type: ignore[return-value]
+        exported = self.disk_of(fh)
+        with exported.requests.counted(READ) as request:
+            content = await exported.disk.read(off, size)
+            request.size = len(content)
+        return content  # type: ignore[return-value]
 
     @answered
     async def _write(self, fh: int, off: int, buf: bytes) -> int:
@@ -152,6 +164,11 @@ class Operations(MetadataOperations):
                 a disk of the necessary size.  Any other errno is that of an error of the disk.
         """
         exported = self.disk_of(fh)
+        with exported.requests.counted(WRITE, len(buf)):
+            return await self._write_counted(exported, fh, off, buf)
+
+    async def _write_counted(self, exported: ExportedDisk, fh: int, off: int, buf: bytes) -> int:
+        """Do the work of `_write`, whose arguments and errors it has."""
         end = off + len(buf)
         exported.slow_writes += 1
         try:
@@ -223,8 +240,10 @@ class Operations(MetadataOperations):
         Raises:
             FUSEError: The writes could not be made durable, or as in `_report_lost_writes`.
         """
-        await self.disk_of(fh).disk.flush()
-        self._report_lost_writes(fh)
+        exported = self.disk_of(fh)
+        with exported.requests.counted(FLUSH):
+            await exported.disk.flush()
+            self._report_lost_writes(fh)
 
     def _report_lost_writes(self, fh: int) -> None:
         """Raise an error if writes were lost for which write(2) has reported success.

@@ -1,0 +1,51 @@
+"""How often, and how many bytes, requests have read of each file of a chain.
+
+The mount's extension counts the reads that it answers itself in the same array
+(``_cachedread.c``).  Tables are not counted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qedfuse.hostio.hostfile import ReadableFile
+
+
+class FileReadStatistics(NamedTuple):
+    """What was read of one file.
+
+    Attributes:
+        reads: Number of reads.
+        bytes: Number of bytes.
+    """
+
+    reads: int
+    bytes: int
+
+
+class FileReads:
+    """Counts the reads of the files of one chain.
+
+    Attributes:
+        cells: For each file, by its depth in the chain, the number of reads and that of bytes.
+    """
+
+    def __init__(self, files: Iterable[ReadableFile]) -> None:
+        """Start with zeros for ``files``, by their depth."""
+        self._first_cell = {id(file): 2 * depth for depth, file in enumerate(files)}
+        self.cells = array("Q", bytes(16 * len(self._first_cell)))
+
+    def count(self, file: ReadableFile, length: int) -> None:
+        """Count a read of ``length`` bytes of a file of the chain."""
+        at = self._first_cell[id(file)]
+        self.cells[at] += 1
+        self.cells[at + 1] += length
+
+    def statistics(self) -> list[FileReadStatistics]:
+        """Return what was read of each file, by its depth."""
+        cells = self.cells
+        return [FileReadStatistics(*cells[at : at + 2]) for at in range(0, len(cells), 2)]

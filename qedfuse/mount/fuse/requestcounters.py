@@ -1,0 +1,166 @@
+"""Counters of the requests to one disk: how many, how many bytes, how many failed, how long.
+
+The extension and this process's Python code count in the same array: the extension counts the
+requests that it answers itself (``_counters.c``), and `Operations`, `FallocateLseek` and
+`DataRequests` count all others.  So no request is counted twice, and without the extension the
+counters have the same meaning.
+
+A request takes the time from its receipt until its answer.  Of the requests that are answered in
+one step, the extension times only one in 16, and its time counts for the following ones too.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+OPERATIONS: Final = ("read", "write", "flush", "discard")
+"""The operations that are counted; `READ` and so on are their indices."""
+READ: Final = 0
+WRITE: Final = 1
+FLUSH: Final = 2
+"""An fsync(2) of the mounted file, which a loop device sends for each flush."""
+DISCARD: Final = 3
+
+BUCKETS: Final = 27
+"""Number of buckets of a histogram.  Bucket n counts the times below 2**n microseconds that the
+bucket before it does not count; the last bucket counts all longer times."""
+
+# The cells of one operation; ``_counters.c`` has the same numbers.
+_REQUESTS: Final = 0
+_BYTES: Final = 1
+_ERRORS: Final = 2
+_FAST: Final = 3
+_NANOSECONDS: Final = 4
+_HISTOGRAM: Final = 5
+_CELLS: Final = _HISTOGRAM + BUCKETS
+
+_NANOSECONDS_PER_MICROSECOND: Final = 1000
+_NANOSECONDS_PER_SECOND: Final = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class OperationStatistics:
+    """What was counted of one operation since the mount began.
+
+    Attributes:
+        requests: Requests that have been answered.
+        bytes: Bytes that the successful ones have read, written or discarded.
+        errors: Requests that were answered with an error.
+        fast: Requests that were answered in one step, without waiting.
+        seconds: The sum of the times that the requests took.
+        histogram: The number of requests in each of `BUCKETS` buckets.
+    """
+
+    requests: int
+    bytes: int
+    errors: int
+    fast: int
+    seconds: float
+    histogram: tuple[int, ...]
+
+
+class RequestCounters:
+    """The counters of one disk.
+
+    Attributes:
+        cells: The counters, in which the extension counts as well.
+    """
+
+    __slots__ = ("cells",)
+
+    def __init__(self) -> None:
+        """Start with zeros."""
+        self.cells = array("Q", bytes(8 * _CELLS * len(OPERATIONS)))
+
+    def count(self, operation: int, size: int, start: int, *, is_fast: bool = False) -> None:
+        """Count a request that was answered without an error.
+
+        Args:
+            operation: `READ`, `WRITE`, `FLUSH` or `DISCARD`.
+            size: Its length in bytes.
+            start: When it began, as `time.perf_counter_ns` returned it.
+            is_fast: Whether it was answered in one step.
+        """
+        at = operation * _CELLS
+        self.cells[at + _BYTES] += size
+        self.cells[at + _FAST] += is_fast
+        self._add(at, time.perf_counter_ns() - start)
+
+    def count_error(self, operation: int, start: int) -> None:
+        """Count a request that was answered with an error; the arguments are those of `count`."""
+        at = operation * _CELLS
+        self.cells[at + _ERRORS] += 1
+        self._add(at, time.perf_counter_ns() - start)
+
+    def _add(self, at: int, nanoseconds: int) -> None:
+        """Add a request to the operation whose cells begin at index ``at``."""
+        bucket = (nanoseconds // _NANOSECONDS_PER_MICROSECOND).bit_length()
+        self.cells[at + _REQUESTS] += 1
+        self.cells[at + _NANOSECONDS] += nanoseconds
+        self.cells[at + _HISTOGRAM + min(bucket, BUCKETS - 1)] += 1
+
+    def counted(self, operation: int, size: int = 0) -> CountedRequest:
+        """Return a block that counts a request, as failed if the block raises an exception."""
+        return CountedRequest(self, operation, size)
+
+    def statistics(self, operation: int) -> OperationStatistics:
+        """Return what was counted of an operation so far."""
+        cells = self.cells[operation * _CELLS : (operation + 1) * _CELLS]
+        return OperationStatistics(
+            requests=cells[_REQUESTS],
+            bytes=cells[_BYTES],
+            errors=cells[_ERRORS],
+            fast=cells[_FAST],
+            seconds=cells[_NANOSECONDS] / _NANOSECONDS_PER_SECOND,
+            histogram=tuple(cells[_HISTOGRAM:]),
+        )
+
+
+class CountedRequest:
+    """One request on the slow path, from its beginning to its answer.
+
+    Attributes:
+        size: Its length in bytes, which the block may set.
+    """
+
+    __slots__ = ("_counters", "_operation", "_start", "size")
+
+    def __init__(self, counters: RequestCounters, operation: int, size: int) -> None:
+        self._counters = counters
+        self._operation = operation
+        self._start = time.perf_counter_ns()
+        self.size = size
+
+    def __enter__(self) -> Self:
+        """Begin the block; the request has begun when the object was made."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        """Count the request, unless its task was cancelled, so that it gets no answer."""
+        if kind is None:
+            self._counters.count(self._operation, self.size, self._start)
+        elif isinstance(error, Exception):
+            self._counters.count_error(self._operation, self._start)
+
+
+class SharedCells(NamedTuple):
+    """The arrays of all disks of a mount, for the extension.
+
+    Attributes:
+        first_inode: The inode number of the first disk; those of the others follow.
+        cells: The array of each disk.
+    """
+
+    first_inode: int
+    cells: tuple[array[int], ...]
