@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from qedfuse.errors import HostError
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES: Final = 512
 """The unit of ``st_blocks``."""
+
+
+class ServerReads(NamedTuple):
+    """What was fetched from the server of a file.
+
+    Attributes:
+        requests: Number of requests that the server has answered with data.
+        awaited_requests: Number of those for whose data a reader waited.
+        bytes: Number of bytes of the file that the server has sent.
+    """
+
+    requests: int
+    awaited_requests: int
+    bytes: int
 
 
 class ReadOnlyFile(ABC):
@@ -43,6 +57,11 @@ class ReadOnlyFile(ABC):
     @property
     def page_source(self) -> PageSource | None:
         """None: unless a subclass returns another value, the mount's extension must not read."""
+        return None
+
+    @property
+    def server_reads(self) -> ServerReads | None:
+        """What was fetched from a server; None if the file does not count that."""
         return None
 
     @property

@@ -45,6 +45,7 @@ class Fetcher:
         zeros: See `UnitStore.zeros`.
         fetched_bytes: Number of bytes of the object that the server has sent.
         requests: Number of requests that the server has answered with a range.
+        awaited_requests: Number of those for whose units a reader waited.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Fetcher:
         self.ready = self._store.ready
         self.zeros = self._store.zeros
         self.fetched_bytes = 0
-        self.requests = 0
+        self.requests = self.awaited_requests = 0
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
         self._failures = RecentFailures()
         self._threads = FetchThreads(self._name, self._look_up, self._fetch, self._finish)
@@ -315,6 +316,7 @@ class Fetcher:
         with self._lock:
             self.fetched_bytes += length
             self.requests += 1
+            self.awaited_requests += flight.is_wanted
         for unit in range(first, last + 1):
             begin = (unit - first) * UNIT_BYTES
             block = content[begin : begin + UNIT_BYTES]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from qedfuse.hostio.readonlyfile import ReadOnlyFile
+from qedfuse.hostio.readonlyfile import ReadOnlyFile, ServerReads
 from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class RemoteFile(ReadOnlyFile):
         return self._local.page_source(
             self.fetcher.ready, self.fetcher.zeros, self._size, self.fetcher.forget
         )
+
+    @property
+    def server_reads(self) -> ServerReads:
+        """What the fetcher has fetched from the server."""
+        fetcher = self.fetcher
+        return ServerReads(fetcher.requests, fetcher.awaited_requests, fetcher.fetched_bytes)
 
     @property
     def identity(self) -> FileIdentity:

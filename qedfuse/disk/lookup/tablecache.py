@@ -71,6 +71,8 @@ class TableCache:
         self._slice_bytes = min(SLICE_BYTES, geometry.table_bytes)
         self.slice_entries = self._slice_bytes // ENTRY_BYTES
         """Number of entries in each slice."""
+        self.loads = 0
+        """How many slices have been read from the file so far."""
         self._loads: SingleFlight[int] = SingleFlight()
         self.get = store.get
         """Return a slice by its `key`; None if it is not in memory."""
@@ -120,6 +122,7 @@ class TableCache:
                 f"expected {self._slice_bytes}"
             )
             raise HostError(msg)
+        self.loads += 1
         entries = decode(raw)
         bad = self.bad_entries(level, offset, entries)
         self._store.put((id(self), offset), Slice(offset, level, entries, bad))

@@ -82,6 +82,7 @@ class Allocator:
             holes of the host's file (`adopt_block`, `finish_scan`).  Many of the others are
             holes, too, so `Reclaim` asks the host before it punches them.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
+        handed_out: How many clusters have been handed out so far, for data and for tables.
         scan_complete: Whether the scan has ended with a result.  Until then few free
             clusters are known, or none.
     """
@@ -116,6 +117,7 @@ class Allocator:
         self.maybe_holes = self.free.empty_like()
         self.scan_complete = False
         self.tail_is_free = False
+        self.handed_out = 0
         self.set_size(header)
 
     def set_size(self, header: Header) -> None:
@@ -215,7 +217,9 @@ class Allocator:
     def hand_out(self, run: Run) -> None:
         """Put a chosen run into use; the caller must not have awaited since `make_run`."""
         self.end = max(self.end, run.end)
-        self.claim(run.offset >> self._bits, run.length >> self._bits)
+        clusters = run.length >> self._bits
+        self.handed_out += clusters
+        self.claim(run.offset >> self._bits, clusters)
 
     def claim(self, first: int, count: int) -> None:
         """Put a run of clusters into use, whether they were chosen or are still in `free`."""

@@ -14,6 +14,7 @@ punched, even if an untrusted image lists it as free.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -55,6 +56,24 @@ Tables of this size refer to 64 GiB of data in clusters of 64 KiB.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class ScanStatistics:
+    """How far the scan is.
+
+    Attributes:
+        state: ``postponed`` until a table is about to change; ``waiting`` or ``running``;
+            ``complete`` if all free clusters are known, or ``failed`` if they will never be known.
+        tables: Number of L2 tables to scan.
+        scanned_tables: Number of those that the walk has passed.
+        loaded_slices: Number of slices of tables that the walk has loaded into memory.
+    """
+
+    state: str
+    tables: int
+    scanned_tables: int
+    loaded_slices: int
+
+
 class Scan:
     """The one scan of an open image.
 
@@ -78,6 +97,7 @@ class Scan:
         self._tables: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._end_at_begin = 0
         self._has_bad_entries = False
+        self._scanned_tables = self._loaded_slices = 0
         self._running = trio.Lock()
         self._due = trio.Event()
         self._due.set()
@@ -112,6 +132,16 @@ class Scan:
     def is_postponed(self) -> bool:
         """Whether the scan was postponed, and has not become due since."""
         return not self._due.is_set()
+
+    def statistics(self) -> ScanStatistics:
+        """Return how far the scan is."""
+        if self.finished.is_set():
+            state = "complete" if self._allocator.scan_complete else "failed"
+        elif self.is_postponed:
+            state = "postponed"
+        else:
+            state = "running" if self._running.locked() else "waiting"
+        return ScanStatistics(state, len(self._tables), self._scanned_tables, self._loaded_slices)
 
     async def before_table_change(self) -> None:
         """Start the scan if it is postponed; a short scan has ended when this returns.
@@ -172,10 +202,13 @@ class Scan:
         # Skip each table, and each slice of a table, that is a hole of a sparse file: all its
         # entries are unallocated.
         with_data = await holding_data(layer.file, self._tables, length)
-        for start in self._tables[with_data].tolist():
+        remaining = self._tables[with_data].tolist()
+        self._scanned_tables = len(self._tables) - len(remaining)
+        for start in remaining:
             # Marking a slice takes half a millisecond; requests run between two slices.
             async for offset in DataSlices(layer.file, start, length):
                 await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
+            self._scanned_tables += 1
 
     async def _mark_slice(self, table: int, index: int) -> None:
         """Mark the clusters to which the slice with entry ``index`` of a table refers.
@@ -190,6 +223,7 @@ class Scan:
         tables = self._layer.tables
         cached = tables.cached(table, index)
         slice_ = cached or await tables.load(table, index, L2)
+        self._loaded_slices += cached is None
         values = np.array(slice_.entries, np.uint64)
         valid = values > ZERO
         if slice_.bad is not None:
