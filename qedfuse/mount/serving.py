@@ -31,6 +31,8 @@ from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.process.heaptrimmer import HeapTrimmer
 from qedfuse.mount.shutdown import Shutdown
+from qedfuse.mount.statistics.document import StatisticsSource
+from qedfuse.mount.statistics.statisticsserver import serve_statistics
 from qedfuse.mount.system.mountpoint import check_not_mounted
 from qedfuse.mount.system.mountpointlock import (
     find_new_mount,
@@ -184,6 +186,7 @@ class Server:
             # The warning precedes the announcement of the mount, because after the announcement
             # the log of a background process no longer goes to the terminal of the user.
             _log.warning("%s: option readahead: %s", printable(self._mountpoint), readahead_failure)
+        statistics_socket = announcement.statistics_socket()
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
@@ -191,6 +194,9 @@ class Server:
                 nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
+            source = StatisticsSource(self._disks, self._mountpoint)
+            if statistics_socket is not None:
+                nursery.start_soon(serve_statistics, statistics_socket, source)
             heap_trimmer = HeapTrimmer()
             for exported in self._disks:
                 invalidator = BlocksInvalidator(exported)

@@ -41,7 +41,7 @@ def test_every_argument_is_documented() -> None:
     table = section("Use").split("| `-o` |")[0]
     documented = set(found.findall(first_columns(table)))
     assert documented - {"-o"} == set(found.findall(USAGE)) - {
-        "-o", "-s", "--timeout",
+        "-o", "-s", "--timeout", "--output", "--watch",
     }  # fmt: skip
 
 

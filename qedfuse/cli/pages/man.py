@@ -99,11 +99,16 @@ def _command(command: Command) -> Iterator[str]:
 
 def _qedfuse() -> Iterator[str]:
     """Yield the lines of qedfuse(8)."""
-    mount, umount = programs.qedfuse().commands
+    mount, umount, stats = programs.qedfuse().commands
     yield from _heading("qedfuse", 8, prose.QEDFUSE_NAME)
     yield ".SH SYNOPSIS"
     yield r"\fBqedfuse\fR \fISOURCE\fR... \fIMOUNTPOINT\fR [\fIOPTION\fR...]"
     yield from (".br", r"\fBqedfuse umount\fR \fIMOUNTPOINT\fR [\fB\-\-timeout\fR \fISECONDS\fR]")
+    yield ".br"
+    yield (
+        r"\fBqedfuse stats\fR [\fIMOUNTPOINT\fR] "
+        r"[\fB\-\-output\fR \fIFORM\fR] [\fB\-\-watch\fR]"
+    )
     yield ".SH DESCRIPTION"
     yield from roff.paragraphs(prose.QEDFUSE)
     for operand in mount.operands:
@@ -120,6 +125,10 @@ def _qedfuse() -> Iterator[str]:
     yield ".SH UNMOUNTING"
     yield from roff.paragraphs(prose.QEDFUSE_UMOUNT)
     for option in umount.options:
+        yield from _option(option)
+    yield ".SH STATISTICS"
+    yield from roff.paragraphs(prose.QEDFUSE_STATS)
+    for option in stats.options:
         yield from _option(option)
     yield ".SH MOUNTING BY MOUNT(8) AND FSTAB(5)"
     yield from roff.paragraphs(prose.QEDFUSE_FSTAB)

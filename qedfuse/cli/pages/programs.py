@@ -14,6 +14,7 @@ from qedfuse.cli.pages.model import (
     operands_of,
     options_of,
 )
+from qedfuse.cli.qedfuse.arguments import STATS_OUTPUTS
 from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.qedimg import main as qedimg_main
 from qedfuse.mount.optionparser import known_options
@@ -55,7 +56,16 @@ def qedfuse() -> Program:
         (Option(("--timeout",), "wait at most SECONDS", Value("SECONDS")),),
         (mountpoint,),
     )
-    return Program("qedfuse", (mount, umount))
+    stats = Command(
+        "stats",
+        "print what mounts do",
+        (
+            Option(("--output",), "form of the output", Value("FORM", "words", STATS_OUTPUTS)),
+            Option(("--watch",), "go on every second, as iostat -x 1 does"),
+        ),
+        (Operand(mountpoint.value, optional=True, help=mountpoint.help),),
+    )
+    return Program("qedfuse", (mount, umount, stats))
 
 
 def mount_option_help() -> list[tuple[str, str]]:

@@ -73,6 +73,14 @@ ended after SECONDS.  umount(8) and fusermount3(1) do not wait for the process, 
 shortly after they return.
 """
 
+QEDFUSE_STATS: Final = """\
+`qedfuse stats` prints what the disks of a mount have done since its beginning: requests,
+bytes, errors and times of reads, writes, flushes and discards, hit rates of the caches, the
+space in the image, and the reads of each file of the chain.  Without a mountpoint it prints all
+mounts of the user, or as root all mounts.  Only the owner of a mount and root may ask.  If the
+server does not answer within 5 seconds, the command fails.
+"""
+
 QEDFUSE_FSTAB: Final = """\
 If the links `mount.qedfuse` and `mount.fuse.qedfuse` exist in /sbin, mount(8) and
 fstab(5) accept the types `qedfuse` and `fuse.qedfuse`:

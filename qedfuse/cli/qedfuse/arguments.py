@@ -31,6 +31,9 @@ _HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
 _OPTION_FLAGS: Final[Mapping[str, str]] = {"-r": "ro", "--read-only": "ro", "-w": "rw"}
 """The option of ``-o`` for which each of these flags stands."""
 
+STATS_OUTPUTS: Final = ("human", "json", "prometheus")
+"""The values of ``--output`` of ``qedfuse stats``."""
+
 _MAX_TIMEOUT_SECONDS: Final = 1e6
 """Maximum of ``--timeout``, below the 2**31 - 1 milliseconds that poll(2) accepts."""
 
@@ -71,6 +74,22 @@ class UmountArguments(NamedTuple):
 
     mountpoint: str | None = None
     timeout_seconds: float | None = None
+
+
+class StatsArguments(NamedTuple):
+    """The parsed command line of ``qedfuse stats``.
+
+    Attributes:
+        is_help: Whether ``--help`` was given; the other attributes have no meaning then.
+        mountpoint: The mount; None for all mounts of the user.
+        output: One of `STATS_OUTPUTS`.
+        watch: Whether to go on every second.
+    """
+
+    is_help: bool = False
+    mountpoint: str | None = None
+    output: str = "human"
+    watch: bool = False
 
 
 def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
@@ -128,6 +147,38 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
         msg = f"umount: found {len(paths)} mountpoints, expected one (see: qedfuse --help)"
         raise UsageError(msg)
     return UmountArguments(paths[0], timeout_seconds)
+
+
+def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
+    """Parse the words after ``qedfuse stats``.
+
+    If ``--help`` is given, neither the operands nor the values of later options are checked.
+
+    Raises:
+        UsageError: An option is unknown, lacks its value, must not have one or has an unknown one,
+            two options exclude each other, or there is more than one mountpoint.
+    """
+    given, paths = _getopt(words, "h", ["output=", "watch", "help"])
+    output, watch = "human", False
+    for name, value in given:
+        if name in ("-h", "--help"):
+            return StatsArguments(is_help=True)
+        if name == "--watch":
+            watch = True
+        elif value in STATS_OUTPUTS:
+            output = value
+        else:
+            msg = (
+                f"option --output: found {printable(value)}, expected {' or '.join(STATS_OUTPUTS)}"
+            )
+            raise UsageError(msg)
+    if watch and output == "prometheus":
+        msg = "options --watch and --output=prometheus exclude each other"
+        raise UsageError(msg)
+    if len(paths) > 1:
+        msg = f"stats: found {len(paths)} mountpoints, expected at most one (see: qedfuse --help)"
+        raise UsageError(msg)
+    return StatsArguments(mountpoint=paths[0] if paths else None, output=output, watch=watch)
 
 
 def _parse_timeout(value: str) -> float:

@@ -12,7 +12,8 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.cli.qedfuse.arguments import Arguments
+    from qedfuse.cli.qedfuse.arguments import Arguments, StatsArguments
+    from qedfuse.errors import QedError
 
 BUG: Final = 70
 """The exit code for an exception that is not a `QedError`."""
@@ -172,3 +173,20 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
 
     unmount_and_wait(mountpoint, timeout_seconds, report)
     return 0
+
+
+def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
+    """Print the statistics of one mount or of all mounts; return the exit code.
+
+    Args:
+        arguments: The command line.
+        report: Called with the error of a mount that is one of several.
+
+    Raises:
+        QedError: The statistics cannot be read.
+        BrokenPipeError: The reader of stdout has gone.
+    """
+    from qedfuse.cli.qedfuse.stats import print_statistics, watch_statistics  # noqa: PLC0415  imported late: load only what the action needs
+
+    run = watch_statistics if arguments.watch else print_statistics
+    return run(arguments.mountpoint, arguments.output, report)

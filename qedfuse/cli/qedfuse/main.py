@@ -10,9 +10,10 @@ import qedfuse
 from qedfuse.cli.qedfuse.arguments import (
     Arguments,
     parse_arguments,
+    parse_stats_arguments,
     parse_umount_arguments,
 )
-from qedfuse.cli.qedfuse.commands import BUG, INTERRUPTED, mount, umount
+from qedfuse.cli.qedfuse.commands import BUG, INTERRUPTED, mount, stats, umount
 from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.cli.sigint import sigint_raises
 from qedfuse.cli.streams import discard_unwritten, open_streams
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the help or the version has closed the pipe, as head(1) does.  Such an end
+        # The reader of the help or of statistics has closed the pipe, as head(1) does.  Such an end
         # is no failure.
         discard_unwritten(sys.stdout)
         return 0
@@ -71,6 +72,24 @@ def _umount(words: Sequence[str]) -> int:
     if arguments.mountpoint is None:
         return _print(USAGE)
     return umount(arguments.mountpoint, arguments.timeout_seconds, _print_message)
+
+
+def _stats(words: Sequence[str]) -> int:
+    """Run ``qedfuse stats``; return the exit code.
+
+    Raises:
+        BrokenPipeError: The reader of stdout has gone.
+    """
+    arguments = parse_stats_arguments(words)
+    if arguments.is_help:
+        return _print(USAGE)
+    try:
+        return stats(arguments, lambda error: _print_message(str(error)))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_unwritten(sys.stdout)
+        return _fail(f"standard output: {error.strerror}", HostError.exit_code)
 
 
 def _print(text: str) -> int:
@@ -122,6 +141,7 @@ def _fail_with_bug(error: Exception, hint: str) -> int:
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
     "umount": _umount,
+    "stats": _stats,
 }
 """The function of each subcommand, which gets the words after the subcommand's name."""
 _ACTIONS: Final[Mapping[str, Callable[[Arguments], int]]] = {

@@ -7,6 +7,7 @@ from typing import Final
 USAGE: Final = """\
 usage: qedfuse SOURCE... MOUNTPOINT [OPTION...]
        qedfuse umount MOUNTPOINT [--timeout SECONDS]
+       qedfuse stats [MOUNTPOINT] [--output human|json|prometheus] [--watch]
 
 Show QED disk images as flat raw files.
 
@@ -73,7 +74,9 @@ Options of -o; the default and then other values are in parentheses:
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)
 
 "umount" unmounts, and returns when everything is durable and the mount's process has
-ended.  qedimg creates, checks, repairs and converts images (see: qedimg --help).
+ended.  "stats" prints what a mount does, or all mounts of the user: requests, times,
+hit rates, space; with --watch every second.  qedimg creates, checks, repairs and
+converts images (see: qedimg --help).
 
 Exit codes: 0 done; 1 usage; 2 the host's file system or kernel; 12 not a usable QED
 image; 13 corrupt; 14 unknown features; 15 needs a check; 16 in use; 17 backing file;

@@ -20,6 +20,7 @@ from qedfuse.mount.system.recordfile import MountRecordFile
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
@@ -94,6 +95,19 @@ class Announcement:
             self._record.write(device, record)
         except QedError as error:
             _log.warning(_NO_RECORD, error)
+
+    def statistics_socket(self) -> socket.socket | None:
+        """Make the socket for ``qedfuse stats``, after `write_record`.
+
+        Returns None if there is no record.  Logs a failure, and returns None.
+        """
+        if self._record is None or not self._record.is_written:
+            return None
+        try:
+            return self._record.listen()
+        except QedError as error:
+            _log.warning("%s: qedfuse stats will not find this mount's process", error)
+            return None
 
     def ready(self) -> None:
         """Announce that the disks can be used.

@@ -8,7 +8,7 @@ import re
 import stat
 import time
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError
 from qedfuse.mount.system.mountrecord import (
@@ -20,6 +20,10 @@ from qedfuse.mount.system.mountrecord import (
 )
 from qedfuse.mount.system.mounttable import read_mounts
 from qedfuse.mount.system.recorddirectory import open_directory, record_directories
+from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX, listen, remove_socket
+
+if TYPE_CHECKING:
+    import socket
 
 _NEW_SUFFIX: Final = ".new"
 """The end of a file's name while a record is written to the file."""
@@ -105,6 +109,25 @@ class MountRecordFile:
                 os.unlink(new, dir_fd=self._directory)
             raise HostError.from_os(error, name, "cannot write the mount record") from error
 
+    @property
+    def is_written(self) -> bool:
+        """Whether `write` has succeeded."""
+        return self._written is not None
+
+    def listen(self) -> socket.socket:
+        """Make the socket for statistics beside the record, which must have been written.
+
+        `finish` removes the socket from the directory.
+
+        Raises:
+            HostError: The socket cannot be made.
+        """
+        name = "" if self._written is None else self._written[0]
+        try:
+            return listen(self._directory, name + SOCKET_SUFFIX)
+        except OSError as error:
+            raise HostError.from_os(error, name, "cannot make the socket for statistics") from error
+
     def finish(self, failure: str | None, exit_code: int) -> None:
         """Remove the record, or add a failure to it; then close the directory.
 
@@ -118,6 +141,7 @@ class MountRecordFile:
             if self._written is None:
                 return
             name, record = self._written
+            remove_socket(self._directory, name)
             if failure is None:
                 os.unlink(name, dir_fd=self._directory)
             else:
@@ -137,7 +161,8 @@ def _remove_stale(directory: int) -> None:
     read-only, and the first mount that begins at least a minute later removes the record.  Mounts
     that are only in other mount namespaces count as gone.
 
-    If a server was killed while it wrote its record, the unfinished file is removed as well.
+    If a server was killed while it wrote its record, the unfinished file is removed as well, and so
+    is the socket for statistics of a server that was killed.
 
     Args:
         directory: A descriptor of the directory of records.
@@ -150,7 +175,7 @@ def _remove_stale(directory: int) -> None:
     ended = []
     for name in os.listdir(directory):
         with contextlib.suppress(OSError, HostError):  # a record that cannot be read stays
-            if name.endswith(_NEW_SUFFIX):
+            if name.endswith((_NEW_SUFFIX, SOCKET_SUFFIX)):
                 _remove_unfinished(directory, name)
             elif (record := read_record(directory, name, user)) is not None and has_ended(record):
                 ended.append(name)
@@ -165,20 +190,21 @@ def _remove_stale(directory: int) -> None:
             if stat.S_IMODE(status.st_mode) != _ENDED_MODE:
                 os.chmod(name, _ENDED_MODE, dir_fd=directory)
             elif time.time() - status.st_ctime >= _MIN_ENDED_SECONDS:
+                remove_socket(directory, name)
                 os.unlink(name, dir_fd=directory)
 
 
 def _remove_unfinished(directory: int, name: str) -> None:
-    """Remove the unfinished file of a record, unless its server may still be writing it.
+    """Remove the unfinished file or the socket of a record, unless its server may still use it.
 
     Args:
         directory: A descriptor of the directory of records.
-        name: The name of the file, which ends in `_NEW_SUFFIX`.
+        name: The name of the file, which ends in `_NEW_SUFFIX` or `SOCKET_SUFFIX`.
 
     Raises:
         OSError: The file cannot be removed.
         HostError: The start time of the process with the server's pid cannot be read.
     """
-    pid = name.removesuffix(_NEW_SUFFIX).rpartition(".")[2]
+    pid = name.removesuffix(_NEW_SUFFIX).removesuffix(SOCKET_SUFFIX).rpartition(".")[2]
     if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
         os.unlink(name, dir_fd=directory)

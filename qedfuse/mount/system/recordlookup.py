@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount.system.mountrecord import MountRecord, read_record
 from qedfuse.mount.system.recorddirectory import NO_RECORD, open_directory, record_directories
+from qedfuse.mount.system.statisticssocket import remove_socket
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def _take(path: Path, user: int) -> MountRecord | None:
             # The file is removed through the descriptor of its directory.  If root used the path
             # of the file, ``user`` could put a link in place of a directory in the path, and so
             # make root remove a file in another directory.
+            remove_socket(fd, path.name)  # of a server that was killed
             with contextlib.suppress(OSError):
                 os.unlink(path.name, dir_fd=fd)
         return record

@@ -5,7 +5,7 @@ function __qedfuse_command -d 'Print the subcommand on the line; fail if there i
     set -l words (commandline -opc)
     set -e words[1]
     for word in $words
-        if contains -- $word umount
+        if contains -- $word umount stats
             echo $word
             return 0
         else if not string match -q -- '-*' $word
@@ -28,6 +28,7 @@ function __qedfuse_mount_options -d 'Mount options, each after the options that 
 end
 
 complete -c qedfuse -n '__fish_is_first_token' -a umount -d 'unmount, and wait until everything is durable'
+complete -c qedfuse -n '__fish_is_first_token' -a stats -d 'print what mounts do'
 
 complete -c qedfuse -n 'not __qedfuse_command' -s o -x -a '(__qedfuse_mount_options)' -d 'mount options, separated by commas; may be repeated'
 complete -c qedfuse -n 'not __qedfuse_command' -s f -l foreground -d 'stay in the foreground'
@@ -42,3 +43,8 @@ complete -c qedfuse -n 'not __qedfuse_command' -F
 complete -c qedfuse -n '__qedfuse_is umount' -l timeout -x -d 'wait at most SECONDS'
 complete -c qedfuse -n '__qedfuse_is umount' -s h -l help -d 'show help'
 complete -c qedfuse -n '__qedfuse_is umount' -F
+
+complete -c qedfuse -n '__qedfuse_is stats' -l output -x -a 'human json prometheus' -d 'form of the output'
+complete -c qedfuse -n '__qedfuse_is stats' -l watch -d 'go on every second, as iostat -x 1 does'
+complete -c qedfuse -n '__qedfuse_is stats' -s h -l help -d 'show help'
+complete -c qedfuse -n '__qedfuse_is stats' -F

@@ -1,0 +1,54 @@
+"""Numbers of statistics as short text: bytes, times, shares, and quantiles of histograms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NONE: Final = "-"
+"""Stands for a value that does not exist, such as an average of nothing."""
+_BYTE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP: Final = 1024
+
+
+def byte_count(count: float) -> str:
+    """Return a number of bytes with a binary unit."""
+    for unit in _BYTE_UNITS[:-1]:
+        if count < _STEP:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _STEP
+    return f"{count:.1f} {_BYTE_UNITS[-1]}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return a time in milliseconds, without the unit, as iostat(1) does."""
+    return NONE if seconds is None else f"{seconds * 1e3:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, without the sign."""
+    return NONE if share is None else f"{share * 100:.1f}"
+
+
+def quantile(histogram: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
+    """Return an upper bound, in seconds, of a quantile of the times in a histogram.
+
+    Args:
+        histogram: The number of times in each bucket.
+        bounds: The upper bound of each bucket but the last.
+        share: The quantile, from 0 to 1.
+
+    Returns:
+        The upper bound of the bucket that has the quantile, at most the last bound; None if the
+        histogram is empty.
+    """
+    wanted, so_far = share * sum(histogram), 0
+    if not wanted:
+        return None
+    for count, bound in zip(histogram, bounds, strict=False):
+        so_far += count
+        if so_far >= wanted:
+            return bound
+    return bounds[-1]

@@ -1,0 +1,124 @@
+"""``qedfuse stats``: print what mounts do, once or every second."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from qedfuse.errors import QedError
+from qedfuse.mount.commands.statistics import mountpoints, read_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+_INTERVAL_SECONDS: Final = 1.0
+"""Time between two documents with ``--watch``."""
+_PLAIN_WIDTH: Final = 200
+"""Number of characters in a line of the table if stdout is no terminal."""
+
+
+def print_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
+    """Print the statistics of one mount or of all mounts; return the exit code.
+
+    Args:
+        path: The mountpoint; None for all mounts of this user.
+        output: ``human``, ``json`` or ``prometheus``.
+        report: Called with the error of each mount whose statistics cannot be read, if ``path`` is
+            None.
+
+    Raises:
+        QedError: The statistics of ``path`` cannot be read, or there is no mount.
+        BrokenPipeError: The reader of stdout has gone.
+    """
+    documents, code = _read_all(path, report)
+    if output == "prometheus":
+        from qedfuse.mount.statistics.prometheus import exposition  # noqa: PLC0415  only if needed
+
+        text = exposition(documents)
+    elif output == "json":
+        text = f"{json.dumps({'version': 1, 'mounts': documents}, indent=4)}\n"
+    else:
+        from qedfuse.cli.qedfuse.statstext import mount_text  # noqa: PLC0415  only if needed
+
+        text = "".join(map(mount_text, documents))
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return code
+
+
+def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
+    """Print statistics every second, first those since the mounts began, until a mount has gone.
+
+    With ``json`` each document is one line.  The arguments, the result and the errors are those of
+    `print_statistics`.
+    """
+    if output == "json":
+        for documents, _code in _every_second(path, report):
+            sys.stdout.write(f"{json.dumps({'version': 1, 'mounts': documents})}\n")
+            sys.stdout.flush()
+    else:
+        _watch_table(path, report)
+    return 0
+
+
+def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
+    """Show a table that changes every second; one below the other if stdout is no terminal."""
+    # rich is slow to load.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+
+    from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415
+    from qedfuse.cli.qedfuse.statstable import render  # noqa: PLC0415
+
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    before: dict[str, Mapping[str, Any]] = {}
+    # Without a thread that refreshes: `read_statistics` forks.
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for documents, _code in _every_second(path, report):
+            table = render(
+                (document, intervals(before.get(document["mountpoint"]), document))
+                for document in documents
+            )
+            before = {document["mountpoint"]: document for document in documents}
+            if console.is_terminal:
+                live.update(table, refresh=True)
+            else:
+                console.print(table)
+                sys.stdout.flush()
+
+
+def _every_second(
+    path: str | None, report: Callable[[QedError], None]
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Yield documents every second; the errors are those of `_read_all`."""
+    due = time.monotonic()
+    while True:
+        yield _read_all(path, report)
+        due = max(due + _INTERVAL_SECONDS, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+def _read_all(
+    path: str | None, report: Callable[[QedError], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """Read the statistics of one mount or of all mounts.
+
+    Returns:
+        The documents, and the exit code: 0, or that of the last error that was reported.
+
+    Raises:
+        QedError: The statistics of ``path`` cannot be read, or there is no mount.
+    """
+    documents, code = [], 0
+    found: Sequence[str] = mountpoints(path)
+    for mountpoint in found:
+        try:
+            documents.append(read_statistics(mountpoint))
+        except QedError as error:
+            if path is not None or len(found) == 1:
+                raise
+            report(error)
+            code = error.exit_code
+    return documents, code

@@ -1,0 +1,164 @@
+"""``qedfuse stats``: asking the processes that serve mounts for their statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from qedfuse.errors import MountpointError, PrivilegeError, QedError
+from qedfuse.mount.statistics.version import VERSION
+from qedfuse.mount.system.boundedcall import call_in_child
+from qedfuse.mount.system.mountpoint import resolve_mounted
+from qedfuse.mount.system.mounttable import (
+    FUSE_TYPE,
+    MountEntry,
+    find_qedfuse_mount,
+    read_mounts,
+)
+from qedfuse.mount.system.recorddirectory import open_directory
+from qedfuse.mount.system.recordlookup import find_record
+from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX, receive
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MAX_SECONDS: Final = 5.0
+"""Maximum time to wait for the statistics of a mount."""
+
+
+class NoStatisticsError(QedError):
+    """The process that serves a mount does not answer, has ended, or cannot be found."""
+
+
+class _Answer(NamedTuple):
+    """What the child that asks for statistics returns.
+
+    Attributes:
+        mountpoint: The mountpoint to which the path has led.
+        document: The text of the document; None if there is none.
+        reason: Why there is none; empty if there is one.
+    """
+
+    mountpoint: str
+    document: bytes | None
+    reason: str = ""
+
+
+def find_mountpoints() -> list[str]:
+    """Return the mountpoints of qedfuse whose statistics this user may read, oldest mount first.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
+    user = os.geteuid()
+    paths = [
+        entry.path
+        for entry in read_mounts()
+        if entry.fstype == FUSE_TYPE and user in (0, entry.owner)
+    ]
+    return list(dict.fromkeys(paths))
+
+
+def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
+    """Return the statistics of the mount to which a path leads, as docs/stats.md describes them.
+
+    Args:
+        path: The mountpoint, or a symbolic link to it.
+        seconds: Maximum time to wait.  Neither the path nor the server may answer, if the file
+            system of an image does not.
+
+    Raises:
+        MountpointError: The path leads to no mount of qedfuse.
+        PrivilegeError: The mount belongs to another user.
+        NoStatisticsError: The server does not answer in time, has ended, or cannot be found.
+        HostError: A directory cannot be read.
+    """
+    try:
+        answer = call_in_child(partial(_ask, path), seconds)
+    except TimeoutError:
+        msg = (
+            f"{printable(path)}: no statistics: the process that serves the mount, or the path to "
+            f"it, does not answer (waited {seconds:g} s)"
+        )
+        raise NoStatisticsError(msg) from None
+    shown = printable(answer.mountpoint)
+    if answer.document is None:
+        msg = f"{shown}: no statistics: {answer.reason}"
+        raise NoStatisticsError(msg)
+    try:
+        document = json.loads(answer.document)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        msg = (
+            f"{shown}: no statistics: found {len(answer.document)} bytes that are no document of "
+            "statistics, perhaps because the process has just ended"
+        )
+        raise NoStatisticsError(msg)
+    if document.get("version") != VERSION:
+        found = printable(str(document.get("version")))
+        msg = f"{shown}: statistics: found version {found}, expected {VERSION}"
+        raise NoStatisticsError(msg)
+    return document
+
+
+def _ask(path: str) -> _Answer:
+    """Find the server of a mount, and return its answer; this may block forever.
+
+    Raises:
+        MountpointError: The path leads to no mount of qedfuse.
+        PrivilegeError: The mount belongs to another user.
+        HostError: A directory cannot be read.
+    """
+    mountpoint = resolve_mounted(path)
+    entry = find_qedfuse_mount(mountpoint)
+    if os.geteuid() not in (0, entry.owner):
+        msg = (
+            f"{printable(mountpoint)}: found a mount of user {entry.owner}, expected one of user "
+            f"{os.geteuid()} (only its owner and root can read its statistics)"
+        )
+        raise PrivilegeError(msg)
+    return _ask_server(mountpoint, entry)
+
+
+def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
+    """Return the answer of the server of the mount ``entry``; the errors are those of `_ask`."""
+    found = find_record(entry.device, entry.owner)
+    if found is None:
+        reason = "found no record of the process that serves the mount"
+        return _Answer(mountpoint, None, reason)
+    process = f"process {found.record.pid}, which serves the mount,"
+    directory = open_directory(found.path.parent, entry.owner, make=False)
+    try:
+        document = receive(directory, found.path.name + SOCKET_SUFFIX, (entry.owner,))
+    except FileNotFoundError:
+        return _Answer(mountpoint, None, f"{process} has no socket for them")
+    except ConnectionRefusedError:
+        return _Answer(mountpoint, None, f"{process} has ended")
+    except OSError as error:
+        return _Answer(mountpoint, None, f"{process}: {error.strerror}")
+    finally:
+        os.close(directory)
+    if not document:
+        reason = f"{process} has closed the connection without an answer"
+        return _Answer(mountpoint, None, reason)
+    return _Answer(mountpoint, document)
+
+
+def mountpoints(path: str | None) -> Sequence[str]:
+    """Return the mountpoints to ask: that of ``path``, or all of this user if it is None.
+
+    Raises:
+        MountpointError: ``path`` is None, and the user has no mount.
+        HostError: /proc is not mounted.
+    """
+    if path is not None:
+        return [path]
+    found = find_mountpoints()
+    if not found:
+        msg = "stats: found no mount of qedfuse of this user, expected at least one"
+        raise MountpointError(msg)
+    return found

@@ -1,0 +1,67 @@
+"""Serving short connections beside the requests of a mount, so that no client can stop the mount.
+
+Each connection is served by a task of its own for a limited time, and only a limited number of
+them at a time; further ones are closed without an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+_log = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS: Final = 8
+"""Maximum number of connections that are served at a time."""
+_MAX_SECONDS: Final = 5.0
+"""Maximum time for which a connection is served."""
+_PAUSE_SECONDS: Final = 0.5
+"""Time until the next connection is accepted after the host has refused one, as without a free
+descriptor."""
+
+
+async def serve_connections(
+    listening: socket.socket, serve: Callable[[trio.SocketStream], Awaitable[None]]
+) -> None:
+    """Serve the connections of a listening socket until cancelled, and close the socket then.
+
+    Args:
+        listening: The socket, which does not block.
+        serve: Serves one connection, which is closed afterwards.  A failure of the connection, or
+            of ``serve``, ends only this connection.
+    """
+    connections = 0
+
+    async def run(connection: trio.socket.SocketType) -> None:
+        nonlocal connections
+        stream = trio.SocketStream(connection)
+        try:
+            with trio.move_on_after(_MAX_SECONDS):
+                await serve(stream)
+        except (trio.BrokenResourceError, OSError):
+            pass  # the client has gone
+        except Exception:  # noqa: BLE001  a bug must end neither the mount nor other connections
+            _log.exception("internal error while statistics were sent")
+        finally:
+            connections -= 1
+            connection.close()
+
+    with trio.socket.from_stdlib_socket(listening) as accepting:
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    connection, _address = await accepting.accept()
+                except OSError:
+                    await trio.sleep(_PAUSE_SECONDS)
+                    continue
+                if connections >= _MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                connections += 1
+                nursery.start_soon(run, connection)

@@ -1,0 +1,162 @@
+"""The statistics of one mount as a document: values that JSON can express.
+
+docs/stats.md describes the fields.  Nothing is counted here: each layer has its own counters, which
+are read when a program asks for them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from qedfuse import __version__
+from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.requestcounters import BUCKETS, OPERATIONS
+from qedfuse.mount.statistics.rates import hit_rates
+from qedfuse.mount.statistics.version import VERSION
+
+if TYPE_CHECKING:
+    from qedfuse.disk.statistics import DiskStatistics, FileStatistics
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+
+BUCKET_BOUNDS: Final = tuple(1e-6 * (1 << bucket) for bucket in range(BUCKETS - 1))
+"""The upper bounds of the buckets of a histogram, in seconds; the last bucket has none."""
+
+_STATM: Final = Path("/proc/self/statm")
+
+
+class StatisticsSource:
+    """Makes the document of one mount."""
+
+    def __init__(self, disks: ExportedDisks, mountpoint: str) -> None:
+        """Describe the disks of the mount on ``mountpoint``, which begins now."""
+        self._disks = disks
+        self._mountpoint = mountpoint
+        self._begin = time.monotonic()
+
+    async def document(self) -> dict[str, Any]:
+        """Return the document; requests are served between two disks."""
+        disks = []
+        for exported in self._disks:
+            disks.append(_describe_disk(exported))
+            await trio.lowlevel.checkpoint()
+        return {
+            "version": VERSION,
+            "qedfuse": __version__,
+            "mountpoint": self._mountpoint,
+            "pid": os.getpid(),
+            "time": time.time(),
+            "uptime_seconds": time.monotonic() - self._begin,
+            "resident_bytes": _resident_bytes(),
+            "open_handles": self._disks.open_handles,
+            "queued_reads": extraops.queued_reads(),
+            "bucket_bounds_seconds": list(BUCKET_BOUNDS),
+            "disks": disks,
+        }
+
+
+def _resident_bytes() -> int | None:
+    """Return how much memory the server takes; None if /proc does not show it."""
+    try:
+        return int(_STATM.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _describe_disk(exported: ExportedDisk) -> dict[str, Any]:
+    """Return the part of the document about one disk."""
+    disk = exported.disk
+    found = disk.statistics()
+    described = {
+        "name": os.fsdecode(exported.name),
+        "image": found.files[0].name,
+        "size_bytes": disk.size,
+        "writable": disk.writable and not exported.read_only,
+        "failure": disk.failure,
+        "need_check": found.need_check,
+        "open_handles": exported.handles,
+        "requests": {
+            name: _describe_requests(exported, operation)
+            for operation, name in enumerate(OPERATIONS)
+        },
+        **_describe_components(found),
+        "files": _describe_files(found.files),
+    }
+    described["hit_rates"] = hit_rates(described)
+    return described
+
+
+def _describe_requests(exported: ExportedDisk, operation: int) -> dict[str, Any]:
+    """Return what was counted of an operation of a disk."""
+    counted = exported.requests.statistics(operation)
+    return {
+        "requests": counted.requests,
+        "bytes": counted.bytes,
+        "errors": counted.errors,
+        "fast": counted.fast,
+        "seconds": counted.seconds,
+        "histogram": list(counted.histogram),
+    }
+
+
+def _describe_components(found: DiskStatistics) -> dict[str, Any]:
+    """Return the parts of the document about table cache, space, scan and write-back."""
+    scan = found.scan
+    return {
+        "table_cache": {
+            "loads": found.table_loads,
+            "slices": found.tables.items,
+            "bytes": found.tables.weight,
+            "limit_bytes": found.table_cache_bytes,
+            "dirty_bytes": found.dirty_table_bytes,
+            "evictions": found.tables.evictions,
+        },
+        "space": {
+            "file_bytes": found.file_bytes,
+            "bound_bytes": found.bound_bytes,
+            "cluster_bytes": found.cluster_bytes,
+            "allocated_clusters": found.allocated_clusters,
+            "free_clusters": found.free_clusters,
+            "quarantined_clusters": found.quarantined_clusters,
+        },
+        "scan": None
+        if scan is None
+        else {
+            "state": scan.state,
+            "tables": scan.tables,
+            "scanned_tables": scan.scanned_tables,
+        },
+        "writeback": {
+            "cycles": found.writeback.cycles,
+            "datasyncs": found.writeback.datasyncs,
+            "table_writes": found.writeback.table_writes,
+        },
+    }
+
+
+def _describe_files(files: tuple[FileStatistics, ...]) -> list[dict[str, Any]]:
+    """Return the part of the document about the files of the chain."""
+    all_bytes = sum(file.reads.bytes for file in files)
+    return [
+        {
+            "depth": depth,
+            "name": file.name,
+            "format": "qed" if file.is_qed else "raw",
+            "reads": file.reads.reads,
+            "bytes": file.reads.bytes,
+            "share": file.reads.bytes / all_bytes if all_bytes else None,
+            "uncached_reads": file.uncached_reads,
+            "server": None
+            if file.server is None
+            else {
+                "requests": file.server.requests,
+                "awaited_requests": file.server.awaited_requests,
+                "bytes": file.server.bytes,
+            },
+        }
+        for depth, file in enumerate(files)
+    ]

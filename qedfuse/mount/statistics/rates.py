@@ -1,0 +1,56 @@
+"""Hit rates, computed from the counters of a disk in a document of statistics.
+
+The counters may also be differences between two documents, for the rates of an interval.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
+"""The operations that can be answered in one step.  A discard always has a task."""
+
+
+def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the hit rates of a disk, from 0 to 1; None for a rate of nothing.
+
+    - ``fast_path``: requests that were answered in one step, without waiting.
+    - ``table_cache``: requests that have not made the server load a slice of a table.
+    - ``host_cache``: reads of local files, tables included, whose data the host's page cache had.
+    - ``remote_cache``: reads of files on servers that have not waited for a server.
+    """
+    requests, files = disk["requests"], disk["files"]
+    loads = disk["table_cache"]["loads"]
+    local = [file for file in files if file["uncached_reads"] is not None]
+    remote = [file for file in files if file["server"] is not None]
+    fast = sum(requests[name]["fast"] for name in ONE_STEP_OPERATIONS)
+    of_tables = _requests(requests, ("read", "write", "discard"))
+    local_reads = sum(file["reads"] for file in local)
+    return {
+        "fast_path": _share(fast, _requests(requests, ONE_STEP_OPERATIONS)),
+        "table_cache": _share(of_tables - loads, of_tables),
+        "host_cache": _share(
+            local_reads + loads - sum(file["uncached_reads"] for file in local),
+            local_reads + loads,
+        ),
+        "remote_cache": _share(
+            sum(file["reads"] - file["server"]["awaited_requests"] for file in remote),
+            sum(file["reads"] for file in remote),
+        ),
+    }
+
+
+def _requests(requests: Mapping[str, Any], names: Iterable[str]) -> int:
+    """Return the number of requests of some operations together."""
+    return sum(requests[name]["requests"] for name in names)
+
+
+def _share(hits: int, all_of_them: int) -> float | None:
+    """Return a rate from 0 to 1; None of nothing.
+
+    Several misses can belong to one request, so ``hits`` may be less than 0.
+    """
+    return max(0.0, min(1.0, hits / all_of_them)) if all_of_them > 0 else None

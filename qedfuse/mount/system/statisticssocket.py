@@ -1,0 +1,105 @@
+"""The socket beside the record of a mount, from which a program reads the mount's statistics.
+
+A server sends one JSON document on each connection, and closes it.  The socket lies in the
+directory of the mount record (`qedfuse.mount.system.recorddirectory`), with the name of the record
+and `SOCKET_SUFFIX`, and its mode admits only the user of the server and root.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import trio
+
+SOCKET_SUFFIX: Final = ".stats"
+"""The end of the socket's name, after the name of the mount record."""
+_BACKLOG: Final = 16
+"""Number of connections that may wait to be accepted."""
+_CREDENTIALS: Final = struct.Struct("iII")
+"""``struct ucred`` of unix(7): pid, uid, gid."""
+_MAX_DOCUMENT_BYTES: Final = 1 << 28
+"""Maximum length of a document that is read; a disk takes some KiB."""
+_RECEIVE_BYTES: Final = 1 << 16
+
+
+def listen(directory: int, name: str) -> socket.socket:
+    """Make a listening socket that only this user and root can connect to.
+
+    Args:
+        directory: A descriptor of its directory.
+        name: Its name in the directory.  An old socket of this name is removed.
+
+    Raises:
+        OSError: The host refused.
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # The socket in the file system gets the mode of the descriptor, so no other user can
+        # connect meanwhile (unix_bind in net/unix/af_unix.c).
+        os.fchmod(made.fileno(), 0o600)
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+        made.bind(_path(directory, name))
+        made.listen(_BACKLOG)
+        made.setblocking(False)  # noqa: FBT003  its only parameter
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def remove_socket(directory: int, record: str) -> None:
+    """Remove the socket beside the record of this name; do nothing if that is not possible."""
+    with suppress(OSError):
+        os.unlink(record + SOCKET_SUFFIX, dir_fd=directory)
+
+
+def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
+    """Return the document of the server that listens on a socket.
+
+    Args:
+        directory: A descriptor of the socket's directory.
+        name: The name of the socket.
+        users: The users as one of whom the server must run, because another user may have put a
+            link in place of the socket.
+
+    Returns:
+        The document, perhaps not whole if the server ends meanwhile; None if the server runs as
+        another user, or if the document is too long.
+
+    Raises:
+        OSError: There is no socket, or no process listens on it.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(_path(directory, name))
+        if peer_user(connection) not in users:
+            return None
+        received = bytearray()
+        while part := connection.recv(_RECEIVE_BYTES):
+            received += part
+            if len(received) > _MAX_DOCUMENT_BYTES:
+                return None
+    return bytes(received)
+
+
+def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
+    """Return the uid of the process at the other end of a connection, as of when it connected.
+
+    Raises:
+        OSError: The connection has ended.
+    """
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _pid, uid, _gid = _CREDENTIALS.unpack(raw)
+    return int(uid)
+
+
+def _path(directory: int, name: str) -> str:
+    """Return a path of a file in a directory that is short enough for the address of a socket."""
+    return f"/proc/self/fd/{directory}/{name}"

@@ -1,0 +1,255 @@
+"""``qedfuse stats``: what it prints about mounts, for whom, and what it does without an answer."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
+from qedfuse.mount.commands.statistics import NoStatisticsError, read_statistics
+from qedfuse.mount.system.mounttable import find_mount
+from qedfuse.mount.system.recordlookup import find_record
+from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX
+from tests.support import qemu
+from tests.support.mounted import front, mounted, qedfuse
+from tests.support.users import as_user, user_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CLUSTER: Final = 65536
+DISK_BYTES: Final = 64 * CLUSTER
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Make an empty image."""
+    path = tmp_path / "disk.qed"
+    qemu.create(path, DISK_BYTES)
+    return path
+
+
+def statistics_of(mountpoint: Path) -> dict[str, Any]:
+    """Return what ``qedfuse stats --output=json`` prints about one mount."""
+    done = qedfuse("stats", "--output=json", mountpoint)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    printed = json.loads(done.stdout)
+    (document,) = printed["mounts"]
+    assert printed["version"] == document["version"] == 1
+    assert document["mountpoint"] == str(mountpoint)
+    found: dict[str, Any] = document
+    return found
+
+
+def socket_of(mountpoint: Path) -> Path:
+    """Return the path of the socket of a mount of this user."""
+    entry = find_mount(str(mountpoint))
+    assert entry is not None
+    found = find_record(entry.device, os.geteuid())
+    assert found is not None
+    return found.path.with_name(found.path.name + SOCKET_SUFFIX)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a disk for reading and writing with O_DIRECT in the block."""
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def transfer(fd: int, offset: int, data: bytes | int) -> None:
+    """Write data, or read a number of bytes, with O_DIRECT, so that one request is sent."""
+    with mmap.mmap(-1, data if isinstance(data, int) else len(data)) as buffer:
+        if isinstance(data, int):
+            assert os.preadv(fd, [buffer], offset) == data
+        else:
+            buffer[:] = data
+            assert os.pwritev(fd, [buffer], offset) == len(data)
+
+
+def test_each_request_is_counted_once(image: Path, mnt: Path) -> None:
+    """Reads, writes, flushes and discards, by every path, are counted with their bytes."""
+    with mounted(image, mnt):
+        with opened(mnt / "disk.raw") as fd:
+            for number in range(40):
+                transfer(fd, number * 4096, bytes([1 + number]) * 4096)
+            transfer(fd, 0, b"a" * (2 * CLUSTER))
+            for number in range(50):
+                transfer(fd, number * 512, 4096)
+            transfer(fd, CLUSTER, 4 * CLUSTER)
+            os.fsync(fd)
+            os.fsync(fd)
+            fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, CLUSTER, CLUSTER)
+        (disk,) = statistics_of(mnt)["disks"]
+        requests = disk["requests"]
+        assert requests["read"]["requests"] == 51
+        assert requests["read"]["bytes"] == 50 * 4096 + 4 * CLUSTER
+        assert requests["write"]["requests"] == 41
+        assert requests["write"]["bytes"] == 40 * 4096 + 2 * CLUSTER
+        assert requests["flush"]["requests"] >= 2
+        assert (requests["discard"]["requests"], requests["discard"]["bytes"]) == (1, CLUSTER)
+        for counted in requests.values():
+            assert sum(counted["histogram"]) == counted["requests"]
+            assert counted["errors"] == 0
+            assert counted["fast"] <= counted["requests"]
+            assert (counted["seconds"] > 0) == (counted["requests"] > 0)
+        assert disk["space"]["allocated_clusters"] > 2
+        assert 0 < disk["space"]["file_bytes"] <= disk["space"]["bound_bytes"]
+        assert disk["files"][0]["bytes"] >= 50 * 4096
+        assert disk["hit_rates"]["fast_path"] > 0
+        assert disk["need_check"] is True
+        assert disk["open_handles"] == 0
+
+
+def test_the_output_names_everything(image: Path, mnt: Path) -> None:
+    """Text and Prometheus' format have the values of the document; without a mountpoint as well."""
+    with mounted(image, mnt):
+        with opened(mnt / "disk.raw") as fd:
+            transfer(fd, 0, b"a" * 4096)
+            transfer(fd, 0, 4096)
+        text = qedfuse("stats", mnt).stdout
+        assert f"{mnt}: process " in text
+        assert f"disk.raw: {image}, 4.0 MiB, writable, open handles: 0" in text
+        for line in ("read ", "write ", "flush ", "discard ", "hits %", "space ", "chain "):
+            assert f"\n    {line}" in text, line
+        metrics = qedfuse("stats", "--output=prometheus", mnt).stdout
+        labels = f'mountpoint="{mnt}",disk="disk.raw",operation="write"'
+        assert f"qedfuse_requests_total{{{labels}}} 1\n" in metrics
+        assert f'qedfuse_request_duration_seconds_bucket{{{labels},le="+Inf"}} 1\n' in metrics
+        assert f"{mnt}: process " in qedfuse("stats").stdout, "all mounts of the user"
+
+
+def test_watching_prints_every_second_until_the_mount_has_gone(image: Path, mnt: Path) -> None:
+    """The first table is about the time since the mount began; the end of the mount ends it."""
+    with mounted(image, mnt):
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "qedfuse", "stats", "--watch", mnt],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert watching.stdout is not None
+        lines = [watching.stdout.readline() for _ in range(6)]
+    _out, error = watching.communicate(timeout=30)
+    assert lines[0].startswith(f"{mnt}: process ")
+    assert lines[1].split()[:4] == ["disk", "r/s", "rMB/s", "r_await"]
+    assert lines[2].startswith(f"{mnt}/disk.raw")
+    assert lines[3].split()[:3] == ["disk", "file", "%bound"]
+    assert lines[5].startswith(f"{mnt}: process "), "the next second begins"
+    assert watching.returncode in {18, 32}
+    assert error.startswith(f"qedfuse: {mnt}: ")
+    assert error.count("\n") == 1
+
+
+def test_silent_clients_stop_neither_the_mount_nor_others(image: Path, mnt: Path) -> None:
+    """Clients that neither read nor close leave the mount and other clients served."""
+    with mounted(image, mnt):
+        path = socket_of(mnt)
+        assert path.stat().st_mode & 0o777 == 0o600
+        with ExitStack() as stack:
+            for _ in range(4):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.connect(str(path))
+            assert statistics_of(mnt)["disks"][0]["name"] == "disk.raw"
+            with opened(mnt / "disk.raw") as fd:
+                transfer(fd, 0, b"a" * 4096)
+    assert not path.exists(), "removed with the record"
+
+
+def test_a_stopped_server_is_reported_in_time(image: Path, tmp_path: Path) -> None:
+    """If the process does not answer, the error comes after the time limit, with exit code 32."""
+    with front(image, tmp_path / "mnt") as mount:
+        mount.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(NoStatisticsError, match=r"does not answer \(waited 0.2 s\)"):
+                read_statistics(str(mount.mountpoint), 0.2)
+        finally:
+            mount.signal(signal.SIGCONT)
+        assert NoStatisticsError.exit_code == 32
+        assert read_statistics(str(mount.mountpoint))["disks"]
+
+
+def test_a_killed_server_leaves_no_socket(image: Path, tmp_path: Path) -> None:
+    """After kill -9 the command says that the process has ended; umount removes the socket."""
+    with front(image, tmp_path / "mnt") as mount:
+        path = socket_of(mount.mountpoint)
+        mount.process.kill()
+        mount.process.wait()
+        done = qedfuse("stats", mount.mountpoint)
+        assert done.returncode == 32
+        assert done.stderr == (
+            f"qedfuse: {mount.mountpoint}: no statistics: process {mount.process.pid}, which "
+            "serves the mount, has ended\n"
+        )
+        assert path.exists()
+        qedfuse("umount", mount.mountpoint)
+        assert not path.exists()
+
+
+def test_the_next_mount_removes_the_socket_of_a_killed_server(image: Path, tmp_path: Path) -> None:
+    """A socket whose server was killed is removed although its record is kept for a while."""
+    with front(image, tmp_path / "mnt") as mount:
+        path = socket_of(mount.mountpoint)
+        mount.process.kill()
+        mount.process.wait()
+    other = tmp_path / "other.qed"
+    qemu.create(other, DISK_BYTES)
+    with mounted(other, tmp_path / "other"):
+        assert not path.exists()
+        assert socket_of(tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_only_the_owner_and_root_may_ask(image: Path, mnt: Path) -> None:
+    """Root reads the statistics of a user's mount; the user does not read those of root's."""
+    with user_directory() as directory:
+        theirs = directory / "disk.qed"
+        qemu.create(theirs, DISK_BYTES)
+        theirs.chmod(0o666)
+        command = (sys.executable, "-m", "qedfuse")
+        assert as_user(*command, theirs, directory / "mnt").returncode == 0
+        done = as_user(*command, "stats", "--output=json", directory / "mnt")
+        assert json.loads(done.stdout)["mounts"][0]["mountpoint"] == str(directory / "mnt")
+        assert statistics_of(directory / "mnt")["disks"][0]["name"] == "disk.raw"
+        with mounted(image, mnt):
+            done = as_user(*command, "stats", mnt)
+            assert done.returncode in {18, 19}, done
+            listed = as_user(*command, "stats", "--output=json")
+            points = [one["mountpoint"] for one in json.loads(listed.stdout)["mounts"]]
+            assert str(directory / "mnt") in points
+            assert str(mnt) not in points
+        assert as_user(*command, "umount", directory / "mnt").returncode == 0
+
+
+def test_a_path_without_a_mount_is_refused(tmp_path: Path) -> None:
+    """A path where nothing is mounted is one line, with the code of mountpoints."""
+    done = qedfuse("stats", tmp_path)
+    assert done.returncode == 18
+    assert done.stderr == (f"qedfuse: {tmp_path}: found no mount, expected a mount of qedfuse\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--output=xml",), "option --output: found xml, expected human or json or prometheus"),
+        (("a", "b"), "stats: found 2 mountpoints, expected at most one (see: qedfuse --help)"),
+        (("--watch", "--output=prometheus"),
+         "options --watch and --output=prometheus exclude each other"),
+    ],
+    ids=["output", "mountpoints", "watch"],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(words: tuple[str, ...], message: str) -> None:
+    """A wrong argument is one line with exit code 1."""
+    done = qedfuse("stats", *words)
+    assert (done.returncode, done.stderr) == (1, f"qedfuse: {message}\n")
