@@ -17,8 +17,8 @@ import pytest
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.mount.commands.statistics import NoStatisticsError, read_statistics
 from qedfuse.mount.system.mounttable import find_mount
+from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
 from qedfuse.mount.system.recordlookup import find_record
-from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX
 from tests.support import qemu
 from tests.support.mounted import front, mounted, qedfuse
 from tests.support.users import as_user, user_directory
@@ -57,7 +57,7 @@ def socket_of(mountpoint: Path) -> Path:
     assert entry is not None
     found = find_record(entry.device, os.geteuid())
     assert found is not None
-    return found.path.with_name(found.path.name + SOCKET_SUFFIX)
+    return found.path.with_name(found.path.name + STATISTICS_SUFFIX)
 
 
 @contextmanager

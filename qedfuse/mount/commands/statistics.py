@@ -17,9 +17,9 @@ from qedfuse.mount.system.mounttable import (
     find_qedfuse_mount,
     read_mounts,
 )
-from qedfuse.mount.system.recorddirectory import open_directory
+from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX, open_directory
 from qedfuse.mount.system.recordlookup import find_record
-from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX, receive
+from qedfuse.mount.system.statisticssocket import receive
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
     process = f"process {found.record.pid}, which serves the mount,"
     directory = open_directory(found.path.parent, entry.owner, make=False)
     try:
-        document = receive(directory, found.path.name + SOCKET_SUFFIX, (entry.owner,))
+        document = receive(directory, found.path.name + STATISTICS_SUFFIX, (entry.owner,))
     except FileNotFoundError:
         return _Answer(mountpoint, None, f"{process} has no socket for them")
     except ConnectionRefusedError:

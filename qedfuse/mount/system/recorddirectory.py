@@ -17,6 +17,17 @@ NO_RECORD: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 other error there may be a record that cannot be read."""
 
 
+STATISTICS_SUFFIX: Final = ".stats"
+"""The end of the name of the socket beside a record, after the name of the record; it is made by
+`qedfuse.mount.system.statisticssocket`."""
+
+
+def remove_socket(directory: int, record: str) -> None:
+    """Remove the socket beside the record of this name; do nothing if that is not possible."""
+    with contextlib.suppress(OSError):
+        os.unlink(record + STATISTICS_SUFFIX, dir_fd=directory)
+
+
 def record_directories(user: int) -> list[Path]:
     """List the directories in which records of a user's mounts may be, the preferred one first.
 

@@ -19,8 +19,13 @@ from qedfuse.mount.system.mountrecord import (
     read_record,
 )
 from qedfuse.mount.system.mounttable import read_mounts
-from qedfuse.mount.system.recorddirectory import open_directory, record_directories
-from qedfuse.mount.system.statisticssocket import SOCKET_SUFFIX, listen, remove_socket
+from qedfuse.mount.system.recorddirectory import (
+    STATISTICS_SUFFIX,
+    open_directory,
+    record_directories,
+    remove_socket,
+)
+from qedfuse.mount.system.statisticssocket import listen
 
 if TYPE_CHECKING:
     import socket
@@ -124,7 +129,7 @@ class MountRecordFile:
         """
         name = "" if self._written is None else self._written[0]
         try:
-            return listen(self._directory, name + SOCKET_SUFFIX)
+            return listen(self._directory, name + STATISTICS_SUFFIX)
         except OSError as error:
             raise HostError.from_os(error, name, "cannot make the socket for statistics") from error
 
@@ -175,7 +180,7 @@ def _remove_stale(directory: int) -> None:
     ended = []
     for name in os.listdir(directory):
         with contextlib.suppress(OSError, HostError):  # a record that cannot be read stays
-            if name.endswith((_NEW_SUFFIX, SOCKET_SUFFIX)):
+            if name.endswith((_NEW_SUFFIX, STATISTICS_SUFFIX)):
                 _remove_unfinished(directory, name)
             elif (record := read_record(directory, name, user)) is not None and has_ended(record):
                 ended.append(name)
@@ -199,12 +204,12 @@ def _remove_unfinished(directory: int, name: str) -> None:
 
     Args:
         directory: A descriptor of the directory of records.
-        name: The name of the file, which ends in `_NEW_SUFFIX` or `SOCKET_SUFFIX`.
+        name: The name of the file, which ends in `_NEW_SUFFIX` or `STATISTICS_SUFFIX`.
 
     Raises:
         OSError: The file cannot be removed.
         HostError: The start time of the process with the server's pid cannot be read.
     """
-    pid = name.removesuffix(_NEW_SUFFIX).removesuffix(SOCKET_SUFFIX).rpartition(".")[2]
+    pid = name.removesuffix(_NEW_SUFFIX).removesuffix(STATISTICS_SUFFIX).rpartition(".")[2]
     if re.fullmatch("[0-9]{1,10}", pid) and process_start(int(pid)) is None:
         os.unlink(name, dir_fd=directory)

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount.system.mountrecord import MountRecord, read_record
-from qedfuse.mount.system.recorddirectory import NO_RECORD, open_directory, record_directories
-from qedfuse.mount.system.statisticssocket import remove_socket
+from qedfuse.mount.system.recorddirectory import (
+    NO_RECORD,
+    open_directory,
+    record_directories,
+    remove_socket,
+)
 from qedfuse.text import printable
 
 if TYPE_CHECKING:

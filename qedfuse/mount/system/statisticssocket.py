@@ -2,7 +2,7 @@
 
 A server sends one JSON document on each connection, and closes it.  The socket lies in the
 directory of the mount record (`qedfuse.mount.system.recorddirectory`), with the name of the record
-and `SOCKET_SUFFIX`, and its mode admits only the user of the server and root.
+and `STATISTICS_SUFFIX`, and its mode admits only the user of the server and root.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     import trio
 
-SOCKET_SUFFIX: Final = ".stats"
-"""The end of the socket's name, after the name of the mount record."""
 _BACKLOG: Final = 16
 """Number of connections that may wait to be accepted."""
 _CREDENTIALS: Final = struct.Struct("iII")
@@ -53,12 +51,6 @@ def listen(directory: int, name: str) -> socket.socket:
         made.close()
         raise
     return made
-
-
-def remove_socket(directory: int, record: str) -> None:
-    """Remove the socket beside the record of this name; do nothing if that is not possible."""
-    with suppress(OSError):
-        os.unlink(record + SOCKET_SUFFIX, dir_fd=directory)
 
 
 def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:

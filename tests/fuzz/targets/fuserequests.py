@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.fuse import extraops
+from qedfuse.mount.fuse.requestcounters import SharedCells
 from tests.fuzz.targets.drawn import Drawn
 from tests.fuzz.targets.scratch import put, scratch
 from tests.fuzz.targets.target import Target
@@ -61,7 +62,7 @@ class _Session:
         self._operation = Operation(self._pass)
         slots = (READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
         self.wire = Wire(filled=dict.fromkeys(slots, self._operation))
-        extraops.serve(self._handle, None)
+        extraops.serve(self._handle, None, SharedCells(0, ()))
         assert extraops._extension is not None
         extraops._extension.set_data_handlers(self._read, self._write, self._fsync)
 
