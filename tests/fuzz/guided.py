@@ -42,6 +42,9 @@ def run_guided(
 
     Returns:
         The inputs that reached new code, and an input that is a finding, or None.
+
+    Raises:
+        AssertionError: atheris failed without a finding.
     """
     with tempfile.TemporaryDirectory(prefix="qedfuse-fuzz-") as scratch:
         inputs = Path(scratch, "inputs")
@@ -52,9 +55,11 @@ def run_guided(
             "-len_control=0",  # otherwise short inputs come first, and the seeds are cut
             *(f"-artifact_prefix={scratch}/{_FINDING}", "-print_final_stats=1", str(inputs)),
         ]
-        subprocess.run([sys.executable, "-m", "tests.fuzz.guided", name, *arguments], check=False)
+        command = [sys.executable, "-m", "tests.fuzz.guided", name, *arguments]
+        code = subprocess.run(command, check=False).returncode
         found = [path.read_bytes() for path in sorted(inputs.iterdir())]
         findings = [path.read_bytes() for path in Path(scratch).glob(f"{_FINDING}*")]
+    assert findings or not code, f"{name}: atheris ended with exit code {code}, expected 0"
     return found, findings[0] if findings else None
 
 
@@ -71,7 +76,9 @@ def _fuzz(name: str, arguments: list[str]) -> None:
     words.write_text("".join(f'"{token}"\n' for token in quoted), encoding="ascii")
     for number, data in enumerate((*target.seeds(), *corpus.load(name))):
         (inputs / f"seed-{number}").write_bytes(data)
-    arguments = [f"-max_len={target.max_bytes}", f"-dict={words}", *arguments]
+    if target.tokens:  # an empty file is an error for libFuzzer
+        arguments = [f"-dict={words}", *arguments]
+    arguments = [f"-max_len={target.max_bytes}", *arguments]
     atheris.Setup([sys.argv[0], *arguments], target.check, enable_python_coverage=True)
     atheris.Fuzz()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -13,6 +15,7 @@ from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.partitions.partition import Partition
 from tests.fuzz import __main__ as fuzzer
 from tests.fuzz import corpus, inputs
+from tests.fuzz.guided import run_guided
 from tests.fuzz.mutation import Mutator
 from tests.fuzz.reduction import MAX_INPUT_BYTES, MAX_INPUTS, reduced
 from tests.fuzz.targets.drawn import Drawn
@@ -217,6 +220,13 @@ def test_the_command_runs_a_target(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert fuzzer.main(["--target", "url", *words]) == 0
         assert capsys.readouterr().out == f"url: {text}nothing found\n"
+
+
+def test_a_failure_of_atheris_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the process of atheris ends with an error and without a finding, the run fails."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(AssertionError, match="url: atheris ended with exit code 1, expected 0"):
+        run_guided("url", 1, 1, 1)
 
 
 def test_the_command_reports_a_finding(
