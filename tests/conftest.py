@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.hostfiles import take_unstruck
+from tests.support.mountnamespace import enter_own_namespace
 from tests.support.text import without_temporary_directories
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 settings.register_profile("home", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Separate the mounts of test processes that run in parallel."""
+    if hasattr(config, "workerinput"):
+        enter_own_namespace()
 
 
 _IS_SKIPPED: Final = pytest.StashKey[bool]()

@@ -8,7 +8,7 @@ import select
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +16,7 @@ import pytest
 
 from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
 from tests.support import qemu
+from tests.support.directorylock import locked
 from tests.support.mounted import (
     COMMAND,
     IO_FLUSHER,
@@ -33,6 +34,7 @@ from tests.support.mounted import (
     qedfuse,
     refused,
 )
+from tests.support.sandbox import PROGRAMS
 from tests.support.users import AS_USER, DEVICE, USER_ID, as_user, user_directory
 
 if TYPE_CHECKING:
@@ -413,8 +415,10 @@ def test_errors_of_an_unclean_image_refuse_a_writable_mount(image: Path, mnt: Pa
 @contextmanager
 def linked(*names: str) -> Iterator[None]:
     """Put the command where mount(8) finds it, under each name."""
-    made = []
-    try:
+    with ExitStack() as stack:
+        # No sandbox may copy these directories meanwhile.
+        for directory in PROGRAMS:
+            stack.enter_context(locked(directory))
         for name in names:
             path = Path(name)
             if path.exists():
@@ -424,12 +428,9 @@ def linked(*names: str) -> Iterator[None]:
                 f"exec {sys.executable} -c 'import sys; from qedfuse.cli.qedfuse.main import main; "
                 f'sys.argv[0] = "{name}"; sys.exit(main())\' "$@"\n'
             )
+            stack.callback(path.unlink)
             path.chmod(0o755)
-            made.append(path)
         yield
-    finally:
-        for path in made:
-            path.unlink()
 
 
 def test_mount_by_type(image: Path, mnt: Path) -> None:

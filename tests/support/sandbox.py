@@ -10,12 +10,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from tests.support.directorylock import locked
 from tests.support.mounted import without_notice
 
 ROOT: Final = Path(__file__).parents[2]
+PROGRAMS: Final = (Path("/usr/local/bin"), Path("/usr/sbin"))
+"""Where scripts install programs; a test that changes these directories themselves locks them."""
 TIMEOUT: Final = 60.0
 """Seconds after which a script is taken to hang."""
 
@@ -82,17 +86,20 @@ def make_environment(directory: Path) -> Path:
 
 def run_in_sandbox(script: str, *arguments: Path) -> str:
     """Run a bash script that must succeed, with arguments; return its output."""
-    done = subprocess.run(
-        ["unshare", "--mount", "--propagation=unchanged", "--pid", "--fork", "--kill-child",
-         "--mount-proc", "bash", "-c", _SEPARATE, "sandbox", _PROLOGUE + script, "sandbox",
-         *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="backslashreplace",
-        timeout=TIMEOUT,
-        check=False,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        for directory in PROGRAMS:
+            stack.enter_context(locked(directory, shared=True))
+        done = subprocess.run(
+            ["unshare", "--mount", "--propagation=unchanged", "--pid", "--fork", "--kill-child",
+             "--mount-proc", "bash", "-c", _SEPARATE, "sandbox", _PROLOGUE + script, "sandbox",
+             *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+            timeout=TIMEOUT,
+            check=False,
+        )  # fmt: skip
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout}"
     return without_notice(done.stdout)

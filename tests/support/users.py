@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.system.recorddirectory import record_directories
+from tests.support.directorylock import locked
 from tests.support.mounted import clean_up, environment, without_notice
 
 if TYPE_CHECKING:
@@ -28,23 +29,28 @@ AS_USER: Final = (
 
 @contextmanager
 def user_directory() -> Iterator[Path]:
-    """Give a directory of the user with an empty one, ``mnt``; the user may mount in the block."""
-    mode = DEVICE.stat().st_mode & 0o777
-    DEVICE.chmod(0o666)
-    try:
-        # Not in the directory of the test, which the user may not search.
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-            path = Path(name)
-            (path / "mnt").mkdir()
-            for entry in (path, path / "mnt"):
-                os.chown(entry, USER_ID, USER_ID)
-            try:
-                yield path
-            finally:
-                clean_up(path / "mnt")
-    finally:
-        DEVICE.chmod(mode)
-        shutil.rmtree(record_directories(USER_ID)[-1], ignore_errors=True)
+    """Give a directory of the user with an empty one, ``mnt``; the user may mount in the block.
+
+    Only one test has such a user at a time: the mode of the device and the user's mount records
+    exist once on the machine.
+    """
+    with locked(DEVICE.parent):
+        mode = DEVICE.stat().st_mode & 0o777
+        DEVICE.chmod(0o666)
+        try:
+            # Not in the directory of the test, which the user may not search.
+            with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+                path = Path(name)
+                (path / "mnt").mkdir()
+                for entry in (path, path / "mnt"):
+                    os.chown(entry, USER_ID, USER_ID)
+                try:
+                    yield path
+                finally:
+                    clean_up(path / "mnt")
+        finally:
+            DEVICE.chmod(mode)
+            shutil.rmtree(record_directories(USER_ID)[-1], ignore_errors=True)
 
 
 def as_user(
