@@ -45,9 +45,15 @@ def files() -> list[Path]:
 
 
 def prose(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a file, of Python only comments and strings, with their numbers."""
+    """Return the lines of a file that may have a phrase, with their numbers.
+
+    Of Python these are only comments and strings.
+    """
+    text = path.read_text("utf-8")
     if path.suffix != ".py":
-        return list(enumerate(path.read_text("utf-8").splitlines(), 1))
+        return list(enumerate(text.splitlines(), 1))
+    if not PATTERN.search(text):  # takes much less time than finding the comments
+        return []
     lines = []
     with path.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
