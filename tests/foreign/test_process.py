@@ -52,7 +52,7 @@ def image(tmp_path: Path) -> Path:
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds; fail after some seconds."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from tests.support.mounted import (
     qedfuse,
     refused,
 )
-from tests.support.webserver import WebServer, serving, wait_until
+from tests.support.webserver import PATIENCE, WebServer, serving, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -311,7 +310,7 @@ def test_a_removed_object_is_stale(server: WebServer, content: bytes, tmp_path: 
 
 def test_a_stuck_request_delays_no_end(server: WebServer, tmp_path: Path) -> None:
     """While a read waits for a silent server, a forced end of the mount fails the read."""
-    with front("-r", server.url, tmp_path / "mnt") as mount:
+    with front("-o", f"ro,{PATIENCE}", server.url, tmp_path / "mnt") as mount:
         server.always = "silence"
         reader = subprocess.Popen(
             [sys.executable, "-c", "import sys; open(sys.argv[1], 'rb').read()",
@@ -319,45 +318,39 @@ def test_a_stuck_request_delays_no_end(server: WebServer, tmp_path: Path) -> Non
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         wait_until(lambda: server.struck["silence"])
-        start = time.monotonic()
         mount.signal(signal.SIGTERM)
         assert "still in use" in mount.read_line()
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
-        assert reader.wait(10) == 1
-        assert time.monotonic() - start < 8
+        assert reader.wait(60) == 1
 
 
 def test_a_stuck_read_ahead_delays_no_end(server: WebServer, tmp_path: Path) -> None:
     """After the last close, ``qedfuse umount`` does not wait for read-ahead that is stuck."""
-    with front("-r", server.url, tmp_path / "mnt") as mount:
+    with front("-o", f"ro,{PATIENCE}", server.url, tmp_path / "mnt") as mount:
         disk = mount.mountpoint / "disk.raw"
         fd = os.open(disk, os.O_RDONLY)
         server.always = "silence"
         os.posix_fadvise(fd, FAR, 1 << 18, os.POSIX_FADV_WILLNEED)
         wait_until(lambda: server.struck["silence"])
         os.close(fd)
-        start = time.monotonic()
         assert qedfuse("umount", mount.mountpoint).returncode == 0
         assert mount.finish()[0] == 0
-        assert time.monotonic() - start < 8
 
 
 def test_a_silent_server_delays_no_interruption(server: WebServer, mnt: Path) -> None:
     """Ctrl-C ends a mount that waits for the server, before anything is mounted."""
     server.always = "silence"
     process = subprocess.Popen(
-        [sys.executable, "-m", "qedfuse", "-r", server.url, mnt],
+        [sys.executable, "-m", "qedfuse", *("-o", f"ro,{PATIENCE}"), server.url, mnt],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
     )
     wait_until(lambda: server.struck["silence"])
-    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=20)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 130, log
-    assert time.monotonic() - start < 8
     clean_up(mnt)
 
 

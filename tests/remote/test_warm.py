@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -197,17 +196,19 @@ def test_interruption_by_a_signal(tmp_path: Path) -> None:
     content = some_bytes(120)
     command = [sys.executable, "-m", "qedfuse.cli.qedimg", "warm", "-p"]
     command += ["--cache-dir", str(tmp_path / "cache")]
+    patience = ("--remote-timeout", "600", "--remote-attempt-timeout", "600")
     with serving(content) as server:
         server.healthy = 20
         server.always = "silence"
         process = subprocess.Popen(
-            [*command, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, *patience, server.url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         wait_until(lambda: server.struck["silence"])
         process.send_signal(signal.SIGINT)
-        start = time.monotonic()
         out, log = process.communicate(timeout=60)
-        assert time.monotonic() - start < 8
         assert process.returncode == 130
         assert out == ""
         lines = log.splitlines()

@@ -326,7 +326,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def wait_until(condition: object, seconds: float = 10.0) -> None:
+PATIENCE: Final = "remote_timeout=600,remote_attempt_timeout=600"
+"""Options of a mount whose waits for a server outlast the test: what ends earlier did not wait."""
+
+
+def wait_until(condition: object, seconds: float = 60.0) -> None:
     """Wait until a callable returns true."""
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

@@ -43,7 +43,7 @@ def test_cpu_time_is_without_children(name: str) -> None:
 def test_cpu_time_of_a_process() -> None:
     """The time of a process grows with its work."""
     before = cpu_time(os.getpid())
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while (used := cpu_time(os.getpid()).minus(before)).total < 0.05:
         assert time.monotonic() < end
     assert used.total == pytest.approx(used.user + used.system)
