@@ -9,7 +9,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import pytest
 
@@ -23,10 +23,17 @@ from qedfuse.mount.system.mountpointlock import (
 )
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, environment, is_locked, without_notice
+from tests.support.mounted import TIMEOUT, command_line, environment, is_locked, without_notice
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
+
+
+_PATIENCE: Final = """
+from qedfuse.mount.system import mountpointlock
+mountpointlock._MAX_WAIT_SECONDS = 600.0
+"""
+"""Lets a mount wait for the lock until the other one has started, also on a busy machine."""
 
 
 def hold(mountpoint: Path) -> socket.socket:
@@ -45,7 +52,7 @@ def hold(mountpoint: Path) -> socket.socket:
 def start(image: Path, mountpoint: Path) -> subprocess.Popen[str]:
     """Start a mount in the background; return when it has checked the mountpoint."""
     process = subprocess.Popen(
-        [*COMMAND, image, mountpoint],
+        [*command_line(_PATIENCE), image, mountpoint],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -44,7 +44,7 @@ TIMEOUT: Final = 30.0
 """Seconds after which a command is taken to hang."""
 
 
-def _command(prelude: str) -> tuple[str, ...]:
+def command_line(prelude: str) -> tuple[str, ...]:
     """Return the command line of qedfuse, which runs the Python code ``prelude`` first."""
     return (sys.executable, "-c", f"{prelude}\n{_RUN}") if prelude else COMMAND
 
@@ -64,7 +64,7 @@ def qedfuse(
     ``prelude`` is Python code that the process runs before the command.
     """
     done = subprocess.run(
-        [*_command(prelude), *(os.fspath(word) for word in words)],
+        [*command_line(prelude), *(os.fspath(word) for word in words)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -221,7 +221,7 @@ def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
     process = subprocess.Popen(
         # The pid file is a pipe: a line in it means that the disk is ready.
         [
-            *_command(prelude),
+            *command_line(prelude),
             "-f",
             "--pidfile",
             f"/proc/self/fd/{writing}",
