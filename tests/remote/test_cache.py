@@ -28,6 +28,7 @@ from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
 from qedfuse.remote.zeroblocks import ZeroBlocks
+from tests.support.pagecache import drop_pages
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
 from tests.support.webserver import WebServer, serving, wait_until
 
@@ -245,13 +246,6 @@ def exchange(path: Path) -> None:
     with path.open("r+b") as file:
         block = os.pread(file.fileno(), 4096, 0)
         os.pwrite(file.fileno(), block, 2 * UNIT_BYTES + 65_536)
-
-
-def drop_pages(path: Path) -> None:
-    """Write a file to its disk, and drop it from the page cache."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 ROTS: Final = (flip_on_disk, punch, exchange)
