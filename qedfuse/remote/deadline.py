@@ -20,6 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from qedfuse.remote.connecting import connect
+from qedfuse.remote.tlssocket import tls_context
 
 if TYPE_CHECKING:
     import socket
@@ -70,6 +71,14 @@ class _TimedHTTPConnection(HTTPConnection):
 
 class _TimedHTTPSConnection(HTTPSConnection):
     response_class = _TimedResponse
+
+    def connect(self) -> None:
+        if self.ssl_context is None:
+            self.ssl_context = tls_context()
+        has_tls_proxy = self.proxy is not None and self.proxy.scheme == "https"
+        if has_tls_proxy and self.proxy_config and self.proxy_config.ssl_context is None:
+            self.proxy_config = self.proxy_config._replace(ssl_context=tls_context())
+        super().connect()
 
     def _new_conn(self) -> socket.socket:
         return connect(self, self._dns_host)

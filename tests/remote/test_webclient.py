@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
+import select
 import socket
+import struct
 import threading
 import time
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qedfuse.errors import RemoteError
-from qedfuse.remote import client, resolver, webresponse
+from qedfuse.remote import client, connecting, deadline, resolver, webresponse
 from qedfuse.remote import object as remote_object
 from qedfuse.remote.address import parse_address, parse_prefix
 from qedfuse.remote.client import AttemptError, ClientOptions, Version, settled_version
@@ -29,6 +33,8 @@ from tests.support.webserver import serving
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from urllib3.connection import HTTPConnection
 
 CONTENT = some_bytes(1.5)
 
@@ -88,6 +94,42 @@ def test_a_server_without_tls_ends_an_opening_soon(tmp_path: Path) -> None:
         pass
     assert time.monotonic() - begin < 60
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_a_reset_before_the_handshake_of_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that the server resets before the handshake is closed.
+
+    The server resets each connection between the system calls `connect` and `getpeername`.
+    """
+    resets: list[object] = []
+    short = Deadlines(connect_seconds=1.0, attempt_seconds=0.1, total_seconds=0.2)
+
+    def connect(connection: HTTPConnection, host: str) -> socket.socket:
+        sock = connecting.connect(connection, host)
+        with listener.accept()[0] as accepted:
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        poll = select.poll()
+        poll.register(sock, 0)
+        resets.append(poll.poll(10_000))
+        return sock
+
+    monkeypatch.setattr(deadline, "connect", connect)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/disk"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with (
+                pytest.raises(RemoteError, match="reset"),
+                opened(url, tmp_path, deadlines=short),
+            ):
+                pass
+            gc.collect()
+        assert resets
+        assert all(resets)
+        assert not [str(each.message) for each in caught]
 
 
 @pytest.mark.parametrize("status", [501, 505])

@@ -1,0 +1,46 @@
+"""TLS sockets that are closed when the other end has gone before the handshake.
+
+Python's own class asks for the address of the other end first.  If the connection has been reset,
+it either raises an exception and leaves its socket to the garbage collector, or it gives a socket
+without TLS, to which a request would be written in clear.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from typing import Any
+
+from urllib3.util.ssl_ import create_urllib3_context
+
+
+class _ClosingSocket(ssl.SSLSocket):
+    """A socket that closes itself if it has no other end when the handshake would begin."""
+
+    def getpeername(self) -> Any:  # noqa: ANN401 - its type depends on the address family
+        """Return the address of the other end.
+
+        Raises:
+            ConnectionResetError: There is no other end, and there was no handshake.
+        """
+        try:
+            return super().getpeername()
+        except OSError as error:
+            if self.version() is not None:
+                raise
+            self.close()
+            # Another number than ENOTCONN, after which Python would go on with the socket.
+            code = errno.ECONNRESET if error.errno == errno.ENOTCONN else error.errno
+            raise OSError(code, os.strerror(code or 0)) from error
+
+
+def tls_context() -> ssl.SSLContext:
+    """Return a new context for one connection, which trusts the authorities of the system.
+
+    Connections of several threads do not share a context, because urllib3 changes it.
+    """
+    context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+    context.load_default_certs()
+    context.sslsocket_class = _ClosingSocket
+    return context
