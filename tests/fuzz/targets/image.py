@@ -219,12 +219,15 @@ async def _write(content: bytearray, header: Header, disk: bytes) -> None:
     file = MemoryFile(content)
     bases = [BASE] if header.has_backing else []
     writes = [(0, b"w" * 700), (len(disk) // 3 & ~511, b"x" * 5000), (len(disk) - 512, b"y" * 512)]
-    expected = bytearray(disk)
+    expected, cluster = bytearray(disk), header.cluster_size
     async with opened(file, bases, WRITABLE) as open_disk:
         for start, new in writes:
             part = new[: len(disk) - start]
             assert await open_disk.write(start, part) == len(part)
             expected[start : start + len(part)] = part
+        start = len(disk) // 2 // cluster * cluster
+        await open_disk.discard(start, cluster)
+        expected[start : start + cluster] = bytes(len(expected[start : start + cluster]))
         await open_disk.flush()
     fresh = MemoryFile(file.content, writable=False)
     new_header = await read_header(fresh)
