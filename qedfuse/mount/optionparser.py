@@ -21,6 +21,7 @@ from qedfuse.mount.optionvalues import (
     parse_bytes,
     parse_id,
     parse_local_path,
+    parse_partition,
     parse_poll,
     parse_prefix_url,
     parse_readahead,
@@ -216,6 +217,7 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "base_changed": {"base_changed": True},
     "allow_http": {"allow_http": True},
     "allow_unpinned": {"allow_unpinned": True},
+    "partitions": {"partitions": True},
 }
 """Options without a value, and the fields of `MountOptions` that they set."""
 _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
@@ -239,6 +241,7 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "commit": ("commit_seconds", parse_seconds),
     "compact_size": ("compact_bytes", parse_bytes),
     "compact_time": ("compact_seconds", parse_seconds),
+    "partition": ("partition", parse_partition),
     "cache_size": ("cache_bytes", parse_table_cache),
     "poll": ("poll_seconds", parse_poll),
     "readahead": ("readahead", parse_readahead),

@@ -73,6 +73,9 @@ class MountOptions:
         credentials: The content of ``credentials_file``, as `with_credentials` has read it.
         prefetch: ``all`` if all data of remote files that the disks can need is fetched into the
             cache while no reader waits for a server; ``off`` if not.
+        partitions: Whether the mount has a file for each partition of each disk as well.
+        partition: The number of the partition that is the only file of the mount; None to show
+            the whole disk.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -110,6 +113,8 @@ class MountOptions:
     credentials_file: str | None = None
     credentials: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     prefetch: Literal["off", "all"] = "off"
+    partitions: bool = False
+    partition: int | None = None
     kernel_flags: tuple[str, ...] = ()
 
     @property
@@ -198,6 +203,8 @@ def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
         (has_overlay and options.read_only, "ro", overlay_option),
         (options.compact == "full" and is_read_only, "compact=full", read_only_option),
         (options.growable and is_read_only, "growable", read_only_option),
+        (options.partitions and options.partition is not None, "partitions", "partition"),
+        (options.growable and options.partition is not None, "growable", "partition"),
         (options.truncate == "zero" and is_read_only, "truncate=zero", read_only_option),
         # The image that the user mounts is the backing file of the overlay.  So backing_format
         # would set the format of that image, and backing=none would refuse that image.  The other

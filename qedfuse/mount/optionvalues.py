@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _MAX_ID: Final = (1 << 32) - 2
 """Largest id of a user or a group.  The next number, 0xffffffff, is -1 for chown(2), which means
 "unchanged"."""
+_MAX_PARTITION: Final = 255
+"""Largest number of a partition in Linux."""
 _MAX_SECONDS: Final = 3600.0
 """Largest value of each option whose value is a number of seconds."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
@@ -56,6 +58,16 @@ def _number(name: str, value: str, base: int, maximum: int, expected: str) -> in
 def parse_id(name: str, value: str) -> int:
     """Parse the id of a user or a group, a number of at most `_MAX_ID`."""
     return _number(name, value, 10, _MAX_ID, f"a number up to {_MAX_ID}")
+
+
+def parse_partition(name: str, value: str) -> int:
+    """Parse the number of a partition, as Linux numbers them."""
+    expected = f"the number of a partition, from 1 to {_MAX_PARTITION}"
+    number = _number(name, value, 10, _MAX_PARTITION, expected)
+    if not number:
+        msg = f"option {name}: found 0, expected {expected}"
+        raise UsageError(msg)
+    return number
 
 
 def parse_umask(name: str, value: str) -> int:

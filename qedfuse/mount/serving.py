@@ -25,6 +25,7 @@ from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS, negotiate_init
 from qedfuse.mount.fuse.laundering import Laundering
 from qedfuse.mount.fuse.operations import Operations
+from qedfuse.mount.fuse.partitionfiles import PartitionFiles
 from qedfuse.mount.fuse.queuedreads import queued_reads
 from qedfuse.mount.fuse.scheduler import scheduled
 from qedfuse.mount.fuse.sizefixup import SizeFixup
@@ -93,9 +94,14 @@ class Server:
         self._laundering = Laundering(launderer)
         self._size_fixup = SizeFixup(mountpoint, directory=directory)
         truncation = Truncation(options, self._laundering.try_drop_pages)
-        self._operations = Operations(
-            *(disks, options, truncation, self._size_fixup), directory=directory
+        self._partition_files = PartitionFiles(
+            *(disks, self._laundering.try_drop_pages, self._share_files)
         )
+        self._operations = Operations(
+            *(disks, options, truncation, self._size_fixup, self._partition_files),
+            directory=directory,
+        )
+        self._data_requests: DataRequests | None = None
         self._is_ready = False
         self._prefetch: Callable[[], Awaitable[None]] | None = None
         if options.prefetch == "all":
@@ -103,7 +109,13 @@ class Server:
             # later, because no module may be imported while the mount is served.
             from qedfuse.mount.prefetch import Prefetch  # noqa: PLC0415  late, see above
 
-            self._prefetch = Prefetch((exported.disk for exported in disks), mountpoint).run
+            self._prefetch = Prefetch(disks.images, mountpoint).run
+
+    def _share_files(self) -> None:
+        """Let the extension answer reads of the present files, if it answers any."""
+        if self._data_requests is not None:
+            tables = self._data_requests.read_tables()
+            extraops.share_files(tables, self._disks.shared_cells())
 
     async def run(
         self,
@@ -134,6 +146,7 @@ class Server:
                 refusal is logged.
         """
         mountpoint = self._mountpoint
+        await self._partition_files.refresh()
         async with mountpoint_locked(lock_name):
             # The mountpoint is checked a second time, because another qedfuse may have mounted
             # there while the images were opened.
@@ -148,17 +161,17 @@ class Server:
             with scheduled(self._options.poll_seconds):
                 await negotiate_init(
                     *(connection, readahead_bytes(self._options.readahead)),
-                    disks=len(self._disks.by_inode),
+                    disks=len(self._disks.images),
                 )
                 return await self._serve(
                     *(entry, connection, signals, announcement, protection_failure)
                 )
         finally:
             extraops.end()
-            for exported in self._disks:
+            for disk in self._disks.images:
                 # The caller flushes the disks once more when it closes them.  `_after_flush` must
                 # not be called after the last flush, because it would use the closed connection.
-                exported.disk.when_flushed(lambda: None)
+                disk.when_flushed(lambda: None)
             self._laundering.stop()
             # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount here.
             pyfuse3.close(unmount=entry is None)
@@ -198,10 +211,10 @@ class Server:
             if statistics_socket is not None:
                 nursery.start_soon(serve_statistics, statistics_socket, source)
             heap_trimmer = HeapTrimmer()
-            for exported in self._disks:
-                invalidator = BlocksInvalidator(exported)
+            for disk in self._disks.images:
+                invalidator = BlocksInvalidator(partial(self._disks.files_of, disk))
                 nursery.start_soon(invalidator.run)
-                exported.disk.when_flushed(partial(_after_flush, invalidator, heap_trimmer))
+                disk.when_flushed(partial(_after_flush, invalidator, heap_trimmer))
             data_requests = DataRequests(
                 operations, extraops.reply_from_file, extraops.defer_read, nursery
             )
@@ -210,6 +223,7 @@ class Server:
                 None if operations.debug else data_requests,
                 self._disks.shared_cells(),
             )
+            self._data_requests = None if operations.debug else data_requests
             if extraops_failure is not None:
                 _log.warning(
                     "mounted without fallocate and lseek, so discards free no space: %s",

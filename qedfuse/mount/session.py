@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from qedfuse.disk.disk import Disk
+    from qedfuse.disk.window import DiskWindow
     from qedfuse.mount.options import MountOptions
 
 _log = logging.getLogger(__name__)
@@ -220,8 +222,17 @@ class _Session:
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"
             raise UsageError(msg)
+        if options.partition is not None and len(sources) != 1:
+            msg = f"option partition: found {len(sources)} images, expected one"
+            raise UsageError(msg)
         lock_name = mountpoint_lock_name(request.mountpoint)
         directory = check_mountpoint(request.mountpoint, len(sources))
+        if options.partitions and not directory:
+            msg = (
+                f"{printable(request.mountpoint)}: option partitions: found a file as mountpoint, "
+                "expected a directory; partition=NUMBER shows one partition"
+            )
+            raise UsageError(msg)
         if not request.fake:
             check_privileges(for_others=options.allow_other or options.allow_root)
         async with AsyncExitStack() as stack:
@@ -263,8 +274,19 @@ class _Session:
         for inode, source in enumerate(sources, first_inode):
             disk_options = options.for_read_only_disk() if source in read_only else options
             disk = await stack.enter_async_context(open_source(source.path, disk_options))
-            disks.append(ExportedDisk(disk, source.name, inode, read_only=source in read_only))
-        return ExportedDisks(disks)
+            content: Disk | DiskWindow = disk
+            name = source.name
+            if options.partition is not None:
+                # Imported late, because only few mounts need the parsers of partition tables.
+                from qedfuse.mount.images.partitionwindows import (  # noqa: PLC0415  late
+                    open_window,
+                    partition_name,
+                )
+
+                content = await open_window(disk, options.partition)
+                name = partition_name(source.name, options.partition)
+            disks.append(ExportedDisk(content, name, inode, read_only=source in read_only))
+        return ExportedDisks(disks, with_partitions=options.partitions)
 
 
 async def _stop_compacting_after(disks: ExportedDisks, seconds: float) -> None:

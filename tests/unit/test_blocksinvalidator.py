@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -10,9 +9,10 @@ import trio
 
 from qedfuse.errors import HostError
 from qedfuse.mount.fuse.blocksinvalidator import MIN_INTERVAL_SECONDS, BlocksInvalidator
+from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 if TYPE_CHECKING:
-    from qedfuse.mount.fuse.exporteddisk import ExportedDisk
+    from qedfuse.disk import disk
 
 
 class Disk:
@@ -45,9 +45,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return inodes
 
 
-def export(disk: Disk, blocks: int) -> ExportedDisk:
+def export(stored: Disk, blocks: int) -> ExportedDisk:
     """Export a disk of which the kernel has cached some blocks."""
-    return cast("ExportedDisk", SimpleNamespace(disk=disk, inode=2, blocks=blocks))
+    return ExportedDisk(cast("disk.Disk", stored), b"vm.raw", 2, blocks=blocks)
 
 
 @pytest.mark.parametrize(("cached", "is_wrong"), [(8, False), (16, True), (-1, False)])
@@ -56,7 +56,7 @@ def test_only_a_wrong_value_that_the_kernel_has_is_invalidated(
 ) -> None:
     """After a flush the kernel forgets ``st_blocks`` if it has cached another value."""
     exported = export(Disk(), cached)
-    BlocksInvalidator(exported).flushed()
+    BlocksInvalidator(lambda: [exported]).flushed()
     assert forgotten == [2] * is_wrong
     assert exported.blocks == (-1 if is_wrong else cached)
 
@@ -66,7 +66,7 @@ def test_if_the_host_refuses_the_kernel_keeps_its_value(forgotten: list[int]) ->
     disk = Disk()
     disk.blocks = None
     exported = export(disk, 16)
-    BlocksInvalidator(exported).flushed()
+    BlocksInvalidator(lambda: [exported]).flushed()
     assert (forgotten, exported.blocks) == ([], 16)
 
 
@@ -77,7 +77,7 @@ async def test_flushes_in_quick_succession_cost_one_check_each_interval(
     assert autojump_clock.autojump_threshold == 0
     disk = Disk()
     exported = export(disk, 8)
-    invalidator = BlocksInvalidator(exported, trio.current_time)
+    invalidator = BlocksInvalidator(lambda: [exported], trio.current_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(invalidator.run)
         for _ in range(1000):

@@ -33,6 +33,7 @@ from qedfuse.mount.fuse.fallocate import FallocateLseek
 from qedfuse.mount.fuse.fuseinit import mask_request, patch_reply
 from qedfuse.mount.fuse.handles import HANDLE_DIRECT
 from qedfuse.mount.fuse.operations import Operations
+from qedfuse.mount.fuse.partitionfiles import PartitionFiles
 from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.optionparser import parse_options
@@ -98,7 +99,9 @@ def operations(disks: ExportedDisks, options: MountOptions | None = None) -> Ope
     """Make the handlers of requests for disks in a directory."""
     chosen = options or MountOptions()
     truncation = Truncation(chosen, drop_pages)
-    return Operations(disks, chosen, truncation, SizeFixup("/mnt", directory=True), directory=True)
+    size_fixup = SizeFixup("/mnt", directory=True)
+    files = PartitionFiles(disks, drop_pages, lambda: None)
+    return Operations(disks, chosen, truncation, size_fixup, files, directory=True)
 
 
 class Context:
@@ -332,7 +335,7 @@ async def test_a_refused_setattr_does_not_hide_a_wrong_st_blocks(
         await handlers.setattr(2, wrong, to_set(name), None, context())
     assert caught.value.errno == errno.EPERM
     now = 0.0
-    invalidator = BlocksInvalidator(exported, lambda: now)
+    invalidator = BlocksInvalidator(lambda: [exported], lambda: now)
     invalidator.flushed()
     assert forgotten == [2]
     await handlers.getattr(2, context())

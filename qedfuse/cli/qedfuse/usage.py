@@ -31,6 +31,8 @@ Options of -o; the default and then other values are in parentheses:
   allow_root             allow access by root, but not by other users
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions removed from 0666 (077)
+  partitions             show each partition as a file too: vm.raw.p1, vm.raw.p2, ...
+  partition=N            show only partition N; the mountpoint may be a file
   growable               let truncate(1) and writes past the end enlarge the disk
   truncate=zero          truncation, as by cp and >, writes zeros past the new end,
                          and the disk keeps its size (refuse)

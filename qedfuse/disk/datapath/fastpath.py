@@ -65,6 +65,8 @@ class ReadTables(NamedTuple):
         slice_bits: Binary logarithm of the number of entries in a slice.
         epochs: What a read enters that waits for the host.
         file_reads: The cells of `FileReads`, in which the extension counts its reads.
+        window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
+        window_bytes: Length of that range; -1 for the whole disk.
     """
 
     layer: QedLayer
@@ -76,6 +78,8 @@ class ReadTables(NamedTuple):
     slice_bits: int
     epochs: Epochs
     file_reads: array[int]
+    window_start: int = 0
+    window_bytes: int = -1
 
 
 class FastPath:

@@ -46,6 +46,8 @@ typedef struct {
     uint64_t file_count;
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
+    uint64_t window_start;     /* guest offset of the range that reads see as the file */
+    long long window_bytes;    /* length of that range, which is within the disk; -1: the disk */
 } ReadView;
 
 static PyTypeObject *view_type;
@@ -67,12 +69,16 @@ static long long number_attribute(PyObject *object, PyObject *name)
     return number;
 }
 
-/* Returns the size of the disk in bytes; -1 with an exception if that fails. */
-static long long disk_size(ReadView *self)
+/* Returns the size in bytes of the disk, or of the window; -1 with an exception if that fails. */
+static long long view_size(ReadView *self)
 {
-    PyObject *header = PyObject_GetAttr(self->layer, name_header);
-    long long size = header == NULL ? -1 : number_attribute(header, name_image_size);
+    PyObject *header;
+    long long size;
 
+    if (self->window_bytes >= 0)
+        return self->window_bytes;
+    header = PyObject_GetAttr(self->layer, name_header);
+    size = header == NULL ? -1 : number_attribute(header, name_image_size);
     Py_XDECREF(header);
     return size;
 }
@@ -283,9 +289,9 @@ enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64
     Py_XDECREF(key);
     if (found != NULL) {
         view = (ReadView *)Py_NewRef(found);
-        end = disk_size(view);
+        end = view_size(view);
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
-            offset = file_offset(view, (uint64_t)start, size, &depth);
+            offset = file_offset(view, view->window_start + (uint64_t)start, size, &depth);
             if (offset != 0 && depth < view->file_count)
                 result = serve((struct read_place){found, view->files + depth, view->epochs, offset,
                                                    (uint64_t *)view->file_reads.buf + 2 * depth},
@@ -389,11 +395,14 @@ PyObject *read_view(PyObject *module, PyObject *args)
 {
     PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads;
     unsigned int cluster_bits, slice_bits;
+    unsigned long long window_start;
+    long long window_bytes;
     ReadView *self;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOO!IIOO", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
-                          &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs, &file_reads))
+    if (!PyArg_ParseTuple(args, "OO!OOO!IIOOKL", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+                          &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs, &file_reads,
+                          &window_start, &window_bytes))
         return NULL;
     self = PyObject_New(ReadView, view_type);
     if (self == NULL)
@@ -407,6 +416,8 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->file_count = 0;
     self->cluster_bits = cluster_bits;
     self->slice_bits = slice_bits;
+    self->window_start = window_start;
+    self->window_bytes = window_bytes;
     memset(&self->file_reads, 0, sizeof self->file_reads);
     if (fill_files(self, files) ||
         PyObject_GetBuffer(file_reads, &self->file_reads, PyBUF_WRITABLE)) {

@@ -31,6 +31,8 @@ def read_view(
     slice_bits: int,
     epochs: object,
     file_reads: array[int],
+    window_start: int,
+    window_bytes: int,
     /,
 ) -> ReadView: ...
 def set_read_views(views: dict[int, ReadView], mask: int, /) -> None: ...

@@ -33,7 +33,7 @@ _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 change the image then."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
 """How long the kernel may cache which file a name stands for.  Any time is safe, because names
-never change."""
+never change, except those of partitions, which the kernel must not cache."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
@@ -84,8 +84,11 @@ class Attributes:
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
         entry = self._common(exported.inode, mode, image)
         entry.st_size = exported.disk.size
-        entry.st_blocks = image.st_blocks
+        entry.st_blocks = exported.visible_blocks(image.st_blocks)
         entry.st_nlink = 1
+        if exported.is_partition:
+            # After a change of the partition table the name may stand for another file, or none.
+            entry.entry_timeout = 0
         return entry
 
     def of_root(self, disks: Iterable[ExportedDisk]) -> pyfuse3.EntryAttributes:

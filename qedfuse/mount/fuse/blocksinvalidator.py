@@ -20,7 +20,7 @@ import trio
 from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
@@ -32,12 +32,17 @@ check at most this time after the flush, and du(1) may show a wrong size until t
 class BlocksInvalidator:
     """Compares, after flushes, the kernel's ``st_blocks`` of one disk with that of the image file.
 
-    If the two differ, the kernel's attributes are invalidated.
+    If the two differ, the kernel's attributes of the disk's file are invalidated, or those of
+    the files of its partitions.
     """
 
-    def __init__(self, exported: ExportedDisk, clock: Callable[[], float] = time.monotonic) -> None:
-        """Watch ``exported``; ``clock`` returns the time in seconds."""
-        self._exported = exported
+    def __init__(
+        self,
+        files: Callable[[], Iterable[ExportedDisk]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Watch the files that ``files`` returns, all of one disk; ``clock`` returns seconds."""
+        self._files = files
         self._clock = clock
         self._checked_at = float("-inf")
         self._deferred = trio.Event()
@@ -47,7 +52,7 @@ class BlocksInvalidator:
 
         Does nothing if the kernel has no ``st_blocks`` cached.
         """
-        if self._exported.blocks < 0:
+        if all(exported.blocks < 0 for exported in self._files()):
             return
         if self._clock() - self._checked_at >= MIN_INTERVAL_SECONDS:
             self._check()
@@ -64,13 +69,15 @@ class BlocksInvalidator:
 
     def _check(self) -> None:
         """Invalidate the attributes that the kernel has cached, if ``st_blocks`` is wrong."""
-        exported = self._exported
         self._checked_at = self._clock()
-        try:
-            blocks = exported.disk.stored_blocks()
-        except HostError:
-            return  # the kernel keeps the old value until a later check
-        if exported.blocks not in {-1, blocks}:
-            exported.blocks = -1
-            with suppress(OSError):  # the kernel may have forgotten the inode
-                pyfuse3.invalidate_inode(exported.inode, attr_only=True)
+        for exported in self._files():
+            if exported.blocks == -1:
+                continue
+            try:
+                blocks = exported.visible_blocks(exported.disk.stored_blocks())
+            except HostError:
+                return  # the kernel keeps the old value until a later check
+            if exported.blocks != blocks:
+                exported.blocks = -1
+                with suppress(OSError):  # the kernel may have forgotten the inode
+                    pyfuse3.invalidate_inode(exported.inode, attr_only=True)

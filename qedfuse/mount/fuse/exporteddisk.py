@@ -1,18 +1,37 @@
-"""The disks that a mount exports, each as one file, and the handles that are open on them."""
+"""The disks that a mount exports as files, and the handles that are open on them.
+
+A file has the bytes of a disk, or of a partition of it.  Files that have bytes in common exclude
+each other, because the kernel caches the pages of each file on its own: while one is open for
+writing, the others cannot be open.  docs/concurrency.md argues that no two files disagree then.
+"""
 
 from __future__ import annotations
 
+import errno
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from qedfuse.disk.window import DiskWindow
+from qedfuse.errors import QedError
 from qedfuse.mount.fuse.requestcounters import RequestCounters, SharedCells
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from qedfuse.disk.disk import Disk
+
+_BLOCK_BYTES: Final = 512
+"""The unit of ``st_blocks`` in bytes."""
+
+
+class FileInUseError(QedError):
+    """A file cannot be opened now, because another file with the same bytes is open."""
+
+    errno = errno.EBUSY
 
 
 @dataclass(eq=False, slots=True)
@@ -20,7 +39,7 @@ class ExportedDisk:
     """One file of the mount.
 
     Attributes:
-        disk: The content of the file.
+        disk: The content of the file: a disk, or one of its partitions.
         name: The name of the file in the root directory; of no effect if the mountpoint is a file.
         inode: The inode number of the file.
         handles: The number of open handles.
@@ -36,10 +55,12 @@ class ExportedDisk:
             give the rest of a cluster.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
-        requests: Counts the requests to the file.
+        requests: Counts the requests to the file; those to a partition count for its disk.
+        is_stale: Whether pages of the file that the kernel may have cached may differ from the
+            disk, because another file with the same bytes was open for writing since.
     """
 
-    disk: Disk
+    disk: Disk | DiskWindow
     name: bytes
     inode: int
     read_only: bool = False
@@ -51,30 +72,121 @@ class ExportedDisk:
     has_lost_data: bool = False
     fixup_size: int = -1
     requests: RequestCounters = field(default_factory=RequestCounters)
+    is_stale: bool = False
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether the file has the bytes of a partition, and not of a whole disk."""
+        return isinstance(self.disk, DiskWindow)
+
+    @property
+    def image(self) -> Disk:
+        """The whole disk."""
+        return self.disk.disk if isinstance(self.disk, DiskWindow) else self.disk
+
+    def visible_blocks(self, image_blocks: int) -> int:
+        """Return the ``st_blocks`` of the file, if its image file has ``image_blocks``.
+
+        The clusters of a partition are not counted, so a partition has the blocks of the image
+        file, but at most those of its size.
+        """
+        if not self.is_partition:
+            return image_blocks
+        return min(image_blocks, self.disk.size // _BLOCK_BYTES)
+
+    def shares_bytes(self, other: ExportedDisk) -> bool:
+        """Return whether this file and another file have bytes in common."""
+        if self is other or self.image is not other.image:
+            return False
+        mine, its = self.disk, other.disk
+        if not isinstance(mine, DiskWindow) or not isinstance(its, DiskWindow):
+            return True
+        return mine.start < its.start + its.size and its.start < mine.start + mine.size
 
 
 class ExportedDisks:
-    """All disks of a mount, iterated in the order in which the user named them.
+    """All files of a mount, iterated in the order in which they were added.
 
     Attributes:
-        by_inode: The disks by inode number.
-        by_name: The disks by file name.
+        by_inode: The files by inode number.
+        by_name: The files by file name.
+        outdated: The disks whose partition tables may have changed since their partitions were
+            added, or whose partitions were never added.
     """
 
-    def __init__(self, disks: Iterable[ExportedDisk]) -> None:
-        """Export ``disks``; no disk has an open handle yet."""
+    def __init__(self, disks: Iterable[ExportedDisk], *, with_partitions: bool = False) -> None:
+        """Export ``disks``; no disk has an open handle yet.
+
+        ``with_partitions`` says whether the caller adds the partitions (`set_partitions`).
+        """
         self.by_inode = {exported.inode: exported for exported in disks}
         self.by_name = {exported.name: exported for exported in self.by_inode.values()}
+        self.outdated = set(self.by_inode.values()) if with_partitions else set[ExportedDisk]()
+        self._with_partitions = with_partitions
+        self._next_inode = max(self.by_inode, default=0) + 1
+        self._cells = [exported.requests.cells for exported in self.by_inode.values()]
         self._all_closed = trio.Event()
 
     def __iter__(self) -> Iterator[ExportedDisk]:
-        """Iterate over the disks in the order in which the user named them."""
-        return iter(self.by_inode.values())
+        """Iterate over the present files; files that are added meanwhile are left out."""
+        return iter(tuple(self.by_inode.values()))
+
+    @property
+    def images(self) -> list[Disk]:
+        """The disks of the mount, each once."""
+        return [exported.image for exported in self.first_files]
+
+    @property
+    def first_files(self) -> list[ExportedDisk]:
+        """The first file of each disk of the mount, which is that of the whole disk, if any."""
+        first: dict[int, ExportedDisk] = {}
+        for exported in self:
+            first.setdefault(id(exported.image), exported)
+        return list(first.values())
+
+    def files_of(self, disk: Disk) -> list[ExportedDisk]:
+        """Return the files that have bytes of a disk."""
+        return [exported for exported in self if exported.image is disk]
+
+    def was_removed(self, inode: int) -> bool:
+        """Return whether a file had this inode number and has been removed."""
+        return 0 < inode < self._next_inode and inode not in self.by_inode
+
+    def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
+        """Replace the files of a disk's partitions; return whether any has changed.
+
+        A file stays if a partition has its name and its place.  Every other file gets an inode
+        number that no file has had before, because the kernel may have cached pages of the
+        earlier file of the name.  The caller must ensure that no partition of the disk is open.
+        """
+        files = self.files_of(whole.image)
+        present = {item.name: item for item in files if item.is_partition}
+        is_changed = False
+        for name, exported in present.items():
+            window, old = windows.get(name), exported.disk
+            if (
+                window is None
+                or not isinstance(old, DiskWindow)
+                or (window.start, window.size) != (old.start, old.size)
+            ):
+                del self.by_inode[exported.inode], self.by_name[name]
+                is_changed = True
+        for name, window in windows.items():
+            if name not in self.by_name:
+                exported = ExportedDisk(
+                    *(window, name, self._next_inode),
+                    read_only=whole.read_only,
+                    requests=whole.requests,
+                )
+                self._next_inode += 1
+                self._cells.append(exported.requests.cells)
+                self.by_inode[exported.inode] = self.by_name[name] = exported
+                is_changed = True
+        return is_changed
 
     def shared_cells(self) -> SharedCells:
-        """Return the arrays in which the extension counts requests to the disks."""
-        cells = tuple(exported.requests.cells for exported in self)
-        return SharedCells(min(self.by_inode, default=0), cells)
+        """Return the arrays in which the extension counts requests, also to former files."""
+        return SharedCells(self._next_inode - len(self._cells), tuple(self._cells))
 
     @property
     def open_handles(self) -> int:
@@ -84,7 +196,7 @@ class ExportedDisks:
     @property
     def use_servers(self) -> bool:
         """Whether a file of the chain of a disk is on a server."""
-        return any(exported.disk.uses_server for exported in self)
+        return any(disk.uses_server for disk in self.images)
 
     @property
     def with_lost_data(self) -> list[str]:
@@ -92,9 +204,59 @@ class ExportedDisks:
         return [exported.disk.name for exported in self if exported.has_lost_data]
 
     def handle_opened(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a new handle of a disk; ``writer`` says whether the handle may write."""
+        """Count a new handle of a file; ``writer`` says whether the handle may write.
+
+        Raises:
+            FileInUseError: A file with the same bytes is open, and it or the new handle may write.
+        """
+        self._exclude_others(exported, writer=writer)
         exported.handles += 1
         exported.writers += writer
+
+    def _exclude_others(self, exported: ExportedDisk, *, writer: bool) -> None:
+        """Check that a handle or a change of a file is compatible with the handles of other files.
+
+        If so, and ``writer`` is True, the pages of files with the same bytes become stale.
+
+        Raises:
+            FileInUseError: As in `handle_opened`.
+        """
+        others = [other for other in self if other.shares_bytes(exported)]
+        for other in others:
+            if other.writers or (writer and other.handles):
+                action = "opened for writing" if writer else "opened"
+                state = "is open for writing" if other.writers else "is open"
+                msg = (
+                    f"{printable(exported.name)}: cannot be {action}: {printable(other.name)}, "
+                    f"which has the same bytes, {state}"
+                )
+                raise FileInUseError(msg)
+        for other in others:
+            other.is_stale = other.is_stale or writer
+
+    def is_shared(self, exported: ExportedDisk) -> bool:
+        """Return whether another file has bytes of this file."""
+        return any(other.shares_bytes(exported) for other in self)
+
+    @contextmanager
+    def changing(self, exported: ExportedDisk) -> Iterator[None]:
+        """Exclude the other files with the same bytes during a change without an open handle.
+
+        Raises:
+            FileInUseError: A file with the same bytes is open.
+        """
+        self._exclude_others(exported, writer=True)
+        exported.writers += 1
+        try:
+            yield
+        finally:
+            self._writer_ended(exported)
+
+    def _writer_ended(self, exported: ExportedDisk) -> None:
+        """Count a writer as ended; after the last one of a disk its partitions are outdated."""
+        exported.writers -= 1
+        if not exported.writers and self._with_partitions and not exported.is_partition:
+            self.outdated.add(exported)
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Count a handle as closed.
@@ -107,7 +269,8 @@ class ExportedDisks:
             writer: Whether the handle may write, as in `handle_opened`.
         """
         exported.handles -= 1
-        exported.writers -= writer
+        if writer:
+            self._writer_ended(exported)
         if not self.open_handles:
             self._all_closed.set()
             self._all_closed = trio.Event()
@@ -125,13 +288,13 @@ class ExportedDisks:
 
         The caller knows that no program waits for these reads any more.
         """
-        for exported in self:
-            exported.disk.stop_fetching()
+        for disk in self.images:
+            disk.stop_fetching()
 
     def stop_compacting(self) -> None:
         """End the compaction of all disks; clusters that have been moved stay moved.
 
         A compaction that begins later moves no cluster.
         """
-        for exported in self:
-            exported.disk.stop_compacting()
+        for disk in self.images:
+            disk.stop_compacting()

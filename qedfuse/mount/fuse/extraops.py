@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.mount.fuse.handles import HANDLE_MASK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import ModuleType
 
+    from qedfuse.disk.datapath.fastpath import ReadTables
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.datarequests import DataRequests
     from qedfuse.mount.fuse.requestcounters import SharedCells
@@ -81,14 +82,21 @@ def serve(
     _extension.set_counters(*counters)
     if data_requests is not None:
         _extension.set_data_handlers(data_requests.read, data_requests.write, data_requests.fsync)
-        _extension.set_read_views(
-            {
-                inode: _extension.read_view(*tables)
-                for inode, tables in data_requests.read_tables().items()
-            },
-            HANDLE_MASK % (1 << 64),
-        )
+        share_files(data_requests.read_tables(), counters)
     return None
+
+
+def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None:
+    """Let the extension answer reads of these files from now on, and count requests to them.
+
+    ``tables`` are by inode numbers.
+
+    Without the extension nothing is done.
+    """
+    if _extension is not None:
+        _extension.set_counters(*counters)
+        views = {inode: _extension.read_view(*found) for inode, found in tables.items()}
+        _extension.set_read_views(views, HANDLE_MASK % (1 << 64))
 
 
 def reply_from_file(fd: int, offset: int) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import trio
 
     from qedfuse.disk.disk import Disk
+    from qedfuse.disk.window import DiskWindow
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
     from qedfuse.mount.fuse.laundering import Laundering
@@ -169,7 +170,7 @@ class FallocateLseek:
         if not disk.writable:
             raise FUSEError(errno.EROFS)
         end, size = start + length, disk.size
-        growable = self._operations.growable
+        growable = self._operations.may_grow(exported)
         if mode == _KEEP_SIZE and end > size:
             # An image has no clusters past the end of its disk, so the server cannot allocate
             # clusters there and keep the size of the disk.
@@ -221,7 +222,7 @@ class FallocateLseek:
         gap = await _find_gap(disk, whence, start)
         while self._may_be_dirty(exported):
             hole, end = gap
-            if end is None and not self._operations.growable:
+            if end is None and not self._operations.may_grow(exported):
                 end = disk.size
             # On a growable disk the kernel may have cached data past the end of the disk, and
             # only the kernel knows where that data ends.  So ``end`` stays None.
@@ -254,7 +255,7 @@ class FallocateLseek:
                 this data.
         """
         size = exported.disk.size
-        growable = self._operations.growable
+        growable = self._operations.may_grow(exported)
         if start < size:
             return start if whence == os.SEEK_DATA else size
         if whence == os.SEEK_DATA and growable:
@@ -270,7 +271,7 @@ class FallocateLseek:
         return self._operations.enable_writeback_cache and exported.writers > 0
 
 
-async def _find_gap(disk: Disk, whence: int, start: int) -> tuple[int, int | None]:
+async def _find_gap(disk: Disk | DiskWindow, whence: int, start: int) -> tuple[int, int | None]:
     """Return the gap that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
 
     Returns:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.fuse.partitionfiles import PartitionFiles
     from qedfuse.mount.fuse.sizefixup import SizeFixup
     from qedfuse.mount.fuse.truncation import Truncation
     from qedfuse.mount.options import MountOptions
@@ -56,6 +57,7 @@ class MetadataOperations(pyfuse3.Operations):
         options: MountOptions,
         truncation: Truncation,
         size_fixup: SizeFixup,
+        partition_files: PartitionFiles,
         *,
         directory: bool,
     ) -> None:
@@ -66,6 +68,7 @@ class MetadataOperations(pyfuse3.Operations):
             options: The options of the mount.
             truncation: Changes the size of a disk.
             size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
+            partition_files: Keeps the files of partitions in step with the disks.
             directory: Whether the mountpoint is a directory.  If not, the mountpoint is the file
                 of the only disk.
         """
@@ -77,6 +80,7 @@ class MetadataOperations(pyfuse3.Operations):
         self._exported = disks
         self._truncation = truncation
         self._size_fixup = size_fixup
+        self._partition_files = partition_files
         self._directory = directory
         self._attributes = Attributes(options)
         # The kernel does not know the option ``allow_root``.  So the kernel gets ``allow_other``
@@ -99,12 +103,20 @@ class MetadataOperations(pyfuse3.Operations):
         """Return the disk of an inode number or of a file handle.
 
         Raises:
-            FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode.
+            FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode;
+                ESTALE, a partition had it that has changed, so the kernel looks its name up again.
         """
         exported = self.disks.get(inode & ~HANDLE_FLAGS)
         if exported is None:
-            raise FUSEError(errno.EISDIR if self._is_root(inode) else errno.ENOENT)
+            if self._is_root(inode):
+                raise FUSEError(errno.EISDIR)
+            is_removed = self._exported.was_removed(inode & ~HANDLE_FLAGS)
+            raise FUSEError(errno.ESTALE if is_removed else errno.ENOENT)
         return exported
+
+    def may_grow(self, exported: ExportedDisk) -> bool:
+        """Return whether the options let a disk grow; False for a partition, as for a device."""
+        return self.growable and not exported.is_partition
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors (`Truncation.grow`)."""
@@ -131,6 +143,7 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.ENOTDIR)
         if name in (b".", b".."):
             return self._attributes.of_root(self._exported)
+        await self._partition_files.refresh()
         exported = self._exported.by_name.get(name)
         if exported is None:
             raise FUSEError(errno.ENOENT)
@@ -166,6 +179,7 @@ class MetadataOperations(pyfuse3.Operations):
         values succeeds.
 
         Raises:
+            FileInUseError: The size would change, and another file with the same bytes is open.
             FUSEError: EPERM, the inode is that of the directory, or the request would change the
                 owner or the permissions of a disk; ENOENT, no file has the inode; EACCES, as in
                 `admit`; or an error of `Truncation.set_size`.
@@ -182,8 +196,9 @@ class MetadataOperations(pyfuse3.Operations):
         ):
             raise FUSEError(errno.EPERM)
         reply_with_real_size = True
-        if fields.update_size:
-            reply_with_real_size = await self._truncation.set_size(exported, attr.st_size)
+        if fields.update_size and attr.st_size != exported.disk.size:
+            with self._exported.changing(exported):
+                reply_with_real_size = await self._truncation.set_size(exported, attr.st_size)
         if fields.update_atime or fields.update_mtime:
             await set_times(
                 exported,
@@ -211,6 +226,7 @@ class MetadataOperations(pyfuse3.Operations):
         self.admit(ctx.uid)
         if not self._is_root(inode):
             raise FUSEError(errno.ENOTDIR)
+        await self._partition_files.refresh()
         return inode
 
     @answered
@@ -222,7 +238,7 @@ class MetadataOperations(pyfuse3.Operations):
     ) -> None:
         """List the disks from position ``start_id`` on, until the reply to the kernel is full.
 
-        The disks have the order in which the user named them.
+        The disks have the order in which the user named them; their partitions follow.
         """
         sent = []
         for next_id, exported in enumerate(list(self._exported)[start_id:], start_id + 1):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyfuse3 import FileInfo, RequestContext
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.fuse.partitionfiles import PartitionFiles
     from qedfuse.mount.fuse.sizefixup import SizeFixup
     from qedfuse.mount.fuse.truncation import Truncation
     from qedfuse.mount.options import MountOptions
@@ -44,11 +45,14 @@ class Operations(MetadataOperations):
         options: MountOptions,
         truncation: Truncation,
         size_fixup: SizeFixup,
+        partition_files: PartitionFiles,
         *,
         directory: bool,
     ) -> None:
         """Serve the disks; the arguments are those of `MetadataOperations`."""
-        super().__init__(disks, options, truncation, size_fixup, directory=directory)
+        super().__init__(
+            disks, options, truncation, size_fixup, partition_files, directory=directory
+        )
         # The write-back cache is off if the mountpoint is a file, because the kernel starts
         # with the size 0 for that file, and with the write-back cache it would never replace
         # this size.  `qedfuse.mount.fuse.truncation` explains why the write-back cache is off
@@ -69,19 +73,27 @@ class Operations(MetadataOperations):
         """Open a disk and return its file handle.
 
         The kernel keeps the pages that it has cached of the disk, unless another program can
-        change the image (``force_share``) or the page cache is off (``direct_io``).
+        change the image (``force_share``), the page cache is off (``direct_io``), or another file
+        with the same bytes was open for writing.
 
         Raises:
+            FileInUseError: Another file with the same bytes is open.
             FUSEError: EACCES, the option ``allow_root`` excludes the user; EISDIR, the inode is
-                the directory; ENOENT, no file has the inode; EROFS, the handle could write, but
-                the disk is read-only.
+                the directory; ENOENT, no file has the inode; ESTALE, as in `disk_of`; EROFS, the
+                handle could write, but the disk is read-only.
         """
         self.admit(ctx.uid)
+        await self._partition_files.refresh()
         exported = self.disk_of(inode)
         writer = flags & os.O_ACCMODE != os.O_RDONLY
         if writer and (self._read_only or exported.read_only):
             raise FUSEError(errno.EROFS)
         self._exported.handle_opened(exported, writer=writer)
+        try:
+            is_current = await self._partition_files.drop_stale_pages(exported)
+        except BaseException:
+            self._exported.handle_closed(exported, writer=writer)
+            raise
         direct = self._direct_io
         # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
         # all writes do.
@@ -93,7 +105,9 @@ class Operations(MetadataOperations):
             # such a handle or mount.
             handle |= HANDLE_SYNC
         return pyfuse3.FileInfo(
-            fh=handle, direct_io=direct, keep_cache=self._exclusive and not direct
+            fh=handle,
+            direct_io=direct,
+            keep_cache=self._exclusive and is_current and not direct,
         )
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -181,6 +195,11 @@ class Operations(MetadataOperations):
             if not self.enable_writeback_cache or fh & HANDLE_DIRECT:
                 raise  # the program gets the error
             raise _lost_data(exported, error) from error
+        except Exception:
+            # The kernel may keep a page with bytes that the disk has not got.  If no other file
+            # has these bytes, the disk is not seen without this page.
+            exported.is_stale = exported.is_stale or self._exported.is_shared(exported)
+            raise
         finally:
             exported.slow_writes -= 1
         if written < len(buf) and fh & HANDLE_DIRECT:
@@ -214,7 +233,7 @@ class Operations(MetadataOperations):
             FUSEError: EFBIG, the tables cannot address a disk of the necessary size.
             QedError: The disk could not grow.
         """
-        if self.growable and exported.disk.writable:
+        if self.may_grow(exported) and exported.disk.writable:
             await self.grow(exported, end)
         elif self.enable_writeback_cache and not direct:
             exported.overrun = exported.overrun or start < exported.disk.size

@@ -71,6 +71,8 @@ class Truncation:
     async def set_size(self, exported: ExportedDisk, size: int) -> bool:
         """Carry out a SETATTR request for ``size`` bytes.
 
+        A partition can be zeroed like a disk, and never becomes larger.
+
         Returns:
             True if the reply to the kernel must give the real size of the disk.  False if the
             reply must give ``size``, in attributes that expire immediately.
@@ -90,7 +92,7 @@ class Truncation:
             raise FUSEError(errno.EPERM)
         if size == 0 or (size < disk.size and self._options.truncate == "zero"):
             return await self._zero_from(exported, size)
-        if size < disk.size or not self._options.growable:
+        if size < disk.size or not self._options.growable or exported.is_partition:
             raise FUSEError(errno.EPERM)
         await self.grow(exported, size)
         return True
@@ -102,17 +104,17 @@ class Truncation:
         while the caller waited.
 
         Raises:
-            FUSEError: ENOSPC, the options do not let disks grow; EFBIG, the tables cannot address
-                the size.
+            FUSEError: ENOSPC, the options do not let disks grow, or the file is a partition; EFBIG,
+                the tables cannot address the size.
             QedError: The disk could not be changed.
         """
-        if not self._options.growable:
+        if not self._options.growable or exported.is_partition:
             raise FUSEError(errno.ENOSPC)
         size = -(-end // SECTOR) * SECTOR
-        if size > exported.disk.header.geometry.max_image_size:
+        if size > exported.image.header.geometry.max_image_size:
             raise FUSEError(errno.EFBIG)
-        if size > exported.disk.size:
-            await exported.disk.grow(size)
+        if size > exported.image.size:
+            await exported.image.grow(size)
 
     async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
         """Zero a disk from guest offset ``start`` to its end; keep its size.

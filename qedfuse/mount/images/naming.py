@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SUFFIX: Final = ".qed"
 _EXPORT: Final = "export"
 """The name that is used in place of the empty name of an export."""
-_MAX_NAME_BYTES: Final = 255
+MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 
 
@@ -88,10 +88,10 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
         is_directory = not is_url(path) and os.path.isdir(absolute)  # noqa: PTH112
         for image in _images_in(absolute) if is_directory else [absolute]:
             source = Source(image, disk_file_name(image), is_named=not is_directory)
-            if len(source.name) > _MAX_NAME_BYTES:
+            if len(source.name) > MAX_NAME_BYTES:
                 msg = (
                     f"{source.shown}: found a name of {len(source.name)} bytes for the disk, "
-                    f"expected at most {_MAX_NAME_BYTES}"
+                    f"expected at most {MAX_NAME_BYTES}"
                 )
                 raise MountpointError(msg)
             other = images.setdefault(source.name, source)

@@ -41,8 +41,9 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document; requests are served between two disks."""
         disks = []
-        for exported in self._disks:
-            disks.append(_describe_disk(exported))
+        for exported in self._disks.first_files:
+            handles = sum(file.handles for file in self._disks.files_of(exported.image))
+            disks.append(_describe_disk(exported, handles))
             await trio.lowlevel.checkpoint()
         return {
             "version": VERSION,
@@ -67,9 +68,9 @@ def _resident_bytes() -> int | None:
         return None
 
 
-def _describe_disk(exported: ExportedDisk) -> dict[str, Any]:
-    """Return the part of the document about one disk."""
-    disk = exported.disk
+def _describe_disk(exported: ExportedDisk, handles: int) -> dict[str, Any]:
+    """Return the part of the document about one disk, which has ``handles`` open handles."""
+    disk = exported.image
     found = disk.statistics()
     described = {
         "name": os.fsdecode(exported.name),
@@ -78,7 +79,7 @@ def _describe_disk(exported: ExportedDisk) -> dict[str, Any]:
         "writable": disk.writable and not exported.read_only,
         "failure": disk.failure,
         "need_check": found.need_check,
-        "open_handles": exported.handles,
+        "open_handles": handles,
         "requests": {
             name: _describe_requests(exported, operation)
             for operation, name in enumerate(OPERATIONS)

@@ -1,0 +1,202 @@
+"""A range of a disk, such as a partition, as an array of bytes of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import PastEndError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.disk import Disk
+    from qedfuse.hostio.hostfile import Buffer
+
+
+class DiskWindow:
+    """A range of a disk.
+
+    The methods are those of `Disk` by which a mount serves a disk, except those that change its
+    size.  Offsets count from the beginning of the range, and no method reaches past its ends.
+    Results and errors are those of `Disk`.
+
+    Attributes:
+        disk: The disk, whose lifetime the caller manages.
+        start: Offset of the range in the disk, in bytes.
+        size: Length of the range in bytes.
+        name: The name for messages.
+    """
+
+    __slots__ = ("disk", "name", "size", "start")
+
+    def __init__(self, disk: Disk, start: int, size: int, name: str) -> None:
+        """Give a view of ``size`` bytes from guest offset ``start``, all within the disk."""
+        self.disk = disk
+        self.start = start
+        self.size = size
+        self.name = name
+
+    @property
+    def writable(self) -> bool:
+        """Whether the image may be modified."""
+        return self.disk.writable
+
+    @property
+    def failure(self) -> str | None:
+        """The message of the error that made the disk read-only; None if no error has done so."""
+        return self.disk.failure
+
+    @property
+    def should_try_read(self) -> bool:
+        """Whether `try_read` looks for data in the host's page cache (`Disk.should_try_read`)."""
+        return self.disk.should_try_read
+
+    def _contains(self, start: int, length: int) -> bool:
+        """Return whether a range lies within the window."""
+        return start >= 0 and start + length <= self.size
+
+    def try_read(self, start: int, length: int) -> memoryview | None:
+        """Read a range without waiting; see `Disk.try_read`."""
+        if not self._contains(start, length):
+            return None
+        return self.disk.try_read(self.start + start, length)
+
+    def read_tables(self) -> ReadTables:
+        """Return the objects with which the mount's extension answers reads by itself."""
+        return self.disk.read_tables()._replace(window_start=self.start, window_bytes=self.size)
+
+    def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
+        """Return where a range is stored, without waiting; see `Disk.try_locate`."""
+        if not self._contains(start, length):
+            return None
+        return self.disk.try_locate(self.start + start, length)
+
+    def try_start_read(
+        self,
+        start: int,
+        length: int,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read that `try_read` could not make; see `Disk.try_start_read`."""
+        return self._contains(start, length) and self.disk.try_start_read(
+            self.start + start, length, take_answer, ended
+        )
+
+    def try_write(self, start: int, data: Buffer) -> bool:
+        """Write bytes without waiting; see `Disk.try_write`."""
+        return self._contains(start, len(data)) and self.disk.try_write(self.start + start, data)
+
+    async def read(self, start: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes; fewer if the window ends earlier, and none at or past its end.
+
+        Raises:
+            QedError: As in `Disk.read`.
+        """
+        length = max(0, min(length, self.size - start))
+        return await self.disk.read(self.start + start, length) if length else b""
+
+    async def write(self, start: int, data: Buffer) -> int:
+        """Write bytes; return how many were written, fewer than given only if the window ends.
+
+        Raises:
+            PastEndError: The window ends at or before ``start``, and ``data`` is not empty.
+            QedError: As in `Disk.write`.
+        """
+        view = memoryview(data).cast("B")
+        if len(view) and start >= self.size:
+            msg = f"{self.name}: write at {start}: the partition ends at {self.size}"
+            raise PastEndError(msg)
+        return await self.disk.write(self.start + start, view[: self.size - start])
+
+    async def discard(self, start: int, length: int) -> None:
+        """Make a range read as zeros; ignore the part of the range past the end of the window.
+
+        Raises:
+            QedError: As in `Disk.discard`.
+        """
+        length = min(length, self.size - start)
+        if length > 0:
+            await self.disk.discard(self.start + start, length)
+
+    async def allocate(self, start: int, length: int) -> None:
+        """Allocate each cluster of a range; ignore the part past the end of the window.
+
+        Raises:
+            QedError: As in `Disk.allocate`.
+        """
+        length = min(length, self.size - start)
+        if length > 0:
+            await self.disk.allocate(self.start + start, length)
+
+    def try_seek(self, start: int, *, data: bool) -> int | None:
+        """Find the first data or hole at or past ``start``; see `Disk.try_seek`."""
+        found = self.disk.try_seek(self.start + start, data=data)
+        return None if found is None else min(found - self.start, self.size)
+
+    async def next_data(self, start: int) -> int | None:
+        """Return the offset of the first data at or past ``start``; None if there is none.
+
+        Raises:
+            QedError: As in `Disk.next_data`.
+        """
+        if start >= self.size:
+            return None
+        found = await self.disk.next_data(self.start + start)
+        return None if found is None or found - self.start >= self.size else found - self.start
+
+    async def next_hole(self, start: int) -> int:
+        """Return the offset of the first hole at or past ``start``; the end counts as a hole.
+
+        Raises:
+            QedError: As in `Disk.next_hole`.
+        """
+        if start >= self.size:
+            return self.size
+        return min(await self.disk.next_hole(self.start + start) - self.start, self.size)
+
+    def try_flush(self) -> bool:
+        """Make durable every write to the disk that has ended; see `Disk.try_flush`."""
+        return self.disk.try_flush()
+
+    async def flush(self) -> None:
+        """Return when every write to the disk that had ended before survives power loss.
+
+        Raises:
+            QedError: As in `Disk.flush`.
+        """
+        await self.disk.flush()
+
+    def fstat(self) -> os.stat_result:
+        """Return the attributes of the image file.
+
+        Raises:
+            HostError: As in `Disk.fstat`.
+        """
+        return self.disk.fstat()
+
+    def stored_blocks(self) -> int:
+        """Return the ``st_blocks`` of the image file, in units of 512 bytes.
+
+        Raises:
+            HostError: As in `Disk.stored_blocks`.
+        """
+        return self.disk.stored_blocks()
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the statistics of the host's file system that holds the image.
+
+        Raises:
+            HostError: As in `Disk.statvfs`.
+        """
+        return self.disk.statvfs()
+
+    async def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set the times of the image file, in nanoseconds since 1970.
+
+        Raises:
+            OSError: As in `Disk.set_times`.
+        """
+        await self.disk.set_times(atime_ns, mtime_ns)

@@ -1,0 +1,78 @@
+"""Keeping the files of partitions in step with the partition tables of their disks.
+
+A program can write another table through the file of a disk, so the tables are read again after
+the last writer of the disk has closed it.  While a partition is open, the disk has no writer
+(`ExportedDisks`), so an open partition keeps its place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+
+
+class PartitionFiles:
+    """Updates the files of partitions, and drops pages of files that are out of date."""
+
+    def __init__(
+        self,
+        disks: ExportedDisks,
+        try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]],
+        files_changed: Callable[[], object],
+    ) -> None:
+        """Update the files in ``disks``.
+
+        Args:
+            disks: The disks.
+            try_drop_pages: Makes the kernel drop all its cached pages of a file; returns False if
+                some may be left (`Laundering.try_drop_pages`).
+            files_changed: Called after files were added or removed.
+        """
+        self._disks = disks
+        self._try_drop_pages = try_drop_pages
+        self._files_changed = files_changed
+        self._lock = trio.Lock()
+
+    async def refresh(self) -> None:
+        """Return when the files of all partitions agree with the tables of their disks.
+
+        Between the last step and the return, no other task runs.
+        """
+        while self._disks.outdated or self._lock.locked():
+            async with self._lock:
+                await self._read_outdated()
+
+    async def _read_outdated(self) -> None:
+        """Read the tables of all disks that are outdated; the caller holds the lock."""
+        # Imported late, because only few mounts need the parsers of partition tables.
+        from qedfuse.mount.images.partitionwindows import read_windows  # noqa: PLC0415  late
+
+        while self._disks.outdated:
+            # A writer that ends while the table is read adds the disk again.
+            whole = self._disks.outdated.pop()
+            windows = await read_windows(whole.image, whole.name)
+            if self._disks.set_partitions(whole, windows):
+                self._files_changed()
+
+    async def drop_stale_pages(self, exported: ExportedDisk) -> bool:
+        """Make the kernel drop the pages of a file if they may differ from the disk.
+
+        The caller has counted a handle of the file, so no other file with the same bytes can be
+        written to meanwhile.
+
+        Returns:
+            True if the kernel has no page that differs.  False if it may have one, so that the
+            open must make it drop all pages.
+        """
+        if not exported.is_stale:
+            return True
+        if not await self._try_drop_pages(exported):
+            return False
+        exported.is_stale = False
+        return True

@@ -1,0 +1,100 @@
+"""The partitions of a disk as windows, by the names of their files in a mount."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.disk.window import DiskWindow
+from qedfuse.errors import QedError, UsageError
+from qedfuse.mount.images.naming import MAX_NAME_BYTES
+from qedfuse.partitions.table import read_table
+
+if TYPE_CHECKING:
+    from qedfuse.disk.disk import Disk
+    from qedfuse.partitions.partition import PartitionTable
+
+_log = logging.getLogger(__name__)
+
+_MAX_SHOWN_PROBLEMS: Final = 3
+"""Maximum number of problems of one table that the log names."""
+
+
+def partition_name(name: bytes, number: int) -> bytes:
+    """Return the name of the file of a partition; ``name`` is that of the disk's file."""
+    return b"%s.p%d" % (name, number)
+
+
+async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
+    """Return the partitions of a disk by the names of their files, in the order of their numbers.
+
+    A file has the name of the disk's file, ``.p``, and the number by which Linux names the
+    partition.  An extended partition has no file, because it only contains others.  If the table
+    cannot be read, the disk has no partitions.  A failure, and what is wrong with the table, is
+    logged in one line.
+
+    Args:
+        disk: The disk.
+        name: The name of the file of the disk.
+    """
+    try:
+        table = await _read_table(disk)
+    except QedError as error:
+        _log.warning("%s: cannot read the partition table: %s", disk.name, error)
+        return {}
+    windows = {partition_name(name, number): window for number, window in table.items()}
+    if any(len(file_name) > MAX_NAME_BYTES for file_name in windows):
+        _log.warning("%s: the names of partitions would be longer than 255 bytes", disk.name)
+    return {
+        file_name: window
+        for file_name, window in windows.items()
+        if len(file_name) <= MAX_NAME_BYTES
+    }
+
+
+async def open_window(disk: Disk, number: int) -> DiskWindow:
+    """Return one partition of a disk.
+
+    Raises:
+        UsageError: The disk has no such partition; the message names those that it has.
+        QedError: The partition table cannot be read.
+    """
+    windows = await _read_table(disk)
+    if number in windows:
+        return windows[number]
+    numbers = ", ".join(map(str, windows))
+    expected = f"expected one of {numbers}" if numbers else "the disk has no partitions"
+    msg = f"{disk.name}: option partition: found no partition {number}, {expected}"
+    raise UsageError(msg)
+
+
+async def _read_table(disk: Disk) -> dict[int, DiskWindow]:
+    """Return the partitions of a disk by their numbers; log what is wrong with the table.
+
+    Raises:
+        QedError: The disk cannot be read.
+    """
+
+    async def read(start: int, length: int) -> bytes:
+        return bytes(await disk.read(start, length))
+
+    table = await read_table(read, disk.size)
+    if table is None:
+        return {}
+    _log_problems(disk, table)
+    return {
+        item.number: DiskWindow(
+            disk, item.start, item.length, f"{disk.name}: partition {item.number}"
+        )
+        for item in table.partitions
+        if not item.is_container
+    }
+
+
+def _log_problems(disk: Disk, table: PartitionTable) -> None:
+    """Log in one line what is wrong with a partition table, if anything."""
+    if table.problems:
+        shown = "; ".join(table.problems[:_MAX_SHOWN_PROBLEMS])
+        more = len(table.problems) - _MAX_SHOWN_PROBLEMS
+        rest = f"; and {more} more" if more > 0 else ""
+        _log.warning("%s: partition table: %s%s", disk.name, shown, rest)
