@@ -111,6 +111,7 @@ def test_listed_mount_options_are_accepted() -> None:
         "commit": "5",
         "compact_time": "1",
         "overlay": "x",
+        "partition": "1",
         "backing_dir": "x",
         "backing_url": "https://example.org/",
         "cache_dir": "x",

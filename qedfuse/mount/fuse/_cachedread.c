@@ -395,12 +395,12 @@ PyObject *read_view(PyObject *module, PyObject *args)
 {
     PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads;
     unsigned int cluster_bits, slice_bits;
-    unsigned long long window_start;
-    long long window_bytes;
+    unsigned long long window_start = 0;
+    long long window_bytes = -1;
     ReadView *self;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOO!IIOOKL", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+    if (!PyArg_ParseTuple(args, "OO!OOO!IIOO|KL", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
                           &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs, &file_reads,
                           &window_start, &window_bytes))
         return NULL;

@@ -31,8 +31,8 @@ def read_view(
     slice_bits: int,
     epochs: object,
     file_reads: array[int],
-    window_start: int,
-    window_bytes: int,
+    window_start: int = 0,
+    window_bytes: int = -1,
     /,
 ) -> ReadView: ...
 def set_read_views(views: dict[int, ReadView], mask: int, /) -> None: ...
