@@ -38,15 +38,22 @@ class PartitionFiles:
         self._try_drop_pages = try_drop_pages
         self._files_changed = files_changed
         self._lock = trio.Lock()
+        self._is_reading = False
 
     async def refresh(self) -> None:
         """Return when the files of all partitions agree with the tables of their disks.
 
         Between the last step and the return, no other task runs.
         """
-        while self._disks.outdated or self._lock.locked():
+        # The state of the lock would not do as the condition: the lock goes from each task that
+        # releases it to one that waits, so two tasks would pass it to each other forever.
+        while self._disks.outdated or self._is_reading:
             async with self._lock:
-                await self._read_outdated()
+                self._is_reading = True
+                try:
+                    await self._read_outdated()
+                finally:
+                    self._is_reading = False
 
     async def _read_outdated(self) -> None:
         """Read the tables of all disks that are outdated; the caller holds the lock."""
