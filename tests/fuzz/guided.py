@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.fuzz import corpus
+from tests.fuzz.targets.scratch import PARENT_VARIABLE, memory_directory
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,7 +48,7 @@ def run_guided(
     Raises:
         AssertionError: atheris failed without a finding.
     """
-    with tempfile.TemporaryDirectory(prefix="qedfuse-fuzz-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="qedfuse-fuzz-", dir=memory_directory()) as scratch:
         inputs = Path(scratch, "inputs")
         inputs.mkdir()
         arguments = [
@@ -56,7 +58,9 @@ def run_guided(
             *(f"-artifact_prefix={scratch}/{_FINDING}", "-print_final_stats=1", str(inputs)),
         ]
         command = [sys.executable, "-m", "tests.fuzz.guided", name, *arguments]
-        code = subprocess.run(command, check=False).returncode
+        # libFuzzer ends its process without removing the files of the target.
+        variables = os.environ | {PARENT_VARIABLE: scratch}
+        code = subprocess.run(command, env=variables, check=False).returncode
         found = [path.read_bytes() for path in sorted(inputs.iterdir())]
         findings = [path.read_bytes() for path in Path(scratch).glob(f"{_FINDING}*")]
     assert findings or not code, f"{name}: atheris ended with exit code {code}, expected 0"

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Final
 
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108  the directory below it has a random name
+PARENT_VARIABLE: Final = "QEDFUSE_FUZZ_DIRECTORY"
+"""Names a directory for the files, which the parent of a process removes that ends abruptly."""
+
+
+def memory_directory() -> str | None:
+    """Return a directory in memory; None if the machine has none."""
+    return str(_MEMORY) if os.access(_MEMORY, os.W_OK) else None
 
 
 @functools.cache
 def _root() -> tempfile.TemporaryDirectory[str]:
     """Return the directory of this process, which is removed when the process ends."""
-    parent = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-    return tempfile.TemporaryDirectory(prefix="qedfuse-fuzz-", dir=parent)
+    return tempfile.TemporaryDirectory(
+        prefix="qedfuse-fuzz-", dir=os.environ.get(PARENT_VARIABLE, memory_directory())
+    )
 
 
 @functools.cache
