@@ -136,6 +136,11 @@ class Fetcher:
         return self._store.mark_usable_offline()
 
     @property
+    def has_cache(self) -> bool:
+        """Whether there is an entry of the cache, even if it has no room at the moment."""
+        return self._store.has_cache
+
+    @property
     def is_evicting(self) -> bool:
         """Whether entries of the cache are being removed, so that `store_held` may succeed soon."""
         return self._store.is_evicting

@@ -66,6 +66,11 @@ class UnitStore:
         self._forgotten = 0  # how often `forget` was called
 
     @property
+    def has_cache(self) -> bool:
+        """Whether there is an entry of the cache, even if it has no room at the moment."""
+        return self._cache is not None
+
+    @property
     def can_store(self) -> bool:
         """Whether the last unit was stored in the cache."""
         return self._cache is not None and not self._cannot_store

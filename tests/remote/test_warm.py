@@ -191,6 +191,19 @@ async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not room
 
 
+@pytest.mark.expect_log("going on without a cache")
+async def test_no_directory_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a directory nothing is fetched, and the error is not about space."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with (
+        serving(some_bytes(3)) as server,
+        pytest.raises(CacheError, match="found no cache to fetch it into, expected a directory"),
+    ):
+        await warm(server.url)
+    assert server.sent_bytes < UNIT_BYTES * 2
+
+
 def test_interruption_by_a_signal(tmp_path: Path) -> None:
     """Ctrl-C ends the command with exit code 130; the next command fetches the rest only."""
     content = some_bytes(120)

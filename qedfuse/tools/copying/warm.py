@@ -96,6 +96,7 @@ async def warm(
             if isinstance(layer.file, RemoteFile)
         ]
         for item in files:
+            item.require_cache()
             item.units.add_tables()
         _require_within_limit(url, files, options.remote.cache_bytes)
         for item in files:
@@ -131,6 +132,15 @@ class _NeededFile:
         self.units = NeededUnits(layer)
         self._file = file
         self._fetched_before = fetched_before
+
+    def require_cache(self) -> None:
+        """Raise CacheError if nothing of the file is stored in the cache."""
+        if not self._file.fetcher.has_cache:
+            msg = (
+                f"{self._file.name}: found no cache to fetch it into, expected a directory of the "
+                "cache that can be used, and a server that gives an ETag or a time of modification"
+            )
+            raise CacheError(msg)
 
     async def fill(self, report: Callable[[int], object]) -> None:
         """Fetch the needed units that are not in the cache.
