@@ -73,6 +73,10 @@ class DiskWindow:
             return None
         return self.disk.try_locate(self.start + start, length)
 
+    def count_read(self, start: int, length: int) -> None:
+        """Count a read that the caller has made by `try_locate`; see `Disk.count_read`."""
+        self.disk.count_read(self.start + start, length)
+
     def try_start_read(
         self,
         start: int,

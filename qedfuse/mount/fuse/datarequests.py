@@ -74,7 +74,7 @@ class DataRequests:
         if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
             location = exported.disk.try_locate(offset, size)
             if location is not None and self._reply_from_file(*location):
-                exported.image.count_read(offset, size)
+                exported.disk.count_read(offset, size)
                 return None
         is_tried = exported.disk.should_try_read  # False after several misses in the page cache
         if not is_tried and self._defer(exported, handle, offset, size):
