@@ -17,6 +17,7 @@ from qedfuse.errors import UsageError
 from qedfuse.remote.options import Deadlines, RemoteOptions
 
 if TYPE_CHECKING:
+    from qedfuse.mount.system.listenaddress import ListenAddress
     from qedfuse.mount.system.readahead import Readahead
     from qedfuse.remote.address import Address
 
@@ -51,6 +52,7 @@ class MountOptions:
             images together.
         poll_seconds: Maximum time in seconds for which the server polls for the next request; 0
             to poll only once; None for the default of the machine.
+        metrics: Where the metrics for Prometheus are served; None for nowhere.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
             read-ahead; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
@@ -99,6 +101,7 @@ class MountOptions:
     compact_bytes: int = DEFAULT_COMPACT_BYTES
     compact_seconds: float = DEFAULT_COMPACT_SECONDS
     poll_seconds: float | None = None
+    metrics: ListenAddress | None = None
     readahead: Readahead = None
     snapshot: bool = False
     overlay: str | None = None
@@ -166,6 +169,7 @@ class MountOptions:
         return replace(
             self,
             overlay=_absolute(self.overlay),
+            metrics=None if self.metrics is None else self.metrics.absolute(),
             remote_cache_directory=_absolute(self.remote_cache_directory),
             credentials_file=_absolute(self.credentials_file),
             backing=backing,

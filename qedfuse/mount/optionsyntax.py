@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _PATH_OPTIONS: Final = ("overlay", "backing_dir", "cache_dir", "credentials")
 """Options whose value is a path."""
+_UNIX_OPTION: Final = "metrics=unix:"
+"""An option whose value is a path after this beginning."""
 
 
 def split_options(text: str) -> list[str]:
@@ -48,8 +50,12 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
     absolute = []
     for option in (option for text in lists for option in split_options(text)):
         name, _, value = option.partition("=")
-        is_path = name in _PATH_OPTIONS and value
-        absolute.append(escape_value(f"{name}={os.path.abspath(value)}" if is_path else option))  # noqa: PTH100
+        path = option.removeprefix(_UNIX_OPTION)
+        if name in _PATH_OPTIONS and value:
+            option = f"{name}={os.path.abspath(value)}"  # noqa: PLW2901, PTH100
+        elif path != option and path:
+            option = f"{_UNIX_OPTION}{os.path.abspath(path)}"  # noqa: PLW2901, PTH100
+        absolute.append(escape_value(option))
     return tuple(absolute)
 
 

@@ -12,6 +12,7 @@ from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
+    from qedfuse.mount.system.listenaddress import ListenAddress
     from qedfuse.mount.system.readahead import Readahead
     from qedfuse.remote.address import Address
 
@@ -142,6 +143,18 @@ def parse_local_path(name: str, value: str) -> str:
         msg = f"option {name}: found a URL, expected a path on this machine{hint}"
         raise UsageError(msg)
     return value
+
+
+def parse_metrics(name: str, value: str) -> ListenAddress:
+    """Parse the address at which the metrics are served.
+
+    Raises:
+        UsageError: The value is no address of this machine.
+    """
+    # Imported late, because only this option needs sockets.
+    from qedfuse.mount.system.listenaddress import ListenAddress  # noqa: PLC0415  late, see above
+
+    return ListenAddress.parse(name, value)
 
 
 def parse_prefix_url(name: str, value: str) -> Address:

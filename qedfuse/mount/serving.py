@@ -32,6 +32,7 @@ from qedfuse.mount.fuse.sizefixup import SizeFixup
 from qedfuse.mount.fuse.truncation import Truncation
 from qedfuse.mount.process.heaptrimmer import HeapTrimmer
 from qedfuse.mount.shutdown import Shutdown
+from qedfuse.mount.statistics.diagnostics import log_on_signals
 from qedfuse.mount.statistics.document import StatisticsSource
 from qedfuse.mount.statistics.statisticsserver import serve_statistics
 from qedfuse.mount.system.mountpoint import check_not_mounted
@@ -47,6 +48,7 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
@@ -76,6 +78,7 @@ class Server:
         options: MountOptions,
         mountpoint: str,
         launderer: Launderer | None,
+        metrics: socket.socket | None = None,
         *,
         directory: bool,
     ) -> None:
@@ -86,6 +89,7 @@ class Server:
             options: The options of the mount.
             mountpoint: The mountpoint, absolute and free of symbolic links.
             launderer: The launderer, which was forked already; None if there is no launderer.
+            metrics: The socket at which the metrics are served; None for nowhere.
             directory: Whether the mountpoint is a directory.
         """
         self._disks = disks
@@ -103,6 +107,12 @@ class Server:
         )
         self._data_requests: DataRequests | None = None
         self._is_ready = False
+        self._serve_metrics: Callable[[StatisticsSource], Awaitable[None]] | None = None
+        if metrics is not None:
+            # Imported late, like the next module.
+            from qedfuse.mount.statistics.metricsserver import serve_metrics  # noqa: PLC0415
+
+            self._serve_metrics = partial(serve_metrics, metrics)
         self._prefetch: Callable[[], Awaitable[None]] | None = None
         if options.prefetch == "all":
             # Imported late, because only this option needs the modules about remote files; but not
@@ -210,6 +220,9 @@ class Server:
             source = StatisticsSource(self._disks, self._mountpoint)
             if statistics_socket is not None:
                 nursery.start_soon(serve_statistics, statistics_socket, source)
+            if self._serve_metrics is not None:
+                nursery.start_soon(self._serve_metrics, source)
+            await nursery.start(log_on_signals, source)
             heap_trimmer = HeapTrimmer()
             for disk in self._disks.images:
                 invalidator = BlocksInvalidator(partial(self._disks.files_of, disk))

@@ -42,6 +42,7 @@ from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.process.signals import SignalDispatcher, ignore_signals
 from qedfuse.mount.serving import Server
+from qedfuse.mount.statistics.diagnostics import ignore_diagnostic_signals
 from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
 from qedfuse.mount.system.privileges import check_privileges
@@ -50,6 +51,7 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
@@ -107,6 +109,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """
     # The protection is set before trio starts threads and before the launderer is forked, because
     # the threads and the launderer must inherit it.
+    ignore_diagnostic_signals()
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
@@ -242,12 +245,15 @@ class _Session:
                 return
             # Other users can read the mount table, and the query of a URL may be a secret.
             shown = tuple(shown_source(path) if is_url(path) else path for path in request.sources)
+            metrics = self._listen(stack)
             self._announcement = announcement = Announcement(
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
             server = Server(
-                *(disks, options, request.mountpoint, self._launderer), directory=directory
+                *(disks, options, request.mountpoint, self._launderer),
+                metrics=metrics,
+                directory=directory,
             )
             self._failure = await server.run(
                 *(shown[0], lock_name, signals, announcement, self._protection_failure)
@@ -258,6 +264,20 @@ class _Session:
                 # compactions together.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
+
+    def _listen(self, stack: AsyncExitStack) -> socket.socket | None:
+        """Listen for requests of metrics, if the options demand it, until ``stack`` is closed.
+
+        Raises:
+            HostError: The host refused.
+        """
+        if self._request.options.metrics is None:
+            return None
+        from qedfuse.mount.system.listenaddress import Listener  # noqa: PLC0415  only if needed
+
+        listener = Listener(self._request.options.metrics)
+        stack.callback(listener.close)
+        return listener.socket
 
     async def _open(
         self, stack: AsyncExitStack, sources: list[Source], *, directory: bool

@@ -110,6 +110,7 @@ def test_listed_mount_options_are_accepted() -> None:
         "umask": "077",
         "commit": "5",
         "compact_time": "1",
+        "metrics": "9000",
         "overlay": "x",
         "partition": "1",
         "backing_dir": "x",

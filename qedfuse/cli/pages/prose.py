@@ -100,6 +100,9 @@ close.  After a second signal the process does not wait for the last close: the 
 after at most 10 seconds.  If changes are just being written to the image then, it ends when
 these are written.  If the mount ends before everything is durable, the log says so and the
 exit code is 2.
+
+After `SIGUSR1` the process logs a summary of its statistics in one line, and after `SIGUSR2` also
+what each of its tasks waits for, for a bug report.
 """
 
 QEDFUSE_EXAMPLES: Final = """\

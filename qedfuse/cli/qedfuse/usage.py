@@ -72,6 +72,7 @@ Options of -o; the default and then other values are in parentheses:
                          only root can exceed the kernel's default
   commit=SECONDS         maximum time for which changed tables are only in memory (5)
   poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)
+  metrics=ADDRESS        serve metrics for Prometheus on a port of loopback, or unix:PATH
   cache_size=SIZE        memory for the tables of each image (32M)
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)
 

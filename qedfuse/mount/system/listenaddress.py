@@ -1,0 +1,138 @@
+"""The address of the option ``metrics``: a port on loopback, or a socket in the file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+from qedfuse.errors import HostError, UsageError
+from qedfuse.mount.system.statisticssocket import listen
+from qedfuse.text import printable
+
+_UNIX: Final = "unix:"
+_LOOPBACK: Final = re.compile(
+    r"(?:(localhost|127(?:\.(?:25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})){3}|\[::1\]):)?([0-9]{1,5})"
+)
+_EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
+_MAX_PORT: Final = 65535
+_BACKLOG: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where a server listens.
+
+    Attributes:
+        host: An address of the loopback interface; empty for a socket in the file system.
+        port: The TCP port; 0 for a socket in the file system.
+        path: The path of the socket; empty for TCP.
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, name: str, value: str) -> Self:
+        """Parse the value of the option ``name``.
+
+        Raises:
+            UsageError: The value is no address, or one that other machines can reach.
+        """
+        path = value.removeprefix(_UNIX)
+        if value.startswith(_UNIX) and path:
+            return cls(path=path)
+        found = _LOOPBACK.fullmatch(value)
+        if found is None or not 0 < int(found[2]) <= _MAX_PORT:
+            msg = f"option {name}: found {printable(value)}, expected {_EXPECTED}"
+            raise UsageError(msg)
+        host = (found[1] or "127.0.0.1").strip("[]")
+        return cls("127.0.0.1" if host == "localhost" else host, int(found[2]))
+
+    def absolute(self) -> ListenAddress:
+        """Return the address with an absolute path."""
+        return replace(self, path=os.path.abspath(self.path)) if self.path else self  # noqa: PTH100
+
+    def __str__(self) -> str:
+        """Return the address for messages."""
+        if self.path:
+            return printable(_UNIX + self.path)
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Listener:
+    """A listening socket, and its directory if it is in the file system.
+
+    Attributes:
+        socket: The socket, which does not block.
+    """
+
+    def __init__(self, address: ListenAddress) -> None:
+        """Listen on an address, before the mount exists, so that its path does not lead through it.
+
+        A socket that a killed process has left at the path is replaced.
+
+        Raises:
+            HostError: The host refused, or another process uses the address.
+        """
+        self._directory = -1
+        self._name = os.path.basename(address.path)  # noqa: PTH119
+        try:
+            self.socket = self._listen_at_path(address.path) if address.path else _listen(address)
+        except OSError as error:
+            self._close_directory()
+            name = f"option metrics: {address}"
+            raise HostError.from_os(error, name, "cannot listen") from error
+
+    def _listen_at_path(self, path: str) -> socket.socket:
+        """Listen at a path; only this user and root can connect."""
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+                if not stat.S_ISSOCK(status.st_mode):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                client.connect(f"/proc/self/fd/{self._directory}/{self._name}")
+            except (FileNotFoundError, ConnectionRefusedError):
+                return listen(self._directory, self._name)
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def close(self) -> None:
+        """Close the socket, and remove it from the file system."""
+        self.socket.close()
+        if self._directory >= 0:
+            with suppress(OSError):  # its directory is gone, or the socket was removed
+                os.unlink(self._name, dir_fd=self._directory)
+        self._close_directory()
+
+    def _close_directory(self) -> None:
+        """Close the directory of the socket, if it is open."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def _listen(address: ListenAddress) -> socket.socket:
+    """Listen on a TCP port of the loopback interface.
+
+    Raises:
+        OSError: The host refused.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address.host, address.port))
+        made.listen(_BACKLOG)
+        made.setblocking(False)  # noqa: FBT003  its only parameter
+    except BaseException:
+        made.close()
+        raise
+    return made
