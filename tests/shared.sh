@@ -13,6 +13,7 @@ install_for_tests() {
         qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
         findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck \
         mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
+        mkntfs=ntfs-3g fuse2fs=fuse2fs mkfs.btrfs=btrfs-progs \
         groff=groff-base mandoc=mandoc zsh=zsh fish=fish
     install_project test
     install_servers

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import qemu
 from tests.support.sandbox import ROOT, run_in_sandbox
+from tests.support.users import as_user, user_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,6 +71,7 @@ def image(tmp_path: Path, raw: Path) -> Path:
 def test_every_script_is_run() -> None:
     """Each script of the examples has an expected output here or a test of its own."""
     others = {
+        "copy-from-partitions.sh",
         "golden-image-in-a-bucket.sh",
         "install.sh",
         "quickstart.sh",
@@ -100,6 +102,23 @@ def test_script_help_is_its_header(script: str) -> None:
     """The help of a script is its header, with its usage."""
     done = subprocess.run([EXAMPLES / script, "--help"], capture_output=True, text=True, check=True)
     assert f"examples/{script} [DIRECTORY]" in done.stdout
+
+
+def test_an_ordinary_user_copies_files_from_partitions(installation: Path) -> None:
+    """Without root, files come out of FAT, NTFS, ext4 and btrfs partitions, logical ones too."""
+    with user_directory() as home:
+        done = as_user(
+            EXAMPLES / "copy-from-partitions.sh",
+            home,
+            variables={"PATH": f"{installation / 'bin'}:{os.environ['PATH']}", "HOME": str(home)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in home.iterdir()] == ["mnt"]
+    names = [line.split()[-1] for line in done.stdout.splitlines() if ".raw" in line]
+    windows = ["windows.raw", "windows.raw.p1", "windows.raw.p2"]
+    assert names == [*windows, "linux.raw", "linux.raw.p1", "linux.raw.p5", "linux.raw.p6"]
+    for kind in ("fat", "ntfs", "ext4", "btrfs"):
+        assert f"== {kind}: The only copy of a letter.\n" in done.stderr
 
 
 def test_interrupt_cleans_up(installation: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ TOOLBOX: Final = "The toolbox"
 SHOWN: Final = {
     "Use the file systems in an image": "hello.txt",
     "Look at a disk without touching it": "Filesystem UUID",
+    "Copy files out of a partition": "hello.txt",
     "Mount from /etc/fstab": "fuse.qedfuse",
     "Give freed space back": "trimmed",
     "Restore a backup": "restored",
