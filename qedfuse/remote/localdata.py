@@ -6,17 +6,18 @@ never used without a comparison, even if bits have flipped on the disk or a writ
 
 A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
-- A read that misses the page cache can make the kernel read from the disk, and the next read
-  returns these bytes.  So a miss makes the units of the range not ready (`RemoteFile`), and the
-  kernel's readahead is off (`UnitFile`).
+- A read that misses the page cache can make the kernel read from the disk.  If the disk answers
+  before the kernel looks for the bytes again, the same call returns them; otherwise the next read
+  does.  So a read is tried only if mincore(2) reports that the page cache has all of its bytes, a
+  miss makes the units of the range not ready (`RemoteFile`), and the kernel's readahead is off
+  (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless a comparison has shown that the
   object has zeros there (`ZeroBlocks`).
 - The file was cut, and a later write has made it longer.  So its length is checked after the read.
 
-While several processes use the entry, a miss of one process must not bring bytes into the page
-cache that another process reads there.  So a read is then tried only if mincore(2) reports that the
-page cache has all of its bytes.
+Therefore a miss of one process brings no bytes into the page cache that another process, which uses
+the same entry, reads there.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``).
 
@@ -127,10 +128,9 @@ class LocalData:
             OSError: The first byte is not in the page cache, or the host refused.
         """
         length = os.lseek(self._fd, 0, os.SEEK_END)
-        is_alone = length == self._size + ALONE_BYTES
         return (
             has_length(length, self._size)
-            and (is_alone or self._residency.has_range(offset, len(view)))
+            and self._residency.has_range(offset, len(view))
             and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
             and os.lseek(self._fd, 0, os.SEEK_END) == length
             and not zeros.may_have_holes(offset, view)

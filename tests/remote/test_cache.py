@@ -320,6 +320,29 @@ def test_nothing_is_read_ahead_of_the_comparison(tmp_path: Path) -> None:
                 os.preadv(probe.fileno(), [bytearray(4096)], 2 * UNIT_BYTES, os.RWF_NOWAIT)
 
 
+@pytest.mark.expect_log("what is not in the cache cannot be read")
+@pytest.mark.parametrize("rot", ROTS)
+def test_a_disk_that_answers_within_the_call(
+    rot: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that the kernel reads from the disk within the call that missed them do not count."""
+    preadv = os.preadv
+
+    def read_from_disk(fd: int, views: list[memoryview], offset: int, _flags: int = 0) -> int:
+        return preadv(fd, views, offset)  # as with RWF_NOWAIT, if the disk is fast enough
+
+    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+        data = entry_of(tmp_path) / "data"
+        rot(data)
+        drop_pages(data)
+        server.always = "status 503"
+        monkeypatch.setattr(os, "preadv", read_from_disk)
+        assert not file.try_read(2 * UNIT_BYTES + 65_536, memoryview(bytearray(8192)))
+        with pytest.raises(RemoteError):
+            read(file, 2 * UNIT_BYTES + 65_536, 8192)
+
+
 @pytest.mark.parametrize("rot", ROTS)
 def test_one_reader_brings_nothing_wrong_to_another(
     rot: Callable[[Path], None], tmp_path: Path

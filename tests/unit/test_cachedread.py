@@ -69,8 +69,8 @@ def ready(
         may_read[first : last + 1] = bytes(last + 1 - first)
 
     lengths = (len(tables.content), len(tables.content) + 1)
-    units = CheckedUnits(may_read, zero_blocks, BITS, *lengths, 0, forget)
-    with path.open("rb") as file:
+    with path.open("rb") as file, closing(Residency(file.fileno(), lengths[1])) as residency:
+        units = CheckedUnits(may_read, zero_blocks, BITS, *lengths, residency.address, forget)
         source = PageSource(tables.policy, file.fileno(), units)
         session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
         yield may_read
@@ -303,15 +303,16 @@ def test_a_block_of_zeros_that_is_known_is_answered(
     assert session.read((CLUSTERS - 1) * CLUSTER, 1) is None, "past the known units"
 
 
-def test_a_file_that_several_use_is_read_only_from_memory(
-    session: Session, tables: Tables, tmp_path: Path
+@pytest.mark.parametrize("openers", [1, 2])
+def test_a_file_with_units_is_read_only_from_memory(
+    openers: int, session: Session, tables: Tables, tmp_path: Path
 ) -> None:
-    """While the file has one byte more, a read brings nothing from the disk into memory."""
+    """Whether one or several use the file, a read brings nothing from the disk into memory."""
     path = tmp_path / "units"
     length = len(tables.content)
-    path.write_bytes(tables.content + b"\0\0")
+    path.write_bytes(tables.content + bytes(openers))
     forgotten: list[tuple[int, int]] = []
-    with path.open("rb") as file, closing(Residency(file.fileno(), length + 2)) as residency:
+    with path.open("rb") as file, closing(Residency(file.fileno(), length + openers)) as residency:
 
         def show(address: int) -> None:
             may_read = bytearray(b"\1" * (CLUSTERS + 1))

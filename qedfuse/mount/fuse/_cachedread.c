@@ -230,9 +230,9 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
     if (has_units(units) && (length = length_of_units(units, file->fd)) == ANY_LENGTH)
         return FAILED;
+    if (has_units(units) && !may_try_units(units, offset, size))
+        return NOT_CACHED;
     if (!splice_reply(request, file->fd, (off_t)offset, size, length)) {
-        if (has_units(units) && !may_try_units(units, length, offset, size))
-            return NOT_CACHED;
         found = read_cached(file, offset, size, length);
         if (found <= 0)
             return found < 0 ? FAILED : NOT_CACHED;

@@ -81,14 +81,12 @@ off_t length_of_units(const struct checked_units *units, int fd)
     return length == units->file_bytes || length == units->file_bytes + 1 ? length : ANY_LENGTH;
 }
 
-int may_try_units(const struct checked_units *units, off_t length, uint64_t offset, size_t size)
+int may_try_units(const struct checked_units *units, uint64_t offset, size_t size)
 {
     static unsigned char found[MAX_PAGES];
     uint64_t start = offset & ~(uint64_t)(PAGE_BYTES - 1);
     size_t bytes = (size_t)(offset - start) + size, at;
 
-    if (length == units->file_bytes)
-        return 1;
     /* A kernel with larger pages refuses most of these calls, and reports fewer pages. */
     memset(found, 1, sizeof found);
     if (units->address == NULL || bytes > sizeof found * PAGE_BYTES ||

@@ -123,10 +123,10 @@ int has_units(const struct checked_units *units);
  * (_checkedunits.c). */
 off_t length_of_units(const struct checked_units *units, int fd);
 
-/* Returns whether a read of a range may be tried: either `length` shows that no other process uses the
- * file, or the page cache has the whole range.  So the read brings nothing into the page cache that
- * another process could read there (_checkedunits.c). */
-int may_try_units(const struct checked_units *units, off_t length, uint64_t offset, size_t size);
+/* Returns whether a read of a range may be tried, because the page cache has the whole range.  So the
+ * read returns nothing that the kernel has just read from the disk, and brings nothing into the page
+ * cache that another process could read there (_checkedunits.c). */
+int may_try_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Returns whether a range may be read by the extension (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
