@@ -20,7 +20,7 @@ from qedfuse.mount.fuse.requestcounters import RequestCounters, SharedCells
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from qedfuse.disk.disk import Disk
 
@@ -121,6 +121,10 @@ class ExportedDisks:
         """
         self.by_inode = {exported.inode: exported for exported in disks}
         self.by_name = {exported.name: exported for exported in self.by_inode.values()}
+        # The files of each disk, by the identity of the disk.
+        self._by_disk: dict[int, list[ExportedDisk]] = {}
+        for exported in self.by_inode.values():
+            self._by_disk.setdefault(id(exported.image), []).append(exported)
         self.outdated = set(self.by_inode.values()) if with_partitions else set[ExportedDisk]()
         self._with_partitions = with_partitions
         self._next_inode = max(self.by_inode, default=0) + 1
@@ -139,14 +143,11 @@ class ExportedDisks:
     @property
     def first_files(self) -> list[ExportedDisk]:
         """The first file of each disk of the mount, which is that of the whole disk, if any."""
-        first: dict[int, ExportedDisk] = {}
-        for exported in self:
-            first.setdefault(id(exported.image), exported)
-        return list(first.values())
+        return [files[0] for files in self._by_disk.values()]
 
-    def files_of(self, disk: Disk) -> list[ExportedDisk]:
-        """Return the files that have bytes of a disk."""
-        return [exported for exported in self if exported.image is disk]
+    def files_of(self, disk: Disk) -> Sequence[ExportedDisk]:
+        """Return the files that have bytes of a disk, in the order in which they were added."""
+        return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
         """Return whether a file had this inode number and has been removed."""
@@ -159,7 +160,7 @@ class ExportedDisks:
         number that no file has had before, because the kernel may have cached pages of the
         earlier file of the name.  The caller must ensure that no partition of the disk is open.
         """
-        files = self.files_of(whole.image)
+        files = self._by_disk[id(whole.image)]
         present = {item.name: item for item in files if item.is_partition}
         is_changed = False
         for name, exported in present.items():
@@ -170,6 +171,7 @@ class ExportedDisks:
                 or (window.start, window.size) != (old.start, old.size)
             ):
                 del self.by_inode[exported.inode], self.by_name[name]
+                files.remove(exported)
                 is_changed = True
         for name, window in windows.items():
             if name not in self.by_name:
@@ -181,6 +183,7 @@ class ExportedDisks:
                 self._next_inode += 1
                 self._cells.append(exported.requests.cells)
                 self.by_inode[exported.inode] = self.by_name[name] = exported
+                files.append(exported)
                 is_changed = True
         return is_changed
 
@@ -221,7 +224,7 @@ class ExportedDisks:
         Raises:
             FileInUseError: As in `handle_opened`.
         """
-        others = [other for other in self if other.shares_bytes(exported)]
+        others = self._sharing_bytes(exported)
         for other in others:
             if other.writers or (writer and other.handles):
                 action = "opened for writing" if writer else "opened"
@@ -236,7 +239,12 @@ class ExportedDisks:
 
     def is_shared(self, exported: ExportedDisk) -> bool:
         """Return whether another file has bytes of this file."""
-        return any(other.shares_bytes(exported) for other in self)
+        return bool(self._sharing_bytes(exported))
+
+    def _sharing_bytes(self, exported: ExportedDisk) -> list[ExportedDisk]:
+        """Return the other files that have bytes of a file."""
+        files = self.files_of(exported.image)
+        return [other for other in files if other.shares_bytes(exported)]
 
     @contextmanager
     def changing(self, exported: ExportedDisk) -> Iterator[None]:

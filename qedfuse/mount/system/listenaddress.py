@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from qedfuse.errors import HostError, UsageError
-from qedfuse.mount.system.statisticssocket import listen
+from qedfuse.mount.system.statisticssocket import listen, listen_at
 from qedfuse.text import printable
 
 _UNIX: Final = "unix:"
@@ -21,7 +21,6 @@ _LOOPBACK: Final = re.compile(
 )
 _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
-_BACKLOG: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +125,8 @@ def _listen(address: ListenAddress) -> socket.socket:
         OSError: The host refused.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
+
+    def prepare(made: socket.socket) -> None:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address.host, address.port))
-        made.listen(_BACKLOG)
-        made.setblocking(False)  # noqa: FBT003  its only parameter
-    except BaseException:
-        made.close()
-        raise
-    return made
+
+    return listen_at(family, (address.host, address.port), prepare)

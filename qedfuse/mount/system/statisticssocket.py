@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     import trio
 
@@ -37,14 +37,36 @@ def listen(directory: int, name: str) -> socket.socket:
     Raises:
         OSError: The host refused.
     """
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+
+    def prepare(made: socket.socket) -> None:
         # The socket in the file system gets the mode of the descriptor, so no other user can
         # connect meanwhile (unix_bind in net/unix/af_unix.c).
         os.fchmod(made.fileno(), 0o600)
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
-        made.bind(_path(directory, name))
+
+    return listen_at(socket.AF_UNIX, _path(directory, name), prepare)
+
+
+def listen_at(
+    family: socket.AddressFamily,
+    address: str | tuple[str, int],
+    prepare: Callable[[socket.socket], None],
+) -> socket.socket:
+    """Make a listening stream socket that does not block.
+
+    Args:
+        family: Its address family.
+        address: Its address (`socket.socket.bind`).
+        prepare: Called with the socket before it is bound.
+
+    Raises:
+        OSError: The host refused.
+    """
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        prepare(made)
+        made.bind(address)
         made.listen(_BACKLOG)
         made.setblocking(False)  # noqa: FBT003  its only parameter
     except BaseException:

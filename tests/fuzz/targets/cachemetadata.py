@@ -9,6 +9,7 @@ from typing import Final
 
 from qedfuse.remote.cachemetadata import entry_name, read_metadata
 from qedfuse.remote.client import Version
+from tests.fuzz.targets.jsontokens import JSON_TOKENS
 from tests.fuzz.targets.scratch import put, scratch
 from tests.fuzz.targets.target import Target
 
@@ -64,21 +65,7 @@ TARGET: Final = Target(
     check,
     seeds,
     (
-        b"null",
-        b"true",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b'"',
-        b":",
-        b",",
-        b"1e999",
-        b"-1",
-        b"NaN",
-        b"9" * 30,
-        b"\\ud800",
-        b"\\u0000",
+        *JSON_TOKENS,
         b'"size"',
         b'"modified"',
         b'"needed_units"',

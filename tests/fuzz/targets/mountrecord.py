@@ -11,6 +11,7 @@ from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.optionsyntax import absolute_options
 from qedfuse.mount.system.mountrecord import MountRecord, format_record, has_ended, read_record
 from qedfuse.text import printable
+from tests.fuzz.targets.jsontokens import JSON_TOKENS
 from tests.fuzz.targets.scratch import put, scratch
 from tests.fuzz.targets.target import Target, assert_line
 
@@ -58,21 +59,7 @@ TARGET: Final = Target(
     check,
     seeds,
     (
-        b"null",
-        b"true",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b'"',
-        b":",
-        b",",
-        b"1e999",
-        b"-1",
-        b"NaN",
-        b"9" * 30,
-        b"\\ud800",
-        b"\\u0000",
+        *JSON_TOKENS,
         b'"pid"',
         b'"options"',
         b'"failure"',

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Final, cast
 if TYPE_CHECKING:
     from tests.fuzz.targets.target import Target
 
-_HELPERS: Final = frozenset({"__init__", "drawn", "patches", "registry", "scratch", "target"})
+_HELPERS: Final = frozenset(
+    {"__init__", "drawn", "jsontokens", "patches", "registry", "scratch", "target"}
+)
 NAMES: Final = tuple(
     sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _HELPERS)
 )
