@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _BESIDE: Final = """
 import sys
+from qedfuse.mount.system.recorddirectory import record_directories
 from tests.support.mounted import is_mounted, mounted
 from tests.support.mountnamespace import enter_own_namespace
 _, theirs, image, mountpoint = sys.argv
@@ -24,6 +25,7 @@ assert is_mounted(theirs)
 if not enter_own_namespace():
     sys.exit("SKIP")
 assert not is_mounted(theirs)
+assert not any(any(directory.iterdir()) for directory in record_directories(0))
 with mounted(image, mountpoint):
     assert is_mounted(mountpoint)
     print("mounted", flush=True)
@@ -33,7 +35,7 @@ with mounted(image, mountpoint):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_mounts_of_two_test_processes_are_separate(tmp_path: Path) -> None:
-    """A test process neither sees nor holds the mounts of others."""
+    """A test process neither sees nor holds the mounts of others, and not their records."""
     for name in ("a", "b"):
         qemu.create(tmp_path / f"{name}.qed", 1 << 20)
     mnt, beside = tmp_path / "mnt", tmp_path / "beside"
