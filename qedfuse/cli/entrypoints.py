@@ -1,7 +1,9 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
 Before an entry point loads the program, it restores the default action of SIGINT.  So while modules
-are loaded, Ctrl-C ends the process without a traceback.
+are loaded, Ctrl-C ends the process without a traceback.  The collector of reference cycles runs
+rarely from then on.  The server of a mount and the subcommands of ``qedimg``, which may run for
+long, change that when their modules are loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from qedfuse.cli.sigint import sigint_default
 
 def qedfuse_program() -> int:
     """Run ``qedfuse`` with the arguments of this process; return its exit code."""
-    sigint_default()
+    _prepare_to_load()
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 
     code = main()
@@ -23,7 +25,15 @@ def qedfuse_program() -> int:
 
 def qedimg_program() -> int:
     """Run ``qedimg`` with the arguments of this process; return its exit code."""
-    sigint_default()
+    _prepare_to_load()
     from qedfuse.cli.qedimg.main import main  # noqa: PLC0415  only after sigint_default()
 
     return main()  # `main` ignores SIGINT before it returns
+
+
+def _prepare_to_load() -> None:
+    """Make loading modules interruptible, and let the collector of reference cycles run rarely."""
+    sigint_default()
+    from qedfuse.util.garbagecollector import collect_rarely  # noqa: PLC0415  after sigint_default()
+
+    collect_rarely()

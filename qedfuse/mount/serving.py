@@ -46,6 +46,7 @@ from qedfuse.mount.system.readahead import readahead_bytes, set_readahead
 from qedfuse.mount.system.unmount import unmount
 from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
+from qedfuse.util.garbagecollector import collect_as_usual
 
 if TYPE_CHECKING:
     import socket
@@ -254,6 +255,7 @@ class Server:
                 await trio.lowlevel.checkpoint_if_cancelled()
                 announcement.ready()
                 self._is_ready = True
+                collect_as_usual()
                 self._log_refusals(readahead_failure, protection_failure)
                 if self._prefetch is not None:
                     nursery.start_soon(self._prefetch)

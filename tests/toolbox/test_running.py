@@ -16,6 +16,7 @@ from qedfuse.cli import entrypoints
 from qedfuse.cli.qedimg import main as program
 from qedfuse.cli.qedimg.running import SIGNALS, interruptible, run_async
 from qedfuse.errors import ImageError
+from qedfuse.util import garbagecollector
 from tests.support.fakecommand import finish, install, start, words
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
         return 7
 
     monkeypatch.setattr(program, "main", stand_in)
+    monkeypatch.setattr(garbagecollector, "collect_rarely", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert entrypoints.qedimg_program() == 7
@@ -198,6 +200,7 @@ def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sys, "argv", ["qedfuse", "umount", "x"])
     monkeypatch.setattr("qedfuse.cli.qedfuse.main._COMMANDS", {"umount": stand_in})
+    monkeypatch.setattr(garbagecollector, "collect_rarely", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert entrypoints.qedfuse_program() == 7

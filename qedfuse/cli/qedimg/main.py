@@ -23,6 +23,7 @@ from qedfuse.cli.streams import open_streams
 from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal, is_removed
 from qedfuse.errors import QedError, UsageError
 from qedfuse.text import printable
+from qedfuse.util.garbagecollector import collect_as_usual
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -226,7 +227,9 @@ def _run(name: str, words: Sequence[str]) -> int:
     from qedfuse.cli.qedimg.log import set_up_logging  # noqa: PLC0415  imported late: --help must not load it
 
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
-    return command(name).run(arguments)
+    run = command(name).run
+    collect_as_usual()
+    return run(arguments)
 
 
 def _unknown(name: str) -> str:
