@@ -8,11 +8,12 @@ long, change that when their modules are loaded.
 
 from __future__ import annotations
 
-from qedfuse.cli.sigint import sigint_default
+from qedfuse.cli.dispositions import ignore_diagnostic_signals, sigint_default
 
 
 def qedfuse_program() -> int:
     """Run ``qedfuse`` with the arguments of this process; return its exit code."""
+    ignore_diagnostic_signals()
     _prepare_to_load()
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 

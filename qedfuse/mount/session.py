@@ -42,7 +42,6 @@ from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.process.signals import SignalDispatcher, ignore_signals
 from qedfuse.mount.serving import Server
-from qedfuse.mount.statistics.diagnostics import ignore_diagnostic_signals
 from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
 from qedfuse.mount.system.privileges import check_privileges
@@ -109,7 +108,6 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """
     # The protection is set before trio starts threads and before the launderer is forked, because
     # the threads and the launderer must inherit it.
-    ignore_diagnostic_signals()
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None

@@ -173,7 +173,7 @@ def test_ctrl_c_while_modules_are_loaded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
     """SIGINT at any moment of the start shows no traceback."""
     script = (
-        "import os, sys; from qedfuse.cli.sigint import sigint_default; sigint_default(); "
+        "import os, sys; from qedfuse.cli.dispositions import sigint_default; sigint_default(); "
         f"os.write(1, b'.'); from qedfuse.cli.entrypoints import {program}; sys.exit({program}())"
     )
     chance, codes = random.Random(11), set()

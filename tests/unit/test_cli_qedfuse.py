@@ -24,6 +24,27 @@ def test_options_may_stand_anywhere() -> None:
     assert parse_arguments(["--", "-a", "-b"]).paths == ["-a", "-b"]
 
 
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGUSR2"])
+def test_a_signal_for_statistics_does_not_end_the_start(number: str) -> None:
+    """The signals that a mount answers with statistics have no effect before it serves."""
+    script = (
+        "import os, signal, sys\n"
+        "class Kill:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'qedfuse.cli.qedfuse.main':\n"
+        f"            os.kill(os.getpid(), signal.{number})\n"
+        "            print('sent', flush=True)\n"
+        "sys.meta_path.insert(0, Kill())\n"
+        "from qedfuse.cli.entrypoints import qedfuse_program\n"
+        "sys.exit(qedfuse_program())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"sent\nqedfuse {qedfuse.__version__}\n"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_short_options() -> None:
     """-r means ro, -d implies -f, and -s is libfuse's."""
     assert parse_arguments(["-rds", "a", "b"]) == Arguments(

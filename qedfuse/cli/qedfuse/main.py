@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 import qedfuse
+from qedfuse.cli.dispositions import sigint_raises
 from qedfuse.cli.qedfuse.arguments import (
     Arguments,
     parse_arguments,
@@ -15,7 +16,6 @@ from qedfuse.cli.qedfuse.arguments import (
 )
 from qedfuse.cli.qedfuse.commands import BUG, INTERRUPTED, mount, stats, umount
 from qedfuse.cli.qedfuse.usage import USAGE
-from qedfuse.cli.sigint import sigint_raises
 from qedfuse.cli.streams import discard_unwritten, open_streams
 from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal
 from qedfuse.errors import HostError, QedError

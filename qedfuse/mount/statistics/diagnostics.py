@@ -24,18 +24,13 @@ _MAX_TASKS: Final = 200
 _MEBIBYTE: Final = 1 << 20
 
 
-def ignore_diagnostic_signals() -> None:
-    """Ignore the signals, which would end the process, until `log_on_signals` and after it."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 async def log_on_signals(
     source: StatisticsSource, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Log a summary after each SIGUSR1, and the state of all tasks after each SIGUSR2.
 
-    `ignore_diagnostic_signals` must have been called, and has its effect again after the end.
+    When the caller cancels this task, the signals get the dispositions that they had before.  The
+    program ignores them, because by default they would end the process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()

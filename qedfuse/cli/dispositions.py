@@ -1,4 +1,6 @@
-"""Ctrl-C while a command starts and ends: the process ends without a traceback.
+"""The dispositions of signals while a command starts and ends (signal(7)).
+
+Ctrl-C ends the process without a traceback, and a signal that asks for statistics ends nothing.
 
 This module imports only ``_signal``, which is built into the interpreter.  The module ``signal``
 would be read from a file, and Ctrl-C while it is read would print a traceback.
@@ -29,3 +31,14 @@ def sigint_raises() -> None:
     """
     if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+
+
+def ignore_diagnostic_signals() -> None:
+    """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
+
+    The server of a mount logs statistics after these signals, but only while it serves
+    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know when that begins and ends, so
+    before and after that the signals have no effect.
+    """
+    for number in (_signal.SIGUSR1, _signal.SIGUSR2):
+        _signal.signal(number, _signal.SIG_IGN)
