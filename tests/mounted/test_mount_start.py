@@ -508,6 +508,22 @@ def test_an_ordinary_user_mounts_and_unmounts(user_directory: Path) -> None:
     assert qemu.check(image).code == 0
 
 
+def test_a_user_cannot_unmount_the_mount_of_another_user(user_directory: Path, image: Path) -> None:
+    """``qedfuse umount`` names both users, and the mount of root goes on."""
+    mnt = user_directory / "mnt"
+    assert qedfuse(image, mnt).returncode == 0
+    try:
+        done = as_user(*COMMAND, "umount", mnt)
+        assert done.stderr == (
+            f"qedfuse: {mnt}: found a mount of user 0, expected one of user {USER_ID} "
+            "(only its owner and root can unmount it)\n"
+        )
+        assert done.returncode == 19
+        assert find_mount(str(mnt)) is not None
+    finally:
+        assert qedfuse("umount", mnt).returncode == 0
+
+
 def test_missing_permissions_are_explained(user_directory: Path) -> None:
     """allow_other, the FUSE device and others' images each have a message and an exit code."""
     own, mnt = user_directory / "vm.qed", user_directory / "mnt"

@@ -7,14 +7,14 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qedfuse.errors import MountpointError, PrivilegeError, QedError
+from qedfuse.errors import MountpointError, QedError
 from qedfuse.mount.statistics.version import VERSION
 from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.mount.system.mountpoint import resolve_mounted
 from qedfuse.mount.system.mounttable import (
     FUSE_TYPE,
     MountEntry,
-    find_qedfuse_mount,
+    find_own_mount,
     read_mounts,
 )
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX, open_directory
@@ -114,13 +114,7 @@ def _ask(path: str) -> _Answer:
         HostError: A directory cannot be read.
     """
     mountpoint = resolve_mounted(path)
-    entry = find_qedfuse_mount(mountpoint)
-    if os.geteuid() not in (0, entry.owner):
-        msg = (
-            f"{printable(mountpoint)}: found a mount of user {entry.owner}, expected one of user "
-            f"{os.geteuid()} (only its owner and root can read its statistics)"
-        )
-        raise PrivilegeError(msg)
+    entry = find_own_mount(mountpoint, "read its statistics")
     return _ask_server(mountpoint, entry)
 
 

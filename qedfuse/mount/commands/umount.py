@@ -13,7 +13,7 @@ from qedfuse.errors import HostError, MountpointError, QedError
 from qedfuse.mount.system.boundedcall import Deadline, call_in_child
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
 from qedfuse.mount.system.mountrecord import MountRecord, has_ended
-from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_qedfuse_mount
+from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_own_mount
 from qedfuse.mount.system.recorddirectory import record_directories
 from qedfuse.mount.system.recordlookup import FoundRecord, find_record, take_record
 from qedfuse.mount.system.unmount import BusyError, unmount
@@ -67,6 +67,7 @@ def unmount_and_wait(
 
     Raises:
         MountpointError: The path is no mount of qedfuse, or the mount is in use.
+        PrivilegeError: The mount belongs to another user, and the caller is not root.
         UnmountFailedError: The process does not answer, has failed, was killed, has not ended in
             time, cannot be waited for, or has no record by which to find it.  The message says
             whether the mount is still there.
@@ -136,9 +137,10 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
+        PrivilegeError: The mount belongs to another user, and the caller is not root.
     """
     mountpoint = resolve_mounted(path)
-    entry = find_qedfuse_mount(mountpoint)
+    entry = find_own_mount(mountpoint, "unmount it")
     try:
         found = find_record(entry.device, entry.owner)
     except HostError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import MountpointError, proc_missing
+from qedfuse.errors import MountpointError, PrivilegeError, proc_missing
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -128,4 +128,27 @@ def find_qedfuse_mount(mountpoint: str) -> MountEntry:
     if entry.fstype != FUSE_TYPE:
         msg = f"{shown}: found a mount of type {printable(entry.fstype)}, expected {FUSE_TYPE}"
         raise MountpointError(msg)
+    return entry
+
+
+def find_own_mount(mountpoint: str, action: str) -> MountEntry:
+    """Return the mount of qedfuse on a path, as `find_qedfuse_mount`, if the user may use it.
+
+    Args:
+        mountpoint: The path, absolute and free of symbolic links.
+        action: What only the owner of the mount and root can do, for the message.
+
+    Raises:
+        MountpointError: Nothing is mounted on the path, or the topmost mount is not of qedfuse.
+        PrivilegeError: The mount belongs to another user, and the caller is not root.
+        HostError: /proc is not mounted.
+    """
+    entry = find_qedfuse_mount(mountpoint)
+    user = os.geteuid()
+    if user not in (0, entry.owner):
+        msg = (
+            f"{printable(mountpoint)}: found a mount of user {entry.owner}, expected one of user "
+            f"{user} (only its owner and root can {action})"
+        )
+        raise PrivilegeError(msg)
     return entry
