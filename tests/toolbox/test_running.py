@@ -201,12 +201,15 @@ def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["qedfuse", "umount", "x"])
     monkeypatch.setattr("qedfuse.cli.qedfuse.main._COMMANDS", {"umount": stand_in})
     monkeypatch.setattr(garbagecollector, "collect_rarely", lambda: None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    changed = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [(number, signal.getsignal(number)) for number in changed]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert entrypoints.qedfuse_program() == 7
         seen.append(signal.getsignal(signal.SIGINT))
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)
     assert seen == [signal.default_int_handler, signal.SIG_DFL]
 
 

@@ -14,6 +14,7 @@ import trio
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import QedError
 from qedfuse.ondisk.constants import Feature
+from qedfuse.tools.repair.backup import Backup
 from qedfuse.tools.repair.undo import undo_repair
 from tests.check.test_repair_keeps_data import damaged
 from tests.support import qemu
@@ -258,3 +259,20 @@ def test_the_documented_format_is_enough(tmp_path: Path) -> None:
     path.rename(tmp_path / "damaged.qed")
     subprocess.run(["sh", "-euc", script], check=True, cwd=tmp_path)
     assert (tmp_path / "damaged.qed").read_bytes() == content
+
+
+def test_a_backup_that_cannot_be_removed_does_not_hide_why_the_repair_failed(
+    tmp_path: Path,
+) -> None:
+    """The error of the repair survives, although the incomplete backup has gone already."""
+    path = tmp_path / "backup"
+
+    def repair() -> None:
+        with Backup(str(path), tmp_path.stat()) as backup:
+            backup.save(0, b"old", b"new")
+            path.unlink()
+            msg = "the repair failed"
+            raise QedError(msg)
+
+    with pytest.raises(QedError, match="the repair failed"):
+        repair()

@@ -2,8 +2,8 @@
 
 Shrinking has three steps, each durable before the next one begins:
 
-1. The clusters of the range to be cut off are deallocated, and the bytes past the new end in
-   the new last cluster are zeroed.
+1. The bytes past the new end in the new last cluster are zeroed, and the later clusters are
+   deallocated.
 2. The size changes.
 3. The tables past the new end are removed.
 

@@ -60,14 +60,19 @@ class Backup:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the backup, and remove it unless it is complete; do nothing if no file exists."""
+        """Close the backup, and remove it unless it is complete; do nothing if no file exists.
+
+        Raises nothing, because an error of the block would be lost.  If the host refuses to remove
+        the backup, it stays; `undo` refuses a backup that is not complete.
+        """
         if self._file is not None:
             # The close may write buffered bytes.  An error of this write is ignored, because a
             # complete backup is durable already, and any other backup is removed here.
             with contextlib.suppress(OSError):
                 self._file.close()
             if not self.complete:
-                os.unlink(self.path)  # noqa: PTH108  a name, not a Path
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path)  # noqa: PTH108  a name, not a Path
 
     def save(self, offset: int, old: bytes, new: bytes) -> None:
         """Save the old and the new bytes of a range that the repair will change.
@@ -124,7 +129,7 @@ class Backup:
         """Create a file under an unused name, with the image's owner and mode; set `path`.
 
         Raises:
-            OSError: The host refused; no file is left.
+            OSError: The host refused.  No file is left, unless the host refuses that as well.
         """
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
@@ -141,7 +146,8 @@ class Backup:
             copy_owner_and_mode(fd, self._image)
         except OSError:
             file.close()
-            os.unlink(self.path)  # noqa: PTH108
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # noqa: PTH108
             raise
         return file
 
