@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import BackingError, ForeignError
 from qedfuse.foreign.links import Links, read_links
-from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, landlock_version
+from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.foreign.vmdk import refuse_hidden_descriptor
 from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.text import printable
+from qedfuse.util.landlock import landlock_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,7 +3,7 @@
 A new process must give up its rights itself, after fork and before the exec of the program.  In a
 process with several threads no Python code may run between fork and exec.  So this file is run as a
 script, which gives up the rights and then replaces itself by the program.  The file must import
-nothing of this project.
+nothing of this project but `qedfuse.util.landlock`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,17 @@ import json
 import os
 import resource
 import signal
-import struct
 import sys
+
+if __name__ == "__main__":
+    # The script runs without site packages, so it finds this project by its own path.
+    sys.path.append(__file__.removesuffix("/qedfuse/foreign/sandbox.py"))
+
+from qedfuse.util import landlock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_CREATE_RULESET = 444
-_ADD_RULE = 445
-_RESTRICT_SELF = 446
-"""Numbers of the system calls of Landlock, which are the same on all architectures but Alpha."""
-
-_VERSION_FLAG = 1
-_RULE_PATH_BENEATH = 1
-
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""Number of rights on files by version of Landlock; later versions count as the last one here."""
-_NETWORK_VERSION, _ALL_TCP = 4, 0b11
-_SCOPE_VERSION, _ALL_SCOPES = 6, 0b11
-"""The first version that can forbid TCP, and the first that can forbid signals to processes outside
-of the sandbox and connections to their abstract sockets."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -59,12 +48,6 @@ _MAX_MESSAGE_BYTES = 64 << 10
 """Maximum length of a file that the program writes: only its messages go to a file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def landlock_version() -> int:
-    """Return the version of the kernel's Landlock ABI; 0 if Landlock is missing or switched off."""
-    size = ctypes.c_size_t(0)
-    return max(0, int(_libc.syscall(_CREATE_RULESET, None, size, _VERSION_FLAG)))
 
 
 def launch_command(
@@ -103,14 +86,6 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
-def _check(result: int, action: str) -> int:
-    """Return the result of a system call; raise OSError if it has failed."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{action}: {os.strerror(number)}")
-    return result
-
-
 def _restrict(version: int, files: list[int], programs: list[str]) -> None:
     """Give up all rights of this process on files, except reading given files and running programs.
 
@@ -123,36 +98,15 @@ def _restrict(version: int, files: list[int], programs: list[str]) -> None:
     Raises:
         OSError: The kernel refused.
     """
-    handled = (1 << _FILE_RIGHTS.get(version, max(_FILE_RIGHTS.values()))) - 1
-    attributes = struct.pack("=Q", handled)
-    if version >= _NETWORK_VERSION:
-        attributes += struct.pack("=Q", _ALL_TCP)
-    if version >= _SCOPE_VERSION:
-        attributes += struct.pack("=Q", _ALL_SCOPES)
-    size = ctypes.c_size_t(len(attributes))
-    rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock_create_ruleset")
+    rules = landlock.Ruleset(version)
     for fd in files:
-        _allow(rules, fd, _READ_FILE)
+        rules.allow(fd, landlock.READ_FILE)
     # QEMU opens this file to find out which kinds of locks the kernel has.
-    null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
-    _allow(rules, null, _READ_FILE | _WRITE_FILE)
-    os.close(null)
+    rules.try_allow_path("/dev/null", landlock.READ_FILE | landlock.WRITE_FILE)
     for path in programs:
-        try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            continue
-        is_directory = os.path.isdir(path)  # noqa: PTH112  pathlib takes long to load
-        _allow(rules, fd, _EXECUTE | _READ_FILE | (_READ_DIR if is_directory else 0))
-        os.close(fd)
-    _check(_libc.syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
-    os.close(rules)
-
-
-def _allow(rules: int, fd: int, rights: int) -> None:
-    """Add a rule that permits ``rights`` on an open file, or on all files below a directory."""
-    rule = struct.pack("=Qi", rights, fd)
-    _check(_libc.syscall(_ADD_RULE, rules, _RULE_PATH_BENEATH, rule, 0), "landlock_add_rule")
+        rules.try_allow_path(path, landlock.EXECUTE | landlock.READ_FILE | landlock.READ_DIRECTORY)
+    rules.restrict_self()
+    rules.close()
 
 
 def _main(text: str) -> None:
@@ -163,12 +117,12 @@ def _main(text: str) -> None:
     """
     order = json.loads(text)
     program = order["program"]
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    landlock.check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != order["parent"]:
         return  # the parent ended before prctl, so no signal would come
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    landlock.check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _raise_descriptor_limit()
     given = (order["listener"], *order["files"], *order["named"])
     listener, *opened = [
@@ -181,7 +135,7 @@ def _main(text: str) -> None:
     os.dup2(listener, 3)
     for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
         os.dup2(fd, number)
-    version = landlock_version()
+    version = landlock.landlock_version()
     if version:
         # A program in a prefix of its own has its libraries in the same prefix.
         prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120  as above

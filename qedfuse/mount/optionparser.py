@@ -226,6 +226,7 @@ _CHOICES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "detect_zeroes": ("detect_zeroes", ("off", "on", "unmap")),
     "freelist": ("free_list", ("on", "off")),
     "prefetch": ("prefetch", ("off", "all")),
+    "sandbox": ("sandbox", ("on", "off", "strict")),
     "truncate": ("truncate", ("refuse", "zero")),
 }
 """Options with a choice of values: the field of `MountOptions` that each sets, and the values."""
@@ -253,6 +254,7 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "remote_timeout": ("remote_seconds", parse_seconds),
     "remote_attempt_timeout": ("remote_attempt_seconds", parse_seconds),
     "credentials": ("credentials_file", parse_local_path),
+    "memory_limit": ("memory_bytes", parse_bytes),
 }
 """Options with a free value: the field of `MountOptions` that each sets, and the parser."""
 _REPEATED: Final = ("backing_dir", "backing_url")

@@ -78,6 +78,9 @@ class MountOptions:
         partitions: Whether the mount has a file for each partition of each disk as well.
         partition: The number of the partition that is the only file of the mount; None to show
             the whole disk.
+        sandbox: Whether the server gives up what it does not need before the first request: as far
+            as the kernel can, not at all, or so that the mount is refused if something is missing.
+        memory_bytes: Limit of the server's address space in bytes; None for no limit.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
 
@@ -118,6 +121,8 @@ class MountOptions:
     prefetch: Literal["off", "all"] = "off"
     partitions: bool = False
     partition: int | None = None
+    sandbox: Literal["on", "off", "strict"] = "off"
+    memory_bytes: int | None = None
     kernel_flags: tuple[str, ...] = ()
 
     @property

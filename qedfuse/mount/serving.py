@@ -43,7 +43,6 @@ from qedfuse.mount.system.mountpointlock import (
 )
 from qedfuse.mount.system.mounttable import find_mount, read_mounts
 from qedfuse.mount.system.readahead import readahead_bytes, set_readahead
-from qedfuse.mount.system.unmount import unmount
 from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 from qedfuse.util.garbagecollector import collect_as_usual
@@ -57,6 +56,8 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
     from qedfuse.mount.process.announcement import Announcement
     from qedfuse.mount.process.signals import SignalDispatcher
+    from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
+    from qedfuse.mount.sandbox.sandbox import Sandbox
     from qedfuse.mount.system.mounttable import MountEntry
 
 _log = logging.getLogger(__name__)
@@ -79,8 +80,10 @@ class Server:
         options: MountOptions,
         mountpoint: str,
         launderer: Launderer | None,
-        metrics: socket.socket | None = None,
+        unmounter: Unmounter | DirectUnmounter,
+        sandbox: Sandbox | None,
         *,
+        metrics: socket.socket | None = None,
         directory: bool,
     ) -> None:
         """Build the handlers of requests; nothing is mounted yet.
@@ -90,9 +93,13 @@ class Server:
             options: The options of the mount.
             mountpoint: The mountpoint, absolute and free of symbolic links.
             launderer: The launderer, which was forked already; None if there is no launderer.
+            unmounter: Unmounts the mountpoint; a helper process if there is a sandbox.
+            sandbox: The sandbox to enter before the first request; None for no sandbox.
             metrics: The socket at which the metrics are served; None for nowhere.
             directory: Whether the mountpoint is a directory.
         """
+        self._unmounter = unmounter
+        self._sandbox = sandbox
         self._disks = disks
         self._options = options
         self._mountpoint = mountpoint
@@ -189,7 +196,7 @@ class Server:
             self._laundering.wait()
             if entry is not None and not self._is_ready:
                 # The mount was never announced, so no program relies on it, and it is undone.
-                _undo_mount(entry)
+                self._undo_mount(entry)
 
     async def _serve(
         self,
@@ -218,12 +225,7 @@ class Server:
                 nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
-            source = StatisticsSource(self._disks, self._mountpoint)
-            if statistics_socket is not None:
-                nursery.start_soon(serve_statistics, statistics_socket, source)
-            if self._serve_metrics is not None:
-                nursery.start_soon(self._serve_metrics, source)
-            await nursery.start(log_on_signals, source)
+            await self._start_statistics(nursery, statistics_socket)
             heap_trimmer = HeapTrimmer()
             for disk in self._disks.images:
                 invalidator = BlocksInvalidator(partial(self._disks.files_of, disk))
@@ -247,19 +249,26 @@ class Server:
             # shutdown launders them.  With ``direct_io`` the kernel refuses such a map, so there is
             # nothing to launder.
             laundering = None if options.direct_io else self._laundering
-            shutdown = Shutdown(self._disks, laundering, self._mountpoint, entry.device, nursery)
+            shutdown = Shutdown(
+                *(self._disks, laundering, self._mountpoint, entry.device),
+                *(self._unmounter, nursery),
+            )
             signals.handle_with(shutdown.receive)
             try:
                 # If a signal arrived before `handle_with`, the signal has cancelled this task.
                 # The cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                announcement.ready()
-                self._is_ready = True
-                collect_as_usual()
-                self._log_refusals(readahead_failure, protection_failure)
-                if self._prefetch is not None:
-                    nursery.start_soon(self._prefetch)
+                announcement.write_pidfile()
+                # The queue is made before the sandbox is entered, which forbids to make another.
                 async with queued_reads(data_requests.answer_slowly):
+                    if self._sandbox is not None:
+                        self._sandbox.enter(announcement.needed_files())
+                    announcement.ready()
+                    self._is_ready = True
+                    collect_as_usual()
+                    self._log_refusals(readahead_failure, protection_failure)
+                    if self._prefetch is not None:
+                        nursery.start_soon(self._prefetch)
                     await pyfuse3.main(min_tasks=_MIN_TASKS, max_tasks=_MAX_TASKS)
             finally:
                 with trio.CancelScope(shield=True):
@@ -270,6 +279,22 @@ class Server:
             announcement.stopping()
             nursery.cancel_scope.cancel()
         return shutdown.failure or self._loss()
+
+    async def _start_statistics(
+        self, nursery: trio.Nursery, statistics_socket: socket.socket | None
+    ) -> None:
+        """Start the tasks that show what the disks do: statistics, metrics, and lines for signals.
+
+        Args:
+            nursery: Where the tasks run until the mount ends.
+            statistics_socket: Where ``qedfuse stats`` asks; None for nowhere.
+        """
+        source = StatisticsSource(self._disks, self._mountpoint)
+        if statistics_socket is not None:
+            nursery.start_soon(serve_statistics, statistics_socket, source)
+        if self._serve_metrics is not None:
+            nursery.start_soon(self._serve_metrics, source)
+        await nursery.start(log_on_signals, source)
 
     def _loss(self) -> QedError | None:
         """Return an error if a server has made writes of a disk fail; None if not."""
@@ -283,7 +308,7 @@ class Server:
         return HostError(msg)
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log refusals of the default read-ahead and of the protection from memory pressure.
+        """Log the sandbox, and refusals of the read-ahead and the protection from memory pressure.
 
         A missing protection of a read-only mount is not logged, because the kernel has no dirty
         pages of such a mount.
@@ -293,6 +318,8 @@ class Server:
             protection_failure: The argument of `run`.
         """
         shown = printable(self._mountpoint)
+        if self._sandbox is not None:
+            _log.info("%s: sandbox %s", shown, self._sandbox.state)
         if readahead_failure is not None and self._options.readahead is None:
             # This is no warning, because the user has not asked for a read-ahead.
             _log.info("%s: %s", shown, readahead_failure)
@@ -301,6 +328,19 @@ class Server:
             # privilege that the protection needs.
             level = logging.INFO if os.geteuid() else logging.WARNING
             _log.log(level, "%s: %s", shown, protection_failure)
+
+    def _undo_mount(self, mount: MountEntry) -> None:
+        """Unmount the mount, unless it is gone or another mount covers it.
+
+        A failure is logged.
+        """
+        now = find_mount(mount.path)
+        if now is None or now.mount_id != mount.mount_id:
+            return
+        try:
+            self._unmounter.unmount(lazy=True)
+        except QedError as error:
+            _log.warning("%s", error)
 
 
 def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None:
@@ -320,17 +360,3 @@ async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
         epoll.register(connection, 0)  # errors only, which are always reported
         await trio.lowlevel.wait_readable(epoll.fileno())
     action()
-
-
-def _undo_mount(mount: MountEntry) -> None:
-    """Unmount a mount, unless the mount is gone or another mount covers it.
-
-    A failure is logged.
-    """
-    now = find_mount(mount.path)
-    if now is None or now.mount_id != mount.mount_id:
-        return
-    try:
-        unmount(mount.path, lazy=True)
-    except QedError as error:
-        _log.warning("%s", error)

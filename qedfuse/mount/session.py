@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
-from qedfuse.errors import QedError, UsageError
+from qedfuse.errors import HostError, QedError, UsageError
+from qedfuse.mount.fuse.attributes import file_mode
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.launderer import Launderer
 from qedfuse.mount.images.naming import Source, find_sources, shown_source
@@ -41,6 +42,7 @@ from qedfuse.mount.process.announcement import Announcement
 from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.process.signals import SignalDispatcher, ignore_signals
+from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
 from qedfuse.mount.serving import Server
 from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.window import DiskWindow
     from qedfuse.mount.options import MountOptions
+    from qedfuse.mount.sandbox.sandbox import Sandbox
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +114,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
-    with _forked_launderer(request) as launderer:
-        session = _Session(request, ready, protection_failure, launderer)
+    with _forked_launderer(request) as launderer, _forked_unmounter(request) as unmounter:
+        session = _Session(request, ready, protection_failure, launderer, unmounter)
         try:
             trio.run(session.run)
         except QedError as error:
@@ -150,6 +153,21 @@ def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer
         return nullcontext()
 
 
+def _forked_unmounter(
+    request: MountRequest,
+) -> AbstractContextManager[Unmounter | DirectUnmounter | None]:
+    """Fork the unmounter, without which there can be no sandbox.
+
+    The block gets a `DirectUnmounter` if no sandbox is wanted, and None if the fork failed.
+    """
+    if request.fake or request.options.sandbox == "off":
+        return nullcontext(DirectUnmounter(request.mountpoint))
+    try:
+        return Unmounter(request.mountpoint)
+    except OSError:
+        return nullcontext()
+
+
 class _Session:
     """One mount, with the state that is needed after the event loop has ended."""
 
@@ -159,6 +177,7 @@ class _Session:
         ready: Callable[[], None],
         protection_failure: str | None,
         launderer: Launderer | None,
+        unmounter: Unmounter | DirectUnmounter | None,
     ) -> None:
         """Prepare a session; nothing is opened yet.
 
@@ -168,11 +187,14 @@ class _Session:
             protection_failure: Why the process is not protected from memory pressure; None if
                 the process is protected, or for a fake mount.
             launderer: The launderer, which has been forked; None if there is no launderer.
+            unmounter: The unmounter, which has been forked if a sandbox is wanted; None if the host
+                refused.
         """
         self._request = request
         self._ready = ready
         self._protection_failure = protection_failure
         self._launderer = launderer
+        self._unmounter = unmounter
         self._announcement: Announcement | None = None
         self._is_interrupted = False
         self._failure: QedError | None = None
@@ -219,6 +241,10 @@ class _Session:
         """
         request, options = self._request, self._request.options
         raise_open_file_limit()
+        if options.memory_bytes is not None:
+            from qedfuse.mount.process.memorylimit import limit_memory  # noqa: PLC0415  rarely needed
+
+            limit_memory(options.memory_bytes)
         sources = find_sources(request.sources)
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"
@@ -248,8 +274,10 @@ class _Session:
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
+            sandbox, unmounter = self._sandbox(disks, directory=directory), self._unmounter
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer),
+                *(unmounter or DirectUnmounter(request.mountpoint), sandbox),
                 metrics=metrics,
                 directory=directory,
             )
@@ -276,6 +304,36 @@ class _Session:
         listener = Listener(self._request.options.metrics)
         stack.callback(listener.close)
         return listener.socket
+
+    def _sandbox(self, disks: ExportedDisks, *, directory: bool) -> Sandbox | None:
+        """Prepare the sandbox for serving ``disks``; None if no sandbox is wanted or possible.
+
+        ``directory`` says whether the mountpoint is a directory.
+
+        Raises:
+            HostError: The sandbox is ``strict``, and something is missing.
+        """
+        request, options = self._request, self._request.options
+        if options.sandbox == "off":
+            return None
+        if self._unmounter is None:
+            msg = "cannot start the unmounter (a helper process), without which there is no sandbox"
+            if options.sandbox == "strict":
+                raise HostError(msg)
+            _log.warning("%s", msg)
+            return None
+        # Imported late, because libseccomp and ctypes are needed only for a sandbox; but before the
+        # mount exists, because no module may be imported while it is served.
+        from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
+        from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
+
+        needs = server_needs(
+            *(request.mountpoint, request.sources, options),
+            directory=directory,
+            mode=file_mode(options),
+            uses_servers=disks.use_servers,
+        )
+        return Sandbox(options.sandbox, needs)
 
     async def _open(
         self, stack: AsyncExitStack, sources: list[Source], *, directory: bool

@@ -23,8 +23,7 @@ import trio
 
 from qedfuse.errors import HostError, QedError
 from qedfuse.mount.system.mounttable import find_mount
-from qedfuse.mount.system.unmount import BusyError, sync_mount, unmount
-from qedfuse.mount.system.visiblemounts import describe_visible_mounts
+from qedfuse.mount.system.unmount import BusyError, sync_mount
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.laundering import Laundering
+    from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Shutdown:
         laundering: Laundering | None,
         mountpoint: str,
         device: str,
+        unmounter: Unmounter | DirectUnmounter,
         nursery: trio.Nursery,
     ) -> None:
         """Prepare the shutdown; no signal has arrived yet.
@@ -72,6 +73,7 @@ class Shutdown:
             mountpoint: The mountpoint.
             device: The device number of the mount, ``MAJOR:MINOR``.  If the mountpoint shows
                 another file system, the mountpoint is not unmounted.
+            unmounter: Unmounts the mountpoint.
             nursery: Runs the tasks that signals start.
         """
         self.failure: QedError | None = None
@@ -79,6 +81,7 @@ class Shutdown:
         self._laundering = laundering
         self._mountpoint = mountpoint
         self._device = device
+        self._unmounter = unmounter
         self._nursery = nursery
         self._signals = 0
 
@@ -113,7 +116,7 @@ class Shutdown:
                 if self._is_mounted():
                     # `unmount` runs in a thread, because it blocks while the kernel sends dirty
                     # pages to this server.
-                    await trio.to_thread.run_sync(unmount, self._mountpoint, abandon_on_cancel=True)
+                    await trio.to_thread.run_sync(self._unmounter.unmount, abandon_on_cancel=True)
                     break
                 # Another process has detached the mount, or another mount covers it, so there is
                 # nothing to unmount here.
@@ -149,7 +152,7 @@ class Shutdown:
         await trio.sleep(_RETRY_SECONDS)
         try:
             mounts = await trio.to_thread.run_sync(
-                describe_visible_mounts, self._device, abandon_on_cancel=True
+                self._unmounter.describe_visible_mounts, self._device, abandon_on_cancel=True
             )
         except _FAILURES as error:
             _log.warning(
@@ -227,7 +230,7 @@ class Shutdown:
         try:
             if self._is_mounted():
                 await trio.to_thread.run_sync(
-                    lambda: unmount(self._mountpoint, lazy=True), abandon_on_cancel=True
+                    lambda: self._unmounter.unmount(lazy=True), abandon_on_cancel=True
                 )
         except _FAILURES as error:
             _log.warning("%s", error)

@@ -70,6 +70,14 @@ class Address:
         return f"{self.scheme}://{self.host}/{self.path}" + (f"?{query}" if query else "")
 
     @property
+    def port(self) -> int | None:
+        """The TCP port of the server; None for a store or a Unix socket."""
+        if not self.host or self.scheme not in _DEFAULT_PORTS:
+            return None
+        port = self.host.rpartition("]")[2].partition(":")[2]
+        return int(port) if port else _DEFAULT_PORTS[self.scheme]
+
+    @property
     def server(self) -> str:
         """The prefix of the URLs of all objects of the server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qedfuse.foreign import graph
-from qedfuse.foreign.sandbox import landlock_version, launch_command
+from qedfuse.foreign.sandbox import launch_command
 from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.fakecommand import qedimg
 from tests.support.foreignchains import servers

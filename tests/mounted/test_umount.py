@@ -197,9 +197,10 @@ import sys, threading
 import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
 import pyfuse3
 from qedfuse.mount import shutdown
+from qedfuse.mount.process import unmounter
 
 flushing, closed = threading.Event(), threading.Event()
-close, unmount = pyfuse3.close, shutdown.unmount
+close, unmount = pyfuse3.close, unmounter.unmount
 
 def hold(mountpoint):
     flushing.set()
@@ -214,7 +215,7 @@ def close_and_release(**how):
     close(**how)
     closed.set()
 
-shutdown.sync_mount, shutdown.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+shutdown.sync_mount, unmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
 """
 
 

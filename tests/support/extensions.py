@@ -18,6 +18,7 @@ MODULES: Final = (
     "qedfuse.check._sweep",
     "qedfuse.hostio._iothreads",
     "qedfuse.mount.fuse._extraops",
+    "qedfuse.mount.sandbox._threads",
     "qedfuse.tools.inspection._maplines",
 )
 """The C extensions."""

@@ -155,6 +155,10 @@ def io_flusher_flags(pid: int) -> dict[str, int]:
     return flags
 
 
+_KEPT: Final = ((UNPROTECTED, "unprotected"), (": sandbox on: ", "sandbox"))
+"""Parts of the lines that `FrontMount` keeps apart, and the attributes with these lines."""
+
+
 class FrontMount:
     """A mount whose process stays in the foreground, so that a test sees its exit and its log.
 
@@ -164,6 +168,8 @@ class FrontMount:
         unprotected: Lines of its log with `UNPROTECTED`.  They depend on the machine, so
             `read_line` and `finish` leave them out.  In a run without extensions these leave out
             `WITHOUT_EXTENSION` as well.
+        sandbox: Lines of its log about the sandbox, which `read_line` and `finish` leave out as
+            well.
     """
 
     def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
@@ -171,7 +177,15 @@ class FrontMount:
         self.process = process
         self.mountpoint = mountpoint
         self.unprotected: list[str] = []
+        self.sandbox: list[str] = []
         self._received = ""
+
+    def _is_about_machine(self, line: str) -> bool:
+        """Return whether a line depends on the machine; keep it in one of the lists."""
+        kept = next((x for x in _KEPT if x[0] in line), None)
+        if kept is not None:
+            getattr(self, kept[1]).append(line.rstrip("\n"))
+        return kept is not None
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
@@ -187,9 +201,8 @@ class FrontMount:
             self._received = rest
             if newline and not without_notice(line + newline):
                 continue
-            if UNPROTECTED not in line:
+            if not self._is_about_machine(line):
                 return line + newline
-            self.unprotected.append(line)
 
     def _receive(self) -> str:
         """Wait for more of its log and return it; an empty string if the log has ended."""
@@ -204,8 +217,7 @@ class FrontMount:
         log = without_notice(self._received + log)
         self._received = ""
         lines = log.splitlines(keepends=True)
-        self.unprotected += [line.rstrip("\n") for line in lines if UNPROTECTED in line]
-        return self.process.returncode, "".join(x for x in lines if UNPROTECTED not in x)
+        return self.process.returncode, "".join(x for x in lines if not self._is_about_machine(x))
 
 
 @contextmanager

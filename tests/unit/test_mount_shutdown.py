@@ -16,7 +16,9 @@ from qedfuse.disk.maintenance import datacompaction
 from qedfuse.errors import HostError
 from qedfuse.mount import shutdown
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+from qedfuse.mount.process import unmounter
 from qedfuse.mount.process.signals import SIGNALS, SignalDispatcher
+from qedfuse.mount.process.unmounter import DirectUnmounter
 from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
 from tests.support.compactible import DISCARDED, discard_some, full_image
@@ -85,7 +87,8 @@ async def end_while_in_use(
     busy = [BusyError("in use"), *reversed(before)]
     flushed, flush = trio.Event(), Shutdown._flush
 
-    def unmount(_mountpoint: str) -> None:
+    def unmount(_mountpoint: str, *, lazy: bool) -> None:
+        assert not lazy
         if busy:
             raise busy.pop()
 
@@ -95,15 +98,17 @@ async def end_while_in_use(
         finally:
             flushed.set()
 
-    monkeypatch.setattr(shutdown, "unmount", unmount)
+    monkeypatch.setattr(unmounter, "unmount", unmount)
     monkeypatch.setattr(Shutdown, "_flush", flush_and_notify)
     monkeypatch.setattr(shutdown, "sync_mount", lambda _mountpoint: None)
     monkeypatch.setattr(Shutdown, "_is_mounted", lambda _self: True)
-    monkeypatch.setattr(shutdown, "describe_visible_mounts", lambda _device: None)
+    monkeypatch.setattr(unmounter, "describe_visible_mounts", lambda _device: None)
     async with trio.open_nursery() as nursery:
         exports = export(*disks)
         laundering = cast("Laundering | None", kernel)
-        Shutdown(exports, laundering, "/mnt", "0:99", nursery).receive("SIGTERM")
+        Shutdown(exports, laundering, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive(
+            "SIGTERM"
+        )
         # A time limit here would end the wait with the mock clock, which jumps to the
         # next deadline while a worker thread runs.
         await flushed.wait()
@@ -264,10 +269,12 @@ async def test_a_lack_of_descriptors_does_not_end_the_server(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(shutdown, "find_mount", find_mount)
-    monkeypatch.setattr(shutdown, "unmount", unmounted.append)
-    monkeypatch.setattr(shutdown, "describe_visible_mounts", fail)
+    monkeypatch.setattr(unmounter, "unmount", lambda path, **_flags: unmounted.append(path))
+    monkeypatch.setattr(unmounter, "describe_visible_mounts", fail)
     async with trio.open_nursery() as nursery:
-        Shutdown(export(), None, "/mnt", "0:99", nursery).receive("SIGTERM")
+        Shutdown(export(), None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery).receive(
+            "SIGTERM"
+        )
     assert unmounted == ["/mnt"]
     assert not lack
 
@@ -290,7 +297,7 @@ async def test_a_forced_unmount_that_loses_data_is_a_failure(
         stopped: list[bool] = []
         disk = SimpleNamespace(flush=never_flush, stop_fetching=lambda: stopped.append(True))
         disks = export(disk)
-        ending = Shutdown(disks, None, "/mnt", "0:99", nursery)
+        ending = Shutdown(disks, None, "/mnt", "0:99", DirectUnmounter("/mnt"), nursery)
         ending._signals = 1
         ending.receive("SIGTERM")
     assert terminated

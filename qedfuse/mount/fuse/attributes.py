@@ -41,6 +41,21 @@ _TIMES_TOLERANCE_NS: Final = 1_000_000_000
 file by at least this."""
 
 
+def _mask(options: MountOptions) -> int:
+    """Return the permissions that files and directory lack.
+
+    By default only the owner has access, because a disk may contain files of many users, and the
+    permissions of those files do not protect the bytes of the disk.
+    """
+    return 0o077 if options.umask is None else options.umask
+
+
+def file_mode(options: MountOptions) -> int:
+    """Return the permissions of a disk, which lack those for writing if the disk is read-only."""
+    write_bits = 0 if options.read_only else 0o222
+    return (0o444 | write_bits) & ~_mask(options)
+
+
 class Attributes:
     """Builds the attributes of disks and of the directory, for the replies to the kernel."""
 
@@ -55,11 +70,8 @@ class Attributes:
         self._timeout = (
             _SHARED_ATTR_TIMEOUT_SECONDS if options.force_share else _ATTR_TIMEOUT_SECONDS
         )
-        # By default only the owner has access, because a disk may contain files of many users, and
-        # the permissions of those files do not protect the bytes of the disk.
-        mask = 0o077 if options.umask is None else options.umask
-        write_bits = 0 if options.read_only else 0o222
-        self._file_mode = stat.S_IFREG | ((0o444 | write_bits) & ~mask)
+        mask = _mask(options)
+        self._file_mode = stat.S_IFREG | file_mode(options)
         # No file can be made or removed in the directory, so the directory is not writable.
         self._directory_mode = stat.S_IFDIR | (0o555 & ~mask)
 

@@ -14,8 +14,7 @@ the write(2) returns.  Then the launderer ends, and the connection ends with it.
 
 The launderer is forked before the mount exists, and executes no program, because the files of
 the interpreter may lie under the mountpoint.  A server that started a program after mounting
-could wait for its own reply.  The launderer sleeps until the server sends it the
-connection.
+could wait for its own reply.
 """
 
 from __future__ import annotations
@@ -24,24 +23,12 @@ import errno
 import fcntl
 import os
 import select
-import signal
 import socket
 import struct
 import threading
-import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final
 
-from qedfuse.util.descriptors import (
-    STANDARD,
-    close_descriptors,
-    discard_standard_streams,
-    open_descriptors,
-)
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
+from qedfuse.mount.process.helperprocess import HelperProcess
 
 # linux/fuse.h, a stable interface: the ioctl that connects another descriptor of /dev/fuse to
 # the same mount, struct fuse_in_header (its first three fields) and struct fuse_out_header.
@@ -57,102 +44,28 @@ _MAX_NOTIFICATION_BYTES: Final = 64
 """Size of the buffer for a notification; every notification is shorter."""
 _WORKER_CHECK_MILLISECONDS: Final = 20
 """Maximum time between two checks whether the worker thread has ended."""
-_MAX_END_SECONDS: Final = 5.0
-"""Maximum time for which the server waits for the end of the launderer."""
-_END_CHECK_SECONDS: Final = 0.002
-"""Time between two checks whether the launderer has ended."""
-
 ANSWER: Final = struct.Struct("=i")
 """An answer of the launderer: the errno of its write(2) to the kernel; 0 if write(2) succeeded."""
 
 
-class Launderer:
+class Launderer(HelperProcess):
     """The launderer as the server sees it: a child process and a socket to it.
 
     The server sends messages through the socket.  The first message is any one byte together
     with the descriptor of the connection to the kernel (SCM_RIGHTS), and gets no answer.  Each
     further message is one notification for the kernel, which the launderer answers with an
     `ANSWER`.  The server must not send a notification before it has the answer to the previous
-    one.
-
-    Attributes:
-        socket: The server's end of the socket pair.
-        pid: The pid of the launderer.
+    one.  A launderer whose write(2) still waits for the kernel ends only when write(2) has
+    returned.
     """
 
     def __init__(self) -> None:
-        """Fork the launderer; only the server returns from this call.
-
-        The caller must not have a second thread.  The launderer would lack this thread, and a lock
-        that the thread held would stay locked in the launderer forever.
+        """Fork the launderer, as `HelperProcess` does.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
         """
-        self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with child_end:
-            try:
-                self.pid = os.fork()
-            except OSError:
-                self.socket.close()
-                raise
-            if self.pid == 0:
-                _be_child(child_end)
-
-    def __enter__(self) -> Self:
-        """Do nothing, because the constructor has started the launderer."""
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        """Stop the launderer and wait for its end, at most 5 seconds."""
-        self.stop()
-        self.wait()
-
-    def stop(self) -> None:
-        """Make the launderer end, by closing the server's end of the socket pair.
-
-        A launderer whose write(2) still waits for the kernel ends only when write(2) has
-        returned.  A second call does nothing.
-        """
-        self.socket.close()
-
-    def wait(self) -> bool:
-        """Wait for the end of the launderer, at most 5 seconds; return whether it has ended."""
-        deadline = time.monotonic() + _MAX_END_SECONDS
-        # A pidfd would not need a loop, but there may be no free descriptor at the end of a mount.
-        with suppress(ChildProcessError):  # an earlier call has waited for its end
-            while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(_END_CHECK_SECONDS)
-        return True
-
-
-def _be_child(commands: socket.socket) -> NoReturn:
-    """Run as the launderer in the forked process, and exit; the call never returns.
-
-    Args:
-        commands: The launderer's end of the socket pair.
-    """
-    try:
-        # Signals from the terminal are meant for the server.  The launderer must outlive the
-        # server, so it leaves the server's session and ignores the signals that end a mount.
-        os.setsid()
-        for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signal_number, signal.SIG_IGN)
-        # When the server ends, its locks, pipes, terminal and directory must become free.  So
-        # the launderer keeps none of them open.
-        os.chdir("/")
-        discard_standard_streams()
-        close_descriptors(open_descriptors() - {*STANDARD, commands.fileno()})
-        _serve(commands)
-    finally:
-        os._exit(0)
+        super().__init__(_serve)
 
 
 def _serve(commands: socket.socket) -> None:

@@ -18,10 +18,11 @@ from qedfuse.mount.system.mountpoint import is_below
 from qedfuse.mount.system.mountrecord import MountRecord, process_start
 from qedfuse.mount.system.recordfile import MountRecordFile
 from qedfuse.text import printable
+from qedfuse.util.landlock import CHANGE_FILES
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Announcement:
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
             pidfile: The path of the pid file; None to write no pid file.
-            ready: Called when the disks can be used, after the pid file has been written.
+            ready: Called when the disks can be used.
 
         Raises:
             HostError: The pid file is refused, as in `PidFile`.
@@ -109,16 +110,32 @@ class Announcement:
             _log.warning("%s: qedfuse stats will not find this mount's process", error)
             return None
 
+    def write_pidfile(self) -> None:
+        """Write the pid file, if there is one; the caller calls `ready` immediately after it.
+
+        Raises:
+            HostError: The pid file cannot be written.
+        """
+        if self._pidfile is not None:
+            self._pidfile.write()
+
+    def needed_files(self) -> Iterator[tuple[int, int]]:
+        """Yield a descriptor of each file or directory that `withdraw` uses, and its rights there.
+
+        The rights are those of Landlock.  A descriptor is open only until the next is asked for.
+        """
+        if self._record is not None:
+            yield self._record.directory, CHANGE_FILES
+        if self._pidfile is not None:
+            yield from self._pidfile.needed_files()
+
     def ready(self) -> None:
         """Announce that the disks can be used.
 
         Raises:
-            HostError: The pid file cannot be written.
             QedError: The process that waited for the mount has ended.  `withdraw` removes the
                 pid file, which has been written.
         """
-        if self._pidfile is not None:
-            self._pidfile.write()
         self._ready()
         self._manager.notify("READY=1")
 

@@ -14,11 +14,15 @@ import contextlib
 import errno
 import os
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError
 from qedfuse.text import printable
 from qedfuse.util.descriptors import open_descriptors
+from qedfuse.util.landlock import READ_FILE, REMOVE_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _CANNOT_WRITE: Final = "cannot write the pid file"
 _NOT_REPLACEABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
@@ -145,6 +149,21 @@ class PidFile:
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 file.truncate(len(line))
+
+    def needed_files(self) -> Iterator[tuple[int, int]]:
+        """Yield a descriptor of each file that `remove` uses, and the rights of Landlock on it.
+
+        The file itself may be read, and files may be removed from its directory.
+        """
+        if self._is_special:
+            return
+        with contextlib.suppress(OSError):
+            fd = os.open(self._name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._handle)
+            try:
+                yield fd, READ_FILE
+            finally:
+                os.close(fd)
+        yield self._handle, REMOVE_FILE
 
     def remove(self) -> None:
         """Remove the file if `write` has written it and the file still has this process's pid.

@@ -44,6 +44,9 @@ class MountRecordFile:
 
     The caller must construct the object before the mount exists, because the constructor opens
     the directory of the record, and later the path of this directory may lead through the mount.
+
+    Attributes:
+        directory: The descriptor of the directory of the record.
     """
 
     def __init__(self) -> None:
@@ -57,9 +60,9 @@ class MountRecordFile:
                 or others can write to it.
         """
         self._written: tuple[str, MountRecord] | None = None
-        self._directory = self._open_first_usable()
+        self.directory = self._open_first_usable()
         with contextlib.suppress(OSError, HostError):
-            _remove_stale(self._directory)
+            _remove_stale(self.directory)
 
     def write(self, device: str, record: MountRecord) -> None:
         """Write the record of a mount.
@@ -105,13 +108,13 @@ class MountRecordFile:
         new = name + _NEW_SUFFIX
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fd = os.open(new, flags, 0o600, dir_fd=self._directory)
+            fd = os.open(new, flags, 0o600, dir_fd=self.directory)
             with open(fd, "wb") as file:  # noqa: PTH123
                 file.write(text)
-            os.rename(new, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.rename(new, name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.unlink(new, dir_fd=self._directory)
+                os.unlink(new, dir_fd=self.directory)
             raise HostError.from_os(error, name, "cannot write the mount record") from error
 
     @property
@@ -129,7 +132,7 @@ class MountRecordFile:
         """
         name = "" if self._written is None else self._written[0]
         try:
-            return listen(self._directory, name + STATISTICS_SUFFIX)
+            return listen(self.directory, name + STATISTICS_SUFFIX)
         except OSError as error:
             raise HostError.from_os(error, name, "cannot make the socket for statistics") from error
 
@@ -146,15 +149,15 @@ class MountRecordFile:
             if self._written is None:
                 return
             name, record = self._written
-            remove_socket(self._directory, name)
+            remove_socket(self.directory, name)
             if failure is None:
-                os.unlink(name, dir_fd=self._directory)
+                os.unlink(name, dir_fd=self.directory)
             else:
                 self._write(name, replace(record, failure=failure, exit_code=exit_code))
         except (OSError, HostError):
             pass  # the mount is gone, so no caller could act on the error
         finally:
-            os.close(self._directory)
+            os.close(self.directory)
 
 
 def _remove_stale(directory: int) -> None:

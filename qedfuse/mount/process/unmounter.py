@@ -1,0 +1,150 @@
+"""The unmounter: a helper process that unmounts for a server in a sandbox.
+
+A process under Landlock can neither mount nor unmount, and without new privileges fusermount3,
+which unmounts for ordinary users, has no effect.  So a server in a sandbox asks a process that was
+forked before.  The unmounter unmounts only what is mounted on one path, which it knows from the
+beginning; no message changes it.
+
+Each request has a process of its own, because an unmount may wait until the server has answered
+the kernel's requests, and a forced unmount must not wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from qedfuse.errors import FuseError, HostError, MountpointError, PrivilegeError, QedError
+from qedfuse.mount.process.helperprocess import HelperProcess
+from qedfuse.mount.system.unmount import BusyError, unmount
+from qedfuse.mount.system.visiblemounts import describe_visible_mounts
+from qedfuse.text import printable
+
+_UNMOUNT, _DETACH, _DESCRIBE = b"u", b"l", b"d"
+"""The requests: unmount, detach (``lazy``), and describe the other mounts of a device."""
+_MAX_MESSAGE_BYTES: Final = 64 << 10
+"""Size of the buffer for a request and for a reply."""
+_ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostError)
+"""The errors that a reply can stand for; any other error becomes a `HostError`."""
+
+
+class Unmounter(HelperProcess):
+    """The unmounter as the server sees it.  Several threads may call it concurrently."""
+
+    def __init__(self, mountpoint: str) -> None:
+        """Fork the unmounter, as `HelperProcess` does.
+
+        Args:
+            mountpoint: The path that is unmounted, absolute and free of symbolic links.
+
+        Raises:
+            OSError: The host refuses a socket pair or a process.
+        """
+        self._mountpoint = mountpoint
+        super().__init__(partial(_serve, mountpoint))
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount the mountpoint as `qedfuse.mount.system.unmount.unmount` does, also its errors.
+
+        Raises:
+            QedError: The mount cannot be unmounted.
+            HostError: The unmounter has ended.
+        """
+        self._ask(_DETACH if lazy else _UNMOUNT)
+
+    def describe_visible_mounts(self, device: str) -> str | None:
+        """Return where else the file system with a device number is mounted; None for nowhere.
+
+        Raises:
+            HostError: The mounts cannot be found, or the unmounter has ended.
+        """
+        return self._ask(_DESCRIBE + device.encode())
+
+    def _ask(self, request: bytes) -> str | None:
+        """Send a request and wait for its reply.
+
+        Raises:
+            QedError: The reply is an error.
+            HostError: The unmounter has ended.
+        """
+        try:
+            own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with own:
+                with other:
+                    socket.send_fds(self.socket, [request], [other.fileno()])
+                reply = own.recv(_MAX_MESSAGE_BYTES)
+        except OSError as error:
+            raise self._ended(error.strerror) from error
+        if not reply:
+            raise self._ended(os.strerror(errno.EPIPE))
+        name, text = json.loads(reply)
+        for kind in _ERRORS:
+            if name == kind.__name__:
+                raise kind(text)
+        return None if text is None else str(text)
+
+    def _ended(self, reason: str | None) -> HostError:
+        """Return the error for an unmounter that gives no reply."""
+        shown = printable(self._mountpoint)
+        msg = f"{shown}: the unmounter (a helper process) has failed: {reason}"
+        return HostError(msg)
+
+
+def _serve(mountpoint: str, commands: socket.socket) -> None:
+    """Start a process for each request, until the server closes its socket."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets processes that have ended
+    while True:
+        request, received, _flags, _address = socket.recv_fds(commands, _MAX_MESSAGE_BYTES, 1)
+        if not received:
+            return
+        with suppress(OSError):  # the server gets no reply if no process can be started
+            if os.fork() == 0:
+                _answer(mountpoint, request, received[0])
+        os.close(received[0])
+
+
+def _answer(mountpoint: str, request: bytes, reply: int) -> None:
+    """Carry out a request, send the reply, and exit; the call never returns.
+
+    A reply has the name of the class of an error, or null, and a text or null.
+    """
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # fusermount3 is waited for
+        text = name = None
+        try:
+            if request[:1] == _DESCRIBE:
+                text = describe_visible_mounts(request[1:].decode())
+            else:
+                unmount(mountpoint, lazy=request == _DETACH)
+        except (QedError, OSError) as error:
+            text = str(error)
+            name = next((kind.__name__ for kind in _ERRORS if type(error) is kind), "HostError")
+        with socket.socket(fileno=reply) as connection:
+            connection.send(json.dumps([name, text]).encode())
+    finally:
+        os._exit(0)
+
+
+class DirectUnmounter:
+    """Does what an `Unmounter` does, in this process, which must not be in a sandbox."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = mountpoint
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount the mountpoint; the errors are those of `unmount`."""
+        unmount(self._mountpoint, lazy=lazy)
+
+    def describe_visible_mounts(self, device: str) -> str | None:
+        """Return where else the file system with a device number is mounted; None for nowhere.
+
+        Raises:
+            HostError: The mounts cannot be found.
+        """
+        return describe_visible_mounts(device)

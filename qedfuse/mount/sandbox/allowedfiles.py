@@ -1,0 +1,92 @@
+"""The files that a server in a sandbox may open; those of its disks are open already."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.util.landlock import (
+    CHANGE_FILES,
+    MAKE_DIRECTORY,
+    READ_DIRECTORY,
+    READ_FILE,
+    REMOVE_DIRECTORY,
+    RENAME_BETWEEN_DIRECTORIES,
+    TRUNCATE,
+    WRITE_FILE,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+READ: Final = READ_FILE | READ_DIRECTORY
+CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
+"""Rights on a directory of files and directories that the server makes, changes and removes."""
+SERVE: Final = READ | WRITE_FILE | TRUNCATE
+"""Rights on the mount itself, which the server asks the kernel to write back, and whose size it
+corrects."""
+SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
+"""The same for a mount on a file."""
+
+_SYSTEM: Final = (
+    *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
+    # The mount table, the threads and the descriptors of the process.  Landlock forbids to inspect
+    # processes outside of the sandbox, so their memory, environment and files stay closed.
+    *(("/proc", READ), ("/sys/fs/cgroup", READ), ("/sys/devices/system/cpu", READ)),
+    # Libraries that the C library loads when they are needed.
+    *((path, READ) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib")),
+    *((path, READ) for path in ("/nix/store", "/gnu/store")),
+    *((path, READ) for path in ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")),
+)
+_NAMES_OF_HOSTS: Final = (
+    *("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf"),
+    *("/etc/services", "/etc/protocols", "/etc/networks"),
+    *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
+)
+"""What getaddrinfo(3) reads.  The directories have the files that a link /etc/resolv.conf leads to,
+and that are replaced when the network changes."""
+_CERTIFICATES: Final = (
+    *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
+    *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
+)
+_CERTIFICATE_VARIABLES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_TOKEN_VARIABLES: Final = (
+    *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
+    *("AZURE_FEDERATED_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
+)
+"""Variables that name a file with a token.  Another program replaces the file when the token ends,
+so its directory may be read."""
+
+
+def system_files() -> Iterator[tuple[str, int]]:
+    """List what every server may open, each a path and the rights on it and on all below it.
+
+    Python's own modules are among them, although none should be loaded while a mount is served.
+    """
+    yield from _SYSTEM
+    package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")
+    for path in (os.path.dirname(os.__file__), package, *_site_packages()):  # noqa: PTH120  str paths
+        yield path, READ
+
+
+def _site_packages() -> list[str]:
+    """Return the directories with installed packages, but no directory of the user's choice."""
+    import sys  # noqa: PLC0415  only here
+
+    return [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
+
+
+def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, int]]:
+    """List what a server may open that reads files from other servers.
+
+    Args:
+        variables: The variables of the environment and of a file with credentials.
+    """
+    for path in (*_NAMES_OF_HOSTS, *_CERTIFICATES):
+        yield path, READ
+    for name, value in variables:
+        if name in _CERTIFICATE_VARIABLES:
+            for path in value.split(":"):
+                yield path, READ
+        elif name in _TOKEN_VARIABLES:
+            yield os.path.dirname(os.path.abspath(value)), READ_FILE  # noqa: PTH100, PTH120  str paths

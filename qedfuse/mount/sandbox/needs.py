@@ -1,0 +1,90 @@
+"""What the server of a mount needs from outside, from the options of the mount."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qedfuse.remote.address import is_url, parse_address
+from qedfuse.remote.cacheroot import default_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from qedfuse.mount.options import MountOptions
+    from qedfuse.remote.address import Address
+
+
+@dataclass(frozen=True)
+class ServerNeeds:
+    """What a server needs from outside.
+
+    Attributes:
+        mountpoint: The mountpoint, absolute and free of symbolic links.
+        directory: Whether the mountpoint is a directory.
+        modes: The permissions that the server may set on a file; empty for none.
+        writable: Whether the mount can be written to.
+        uses_servers: Whether a file of a chain is on a server.
+        addresses: The addresses of files on servers, and the prefixes that images may name.
+        variables: The variables of the environment and of a file with credentials.
+        cache_directory: The directory of the cache for remote files; None for no cache.
+        credentials_file: A file with credentials, which another program may replace.
+    """
+
+    mountpoint: str
+    directory: bool
+    modes: Sequence[int] = ()
+    writable: bool = False
+    uses_servers: bool = False
+    addresses: Sequence[Address] = ()
+    variables: Sequence[tuple[str, str]] = field(default=(), repr=False)
+    cache_directory: str | None = None
+    credentials_file: str | None = None
+
+
+def server_needs(
+    mountpoint: str,
+    sources: Iterable[str],
+    options: MountOptions,
+    *,
+    directory: bool,
+    mode: int,
+    uses_servers: bool,
+) -> ServerNeeds:
+    """Return what a server needs.
+
+    Args:
+        mountpoint: The mountpoint, absolute and free of symbolic links.
+        sources: The images, or directories of images: absolute paths or URLs.
+        options: The options of the mount.
+        directory: Whether the mountpoint is a directory.
+        mode: The permissions of the disks; one that is read-only in a writable mount has those
+            without write permissions.
+        uses_servers: Whether a file of a chain is on a server.
+
+    Raises:
+        CacheError: The cache has no directory.
+    """
+    needs = ServerNeeds(
+        mountpoint,
+        directory=directory,
+        modes=() if options.read_only else (mode, mode & ~0o222),
+        writable=not options.read_only,
+    )
+    if not uses_servers:
+        return needs
+    return ServerNeeds(
+        needs.mountpoint,
+        needs.directory,
+        needs.modes,
+        needs.writable,
+        uses_servers=True,
+        addresses=(
+            *(parse_address(source) for source in sources if is_url(source)),
+            *options.backing_urls,
+        ),
+        variables=(*os.environ.items(), *options.credentials),
+        credentials_file=options.credentials_file,
+        cache_directory=options.remote_cache_directory or default_directory(),
+    )

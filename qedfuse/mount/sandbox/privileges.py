@@ -1,0 +1,63 @@
+"""Giving up privileges, in all threads of the process: files, TCP and capabilities."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from typing import Final
+
+from qedfuse.util.landlock import Ruleset, check_result
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 1, 2, 3
+"""Numbers of capabilities: open any file, read any file, change the permissions of any file."""
+
+_NAMES: Final = {
+    CAP_DAC_OVERRIDE: "dac_override",
+    CAP_DAC_READ_SEARCH: "dac_read_search",
+    CAP_FOWNER: "fowner",
+}
+
+_PR_SET_DUMPABLE: Final = 4
+
+SIGNAL: Final = signal.SIGRTMAX - 5
+"""The signal that makes a thread give up its rights; `_iothreads.c` has the same number."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def close_process() -> None:
+    """Forbid core dumps, and inspection of the process by other processes of the user.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    check_result(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+def restrict_all_threads(rules: Ruleset | None, capabilities: int) -> None:
+    """Restrict all threads by a ruleset, and drop their capabilities.
+
+    Args:
+        rules: What stays permitted; None to forbid no file.
+        capabilities: The set of the capabilities to keep, with bit n for capability n.
+
+    Raises:
+        OSError: The kernel refused; some threads may be restricted then.
+        ImportError: The extension was not built.
+    """
+    from qedfuse.mount.sandbox._threads import restrict_threads  # noqa: PLC0415  optional
+
+    restrict_threads(-1 if rules is None else rules.fd, capabilities, SIGNAL)
+
+
+def may_have_capabilities() -> bool:
+    """Return whether the process is root's, and so has capabilities to drop."""
+    return os.geteuid() == 0
+
+
+def capability_names(capabilities: int) -> list[str]:
+    """Return the names of the capabilities in a set of those that this module knows."""
+    return [name for number, name in _NAMES.items() if capabilities >> number & 1]

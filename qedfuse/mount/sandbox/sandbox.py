@@ -1,0 +1,212 @@
+"""The sandbox of a server: what it cannot do from before the first request on.
+
+The images are open then, and the process needs few other files, few system calls and hardly any
+capability.  Code that a hostile image made the server run could do no more than the server may.
+
+The rules are prepared before the mount exists, because a path of the system may lead through the
+mount later, and the server would wait for its own reply.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final, Literal
+from urllib.parse import urlsplit
+
+from qedfuse.errors import HostError
+from qedfuse.mount.sandbox import allowedfiles, privileges
+from qedfuse.mount.sandbox.seccomp import CallFilter, CallNeeds
+from qedfuse.util.landlock import (
+    NETWORK_VERSION,
+    READ_FILE,
+    SCOPE_ABSTRACT_SOCKETS,
+    Ruleset,
+    landlock_version,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qedfuse.mount.sandbox.needs import ServerNeeds
+    from qedfuse.remote.address import Address
+
+SandboxMode = Literal["on", "off", "strict"]
+"""The values of the option ``sandbox``."""
+
+_MIN_LANDLOCK_VERSION: Final = 2
+"""Version 1 cannot permit the renames of the cache for remote files."""
+_PORTS_OF_NETWORKS: Final = (53, 80, 443)
+"""The ports of name servers, and of the services that give credentials for stores."""
+_ADDRESS_VARIABLES: Final = ("AWS_", "AZURE_", "GOOGLE_")
+"""Beginnings of the names of variables that may have the URL of a store or of a service."""
+
+
+class Sandbox:
+    """A sandbox that is prepared by the constructor, and entered once.
+
+    Attributes:
+        state: What is in force, in words for the log and for users.
+    """
+
+    def __init__(self, mode: SandboxMode, needs: ServerNeeds) -> None:
+        """Make the rules; nothing is in force yet.
+
+        Raises:
+            HostError: The mode is ``strict``, and the kernel or a library lacks something.
+        """
+        self.state = "off: not entered yet"
+        self._is_strict = mode == "strict"
+        self._needs = needs
+        self._missing: list[str] = []
+        self._rules: Ruleset | None = None
+        self._filter: CallFilter | None = None
+        version = landlock_version()
+        if version < _MIN_LANDLOCK_VERSION:
+            self._lacks("Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}")
+        elif self._is_strict and version < NETWORK_VERSION:
+            self._lacks("Landlock for TCP", f"found version {version}, expected {NETWORK_VERSION}")
+        else:
+            try:
+                self._rules = self._make_rules(version)
+            except OSError as error:
+                self._lacks("Landlock", str(error.strerror))
+        try:
+            self._filter = CallFilter(
+                CallNeeds(
+                    network=needs.uses_servers,
+                    # The module is loaded only for an image that qemu-nbd serves.
+                    kill="qedfuse.foreign.process" in sys.modules,
+                    modes=needs.modes,
+                    log=self._is_strict,
+                )
+            )
+        except OSError as error:
+            self._lacks("seccomp", str(error.strerror))
+
+    def _make_rules(self, version: int) -> Ruleset:
+        """Return the rules without those for files of this mount.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        needs = self._needs
+        # Signals to qemu-nbd and to the helpers must stay possible; seccomp decides about them.
+        rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
+        for path, rights in allowedfiles.system_files():
+            rules.try_allow_path(path, rights)
+        if needs.uses_servers:
+            for path, rights in allowedfiles.network_files(needs.variables):
+                rules.try_allow_path(path, rights)
+            for port in _ports(needs.addresses, needs.variables):
+                rules.allow_connect(port)
+            if needs.credentials_file is not None:
+                directory = os.path.dirname(needs.credentials_file)  # noqa: PTH120  str paths
+                rules.try_allow_path(directory, READ_FILE)
+            if needs.cache_directory is not None:
+                rules.try_allow_path(needs.cache_directory, allowedfiles.CHANGE_TREE)
+        return rules
+
+    def _lacks(self, what: str, reason: str) -> None:
+        """Note that a part of the sandbox is missing.
+
+        Raises:
+            HostError: The mode is ``strict``.
+        """
+        if self._is_strict:
+            msg = f"option sandbox=strict: {what}: {reason} (sandbox=on goes on without)"
+            raise HostError(msg)
+        self._missing.append(f"{what} ({reason})")
+
+    def enter(self, directories: Iterable[tuple[int, int]]) -> None:
+        """Give up everything else, in all threads; set ``state``.
+
+        Args:
+            directories: Descriptors of files and directories, and the rights that stay on each.
+
+        Raises:
+            HostError: The mode is ``strict``, and the kernel refused something.
+        """
+        parts = []
+        try:
+            privileges.close_process()
+            parts.append("not dumpable")
+        except OSError as error:
+            self._lacks("not dumpable", str(error.strerror))
+        if self._rules is not None:
+            try:
+                # The type of the mountpoint is known: fstat(2) would wait for this server itself.
+                rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
+                mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
+                try:
+                    self._rules.allow(mountpoint, rights)
+                finally:
+                    os.close(mountpoint)
+                for fd, rights in directories:
+                    self._rules.allow(fd, rights)
+            except OSError as error:
+                self._lacks("Landlock", str(error.strerror))
+                self._rules.close()
+                self._rules = None
+        parts = [*self._restrict_threads(), *self._load_filter(), *parts]
+        missing = f"; without {', '.join(self._missing)}" if self._missing else ""
+        self.state = f"{'strict' if self._is_strict else 'on'}: {', '.join(parts)}{missing}"
+
+    def _restrict_threads(self) -> list[str]:
+        """Restrict all threads by the rules, and drop capabilities; return what is in force."""
+        rules, capabilities = self._rules, self._kept_capabilities()
+        try:
+            privileges.restrict_all_threads(rules, capabilities)
+        except (OSError, ImportError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "the extension was not built"
+            self._lacks("Landlock", str(reason))
+            return []
+        parts = ["no new privileges"]
+        if rules is not None:
+            parts.insert(0, f"Landlock {rules.version}")
+            rules.close()
+        if privileges.may_have_capabilities():
+            names = privileges.capability_names(capabilities)
+            parts.append(f"capabilities {' '.join(names) or 'none'}")
+        return parts
+
+    def _load_filter(self) -> list[str]:
+        """Put the filter of system calls into force; return what is in force."""
+        if self._filter is None:
+            return []
+        try:
+            self._filter.load()
+        except OSError as error:
+            self._lacks("seccomp", str(error.strerror))
+            return []
+        return [f"seccomp ({self._filter.count} system calls)"]
+
+    def _kept_capabilities(self) -> int:
+        """Return the set of the capabilities that root needs to serve this mount.
+
+        The mountpoint may lie in another user's directory.  If the mount can be written to, its
+        files, which may have another owner, are truncated and get permissions to correct their size
+        (`qedfuse.mount.fuse.sizefixup`).  The pid file may lie in another user's directory as well.
+        """
+        kept = 1 << privileges.CAP_DAC_READ_SEARCH
+        if self._needs.writable:
+            kept |= 1 << privileges.CAP_DAC_OVERRIDE | 1 << privileges.CAP_FOWNER
+        return kept
+
+
+def _ports(addresses: Iterable[Address], variables: Iterable[tuple[str, str]]) -> set[int]:
+    """Return the TCP ports to which a server that reads remote files connects."""
+    ports = set(_PORTS_OF_NETWORKS)
+    ports.update(address.port for address in addresses if address.port is not None)
+    for name, value in variables:
+        is_proxy = name.lower().endswith("_proxy")
+        if "://" not in value and is_proxy:
+            value = f"http://{value}"  # noqa: PLW2901  as obstore and urllib3 read it
+        if "://" in value and (is_proxy or name.startswith(_ADDRESS_VARIABLES)):
+            try:
+                port = urlsplit(value).port
+            except ValueError:  # no URL
+                continue
+            if port is not None:
+                ports.add(port)
+    return ports
