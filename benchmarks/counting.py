@@ -2,10 +2,12 @@
 
     python -m benchmarks.counting [--dir DIRECTORY] [--rounds N] [--seconds S] [--without PROGRAM]
 
-Both mounts are of the same image, one after the other, in alternating order.  "without" is the
-same program whose extension counts no requests, or PROGRAM, the command qedfuse of another
-installation, such as an earlier version.  The figures are the medians of the rounds, and the ratio
-is the median of the ratios of each round, so slow changes of the machine have no effect on it.
+Both mounts are of the same image, one after the other, in alternating order: of two copies, the one
+whose pages the host is writing back would be the slower one.  "without" is the same program whose
+extension counts no requests, or PROGRAM, the command qedfuse of another installation, such as an
+earlier version.  The figures are medians over the rounds: requests per second, and the processor
+time of the server for each request.  A ratio is the median of the ratios of all rounds, so slow
+changes of the machine have no effect on it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks.commands import run
+from benchmarks.cputime import cpu_time
 from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program
 from benchmarks.rounds import rotated_orders
@@ -56,18 +59,32 @@ CELLS: Final = (
 )
 
 
-def measure(cell: Cell, disk: Path, seconds: float) -> float:
-    """Return the requests per second of a cell on a mounted disk."""
+class Rate(NamedTuple):
+    """What one measurement found.
+
+    Attributes:
+        requests: Requests per second.
+        microseconds: The processor time of the server for each request.
+    """
+
+    requests: float
+    microseconds: float
+
+
+def measure(cell: Cell, mount: Mounted, seconds: float) -> Rate:
+    """Return the rate of a cell on a mounted disk."""
+    before = cpu_time(mount.pid)
     done = run(
-        *("fio", f"--name={cell.mode}", f"--filename={disk}", f"--rw={cell.mode}", "--bs=4k"),
+        *("fio", f"--name={cell.mode}", f"--filename={mount.disk}", f"--rw={cell.mode}", "--bs=4k"),
         *("--direct=1", "--ioengine=libaio", f"--iodepth={cell.depth}", f"--size={DISK_MIB}m"),
         *("--time_based", f"--runtime={seconds}s", "--randseed=1", "--output-format=json"),
         *cell.more,
         seconds=seconds + 60,
     )
+    used = cpu_time(mount.pid).minus(before).total
     (job,) = json.loads(done)["jobs"]
-    side = "read" if cell.mode == "randread" else "write"
-    return float(job[side]["iops"])
+    side = job["read" if cell.mode == "randread" else "write"]
+    return Rate(float(side["iops"]), used * 1e6 / side["total_ios"])
 
 
 def compare(directory: Path, programs: dict[str, str], rounds: int, seconds: float) -> None:
@@ -79,31 +96,38 @@ def compare(directory: Path, programs: dict[str, str], rounds: int, seconds: flo
             for _ in range(DISK_MIB):
                 disk.write(bytes(range(256)) * (MIB // 256))
         mount.stop()
-    print(f"{'4 KiB O_DIRECT, requests/s':28} {'with':>9} {'without':>9} {'ratio':>7}")
+    print(f"{'4 KiB O_DIRECT':22}{'requests/s':>26}{'processor, us/request':>26}")
+    columns = f"{'with':>9}{'without':>9}{'ratio':>8}"
+    print(f"{'':22}{columns}{columns}")
     for cell in CELLS:
-        found: dict[str, list[float]] = {name: [] for name in programs}
+        found: dict[str, list[Rate]] = {name: [] for name in programs}
         for order in rotated_orders(list(programs), rounds):
             for name in order:
                 with Mounted(programs[name], image, directory / "mnt") as mount:
-                    found[name].append(measure(cell, mount.disk, seconds))
+                    found[name].append(measure(cell, mount, seconds))
                     mount.stop()
-        ratios = [a / b for a, b in zip(found["with"], found["without"], strict=True)]
-        middle = [statistics.median(found[name]) for name in ("with", "without")]
-        ratio = statistics.median(ratios)
-        print(f"{cell.name:28} {middle[0]:9.0f} {middle[1]:9.0f} {ratio:7.3f}")
+        print(f"{cell.name:22}{_columns(found, 0, 0)}{_columns(found, 1, 1)}", flush=True)
+
+
+def _columns(found: dict[str, list[Rate]], field: int, digits: int) -> str:
+    """Return the columns of a field: the medians with and without, and the ratio."""
+    counted, other = ([rate[field] for rate in found[name]] for name in ("with", "without"))
+    ratio = statistics.median(a / b for a, b in zip(counted, other, strict=True))
+    middle = [statistics.median(values) for values in (counted, other)]
+    return "".join(f"{value:9.{digits}f}" for value in middle) + f"{ratio:8.3f}"
 
 
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description="Measure what counting the requests costs.")
     parser.add_argument("--dir", type=Path, help="where the image lies (default: a temporary one)")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=5.0, help="time of each measurement")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=1.5, help="time of each measurement")
     parser.add_argument("--without", metavar="PROGRAM", help="a qedfuse that does not count")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         directory = Path(name)
-        without = directory / "without"
+        without = directory / "without.py"
         without.write_text(WITHOUT.format(python=sys.executable), encoding="utf-8")
         without.chmod(0o755)
         programs = {"with": program(), "without": arguments.without or str(without)}
