@@ -84,8 +84,8 @@ class CallFilter:
         except OSError as error:
             msg = f"found no library {_LIBRARY}"
             raise OSError(errno.ENOENT, msg) from error
-        library.seccomp_init.restype = ctypes.c_void_p
-        address = library.seccomp_init(ctypes.c_uint32(_REFUSE))
+        initialize = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(("seccomp_init", library))
+        address = initialize(_REFUSE)
         self._context = ctypes.c_void_p(address)
         if not address:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
