@@ -96,7 +96,7 @@ def compare(directory: Path, programs: dict[str, str], rounds: int, seconds: flo
             for _ in range(DISK_MIB):
                 disk.write(bytes(range(256)) * (MIB // 256))
         mount.stop()
-    print(f"{'4 KiB O_DIRECT':22}{'requests/s':>26}{'processor, us/request':>26}")
+    print(f"{'4 KiB O_DIRECT':22}{'requests/s':>26}{'CPU, µs/request':>26}")
     columns = f"{'with':>9}{'without':>9}{'ratio':>8}"
     print(f"{'':22}{columns}{columns}")
     for cell in CELLS:
