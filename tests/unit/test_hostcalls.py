@@ -19,7 +19,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.errors import HostError
-from qedfuse.hostio import nativecalls, posixfile
+from qedfuse.hostio import nativecalls, posixfile, posixreader
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE, HostCalls, host_calls, make_host_calls
 from qedfuse.hostio.nativecalls import NativeCalls, make_io_threads
 from qedfuse.hostio.posixfile import PosixFile
@@ -512,7 +512,7 @@ async def test_reads_that_miss_the_page_cache_stop_to_look_there(
     content = bytes(range(200))
     (tmp_path / "file").write_bytes(content)
     calls, cache = TimedCalls(), PageCache(monkeypatch)
-    monkeypatch.setattr(posixfile, "host_calls", lambda: calls)
+    monkeypatch.setattr(posixreader, "host_calls", lambda: calls)
     view = memoryview(bytearray(10))
     with closing(PosixFile.open(str(tmp_path / "file"))) as file:
         for offset in range(8):
@@ -539,7 +539,7 @@ async def test_a_read_that_is_cached_in_part_is_completed_in_a_thread(
     content = bytes(range(200))
     (tmp_path / "file").write_bytes(content)
     calls, cache = TimedCalls(), PageCache(monkeypatch)
-    monkeypatch.setattr(posixfile, "host_calls", lambda: calls)
+    monkeypatch.setattr(posixreader, "host_calls", lambda: calls)
     cache.cached = 3
     with closing(PosixFile.open(str(tmp_path / "file"))) as file:
         for offset in range(6):

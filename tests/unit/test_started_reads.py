@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qedfuse.hostio import hostcalls
-from qedfuse.hostio.posixfile import _MAX_WAITING_CALLS, PosixFile
+from qedfuse.hostio.posixfile import PosixFile
+from qedfuse.hostio.posixreader import _MAX_WAITING_CALLS
 from qedfuse.hostio.threadcalls import ThreadCalls
 from tests.support.disks import build_image, opened
 from tests.support.hostfiles import MemoryFile
@@ -48,7 +49,7 @@ class Calls(ThreadCalls):
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Let host files use calls that keep the started reads."""
     made = Calls()
-    monkeypatch.setattr("qedfuse.hostio.posixfile.host_calls", lambda: made)
+    monkeypatch.setattr("qedfuse.hostio.posixreader.host_calls", lambda: made)
     return made
 
 

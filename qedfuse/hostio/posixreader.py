@@ -1,0 +1,266 @@
+"""Reads of a regular file of the host: from the page cache in the event loop, or in a thread."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from qedfuse.errors import HostError
+from qedfuse.hostio.hostcalls import host_calls
+from qedfuse.hostio.inodelock import acquire
+from qedfuse.hostio.nowaitretry import NowaitRetry
+from qedfuse.hostio.pagesource import PageSource
+from qedfuse.hostio.readpolicy import ReadPolicy
+from qedfuse.hostio.systemcalls import read_all
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.hostio.hostcalls import HostCalls
+
+_NOWAIT: Final = os.RWF_NOWAIT
+_NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
+"""Errors of a read with RWF_NOWAIT: the data is not in the page cache, or the file system does
+not support the flag."""
+_MAX_WAITING_CALLS: Final = 28
+"""Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
+the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32
+threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
+
+
+class PosixReader:
+    """An open regular file and its reads, as `ReadableFile` describes them.
+
+    The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other reads
+    go to a thread (`HostCalls`), so that the event loop can serve other requests.  After some reads
+    that missed the page cache, the next reads go to a native thread directly (`ReadPolicy`).  If
+    only threads of trio are available, a read that missed is instead retried for a moment
+    (`NowaitRetry`).
+    """
+
+    def __init__(self, fd: int, path: str, *, has_server: bool) -> None:
+        """Take over an open descriptor.
+
+        Args:
+            fd: The descriptor.
+            path: The file's name as the user gave it.
+            has_server: Whether the file system sends requests to a server (`waits_for_server`).
+        """
+        self.fd = fd
+        self.path = path
+        self.name = printable(path)
+        self.read_policy = ReadPolicy(can_queue=not has_server)
+        # The offset of a read that `try_read` has not found in the page cache; -1 for none.
+        self._missed_offset = -1
+        self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
+        self._retry = NowaitRetry()
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self.fd
+
+    @property
+    def page_source(self) -> PageSource:
+        """The descriptor and the read policy; the extension may read the whole file."""
+        return PageSource(self.read_policy, self.fd)
+
+    async def pread(self, offset: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes at a file offset; fewer only where the file ends."""
+        buffer = bytearray(length)
+        count = await self.pread_into(offset, memoryview(buffer))
+        if count < length:
+            del buffer[count:]
+        return buffer
+
+    async def pread_into(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.
+        """
+        done: int | None = None
+        tries = self.read_policy.is_inline
+        if tries:
+            # Do not look again for what `try_read` has not found a moment ago.
+            if offset != self._missed_offset:
+                done = self._read_cached(offset, view)
+                if done == len(view):
+                    return done
+                # `_read_cached` disables inline reads if the file system does not support them.
+                tries = self.read_policy.is_inline
+            self._missed_offset = -1
+        calls = host_calls()
+        if calls.retries_reads:
+            self.read_policy.uncached += 1
+            if done is None and tries:
+                return await self._read_retrying(calls, offset, view)
+            return await self._read_rest(calls, offset, view, done or 0)
+        if tries:
+            self.read_policy.record_inline_miss()
+            return await self._read_rest(calls, offset, view, done or 0)
+        return await self._read_direct(calls, offset, view)
+
+    def _read_cached(self, offset: int, view: memoryview) -> int | None:
+        """Read from the page cache; return how many bytes were read, perhaps not all of the view.
+
+        Returns None if the first byte is not cached; the kernel then begins to fetch the data.
+        Also returns None if the file system does not support RWF_NOWAIT.
+
+        Raises:
+            HostError: The host refused.
+        """
+        try:
+            done = os.preadv(self.fd, (view,), offset, _NOWAIT)
+        except OSError as error:
+            if error.errno not in _NOT_CACHED:
+                raise self._failed(error, "read") from error
+            # A file system without RWF_NOWAIT fails each call with EOPNOTSUPP.  So do not use
+            # the flag again.
+            if error.errno == errno.EOPNOTSUPP:
+                self.read_policy.disable_inline()
+            return None
+        if done == len(view):
+            self.read_policy.misses = 0
+        return done
+
+    async def _read_rest(self, calls: HostCalls, offset: int, view: memoryview, done: int) -> int:
+        """Fill ``view`` after ``done`` bytes, in a thread; return how many bytes are filled in all.
+
+        If ``done`` is not 0, the page cache holds only a part of the range, or the file ends within
+        the range.  Only a blocking read can distinguish the two.
+        """
+        rest = view[done:] if done else view
+        count, _ = await self._read_in_thread(calls, offset + done, rest)
+        return done + count
+
+    async def _read_direct(self, calls: HostCalls, offset: int, view: memoryview) -> int:
+        """Read in a thread without having looked in the page cache; return how many bytes."""
+        count, seconds = await self._read_in_thread(calls, offset, view)
+        self.read_policy.record_direct_read(count, seconds)
+        return count
+
+    async def _read_retrying(self, calls: HostCalls, offset: int, view: memoryview) -> int:
+        """Read data that was not in the page cache a moment ago; return how many bytes."""
+        done: int | None = None
+        error: HostError | None = None
+
+        def attempt() -> bool:
+            nonlocal done, error
+            try:
+                done = self._read_cached(offset, view)
+            except HostError as failed:
+                error = failed
+            return done is not None or error is not None
+
+        async def in_thread() -> None:
+            nonlocal done
+            done = (await self._read_in_thread(calls, offset, view))[0]
+
+        await self._retry.wait(attempt, in_thread)
+        if error is not None:
+            raise error
+        if done is not None and done == len(view):
+            return done
+        return await self._read_rest(calls, offset, view, done or 0)
+
+    async def _read_in_thread(
+        self, calls: HostCalls, offset: int, view: memoryview
+    ) -> tuple[int, float]:
+        """Read in a thread; return the number of bytes and the seconds that the call took."""
+        await acquire(self._call_slots)
+        try:
+            return await calls.read(self.fd, offset, view)
+        except OSError as error:
+            raise self._failed(error, "read") from error
+        finally:
+            self._call_slots.release()
+
+    def read_blocking(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from a file offset; return how many bytes were read.
+
+        The result is less than the length of the view only if the file ends earlier.  The call
+        blocks the thread, so only worker threads may call it; several threads may call it
+        concurrently.
+
+        Raises:
+            HostError: The host refused.
+        """
+        try:
+            return read_all(self.fd, offset, view)
+        except OSError as error:
+            raise self._failed(error, "read") from error
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from a file offset without blocking; return whether that succeeded.
+
+        Returns False if the read would block or fails, if the file ends before the view is full, or
+        if `ReadPolicy` permits no try.  After False the content of ``view`` is undefined.
+        """
+        reads = self.read_policy
+        if not reads.is_inline:
+            return False
+        try:
+            if os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view):
+                if reads.misses:
+                    reads.misses = 0
+                return True
+        except BlockingIOError:
+            self._missed_offset = offset
+        except OSError:
+            pass
+        return False
+
+    def try_start_read(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read in a native thread, which answers without the event loop; see `HostFile`.
+
+        Returns False also if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
+        file already wait in threads.
+        """
+        calls = host_calls()
+        reads, slots = self.read_policy, self._call_slots
+        if not calls.can_start_reads or not slots.value:
+            return False
+        is_miss = reads.is_inline
+        if is_miss:
+            if offset != self._missed_offset:
+                return False
+            self._missed_offset = -1
+            reads.record_inline_miss()
+        slots.acquire_nowait()
+
+        def finish(result: int, nanoseconds: int) -> None:
+            slots.release()
+            if result >= 0 and not is_miss:
+                reads.record_direct_read(result, nanoseconds / 1e9)
+            ended(result)
+
+        try:
+            calls.start_read(self.fd, offset, view, take_answer(), finish)
+        except BaseException:
+            slots.release()
+            raise
+        return True
+
+    def stop_fetching(self) -> None:
+        """Do nothing: no read of this file can be stopped."""
+
+    def close(self) -> None:
+        """Close the file, which also releases every lock taken through it.
+
+        A second call does nothing.
+        """
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _failed(self, error: OSError, action: str) -> HostError:
+        return HostError.from_os(error, self.name, action)
