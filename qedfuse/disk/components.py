@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qedfuse.disk.datapath.appendfill import AppendFill
 from qedfuse.disk.datapath.discard import Discard
 from qedfuse.disk.datapath.fastpath import FastPath
+from qedfuse.disk.datapath.fastseek import FastSeek
 from qedfuse.disk.datapath.tablewriter import TableWriter
 from qedfuse.disk.datapath.writepath import WritePath
 from qedfuse.disk.lookup.chain import Chain
@@ -174,6 +175,7 @@ class Components:
             self.write_path,
             append_fill,
         )
+        self.fast_seek = FastSeek(self.layer, has_base=self.chain.flattened is not None)
         self.discard = Discard(
             self.chain,
             self.layer,

@@ -12,35 +12,29 @@ D1 and D7 are rules in docs/durability.md.
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.components import Components
+from qedfuse.disk.guestchanges import GuestChanges
 from qedfuse.disk.lifecycle import Lifecycle
 from qedfuse.disk.lookup.rememberedbase import replace_base
-from qedfuse.disk.lookup.seek import next_data, next_hole
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
-from qedfuse.errors import BackingError, PastEndError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
-    from qedfuse.disk.datapath.fastpath import ReadTables
     from qedfuse.disk.lookup.baseversion import BaseVersions
-    from qedfuse.disk.lookup.chain import Chain
-    from qedfuse.disk.lookup.extents import Extent
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.lookup.tablecache import SliceStore
     from qedfuse.disk.options import OpenOptions
-    from qedfuse.hostio.hostfile import Buffer, HostFile
+    from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
     from qedfuse.util.backgroundtasks import Progress
 
 
-class Disk:
-    """One opened image.
+class Disk(GuestChanges):
+    """One opened image: what a guest can request, and what only the owner of the image can do.
 
     Tasks may call all methods concurrently, unless the method says otherwise.  A method that
     would modify the image raises `ReadOnlyError` if the disk is open read-only, or if an error
@@ -65,31 +59,11 @@ class Disk:
 
         The caller must enter `serving` before calling any other method.
         """
+        components = Components(file, header, bases, options, store)
+        super().__init__(components)
         self.path = path
-        self.name = file.name
-        components = self._components = Components(file, header, bases, options, store)
         self._lifecycle = Lifecycle(components)
-        # The components that requests use are attributes of the disk as well, so that requests
-        # need one attribute lookup less.
-        self._file = file
-        self._options = options
-        self._layer = components.layer
-        self._chain = components.chain
-        self._file_reads = components.chain.file_reads
         self._header_store = components.header_store
-        self._writeback = components.writeback
-        self._flusher = components.flusher
-        self._first_write_guard = components.first_write_guard
-        self._epochs = components.epochs
-        self._write_path = components.write_path
-        self._fast_path = components.fast_path
-        self._discard = components.discard
-        # Without its base the image can still be changed as a file (compacted, for example), but
-        # `_refuse_without_base` makes `write` and other methods raise.
-        self._lacks_base = components.chain.lacks_base
-        self._plain_writes = (
-            file.writable and options.detect_zeroes == "off" and not self._lacks_base
-        )
 
     def serving(self) -> AbstractAsyncContextManager[None]:
         """Start the disk; close the disk cleanly at the end of the ``async with`` block.
@@ -105,294 +79,9 @@ class Disk:
         return self._lifecycle.serving()
 
     @property
-    def size(self) -> int:
-        """The size of the disk in bytes."""
-        return self._layer.size
-
-    @property
-    def writable(self) -> bool:
-        """Whether the image may be modified.
-
-        False if it is open read-only, or if an error has made it read-only (D7).
-        """
-        return self._file.writable and self._writeback.failure is None
-
-    @property
-    def failure(self) -> str | None:
-        """The message of the error that made the disk read-only; None if no error has done so."""
-        return None if self._writeback.failure is None else str(self._writeback.failure)
-
-    @property
-    def damaged(self) -> bool:
-        """Whether a bad table entry or a cluster with two owners was found since the opening."""
-        return self._layer.damaged
-
-    @property
     def header(self) -> Header:
         """The present header."""
         return self._header_store.value
-
-    @property
-    def chain(self) -> Chain:
-        """The image and those of its bases that are open."""
-        return self._chain
-
-    async def extents(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored in the whole chain.
-
-        The part of the range past the end of the disk is left out, so the list may be empty.
-
-        Raises:
-            HostError: The host cannot read a table.
-        """
-        length = max(0, min(length, self.size - start))
-        return await self._chain.extents(start, length) if length else []
-
-    def try_read(self, start: int, length: int) -> memoryview | None:
-        """Read a range without waiting; return None if that would block or fails.
-
-        Returns None also if the range is empty, ends past the end of the disk, is too long for
-        the fast path, or needs entries of two slices of a table.  After None the caller must use
-        `read`.  The next call of this method or of `try_write` may overwrite the returned view.
-        """
-        return self._fast_path.try_read(start, length)
-
-    def read_tables(self) -> ReadTables:
-        """Return the objects with which the mount's extension answers reads by itself."""
-        return self._fast_path.read_tables(self._epochs)
-
-    @property
-    def should_try_read(self) -> bool:
-        """Whether `try_read` looks for the data of the image's file in the host's page cache.
-
-        False after several reads in a row whose data was not there, until later reads are as
-        fast as from the page cache (`ReadPolicy`).  Always False if the host's file system does
-        not support such an attempt.
-        """
-        policy = self._file.read_policy
-        return policy is None or policy.is_inline
-
-    def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
-        """Return where a range is stored, as a descriptor and a file offset, without waiting.
-
-        Returns None if the range is not known to be one run in one local file; see
-        `FastPath.locate`.  The result is valid until the caller awaits something.
-        """
-        location = self._fast_path.locate(start, length)
-        if location is None or (fd := location[0].fileno()) < 0:
-            return None
-        return fd, location[1]
-
-    def count_read(self, start: int, length: int) -> None:
-        """Count that the caller has read a range where `try_locate` has found it.
-
-        The caller must not have awaited since then.
-        """
-        location = self._fast_path.locate(start, length)
-        if location is not None:
-            self._file_reads.count(location[0], length)
-
-    def try_start_read(
-        self,
-        start: int,
-        length: int,
-        take_answer: Callable[[], object],
-        ended: Callable[[int], object],
-    ) -> bool:
-        """Start a read that `try_read` could not make; return whether a read was started.
-
-        Returns False if a table is not in memory, if the data is not one run in one file, or if
-        `HostFile.try_start_read` returns False.
-
-        Args:
-            start: Guest offset in bytes.
-            length: Bytes to read.
-            take_answer: See `HostFile.try_start_read`.
-            ended: See `HostFile.try_start_read`.
-
-        Raises:
-            OSError: No thread exists, and none could be created.  ``ended`` is not called.
-        """
-        location = self._fast_path.locate(start, length)
-        if location is None:
-            return False
-        file, offset = location
-        epoch = self._epochs.enter()
-
-        def leave(result: int) -> None:
-            self._epochs.leave(epoch)
-            if result == length:
-                self._file_reads.count(file, length)
-            ended(result)
-
-        is_started = False
-        try:
-            is_started = file.try_start_read(
-                offset, memoryview(bytearray(length)), take_answer, leave
-            )
-        finally:
-            if not is_started:
-                self._epochs.leave(epoch)
-        return is_started
-
-    def try_write(self, start: int, data: Buffer) -> bool:
-        """Write bytes without waiting; return False if that would block or fails.
-
-        Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
-        of two slices of a table, or if the state or the options of the disk require `write`, as
-        `OpenOptions.detect_zeroes` does.
-        After False a part may have been written, so the caller must pass all of ``data`` to
-        `write`.
-        """
-        return (
-            self._plain_writes
-            and self._first_write_guard.prepared
-            and self._writeback.failure is None
-            and self._fast_path.try_write(start, data)
-        )
-
-    async def read(self, start: int, length: int) -> bytes | bytearray:
-        """Read ``length`` bytes; fewer if the disk ends earlier, and none at or past its end.
-
-        Raises:
-            CorruptImageError: A table entry for part of the range is bad.
-            BackingError: The range needs a base that was not opened.
-            HostError: The host cannot read a file.
-        """
-        length = max(0, min(length, self.size - start))
-        epoch = self._epochs.enter()
-        try:
-            location = self._fast_path.locate(start, length)
-            if location is not None:
-                # The tables are in memory; only the data must come from the host.
-                file, offset = location
-                data = await file.pread(offset, length)
-                if len(data) == length:
-                    self._file_reads.count(file, length)
-                    return data
-            return await self._chain.read(start, length)
-        finally:
-            self._epochs.leave(epoch)
-
-    async def write(self, start: int, data: Buffer) -> int:
-        """Write bytes; return how many were written, fewer than given only if the disk ends.
-
-        Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.
-
-        Raises:
-            PastEndError: The disk ends at or before ``start``, and ``data`` is not empty.
-            NoSpaceError: The host is full.
-            ReadOnlyError: The disk is open read-only, or became so.
-            BackingError: The disk was opened without its base.
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
-
-        After HostError, NoSpaceError or CorruptImageError a part may have been written.
-        """
-        view = memoryview(data).cast("B")
-        if not len(view):
-            return 0
-        if start >= self.size:
-            msg = f"{self.name}: write at {start}: the disk ends at {self.size}"
-            raise PastEndError(msg)
-        view = view[: self.size - start]
-        self._refuse_without_base("write")
-        await self._first_write_guard.prepare_write()
-        if self._options.detect_zeroes == "off":
-            await self._write_path.write(start, view)
-        else:
-            await self._discard.write(start, view, self._options.detect_zeroes)
-        return len(view)
-
-    async def discard(self, start: int, length: int) -> None:
-        """Make a range read as zeros; ignore the part of the range past the end of the disk.
-
-        If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
-        The last cluster of the disk counts as such a cluster if the range covers all its bytes
-        up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
-        zeros are written over them.  With either value, unallocated clusters where the base has
-        data become zero clusters.
-
-        Raises:
-            BackingError: The disk was opened without its base.
-            ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After this error, and after CorruptImageError, parts
-                of the range may read as zeros.
-        """
-        if start >= self.size:
-            return
-        self._refuse_without_base("discard")
-        await self._first_write_guard.prepare_write()
-        async with AsyncExitStack() as stack:
-            if start + length >= self.size and self.header.geometry.in_cluster(self.size):
-                # The last cluster is deallocated together with its bytes past the end of the
-                # disk.  If the disk grew meanwhile, the guest could write to these bytes, and
-                # the deallocation would drop what it wrote.  So this task holds the lock that
-                # a change of the size needs.
-                await stack.enter_async_context(self._components.disk_size.lock)
-            end = min(start + length, self.size)
-            await self._discard.discard(start, end, free=self._options.discard)
-
-    def _refuse_without_base(self, operation: str) -> None:
-        """Raise if the disk was opened without its base; the message names ``operation``.
-
-        Raises:
-            BackingError: The image has a base, which was not opened.
-        """
-        if self._lacks_base:
-            msg = (
-                f"{self.name}: {operation}: found the image opened without its base, expected "
-                "both open"
-            )
-            raise BackingError(msg)
-
-    async def allocate(self, start: int, length: int) -> None:
-        """Allocate each cluster of a range, and reserve its space on the host.
-
-        The range reads as before.  The part of the range past the end of the disk is ignored.
-
-        Raises:
-            NoSpaceError: The host is full; parts of the range may be allocated now.
-            BackingError: The disk was opened without its base.
-            ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for part of the range is bad; other parts may be
-                allocated now.
-            HostError: The host refused; parts of the range may be allocated now.
-        """
-        end = min(start + length, self.size)
-        if start < end:
-            self._refuse_without_base("allocate")
-            await self._first_write_guard.prepare_write()
-            await self._write_path.allocate(start, end)
-
-    def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first data at or past ``start``, or the first hole if ``data`` is False.
-
-        Returns:
-            The guest offset; the disk's size if there is none.  None if the search would block
-            or is not possible on the fast path, for example because the disk has a base.  After
-            None the caller must use `next_data` or `next_hole`.
-        """
-        return self._fast_path.try_seek(start, data=data)
-
-    async def next_data(self, start: int) -> int | None:
-        """Return the guest offset of the first data at or past ``start``; None if there is none.
-
-        Raises:
-            HostError: The host cannot read a file.
-        """
-        return await next_data(self._chain, start)
-
-    async def next_hole(self, start: int) -> int:
-        """Return the guest offset of the first hole at or past ``start``.
-
-        The end of the disk counts as a hole, so there always is one.
-
-        Raises:
-            HostError: The host cannot read a file.
-        """
-        return await next_hole(self._chain, start)
 
     @property
     def scan_is_short(self) -> bool:
@@ -411,29 +100,6 @@ class Disk:
         has ended before.  The disk must be open for writing.
         """
         await self._components.scan.run()
-
-    def try_flush(self) -> bool:
-        """Make durable every write that has ended, without waiting; return whether that succeeded.
-
-        After False the caller must use `flush`, which raises the host's error, if any.
-        """
-        return self._flusher.try_flush()
-
-    async def flush(self) -> None:
-        """Return when every write that had ended before this call survives power loss (D1).
-
-        Raises:
-            HostError: The host refused.  Once an error has made the disk read-only, each later
-                call raises that error again (see `failure`).
-        """
-        await self._flusher.flush()
-
-    def when_flushed(self, call: Callable[[], None]) -> None:
-        """Call ``call`` at the end of each successful flush, also of background flushes.
-
-        ``call`` replaces the function that was passed before.
-        """
-        self._flusher.listen(call)
 
     async def compact(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
         """Make the file as short as possible; return how many clusters were moved.

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.datapath.readtables import ReadTables
     from qedfuse.disk.disk import Disk
-    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.hostio.hostfile import Buffer, HostFile
 
 
 class DiskWindow:
@@ -67,15 +67,15 @@ class DiskWindow:
         """Return the objects with which the mount's extension answers reads by itself."""
         return self.disk.read_tables()._replace(window_start=self.start, window_bytes=self.size)
 
-    def try_locate(self, start: int, length: int) -> tuple[int, int] | None:
+    def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
         """Return where a range is stored, without waiting; see `Disk.try_locate`."""
         if not self._contains(start, length):
             return None
         return self.disk.try_locate(self.start + start, length)
 
-    def count_read(self, start: int, length: int) -> None:
+    def count_read(self, file: HostFile, length: int) -> None:
         """Count a read that the caller has made by `try_locate`; see `Disk.count_read`."""
-        self.disk.count_read(self.start + start, length)
+        self.disk.count_read(file, length)
 
     def try_start_read(
         self,

@@ -54,7 +54,7 @@ class Disk:
         can_start: Whether `try_start_read` starts a read.
         refusal: What `try_start_read` raises after it has taken the answer.
         started: The functions that must be called at the end of the started reads.
-        counted: The ranges that `count_read` has counted.
+        counted: The files and lengths that `count_read` has counted.
     """
 
     def __init__(self) -> None:
@@ -65,20 +65,20 @@ class Disk:
         self.can_start = True
         self.refusal: Exception | None = None
         self.started: list[Callable[[int], object]] = []
-        self.counted: list[tuple[int, int]] = []
+        self.counted: list[tuple[str, int]] = []
 
-    def count_read(self, start: int, length: int) -> None:
-        """Count a read of the image's file."""
-        self.counted.append((start, length))
+    def count_read(self, file: str, length: int) -> None:
+        """Count a read of a file."""
+        self.counted.append((file, length))
 
     def try_read(self, _start: int, _length: int) -> memoryview | None:
         """Return the content, if it is in memory."""
         self.tried += 1
         return self.content
 
-    def try_locate(self, start: int, _length: int) -> tuple[int, int]:
-        """Return a descriptor, and an offset in its file."""
-        return (5, start + 65536)
+    def try_locate(self, start: int, _length: int) -> tuple[int, int, str]:
+        """Return a descriptor, an offset in its file, and the file."""
+        return (5, start + 65536, "file")
 
     def try_start_read(
         self,
@@ -246,7 +246,7 @@ async def test_a_long_read_is_answered_from_the_page_cache(
     mount.disk.content = memoryview(b"data")
     assert mount.requests.read(HANDLE, 4096, size) is None
     assert mount.replied == [(5, 69632)]
-    assert mount.disk.counted == [(4096, size)]
+    assert mount.disk.counted == [("file", size)]
     mount.is_cached = False
     assert mount.requests.read(HANDLE, 4096, size) is mount.disk.content
     assert mount.pending == []

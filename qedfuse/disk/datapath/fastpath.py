@@ -14,17 +14,15 @@ error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.datapath.fastallocation import FastAllocation
+from qedfuse.disk.datapath.readtables import ReadTables
 from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import ZERO
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable
 
     from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
@@ -38,52 +36,15 @@ if TYPE_CHECKING:
     from qedfuse.disk.state.needcheck import NeedCheck
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
-    from qedfuse.hostio.pagesource import PageSource
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
 """Maximum bytes of one read on the fast path, and length of the buffer for reads.  Requests of the
 kernel are not longer."""
 _ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
 
-_MAX_SLICES_PER_SEEK: Final = 64
-"""Maximum number of slices that one seek searches before it gives up."""
-
-
-class ReadTables(NamedTuple):
-    """The objects with which ``_cachedread.c`` finds data in a chain, as `FastPath.locate` does.
-
-    Attributes:
-        layer: The top image; its header has the size of the disk.
-        slice_keys: The keys of slices, by the slice's number (`QedLayer.slice_keys`).
-        get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
-        codes_key: First part of the keys of slices that say where backing files hold data
-            (`FlattenedBacking.store_key`); the second part is the slice's number.  None without
-            backing files.
-        files: For each file of the chain, by depth, its `PageSource`; None if the extension must
-            not read the file.
-        cluster_bits: Binary logarithm of the cluster size in bytes.
-        slice_bits: Binary logarithm of the number of entries in a slice.
-        epochs: What a read enters that waits for the host.
-        file_reads: The cells of `FileReads`, in which the extension counts its reads.
-        window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
-        window_bytes: Length of that range; -1 for the whole disk.
-    """
-
-    layer: QedLayer
-    slice_keys: dict[int, tuple[int, int]]
-    get_slice: Callable[[tuple[int, int]], Slice | None]
-    codes_key: int | None
-    files: tuple[PageSource | None, ...]
-    cluster_bits: int
-    slice_bits: int
-    epochs: Epochs
-    file_reads: array[int]
-    window_start: int = 0
-    window_bytes: int = -1
-
 
 class FastPath:
-    """Reads, writes and seeks that do not wait."""
+    """Reads and writes that do not wait."""
 
     def __init__(
         self,
@@ -112,10 +73,8 @@ class FastPath:
             *(chain, layer, space, needcheck, table_writer, write_path, append_fill),
             self._buffer,
         )
-        self._empty_slice = layer.tables.empty_slice
         self._bits = layer.geometry.cluster_bits
         self._size = layer.geometry.cluster_size
-        self._entries = layer.geometry.entries
         self._cluster_mask = layer.geometry.cluster_mask
         self._slice_bits = layer.tables.slice_entries.bit_length() - 1
         self._slice_mask = layer.tables.slice_entries - 1
@@ -242,43 +201,6 @@ class FastPath:
             start += len(segment)
             data = data[len(segment) :]
         return True
-
-    def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first data, or hole, at or past a guest offset; None if that would block.
-
-        Args:
-            start: Guest offset at which the search begins.
-            data: Whether to search for data; if not, for a hole.
-
-        Returns:
-            The guest offset of the data or the hole; the size of the disk if there is none.
-            None if a base is open, or if the search meets a slice that is not in memory or has
-            a bad entry, or needs more than `_MAX_SLICES_PER_SEEK` slices.
-        """
-        size = self._layer.header.image_size
-        if self._flattened is not None:
-            return None
-        cluster = start >> self._bits
-        for _ in range(_MAX_SLICES_PER_SEEK):
-            if (at := cluster << self._bits) >= size:
-                return size
-            slice_ = self._layer.cached_slice(cluster >> self._slice_bits)
-            if slice_ is None or slice_.bad is not None:
-                break
-            if slice_ is self._empty_slice and data:
-                table = self._layer.next_cached_table(cluster // self._entries)
-                if table is None:
-                    break
-                cluster = table * self._entries
-                continue
-            index = cluster & self._slice_mask
-            entries = np.frombuffer(slice_.entries, np.uint64)[index:]
-            found = entries > ZERO if data else entries <= ZERO
-            first = int(found.argmax())
-            if found[first]:
-                return min(size, max(start, at + (first << self._bits)))
-            cluster += self._slice_mask + 1 - index
-        return None
 
     def _is_run(self, entries: array[int], first: int, last: int) -> bool:
         """Return whether the entries ``first`` to ``last``, inclusive, are one run in one slice."""

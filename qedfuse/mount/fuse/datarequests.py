@@ -21,7 +21,7 @@ from qedfuse.mount.fuse.requestcounters import READ
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.datapath.readtables import ReadTables
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
     from qedfuse.mount.fuse.operations import Operations
@@ -73,9 +73,11 @@ class DataRequests:
             return None
         if _MIN_SPLICE_BYTES <= size <= _MAX_SPLICE_BYTES:
             location = exported.disk.try_locate(offset, size)
-            if location is not None and self._reply_from_file(*location):
-                exported.disk.count_read(offset, size)
-                return None
+            if location is not None:
+                fd, file_offset, file = location
+                if self._reply_from_file(fd, file_offset):
+                    exported.disk.count_read(file, size)
+                    return None
         is_tried = exported.disk.should_try_read  # False after several misses in the page cache
         if not is_tried and self._defer(exported, handle, offset, size):
             return None

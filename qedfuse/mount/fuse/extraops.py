@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-    from qedfuse.disk.datapath.fastpath import ReadTables
+    from qedfuse.disk.datapath.readtables import ReadTables
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.datarequests import DataRequests
     from qedfuse.mount.fuse.requestcounters import SharedCells

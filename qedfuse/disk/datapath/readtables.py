@@ -1,0 +1,52 @@
+"""What the mount's extension needs of a disk, so that it can answer reads itself.
+
+``_cachedread.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
+call of Python code.  So it uses the same tables, as objects whose identity does not change while
+the disk is open.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable
+
+    from qedfuse.disk.lookup.layer import QedLayer
+    from qedfuse.disk.lookup.slices import Slice
+    from qedfuse.disk.space.epochs import Epochs
+    from qedfuse.hostio.pagesource import PageSource
+
+
+class ReadTables(NamedTuple):
+    """The objects with which ``_cachedread.c`` finds data in a chain, as `FastPath.locate` does.
+
+    Attributes:
+        layer: The top image; its header has the size of the disk.
+        slice_keys: The keys of slices, by the slice's number (`QedLayer.slice_keys`).
+        get_slice: Returns a slice by its key; None if it is not in memory (`TableCache.get`).
+        codes_key: First part of the keys of slices that say where backing files hold data
+            (`FlattenedBacking.store_key`); the second part is the slice's number.  None without
+            backing files.
+        files: For each file of the chain, by depth, its `PageSource`; None if the extension must
+            not read the file.
+        cluster_bits: Binary logarithm of the cluster size in bytes.
+        slice_bits: Binary logarithm of the number of entries in a slice.
+        epochs: What a read enters that waits for the host.
+        file_reads: The cells of `FileReads`, in which the extension counts its reads.
+        window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
+        window_bytes: Length of that range; -1 for the whole disk.
+    """
+
+    layer: QedLayer
+    slice_keys: dict[int, tuple[int, int]]
+    get_slice: Callable[[tuple[int, int]], Slice | None]
+    codes_key: int | None
+    files: tuple[PageSource | None, ...]
+    cluster_bits: int
+    slice_bits: int
+    epochs: Epochs
+    file_reads: array[int]
+    window_start: int = 0
+    window_bytes: int = -1

@@ -1,0 +1,192 @@
+"""Changes of a disk: what a guest can request that changes the disk or makes changes durable.
+
+D1 and D7 are rules in docs/durability.md.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from qedfuse.disk.guestreads import GuestReads
+from qedfuse.errors import BackingError, PastEndError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.components import Components
+    from qedfuse.hostio.hostfile import Buffer
+
+
+class GuestChanges(GuestReads):
+    """Reads and changes an opened image with its chain.
+
+    Tasks may call all methods concurrently.  A method that would modify the image raises
+    `ReadOnlyError` if the disk is open read-only, or if an error has made it read-only
+    (`failure`).  But `try_write` returns False.
+
+    Attributes:
+        name: The name of the image file, escaped for messages.
+    """
+
+    def __init__(self, components: Components) -> None:
+        """Read and change the disk that consists of ``components``."""
+        super().__init__(components)
+        file, options = components.file, components.options
+        self.name = file.name
+        self._options = options
+        self._writeback = components.writeback
+        self._flusher = components.flusher
+        self._first_write_guard = components.first_write_guard
+        self._write_path = components.write_path
+        self._discard = components.discard
+        # Without its base the image can still be changed as a file (compacted, for example), but
+        # `_refuse_without_base` makes `write` and other methods raise.
+        self._lacks_base = components.chain.lacks_base
+        self._plain_writes = (
+            file.writable and options.detect_zeroes == "off" and not self._lacks_base
+        )
+
+    @property
+    def writable(self) -> bool:
+        """Whether the image may be modified.
+
+        False if it is open read-only, or if an error has made it read-only (D7).
+        """
+        return self._file.writable and self._writeback.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """The message of the error that made the disk read-only; None if no error has done so."""
+        return None if self._writeback.failure is None else str(self._writeback.failure)
+
+    def try_write(self, start: int, data: Buffer) -> bool:
+        """Write bytes without waiting; return False if that would block or fails.
+
+        Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
+        of two slices of a table, or if the state or the options of the disk require `write`, as
+        `OpenOptions.detect_zeroes` does.
+        After False a part may have been written, so the caller must pass all of ``data`` to
+        `write`.
+        """
+        return (
+            self._plain_writes
+            and self._first_write_guard.prepared
+            and self._writeback.failure is None
+            and self._fast_path.try_write(start, data)
+        )
+
+    async def write(self, start: int, data: Buffer) -> int:
+        """Write bytes; return how many were written, fewer than given only if the disk ends.
+
+        Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.
+
+        Raises:
+            PastEndError: The disk ends at or before ``start``, and ``data`` is not empty.
+            NoSpaceError: The host is full.
+            ReadOnlyError: The disk is open read-only, or became so.
+            BackingError: The disk was opened without its base.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.
+
+        After HostError, NoSpaceError or CorruptImageError a part may have been written.
+        """
+        view = memoryview(data).cast("B")
+        if not len(view):
+            return 0
+        if start >= self.size:
+            msg = f"{self.name}: write at {start}: the disk ends at {self.size}"
+            raise PastEndError(msg)
+        view = view[: self.size - start]
+        self._refuse_without_base("write")
+        await self._first_write_guard.prepare_write()
+        if self._options.detect_zeroes == "off":
+            await self._write_path.write(start, view)
+        else:
+            await self._discard.write(start, view, self._options.detect_zeroes)
+        return len(view)
+
+    async def discard(self, start: int, length: int) -> None:
+        """Make a range read as zeros; ignore the part of the range past the end of the disk.
+
+        If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
+        The last cluster of the disk counts as such a cluster if the range covers all its bytes
+        up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
+        zeros are written over them.  With either value, unallocated clusters where the base has
+        data become zero clusters.
+
+        Raises:
+            BackingError: The disk was opened without its base.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.  After this error, and after CorruptImageError, parts
+                of the range may read as zeros.
+        """
+        if start >= self.size:
+            return
+        self._refuse_without_base("discard")
+        await self._first_write_guard.prepare_write()
+        async with AsyncExitStack() as stack:
+            if start + length >= self.size and self._layer.geometry.in_cluster(self.size):
+                # The last cluster is deallocated together with its bytes past the end of the
+                # disk.  If the disk grew meanwhile, the guest could write to these bytes, and
+                # the deallocation would drop what it wrote.  So this task holds the lock that
+                # a change of the size needs.
+                await stack.enter_async_context(self._components.disk_size.lock)
+            end = min(start + length, self.size)
+            await self._discard.discard(start, end, free=self._options.discard)
+
+    async def allocate(self, start: int, length: int) -> None:
+        """Allocate each cluster of a range, and reserve its space on the host.
+
+        The range reads as before.  The part of the range past the end of the disk is ignored.
+
+        Raises:
+            NoSpaceError: The host is full; parts of the range may be allocated now.
+            BackingError: The disk was opened without its base.
+            ReadOnlyError: The disk is open read-only, or became so.
+            CorruptImageError: A table entry for part of the range is bad; other parts may be
+                allocated now.
+            HostError: The host refused; parts of the range may be allocated now.
+        """
+        end = min(start + length, self.size)
+        if start < end:
+            self._refuse_without_base("allocate")
+            await self._first_write_guard.prepare_write()
+            await self._write_path.allocate(start, end)
+
+    def _refuse_without_base(self, operation: str) -> None:
+        """Raise if the disk was opened without its base; the message names ``operation``.
+
+        Raises:
+            BackingError: The image has a base, which was not opened.
+        """
+        if self._lacks_base:
+            msg = (
+                f"{self.name}: {operation}: found the image opened without its base, expected "
+                "both open"
+            )
+            raise BackingError(msg)
+
+    def try_flush(self) -> bool:
+        """Make durable every write that has ended, without waiting; return whether that succeeded.
+
+        After False the caller must use `flush`, which raises the host's error, if any.
+        """
+        return self._flusher.try_flush()
+
+    async def flush(self) -> None:
+        """Return when every write that had ended before this call survives power loss (D1).
+
+        Raises:
+            HostError: The host refused.  Once an error has made the disk read-only, each later
+                call raises that error again (see `failure`).
+        """
+        await self._flusher.flush()
+
+    def when_flushed(self, call: Callable[[], None]) -> None:
+        """Call ``call`` at the end of each successful flush, also of background flushes.
+
+        ``call`` replaces the function that was passed before.
+        """
+        self._flusher.listen(call)

@@ -1,0 +1,196 @@
+"""Reads of a disk: what a guest can request without changing the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qedfuse.disk.lookup.seek import next_data, next_hole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.disk.components import Components
+    from qedfuse.disk.datapath.readtables import ReadTables
+    from qedfuse.disk.lookup.chain import Chain
+    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.hostio.hostfile import HostFile
+
+
+class GuestReads:
+    """Reads an opened image with its chain.
+
+    Tasks may call all methods concurrently.
+    """
+
+    def __init__(self, components: Components) -> None:
+        """Read the disk that consists of ``components``."""
+        # The components that requests use are attributes of the disk as well, so that requests
+        # need one attribute lookup less.
+        self._components = components
+        self._file = components.file
+        self._layer = components.layer
+        self._chain = components.chain
+        self._file_reads = components.chain.file_reads
+        self._epochs = components.epochs
+        self._fast_path = components.fast_path
+        self._fast_seek = components.fast_seek
+
+    @property
+    def size(self) -> int:
+        """The size of the disk in bytes."""
+        return self._layer.size
+
+    @property
+    def chain(self) -> Chain:
+        """The image and those of its bases that are open."""
+        return self._chain
+
+    @property
+    def damaged(self) -> bool:
+        """Whether a bad table entry or a cluster with two owners was found since the opening."""
+        return self._layer.damaged
+
+    async def extents(self, start: int, length: int) -> list[Extent]:
+        """Return how a range is stored in the whole chain.
+
+        The part of the range past the end of the disk is left out, so the list may be empty.
+
+        Raises:
+            HostError: The host cannot read a table.
+        """
+        length = max(0, min(length, self.size - start))
+        return await self._chain.extents(start, length) if length else []
+
+    def try_read(self, start: int, length: int) -> memoryview | None:
+        """Read a range without waiting; return None if that would block or fails.
+
+        Returns None also if the range is empty, ends past the end of the disk, is too long for
+        the fast path, or needs entries of two slices of a table.  After None the caller must use
+        `read`.  The next call of this method or of `try_write` may overwrite the returned view.
+        """
+        return self._fast_path.try_read(start, length)
+
+    def read_tables(self) -> ReadTables:
+        """Return the objects with which the mount's extension answers reads by itself."""
+        return self._fast_path.read_tables(self._epochs)
+
+    @property
+    def should_try_read(self) -> bool:
+        """Whether `try_read` looks for the data of the image's file in the host's page cache.
+
+        False after several reads in a row whose data was not there, until later reads are as
+        fast as from the page cache (`ReadPolicy`).  Always False if the host's file system does
+        not support such an attempt.
+        """
+        policy = self._file.read_policy
+        return policy is None or policy.is_inline
+
+    def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
+        """Return where a range is stored, without waiting: a descriptor, an offset and the file.
+
+        Returns None if the range is not known to be one run in one local file; see
+        `FastPath.locate`.  The result is valid until the caller awaits something.
+        """
+        location = self._fast_path.locate(start, length)
+        if location is None or (fd := location[0].fileno()) < 0:
+            return None
+        file, offset = location
+        return fd, offset, file
+
+    def count_read(self, file: HostFile, length: int) -> None:
+        """Count that the caller has read ``length`` bytes of a file that `try_locate` returned."""
+        self._file_reads.count(file, length)
+
+    def try_start_read(
+        self,
+        start: int,
+        length: int,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool:
+        """Start a read that `try_read` could not make; return whether a read was started.
+
+        Returns False if a table is not in memory, if the data is not one run in one file, or if
+        `HostFile.try_start_read` returns False.
+
+        Args:
+            start: Guest offset in bytes.
+            length: Bytes to read.
+            take_answer: See `HostFile.try_start_read`.
+            ended: See `HostFile.try_start_read`.
+
+        Raises:
+            OSError: No thread exists, and none could be created.  ``ended`` is not called.
+        """
+        location = self._fast_path.locate(start, length)
+        if location is None:
+            return False
+        file, offset = location
+        epoch = self._epochs.enter()
+
+        def leave(result: int) -> None:
+            self._epochs.leave(epoch)
+            if result == length:
+                self._file_reads.count(file, length)
+            ended(result)
+
+        is_started = False
+        try:
+            is_started = file.try_start_read(
+                offset, memoryview(bytearray(length)), take_answer, leave
+            )
+        finally:
+            if not is_started:
+                self._epochs.leave(epoch)
+        return is_started
+
+    async def read(self, start: int, length: int) -> bytes | bytearray:
+        """Read ``length`` bytes; fewer if the disk ends earlier, and none at or past its end.
+
+        Raises:
+            CorruptImageError: A table entry for part of the range is bad.
+            BackingError: The range needs a base that was not opened.
+            HostError: The host cannot read a file.
+        """
+        length = max(0, min(length, self.size - start))
+        epoch = self._epochs.enter()
+        try:
+            location = self._fast_path.locate(start, length)
+            if location is not None:
+                # The tables are in memory; only the data must come from the host.
+                file, offset = location
+                data = await file.pread(offset, length)
+                if len(data) == length:
+                    self._file_reads.count(file, length)
+                    return data
+            return await self._chain.read(start, length)
+        finally:
+            self._epochs.leave(epoch)
+
+    def try_seek(self, start: int, *, data: bool) -> int | None:
+        """Find the first data at or past ``start``, or the first hole if ``data`` is False.
+
+        Returns:
+            The guest offset; the disk's size if there is none.  None if the search would block
+            or is not possible on the fast path, for example because the disk has a base.  After
+            None the caller must use `next_data` or `next_hole`.
+        """
+        return self._fast_seek.try_seek(start, data=data)
+
+    async def next_data(self, start: int) -> int | None:
+        """Return the guest offset of the first data at or past ``start``; None if there is none.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
+        return await next_data(self._chain, start)
+
+    async def next_hole(self, start: int) -> int:
+        """Return the guest offset of the first hole at or past ``start``.
+
+        The end of the disk counts as a hole, so there always is one.
+
+        Raises:
+            HostError: The host cannot read a file.
+        """
+        return await next_hole(self._chain, start)
