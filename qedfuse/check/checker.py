@@ -17,7 +17,7 @@ from qedfuse.check.findings import CheckReport, Code, Finding, FindingCollector
 from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import overlapping, read_l1_table
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
-from qedfuse.disk.space.ownerbitmap import MAX_BITMAP_CLUSTERS, OwnerBitmap
+from qedfuse.disk.space.ownerbitmap import OwnerBitmap
 from qedfuse.disk.state.freelistreader import expand_runs, read_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.tablewalk import read_table
@@ -161,10 +161,8 @@ class _Checker:
         """
         if self._free_list is None:
             return
-        if self._clusters > MAX_BITMAP_CLUSTERS:
-            # For a file of this length `_owners` has no bitmap, and lists a limited number of
-            # clusters.  The free list might exceed this number.  So the clusters of the free list
-            # are counted and not marked.
+        if self._owners.is_limited:
+            # The free list might exceed the limit, so its clusters are counted and not marked.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):

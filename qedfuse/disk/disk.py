@@ -6,7 +6,7 @@
         await disk.write(0, b"...")
         await disk.flush()
 
-D1 and D7 are rules in docs/durability.md.
+D7 is a rule in docs/durability.md.
 """
 
 from __future__ import annotations

@@ -33,19 +33,24 @@ class AppendFill:
         self._writeback = writeback
         self._last_cycle = writeback.cycles
 
-    def wants_fill(self, run: Run, inside: int, length: int) -> bool:
-        """Return whether to write all of a new run, with zeros after the guest's data.
+    def may_leave_hole(self, run: Run, inside: int, length: int, *, shows_base: bool) -> bool:
+        """Return whether to write only the guest's data to a run of new clusters.
 
-        The caller must call this method only for clusters that were never written, and at most
-        once for each run.  The result is True if a flush has begun since the last call, the run
-        begins with data of the guest, and the run has at most `_MAX_BYTES`.
+        If the result is False, the caller must write all of the run.  The result is True if the
+        rest of the run reads as zeros already, and must do so, unless the write is one of a
+        program that appends and flushes: a flush has begun since the last such run, this run
+        begins with data of the guest, and the run has at most `_MAX_BYTES`.  The caller must call
+        this method at most once for each run.
 
         Args:
             run: The run of new clusters.
             inside: Offset in bytes of the guest's data within the run.
             length: Bytes of the guest's data; 0 if clusters are only allocated.
+            shows_base: Whether the rest of the run must get data of the base.
         """
+        if not run.never_written or shows_base:
+            return False
         cycle = self._writeback.cycles
         flushed = cycle != self._last_cycle
         self._last_cycle = cycle
-        return flushed and not inside and length > 0 and run.length <= _MAX_BYTES
+        return not flushed or inside > 0 or not length or run.length > _MAX_BYTES

@@ -163,11 +163,8 @@ class FastAllocation:
         write = self._layer.file.try_write
         if len(data) == run.length:
             return write(run.offset, data)
-        if (
-            run.never_written
-            and not base_bytes
-            and not self._append_fill.wants_fill(run, inside, len(data))
-        ):
+        shows_base = base_bytes > 0
+        if self._append_fill.may_leave_hole(run, inside, len(data), shows_base=shows_base):
             return write(run.offset + inside, data)
         if run.length > len(self._buffer):
             return False

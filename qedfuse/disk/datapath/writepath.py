@@ -154,8 +154,7 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        If the clusters were never written to and no base shows, only the data is written, unless
-        `AppendFill` wants all of the run to be written.
+        Only the data is written if `AppendFill` permits to leave a hole around it.
 
         Args:
             kind: The kind of the guest clusters before: unallocated or zero.
@@ -171,11 +170,7 @@ class WritePath:
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
         inside = start - first
-        if (
-            run.never_written
-            and not from_base
-            and not self._append_fill.wants_fill(run, inside, len(data))
-        ):
+        if self._append_fill.may_leave_hole(run, inside, len(data), shows_base=from_base):
             await pwrite(run.offset + inside, data)
         elif run.length <= _MAX_COPY_BYTES:
             head = await self._previous_content(first, start, from_base=from_base)

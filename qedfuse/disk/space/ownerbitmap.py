@@ -53,6 +53,11 @@ class OwnerBitmap:
         self._sorted: list[NDArray[np.uint64]] = []
         self.count = 0
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether at most `MAX_LISTED_CLUSTERS` clusters can get an owner."""
+        return self._map is None
+
     def claim(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Give each cluster an owner; return for each whether it had an owner before.
 
