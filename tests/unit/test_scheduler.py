@@ -15,10 +15,10 @@ from qedfuse.mount.fuse.scheduler import (
     MAX_BURST_BESIDE_OTHERS,
     MAX_BURST_BESIDE_READS,
     Scheduler,
-    UnfairLock,
     default_poll_seconds,
     scheduled,
 )
+from qedfuse.mount.fuse.unfairlock import UnfairLock
 from qedfuse.remote.flight import Flight
 from qedfuse.util.loopload import loop_load
 

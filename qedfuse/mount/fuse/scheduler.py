@@ -6,10 +6,7 @@ trio, with two differences.  The differences avoid switches of tasks and sleeps 
 Putting the event loop to sleep and waking it costs more than answering a request from memory.
 
 *The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
-trio's lock is fair: a task that releases the lock hands it over to the next waiter, so each
-request would cost a switch of tasks.  `UnfairLock` allows barging: the task that releases the
-lock can take the lock again before the waiters, as long as this task answers requests without
-waiting.  When this task has to wait for something else, a waiter takes the lock.
+This lock is an `UnfairLock`.
 
 *Waiting for the descriptor.*  First the descriptor of the connection is polled once.  If the
 kernel has no request, all other tasks run.  After that, the descriptor is polled for some more
@@ -54,6 +51,7 @@ import trio
 
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.mount.fuse.extraops import end_queued_reads, queued_reads, take_burst_count
+from qedfuse.mount.fuse.unfairlock import UnfairLock
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
 
@@ -100,52 +98,6 @@ class SchedulerStatistics:
     slept: int = 0
     yields: int = 0
     failed_polls: int = 0
-
-
-class UnfairLock:
-    """A lock that a task can acquire before the tasks that already wait for it ("barging").
-
-    A task that acquires a free lock does not yield to other tasks.  Releasing the lock wakes the
-    task that began to wait last, because that task's memory is still in the processor's caches.
-    The lock is not handed over to the woken task.  The woken task gets the lock only if the lock
-    is still free when the task runs; otherwise the task waits again.
-    """
-
-    def __init__(self) -> None:
-        """Make a lock that is free."""
-        self._held = False
-        self._waiting: list[trio.lowlevel.Task] = []
-        self._woken = False
-
-    async def __aenter__(self) -> None:
-        """Acquire the lock; wait while another task holds the lock."""
-        while self._held:
-            await self._wait()
-        self._held = True
-
-    async def __aexit__(self, *_: object) -> None:
-        """Release the lock and wake one waiter.
-
-        No waiter is woken while a waiter that was woken earlier has not run yet.
-        """
-        self._held = False
-        if self._waiting and not self._woken:
-            self._woken = True
-            trio.lowlevel.reschedule(self._waiting.pop())
-
-    async def _wait(self) -> None:
-        """Sleep until the lock has been released; another task may hold the lock again by then."""
-        task = trio.lowlevel.current_task()
-        self._waiting.append(task)
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._waiting.remove(task)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        # trio does not cancel a task between its rescheduling and its next run.  So a woken
-        # waiter always clears `_woken`, and the next release of the lock wakes another waiter.
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        self._woken = False
 
 
 class Scheduler:
