@@ -24,7 +24,7 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
     """Run a program with ``text`` as its input, and return its output.
 
     Raises:
-        BenchmarkError: It failed, or did not end within ``seconds`` and was killed.
+        BenchmarkError: The program failed, or did not end within ``seconds`` and was killed.
     """
     environment = {**os.environ, "LC_ALL": "C"}
     child = subprocess.Popen(

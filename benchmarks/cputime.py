@@ -47,7 +47,7 @@ def cpu_time(pid: int) -> CpuTime:
     """Return the CPU time of all threads of a process.
 
     Raises:
-        BenchmarkError: It has ended.
+        BenchmarkError: The process has ended.
     """
     try:
         return parse_stat(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"))

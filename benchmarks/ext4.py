@@ -40,7 +40,7 @@ class FileSystem:
         """Make the file system and mount it, without O_DIRECT.
 
         Raises:
-            BenchmarkError: That failed.
+            BenchmarkError: A command failed.
         """
         self._attach(direct=False)
         # Without lazy initialisation, which the kernel would continue during the measurement.
@@ -56,7 +56,7 @@ class FileSystem:
         """Unmount the file system and detach the loop device.
 
         Raises:
-            BenchmarkError: It is in use.
+            BenchmarkError: The file system is in use.
         """
         if self._mounted:
             run("umount", str(self.root))

@@ -1,7 +1,7 @@
 """What a machine of the fleet reads, and what that must cost a server: arithmetic without any I/O.
 
-The arithmetic knows the rules of docs/remote.md and the layout of a QED image.  How far to fetch
-ahead it asks `qedfuse.remote.readahead`; it uses no other code of qedfuse.
+The arithmetic knows the rules of docs/remote.md and the layout of a QED image.  Only how
+far qedfuse fetches ahead comes from the code of qedfuse (`qedfuse.remote.readahead`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FILE_BYTES: Final = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 3 << 20)
 
 
 class Cost(NamedTuple):
-    """What some reads ask of a server.
+    """What some reads cost a server.
 
     Attributes:
         requests: The number of requests for data.
@@ -37,10 +37,10 @@ class Cost(NamedTuple):
 
 
 def boot_reads(disk_bytes: int, seed: int = 1) -> list[tuple[int, int]]:
-    """Return offset and length of each read of a boot in small.
+    """Return offset and length of each read of a scaled-down boot.
 
-    It reads files of different lengths at random places, each from its beginning to its end, and
-    between them single blocks, until a tenth of the disk was read.
+    The boot reads files of different lengths at random places, each from its beginning to its
+    end, and between the files single blocks, until a tenth of the disk was read.
     """
     draw = random.Random(seed)
     reads: list[tuple[int, int]] = []
@@ -59,7 +59,7 @@ def boot_reads(disk_bytes: int, seed: int = 1) -> list[tuple[int, int]]:
 
 
 def file_reads(image: bytes, reads: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of the reads of an image's file that reads of its disk cause.
+    """Turn reads of a disk into those of its image's file; yield offset and length of each.
 
     A cluster that is not allocated, or is a zero cluster, is not read.
     """

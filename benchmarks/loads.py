@@ -27,7 +27,7 @@ FILL_SECONDS: Final = 10.0
 SEEKS_PER_WALK: Final = 2
 """How often `benchmarks.reader` calls lseek for a walk over the disk with one hole."""
 TIME_FACTOR: Final = 5
-"""How much more time a load with a limit in bytes gets, so that slow systems reach it."""
+"""How much more time a load with a limit in bytes gets, so that slow systems reach the limit."""
 
 
 class Result(NamedTuple):
@@ -54,7 +54,7 @@ def measure_fio(
     The figure is their sum.
 
     Raises:
-        BenchmarkError: It failed, or took far too long.
+        BenchmarkError: fio failed, or took far too long.
     """
     runtime = seconds * (TIME_FACTOR if any(load.max_bytes for load in loads) else 1)
     command = ["fio", "--output-format=json", f"--runtime={round(runtime * 1000)}ms"]
@@ -70,7 +70,7 @@ def _job_options(load: Fio, file: Path, size: int) -> list[str]:
         f"--filename={str(file).replace(':', chr(92) + ':')}",
         *(f"--rw={load.pattern}", f"--bs={load.block}", f"--direct={load.direct:d}"),
         *(f"--iodepth={load.depth}", f"--numjobs={load.processes}"),
-        # The processes of a load are reported together, those of another one separately.
+        # fio reports the processes of one load together, and each load separately.
         *("--group_reporting", "--new_group"),
         f"--ioengine={'libaio' if load.depth > 1 else 'psync'}",
         # fio must neither change the length of the file nor drop its cache.
@@ -113,10 +113,10 @@ def parse_fio(output: str, unit: str) -> Result:
 
 
 def fill_area(load: Fio, file: Path) -> int:
-    """Write each block of a load's area once, with its requests; return the number of writes.
+    """Write each block of a load's area once, in writes as long as the load's; return their number.
 
     Raises:
-        BenchmarkError: It failed, or took far too long.
+        BenchmarkError: fio failed, or took far too long.
     """
     once = replace(load, max_bytes=load.area)
     return measure_fio([once], [file], FILL_SECONDS, "IOPS", load.area).writes[0]
@@ -150,7 +150,7 @@ def read(word: str, disk: Path, *arguments: str) -> float:
     """Run `benchmarks.reader`, and return the number that it prints.
 
     Raises:
-        BenchmarkError: It failed, or took far too long.
+        BenchmarkError: The reader failed, or took far too long.
         WrongDataError: The disk has other content than expected.
     """
     command = (sys.executable, "-m", "benchmarks.reader", word, str(disk), *arguments)
@@ -164,7 +164,7 @@ def walk(disk: Path, seconds: float) -> Result:
     """Find all holes of a disk repeatedly; the result is in walks per second.
 
     Raises:
-        BenchmarkError: It failed, or took far too long.
+        BenchmarkError: The reader failed, or took far too long.
         WrongDataError: The holes are elsewhere.
     """
     rate = read("walk", disk, str(seconds))
@@ -214,6 +214,6 @@ def same_trees(one: Path, other: Path) -> None:
     """Compare two directories, file by file.
 
     Raises:
-        BenchmarkError: They differ.
+        BenchmarkError: The directories differ.
     """
     run("diff", "--recursive", "--brief", str(one), str(other), seconds=2 * SLACK_SECONDS)

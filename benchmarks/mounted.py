@@ -40,7 +40,7 @@ def usage(pid: int) -> Usage:
     """Return the resources that a process uses.
 
     Raises:
-        BenchmarkError: It has ended.
+        BenchmarkError: The process has ended.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def wait_until_idle(pid: int, timeout_seconds: float = 120.0) -> None:
     """Return when a process uses no CPU time any more.
 
     Raises:
-        BenchmarkError: It has ended, or is still busy after ``timeout_seconds``.
+        BenchmarkError: The process has ended, or is still busy after ``timeout_seconds``.
     """
     end = time.monotonic() + timeout_seconds
     before = cpu_time(pid)

@@ -106,7 +106,7 @@ class Outcome:
 
     @property
     def peer(self) -> System | None:
-        """The fastest of the peers that were measured, or None."""
+        """The fastest of the peers that were measured; None if none was."""
         medians = {peer: rate for peer in PEERS if (rate := self.median(peer))}
         if not medians:
             return None

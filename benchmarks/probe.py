@@ -7,8 +7,8 @@
 OFFSETS is a file of 64-bit numbers.  "first" opens the disk, reads one block and prints the
 seconds that this took.  "read" reads the blocks one after the other, repeatedly, and prints
 reads per second.  "write" writes each block once, then flushes, and prints the seconds of
-both.  Blocks have 4096 bytes, begin with their offset, which is verified, and are read and
-written with O_DIRECT.
+both.  Blocks have 4096 bytes, and are read and written with O_DIRECT.  Each begins with its own
+offset, and a read verifies that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _read(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
     """Read a block into ``buffer``.
 
     Raises:
-        ValueError: It is the block of another offset.
+        ValueError: The block is that of another offset.
     """
     os.preadv(descriptor, [buffer], offset)
     if buffer[:16] != stamp(offset):

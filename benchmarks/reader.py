@@ -121,7 +121,7 @@ def walk(disk: str, seconds: float) -> float:
     """Return how many times per second all borders between data and holes are found.
 
     Raises:
-        ValueError: They are elsewhere.
+        ValueError: The borders are elsewhere.
     """
     descriptor = os.open(disk, os.O_RDONLY)
     size = os.fstat(descriptor).st_size

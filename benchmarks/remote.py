@@ -100,7 +100,7 @@ class Figures:
         """Run a load on a mounted disk of ``size`` bytes, and record what it gives.
 
         Raises:
-            BenchmarkError: It failed.
+            BenchmarkError: The load failed.
         """
         before = cpu_time(mount.pid)
         result = measure_fio([cell.load], [mount.disk], seconds, cell.unit, size)
@@ -153,7 +153,7 @@ class Bench:
         """Measure a system once.
 
         Raises:
-            BenchmarkError: It failed, or has shown other content.
+            BenchmarkError: The system failed, or has shown other content.
         """
         figures, size = self.figures, self._size
         with self._started(system) as started, Mount(started, self._log(system)) as mount:
@@ -181,7 +181,7 @@ class Bench:
         """Measure qedfuse with a full cache while the server is gone.
 
         Raises:
-            BenchmarkError: It failed, or has shown other content.
+            BenchmarkError: qedfuse failed, or has shown other content.
         """
         for _ in range(rounds):
             with Mount(started, self._log("qedfuse")) as mount:

@@ -61,7 +61,7 @@ class Runner:
         """Measure once; return the result and the CPU time that the server used for it.
 
         Raises:
-            BenchmarkError: It failed.
+            BenchmarkError: The measurement failed.
         """
         if self._server is None:
             self._make_images()
@@ -94,7 +94,7 @@ class Runner:
 
         Raises:
             WrongDataError: The content is wrong.
-            BenchmarkError: It cannot be read.
+            BenchmarkError: A disk cannot be read.
         """
         if not self._images:
             return
@@ -118,7 +118,7 @@ class Runner:
         """Unmount, so that the image holds everything.
 
         Raises:
-            BenchmarkError: That failed; nothing is left mounted nevertheless.
+            BenchmarkError: The unmount failed; nothing is left mounted nevertheless.
         """
         filesystem, self._file_system = self._file_system, None
         server, self._server = self._server, None
@@ -263,7 +263,7 @@ class Runner:
 
         Raises:
             WrongDataError: The content is wrong.
-            BenchmarkError: It cannot be read.
+            BenchmarkError: A disk or a file cannot be read.
         """
         cell, environment = self._cell, self._environment
         if self._file_system is not None:

@@ -150,7 +150,7 @@ def probe(word: str, disk: Path, original: Original, *more: str, load: str = "")
     """Run `benchmarks.probe` on a disk, and return its figures.
 
     Raises:
-        BenchmarkError: It failed, or found wrong data.
+        BenchmarkError: The probe failed, or found wrong data.
     """
     command = (sys.executable, "-m", "benchmarks.probe", word, str(disk))
     output = run(*command, str(original.list(load or word)), *more, seconds=300)

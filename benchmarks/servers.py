@@ -45,7 +45,7 @@ class Server:
         """Start the server; ``threads`` makes the baseline use many threads instead of one.
 
         Raises:
-            BenchmarkError: It does not start.
+            BenchmarkError: The server does not start.
         """
         self.system: Final = system
         self.images: Final = images
@@ -97,10 +97,10 @@ class Server:
         raise BenchmarkError(msg)
 
     def check(self) -> None:
-        """Do nothing, if the server still runs.
+        """Check that the server still runs.
 
         Raises:
-            BenchmarkError: It has ended; the message has the last line of its output.
+            BenchmarkError: The server has ended; the message has the last line of its output.
         """
         if self._process.poll() is not None:
             msg = f"{self.system}: the server ended by itself: {self._last_words()}"

@@ -137,7 +137,7 @@ class Load:
         """Read a random range, and compare it with the model.
 
         Raises:
-            ValueError: It has wrong content.
+            ValueError: The range has wrong content.
         """
         block, count = self._range()
         self._compare(block, count)
@@ -196,7 +196,7 @@ class Load:
         """Read all ranges that were written and not discarded, and compare them.
 
         Raises:
-            ValueError: One has wrong content.
+            ValueError: A range has wrong content.
         """
         for block, count in sorted(set(self._areas)):
             self._compare(block, count)

@@ -61,7 +61,7 @@ def compile_baseline(directory: Path) -> str:
     """Build the pass-through file system, and return the path of the program.
 
     Raises:
-        BenchmarkError: It does not compile.
+        BenchmarkError: The program does not compile.
     """
     flags = shlex.split(run("pkg-config", "--cflags", "--libs", "fuse3"))
     program = str(directory / "passthrough")

@@ -149,7 +149,7 @@ def check(image: Path) -> None:
     """Check an image with qemu-img.
 
     Raises:
-        BenchmarkError: It has errors, or leaks that are not due to QEMU's wrong count.
+        BenchmarkError: The image has errors, or leaks that are not due to QEMU's wrong count.
     """
     done = subprocess.run(
         ["qemu-img", "check", "-q", "-f", "qed", str(image)], capture_output=True, check=False
@@ -172,7 +172,7 @@ def same_maps(qedimg: Sequence[str], qemu_img: Sequence[str]) -> None:
     """Compare the JSON maps that two commands print, without holding either in memory.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The maps differ.
     """
     with (
         subprocess.Popen(qedimg, stdout=subprocess.PIPE, text=True) as first,

@@ -7,7 +7,7 @@
   file and as a QED image, in which some of the zeros are zero clusters.
 - ``chain``: three overlays over ``mixed``, each with runs in all parts of the disk.
 
-The flat files beside them have the content of the disks.
+Beside each image is a flat file with the content of its disk.
 """
 
 from __future__ import annotations

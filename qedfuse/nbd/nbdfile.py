@@ -147,11 +147,11 @@ class NbdFile(ReadOnlyFile):
         return self._size
 
     def stat(self) -> os.stat_result:
-        """Return attributes as of a read-only file of this user that was made at the opening."""
+        """Return the attributes of a read-only file of this user, with the time of the opening."""
         return self._status(self._opened)
 
     def statvfs(self) -> os.statvfs_result:
-        """Return the attributes of the file system ``/``, because no local one holds the export."""
+        """Return the attributes of ``/``, because no local file system holds the export."""
         return os.statvfs("/")
 
     def stop_fetching(self) -> None:
@@ -186,7 +186,10 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return where the first zeros, or the first data, at or past ``offset`` begin; or None."""
+        """Return the offset of the first zeros, or the first data, at or past ``offset``.
+
+        Returns None if none follow.
+        """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
         while offset < self._size:

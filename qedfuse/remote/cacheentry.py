@@ -86,8 +86,8 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
         version: The version of the object.
 
     Raises:
-        OSError: The host refused, another process has made the entry, or one of the paths is that
-            of a file which is no directory.
+        OSError: The host refused, another process has made the entry, or one of the paths leads to
+            a file that is no directory.
     """
     with suppress(FileExistsError):
         os.mkdir(parent, 0o700)  # noqa: PTH102  str paths

@@ -253,7 +253,7 @@ class Fetcher:
         )
 
     def _fetch_ahead(self, first: int, last: int) -> None:
-        """Start fetching what the reader of some adjacent units will read next, if sequential."""
+        """If the reader of adjacent units is sequential, start fetching what it will read next."""
         most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
         window = self._readers.record_read(first, last, most)
         end = min(last + window, self._units - 1)

@@ -29,7 +29,10 @@ class Deadlines:
 
     @classmethod
     def limited(cls, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines in which connecting is limited to one attempt, and that to the total."""
+        """Return deadlines with a default time to connect, which is cut to that of an attempt.
+
+        The time of an attempt is cut to ``total_seconds``.
+        """
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(cls().connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 

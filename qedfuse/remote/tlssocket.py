@@ -1,6 +1,6 @@
-"""TLS sockets that are closed when the other end has gone before the handshake.
+"""TLS sockets that are closed if the peer has gone before the handshake.
 
-Python's own class asks for the address of the other end first.  If the connection has been reset,
+Python's own class asks for the address of the peer first.  If the connection has been reset,
 it either raises an exception and leaves its socket to the garbage collector, or it gives a socket
 without TLS, to which a request would be written in clear.
 """
@@ -16,13 +16,13 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 
 class _ClosingSocket(ssl.SSLSocket):
-    """A socket that closes itself if it has no other end when the handshake would begin."""
+    """A socket that closes itself if it has no peer any more when the handshake would begin."""
 
     def getpeername(self) -> Any:  # noqa: ANN401 - its type depends on the address family
-        """Return the address of the other end.
+        """Return the address of the peer.
 
         Raises:
-            ConnectionResetError: There is no other end, and there was no handshake.
+            ConnectionResetError: The peer has gone before the handshake.
         """
         try:
             return super().getpeername()

@@ -98,7 +98,7 @@ def ask_peers(name: str, count: int, seed: int) -> int:
 
 
 def check_input(target: Target, data: bytes) -> Exception | None:
-    """Pass an input to a target; return the exception that makes the input a finding, or None."""
+    """Pass an input to a target; return the exception that makes it a finding, None without one."""
     signal.setitimer(signal.ITIMER_VIRTUAL, _MAX_CPU_SECONDS)
     try:
         target.check(data)

@@ -1,4 +1,4 @@
-"""The fuzzer for parsers: a fixed share of inputs, and that it finds what is broken on purpose."""
+"""The fuzzer for parsers: a fixed share of inputs passes, and broken code is found."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SEED: Final = 1
 _INPUTS: Final = 400
 """How many inputs are drawn for a target that `_FEWER_INPUTS` does not name."""
 _FEWER_INPUTS: Final = {"image": 60, "backingname": 150, "commandline": 150, "httpresponse": 200}
-"""How many are drawn for a target that takes milliseconds for an input."""
+"""How many inputs are drawn for a target that takes milliseconds for each."""
 _QEMU_QUESTIONS: Final = 8
 _WITH_PEER: Final = [name for name in NAMES if target_named(name).ask_peer is not None]
 
@@ -96,7 +96,7 @@ def _unchecked_body(response: BaseHTTPResponse, _length: int) -> bytearray:
 
 
 def _fail(*_arguments: object) -> NoReturn:
-    """Raise an exception that is not ours."""
+    """Raise an exception that is no `QedError`."""
     msg = "broken on purpose"
     raise ValueError(msg)
 
@@ -117,7 +117,7 @@ _SABOTAGES: Final[Sequence[tuple[str, str, object]]] = [
     ("httpresponse", "qedfuse.remote.webclient.read_body", _unchecked_body),
     ("commandline", "qedfuse.cli.qedimg.parser.Parser.error", _fail),
 ]
-"""A target, what is broken for it, and by what it is replaced."""
+"""The name of a target, the function that is broken for it, and the function that replaces it."""
 
 
 @pytest.mark.parametrize(("name", "broken", "replacement"), _SABOTAGES)

@@ -16,7 +16,7 @@ _HANG_SECONDS: Final = 300.0
 
 
 def run_watched(seed: int, directory: Path) -> int:
-    """Run a case and return how often it killed the server; exit with all stacks if it hangs.
+    """Run a case; return how often it killed the server; print all stacks and exit on a hang.
 
     Raises:
         AssertionError: The case has failed.

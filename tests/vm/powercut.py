@@ -51,7 +51,7 @@ def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
     """Run a command, which must end with one of ``codes``; give its output.
 
     Raises:
-        AssertionError: It ended otherwise.
+        AssertionError: The command ended otherwise.
     """
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,

@@ -208,7 +208,7 @@ class FreeMap:
         return first, count
 
     def take_outside_slots(self) -> int | None:
-        """Remove the lowest free cluster whose removal costs no slot; return it, or None."""
+        """Remove and return the lowest cluster whose removal costs no slot; None without one."""
         for first, count in self._block_runs():
             if count % self.table_clusters:
                 self.remove(first, 1)
@@ -225,14 +225,14 @@ class FreeMap:
         return None
 
     def take_slot(self) -> int | None:
-        """Remove the lowest table slot from the map; return its first cluster, or None."""
+        """Remove the lowest slot from the map; return its first cluster, None without a slot."""
         first = self.find_slot()
         if first is not None:
             self.remove(first, self.table_clusters)
         return first
 
     def find_run(self, count: int) -> int | None:
-        """Return the first cluster of the lowest run of at least ``count`` clusters, or None.
+        """Return where the lowest run of at least ``count`` clusters begins; None without a run.
 
         The run may cross the borders of blocks.
         """

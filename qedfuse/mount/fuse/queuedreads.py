@@ -55,7 +55,7 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
 
 
 def _open(answer_slowly: SlowAnswer) -> int | None:
-    """Make the queue; return the descriptor that shows the end of reads, or None."""
+    """Make the queue; return the descriptor that shows the end of reads, None without a queue."""
     if os.environ.get(HOST_CALLS_VARIABLE) in (THREADS, NATIVE):
         return None
     try:

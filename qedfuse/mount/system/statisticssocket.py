@@ -104,7 +104,7 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
 
 
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
-    """Return the uid of the process at the other end of a connection, as of when it connected.
+    """Return the uid that the peer of a connection had when it connected.
 
     Raises:
         OSError: The connection has ended.

@@ -121,8 +121,9 @@ def format_of(
 def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name: str) -> bool:
     """Return whether a command must treat a file as QED.
 
-    For commands that only describe a file.  Unlike in `format_of`, a file that is encrypted by
-    LUKS counts as raw.  If the user has chosen QED or raw, the bytes of the file are not examined.
+    Commands that only describe a file call this function.  Unlike in `format_of`, a file that is
+    encrypted by LUKS counts as raw.  If the user has chosen QED or raw, the bytes of the file are
+    not examined.
 
     Args:
         signature: The first `SIGNATURE_BYTES` bytes of the file, or all bytes of a shorter

@@ -105,7 +105,7 @@ def _only_reads(words: Sequence[str]) -> bool:
     """Return whether a command line is valid, and neither changes a file nor names one elsewhere.
 
     Raises:
-        UsageError: It is not valid.
+        UsageError: The command line is not valid.
     """
     name = words[0]
     if name not in _COMMANDS:

@@ -1,4 +1,4 @@
-"""Files for targets whose part opens a path, in memory if the machine has a directory for that."""
+"""Files for the targets that open a path; in memory, if the machine has a directory in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108  the directory below it has a random name
 PARENT_VARIABLE: Final = "QEDFUSE_FUZZ_DIRECTORY"
-"""Names a directory for the files, which the parent of a process removes that ends abruptly."""
+"""Names a directory for the files, which the parent removes if this process ends abruptly."""
 
 
 def memory_directory() -> str | None:
