@@ -92,7 +92,7 @@ class Figures:
     """What was measured: figures, and processor time per request, of each load and system."""
 
     def __init__(self) -> None:
-        """Start without one."""
+        """Start without figures."""
         self.rates: dict[tuple[str, System], list[float]] = {}
         self.micros: dict[tuple[str, System], list[float]] = {}
 

@@ -103,7 +103,7 @@ class ReadableFile(Protocol):
         """Return where the first data at or past ``offset`` begins; None if no data follows."""
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
+        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
 
         Returns None if ``offset`` is at or past the end of the file.
         """

@@ -244,7 +244,7 @@ class PosixFile(PosixReader):
         return await self._seek(offset, os.SEEK_DATA)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
+        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
 
         Returns None if ``offset`` is at or past the end of the file.
         """

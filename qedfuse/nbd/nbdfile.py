@@ -132,7 +132,7 @@ class NbdFile(ReadOnlyFile):
         return await self._find(offset, is_zero=False)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the end counts as one.
+        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
 
         Returns None if ``offset`` is at or past the end.
 

@@ -160,7 +160,7 @@ def _partition(
 async def _logical(
     read: ReadDisk, extended: Entry, sectors: int, problems: list[str]
 ) -> AsyncIterator[Partition]:
-    """Yield the logical partitions in an extended one.
+    """Yield the logical partitions in an extended partition.
 
     Each extended boot record has an entry for one logical partition, whose ``start`` is relative to
     this record, and an entry for the next record, whose ``start`` is relative to the beginning of

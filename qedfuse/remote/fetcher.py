@@ -146,7 +146,7 @@ class Fetcher:
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store those of some adjacent units that could not be stored when they were fetched.
+        """Store units that could not be stored when they were fetched, out of a run of units.
 
         Returns whether the cache then claims to have all of the units.
         """
@@ -182,7 +182,7 @@ class Fetcher:
         return error
 
     def _begin(self, first: int, last: int, *, is_wanted: bool) -> list[Flight]:
-        """Return the flights of the units that are not ready; start a flight for those without.
+        """Return the flights of the units that are not ready; start flights that are missing.
 
         The caller holds the lock.
 
@@ -222,7 +222,7 @@ class Fetcher:
         self._wanted.add(flight)
 
     def _new_flight(self, first: int, last: int) -> Flight:
-        """Return a new flight, of ``first`` and the next units up to ``last`` that need one.
+        """Return a new flight of ``first`` and the next units, up to one that needs no flight.
 
         A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
         """

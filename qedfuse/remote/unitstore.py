@@ -128,7 +128,7 @@ class UnitStore:
         return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store those of some adjacent units that are held in memory; return `is_stored` of all."""
+        """Store the units of a run that are held in memory; return `is_stored` of the run."""
         for unit in range(first, last + 1):
             block = self.held(unit)
             if block is not None and not self.is_stored(unit, unit):
@@ -153,7 +153,7 @@ class UnitStore:
             return block
 
     def hold(self, unit: int, block: Buffer) -> None:
-        """Hold a unit in memory that could not be stored; drop the least recently used ones."""
+        """Hold in memory a unit that could not be stored; drop the least recently used units."""
         with self._lock:
             if self._is_closed:
                 return

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class StoppedError(Exception):
     """The upload was stopped.
 
-    What the upload has stored was removed, unless the upload may replace an object and was complete
-    before the stop, or the store did not answer.
+    What the upload has stored was removed, with two exceptions: the store did not answer, or the
+    upload was complete before the stop and may replace an object.
     """
 
 
@@ -97,9 +97,9 @@ class UploadCheck:
             self._compare_content(source)
 
     def _expected_etags(self) -> tuple[str, str]:
-        """Return the entity tags of the content in S3: that of an object in parts, and of one part.
+        """Return the entity tags that S3 may give the content: stored in parts, and stored whole.
 
-        The tag of an object in parts is the MD5 checksum of the checksums of its parts, with the
+        The tag for an object in parts is the MD5 checksum of the checksums of its parts, with the
         number of parts.
         """
         digests = b"".join(self._digests)

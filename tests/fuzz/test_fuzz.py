@@ -90,7 +90,7 @@ def test_a_sector_is_old_or_new() -> None:
 
 
 def test_growth_survives_with_a_sync() -> None:
-    """The size after a kill is accepted if it is between the synced and the present one."""
+    """The size after a kill is accepted if it is between the synced and the present size."""
     model = Model(bytes(SECTOR))
     model.grow(3 * SECTOR)
     mark = model.begin_sync()

@@ -277,7 +277,10 @@ class PowerFailure:
             yield self._random_sectors(rng)
 
     def _around_each_step(self) -> Iterator[Choice]:
-        """For each step: keep it and all later ones, only it, all others, all earlier ones."""
+        """Yield four choices for each step of the recording.
+
+        Kept are all steps from this one on, this step alone, all others, or all earlier ones.
+        """
         every = range(len(self._made))
         for length in self._lengths:
             for at in every:

@@ -246,7 +246,7 @@ class History:
         self._end(event)
 
     async def read(self, first: int, count: int) -> None:
-        """Read sectors, and record those that hold what no request so far can have left."""
+        """Read sectors; record each with a stamp that no request so far can have left there."""
         began = self._clock = self._clock + 1
         data = await self.disk.read(first * SECTOR, count * SECTOR)
         for sector, found in enumerate(stamps(data).tolist(), first):

@@ -235,7 +235,7 @@ class MemoryFile:
         return None
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the end of a file is one."""
+        """Return where the first hole at or past ``offset`` begins; the file ends with a hole."""
         while offset < len(self.content):
             end = offset - offset % BLOCK_BYTES + BLOCK_BYTES
             if not any(self.content[offset:end]):
@@ -552,7 +552,7 @@ class FailingFile:
 
     @property
     def identity(self) -> FileIdentity:
-        """The identity of the file behind this one."""
+        """The identity of the inner file."""
         return self.inner.identity
 
     def read_blocking(self, offset: int, view: memoryview) -> int:

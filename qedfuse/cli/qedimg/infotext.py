@@ -95,7 +95,7 @@ def _bits(bits: Bits) -> str:
 
 
 def _free_list(qed: QedInfo, details: Details | None) -> str:
-    """Describe the persistent free list; if it was not read, only whether there is one."""
+    """Describe the persistent free list, or only its presence if the list was not read."""
     if not qed.has_free_list:
         return "none"
     found = None if details is None else details.free_list

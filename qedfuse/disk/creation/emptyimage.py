@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class EmptyImage(ReadOnlyFile):
-    """An image that has no cluster and no name of its base, but the size of a disk below it.
+    """An image without clusters and without a backing name, for a disk below the image.
 
-    It has the name and the attributes of the disk's file.
+    The image is as large as that disk.  It has the name and the attributes of the disk's file.
 
     Attributes:
         path: The path of the disk.
@@ -57,11 +57,11 @@ class EmptyImage(ReadOnlyFile):
         return length
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from a file offset; return False if the file ends before."""
+        """Fill ``view`` from a file offset; return False if the file ends too early."""
         return self.read_blocking(offset, view) == len(view)
 
     async def next_data(self, offset: int) -> int | None:
-        """Return ``offset`` within the header; None past it."""
+        """Return ``offset`` if it lies in the header, which is all the data; otherwise None."""
         await trio.lowlevel.checkpoint()
         return offset if offset < len(self._start) else None
 
@@ -71,7 +71,7 @@ class EmptyImage(ReadOnlyFile):
         return max(offset, len(self._start)) if offset < self.size() else None
 
     def size(self) -> int:
-        """Return the length of the file: of the header and of the table."""
+        """Return the length of the file, which has a header and an L1 table."""
         return self.header.l1_end
 
     def stored_blocks(self) -> int:

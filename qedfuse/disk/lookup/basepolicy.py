@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def checked_name(raw: bytes, image: str) -> str:
-    """Return the name of a backing file that an image stores, if it can be one.
+    """Decode the name of a backing file that an image stores; refuse what names no such file.
 
     Args:
         raw: The bytes in the image.

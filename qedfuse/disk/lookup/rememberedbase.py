@@ -203,7 +203,7 @@ class NewRecord:
         self._is_stored = False
 
     def store(self, fd: int) -> None:
-        """Store the record in the open image, which has not got its name yet, if possible."""
+        """Store the record in the open image, if possible; the image has no name yet."""
         if self._versions is not None:
             with suppress(OSError):
                 self._is_stored = set_attribute(fd, self._versions.encode(self._name))

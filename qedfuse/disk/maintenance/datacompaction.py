@@ -1,4 +1,4 @@
-"""Compaction of data clusters: those at the end of the file move to the lowest free ones.
+"""Compaction of data: clusters at the end of the file move into the lowest free clusters.
 
 The moves are counted, so that a compaction can stay within its limits and report its progress.
 """

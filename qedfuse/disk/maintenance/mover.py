@@ -1,9 +1,9 @@
 """Moving clusters within the file: copy, change the entry, retire the old cluster.
 
-Each move is an ordinary change: the copy is written, a write-back cycle makes the copy durable
-before the entry that points to the copy, and the old cluster goes through the quarantine.  So
-the image is sound at any moment.  The caller must ensure that no request runs meanwhile,
-because a write in place does not check whether its cluster is being moved.
+Each move is an ordinary change: the copy is written, a write-back cycle makes first the
+copy durable and then the entry that points to the copy, and the old cluster goes through the
+quarantine.  So the image is sound at any moment.  The caller must ensure that no request runs
+meanwhile, because a write in place does not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Mover:
             done, value = done + clusters, value + run.length
 
     async def _copy(self, source: int, target: int, length: int) -> None:
-        """Copy bytes within the file, and holes as holes if the host can punch holes.
+        """Copy bytes within the file; a hole stays a hole if the host can punch holes.
 
         A table can be a hole of 1 GiB, and writing its zeros would take long.
 

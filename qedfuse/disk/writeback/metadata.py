@@ -131,7 +131,7 @@ class MetadataWriteback:
         return self._table_writes > 0 or self.dirty_tables
 
     async def barrier(self) -> None:
-        """Make durable all changes of the file so far, also those without a call of `note_write`.
+        """Make durable all changes of the file so far, even those that `note_write` does not know.
 
         Takes no lock, so the caller may hold any lock, also `FileLength.lock`.
 

@@ -133,7 +133,8 @@ def _explain(mountpoint: str, printed: str) -> QedError:
 
     Args:
         mountpoint: The mountpoint.
-        printed: The message of libfuse or fusermount3; that of pyfuse3 if neither printed one.
+        printed: The message of libfuse or fusermount3; the message of pyfuse3 if
+            these two printed nothing.
     """
     error_class: type[QedError] = FuseError
     words = printed.replace(mountpoint, "")  # because a path may contain the same words

@@ -142,7 +142,7 @@ class ExportedDisks:
 
     @property
     def first_files(self) -> list[ExportedDisk]:
-        """The first file of each disk of the mount, which is that of the whole disk, if any."""
+        """The first file of each disk of the mount: if the whole disk has a file, that file."""
         return [files[0] for files in self._by_disk.values()]
 
     def files_of(self, disk: Disk) -> Sequence[ExportedDisk]:

@@ -87,9 +87,9 @@ def serve(
 
 
 def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None:
-    """Let the extension answer reads of these files from now on, and count requests to them.
+    """Let the extension answer reads of some files from now on, and count requests to them.
 
-    ``tables`` are by inode numbers.
+    The keys of ``tables`` are the inode numbers of these files.
 
     Without the extension nothing is done.
     """

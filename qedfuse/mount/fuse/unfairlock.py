@@ -1,4 +1,4 @@
-"""A lock that the task which releases it can take again before the waiters.
+"""A lock without fairness: a task that has released the lock can take it before the waiters.
 
 trio's lock is fair: a task that releases the lock hands it over to the next waiter.  With that
 lock each request to a mount would cost a switch of tasks, because a task of pyfuse3 holds a lock

@@ -92,7 +92,7 @@ async def _read_table(disk: Disk) -> dict[int, DiskWindow]:
 
 
 def _log_problems(disk: Disk, table: PartitionTable) -> None:
-    """Log in one line what is wrong with a partition table, if anything."""
+    """Log the problems of a partition table in one line; log nothing without a problem."""
     if table.problems:
         shown = "; ".join(table.problems[:_MAX_SHOWN_PROBLEMS])
         more = len(table.problems) - _MAX_SHOWN_PROBLEMS

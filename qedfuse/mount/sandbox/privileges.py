@@ -54,7 +54,7 @@ def restrict_all_threads(rules: Ruleset | None, capabilities: int) -> None:
 
 
 def may_have_capabilities() -> bool:
-    """Return whether the process is root's, and so has capabilities to drop."""
+    """Return whether the process runs as root, and so has capabilities to drop."""
     return os.geteuid() == 0
 
 

@@ -67,7 +67,7 @@ def find_record(device: str, user: int) -> FoundRecord | None:
 
 
 def _mount_time(found: FoundRecord) -> tuple[int, int]:
-    """Return what orders records by the times of their mounts, as far as these are recorded."""
+    """Return the key that sorts records by the times of their mounts, if these were recorded."""
     return found.record.mounted, found.record.started
 
 

@@ -107,7 +107,7 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
     A component that leads into ``directory`` is looked up, and followed if it is a symbolic
     link.  A component that leads to ``directory`` itself, or to a directory above it, needs no
     lookup.  The first component that leads elsewhere, and all after it, are only normalized.
-    So are a link after `_MAX_LINKS` links, and all components after it.
+    A link after `_MAX_LINKS` links counts as a component that leads elsewhere.
 
     Args:
         name: The name, a path that may be absolute.

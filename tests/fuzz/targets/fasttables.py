@@ -1,4 +1,4 @@
-"""The fast check and the fast map, whose tables are read by C code; inputs are those of `image`."""
+"""The fast check and the fast map, of which C code reads the tables; the inputs are images."""
 
 from __future__ import annotations
 
