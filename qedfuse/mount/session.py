@@ -84,6 +84,7 @@ class MountRequest:
             mounts nothing, and does not check the privileges of the user.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
+        log: Where messages go once the disks can be used; None for stderr.
     """
 
     sources: tuple[str, ...]
@@ -92,6 +93,7 @@ class MountRequest:
     pidfile: str | None = None
     fake: bool = False
     option_strings: tuple[str, ...] = ()
+    log: logging.Handler | None = None
 
 
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
@@ -163,7 +165,7 @@ def _forked_unmounter(
     if request.fake or request.options.sandbox == "off":
         return nullcontext(DirectUnmounter(request.mountpoint))
     try:
-        return Unmounter(request.mountpoint)
+        return Unmounter(request.mountpoint, request.log)
     except OSError:
         return nullcontext()
 

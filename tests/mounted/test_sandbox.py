@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import COMMAND, environment, front, is_mounted, qedfuse, refused
+from tests.support.mounted import COMMAND, TIMEOUT, environment, front, is_mounted, qedfuse, refused
 from tests.support.users import USER_ID, as_user, user_directory
 
 pytestmark = [
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 SERVER: Final = """
-import ctypes, json, os, pathlib, socket, subprocess, sys, threading
+import ctypes, json, os, pathlib, resource, socket, subprocess, sys, threading
 from qedfuse.mount.optionparser import parse_options
 from qedfuse.mount.process.logs import log_to_stderr
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -52,6 +53,10 @@ def enter(sandbox, directories, original=Sandbox.enter):
 Sandbox.enter = enter
 
 image, mountpoint, options, pidfile, *only = sys.argv[1:]
+host_socket = os.path.join(os.path.dirname(image), "socket")
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+listener.bind(host_socket)
+outside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 beside = os.path.join(os.path.dirname(image), "beside")
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -69,7 +74,18 @@ def send_signal():
 def connect_by_family():
     socket.socket(socket.AF_INET, socket.SOCK_STREAM).connect(("127.0.0.1", 9))
 
+def connect_on_host():
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(host_socket)
+
+def connect_connected():
+    outside.connect(host_socket)
+
 ATTEMPTS = {
+    "make a socket for the host": connect_on_host,
+    "connect a socket of the host": connect_connected,
+    "send to a socket of the host": lambda: outside.sendto(b"", host_socket),
+    "limits of another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
+    "a signal to a thread": lambda: call("syscall", 234, os.getppid(), os.getppid(), 0),
     "read shadow": lambda: open("/etc/shadow").close(),
     "read a file beside the image": lambda: open(beside).close(),
     "write a file beside the image": lambda: open(beside, "w").close(),
@@ -117,7 +133,7 @@ def ready():
         entered.set()
         is_tried.wait()
     print(json.dumps({"earlier": earlier, "attempts": result, "threads": status,
-        "core": __import__("resource").getrlimit(4)}), flush=True)
+        "core": resource.getrlimit(4)}), flush=True)
 
 log_to_stderr()
 request = MountRequest((image,), mountpoint, parse_options([options]).absolute(), pidfile or None)
@@ -180,7 +196,9 @@ def test_everything_else_is_refused(image: Path, mnt: Path, tmp_path: Path) -> N
 def test_without_a_sandbox_attempts_succeed(image: Path, mnt: Path) -> None:
     """The attempts of the test before fail because of the sandbox, and for no other reason."""
     harmless = ("read a file beside the image", "make a file beside the image", "run", "a ring",
-                "open the image again", "permissions", "a signal", "an owner")  # fmt: skip
+                "open the image again", "permissions", "a signal", "an owner",
+                "connect a socket of the host", "send to a socket of the host",
+                "limits of another process", "a signal to a thread")  # fmt: skip
     report = run_server(image, mnt, "sandbox=off", *harmless)
     assert report["attempts"] == dict.fromkeys(harmless, 0)
     assert all(thread["NoNewPrivs"] == "0" for thread in report["threads"].values())
@@ -235,3 +253,35 @@ def test_a_memory_limit(image: Path, mnt: Path) -> None:
         assert line.split()[3:5] == [str(4 << 30)] * 2
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
+
+
+def test_a_restart_of_the_log_daemon(image: Path, mnt: Path, tmp_path: Path) -> None:
+    """A server that may connect to no socket of the host still finds the new socket of a daemon."""
+    place, pidfile = tmp_path / "log", tmp_path / "run" / "pid"
+    pidfile.parent.mkdir()
+    prelude = f"""
+from qedfuse.mount.process import logs
+logs.system_log.__defaults__ = ({str(place)!r},)
+"""
+
+    def listen() -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(str(place))
+        listener.settimeout(TIMEOUT)
+        return listener
+
+    with listen() as listener:
+        done = qedfuse("-o", "sandbox=strict", "--pidfile", pidfile, image, mnt, prelude=prelude)
+        try:
+            assert (done.returncode, done.stderr) == (0, "")
+            while b"sandbox strict: Landlock" not in listener.recv(1 << 16):
+                pass
+            pid = int(pidfile.read_text())
+            place.unlink()
+            with listen() as successor:
+                listener.close()
+                os.kill(pid, signal.SIGUSR1)
+                while b"disks 1" not in successor.recv(1 << 16):
+                    pass
+        finally:
+            assert qedfuse("umount", mnt).returncode == 0

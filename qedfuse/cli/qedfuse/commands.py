@@ -66,10 +66,11 @@ def mount(arguments: Arguments) -> int:
     option_strings = absolute_options(arguments.options)
     pidfile = arguments.pidfile and os.path.abspath(arguments.pidfile)  # noqa: PTH100
 
-    def serve(ready: Callable[[], None]) -> int:
+    def serve(ready: Callable[[], None], log: logging.Handler | None = None) -> int:
         """Serve until the mount ends; call ``ready`` when the disks can be used.
 
-        Returns the exit code.
+        Returns the exit code.  ``log`` is where messages go after the call of ``ready``; None for
+        stderr.
         """
         # Without this variable OpenBLAS, which numpy loads, starts a thread per core as soon as it
         # is loaded.  A value of the user is replaced, because `run_session` must be called before
@@ -83,7 +84,8 @@ def mount(arguments: Arguments) -> int:
 
         log_uncaught()
         request = MountRequest(
-            *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings)
+            *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings),
+            log=log,
         )
         return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
 
@@ -109,7 +111,7 @@ def mount(arguments: Arguments) -> int:
             log_to(handler)
             ready()
 
-        return serve(ready_in_background)
+        return serve(ready_in_background, handler)
 
     return run_in_background(serve_in_background)
 

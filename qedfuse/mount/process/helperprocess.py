@@ -21,7 +21,7 @@ from qedfuse.util.descriptors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from types import TracebackType
     from typing import Self
 
@@ -39,7 +39,7 @@ class HelperProcess:
         pid: The pid of the helper.
     """
 
-    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+    def __init__(self, serve: Callable[[socket.socket], None], kept: Collection[int] = ()) -> None:
         """Fork the helper; only the server returns from this call.
 
         The caller must not have a second thread.  The helper would lack this thread, and a lock
@@ -48,6 +48,7 @@ class HelperProcess:
         Args:
             serve: Called in the helper with its end of the socket pair; when it returns, the helper
                 ends.
+            kept: Descriptors that stay open in the helper; it closes all others.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
@@ -60,7 +61,7 @@ class HelperProcess:
                 self.socket.close()
                 raise
             if self.pid == 0:
-                _be_child(child_end, serve)
+                _be_child(child_end, serve, kept)
 
     def __enter__(self) -> Self:
         """Do nothing, because the constructor has started the helper."""
@@ -95,12 +96,15 @@ class HelperProcess:
         return True
 
 
-def _be_child(commands: socket.socket, serve: Callable[[socket.socket], None]) -> NoReturn:
+def _be_child(
+    commands: socket.socket, serve: Callable[[socket.socket], None], kept: Collection[int]
+) -> NoReturn:
     """Run as the helper in the forked process, and exit; the call never returns.
 
     Args:
         commands: The helper's end of the socket pair.
         serve: The argument of `HelperProcess`.
+        kept: The argument of `HelperProcess`.
     """
     try:
         # Signals from the terminal are meant for the server.  The helper must outlive the
@@ -112,7 +116,7 @@ def _be_child(commands: socket.socket, serve: Callable[[socket.socket], None]) -
         # the helper keeps none of them open.
         os.chdir("/")
         discard_standard_streams()
-        close_descriptors(open_descriptors() - {*STANDARD, commands.fileno()})
+        close_descriptors(open_descriptors() - {*STANDARD, *kept, commands.fileno()})
         serve(commands)
     finally:
         os._exit(0)

@@ -128,7 +128,7 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
         handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:  # for example, /dev/log is a link into a directory that is missing
         return logging.NullHandler()
-    handler = SystemLogHandler(f"/proc/self/fd/{handle}/{name}")
+    handler = SystemLogHandler(handle, name)
     # The system log gets tracebacks, although stderr does not get them without debugging.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler

@@ -17,7 +17,10 @@ import socket
 import syslog
 from abc import abstractmethod
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_WRITE_BYTES: Final = select.PIPE_BUF
 """Maximum number of bytes in one write(2).  If poll(2) reports that a pipe is writable, the pipe
@@ -128,19 +131,43 @@ class StderrHandler(DroppingHandler):
 
 
 class SystemLogHandler(DroppingHandler):
-    """Sends messages to the socket of a log daemon."""
+    """Sends messages to the socket of a log daemon.
 
-    def __init__(self, path: str) -> None:
-        """Send to the socket at ``path``; the first message connects to it."""
+    Attributes:
+        directory: A descriptor of the directory of the socket.
+        connect_elsewhere: Returns what `connect` returns; set it when this process may not connect
+            any more.
+    """
+
+    def __init__(self, directory: int, name: str) -> None:
+        """Send to a socket; the first message connects to it.
+
+        Args:
+            directory: A descriptor of its directory, which the handler owns.
+            name: Its name.
+        """
         super().__init__()
-        self._path = path
+        self.directory = directory
+        self.connect_elsewhere: Callable[[], socket.socket] | None = None
+        self._name = name
         self._identity = f"qedfuse[{os.getpid()}]: "
         self._socket: socket.socket | None = None
 
     def close(self) -> None:
-        """Close the handler and the connection."""
+        """Close the handler, the connection and the directory."""
         super().close()
         self._disconnect()
+        if self.directory >= 0:
+            os.close(self.directory)
+            self.directory = -1
+
+    def connect(self) -> socket.socket:
+        """Return a new connection to the log daemon, which does not block.
+
+        Raises:
+            OSError: The socket cannot be connected now, for example because no daemon listens.
+        """
+        return _connect(f"/proc/self/fd/{self.directory}/{self._name}")
 
     def try_send(self, record: logging.LogRecord) -> bool:
         """Send a message to the daemon; reconnect once if the connection is broken.
@@ -162,7 +189,7 @@ class SystemLogHandler(DroppingHandler):
         """
         try:
             if self._socket is None:
-                self._socket = _connect(self._path)
+                self._socket = (self.connect_elsewhere or self.connect)()
             if self._socket.send(data) == len(data):
                 return True
         except BlockingIOError:

@@ -5,6 +5,10 @@ which unmounts for ordinary users, has no effect.  So a server in a sandbox asks
 forked before.  The unmounter unmounts only what is mounted on one path, which it knows from the
 beginning; no message changes it.
 
+The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
+server could connect itself, it could connect to every socket of the host by its path, because
+neither Landlock nor seccomp tells one path from another.
+
 Each request has a process of its own, because an unmount may wait until the server has answered
 the kernel's requests, and a forced unmount must not wait for it.
 """
@@ -18,16 +22,21 @@ import signal
 import socket
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import FuseError, HostError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.process.helperprocess import HelperProcess
+from qedfuse.mount.process.logsinks import SystemLogHandler
 from qedfuse.mount.system.unmount import BusyError, unmount
 from qedfuse.mount.system.visiblemounts import describe_visible_mounts
 from qedfuse.text import printable
 
-_UNMOUNT, _DETACH, _DESCRIBE = b"u", b"l", b"d"
-"""The requests: unmount, detach (``lazy``), and describe the other mounts of a device."""
+if TYPE_CHECKING:
+    import logging
+
+_UNMOUNT, _DETACH, _DESCRIBE, _CONNECT = b"u", b"l", b"d", b"c"
+"""The requests: unmount, detach (``lazy``), describe the other mounts of a device, and connect to
+the log daemon."""
 _MAX_MESSAGE_BYTES: Final = 64 << 10
 """Size of the buffer for a request and for a reply."""
 _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostError)
@@ -37,17 +46,37 @@ _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostErr
 class Unmounter(HelperProcess):
     """The unmounter as the server sees it.  Several threads may call it concurrently."""
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, log: logging.Handler | None) -> None:
         """Fork the unmounter, as `HelperProcess` does.
 
         Args:
             mountpoint: The path that is unmounted, absolute and free of symbolic links.
+            log: The handler of the server's log; None for stderr.
 
         Raises:
             OSError: The host refuses a socket pair or a process.
         """
         self._mountpoint = mountpoint
-        super().__init__(partial(_serve, mountpoint))
+        self._system_log = log if isinstance(log, SystemLogHandler) else None
+        kept = () if self._system_log is None else (self._system_log.directory,)
+        super().__init__(partial(_serve, mountpoint, self._system_log), kept)
+
+    def connect_system_log(self) -> None:
+        """Let the handler of the system log connect through the unmounter from now on."""
+        if self._system_log is not None:
+            self._system_log.connect_elsewhere = self._connect_to_log_daemon
+
+    def _connect_to_log_daemon(self) -> socket.socket:
+        """Return what `SystemLogHandler.connect` returns.
+
+        Raises:
+            OSError: The unmounter cannot connect, or has ended.
+        """
+        try:
+            _text, (descriptor,) = self._ask(_CONNECT)
+        except QedError as error:
+            raise OSError(errno.ECONNREFUSED, str(error)) from error
+        return socket.socket(fileno=descriptor)
 
     def unmount(self, *, lazy: bool = False) -> None:
         """Unmount the mountpoint as `qedfuse.mount.system.unmount.unmount` does, also its errors.
@@ -64,10 +93,11 @@ class Unmounter(HelperProcess):
         Raises:
             HostError: The mounts cannot be found, or the unmounter has ended.
         """
-        return self._ask(_DESCRIBE + device.encode())
+        text, _descriptors = self._ask(_DESCRIBE + device.encode())
+        return text
 
-    def _ask(self, request: bytes) -> str | None:
-        """Send a request and wait for its reply.
+    def _ask(self, request: bytes) -> tuple[str | None, list[int]]:
+        """Send a request and wait for its reply: a text and descriptors.
 
         Raises:
             QedError: The reply is an error.
@@ -78,7 +108,7 @@ class Unmounter(HelperProcess):
             with own:
                 with other:
                     socket.send_fds(self.socket, [request], [other.fileno()])
-                reply = own.recv(_MAX_MESSAGE_BYTES)
+                reply, descriptors, _flags, _address = socket.recv_fds(own, _MAX_MESSAGE_BYTES, 1)
         except OSError as error:
             raise self._ended(error.strerror) from error
         if not reply:
@@ -87,7 +117,7 @@ class Unmounter(HelperProcess):
         for kind in _ERRORS:
             if name == kind.__name__:
                 raise kind(text)
-        return None if text is None else str(text)
+        return None if text is None else str(text), descriptors
 
     def _ended(self, reason: str | None) -> HostError:
         """Return the error for an unmounter that gives no reply."""
@@ -96,7 +126,7 @@ class Unmounter(HelperProcess):
         return HostError(msg)
 
 
-def _serve(mountpoint: str, commands: socket.socket) -> None:
+def _serve(mountpoint: str, system_log: SystemLogHandler | None, commands: socket.socket) -> None:
     """Start a process for each request, until the server closes its socket."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets processes that have ended
     while True:
@@ -105,20 +135,26 @@ def _serve(mountpoint: str, commands: socket.socket) -> None:
             return
         with suppress(OSError):  # the server gets no reply if no process can be started
             if os.fork() == 0:
-                _answer(mountpoint, request, received[0])
+                _answer(mountpoint, system_log, request, received[0])
         os.close(received[0])
 
 
-def _answer(mountpoint: str, request: bytes, reply: int) -> None:
+def _answer(
+    mountpoint: str, system_log: SystemLogHandler | None, request: bytes, reply: int
+) -> None:
     """Carry out a request, send the reply, and exit; the call never returns.
 
-    A reply has the name of the class of an error, or null, and a text or null.
+    A reply has the name of the class of an error, or null, and a text or null.  The reply to
+    `_CONNECT` has a descriptor as well.
     """
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # fusermount3 is waited for
         text = name = None
+        descriptors = []
         try:
-            if request[:1] == _DESCRIBE:
+            if request == _CONNECT and system_log is not None:
+                descriptors.append(system_log.connect().detach())
+            elif request[:1] == _DESCRIBE:
                 text = describe_visible_mounts(request[1:].decode())
             else:
                 unmount(mountpoint, lazy=request == _DETACH)
@@ -126,7 +162,7 @@ def _answer(mountpoint: str, request: bytes, reply: int) -> None:
             text = str(error)
             name = next((kind.__name__ for kind in _ERRORS if type(error) is kind), "HostError")
         with socket.socket(fileno=reply) as connection:
-            connection.send(json.dumps([name, text]).encode())
+            socket.send_fds(connection, [json.dumps([name, text]).encode()], descriptors)
     finally:
         os._exit(0)
 
@@ -136,6 +172,9 @@ class DirectUnmounter:
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = mountpoint
+
+    def connect_system_log(self) -> None:
+        """Do nothing: this process can connect to the log daemon itself."""
 
     def unmount(self, *, lazy: bool = False) -> None:
         """Unmount the mountpoint; the errors are those of `unmount`."""

@@ -75,6 +75,8 @@ class Sandbox:
             self._filter = CallFilter(
                 CallNeeds(
                     network=needs.uses_servers,
+                    # The module is loaded only for exports of NBD, those of qemu-nbd included.
+                    host="qedfuse.nbd.connecting" in sys.modules,
                     # The module is loaded only for an image that qemu-nbd serves.
                     kill="qedfuse.foreign.process" in sys.modules,
                     modes=needs.modes,

@@ -34,7 +34,9 @@ _BINARY_TREE: Final = 2
 
 _THREAD_FLAGS: Final = 0x100 | 0x10000
 """CLONE_VM and CLONE_THREAD, which clone(2) has for a thread and never for a process."""
-_FIRST, _SECOND, _THIRD = 0, 1, 2
+_TYPE_MASK: Final = 0xF
+"""The bits of the second argument of socketpair(2) that are no flags (SOCK_TYPE_MASK)."""
+_FIRST, _SECOND, _THIRD, _FIFTH = 0, 1, 2, 4
 _FAMILIES_OF_NETWORKS: Final = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -55,12 +57,14 @@ class CallNeeds:
 
     Attributes:
         network: Sockets for servers.
+        host: Sockets for servers on this host, which have a path.
         kill: Signals to qemu-nbd.
         modes: The permissions that chmod(2) may set; empty for none.
         log: Whether the kernel logs refused calls (audit).
     """
 
     network: bool
+    host: bool
     kill: bool
     modes: Sequence[int]
     log: bool
@@ -134,18 +138,41 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     yield "clone", _ALLOW, [_Comparison(_FIRST, _MASKED_EQUAL, _THREAD_FLAGS, _THREAD_FLAGS)]
     for command in systemcalls.IOCTLS.values():
         yield "ioctl", _ALLOW, [_Comparison(_SECOND, _EQUAL, command, 0)]
-    # Sockets of the host itself serve for the log daemon and NBD servers, pairs for the unmounter.
-    for family in (socket.AF_UNIX, *(_FAMILIES_OF_NETWORKS if needs.network else ())):
-        for name in ("socket", "socketpair"):
-            yield name, _ALLOW, [_Comparison(_FIRST, _EQUAL, family, 0)]
-    if needs.network:  # getaddrinfo(3) asks the kernel for the addresses of the host
-        netlink = [_Comparison(_FIRST, _EQUAL, socket.AF_NETLINK, 0),
-                   _Comparison(_THIRD, _EQUAL, socket.NETLINK_ROUTE, 0)]  # fmt: skip
-        yield "socket", _ALLOW, netlink
+    yield from _socket_rules(needs)
+    # These calls can act on other processes of the same user as well.
+    own = os.getpid()
+    yield "tgkill", _ALLOW, [_Comparison(_FIRST, _EQUAL, own, 0)]
+    for pid in (0, own):
+        yield "prlimit64", _ALLOW, [_Comparison(_FIRST, _EQUAL, pid, 0)]
     for mode in needs.modes:
         for name in systemcalls.CHMOD:
             at = _SECOND if name == "chmod" else _THIRD
             yield name, _ALLOW, [_Comparison(at, _EQUAL, mode, 0)]
+
+
+def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
+    """List the rules for making and connecting sockets, as `_rules` does."""
+    # The unmounter receives one socket of a pair with each request.
+    yield (
+        "socketpair",
+        _ALLOW,
+        [_Comparison(_SECOND, _MASKED_EQUAL, _TYPE_MASK, socket.SOCK_SEQPACKET)],
+    )
+    # send(2) is made by this call on some architectures; without an address a socket sends to the
+    # one it is connected to.
+    yield "sendto", _ALLOW, [_Comparison(_FIFTH, _EQUAL, 0, 0)]
+    families = (
+        *(_FAMILIES_OF_NETWORKS if needs.network else ()),
+        *((socket.AF_UNIX,) if needs.host else ()),
+    )
+    for family in families:
+        yield "socket", _ALLOW, [_Comparison(_FIRST, _EQUAL, family, 0)]
+    for name in systemcalls.CONNECT if families else ():
+        yield name, _ALLOW, []
+    if needs.network:  # getaddrinfo(3) asks the kernel for the addresses of the host
+        netlink = [_Comparison(_FIRST, _EQUAL, socket.AF_NETLINK, 0),
+                   _Comparison(_THIRD, _EQUAL, socket.NETLINK_ROUTE, 0)]  # fmt: skip
+        yield "socket", _ALLOW, netlink
 
 
 def _require(result: int) -> None:
