@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 CELLS: Final = (*RANDOM_CELLS, *SEQUENTIAL_CELLS, *SEVERAL_DISKS_CELLS, *LOOP_CELLS)
 
 CHAIN_TARGET: Final = 0.9
-"""The part of the rate on a single image that reads through the chain should reach."""
+"""The rate of reads through a chain should be at least this part of the rate on one image."""
 MEAN_TARGET: Final = 2.5
 """The target for the geometric mean of all ratios to the faster QEMU."""
 
 
 def select_cells(pattern: str | None) -> list[Cell]:
-    """Return the cells whose names match a regular expression, or all for None.
+    """Return the cells whose names match a regular expression; all cells for None.
 
     Raises:
         ValueError: The text is no regular expression, or matches no name.

@@ -10,8 +10,9 @@ to its first serial port and power itself off.  A disk of Debian 12 for this:
     (in it: linux-image-amd64, initramfs-tools, and a service that prints and powers off)
     mke2fs -t ext4 -d root disk.raw 8G
 
-The image is served by nginx.  QEMU boots from an overlay over it, without its own cache, with an
-empty cache of qedfuse and then with the same cache again.  The output has what the guest has read,
+The image is served by nginx.  QEMU, without its own cache, boots twice from an overlay
+over the image: first with an empty cache of qedfuse, then with the cache that the first boot has
+filled.  The output has what the guest has read,
 what nginx has logged, and what `benchmarks.fleetload` computes from the reads of the first boot.
 """
 

@@ -39,7 +39,7 @@ def run(*command: str, seconds: float = 60.0, text: str = "") -> str:
     try:
         output, errors = child.communicate(text, timeout=seconds)
     except BaseException as error:
-        # Without waiting: it may be blocked in the kernel until the server ends.
+        # No wait here, because the program may be blocked in the kernel until the server ends.
         os.killpg(child.pid, signal.SIGKILL)
         if isinstance(error, subprocess.TimeoutExpired):
             msg = f"{command[0]}: found no end after {seconds:.0f} s"

@@ -60,10 +60,10 @@ def evict_file(path: Path) -> None:
 def start_write_back(descriptor: int) -> None:
     """Start the write-back of all dirty pages of a file.
 
-    It waits only for space in the queue of the host's disk, not for the end.
+    The call waits only for space in the queue of the host's disk, not until all is written.
 
     Raises:
-        OSError: The kernel refuses it.
+        OSError: The kernel refused.
     """
     start, length = ctypes.c_int64(0), ctypes.c_int64(0)  # 0 stands for the end of the file
     if _LIBC.sync_file_range(descriptor, start, length, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)):

@@ -9,7 +9,7 @@ mounts it, and it is read from, written to and unmounted.  It is also opened by 
 in a separate process, to measure the time until its free space is known.  The result is the
 median of the rounds.
 
-Reads have 4 KiB, use O_DIRECT, are sequential in time, and are verified.  "near" reads
+Reads have 4 KiB, use O_DIRECT, follow one after the other, and are verified.  "near" reads
 within 16 GiB of disk, whose tables are all in memory; "anywhere" reads in the whole disk,
 whose tables are in memory as far as the cache allows.
 

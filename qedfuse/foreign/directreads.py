@@ -29,8 +29,8 @@ class DirectReads:
     """Connections to qemu-nbd, each of which at most one native thread uses at a time.
 
     The first read that finds no connection starts a thread that makes all connections.  If a read
-    fails, its connection is closed, and the caller repeats the read on the slow path.  When the
-    last connection has been closed so, the next read starts the thread again.
+    fails, its connection is closed, and the caller repeats the read on the slow path.  When no
+    connection is left, the next read starts the thread again.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -93,7 +93,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes the connections, if there are none and it did not fail."""
+        """Start the thread that makes connections, if there are none and no thread has failed."""
         with self._lock:
             may_connect, self._may_connect = self._may_connect, False
         if may_connect:

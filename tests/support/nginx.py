@@ -1,4 +1,4 @@
-"""A real web server of the tests, and a cache of it: nginx with certificates of the tests' own."""
+"""A real web server, nginx, and a cache in front of it; the certificates are made by the tests."""
 
 from __future__ import annotations
 

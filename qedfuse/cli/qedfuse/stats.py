@@ -64,7 +64,7 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
-    """Show a table that changes every second; one below the other if stdout is no terminal."""
+    """Show a table every second, on a terminal in place of the last one, otherwise below it."""
     # rich is slow to load.
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
@@ -74,7 +74,7 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     before: dict[str, Mapping[str, Any]] = {}
-    # Without a thread that refreshes: `read_statistics` forks.
+    # rich starts no thread that refreshes the table, because `read_statistics` forks.
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for documents, _code in _every_second(path, report):
             table = render(

@@ -44,7 +44,7 @@ async def serve_metrics(listening: socket.socket, source: StatisticsSource) -> N
 
 
 async def _receive_request(stream: trio.SocketStream) -> bytes:
-    """Return a request with its headers; what has arrived, if it ends early or is too long."""
+    """Return a request with its headers; only a part of it if it ends early or is too long."""
     request = bytearray()
     while b"\r\n\r\n" not in request and len(request) < _MAX_REQUEST_BYTES:
         part = await stream.receive_some(_MAX_REQUEST_BYTES)

@@ -1,4 +1,4 @@
-"""The blocking reads by which an image is described, of a descriptor or of a file of a chain."""
+"""Blocking reads of an image that is described, through a descriptor or a file of a chain."""
 
 from __future__ import annotations
 
