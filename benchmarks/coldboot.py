@@ -10,10 +10,10 @@ to its first serial port and power itself off.  A disk of Debian 12 for this:
     (in it: linux-image-amd64, initramfs-tools, and a service that prints and powers off)
     mke2fs -t ext4 -d root disk.raw 8G
 
-The image is served by nginx.  QEMU, without its own cache, boots twice from an overlay
-over the image: first with an empty cache of qedfuse, then with the cache that the first boot has
-filled.  The output has what the guest has read,
-what nginx has logged, and what `benchmarks.fleetload` computes from the reads of the first boot.
+nginx serves the image.  QEMU, without its own cache, boots twice from an overlay over the image:
+first with an empty cache of qedfuse, then with the cache that the first boot has filled.  The
+output has what the guest has read, what nginx has logged, and what `benchmarks.fleetload` computes
+from the reads of the first boot.
 """
 
 from __future__ import annotations
