@@ -30,8 +30,8 @@ _EXPECTED_IN_CONFLICTS: Final = {
     Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
     Code.FREE_LIST_CONTRADICTED: "a cluster that is not in the free list",
 }
-"""What was expected instead of an entry that conflicts with another entry or the free list, but
-breaks no rule by itself."""
+"""What a message says was expected, for an entry that is valid by itself but conflicts with
+another entry or the free list."""
 
 
 class EntryClassifier:

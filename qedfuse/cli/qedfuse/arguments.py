@@ -155,8 +155,8 @@ def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
     If ``--help`` is given, neither the operands nor the values of later options are checked.
 
     Raises:
-        UsageError: An option is unknown, lacks its value, must not have one or has an unknown one,
-            two options exclude each other, or there is more than one mountpoint.
+        UsageError: An option is unknown, lacks its value, must not have one, or has a value that is
+            not permitted; two options exclude each other, or there is more than one mountpoint.
     """
     given, paths = _getopt(words, "h", ["output=", "watch", "help"])
     output, watch = "human", False

@@ -22,7 +22,7 @@ _HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 
 
 _NO_OFFSET: Final = "-               %.0s"
-"""What a line has instead of the format of a file offset: the argument is used and not printed."""
+"""The format of a file offset that is not printed: a dash, and an empty field for the argument."""
 
 
 class Writer(Protocol):
