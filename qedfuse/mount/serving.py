@@ -155,8 +155,8 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            An error if a forced unmount may have lost data, or an outage of a server has; otherwise
-            None.  In each case the caller must close the disks to make the last changes durable.
+            An error if a forced unmount may have lost data, or if an outage of a server has lost
+            data; otherwise None.  In each case the caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount

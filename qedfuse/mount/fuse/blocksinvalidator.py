@@ -32,8 +32,8 @@ check at most this time after the flush, and du(1) may show a wrong size until t
 class BlocksInvalidator:
     """Compares, after flushes, the kernel's ``st_blocks`` of one disk with that of the image file.
 
-    If the two differ, the kernel's attributes of the disk's file are invalidated, or those of
-    the files of its partitions.
+    If the two differ, the attributes that the kernel has cached are invalidated: those of the
+    file of the disk, or those of the files of its partitions.
     """
 
     def __init__(

@@ -219,7 +219,7 @@ class ExportedDisks:
     def _exclude_others(self, exported: ExportedDisk, *, writer: bool) -> None:
         """Check that a handle or a change of a file is compatible with the handles of other files.
 
-        If so, and ``writer`` is True, the pages of files with the same bytes become stale.
+        If ``writer`` is True, the pages of the other files with the same bytes become stale.
 
         Raises:
             FileInUseError: As in `handle_opened`.

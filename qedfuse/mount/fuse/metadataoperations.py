@@ -104,7 +104,8 @@ class MetadataOperations(pyfuse3.Operations):
 
         Raises:
             FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode;
-                ESTALE, a partition had it that has changed, so the kernel looks its name up again.
+                ESTALE, the inode was that of a partition that has changed since.  After ESTALE
+                the kernel looks up the name again.
         """
         exported = self.disks.get(inode & ~HANDLE_FLAGS)
         if exported is None:

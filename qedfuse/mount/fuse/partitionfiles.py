@@ -45,8 +45,8 @@ class PartitionFiles:
 
         Between the last step and the return, no other task runs.
         """
-        # The state of the lock would not do as the condition: the lock goes from each task that
-        # releases it to one that waits, so two tasks would pass it to each other forever.
+        # The loop does not test whether the lock is held.  A task that releases the lock hands it
+        # over to a waiter, so two tasks would hand the lock to each other forever.
         while self._disks.outdated or self._is_reading:
             async with self._lock:
                 self._is_reading = True

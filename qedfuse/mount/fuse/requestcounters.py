@@ -6,7 +6,7 @@ requests that it answers itself (``_counters.c``), and `Operations`, `FallocateL
 counters have the same meaning.
 
 A request takes the time from its receipt until its answer.  Of the requests that are answered in
-one step, the extension times only one in 16, and its time counts for the following ones too.
+one step, the extension times only one in 16, and its time counts for the following 15 as well.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class OperationStatistics:
 
     Attributes:
         requests: Requests that have been answered.
-        bytes: Bytes that the successful ones have read, written or discarded.
+        bytes: Bytes that successful requests have read, written or discarded.
         errors: Requests that were answered with an error.
         fast: Requests that were answered in one step, without waiting.
         seconds: The sum of the times that the requests took.
@@ -83,9 +83,9 @@ class RequestCounters:
 
         Args:
             operation: `READ`, `WRITE`, `FLUSH` or `DISCARD`.
-            size: Its length in bytes.
-            start: When it began, as `time.perf_counter_ns` returned it.
-            is_fast: Whether it was answered in one step.
+            size: The length of the request in bytes.
+            start: When the request began, as `time.perf_counter_ns` returned it.
+            is_fast: Whether the request was answered in one step.
         """
         at = operation * _CELLS
         self.cells[at + _BYTES] += size
@@ -126,7 +126,7 @@ class CountedRequest:
     """One request on the slow path, from its beginning to its answer.
 
     Attributes:
-        size: Its length in bytes, which the block may set.
+        size: The length of the request in bytes, which the block may set.
     """
 
     __slots__ = ("_counters", "_operation", "_start", "size")

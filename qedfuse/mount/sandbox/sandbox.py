@@ -1,7 +1,8 @@
 """The sandbox of a server: what it cannot do from before the first request on.
 
-The images are open then, and the process needs few other files, few system calls and hardly any
-capability.  Code that a hostile image made the server run could do no more than the server may.
+Before the first request the images are open, and the process needs few other files, few system
+calls and hardly any capability.  If a hostile image made the server run code, that code would be
+restricted in the same way.
 
 The rules are prepared before the mount exists, because a path of the system may lead through the
 mount later, and the server would wait for its own reply.
@@ -35,7 +36,7 @@ SandboxMode = Literal["on", "off", "strict"]
 """The values of the option ``sandbox``."""
 
 _MIN_LANDLOCK_VERSION: Final = 2
-"""Version 1 cannot permit the renames of the cache for remote files."""
+"""Version 1 of Landlock cannot permit the renames of the cache for remote files."""
 _PORTS_OF_NETWORKS: Final = (53, 80, 443)
 """The ports of name servers, and of the services that give credentials for stores."""
 _ADDRESS_VARIABLES: Final = ("AWS_", "AZURE_", "GOOGLE_")

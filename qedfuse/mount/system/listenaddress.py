@@ -73,7 +73,7 @@ class Listener:
     """
 
     def __init__(self, address: ListenAddress) -> None:
-        """Listen on an address, before the mount exists, so that its path does not lead through it.
+        """Listen on an address; the caller does so before its path can lead through the mount.
 
         A socket that a killed process has left at the path is replaced.
 
