@@ -156,7 +156,8 @@ class Server:
 
         Returns:
             An error if a forced unmount may have lost data, or if an outage of a server has lost
-            data; otherwise None.  In each case the caller must close the disks to make the last changes durable.
+            data; otherwise None.  In each case the caller must close the disks to make the last
+            changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount

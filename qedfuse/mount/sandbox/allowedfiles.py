@@ -23,8 +23,8 @@ READ: Final = READ_FILE | READ_DIRECTORY
 CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
 """Rights on a directory of files and directories that the server makes, changes and removes."""
 SERVE: Final = READ | WRITE_FILE | TRUNCATE
-"""Rights on the mount itself.  The server opens it to make the kernel write back dirty pages, and to
-correct the size of a file."""
+"""Rights on the mount itself.  The server opens it to make the kernel write back dirty pages, and
+to correct the size of a file."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """The same for a mount on a file."""
 

@@ -1,4 +1,4 @@
-"""The sandbox of a server: what it cannot do from before the first request on.
+"""The sandbox of a server: what the server cannot do any more when it answers requests.
 
 Before the first request the images are open, and the process needs few other files, few system
 calls and hardly any capability.  If a hostile image made the server run code, that code would be
