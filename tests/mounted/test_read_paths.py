@@ -168,7 +168,6 @@ def test_cold_reads_return_the_content(
     paths, content = make_image(tmp_path)
     with front(paths[0], tmp_path / "mnt") as mount, ThreadPoolExecutor(16) as pool:
         fd = os.open(mount.mountpoint / "disk.raw", os.O_RDONLY | os.O_DIRECT)
-        assert native_threads(mount.process.pid) == 0
         has_queue = extensions.EXPECTED and way is None and may_queue()
         assert rings(mount.process.pid) == has_queue
 
@@ -207,7 +206,7 @@ def test_short_cold_reads_need_no_thread(tmp_path: Path) -> None:
         for _ in range(2):
             drop_pages(image)
             assert all(pool.map(is_right, range(0, DISK_BYTES, 65536)))
-        assert native_threads(mount.process.pid) == before
+        assert native_threads(mount.process.pid) <= before, "idle threads may have ended"
         os.close(fd)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEADLINES: Final = Deadlines(connect_seconds=1, attempt_seconds=0.4, total_seconds=1.5)
 PATIENT: Final = Deadlines(connect_seconds=20, attempt_seconds=20, total_seconds=40)
-MAX_SECONDS: Final = DEADLINES.total_seconds + 2 * DEADLINES.attempt_seconds + 3
+MAX_SECONDS: Final = DEADLINES.total_seconds + 2 * DEADLINES.attempt_seconds + 30
 """After this time a read must have ended, on a machine that is busy."""
 LENGTH: Final = 8192
 

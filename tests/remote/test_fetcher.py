@@ -332,7 +332,7 @@ def test_readers_wait_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.Mon
             trio.run(file.pread, 0, 10)
         with pytest.raises(RemoteError, match="found no answer within 1 s"):
             read(file, 0, 10)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 60
         assert len(source.requests) == 1
         source.release()
         wait_until(lambda: fetcher.ready[0])

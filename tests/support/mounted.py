@@ -40,7 +40,7 @@ from qedfuse.cli.entrypoints import qedfuse_program
 sys.exit(qedfuse_program())
 """
 TREE: Final = Path(__file__).parents[2]
-TIMEOUT: Final = 30.0
+TIMEOUT: Final = 60.0
 """Seconds after which a command is taken to hang."""
 
 

@@ -19,7 +19,7 @@ from qedfuse.util.loopload import loop_load
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TIMEOUT: Final = 30
+TIMEOUT: Final = 60
 
 SAFE_TO_SHARE: Final = {
     "qedfuse.nbd.export.RESOLVER": "has a lock",

@@ -217,7 +217,7 @@ async def test_a_waiter_for_short_writes_is_not_starved(event: str) -> None:
                 lock.record_slow_write(0.01)
             else:
                 short.set()
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while not woken:
                     await trio.lowlevel.checkpoint()
             assert woken == [0 if event == "ended" else 2]
