@@ -16,7 +16,7 @@ import pytest
 import qedfuse
 from tests.support import qemu
 from tests.support.disks import has_need_check
-from tests.support.mounted import clean_up, front, mounted
+from tests.support.mounted import KEEPS_NEED_CHECK, clean_up, front, mounted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ def test_processes_write_concurrently_into_the_same_clusters(tmp_path: Path) -> 
     """Four writers, buffered and direct, share each new cluster and lose nothing."""
     image = qemu.create(tmp_path / "shared.qed", DISK_BYTES)
     blocks = DISK_BYTES // BLOCK_BYTES // 2
-    with mounted(image, tmp_path / "mnt") as directory:
+    with mounted(image, tmp_path / "mnt", prelude=KEEPS_NEED_CHECK) as directory:
         disk = directory / "shared.raw"
         writers = [
             subprocess.Popen([sys.executable, "-c", WRITER, disk, str(number), "4", str(blocks)])
@@ -62,7 +62,7 @@ def test_a_killed_server_loses_nothing_that_was_flushed(seed: int, tmp_path: Pat
     image = qemu.create(tmp_path / "killed.qed", DISK_BYTES)
     flushed: dict[int, bytes] = {}
     pending: dict[int, list[bytes]] = {}
-    with front(image, tmp_path / "mnt") as mount:
+    with front(image, tmp_path / "mnt", prelude=KEEPS_NEED_CHECK) as mount:
         fd = os.open(mount.mountpoint / "killed.raw", os.O_RDWR | os.O_DIRECT)
         buffer = mmap.mmap(-1, BLOCK_BYTES)
         for step in range(chance.randrange(150, 300)):

@@ -20,7 +20,7 @@ from qedfuse.mount.system.mounttable import find_mount
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
 from qedfuse.mount.system.recordlookup import find_record
 from tests.support import extensions, qemu
-from tests.support.mounted import front, mounted, qedfuse
+from tests.support.mounted import KEEPS_NEED_CHECK, front, mounted, qedfuse
 from tests.support.users import as_user, user_directory
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def transfer(fd: int, offset: int, data: bytes | int) -> None:
 
 def test_each_request_is_counted_once(image: Path, mnt: Path) -> None:
     """Reads, writes, flushes and discards, by every path, are counted with their bytes."""
-    with mounted(image, mnt):
+    with mounted(image, mnt, prelude=KEEPS_NEED_CHECK):
         with opened(mnt / "disk.raw") as fd:
             for number in range(40):
                 transfer(fd, number * 4096, bytes([1 + number]) * 4096)

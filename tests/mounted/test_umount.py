@@ -18,7 +18,15 @@ from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.mount.system.unmount import unmount_by_fusermount
 from tests.support import qemu
 from tests.support.disks import has_need_check
-from tests.support.mounted import front, is_locked, is_mounted, mounted, qedfuse, refused
+from tests.support.mounted import (
+    KEEPS_NEED_CHECK,
+    front,
+    is_locked,
+    is_mounted,
+    mounted,
+    qedfuse,
+    refused,
+)
 from tests.support.sandbox import run_in_sandbox
 
 if TYPE_CHECKING:
@@ -293,7 +301,7 @@ def test_a_working_directory_delays_the_end(image: Path, tmp_path: Path) -> None
 
 def test_a_killed_process_leaves_a_dead_mountpoint(image: Path, tmp_path: Path) -> None:
     """After SIGKILL the mountpoint is dead instead of empty, and both commands explain it."""
-    with front(image, tmp_path / "mnt") as mount:
+    with front(image, tmp_path / "mnt", prelude=KEEPS_NEED_CHECK) as mount:
         with (mount.mountpoint / "vm.raw").open("r+b", buffering=0) as disk:
             disk.write(b"x" * 70000)
             os.fsync(disk.fileno())

@@ -39,6 +39,18 @@ import sys
 from qedfuse.cli.entrypoints import qedfuse_program
 sys.exit(qedfuse_program())
 """
+KEEPS_NEED_CHECK: Final = """
+import trio
+from qedfuse.disk.state.needcheck import NeedCheck
+async def wait(_self):
+    await trio.sleep_forever()
+NeedCheck.run = wait
+"""
+"""Code that a mount runs first, so that NEED_CHECK is cleared only when the image is closed.
+
+Otherwise it is cleared when no table has changed for 5 seconds, as may happen on a busy machine
+between two steps of a test.
+"""
 TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
 """Seconds after which a command is taken to hang."""
@@ -109,15 +121,18 @@ def clean_up(mountpoint: StrPath) -> None:
 
 
 @contextmanager
-def mounted(source: StrPath, mountpoint: StrPath, *options: StrPath) -> Iterator[Path]:
+def mounted(
+    source: StrPath, mountpoint: StrPath, *options: StrPath, prelude: str = ""
+) -> Iterator[Path]:
     """Mount in the background for the block; ``qedfuse umount`` at its end must succeed.
 
-    The mountpoint is created if it is missing.
+    The mountpoint is created if it is missing.  ``prelude`` is Python code that the mount runs
+    first.
     """
     directory = Path(mountpoint)
     if not directory.exists():
         directory.mkdir()
-    done = qedfuse(source, directory, *options)
+    done = qedfuse(source, directory, *options, prelude=prelude)
     assert (done.returncode, done.stderr) == (0, ""), done
     try:
         yield directory
