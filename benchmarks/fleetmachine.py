@@ -1,9 +1,9 @@
-"""Some machines of a fleet, each a thread with a cache of its own; `benchmarks.fleet` starts it.
+"""Some machines of a fleet, each a thread with its own cache, in a process of `benchmarks.fleet`.
 
     python -m benchmarks.fleetmachine URL RAW CACHES NUMBER
 
-It prints ``ready``, waits for a line, reads, and compares each byte with the file RAW.  Then it
-prints ``read``, waits for a line, ends the machines, and prints what was wrong.
+The process prints ``ready``, waits for a line, reads, and compares each byte with the file RAW.
+Then it prints ``read``, waits for a line, ends the machines, and prints what was wrong.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _DEADLINES: Final = Deadlines(connect_seconds=60, attempt_seconds=120, total_seconds=600)
-"""Long enough for servers that share a processor with the fleet: a second attempt would count."""
+"""So long that no request needs a second attempt, which the server would count as well, although
+servers and fleet share a processor."""
 
 
 class Machines:
-    """Machines that end together, because what is fetched ahead of a reader is not fetched later.
+    """Machines that end together.
+
+    If a machine ended earlier, units that are still fetched ahead of its reader would be missing in
+    the counts.
 
     Attributes:
-        may_end: Set when they shall end.
+        may_end: Set when the machines may end.
     """
 
     def __init__(self, url: str, content: bytes, number: int) -> None:

@@ -18,7 +18,7 @@ _SECONDS: Final = 1200.0
 
 
 def receive(processes: Iterable[subprocess.Popen[str]]) -> None:
-    """Wait for a line of each process, or its end."""
+    """Wait until each process has printed a line or has ended."""
     for process in processes:
         assert process.stdout is not None
         process.stdout.readline()

@@ -108,7 +108,7 @@ class Images:
                 self._copy(source, path)
             else:
                 _convert(source, path)
-        # So that all images get into the page cache in the same way; see `cache_file`.
+        # All images must get into the page cache in the same way; see `cache_file`.
         evict_file(path)
         return path
 

@@ -8,7 +8,7 @@ from benchmarks.cells import KIB, Cell, Fio
 
 
 def _cells(kind: Literal["buffered", "direct"]) -> tuple[Cell, ...]:
-    """Return the cells of which there is one for each kind of loop device."""
+    """Return the cells for one kind of loop device."""
     name = "loop" if kind == "buffered" else "loopdio"
     what = "ext4 on losetup" + (" --direct-io=on" if kind == "direct" else "")
     return (

@@ -54,7 +54,7 @@ class Outcome:
         figures: Each system's figures in the cell's unit, one per round.
         failures: A line for each failure.
         remarks: Further lines for the reader, such as wrong data of a peer.
-        details: What is behind the remarks about peers, such as offsets and paths.
+        details: Details for the remarks about peers, such as offsets and paths.
         work: What each system's server has done in all rounds.
         titles: The names of the systems.
     """
@@ -73,7 +73,7 @@ class Outcome:
         self.work[system] = self.work.get(system, Work()).plus(time, result)
 
     def fail(self, system: System, what: str, detail: str) -> None:
-        """Record a failure; a peer's is only a remark, which does not fail the run."""
+        """Record a failure; the failure of a peer is only a remark, and does not fail the run."""
         title = self.titles[system]
         if system not in PEERS:
             self.failures.append(f"{title} {what}: {detail}")
@@ -93,12 +93,12 @@ class Outcome:
         return max(map(spread, self.figures.values()), default=0.0)
 
     def median(self, system: System) -> float | None:
-        """Return the median of a system's figures, or None without figures."""
+        """Return the median of a system's figures; None without figures."""
         figures = self.figures.get(system)
         return median(figures) if figures else None
 
     def ratio(self, other: System) -> float | None:
-        """Return how many times as fast as ``other`` qedfuse is, or None without figures."""
+        """Return the rate of qedfuse divided by that of ``other``; None without figures."""
         own_rate, other_rate = self.median("qedfuse"), self.median(other)
         if not own_rate or not other_rate:
             return None
@@ -115,7 +115,7 @@ class Outcome:
 
     @property
     def peer_ratio(self) -> float | None:
-        """How many times as fast as the fastest peer qedfuse is, or None without figures."""
+        """The rate of qedfuse divided by that of the fastest peer; None without figures."""
         return self.ratio(self.peer) if self.peer else None
 
     def missed(self) -> list[str]:

@@ -3,8 +3,8 @@
     python -m benchmarks.remote [--mib MIB] [--rounds ROUNDS] [--seconds SECONDS] [--dir DIRECTORY]
 
 The servers are those of the tests, on this machine: nginx, and OpenStack Swift if it is installed.
-Each program shows the same content as a file: qedfuse that of a QED image, nbdkit with nbdfuse and
-rclone (with its cache) that of a raw file.  A program that is not installed is left out, and one
+Each program shows the same content as a file.  qedfuse reads a QED image; nbdkit with nbdfuse, and
+rclone with its cache, read a raw file.  A program that is not installed is left out, and one
 that fails is not measured again.  The curl driver of QEMU 7.2 is no peer: with several reads in
 flight it stops to answer.
 

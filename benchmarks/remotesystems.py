@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
     @property
     def is_store(self) -> bool:
-        """Return whether it is a bucket."""
+        """Return whether the objects are in a bucket."""
         return self.url.startswith("s3://")
 
 
@@ -63,7 +63,7 @@ class Started(NamedTuple):
     Attributes:
         command: The command line of a process that stays in the foreground.
         disk: The flat file.
-        mountpoint: Where it mounts.
+        mountpoint: Where the system mounts.
         variables: Further environment variables.
     """
 
@@ -74,7 +74,7 @@ class Started(NamedTuple):
 
 
 def how_to_start(system: System, source: Source, directory: Path, qedfuse: str) -> Started:
-    """Return how a system is started whose caches are in a directory of its own."""
+    """Return how to start a system, with its caches in ``directory``."""
     mountpoint = directory / "mnt"
     variables = {**source.variables, "XDG_CACHE_HOME": str(directory / "cache")}
     if system in ("qedfuse", "local"):
@@ -112,7 +112,7 @@ class Mount:
     Attributes:
         disk: The flat file.
         pid: The process.
-        start_seconds: How long it took until the mount was there.
+        start_seconds: Time from the start of the process until the mount was there.
     """
 
     def __init__(self, started: Started, log: Path) -> None:

@@ -30,7 +30,7 @@ class RoundLimits(NamedTuple):
 def spread(figures: Sequence[float]) -> float:
     """Return the distance between the quartiles as a part of the median; 0 for one figure.
 
-    More rounds make it more certain, while the distance between the extremes would only grow.
+    With more rounds this distance becomes more certain; that between the extremes would only grow.
     """
     if len(figures) < 2 or not median(figures):  # noqa: PLR2004  quartiles need two figures
         return 0.0

@@ -39,8 +39,8 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""An extent that QEMU opens.  It leaves out all others, so that the disk would lack their sectors:
-those that are not ``RW``, and those of zeros."""
+"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW``, or that has
+only zeros, and the disk would lack its sectors."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')
@@ -106,7 +106,7 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
 
 
 def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
-    """Return the name of the parent of an image that has its data itself; empty if it has none.
+    """Return the name of the parent in a file that is descriptor and extent; empty if none.
 
     Args:
         fd: The open file.

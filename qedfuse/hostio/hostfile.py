@@ -1,4 +1,4 @@
-"""The interface of a file of a chain for readers, and that of an image's file for the disk.
+"""Two interfaces: of any file of a chain, which is only read, and of the file of an image.
 
 `qedfuse.hostio.posixfile.PosixFile` implements both with system calls.  Tests implement them with
 files that record the writes, fail at a chosen step or lose power.
@@ -45,7 +45,7 @@ class ReadableFile(Protocol):
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the file; None if the extension must not."""
+        """What the mount's extension needs to read the file; None if it must not read the file."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if the file is not one of the operating system."""

@@ -1,4 +1,4 @@
-"""What files that cannot be changed, and that have no descriptor of their own, have in common."""
+"""The base class of files that cannot be changed and have no descriptor of their own."""
 
 from __future__ import annotations
 

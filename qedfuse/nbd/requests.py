@@ -19,7 +19,7 @@ MAX_KEPT_EXTENTS: Final = 1 << 16
 
 _MIN_CHUNK_BYTES: Final = 512
 _SPARE_CHUNKS: Final = 16
-"""Number of chunks that a reply may have beside one for each `_MIN_CHUNK_BYTES` of data."""
+"""Number of chunks that a reply may have in addition to one for each `_MIN_CHUNK_BYTES` of data."""
 
 
 class Request:
