@@ -43,7 +43,7 @@ class FileSystem:
             BenchmarkError: A command failed.
         """
         self._attach(direct=False)
-        # Without lazy initialisation, which the kernel would continue during the measurement.
+        # No lazy initialisation, because the kernel would continue it during the measurement.
         run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", self._device)
         self._mount("rw")
 

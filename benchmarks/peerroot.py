@@ -38,7 +38,7 @@ def storage_daemon(root: Path) -> list[str]:
             msg = f"--peer-root {root}: found no {path.relative_to(root)}, expected a Debian root"
             raise BenchmarkError(msg)
     loader = loaders[0]
-    # Without the cache, which lists the libraries of this system.
+    # The cache of the loader is left out, because it lists the libraries of this system.
     return [
         str(loader),
         *("--inhibit-cache", "--library-path", str(loader.parent)),

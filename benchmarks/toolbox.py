@@ -119,7 +119,7 @@ class Bench:
         outcome.seconds.setdefault(system, []).append(seconds)
         outcome.memory.setdefault(system, []).append(memory)
         if target.exists():
-            # So that the next program does not wait for the writeback of this one's data.
+            # The next program must not wait for the writeback of this program's data.
             sync_file(target)
 
     def _verify(self, task: Task, commands: Mapping[str, Sequence[str]]) -> None:

@@ -229,7 +229,7 @@ class PowerFailure:
         self._lengths = list(dict.fromkeys(reversed(point.lengths)))
         versions_of: dict[int, list[int]] = {}
         row_of: dict[int, int] = {}
-        # For each step: the rows of its sectors, and which version of each it made.
+        # The rows of the sectors of each step, and which version of each sector the step made.
         self._made: list[tuple[list[int], list[int]]] = []
         for step in point.steps:
             rows, made = [], []

@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer as QEMU and clients of stores need it before they read."""
         state = self.server_state
         if self._is_unauthorized() or (state.always or "").startswith("status "):
-            # As real servers do, without the body that says why.
+            # Like a real server, without the body that says why.
             self._send(state.refusal, {"Content-Length": "0"})
             return
         length = len(state.others.get(self.path, state.content))

@@ -141,7 +141,7 @@ async def test_read_without_the_page_cache(
         flags_seen.append(flags)
         if flags and number is not None:
             raise OSError(number, os.strerror(number))
-        # Without an error a little at a time: the rest must be asked for.
+        # Without an error, a call transfers only a part, and the rest needs another call.
         return real(fd, (views[0][:7],), offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
