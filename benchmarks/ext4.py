@@ -22,10 +22,10 @@ class FileSystem:
     Args:
         disk: The disk.
         root: The mountpoint, which is created.
-        direct: Whether the loop device uses O_DIRECT on the disk.  It does not while the
-            file system is made: with buffered I/O the loop device sends one request at a
-            time, which QEMU 7.2 too writes correctly.
-        read_only: Whether to mount it read-only once it has been made.
+        direct: Whether the loop device uses O_DIRECT on the disk.  While the file
+            system is made, the loop device uses buffered I/O: it then sends one request at a
+            time, and even QEMU 7.2 writes correctly.
+        read_only: Whether to mount the file system read-only after it was made.
     """
 
     def __init__(self, disk: Path, root: Path, *, direct: bool, read_only: bool) -> None:

@@ -138,7 +138,7 @@ class Runner:
     def abort(self) -> None:
         """Kill the server and unmount everything after a failure."""
         if self._server is not None:
-            # First, because processes that use the disk wait for the server.
+            # The server is killed first, because processes that use the disk wait for it.
             self._server.kill()
         if self._file_system is not None:
             self._file_system.abandon()
@@ -152,9 +152,9 @@ class Runner:
             return
         self._images = [images.make(cell.stage, self._system, n) for n in range(cell.disks)]
         if cell.cold != "host":
-            # Before the server reads the files, after which the kernel would read ahead.  Pages of
-            # an earlier cell are evicted first, because large folios of one system's image, which
-            # a cold sequential read leaves, would make its writes faster or slower.
+            # The files get into the page cache before the server reads them, because the kernel
+            # would read ahead of the server.  Pages of an earlier cell are evicted first: large
+            # folios, which a cold sequential read leaves, would change the speed of writes.
             for image in self._images:
                 for file in images.files(cell.stage, image):
                     evict_file(file)
@@ -172,7 +172,7 @@ class Runner:
         )
 
     def _attach(self, *, make: bool) -> None:
-        """Attach a file system on the disk, which is made, and filled for the load, or exists."""
+        """Attach the file system on the disk; with ``make``, make and fill it first."""
         cell, environment = self._cell, self._environment
         assert self._server is not None
         self._file_system = FileSystem(

@@ -39,7 +39,7 @@ class Service(NamedTuple):
 
     Attributes:
         command: The command line.
-        mountpoints: Where it mounts.
+        mountpoints: Where the server mounts.
         disks: The flat files, one for each image.
         variables: Further environment variables.
     """
@@ -85,7 +85,7 @@ def service(
 
 
 def _export(number: int, image: Path, mountpoint: Path) -> list[str]:
-    """Return QEMU's options for an image, with its defaults for whatever concerns speed."""
+    """Return QEMU's options for an image; all that concerns speed keeps QEMU's default."""
     file = {"driver": "file", "filename": str(image)}
     node = {"driver": "qed", "node-name": f"disk{number}", "file": file}
     export = {

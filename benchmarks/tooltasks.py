@@ -34,7 +34,7 @@ class Task(NamedTuple):
         source: The file that is read, if any.
         target: The extension of the file that is created, if any.
         expected: The flat file with the expected content of the target.
-        ratio: How many times as fast as qemu-img qedimg should be.
+        ratio: The speed that qedimg should reach, in multiples of that of qemu-img.
         seconds: How long qedimg may take.
         cold: Whether the source is evicted from the host's page cache each time.
         qemu_img_code: An exit code of qemu-img that is no failure, besides 0.
@@ -118,7 +118,7 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as qemu-img qedimg is; None without figures."""
+        """The speed of qedimg in multiples of that of qemu-img; None without figures."""
         qedimg, qemu_img = self.seconds.get("qedimg"), self.seconds.get("qemu-img")
         return median(qemu_img) / median(qedimg) if qedimg and qemu_img else None
 

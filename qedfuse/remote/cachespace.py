@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""Number of bytes that are refused after an eviction without success before the next eviction."""
+"""After an eviction that has freed too little, the next one begins when reservations of this many
+bytes were refused."""
 _MAX_WAIT_SECONDS: Final = 2.0
 """Maximum time that reservations wait for an eviction.  The removal of large entries can take more
 time, and a reader waits until its unit is stored."""

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 class LocalData:
     """The data file of an entry of the cache, open for reading.
 
-    The object has a duplicate of the entry's descriptor, because the fetcher closes the entry if
-    that is damaged.  Threads may read concurrently; the duplicate is closed when the last read has
+    The object has a duplicate of the entry's descriptor, because the fetcher closes an entry that
+    is damaged.  Threads may read concurrently; the duplicate is closed when the last read has
     returned.
 
     Attributes:

@@ -158,7 +158,7 @@ def _offline_entry(
 ) -> tuple[Version | None, UnitFile | None]:
     """Return the entry of an object that can be used without a server.
 
-    It is the entry for the version ``wanted``, or the most recently used one if that is None.
+    It is the entry for the version ``wanted``; if ``wanted`` is None, the entry used last.
 
     Returns:
         The version and the open entry, which the caller closes; None for both if there is none.

@@ -174,7 +174,7 @@ class UnitFile:
             self._leave()
 
     def is_in(self, directory: int) -> bool:
-        """Return whether an open directory has the data file of this entry, not that of another.
+        """Return whether an open directory has the data file of this entry and of no other.
 
         Raises:
             OSError: The host refused, or the directory has no data file.

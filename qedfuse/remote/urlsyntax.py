@@ -69,7 +69,7 @@ def parse_name(text: str, path: str) -> str:
 
 
 def _segment(text: str, segment: str) -> str:
-    """Return one segment of a path, in which only characters are escaped that must be.
+    """Return one segment of a path, in which no character is escaped without need.
 
     Raises:
         UsageError: The segment is ``.`` or ``..``, or has an escaped slash, backslash or control

@@ -47,7 +47,7 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a block of a read is all zeros, and is not known to be so.
+        """Return whether a block of a read has only zeros, which the object may not have there.
 
         Args:
             offset: The offset of the read in the object.

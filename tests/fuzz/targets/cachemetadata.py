@@ -15,7 +15,7 @@ from tests.fuzz.targets.target import Target
 
 
 def check(data: bytes) -> None:
-    """Read the metadata in a directory whose name agrees with the version in them, if any does."""
+    """Read the metadata in a directory; if they have a version, the directory has its name."""
     name = _name(data)
     directory = scratch("cachemetadata")
     path = directory / name

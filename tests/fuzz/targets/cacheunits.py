@@ -1,4 +1,4 @@
-"""The units of an entry of the cache: the bytes that the checksum in the map describes, or none.
+"""The units of an entry of the cache: a load returns bytes with the right checksum, or nothing.
 
 An input is the size of the object (three bytes), flags, and patches of the two files: which file
 (one byte), an offset (three bytes), a length (one byte), the bytes.
@@ -22,7 +22,7 @@ _PRESENT: Final = 0x51454455
 
 
 def check(data: bytes) -> None:
-    """Change the files of an entry behind its back, and load all units."""
+    """Change the files of an entry while it is open, and load all units."""
     drawn = Drawn(data)
     size, flags = drawn.number(3) % _MAX_OBJECT_BYTES, drawn.number()
     directory = scratch("cacheunits")
