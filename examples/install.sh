@@ -31,8 +31,9 @@ for page in man/man1/qedimg.1 man/man8/qedfuse.8 \
 done
 
 # is_ours LINK=TARGET: whether this script made the link, and so may replace or remove it.
+# The links of the Debian package are relative.
 is_ours() {
-    [ -L "${1%=*}" ] && case $(readlink "${1%=*}") in */"${1##*=}") ;; *) false ;; esac
+    [ -L "${1%=*}" ] && case $(readlink "${1%=*}") in /*/"${1##*=}") ;; *) false ;; esac
 }
 
 make_links() {
@@ -69,6 +70,12 @@ uninstall() {
 install() {
     [ ! -e "$prefix" ] || [ -e "$prefix/.made-for" ] || [ -z "$(ls -A "$prefix")" ] ||
         die "$prefix: found other files, expected nothing or an earlier installation"
+    # shellcheck source=/dev/null
+    release=$(. /etc/os-release 2>/dev/null && printf '%s' "${ID:-}${VERSION_ID:-}")
+    case $release in
+        debian12) say "Installing with pip: Debian 12's libraries are too old for the Debian package" ;;
+        debian*) say "Installing with pip; packaging/build-deb.sh builds a Debian package instead" ;;
+    esac
     install_packages "${runtime_needs[@]}"
     venv=$prefix
     make_venv

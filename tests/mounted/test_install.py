@@ -146,6 +146,21 @@ def test_a_foreign_file_is_not_replaced(installation: Path) -> None:
     assert shown.startswith("install.sh: /sbin/mount.qedfuse: found a file of another program")
 
 
+def test_links_of_the_debian_package_are_not_ours(installation: Path) -> None:
+    """The helpers of an installed Debian package are neither replaced nor removed."""
+    shown = run_in_sandbox(
+        f"""
+        ln -s ../bin/qedfuse /usr/sbin/mount.qedfuse
+        ! {INSTALL} --link "$1"
+        {INSTALL} --uninstall
+        readlink /usr/sbin/mount.qedfuse
+        """,
+        installation,
+    )
+    assert "/sbin/mount.qedfuse: found a file of another program" in shown
+    assert shown.endswith("../bin/qedfuse\n")
+
+
 def test_console_script_targets_exist() -> None:
     """Each console script of pyproject.toml names a function that can be imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
