@@ -135,8 +135,6 @@ class SystemLogHandler(DroppingHandler):
 
     Attributes:
         directory: A descriptor of the directory of the socket.
-        connect_elsewhere: Returns what `connect` returns; set it when this process may not connect
-            any more.
     """
 
     def __init__(self, directory: int, name: str) -> None:
@@ -148,8 +146,8 @@ class SystemLogHandler(DroppingHandler):
         """
         super().__init__()
         self.directory = directory
-        self.connect_elsewhere: Callable[[], socket.socket] | None = None
         self._name = name
+        self._connect = self.connect
         self._identity = f"qedfuse[{os.getpid()}]: "
         self._socket: socket.socket | None = None
 
@@ -160,6 +158,14 @@ class SystemLogHandler(DroppingHandler):
         if self.directory >= 0:
             os.close(self.directory)
             self.directory = -1
+
+    def connect_through(self, connect: Callable[[], socket.socket]) -> None:
+        """Get connections from a function from now on, because this process may not connect.
+
+        Args:
+            connect: Returns what `connect` returns, and raises what it raises.
+        """
+        self._connect = connect
 
     def connect(self) -> socket.socket:
         """Return a new connection to the log daemon, which does not block.
@@ -189,7 +195,7 @@ class SystemLogHandler(DroppingHandler):
         """
         try:
             if self._socket is None:
-                self._socket = (self.connect_elsewhere or self.connect)()
+                self._socket = self._connect()
             if self._socket.send(data) == len(data):
                 return True
         except BlockingIOError:

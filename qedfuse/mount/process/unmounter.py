@@ -7,7 +7,7 @@ beginning; no message changes it.
 
 The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
 server could connect itself, it could connect to every socket of the host by its path, because
-neither Landlock nor seccomp tells one path from another.
+neither Landlock nor seccomp can permit single paths.
 
 Each request has a process of its own, because an unmount may wait until the server has answered
 the kernel's requests, and a forced unmount must not wait for it.
@@ -64,7 +64,7 @@ class Unmounter(HelperProcess):
     def connect_system_log(self) -> None:
         """Let the handler of the system log connect through the unmounter from now on."""
         if self._system_log is not None:
-            self._system_log.connect_elsewhere = self._connect_to_log_daemon
+            self._system_log.connect_through(self._connect_to_log_daemon)
 
     def _connect_to_log_daemon(self) -> socket.socket:
         """Return what `SystemLogHandler.connect` returns.
