@@ -160,12 +160,20 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
 async def test_writers_do_not_keep_each_other_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """Each writer makes one write in a thread because of a long write, and none after its end."""
+    """Writers write in threads because of a long write, and begin no such write after its end."""
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     writers = 8
     with opened(tmp_path / "file") as file:
         lock = InodeLock(monkeypatch)
         is_over = False
+        late: list[bool] = []
+        in_thread = inodelock.InodeLock.in_thread
+
+        async def noted_in_thread(*arguments: Any, **keywords: Any) -> object:  # noqa: ANN401  those of it
+            late.append(is_over)
+            return await in_thread(*arguments, **keywords)
+
+        monkeypatch.setattr(inodelock.InodeLock, "in_thread", noted_in_thread)
 
         async def write_long() -> None:
             nonlocal is_over
@@ -186,7 +194,8 @@ async def test_writers_do_not_keep_each_other_in_threads(
                 await trio.lowlevel.checkpoint()
             for _ in range(writers):
                 nursery.start_soon(write)
-        assert len(lock.threads) == 1 + writers
+        assert len(lock.threads) == len(late) > 1
+        assert not any(late)
         assert len(lock.inline) >= writers * 99
         assert lock.waits == []
 
