@@ -28,8 +28,6 @@ kernel drops a block and reads it again between the call of mincore(2) and the r
 from __future__ import annotations
 
 import os
-import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
@@ -39,9 +37,10 @@ from qedfuse.hostio.systemcalls import waits_for_server
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import BLOCK_BYTES
+from qedfuse.util.deferredclose import DeferredClose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from qedfuse.remote.unitfile import UnitFile
     from qedfuse.remote.zeroblocks import ZeroBlocks
@@ -68,9 +67,7 @@ class LocalData:
         """
         self._fd = os.dup(entry.data_fd)
         self._size = entry.size
-        self._lock = threading.Lock()
-        self._users = 1
-        self._is_closed = False
+        self._use = DeferredClose(self._close_files)
         try:
             self._space = os.fstatvfs(self._fd)
             self._residency = Residency(self._fd, self._size + SHARED_BYTES)
@@ -115,11 +112,14 @@ class LocalData:
         """
         if not self.is_readable:
             return False
-        with self._in_use() as is_open:
-            try:
-                return is_open and self._try_read(offset, view, zeros)
-            except OSError:
-                return False
+        if not self._use.enter():
+            return False
+        try:
+            return self._try_read(offset, view, zeros)
+        except OSError:
+            return False
+        finally:
+            self._use.leave()
 
     def _try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
         """Fill ``view`` from the page cache; see `try_read`.
@@ -144,11 +144,14 @@ class LocalData:
         """
         if not self.is_readable:
             return True  # the length cannot be read without a call that may wait
-        with self._in_use() as is_open:
-            try:
-                return not is_open or has_length(os.lseek(self._fd, 0, os.SEEK_END), self._size)
-            except OSError:
-                return False
+        if not self._use.enter():
+            return True
+        try:
+            return has_length(os.lseek(self._fd, 0, os.SEEK_END), self._size)
+        except OSError:
+            return False
+        finally:
+            self._use.leave()
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache, without waiting for a server."""
@@ -159,28 +162,8 @@ class LocalData:
 
         A second call does nothing.
         """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._leave()
+        self._use.close()
 
-    @contextmanager
-    def _in_use(self) -> Iterator[bool]:
-        """Keep the file open for the block; yield whether it is open."""
-        with self._lock:
-            is_open = not self._is_closed
-            self._users += is_open
-        try:
-            yield is_open
-        finally:
-            if is_open:
-                self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            is_last = not self._users
-        if is_last:
-            self._residency.close()
-            os.close(self._fd)
+    def _close_files(self) -> None:
+        self._residency.close()
+        os.close(self._fd)

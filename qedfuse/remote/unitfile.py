@@ -19,13 +19,13 @@ import mmap
 import os
 import stat
 import struct
-import threading
 import zlib
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.hostio.residency import Residency
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
+from qedfuse.util.deferredclose import DeferredClose
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,9 +72,7 @@ class UnitFile:
         self._map_fd = map_fd
         self._residency = Residency(data_fd, size + SHARED_BYTES)
         self._direct_fd = _open_direct(data_fd)
-        self._lock = threading.Lock()
-        self._users = 1
-        self._is_closed = False
+        self._use = DeferredClose(self._close_files)
 
     @classmethod
     def open(cls, path: str, size: int) -> Self:
@@ -118,7 +116,7 @@ class UnitFile:
 
         A damaged unit is dropped from the page cache, because other processes could read it there.
         """
-        if not self._enter():
+        if not self._use.enter():
             return None
         try:
             checksum = self._stored_checksum(unit)
@@ -132,7 +130,7 @@ class UnitFile:
         except OSError:
             return None
         finally:
-            self._leave()
+            self._use.leave()
         return None
 
     def store(self, unit: int, content: Buffer) -> None:
@@ -142,7 +140,7 @@ class UnitFile:
             OSError: The host refused, the files were closed (EBADF), or the data file was cut
                 (EBADMSG).
         """
-        if not self._enter():
+        if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             _write(self.data_fd, content, unit * UNIT_BYTES)
@@ -151,7 +149,7 @@ class UnitFile:
             entry = _MAP_ENTRY.pack(_checksum(unit, content), _PRESENT)
             _write(self._map_fd, entry, unit * _MAP_ENTRY.size)
         finally:
-            self._leave()
+            self._use.leave()
 
     def count_present(self, first: int, last: int) -> int:
         """Return how many of the units ``first`` to ``last`` have an entry in the map.
@@ -159,7 +157,7 @@ class UnitFile:
         Raises:
             OSError: The host refused, or the files are closed (EBADF).
         """
-        if not self._enter():
+        if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             present = 0
@@ -171,7 +169,7 @@ class UnitFile:
                 present += words[1::2].count(_PRESENT)
             return present
         finally:
-            self._leave()
+            self._use.leave()
 
     def is_in(self, directory: int) -> bool:
         """Return whether an open directory has the data file of this entry and of no other.
@@ -179,24 +177,24 @@ class UnitFile:
         Raises:
             OSError: The host refused, or the directory has no data file.
         """
-        if not self._enter():
+        if not self._use.enter():
             return False
         try:
             found = os.stat(DATA_NAME, dir_fd=directory, follow_symlinks=False)
             return os.path.samestat(found, os.fstat(self.data_fd))
         finally:
-            self._leave()
+            self._use.leave()
 
     def unlinked_bytes(self) -> int:
         """Return the disk space in bytes of the data file if it was removed, otherwise 0."""
-        if not self._enter():
+        if not self._use.enter():
             return 0
         try:
             status = os.fstat(self.data_fd)
         except OSError:
             return 0
         finally:
-            self._leave()
+            self._use.leave()
         return 0 if status.st_nlink else allocated_bytes(status)
 
     def length(self, unit: int) -> int:
@@ -208,11 +206,7 @@ class UnitFile:
 
         A second call does nothing.
         """
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._leave()
+        self._use.close()
 
     def __enter__(self) -> Self:
         """Return the object; the end of the ``with`` block closes the files."""
@@ -227,23 +221,11 @@ class UnitFile:
         """Close the files."""
         self.close()
 
-    def _enter(self) -> bool:
-        """Keep the files open until `_leave`; return False if they are closed."""
-        with self._lock:
-            if self._is_closed:
-                return False
-            self._users += 1
-            return True
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            is_last = not self._users
-        if is_last:
-            self._residency.close()
-            for fd in (self.data_fd, self._map_fd, self._direct_fd):
-                if fd >= 0:
-                    os.close(fd)
+    def _close_files(self) -> None:
+        self._residency.close()
+        for fd in (self.data_fd, self._map_fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
 
     def _stored_checksum(self, unit: int) -> int | None:
         """Return the checksum of a unit in the map; None if the unit has no entry there."""

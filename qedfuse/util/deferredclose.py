@@ -1,0 +1,53 @@
+"""Closing files that threads may still use: the last user closes them.
+
+If a thread closed a descriptor that another thread uses, the number of the descriptor could already
+belong to another file when the other thread makes its system call.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class DeferredClose:
+    """Counts the users of some files, and closes the files after `close` when no user is left.
+
+    A thread uses the files between a call of `enter` that returns True and a call of `leave`.
+    Threads may call all methods concurrently.
+    """
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        """Begin without users; ``close`` closes the files, and is called once, in any thread."""
+        self._close = close
+        self._lock = threading.Lock()
+        # The object itself counts as a user until `close` is called.
+        self._users = 1
+        self._is_closed = False
+
+    def enter(self) -> bool:
+        """Count a user, so that the files stay open; return False if `close` was called."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        """Count a user as gone; if it was the last one after `close`, close the files."""
+        with self._lock:
+            self._users -= 1
+            is_last = not self._users
+        if is_last:
+            self._close()
+
+    def close(self) -> None:
+        """Close the files when no user is left, without waiting; a second call does nothing."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self.leave()
