@@ -307,7 +307,8 @@ class DiskFile(io.RawIOBase):
         With ``r+b`` the image is compacted first, as its `OpenOptions` say.  With ``rb`` only the
         locks are released.  If the file is closed already, nothing is done.
 
-        The close waits for no server: a read or a write of another thread that waits for one fails.
+        The close waits for no server.  If another thread waits for a server in a read or a write,
+        that operation fails.
 
         Raises:
             HostError: Something could not be made durable.  The file is closed in this case

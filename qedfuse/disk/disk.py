@@ -142,7 +142,7 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Make reads fail that wait for a server, and later ones that would; others go on."""
+        """Fail every read that waits for a server, now or later; other reads go on."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 

@@ -125,7 +125,7 @@ class ReadableFile(Protocol):
         """
 
     def stop_fetching(self) -> None:
-        """Make every read fail that waits for a server, now or later; other reads go on."""
+        """Fail every read that waits for a server, now or later; other reads go on."""
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.

@@ -237,6 +237,6 @@ class Shutdown:
         self._terminate()
 
     def _terminate(self) -> None:
-        """End `pyfuse3.main`, after making every read fail that waits for a server."""
+        """Fail every read that waits for a server, then end `pyfuse3.main`."""
         self._disks.stop_fetching()
         pyfuse3.terminate()

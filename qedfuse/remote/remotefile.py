@@ -143,7 +143,7 @@ class RemoteFile(ReadOnlyFile):
         return os.statvfs("/") if self._local is None else self._local.statvfs()
 
     def stop_fetching(self) -> None:
-        """Make reads fail that wait for the server, and later reads that would have to wait."""
+        """Fail all reads that wait for the server, and later reads that would have to wait."""
         self.fetcher.close()
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Stamps = NDArray[np.uint64]
 
 NEVER: Final = 1 << 62
-"""The time at which a request ends that has not ended."""
+"""The time that stands for the end of a request that has not ended."""
 _WRITE_SHIFT: Final = 24
 """The bits of a stamp below this one are the sector's number, those above the write's."""
 _BASE_SHIFT: Final = 56

@@ -33,7 +33,7 @@ class ReadTables(NamedTuple):
             not read the file.
         cluster_bits: Binary logarithm of the cluster size in bytes.
         slice_bits: Binary logarithm of the number of entries in a slice.
-        epochs: What a read enters that waits for the host.
+        epochs: The epochs; a read that waits for the host enters one.
         file_reads: The cells of `FileReads`, in which the extension counts its reads.
         window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
         window_bytes: Length of that range; -1 for the whole disk.

@@ -292,7 +292,7 @@ class ExportedDisks:
         return self._all_closed
 
     def stop_fetching(self) -> None:
-        """Make every read of a disk fail that waits for a server, now or later.
+        """Fail every read of a disk that waits for a server, now or later.
 
         The caller knows that no program waits for these reads any more.
         """
