@@ -53,7 +53,7 @@ class Fio:
         return self.pattern not in {"read", "randread"}
 
     def min_changed(self, writes: int, size: int) -> int:
-        """Return how many blocks ``writes`` writes to ``size`` bytes change at least.
+        """Return the least number of blocks that ``writes`` writes to ``size`` bytes change.
 
         fio uses each block once before it uses any block again.  In a mixed load about half
         of the blocks are written at the first use.
@@ -77,11 +77,11 @@ class Cell:
         unit: The unit of its figures; less is better for seconds, more for all others.
         stage: The state of the image before the load.
         load: The load; several loads run concurrently, each on a disk of its own.
-        peer_target: How many times the rate of the faster QEMU qedfuse should reach.
-        baseline_target: The same for the baseline's rate; None for no target.
+        peer_target: The rate that qedfuse should reach, in multiples of that of the faster QEMU.
+        baseline_target: The same in multiples of the baseline's rate; None for no target.
         cold: Which caches are emptied before each measurement.
-        pages: The state of the image's pages before each measurement; None if they are in
-            the state that the measurement before has left, once it has been written back.
+        pages: The state of the image's pages before each measurement; None if they
+            stay as the previous measurement has left them, apart from their write-back.
         warm: Whether the whole disk is read through the mount before the first measurement.
         loop: Whether the load runs on an ext4 on a loop device, and whether that device uses
             the mount's page cache.
@@ -120,7 +120,7 @@ class Cell:
 
     @property
     def parallel(self) -> bool:
-        """Whether the server gets concurrent requests, so that threads may pay off."""
+        """Whether the server gets concurrent requests, so that threads may make it faster."""
         if self.loop or len(self.fio) != 1:
             return True
         load = self.fio[0]

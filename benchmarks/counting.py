@@ -2,12 +2,12 @@
 
     python -m benchmarks.counting [--dir DIRECTORY] [--rounds N] [--seconds S] [--without PROGRAM]
 
-Both mounts are of the same image, one after the other, in alternating order: of two copies, the one
-whose pages the host is writing back would be the slower one.  "without" is the same program whose
-extension counts no requests, or PROGRAM, the command qedfuse of another installation, such as an
-earlier version.  The figures are medians over the rounds: requests per second, and the processor
-time of the server for each request.  A ratio is the median of the ratios of all rounds, so slow
-changes of the machine have no effect on it.
+Both programs mount the same image, one after the other, in alternating order.  With two copies of
+an image the host might be writing back pages of only one, and that one would be slower.  "without"
+is the same program whose extension counts no requests, or PROGRAM, the command qedfuse of another
+installation, such as an earlier version.  The figures are medians over the rounds: requests per
+second, and the processor time of the server for each request.  A ratio is the median of the ratios
+of all rounds, so slow changes of the machine have no effect on it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Tables:
         owned: For each whole cluster of the file, whether the header or a table refers to it.
         sectors: The sectors of the file that hold tables.
         guest: The guest clusters that are allocated.
-        file: The first sector of each of these in the file.
+        file: The first sector in the file of each cluster in `guest`.
         zero: The guest clusters with a zero entry.
         unallocated: The guest clusters without an entry.
     """
@@ -226,7 +226,7 @@ class CrashOracle:
         if state.length > self._bound:
             problems.append(f"the file has {state.length} bytes, and needs at most {self._bound}")
         if header.stale_autoclear:
-            # The bits promise the program that set them that nothing was changed since.
+            # A program that sets the bits relies on finding them cleared after any change.
             both = min(len(state.ids), len(self._initial))
             if (state.ids[1:both] != self._initial[1:both]).any():
                 problems.append("a change while autoclear bits may be set")
@@ -297,7 +297,7 @@ class CrashOracle:
         return problems
 
     def _refused(self, flushed: int, held: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Return for each cluster of the disk whether it must not hold what ``held`` has there.
+        """Return for each cluster of the disk whether the stamps in ``held`` are not allowed there.
 
         ``held`` has a stamp for each sector of the disk.
         """

@@ -1,4 +1,4 @@
-"""Turns for tests that change what the machine has only once, while tests run in parallel."""
+"""A lock for tests that run in parallel and change a part of the machine that exists once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The requests that a disk was given, and so what it may hold after a crash (rule D6).
+"""The requests to a disk, from which follows what the disk may hold after a crash (rule D6).
 
 Every sector of these disks holds one 64-bit *stamp*, repeated: 0 for zeros, otherwise the number
 of the write, or of the base, that put it there, and the number of the sector.  So a sector with
@@ -68,7 +68,7 @@ def describe(stamp: int) -> str:
 def disk_stamps(image: bytes | bytearray, below: Stamps) -> Stamps:
     """Return the stamps on the disk of an image whose base has the stamps ``below``.
 
-    Independent of the code under test.  The tables must be sound.
+    The function does not use the code under test.  The tables must be sound.
     """
     header = header_of(image)
     geometry = header.geometry
@@ -120,7 +120,7 @@ class Request:
     size: int = 0
 
     def leaves(self, sector: int) -> int:
-        """Return the stamp of one of its sectors after it."""
+        """Return the stamp that a sector of the request has after the request."""
         return (self.number << _WRITE_SHIFT) + sector if self.number else 0
 
 
@@ -259,9 +259,9 @@ class History:
         self._end(self._begin(self.flushes))
 
     def _may_hold(self, sector: int, since: int) -> set[int]:
-        """Return the stamps that a sector may have if the requests ended by ``since`` count.
+        """Return the stamps that a sector may have if requests that ended by ``since`` took effect.
 
-        A request that ended before the newest of those began has been overwritten.
+        The newest such request has overwritten every request that ended before it began.
         """
         events = self._by_sector.get(sector, ())
         newest = max((event.began for event in events if event.ended < since), default=0)

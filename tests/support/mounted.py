@@ -29,7 +29,7 @@ WITHOUT_EXTENSION: Final = (
 
 
 def without_notice(text: str) -> str:
-    """Return what a mount reports without `WITHOUT_EXTENSION`, if that line is expected."""
+    """Return the lines of a mount; leave out `WITHOUT_EXTENSION` if that line is expected."""
     return text if extensions.EXPECTED else text.replace(WITHOUT_EXTENSION, "")
 
 
@@ -181,8 +181,8 @@ class FrontMount:
         process: The process.
         mountpoint: The mountpoint.
         unprotected: Lines of its log with `UNPROTECTED`.  They depend on the machine, so
-            `read_line` and `finish` leave them out.  In a run without extensions these leave out
-            `WITHOUT_EXTENSION` as well.
+            `read_line` and `finish` leave them out.  In a run without extensions the two methods
+            leave out `WITHOUT_EXTENSION` as well.
         sandbox: Lines of its log about the sandbox, which `read_line` and `finish` leave out as
             well.
     """

@@ -44,7 +44,7 @@ def serving_nbd(directory: Path, *command: str | Path) -> Iterator[Callable[[], 
 
 
 def connect_unix(path: Path) -> socket.socket:
-    """Return a socket that is connected to the one of a server."""
+    """Return a socket that is connected to a server at ``path``."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.connect(os.fspath(path))

@@ -33,7 +33,7 @@ class NothingToReclaim:
 
 
 class Space(NamedTuple):
-    """What hands out the clusters of one file."""
+    """The objects that hand out the clusters of one file."""
 
     allocator: Allocator
     length: FileLength

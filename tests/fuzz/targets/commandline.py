@@ -1,4 +1,4 @@
-"""Command lines: refused in one line, or carried out without an exception that is not ours.
+"""Command lines: refused in one line, or carried out without an unexpected exception.
 
 An input is one byte that selects the parser, and words that end with a zero byte.  Commands of
 qedimg that only read are run as well, in a directory with a few images; a word with a slash is

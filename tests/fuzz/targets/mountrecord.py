@@ -1,4 +1,4 @@
-"""Mount records, JSON in files that root reads of every user: a valid record, or none."""
+"""Mount records in JSON, which root reads from files of every user; only valid ones are used."""
 
 from __future__ import annotations
 

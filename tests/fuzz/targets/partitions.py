@@ -58,7 +58,7 @@ class _Disk:
         return blocks[start - first * _SECTOR :][:length]
 
     def _correct(self, sector: int, sector_bytes: int) -> None:
-        """Make the checksums of the GPT right whose header is in a sector."""
+        """Correct the checksums of a GPT, whose header is in a sector."""
         at = sector * sector_bytes
         if sector < 1 or self.get(at, 8) != b"EFI PART":
             return
