@@ -37,6 +37,7 @@ setup(
                 "qedfuse/mount/fuse/_checkedunits.c",
                 "qedfuse/mount/fuse/_counters.c",
                 "qedfuse/mount/fuse/_queuedread.c",
+                "qedfuse/mount/fuse/_readfiles.c",
                 "qedfuse/mount/fuse/_ring.c",
                 "qedfuse/mount/fuse/_splice.c",
             ],

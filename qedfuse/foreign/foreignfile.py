@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign.directreads import DirectReads
+from qedfuse.foreign.runmap import UNKNOWN, ZEROS, Piece
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 
 if TYPE_CHECKING:
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from qedfuse.foreign.graph import Graph
+    from qedfuse.foreign.localreads import LocalReads
     from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
+    from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.posixfile import PosixFile
 
 _log = logging.getLogger(__name__)
@@ -28,8 +31,9 @@ READ_SECONDS: Final = 600.0
 class ForeignFile(ReadOnlyFile):
     """A disk that qemu-nbd serves; the file has the bytes that the guest sees.
 
-    If qemu-nbd ends, one line is logged, and every read fails from then on.  qemu-nbd is not
-    started again: its locks have ended, so another program can have changed a file of the chain.
+    If qemu-nbd ends, one line is logged, and every read that needs it fails from then on.  qemu-nbd
+    is not started again: its locks have ended, so another program can have changed a file of the
+    chain.  Reads past QEMU go on under the locks of this process (`LocalReads`).
 
     Attributes:
         path: The path of the image.
@@ -38,7 +42,13 @@ class ForeignFile(ReadOnlyFile):
     """
 
     def __init__(
-        self, image: PosixFile, driver: str, disk: ReadableFile, server: QemuNbd, graph: Graph
+        self,
+        image: PosixFile,
+        driver: str,
+        disk: ReadableFile,
+        server: QemuNbd,
+        graph: Graph,
+        local: LocalReads,
     ) -> None:
         """Read ``disk``; `close` closes all arguments and ends the program.
 
@@ -48,6 +58,7 @@ class ForeignFile(ReadOnlyFile):
             disk: The disk, read from ``server``.
             server: The process of qemu-nbd.
             graph: The files that the process has open.
+            local: Reads these files where they have the bytes of the disk.
         """
         super().__init__(image.name)
         self.path = image.path
@@ -56,6 +67,7 @@ class ForeignFile(ReadOnlyFile):
         self._disk = disk
         self._server = server
         self._graph = graph
+        self._local = local
         self._direct = DirectReads(server, disk.size(), READ_SECONDS)
         self._is_failure_logged = False
         self._is_stopped = False
@@ -66,24 +78,55 @@ class ForeignFile(ReadOnlyFile):
         """The identity of the file of the image."""
         return self.image.identity
 
+    @property
+    def page_source(self) -> PageSource | None:
+        """What the mount's extension needs to read past QEMU; see `ReadableFile`."""
+        return self._local.page_source
+
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at an offset; fewer only where the disk ends."""
+        if self._local.pieces(offset, length) is not None:
+            return await super().pread(offset, length)
         with self._explained():
             return await self._disk.pread(offset, length)
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; return how many bytes were read; see `ReadableFile`."""
-        with self._explained():
-            return await self._disk.pread_into(offset, view)
+        length = max(0, min(len(view), self.size() - offset))
+        for piece in self._pieces(offset, length):
+            part = view[piece.start - offset :][: piece.length]
+            if piece.file == ZEROS:
+                part[:] = bytes(piece.length)
+            elif piece.file == UNKNOWN:
+                with self._explained():
+                    await self._disk.pread_into(piece.start, part)
+            else:
+                count = await self._local.file_of(piece).pread_into(piece.offset, part)
+                self._local.require_whole(piece, count)
+        return length
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; see `ReadableFile.read_blocking`."""
-        with self._explained():
-            return self._disk.read_blocking(offset, view)
+        length = max(0, min(len(view), self.size() - offset))
+        for piece in self._pieces(offset, length):
+            part = view[piece.start - offset :][: piece.length]
+            if piece.file == ZEROS:
+                part[:] = bytes(piece.length)
+            elif piece.file == UNKNOWN:
+                with self._explained():
+                    self._disk.read_blocking(piece.start, part)
+            else:
+                count = self._local.file_of(piece).read_blocking(piece.offset, part)
+                self._local.require_whole(piece, count)
+        return length
+
+    def _pieces(self, offset: int, length: int) -> list[Piece]:
+        """Return the parts of a range, each of which one program or file reads."""
+        return self._local.pieces(offset, length) or [Piece(UNKNOWN, 0, offset, length)]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without blocking; return whether that succeeded."""
-        return self._disk.try_read(offset, view)
+        return self._local.try_read(offset, view)
 
     def try_start_read(
         self,
@@ -93,7 +136,10 @@ class ForeignFile(ReadOnlyFile):
         ended: Callable[[int], object],
     ) -> bool:
         """Start a read in a thread that answers; see `ReadableFile.try_start_read`."""
-        return self._direct.try_start(offset, view, take_answer, ended)
+        is_started = self._local.try_start(offset, view, take_answer, ended)
+        if is_started is None:
+            return self._direct.try_start(offset, view, take_answer, ended)
+        return is_started
 
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows."""
@@ -134,6 +180,7 @@ class ForeignFile(ReadOnlyFile):
         if self._is_closed:
             return
         self._is_closed = True
+        self._local.close()
         self.disconnect()
         self._server.close()
         self._graph.close()
@@ -156,5 +203,5 @@ class ForeignFile(ReadOnlyFile):
             failure.is_logged = True
             if not self._is_failure_logged:
                 self._is_failure_logged = True
-                _log.error("%s; reads of this image fail from now on", failure)
+                _log.error("%s; reads that need QEMU fail from now on", failure)
             raise failure from error

@@ -61,12 +61,15 @@ class Graph:
         options: The options of the block node of the image.
         files: The files that QEMU gets as descriptors: that of the image first.
         extents: The files that QEMU opens under their names.
+        data_files: For each image, from the first one down, the file that has its data; None if
+            several files have it.
         opened: The files that `close` closes: all but that of the image.
     """
 
     options: Options = field(default_factory=dict)
     files: list[PosixFile] = field(default_factory=list)
     extents: list[PosixFile] = field(default_factory=list)
+    data_files: list[PosixFile | None] = field(default_factory=list)
     opened: list[PosixFile] = field(default_factory=list)
 
     def close(self) -> None:
@@ -120,9 +123,11 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
         extent = _open(graph, name, file, limits)
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
+    graph.data_files.append(None if links.extents else file)
     if links.data_file:
         data = _open(graph, links.data_file, file, limits)
         graph.files.append(data)
+        graph.data_files[-1] = data
         options["data-file"] = _file_options(_inherited_path(graph), limits)
     if links.backing:
         base = _open(graph, links.backing, file, limits)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qedfuse.errors import ForeignError
 from qedfuse.foreign.foreignfile import READ_SECONDS, ForeignFile
 from qedfuse.foreign.graph import open_graph
+from qedfuse.foreign.localreads import LocalReads
 from qedfuse.foreign.process import READY_SECONDS, QemuNbd
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
@@ -39,6 +40,7 @@ class ForeignOpening:
         """
         self._image = image
         self._driver = driver
+        self._is_locked = limits.lock and not limits.share
         self._lock = threading.Lock()
         """Held to decide who closes: `abandon`, or the caller of `finish`."""
         self._is_abandoned = False
@@ -68,7 +70,8 @@ class ForeignOpening:
         self._server.wait_ready()
         deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
-        file = ForeignFile(self._image, self._driver, disk, self._server, self._graph)
+        local = LocalReads(self._graph, self._image.name, is_locked=self._is_locked)
+        file = ForeignFile(self._image, self._driver, disk, self._server, self._graph, local)
         with self._lock:
             if not self._is_abandoned:
                 self._file = file

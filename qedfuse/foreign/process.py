@@ -14,18 +14,15 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError, ImageInUseError
-from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR, launch_command
+from qedfuse.foreign.confined import find_program, spawn_confined
+from qedfuse.foreign.sandbox import FIRST_FILE_DESCRIPTOR
 from qedfuse.nbd import messages
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from qedfuse.foreign.graph import Graph
 
 _PROGRAM: Final = "qemu-nbd"
-_PACKAGE: Final = "qemu-utils"
-"""The Debian package that contains the program."""
 
 READY_SECONDS: Final = 30.0
 """Maximum time from the start of the program to its answer, when it has opened the image."""
@@ -46,21 +43,6 @@ _LOCK_MESSAGE: Final = "Failed to get "
 _MAX_MESSAGE_BYTES: Final = 4096
 """Maximum number of bytes that are read of the program's messages."""
 _BACKLOG: Final = 64
-
-
-def find_program(name: str) -> str:
-    """Return the path of qemu-nbd; ``name`` is the name of the image in messages.
-
-    Raises:
-        ForeignError: The program is not installed.
-    """
-    found = shutil.which(_PROGRAM)
-    if found is None:
-        msg = (
-            f"{name}: found no program {_PROGRAM}, expected it to be installed (package {_PACKAGE})"
-        )
-        raise ForeignError(msg)
-    return os.path.realpath(found)
 
 
 class QemuNbd:
@@ -90,7 +72,7 @@ class QemuNbd:
         """Held while a descriptor is used or closed, never while a thread waits."""
         self._is_closed = False
         self._names = [file.name for file in graph.files]
-        program = find_program(name)
+        program = find_program(_PROGRAM, name)
         options = "json:" + json.dumps(graph.options)
         arguments = [program, "--read-only", "--shared=0", options]
         with contextlib.ExitStack() as stack:
@@ -103,7 +85,10 @@ class QemuNbd:
                     stack.callback(self._client.close)
                     self._messages = os.memfd_create("qemu-nbd", os.MFD_CLOEXEC)
                     stack.callback(os.close, self._messages)
-                    self._process = _spawn(arguments, graph, listener.fileno(), self._messages)
+                    self._process = spawn_confined(
+                        *(arguments, graph, subprocess.DEVNULL, self._messages),
+                        listener=listener.fileno(),
+                    )
                 stack.callback(self._process.kill)
                 self._pidfd = os.pidfd_open(self._process.pid)
             except OSError as error:
@@ -278,29 +263,6 @@ def _private_listener() -> tuple[socket.socket, int]:
         listener.close()
         raise
     return listener, address
-
-
-def _spawn(
-    program: Sequence[str], graph: Graph, listener: int, output: int
-) -> subprocess.Popen[bytes]:
-    """Start a program in a sandbox, in a session of its own, so that Ctrl-C does not end it.
-
-    Raises:
-        OSError: The host refused.
-    """
-    files = [file.fd for file in graph.files]
-    extents = [file.fd for file in graph.extents]
-    # No Python code runs between fork and exec, because another thread may hold a lock then.
-    return subprocess.Popen(  # noqa: S603  no shell, and no name from an image
-        launch_command(list(program), files, listener, extents),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=output,
-        pass_fds=(*files, *extents, listener),
-        start_new_session=True,
-        cwd="/",
-        env={},
-    )
 
 
 def _negotiate(client: socket.socket) -> None:

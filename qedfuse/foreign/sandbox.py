@@ -51,7 +51,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def launch_command(
-    program: list[str], files: list[int], listener: int, named: Sequence[int] = ()
+    program: list[str],
+    files: list[int],
+    listener: int | None,
+    named: Sequence[int] = (),
+    cpu_seconds: int | None = None,
 ) -> list[str]:
     """Return the command that starts ``program`` with the right to read only ``files``.
 
@@ -61,9 +65,11 @@ def launch_command(
         program: The program's absolute path and its arguments.
         files: Descriptors of the files that may be opened for reading, which must be inherited; in
             the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
-        listener: Descriptor of a listening socket, which the program gets as systemd would pass it.
+        listener: Descriptor of a listening socket, which the program gets as systemd would pass it;
+            None for none.
         named: Descriptors of further files that may be opened, which must be inherited; the program
             opens them under their names and does not get the descriptors.
+        cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
     """
     order = {
         "parent": os.getpid(),
@@ -71,6 +77,7 @@ def launch_command(
         "files": files,
         "listener": listener,
         "named": list(named),
+        "cpu_seconds": cpu_seconds,
     }
     # The options: no Python variables of the environment, no site packages, no bytecode files.
     return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(order)]
@@ -122,17 +129,19 @@ def _main(text: str) -> None:
         return  # the parent ended before prctl, so no signal would come
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
+    if order["cpu_seconds"] is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (order["cpu_seconds"], order["cpu_seconds"]))
     landlock.check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _raise_descriptor_limit()
-    given = (order["listener"], *order["files"], *order["named"])
-    listener, *opened = [
-        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given
-    ]
+    listeners = [] if order["listener"] is None else [order["listener"]]
+    given = (*order["files"], *order["named"], *listeners)
+    opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given]
     for fd in given:
         os.set_inheritable(fd, False)  # noqa: FBT003  those that closerange leaves open
     os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
+    if listeners:
+        os.dup2(opened.pop(), 3)
     files = opened[: len(order["files"])]
-    os.dup2(listener, 3)
     for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
         os.dup2(fd, number)
     version = landlock.landlock_version()
@@ -142,7 +151,7 @@ def _main(text: str) -> None:
         own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
         _restrict(version, opened, [*_SYSTEM_PATHS, *own])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    variables = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    variables = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())} if listeners else {}
     os.execve(program[0], program, variables)  # noqa: S606  no shell is wanted
 
 

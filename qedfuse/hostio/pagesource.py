@@ -50,8 +50,27 @@ class PageSource(NamedTuple):
         policy: Decides whether a read is tried.
         fd: The descriptor.
         units: Which parts of the file may be read; None if the whole file may be read.
+        runs: Where other files have the bytes of the file; None if the descriptor has the bytes.
+            With runs the extension uses neither ``policy`` nor ``fd``.
     """
 
     policy: ReadPolicy
     fd: int
     units: CheckedUnits | None = None
+    runs: StoredRuns | None = None
+
+
+class StoredRuns(NamedTuple):
+    """Where local files have the bytes of a file that has no descriptor of its own.
+
+    Attributes:
+        cells: Numbers of 64 bits: the number of runs, the offset at which the last run ends, and
+            then the two arrays of `qedfuse.foreign.runmap.RunMap`, each with room for ``capacity``
+            runs.  Runs are only added, so the extension keeps a view of the cells.
+        capacity: Maximum number of runs.
+        files: The files to which the runs refer, by number.
+    """
+
+    cells: memoryview
+    capacity: int
+    files: tuple[PageSource, ...]

@@ -85,7 +85,7 @@ def test_server_killed(image: Path, tmp_path: Path) -> None:
     assert code == 0
     lines = [line for line in log.splitlines() if "unmounted; the images are closed" not in line]
     assert len(lines) == 1, log
-    assert "image.qcow2: qemu-nbd: ended by SIGKILL; reads of this image fail" in log
+    assert "image.qcow2: qemu-nbd: ended by SIGKILL; reads that need QEMU fail" in log
 
 
 def test_mount_killed(image: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_program_fails(
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
     program.chmod(0o755)
-    monkeypatch.setattr(process, "find_program", lambda _name: str(program))
+    monkeypatch.setattr(process, "find_program", lambda *_names: str(program))
     monkeypatch.setattr(process, "READY_SECONDS", 1.0)
     with pytest.raises(ForeignError) as caught:
         qedfuse.open(image)
@@ -200,7 +200,7 @@ async def test_cancelled_opening(image: Path, monkeypatch: pytest.MonkeyPatch) -
     stuck = image.parent / "qemu-nbd"
     stuck.write_text("#!/bin/sh\nexec /usr/bin/sleep 1000\n", "utf-8")
     stuck.chmod(0o755)
-    monkeypatch.setattr(process, "find_program", lambda _name: str(stuck))
+    monkeypatch.setattr(process, "find_program", lambda *_names: str(stuck))
     begin = time.monotonic()
     with trio.move_on_after(0.5) as scope:
         await open_foreign(PosixFile.open(str(image)), "qcow2", OpenOptions())
@@ -305,7 +305,7 @@ async def test_stopped_during_handshake(
     for thread in threads:
         thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
-    assert "reads of this image fail" not in caplog.text
+    assert "reads that need QEMU fail" not in caplog.text
     disk.close()
 
 

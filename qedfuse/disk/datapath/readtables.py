@@ -40,7 +40,7 @@ class ReadTables(NamedTuple):
     """
 
     layer: QedLayer
-    slice_keys: dict[int, tuple[int, int]]
+    slice_keys: dict[int, tuple[int, int] | None]
     get_slice: Callable[[tuple[int, int]], Slice | None]
     codes_key: int | None
     files: tuple[PageSource | None, ...]

@@ -99,7 +99,7 @@ class TableWriter:
                 self._space.release(run)
                 raise
             layer.tables.set(slice_, l1_index % layer.tables.slice_entries, run.offset)
-            layer.registry.add(l1_index, run.offset)
+            layer.add_table(l1_index, run.offset)
             self._writeback.note_write()
             return run.offset
 

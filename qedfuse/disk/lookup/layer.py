@@ -73,7 +73,8 @@ class QedLayer:
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
         slice_keys: The keys in ``tables`` of some slices, by the slice's number as in
-            `cached_slice`.  It is never replaced by another dictionary, so others may keep it.
+            `cached_slice`; None for slices of L2 tables that do not exist.  It is never replaced by
+            another dictionary, so others may keep it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
@@ -86,7 +87,7 @@ class QedLayer:
         self.geometry = header.geometry
         self.registry = TableRegistry(file, header)
         self.tables = TableCache(file, header.geometry, store, self.registry.find_bad)
-        self.slice_keys: dict[int, tuple[int, int]] = {}
+        self.slice_keys: dict[int, tuple[int, int] | None] = {}
 
     @property
     def size(self) -> int:
@@ -123,6 +124,11 @@ class QedLayer:
             HostError: The host cannot read the L1 table.
         """
         await self.registry.scan()
+
+    def add_table(self, l1_index: int, offset: int) -> None:
+        """Record that L1 entry ``l1_index``, which was 0, refers to an L2 table at ``offset``."""
+        self.registry.add(l1_index, offset)
+        self.slice_keys.clear()
 
     def move_table(self, old: int, new: int) -> None:
         """Record that an L2 table was copied from file offset ``old`` to ``new``.
@@ -170,16 +176,19 @@ class QedLayer:
         """
         key = self.slice_keys.get(number)
         if key is None:
+            if number in self.slice_keys:
+                return self.tables.empty_slice
             first = number * self.tables.slice_entries
             l1_index, index = divmod(first, self.geometry.entries)
             slice_ = self.tables.cached(self.header.l1_table_offset, l1_index)
             if slice_ is None or slice_.bad is not None:
                 return None
             table = slice_.entries[l1_index % self.tables.slice_entries]
-            if not table:
-                return self.tables.empty_slice
             if len(self.slice_keys) >= _MAX_REMEMBERED_KEYS:
                 self.slice_keys.clear()
+            if not table:
+                self.slice_keys[number] = None
+                return self.tables.empty_slice
             key = self.slice_keys[number] = self.tables.key(table, index)
         return self.tables.get(key)
 

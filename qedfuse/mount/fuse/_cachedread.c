@@ -37,7 +37,8 @@
 typedef struct {
     PyObject_HEAD
     PyObject *layer;     /* QedLayer: the top image; `header.image_size` is the size of the disk */
-    PyObject *keys;      /* dict: slice number -> the slice's key in the table cache */
+    PyObject *keys;      /* dict: slice number -> the slice's key in the table cache, or None if the
+                          * disk has no L2 table there */
     PyObject *get_slice; /* returns the slice with a key; None if the slice is not in memory */
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
     PyObject *epochs;    /* Epochs, which a read enters that waits */
@@ -126,13 +127,12 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
     return is_run;
 }
 
-/* Finds in a backing file the clusters that the top image has not allocated.  `first` and `last` are
- * indices in their slice, inclusive.  Returns the file offset of the first cluster, and sets `depth`
- * to the depth of the backing file.  Returns 0, perhaps with an exception, if the clusters are not
- * one run of data in one backing file, or if the codes of the slice (see ReadView) are not in
- * memory. */
-static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t first,
-                               uint64_t last, uint64_t *depth)
+/* Returns the code of clusters that the top image has not allocated.  `first` and `last` are indices
+ * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of the
+ * offset of the first cluster in a backing file, which is a multiple of 4096, and the depth of that
+ * file + 2.  Returns 0, perhaps with an exception, if the clusters are not one run of data in one
+ * backing file, or if the codes of the slice (see ReadView) are not in memory. */
+static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);
     PyObject *codes = key == NULL ? NULL : valid_entries(self, key);
@@ -143,41 +143,44 @@ static uint64_t backing_offset(ReadView *self, PyObject *slice_number, uint64_t 
         code = 0;
     Py_XDECREF(key);
     Py_XDECREF(codes);
-    /* The codes 0 and 1 locate no data.  Every other code is the sum of the file offset, which is a
-     * multiple of 4096, and the depth + 2. */
-    *depth = (code & 4095) - 2;
-    return code <= 1 ? 0 : code & ~(uint64_t)4095;
+    return code;
 }
 
 /* Finds a range of the disk that is one run of data in one file, within one slice of the top image.
- * Returns the file offset of the range, and sets
- * `depth` to the depth of the file.  Returns 0, perhaps with an exception, for every other range,
- * and if a slice or codes that are needed are not in memory. */
-static uint64_t file_offset(ReadView *self, uint64_t start, size_t length, uint64_t *depth)
+ * Returns 1 and sets `offset` to the file offset of the range, and `depth` to the depth of the file.
+ * Returns 0, perhaps with an exception, for every other range, and if a slice or codes that are needed
+ * are not in memory. */
+static int find_range(ReadView *self, uint64_t start, size_t length, uint64_t *offset,
+                      uint64_t *depth)
 {
     uint64_t first = start >> self->cluster_bits;
     uint64_t last = (start + length - 1) >> self->cluster_bits;
     uint64_t mask = ((uint64_t)1 << self->slice_bits) - 1;
-    uint64_t value = 0;
+    uint64_t value = 0, code;
     PyObject *slice_number, *key, *entries;
+    int is_found = 0;
 
     if (first >> self->slice_bits != last >> self->slice_bits)
         return 0;
     slice_number = PyLong_FromUnsignedLongLong(first >> self->slice_bits);
     key = slice_number == NULL ? NULL : PyDict_GetItemWithError(self->keys, slice_number);
-    entries = key == NULL ? NULL : valid_entries(self, key);
-    *depth = 0;
+    entries = key == NULL || key == Py_None ? NULL : valid_entries(self, key);
     /* The entry of an unallocated cluster is 0, and that of a zero cluster is 1. */
-    if (entries != NULL &&
-        read_run(entries, first & mask, last & mask, self->cluster_bits, &value)) {
-        if (value == 0 && self->codes_key != Py_None)
-            value = backing_offset(self, slice_number, first & mask, last & mask, depth);
-    } else {
-        value = 0;
+    if (key == Py_None || (entries != NULL && read_run(entries, first & mask, last & mask,
+                                                       self->cluster_bits, &value))) {
+        is_found = value > 1;
+        *depth = 0;
+        if (value == 0 && self->codes_key != Py_None) {
+            code = backing_code(self, slice_number, first & mask, last & mask);
+            is_found = code > 1;
+            *depth = (code & 4095) - 2;
+            value = code & ~(uint64_t)4095;
+        }
     }
     Py_XDECREF(slice_number);
     Py_XDECREF(entries);
-    return value <= 1 ? 0 : value + (start & (((uint64_t)1 << self->cluster_bits) - 1));
+    *offset = value + (start & (((uint64_t)1 << self->cluster_bits) - 1));
+    return is_found;
 }
 
 /* Sets the number of misses in a row of a ReadPolicy to 0; perhaps leaves an exception. */
@@ -252,11 +255,13 @@ void count_file_read(const struct read_place *place, size_t size)
 static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_ino_t inode,
                               uint64_t handle, off_t start, size_t size)
 {
-    const struct checked_units *units = &place.file->units;
+    const struct checked_units *units;
     enum attempt attempt;
 
-    if (place.file->policy == NULL)
+    place.file = storing_file(place.file, &place.offset, size);
+    if (place.file == NULL || place.file->policy == NULL)
         return PASSED_ON;
+    units = &place.file->units;
     if (has_units(units) && !may_read_units(units, place.offset, size))
         return PASSED_ON;
     attempt = answer_from_file(place.file, request, place.offset, size);
@@ -291,8 +296,8 @@ enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64
         view = (ReadView *)Py_NewRef(found);
         end = view_size(view);
         if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
-            offset = file_offset(view, view->window_start + (uint64_t)start, size, &depth);
-            if (offset != 0 && depth < view->file_count)
+            if (find_range(view, view->window_start + (uint64_t)start, size, &offset, &depth) &&
+                depth < view->file_count)
                 result = serve((struct read_place){found, view->files + depth, view->epochs, offset,
                                                    (uint64_t *)view->file_reads.buf + 2 * depth},
                                request, inode, handle, start, size);
@@ -309,19 +314,13 @@ static void view_free(PyObject *object)
 {
     ReadView *self = (ReadView *)object;
     PyTypeObject *type = Py_TYPE(object);
-    struct read_file *file;
 
     Py_XDECREF(self->layer);
     Py_XDECREF(self->keys);
     Py_XDECREF(self->get_slice);
     Py_XDECREF(self->codes_key);
     Py_XDECREF(self->epochs);
-    while (self->file_count > 0) {
-        file = &self->files[--self->file_count];
-        Py_XDECREF(file->policy);
-        clear_units(&file->units);
-    }
-    PyMem_Free(self->files);
+    free_files(self->files, self->file_count);
     if (self->file_reads.obj != NULL)
         PyBuffer_Release(&self->file_reads);
     type->tp_free(object);
@@ -357,40 +356,6 @@ int init_cached_reads(void)
     return 0;
 }
 
-/* Fills a file from a PageSource, or from None.  Returns 0, or -1 with an exception. */
-static int fill_file(struct read_file *file, PyObject *source)
-{
-    PyObject *policy, *units;
-
-    memset(file, 0, sizeof *file);
-    if (source == Py_None)
-        return 0;
-    if (!PyArg_ParseTuple(source, "OiO", &policy, &file->fd, &units))
-        return -1;
-    if (units != Py_None && fill_units(&file->units, units))
-        return -1;
-    file->policy = Py_NewRef(policy);
-    return 0;
-}
-
-/* Fills `files` from a tuple.  Returns 0, or -1 with an exception. */
-static int fill_files(ReadView *self, PyObject *sources)
-{
-    Py_ssize_t count = PyTuple_GET_SIZE(sources), at;
-
-    self->files = PyMem_New(struct read_file, (size_t)count);
-    if (self->files == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (at = 0; at < count; at++) {
-        if (fill_file(&self->files[at], PyTuple_GET_ITEM(sources, at)))
-            return -1;
-        self->file_count++;
-    }
-    return 0;
-}
-
 PyObject *read_view(PyObject *module, PyObject *args)
 {
     PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads;
@@ -412,14 +377,14 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->get_slice = Py_NewRef(get_slice);
     self->codes_key = Py_NewRef(codes_key);
     self->epochs = Py_NewRef(epochs);
-    self->files = NULL;
-    self->file_count = 0;
+    self->files = make_files(files);
+    self->file_count = (uint64_t)PyTuple_GET_SIZE(files);
     self->cluster_bits = cluster_bits;
     self->slice_bits = slice_bits;
     self->window_start = window_start;
     self->window_bytes = window_bytes;
     memset(&self->file_reads, 0, sizeof self->file_reads);
-    if (fill_files(self, files) ||
+    if (self->files == NULL ||
         PyObject_GetBuffer(file_reads, &self->file_reads, PyBUF_WRITABLE)) {
         Py_CLEAR(self);
     } else if (self->file_reads.len < PyTuple_GET_SIZE(files) * 2 * (Py_ssize_t)sizeof(uint64_t)) {

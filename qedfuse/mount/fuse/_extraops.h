@@ -139,13 +139,34 @@ int may_have_holes(const struct checked_units *units, const char *data, uint64_t
  * afterwards (_checkedunits.c). */
 void forget_units(const struct checked_units *units, uint64_t offset, size_t size);
 
+/* Where other files have the bytes of a file, as StoredRuns describes it (hostio/pagesource.py). */
+struct stored_runs {
+    Py_buffer cells;         /* `obj` is NULL if the file has its bytes itself */
+    uint64_t capacity;       /* maximum number of runs */
+    struct read_file *files; /* the files to which the runs refer */
+    uint64_t file_count;
+};
+
 /* A file of a chain, as a PageSource describes it (hostio/pagesource.py). */
 struct read_file {
     PyObject *policy; /* ReadPolicy; NULL if the extension must not read the file */
     int fd;
     unsigned int queued; /* number of queued reads */
     struct checked_units units;
+    struct stored_runs runs;
 };
+
+/* Fills an array with a file for each PageSource or None of a tuple.  Returns the array, which
+ * free_files() frees, or NULL with an exception (_readfiles.c). */
+struct read_file *make_files(PyObject *sources);
+
+/* Frees an array of files, which may be NULL (_readfiles.c). */
+void free_files(struct read_file *files, uint64_t count);
+
+/* Finds the file that has a range of another file as one run.  Returns the file that has the bytes,
+ * which is `file` itself if it has no runs, and changes `offset` to the offset there.  Returns NULL if
+ * the range is not known to be one run of one file (_readfiles.c). */
+struct read_file *storing_file(struct read_file *file, uint64_t *offset, size_t size);
 
 /* Where the bytes of a read are. */
 struct read_place {

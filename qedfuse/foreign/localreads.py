@@ -1,0 +1,197 @@
+"""Reads of the files of a chain past QEMU, where the files have the bytes of the disk unchanged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import HostError, QedError
+from qedfuse.foreign.mapping import fill_map, start_mapping
+from qedfuse.foreign.runmap import MAX_FILES, UNKNOWN, ZEROS, RunMap
+from qedfuse.hostio.locking import LockMode, lock_image
+from qedfuse.hostio.pagesource import PageSource, StoredRuns
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+    from qedfuse.foreign.graph import Graph
+    from qedfuse.foreign.runmap import Piece
+    from qedfuse.hostio.posixfile import PosixFile
+
+_log = logging.getLogger(__name__)
+
+READS_BEFORE_MAP: Final = 16
+"""Number of reads through QEMU after which the map is made.  A command that reads only the
+partition table does not need it."""
+_JOIN_SECONDS: Final = 5.0
+"""Maximum time for which `LocalReads.close` waits for the thread, whose program it has killed."""
+
+
+class LocalReads:
+    """The map of a disk, made in the background, and the files to which it refers.
+
+    The map holds as long as no program changes the files.  So all files are locked first, as
+    qemu-nbd locks them, and the locks last as long as the files are open, even if qemu-nbd ends.
+    Without locks, and if a file cannot be locked, there is no map.
+    """
+
+    def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
+        """Read the files of a graph; nothing is read or started yet.
+
+        Args:
+            graph: The files; the caller closes them after `close`.
+            name: The name of the image in messages.
+            is_locked: Whether the files may be locked, and no other program may change them.
+        """
+        self._graph = graph
+        self._name = name
+        self._files: tuple[PosixFile, ...] = tuple(
+            {id(file): file for file in graph.data_files if file is not None}.values()
+        )
+        self._map: RunMap | None = None
+        self._lock = threading.Lock()
+        """Held while the state is changed, never while a thread waits."""
+        self._reads_before = READS_BEFORE_MAP
+        self._is_closed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        if is_locked and 0 < len(self._files) <= MAX_FILES:
+            with suppress(OSError):
+                self._map = RunMap()
+
+    @property
+    def page_source(self) -> PageSource | None:
+        """What the mount's extension needs to read where the map has files; None without a map."""
+        if self._map is None:
+            return None
+        sources = tuple(file.page_source for file in self._files)
+        runs = StoredRuns(self._map.cells, self._map.capacity, sources)
+        return sources[0]._replace(runs=runs)
+
+    def pieces(self, offset: int, length: int) -> list[Piece] | None:
+        """Return the parts of a range, of which at least one is not `UNKNOWN`; otherwise None."""
+        if self._map is None:
+            return None
+        found = list(self._map.pieces(offset, length))
+        if all(piece.file == UNKNOWN for piece in found):
+            if self._reads_before:
+                self._count_read()
+            return None
+        return found
+
+    def file_of(self, piece: Piece) -> PosixFile:
+        """Return the file that has the bytes of a part."""
+        return self._files[piece.file]
+
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from the page cache; return False if that would block or fails."""
+        found = self.pieces(offset, len(view))
+        if found is None or any(piece.file == UNKNOWN for piece in found):
+            return False
+        for piece in found:
+            part = view[piece.start - offset :][: piece.length]
+            if piece.file == ZEROS:
+                part[:] = bytes(piece.length)
+            elif not self._files[piece.file].try_read(piece.offset, part):
+                return False
+        return True
+
+    def try_start(
+        self,
+        offset: int,
+        view: memoryview,
+        take_answer: Callable[[], object],
+        ended: Callable[[int], object],
+    ) -> bool | None:
+        """Start a read in a native thread, if one file has the range as one run.
+
+        Returns None if the map does not know the range; otherwise whether a read was started, as
+        `ReadableFile.try_start_read` does.
+        """
+        found = self.pieces(offset, len(view))
+        if found is None:
+            return None
+        if len(found) > 1 or found[0].file < 0:
+            return False
+        file = self._files[found[0].file]
+        return file.try_start_read(found[0].offset, view, take_answer, ended)
+
+    def require_whole(self, piece: Piece, count: int) -> None:
+        """Raise if a read of a part has returned fewer bytes than it has.
+
+        Raises:
+            HostError: A file has become shorter while it was open.
+        """
+        if count < piece.length:
+            msg = (
+                f"{self.file_of(piece).name}: data at {piece.offset}: found {count} bytes, "
+                f"expected {piece.length}"
+            )
+            raise HostError(msg)
+
+    def close(self) -> None:
+        """End the making of the map; the caller may close the files afterwards."""
+        with self._lock:
+            self._is_closed = True
+            process, thread = self._process, self._thread
+            if process is not None:
+                process.kill()
+        if thread is not None:
+            thread.join(_JOIN_SECONDS)
+
+    def _count_read(self) -> None:
+        """Count a read of which the map knows nothing; start the thread after enough of them."""
+        with self._lock:
+            if not self._reads_before or self._is_closed:
+                return
+            self._reads_before -= 1
+            if self._reads_before:
+                return
+            self._thread = threading.Thread(
+                target=self._make_map, args=(self._map,), name="qedfuse map", daemon=True
+            )
+            self._thread.start()
+
+    def _make_map(self, run_map: RunMap) -> None:
+        """Make the map; without one, QEMU makes all reads."""
+        try:
+            for file in self._graph.files:
+                lock_image(file.fd, LockMode.READ, file.name)
+            self._run_program(run_map)
+            _log.debug("%s: the map ends at %d", self._name, run_map.end)
+        except (QedError, OSError) as error:
+            _log.debug("%s: the map ends at %d: %s", self._name, run_map.end, error)
+
+    def _run_program(self, run_map: RunMap) -> None:
+        """Run the program, and add what it prints to the map.
+
+        Raises:
+            ForeignError: The program is missing, or has printed something else.
+            OSError: The host refused.
+        """
+        numbers = {id(file): number for number, file in enumerate(self._files)}
+        files = [
+            None if file is None else (numbers[id(file)], file.size())
+            for file in self._graph.data_files
+        ]
+        output, printer = os.pipe()
+        with os.fdopen(output, "rb", buffering=0) as pipe:
+            try:
+                with self._lock:
+                    if self._is_closed:
+                        return
+                    process = self._process = start_mapping(self._graph, self._name, printer)
+            finally:
+                os.close(printer)
+            with process:
+                try:
+                    fill_map(run_map, pipe, files)
+                finally:
+                    with self._lock:
+                        # A process that has been waited for must not be killed.
+                        self._process = None
+                    process.kill()

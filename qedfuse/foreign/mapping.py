@@ -1,0 +1,108 @@
+"""Finding out from QEMU where the files of a chain have the bytes of the disk.
+
+``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one object of JSON a line.  What
+it prints is not trusted: the ranges must follow each other, and the data must lie within the file.
+So a hostile image that takes over the program gains nothing: it can only name other places of the
+files of its own chain, which qemu-nbd could also serve as the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from qedfuse.errors import ForeignError
+from qedfuse.foreign.confined import find_program, spawn_confined
+from qedfuse.foreign.runmap import MAX_RUN_OFFSET, UNKNOWN, ZEROS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qedfuse.foreign.graph import Graph
+    from qedfuse.foreign.runmap import RunMap
+
+_PROGRAM: Final = "qemu-img"
+_MAX_CPU_SECONDS: Final = 60
+"""Maximum processor time of the program."""
+_CHUNK_BYTES: Final = 1 << 16
+"""Number of bytes that are read of the program's output, and maximum length of a line."""
+
+
+def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
+    """Start the program, which prints to the descriptor ``output``; the caller waits for it.
+
+    The kernel kills the program when the calling thread ends.
+
+    Raises:
+        ForeignError: The program is not installed.
+        OSError: The host refused.
+    """
+    options = "json:" + json.dumps(graph.options)
+    command = [find_program(_PROGRAM, name), "map", "--output=json", options]
+    return spawn_confined(
+        *(command, graph, output, subprocess.DEVNULL), cpu_seconds=_MAX_CPU_SECONDS
+    )
+
+
+def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] | None]) -> None:
+    """Add what the program prints to a map, until the output ends or the map is full.
+
+    Args:
+        run_map: The map, which has no runs.
+        output: The program's output.
+        files: For each image of the chain, from the first one down, the number and the length of
+            the file that has its data; None if only QEMU can read it.
+
+    Raises:
+        ForeignError: The program has printed something else.
+        OSError: The host refused.
+    """
+    try:
+        for found in _objects(output):
+            start, length = found["start"], found["length"]
+            if start != run_map.end or not 0 < length <= MAX_RUN_OFFSET - start:
+                msg = f"{_PROGRAM}: found a range at {start!r}, expected one at {run_map.end}"
+                raise ForeignError(msg)
+            if not _add(run_map, found, files):
+                return
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        msg = f"{_PROGRAM}: found output of another form: {error!r}"
+        raise ForeignError(msg) from error
+
+
+def _objects(output: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yield the objects of the program's output.
+
+    Raises:
+        ValueError: A line is not one object of JSON, or is too long.
+    """
+    rest = b""
+    while data := output.read(_CHUNK_BYTES):
+        lines, newline, rest = (rest + data).rpartition(b"\n")
+        if newline:
+            # The first line begins with a bracket, and all but the last end with a comma.
+            text = lines.strip().removeprefix(b"[").removesuffix(b"]").removesuffix(b",")
+            yield from json.loads(b"[" + text + b"]")
+        elif len(rest) > _CHUNK_BYTES:
+            msg = "a long line"
+            raise ValueError(msg)
+
+
+def _add(run_map: RunMap, found: dict[str, Any], files: Sequence[tuple[int, int] | None]) -> bool:
+    """Add a range to a map; return False if the map is full."""
+    length, offset = found["length"], found.get("offset")
+    if found["zero"] is True:
+        return run_map.add(length, ZEROS)
+    file = files[found["depth"]] if found["depth"] >= 0 else None
+    if found["data"] is not True or found.get("compressed") or offset is None or file is None:
+        return run_map.add(length, UNKNOWN)
+    number, size = file
+    # QEMU reads zeros past the end of a file, and a program may still change the length.
+    present = min(length, max(0, size - offset))
+    if offset < 0 or not present:
+        return run_map.add(length, UNKNOWN)
+    is_added = run_map.add(present, number, offset)
+    if present < length and is_added:
+        is_added = run_map.add(length - present, UNKNOWN)
+    return is_added

@@ -1,0 +1,133 @@
+"""A map of a disk: for each range, whether it is zeros, or which file has its bytes, and where.
+
+The map is made from the beginning of the disk to its end, and can be read while it is made.  It has
+a fixed maximum size, so it may end before the disk does.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNKNOWN: Final = -1
+"""In place of the number of a file: only QEMU can read the range."""
+ZEROS: Final = -2
+"""In place of the number of a file: the range reads as zeros."""
+
+MAX_FILES: Final = 254
+"""Maximum number of files, because a run has 8 bits for a file."""
+MAX_RUN_OFFSET: Final = 1 << 55
+"""Maximum file offset of a run."""
+MAX_RUNS: Final = 1 << 20
+"""Maximum number of runs of a map, which takes 16 bytes of memory for each run that it has."""
+
+_COUNT, _END = 0, 1
+_FIRST_START: Final = 2
+"""Index of the first element of the array of starts; the array of targets follows it."""
+_FILE_BIAS: Final = 2
+_FILE_BITS: Final = 8
+_UNKNOWN_TARGET: Final = 0
+_ZEROS_TARGET: Final = 1
+
+
+class Piece(NamedTuple):
+    """A part of a range.
+
+    Attributes:
+        file: The number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
+        offset: Offset of the first byte in the file; 0 without a file.
+        start: Offset of the first byte on the disk.
+        length: Length in bytes.
+    """
+
+    file: int
+    offset: int
+    start: int
+    length: int
+
+
+class RunMap:
+    """Runs in the order of their starts, each of which ends where the next one begins.
+
+    A run has a start, which is a disk offset, and a target: 0 if only QEMU can read the run, 1 for
+    zeros, and otherwise the file offset of the run's first byte, multiplied by 256, plus the number
+    of the file plus 2.  The mount's extension reads the same numbers (``_storedruns.c``).
+
+    One thread adds runs while others search.  A search meanwhile finds a run or not, because each
+    step is made with the GIL held, and the count is changed last.
+
+    Attributes:
+        cells: The numbers; see `qedfuse.hostio.pagesource.StoredRuns`.
+        capacity: Maximum number of runs.
+    """
+
+    def __init__(self, capacity: int = MAX_RUNS) -> None:
+        """Start without runs.
+
+        Raises:
+            OSError: The host has no memory.
+        """
+        # The kernel provides memory only for those pages of the mapping that are written to.
+        memory = mmap.mmap(-1, 8 * (_FIRST_START + 2 * capacity), mmap.MAP_PRIVATE)
+        self.cells = memoryview(memory).cast("Q")
+        self.capacity = capacity
+        self._first_target = _FIRST_START + capacity
+
+    @property
+    def end(self) -> int:
+        """The disk offset at which the last run ends."""
+        return self.cells[_END]
+
+    def add(self, length: int, file: int, offset: int = 0) -> bool:
+        """Add a run that follows the last one; return False if the map is full.
+
+        Args:
+            length: Length of the run in bytes.
+            file: Number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
+            offset: Offset of the first byte in the file.
+        """
+        cells = self.cells
+        count, start = cells[_COUNT], cells[_END]
+        if file == UNKNOWN:
+            target = _UNKNOWN_TARGET
+        elif file == ZEROS:
+            target = _ZEROS_TARGET
+        else:
+            target = offset << _FILE_BITS | file + _FILE_BIAS
+        if not count or target != self._continued(count - 1, start):
+            if count == self.capacity:
+                return False
+            cells[_FIRST_START + count] = start
+            cells[self._first_target + count] = target
+            cells[_COUNT] = count + 1
+        cells[_END] = start + length
+        return True
+
+    def _continued(self, index: int, start: int) -> int:
+        """Return the target of a run at ``start`` that would continue a run."""
+        target = self.cells[self._first_target + index]
+        if target <= _ZEROS_TARGET:
+            return target
+        return target + (start - self.cells[_FIRST_START + index] << _FILE_BITS)
+
+    def pieces(self, start: int, length: int) -> Iterator[Piece]:
+        """Yield the parts of a range of the disk, in order; what the map lacks is `UNKNOWN`."""
+        cells = self.cells
+        count, map_end, end = cells[_COUNT], cells[_END], start + length
+        index = bisect_right(cells, start, _FIRST_START, _FIRST_START + count) - _FIRST_START - 1
+        while start < min(end, map_end):
+            is_last = index + 1 == count
+            stop = min(end, map_end if is_last else cells[_FIRST_START + index + 1])
+            target = self._continued(index, start)
+            if target <= _ZEROS_TARGET:
+                yield Piece((UNKNOWN, ZEROS)[target], 0, start, stop - start)
+            else:
+                file = (target & (1 << _FILE_BITS) - 1) - _FILE_BIAS
+                yield Piece(file, target >> _FILE_BITS, start, stop - start)
+            start, index = stop, index + 1
+        if start < end:
+            yield Piece(UNKNOWN, 0, start, end - start)

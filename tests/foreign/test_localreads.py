@@ -1,0 +1,281 @@
+"""Reads past QEMU: the right bytes of each format, without qemu-nbd, under locks of our own."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+import pytest
+
+from qedfuse.disk.lookup.foreignopening import open_foreign
+from qedfuse.disk.options import BackingPolicy, OpenOptions
+from qedfuse.errors import ForeignError, HostError
+from qedfuse.foreign import localreads, mapping
+from qedfuse.foreign.localreads import READS_BEFORE_MAP
+from qedfuse.hostio.posixfile import PosixFile
+from tests.support import qemu
+from tests.support.foreignchains import (
+    DISK_BYTES,
+    FORMATS,
+    contents,
+    draw_bottom,
+    draw_chain,
+    servers,
+)
+from tests.support.mounted import front
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from qedfuse.foreign.runmap import RunMap
+    from qedfuse.hostio.hostfile import HostFile
+
+_STEP: Final = 1 << 16
+SERVER_ENDED: Final = "qemu-nbd: ended by SIGKILL; reads that need QEMU fail from now on"
+
+
+def wait_for_map() -> None:
+    """Wait until the map, which is being made, is complete."""
+    for thread in threading.enumerate():
+        if thread.name == "qedfuse map":
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+async def opened(path: Path, *, lock: bool = True, share: bool = False) -> HostFile:
+    """Return the disk of an image after the reads that start the map; the map is complete."""
+    options = OpenOptions(lock=lock, force_share=share, backing=BackingPolicy(mode="any"))
+    driver = path.suffix.removeprefix(".")
+    disk = await open_foreign(PosixFile.open(str(path)), driver, options)
+    for _ in range(READS_BEFORE_MAP):
+        await disk.pread(0, 512)
+    wait_for_map()
+    return disk
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; fail after a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def kill_server(directory: Path) -> None:
+    """Kill qemu-nbd and wait for its end, so that only reads past QEMU succeed."""
+    (found,) = servers(directory)
+    pidfd = os.pidfd_open(found)
+    os.kill(found, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 60)[0]
+    os.close(pidfd)
+
+
+async def read_by(disk: HostFile, how: str, offset: int, length: int) -> bytes:
+    """Read a range by one of the methods; some pages may not be in the page cache."""
+    buffer = bytearray(length)
+    if how == "pread":
+        return bytes(await disk.pread(offset, length))
+    if how == "read_blocking":
+        assert disk.read_blocking(offset, memoryview(buffer)) == length
+    elif not disk.try_read(offset, memoryview(buffer)):
+        assert await disk.pread_into(offset, memoryview(buffer)) == length
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("image_format", [name for name in FORMATS if name != "vhdx"])
+async def test_each_format_without_server(tmp_path: Path, image_format: str) -> None:
+    """The data of an image is read without qemu-nbd, right in each format but VHDX."""
+    path = draw_bottom(tmp_path / f"image.{image_format}", image_format, random.Random(3))
+    expected = contents(path, tmp_path).read_bytes()
+    disk = await opened(path)
+    try:
+        kill_server(tmp_path)
+        for how in ("pread", "read_blocking", "try_read"):
+            for offset in range(0, len(expected), 700_001):
+                length = min(900_000, len(expected) - offset)
+                found = await read_by(disk, how, offset, length)
+                assert found == expected[offset : offset + length]
+    finally:
+        disk.close()
+
+
+@pytest.mark.parametrize("seed", range(20, 26))
+async def test_random_chain(tmp_path: Path, seed: int) -> None:
+    """A chain of mixed formats reads as in QEMU, partly past QEMU and partly through it."""
+    chance = random.Random(seed)
+    path, _ = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
+    expected = contents(path, tmp_path).read_bytes()
+    disk = await opened(path)
+    try:
+        for _ in range(60):
+            offset = chance.randrange(len(expected))
+            length = min(chance.choice((512, 4096, 300_000)), len(expected) - offset)
+            how = chance.choice(("pread", "read_blocking", "try_read"))
+            assert await read_by(disk, how, offset, length) == expected[offset : offset + length]
+    finally:
+        disk.close()
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Path:
+    """Give an image with data, then a compressed cluster, and a base with data after both."""
+    base = qemu.create(tmp_path / "base.qcow2", DISK_BYTES, image_format="qcow2")
+    qemu.io(base, "write -P 3 1M 1M", image_format="qcow2")
+    path = qemu.create(
+        tmp_path / "image.qcow2", image_format="qcow2", backing=base, backing_format="qcow2"
+    )
+    qemu.io(path, "write -P 7 0 128k", "write -c -P 8 128k 64k", image_format="qcow2")
+    return path
+
+
+@pytest.mark.expect_log(SERVER_ENDED)
+async def test_compressed_cluster(compressed: Path) -> None:
+    """A compressed cluster still needs QEMU, also as the middle of a read."""
+    disk = await opened(compressed)
+    try:
+        assert await disk.pread(_STEP, 3 * _STEP) == b"".join(
+            bytes([value]) * _STEP for value in (7, 8, 0)
+        )
+        kill_server(compressed.parent)
+        assert await disk.pread(0, 2 * _STEP) == b"\7" * (2 * _STEP)
+        with pytest.raises(ForeignError, match="ended by SIGKILL"):
+            await disk.pread(_STEP, 3 * _STEP)
+    finally:
+        disk.close()
+
+
+async def test_locks_outlast_server(compressed: Path) -> None:
+    """When qemu-nbd has ended, no file of the chain can be opened for writing until the close."""
+    disk = await opened(compressed)
+    base = compressed.with_name("base.qcow2")
+    try:
+        kill_server(compressed.parent)
+        assert await disk.pread(1 << 20, 4096) == b"\3" * 4096
+        for path in (compressed, base):
+            with pytest.raises(qemu.QemuError, match="lock"):
+                qemu.io(path, "write 0 512", image_format="qcow2")
+    finally:
+        disk.close()
+    qemu.io(base, "write 0 512", image_format="qcow2")
+
+
+@pytest.mark.expect_log(SERVER_ENDED)
+@pytest.mark.parametrize(("lock", "share"), [(False, False), (True, True)])
+async def test_no_map_without_locks(compressed: Path, *, lock: bool, share: bool) -> None:
+    """If another program may change the image, QEMU makes all reads."""
+    disk = await opened(compressed, lock=lock, share=share)
+    try:
+        assert disk.page_source is None
+        assert await disk.pread(0, 4096) == b"\7" * 4096
+        kill_server(compressed.parent)
+        with pytest.raises(HostError, match="qemu-nbd: ended by SIGKILL"):
+            await disk.pread(0, 4096)
+    finally:
+        disk.close()
+
+
+async def test_base_in_use(compressed: Path) -> None:
+    """If the raw base of an image is locked by a writer, which QEMU permits, there is no map."""
+    raw = compressed.with_name("raw.img")
+    raw.write_bytes(b"\5" * _STEP)
+    path = qemu.create(
+        compressed.with_name("top.qcow2"), image_format="qcow2", backing=raw, backing_format="raw"
+    )
+    with qemu.hold(raw, image_format="raw"):
+        disk = await opened(path)
+    try:
+        assert await disk.pread(0, 4096) == b"\5" * 4096
+        assert disk.page_source is not None
+        assert disk.page_source.runs is not None
+        assert disk.page_source.runs.cells[0] == 0
+    finally:
+        disk.close()
+
+
+async def test_truncated_file(compressed: Path) -> None:
+    """A file that a program without locks makes shorter is an error, never other bytes."""
+    disk = await opened(compressed)
+    try:
+        os.truncate(compressed, 4 * _STEP)
+        with pytest.raises(HostError, match=r"image\.qcow2: data at \d+: found 0 bytes, expected"):
+            await disk.pread(0, 2 * _STEP)
+        with pytest.raises(HostError, match=r"image\.qcow2: data at \d+: found 0 bytes, expected"):
+            disk.read_blocking(0, memoryview(bytearray(2 * _STEP)))
+    finally:
+        disk.close()
+
+
+@pytest.mark.expect_log(SERVER_ENDED)
+async def test_program_missing(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without qemu-img there is no map, and QEMU makes all reads."""
+
+    def fail(*_arguments: object) -> None:
+        msg = "found no program qemu-img"
+        raise ForeignError(msg)
+
+    monkeypatch.setattr(localreads, "start_mapping", fail)
+    disk = await opened(compressed)
+    try:
+        assert await disk.pread(0, 4096) == b"\7" * 4096
+        kill_server(compressed.parent)
+        with pytest.raises(HostError, match="qemu-nbd: ended by SIGKILL"):
+            await disk.pread(0, 4096)
+    finally:
+        disk.close()
+
+
+async def test_closed_while_mapping(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The close ends a program that would never end, and its thread."""
+    started = threading.Event()
+    stuck = compressed.parent / "stuck"
+    stuck.write_text("#!/bin/sh\nexec /usr/bin/sleep 1000\n", "utf-8")
+    stuck.chmod(0o755)
+    monkeypatch.setattr("qedfuse.foreign.mapping.find_program", lambda *_names: str(stuck))
+
+    def fill(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] | None]) -> None:
+        started.set()
+        mapping.fill_map(run_map, output, files)
+
+    monkeypatch.setattr(localreads, "fill_map", fill)
+    options = OpenOptions()
+    disk = await open_foreign(PosixFile.open(str(compressed)), "qcow2", options)
+    for _ in range(READS_BEFORE_MAP):
+        await disk.pread(0, 512)
+    assert started.wait(60)
+    disk.close()
+    assert "qedfuse map" not in {thread.name for thread in threading.enumerate()}
+
+
+_SHOW_THE_END: Final = """
+from qedfuse.foreign.localreads import LocalReads
+make_map = LocalReads._make_map
+def make_and_show(*arguments):
+    make_map(*arguments)
+    open({!r}, "x").close()
+LocalReads._make_map = make_and_show
+"""
+
+
+def test_mount(compressed: Path, tmp_path: Path) -> None:
+    """A mount reads data without qemu-nbd; only reads of the compressed cluster fail."""
+    done = tmp_path / "done"
+    with front("-r", compressed, tmp_path / "mnt", prelude=_SHOW_THE_END.format(str(done))):
+        disk = os.open(tmp_path / "mnt" / "image.qcow2.raw", os.O_RDONLY)
+        try:
+            os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_RANDOM)
+            for number in range(READS_BEFORE_MAP):
+                assert os.pread(disk, 4096, number * 4096) == b"\7" * 4096
+            wait_until(done.exists)
+            kill_server(tmp_path)
+            for offset, value in ((100 << 10, 7), (1 << 20, 3), (8 << 20, 0)):
+                assert os.pread(disk, 4096, offset) == bytes([value]) * 4096
+            with pytest.raises(OSError, match="Input/output"):
+                os.pread(disk, 4096, 128 << 10)
+        finally:
+            os.close(disk)
