@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXAMPLES: Final = ROOT / "examples"
-TIMEOUT: Final = 60.0
+TIMEOUT: Final = 200.0
 
 SHOWN: Final = {
     "golden-image.sh": ("web: release 2", "mail: release 1", "golden-2.qed: sound"),

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def get(port: int, path: str, method: str = "GET") -> tuple[int, str]:
     """Return the status and the body of an HTTP response."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, path)
         response = connection.getresponse()

@@ -42,7 +42,7 @@ os.makedirs(records + "/qedfuse", exist_ok=True)
 
 
 def run(*arguments):
-    subprocess.run([*command, *arguments], env=environment, check=True, timeout=50)
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=200)
 
 
 def check(number):

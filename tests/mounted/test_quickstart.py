@@ -16,7 +16,7 @@ from qedfuse.mount.system.mounttable import read_mounts
 from tests.support import qemu
 
 ROOT: Final = Path(__file__).parents[2]
-TIMEOUT: Final = 60.0
+TIMEOUT: Final = 200.0
 
 pytestmark = pytest.mark.skipif(
     Path(sys.prefix) != ROOT / ".venv",

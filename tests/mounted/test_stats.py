@@ -144,7 +144,7 @@ def test_watching_prints_every_second_until_the_mount_has_gone(image: Path, mnt:
         )  # fmt: skip
         assert watching.stdout is not None
         lines = [watching.stdout.readline() for _ in range(6)]
-    _out, error = watching.communicate(timeout=30)
+    _out, error = watching.communicate(timeout=60)
     assert lines[0].startswith(f"{mnt}: process ")
     assert lines[1].split()[:4] == ["disk", "r/s", "rMB/s", "r_await"]
     assert lines[2].startswith(f"{mnt}/disk.raw")

@@ -20,7 +20,7 @@ from tests.support.mounted import without_notice
 ROOT: Final = Path(__file__).parents[2]
 PROGRAMS: Final = (Path("/usr/local/bin"), Path("/usr/sbin"))
 """Where scripts install programs; a test that changes these directories themselves locks them."""
-TIMEOUT: Final = 90.0
+TIMEOUT: Final = 200.0
 """Seconds after which a script is taken to hang."""
 
 _SEPARATE: Final = """
