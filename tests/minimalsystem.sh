@@ -103,6 +103,10 @@ enter() {
     unshare --mount --pid --fork --kill-child --propagation private sh -euc '
         directory=$1
         shift
+        # This copy of a mount would hold the mount: an unmount elsewhere would wait for the end of
+        # this system.
+        findmnt --noheadings --list --types fuse.qedfuse --output TARGET |
+            while read -r mountpoint; do umount --lazy "$mountpoint"; done
         mount --bind "$directory" "$directory" # so that "/" is a mount, as on other systems
         mount -t proc proc "$directory/proc"
         mount --rbind /sys "$directory/sys"
