@@ -120,6 +120,10 @@ class ForeignFile(ReadOnlyFile):
                 self._local.require_whole(piece, count)
         return length
 
+    def start_map(self) -> None:
+        """Run the program that makes the map of the disk now; see `LocalReads.start_map`."""
+        self._local.start_map()
+
     def _pieces(self, offset: int, length: int) -> list[Piece]:
         """Return the parts of a range, each of which one program or file reads."""
         return self._local.pieces(offset, length) or [Piece(UNKNOWN, 0, offset, length)]

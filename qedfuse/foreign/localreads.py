@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 READS_BEFORE_MAP: Final = 16
 """Number of reads through QEMU after which the map is made.  A command that reads only the
 partition table does not need it."""
+_START_SECONDS: Final = 5.0
+"""Maximum time for which `LocalReads.start_map` waits for the start of the program."""
 _JOIN_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.close` waits for the thread, whose program it has killed."""
 
@@ -59,6 +61,8 @@ class LocalReads:
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._has_started = threading.Event()
+        """Set when the program runs, or will not run."""
         if is_locked and 0 < len(self._files) <= MAX_FILES:
             with suppress(OSError):
                 self._map = RunMap()
@@ -143,14 +147,28 @@ class LocalReads:
         if thread is not None:
             thread.join(_JOIN_SECONDS)
 
+    def start_map(self) -> None:
+        """Begin to make the map, if that has not begun; return when the program runs.
+
+        A process that will not be permitted to run programs calls this before.
+        """
+        with self._lock:
+            self._reads_before = 0
+            self._start_thread()
+            is_started = self._thread is not None
+        if is_started:
+            self._has_started.wait(_START_SECONDS)
+
     def _count_read(self) -> None:
         """Count a read of which the map knows nothing; start the thread after enough of them."""
         with self._lock:
-            if not self._reads_before or self._is_closed:
-                return
-            self._reads_before -= 1
-            if self._reads_before:
-                return
+            self._reads_before = max(0, self._reads_before - 1)
+            if not self._reads_before:
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        """Start the thread that makes the map, once; the caller holds the lock."""
+        if self._map is not None and self._thread is None and not self._is_closed:
             self._thread = threading.Thread(
                 target=self._make_map, args=(self._map,), name="qedfuse map", daemon=True
             )
@@ -165,6 +183,8 @@ class LocalReads:
             _log.debug("%s: the map ends at %d", self._name, run_map.end)
         except (QedError, OSError) as error:
             _log.debug("%s: the map ends at %d: %s", self._name, run_map.end, error)
+        finally:
+            self._has_started.set()
 
     def _run_program(self, run_map: RunMap) -> None:
         """Run the program, and add what it prints to the map.
@@ -187,6 +207,7 @@ class LocalReads:
                     process = self._process = start_mapping(self._graph, self._name, printer)
             finally:
                 os.close(printer)
+                self._has_started.set()
             with process:
                 try:
                     fill_map(run_map, pipe, files)

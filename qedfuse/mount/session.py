@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
+from qedfuse.disk.lookup.foreignopening import start_maps
 from qedfuse.errors import HostError, QedError, UsageError
 from qedfuse.mount.fuse.attributes import file_mode
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
@@ -329,6 +330,8 @@ class _Session:
         from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 
+        for disk in disks.images:
+            start_maps(disk.chain.layers)
         needs = server_needs(
             *(request.mountpoint, request.sources, options),
             directory=directory,

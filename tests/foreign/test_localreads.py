@@ -255,23 +255,30 @@ async def test_closed_while_mapping(compressed: Path, monkeypatch: pytest.Monkey
 _SHOW_THE_END: Final = """
 from qedfuse.foreign.localreads import LocalReads
 make_map = LocalReads._make_map
+done = open({!r}, "x")  # a process in a sandbox cannot open it later
 def make_and_show(*arguments):
     make_map(*arguments)
-    open({!r}, "x").close()
+    print("done", file=done, flush=True)
 LocalReads._make_map = make_and_show
 """
 
 
-def test_mount(compressed: Path, tmp_path: Path) -> None:
-    """A mount reads data without qemu-nbd; only reads of the compressed cluster fail."""
+@pytest.mark.parametrize("sandbox", ["off", "on"])
+def test_mount(compressed: Path, tmp_path: Path, sandbox: str) -> None:
+    """A mount reads data without qemu-nbd; only reads of the compressed cluster fail.
+
+    A server in a sandbox cannot run a program, so it runs the program before.
+    """
     done = tmp_path / "done"
-    with front("-r", compressed, tmp_path / "mnt", prelude=_SHOW_THE_END.format(str(done))):
+    prelude = _SHOW_THE_END.format(str(done))
+    words = ("-r", "-o", f"sandbox={sandbox}", compressed, tmp_path / "mnt")
+    with front(*words, prelude=prelude):
         disk = os.open(tmp_path / "mnt" / "image.qcow2.raw", os.O_RDONLY)
         try:
             os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_RANDOM)
             for number in range(READS_BEFORE_MAP):
                 assert os.pread(disk, 4096, number * 4096) == b"\7" * 4096
-            wait_until(done.exists)
+            wait_until(lambda: done.read_text() == "done\n")
             kill_server(tmp_path)
             for offset, value in ((100 << 10, 7), (1 << 20, 3), (8 << 20, 0)):
                 assert os.pread(disk, 4096, offset) == bytes([value]) * 4096

@@ -16,7 +16,7 @@ from qedfuse.ondisk.formats import DRIVERS, foreign_format
 from qedfuse.remote.address import is_url, shown_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.options import BackingPolicy, OpenOptions
@@ -93,6 +93,17 @@ def driver_of(file: ReadableFile) -> str | None:
     """Return the format, as QEMU calls it, of an image that QEMU serves; None for other files."""
     driver: str | None = getattr(file, "driver", None)
     return driver
+
+
+def start_maps(layers: Iterable[Layer]) -> None:
+    """Run now all programs of QEMU that reads of the layers would run later.
+
+    The call blocks for some milliseconds for each layer that QEMU serves.
+    """
+    for layer in layers:
+        start: Callable[[], None] | None = getattr(layer.file, "start_map", None)
+        if start is not None:
+            start()
 
 
 def refuse_foreign(layer: Layer) -> None:
