@@ -60,7 +60,7 @@ CELLS: Final = (
 
 
 class Rate(NamedTuple):
-    """What one measurement found.
+    """The figures of one measurement.
 
     Attributes:
         requests: Requests per second.

@@ -85,7 +85,7 @@ class Server(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a fleet has asked of a server, what it had to ask, and how long it took in seconds."""
+    """The requests of a fleet to a server, those that were expected, and the time in seconds."""
 
     found: Cost
     expected: Cost

@@ -89,7 +89,7 @@ OFFLINE_START: Final = "start, no server"
 
 
 class Figures:
-    """What was measured: figures, and processor time per request, of each load and system."""
+    """The figures, and the processor time per request, of each load and system."""
 
     def __init__(self) -> None:
         """Start without figures."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Environment:
-    """What all runners share.
+    """The files and settings that all runners share.
 
     Attributes:
         directory: Where images and mountpoints are created.

@@ -149,7 +149,7 @@ class ObjectChangedError(RemoteError):
 
 
 class ForeignError(HostError):
-    """An image in another format of QEMU cannot be served: without QEMU, or QEMU refuses or fails.
+    """An image in another of QEMU's formats cannot be served, because QEMU is missing or fails.
 
     Attributes:
         is_logged: Whether the log has the cause, so that the request that fails need not log it.

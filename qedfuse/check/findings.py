@@ -207,7 +207,7 @@ class LostRange:
 
 @dataclass(frozen=True, slots=True)
 class RepairPlan:
-    """What a repair would do.
+    """The changes that a repair would make.
 
     Attributes:
         lost: Ranges whose data would be lost.

@@ -49,7 +49,7 @@ _NO_PARENT: Final = b"ffffffff"
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What a descriptor in a file of its own names.
+    """The files that a descriptor in a file of its own names.
 
     Attributes:
         parent: Name of the parent; empty if there is none.

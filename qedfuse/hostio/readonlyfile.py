@@ -22,7 +22,7 @@ _BLOCK_BYTES: Final = 512
 
 
 class ServerReads(NamedTuple):
-    """What was fetched from the server of a file.
+    """Counters of the fetches from the server of a file.
 
     Attributes:
         requests: Number of requests that the server has answered with data.
@@ -61,7 +61,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def server_reads(self) -> ServerReads | None:
-        """What was fetched from a server; None if the file does not count that."""
+        """Counters of the fetches from a server; None if the file has none."""
         return None
 
     @property

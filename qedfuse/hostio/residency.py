@@ -24,8 +24,8 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 class Residency:
     """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
-    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not find this out: if a page
-    is missing, the kernel begins to read the page from the disk, and a hole is read as zeros.
+    The mapped memory is never read.  A read with ``RWF_NOWAIT`` would not serve instead: if a
+    page is missing, the kernel begins to read the page from the disk, and a hole is read as zeros.
 
     Attributes:
         address: Address at which the file is mapped; 0 after `close`.

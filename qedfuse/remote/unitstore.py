@@ -195,7 +195,7 @@ class UnitStore:
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
-        """Log that a unit cannot be stored, unless the previous one could not be stored either."""
+        """Log why a unit cannot be stored, if it is the first one since one could be stored."""
         with self._lock:
             is_first = not self._cannot_store and not self._is_closed
             self._cannot_store = True

@@ -61,7 +61,7 @@ def check_result(result: int, action: str) -> int:
 
 
 class Ruleset:
-    """What stays permitted; all else is refused, as far as the kernel's version can.
+    """The rights that stay permitted.  The kernel refuses all others that its version knows.
 
     Attributes:
         fd: The descriptor of the ruleset.

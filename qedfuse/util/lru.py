@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class LRUStatistics:
-    """What a cache holds and has done.
+    """The present content of a cache, and the counters of its use.
 
     Attributes:
         items: How many values are in the cache.

@@ -192,7 +192,7 @@ class Wire:
 
 
 class Served(Protocol):
-    """What a test serves a session with."""
+    """An object with handlers of a test, which serves the session ``wire``."""
 
     wire: Wire
 

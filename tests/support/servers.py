@@ -1,4 +1,4 @@
-"""What the real servers of the tests need: free ports, a process that ends with them, patience."""
+"""Helpers for real servers in tests: free ports, processes that end with the test, and waiting."""
 
 from __future__ import annotations
 

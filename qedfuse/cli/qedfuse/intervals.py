@@ -1,4 +1,4 @@
-"""What disks have done between two documents of statistics of their mount."""
+"""The activity of disks between two documents of statistics of their mount."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Interval:
-    """What one disk has done in an interval.
+    """The activity of one disk in an interval.
 
     Attributes:
         seconds: Length of the interval.

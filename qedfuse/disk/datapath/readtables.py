@@ -1,4 +1,4 @@
-"""What the mount's extension needs of a disk, so that it can answer reads itself.
+"""The objects of a disk that the mount's extension uses to answer reads itself.
 
 ``_cachedread.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
 call of Python code.  So it uses the same tables, as objects whose identity does not change while

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FileReadStatistics(NamedTuple):
-    """What was read of one file.
+    """Counters of the reads of one file.
 
     Attributes:
         reads: Number of reads.

@@ -34,7 +34,7 @@ class NoStatisticsError(QedError):
 
 
 class _Answer(NamedTuple):
-    """What the child that asks for statistics returns.
+    """The result of the child process that asks for statistics.
 
     Attributes:
         mountpoint: The mountpoint to which the path has led.

@@ -196,8 +196,8 @@ class Operations(MetadataOperations):
                 raise  # the program gets the error
             raise _lost_data(exported, error) from error
         except Exception:
-            # The kernel may keep a page with bytes that the disk has not got.  If no other file
-            # has these bytes, the disk is not seen without this page.
+            # The kernel may keep a page with bytes that the disk has not got.  If another
+            # file shows the same range, the two files would differ.
             exported.is_stale = exported.is_stale or self._exported.is_shared(exported)
             raise
         finally:

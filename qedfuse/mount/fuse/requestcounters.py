@@ -46,7 +46,7 @@ _NANOSECONDS_PER_SECOND: Final = 1e9
 
 @dataclass(frozen=True, slots=True)
 class OperationStatistics:
-    """What was counted of one operation since the mount began.
+    """The counters of one operation since the mount began.
 
     Attributes:
         requests: Requests that have been answered.

@@ -1,4 +1,4 @@
-"""What the server of a mount needs from outside, from the options of the mount."""
+"""The files and addresses that the server of a mount needs, from the options of the mount."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerNeeds:
-    """What a server needs from outside.
+    """The files and addresses that a server needs.
 
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.

@@ -53,7 +53,7 @@ class _Comparison(ctypes.Structure):
 
 @dataclass(frozen=True)
 class CallNeeds:
-    """What a mount needs besides the calls of every mount.
+    """The system calls that a mount needs besides those that every mount needs.
 
     Attributes:
         network: Sockets for servers.

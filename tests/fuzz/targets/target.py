@@ -1,4 +1,4 @@
-"""What a target of the fuzzer is, and what all targets assert of an error."""
+"""The form of a target of the fuzzer, and an assertion that all targets make of errors."""
 
 from __future__ import annotations
 
