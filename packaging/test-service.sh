@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Tests the package where systemd runs: services, fstab at boot, a restart, removal while in use.
+# packaging/test.sh runs it as root in a virtual machine, as a service, at each of two boots:
+#
+#   packaging/test-service.sh PACKAGE.deb
+#
+# After a failure it goes on, because a boot takes minutes.  The last line on the console is RESULT and
+# the number of failures.
+set -uE
+
+package=$1
+state=/var/lib/test-service
+say() { printf '== %s\n' "$*"; }
+die() {
+    printf 'test-service.sh: FAILED: %s\n' "$*"
+    echo "$*" >>"$state.failures"
+    systemctl --no-pager --no-legend --failed || true
+}
+trap 'die "line $LINENO: $BASH_COMMAND"' ERR
+finish() {
+    trap - ERR
+    [ -z "$restart" ] || return
+    echo "RESULT $(wc -l <"$state.failures")"
+    systemctl poweroff
+}
+restart=''
+trap finish EXIT
+touch "$state.failures"
+put() { printf '%s' "$2" | dd of="$1" bs=4096 seek=1 conv=notrunc,fsync status=none; }
+get() { dd if="$1" bs=1 skip=4096 count=5 status=none; }
+expect() { [ "$1" = "$2" ] || die "found '$1', expected '$2'"; }
+wait_for() { timeout 120 sh -c "until $1; do sleep 0.2; done" || die "in vain: $1"; }
+is_clean() {
+    qedimg check -q "$1" || die "$1: damaged"
+    ! qedimg info --output=json "$1" | grep '"dirty-flag": true' || die "$1: not closed cleanly"
+}
+apt() {
+    DEBIAN_FRONTEND=noninteractive apt-get -y -qq "$@" </dev/null >/run/apt.log 2>&1 || { cat /run/apt.log && die "apt-get $*"; }
+}
+
+# Makes images, installs the package, and uses services without a restart.
+first_boot() {
+    say "Installation: $(uname -r), systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
+    apt install "$package"
+    expect "$(systemctl is-enabled qedfuse@.service || true)" disabled
+    mkdir -p /srv/images /mnt/vm /mnt/file /mnt/root /mnt/early /mnt/manual
+    for name in vm early manual; do qedimg create -q "/srv/images/$name.qed" 64M; done
+    printf 'IMAGE=/srv/images/vm.qed\nMOUNTPOINT=/mnt/vm\nOPTIONS=-o allow_other,discard\n' >/etc/qedfuse/vm.conf
+
+    say "A service: start, use, stop"
+    systemctl start qedfuse@vm
+    expect "$(systemctl show -P SubState qedfuse@vm)" running
+    server=$(systemctl show -P MainPID qedfuse@vm)
+    expect "$(readlink "/proc/$server/ns/mnt")" "$(readlink /proc/1/ns/mnt)" # the mount is for all
+    expect "$(cat "/proc/$server/oom_score_adj")" -500
+    grep -q qedfuse.slice "/proc/$server/cgroup" || die "not in its slice"
+    mkfs.ext4 -q /mnt/vm/vm.raw
+    mount -o loop,discard /mnt/vm/vm.raw /mnt/root
+    cp -a /usr/share/doc/qedfuse /mnt/root/doc
+    fstrim /mnt/root
+    qedfuse stats /mnt/vm | head -n 20
+    say "Stopping while the disk is in use"
+    systemctl stop --no-block qedfuse@vm
+    # shellcheck disable=SC2016  # expanded by wait_for
+    wait_for '[ "$(systemctl show -P SubState qedfuse@vm)" = stop-sigterm ]'
+    touch /mnt/root/while-stopping
+    sync
+    diff -r /usr/share/doc/qedfuse /mnt/root/doc || die "the file system lost its disk"
+    umount /mnt/root
+    # shellcheck disable=SC2016  # expanded by wait_for
+    wait_for '[ "$(systemctl is-active qedfuse@vm)" != deactivating ]'
+    systemctl show -P Result qedfuse@vm
+    ! pgrep -f 'qedfuse -f' || die "the process is still there"
+    is_clean /srv/images/vm.qed
+    ! journalctl -u qedfuse@vm -p warning --no-pager | grep . || say "note: warnings of the service, see above"
+    journalctl -u qedfuse@vm --no-pager -o cat
+
+    say "Messages of a service that cannot start"
+    printf 'IMAGE=/srv/images/none.qed\nMOUNTPOINT=/mnt/file\n' >/etc/qedfuse/none.conf
+    ! systemctl start qedfuse@none 2>/dev/null || die "started without an image"
+    journalctl -u qedfuse@none --no-pager -o cat | grep 'none.qed' || die "no message"
+    ! systemctl start qedfuse@absent 2>/dev/null || die "started without a configuration"
+    rm /etc/qedfuse/none.conf
+    systemctl reset-failed
+
+    say "A source that QEMU reads"
+    qemu-img create -q -f qcow2 /srv/images/foreign.qcow2 8M
+    printf 'IMAGE=/srv/images/foreign.qcow2\nMOUNTPOINT=/mnt/file\nOPTIONS=-r\n' >/etc/qedfuse/foreign.conf
+    systemctl start qedfuse@foreign
+    expect "$(stat -c %s /mnt/file/foreign.raw)" 8388608
+    cmp -n 8388608 /mnt/file/foreign.raw /dev/zero
+    systemctl stop qedfuse@foreign
+    expect "$(systemctl show -P Result qedfuse@foreign)" success
+
+    say "fstab, without a restart"
+    cat >>/etc/fstab <<'FSTAB'
+/srv/images/early.qed /mnt/early fuse.qedfuse defaults 0 0
+/mnt/vm/vm.raw /mnt/root ext4 loop,nofail,x-systemd.requires=qedfuse@vm.service 0 0
+FSTAB
+    systemctl daemon-reload
+    mount -a
+    put /mnt/early/early.raw hello
+    systemctl stop mnt-early.mount
+    wait_for 'qedimg check -q /srv/images/early.qed'
+    systemctl start mnt-early.mount
+    expect "$(get /mnt/early/early.raw)" hello
+    touch /mnt/root/at-restart
+    put /mnt/early/early.raw world
+    systemctl enable qedfuse@vm
+    qedfuse /srv/images/manual.qed /mnt/manual
+    put /mnt/manual/manual.raw world # and no unmount
+    touch "$state"
+    say "Restart"
+    restart=yes
+    systemctl reboot
+}
+
+# The mounts of fstab and the enabled service are back; then the package goes while they are in use.
+second_boot() {
+    timeout 300 systemctl is-system-running --wait || systemctl --failed --no-pager
+    say "After the restart"
+    systemd-analyze critical-chain mnt-early.mount --no-pager | head -n 12 || true
+    is_clean /srv/images/manual.qed
+    expect "$(systemctl is-active qedfuse@vm)" active
+    expect "$(systemctl is-active mnt-early.mount)" active
+    expect "$(get /mnt/early/early.raw)" world
+    [ -e /mnt/root/at-restart ] || die "the file system in the disk is not mounted"
+    systemctl --failed --no-legend | { ! grep .; } || die "units have failed"
+    # shellcheck disable=SC2016  # journalctl prints it
+    ! journalctl -b -u qedfuse@vm -u mnt-early.mount --no-pager | grep -i 'not closed cleanly' || die "not closed cleanly"
+    journalctl -b --no-pager -o cat | { ! grep -i 'ordering cycle'; } || die "an ordering cycle"
+    qedfuse /srv/images/manual.qed /mnt/manual
+    expect "$(get /mnt/manual/manual.raw)" world
+
+    say "Upgrade with active units"
+    before=$(systemctl show -P MainPID qedfuse@vm)
+    apt install --reinstall "$package"
+    expect "$(systemctl show -P MainPID qedfuse@vm)" "$before"
+    touch /mnt/root/after-upgrade
+    sync
+
+    say "Removal with an active service and other mounts"
+    umount /mnt/root
+    apt remove qedfuse
+    systemctl is-active qedfuse@vm && die "the service is still active"
+    [ ! -e /mnt/vm/vm.raw ] || die "the disk of the service is still mounted"
+    expect "$(get /mnt/early/early.raw)" world # not a service: goes on
+    put /mnt/manual/manual.raw again
+    umount /mnt/manual /mnt/early
+    wait_for '! pgrep -f "[q]edfuse"'
+    sed -i '/qedfuse/d' /etc/fstab
+    systemctl daemon-reload
+    apt install "$package"
+    for name in vm early manual; do is_clean "/srv/images/$name.qed"; done
+    expect "$(systemctl is-enabled qedfuse@vm)" enabled
+    apt purge qedfuse
+    systemctl daemon-reload
+    find / -xdev -iname '*qedfuse*' -not -path '/proc/*' -not -path "$package" -not -path "${package%/*}/*" \
+        -not -path '/var/cache/apt/*' -not -path '/var/log/*' >/run/left
+    find /run /tmp -iname '*qed*' >>/run/left
+    [ ! -s /run/left ] || { cat /run/left && die "files are left after the purge"; }
+    [ -e /srv/images/vm.qed ] || die "the purge removed an image"
+    say "Everything works with systemd"
+}
+
+if [ -e "$state" ]; then second_boot; else first_boot; fi
