@@ -47,7 +47,7 @@ def run_inputs(name: str, count: int, seed: int, seconds: float = float("inf")) 
         name: The target.
         count: Maximum number of drawn inputs.
         seed: The seed of the generator.
-        seconds: Draw no input later.
+        seconds: Time after which no further input is drawn.
 
     Raises:
         AssertionError: An input is a finding; the message has the smallest one and the exception.
@@ -161,7 +161,7 @@ def _place(error: Exception) -> tuple[type[Exception], str, int]:
 
 
 def _shrunk(target: Target, data: bytes, error: Exception) -> tuple[bytes, Exception]:
-    """Return the smallest input that was found to raise the same exception, and that."""
+    """Return the smallest input found that raises the same exception, and its exception."""
     size, tries = max(1, len(data) // 2), 0
     while size and tries < _MAX_SHRINK_TRIES and not isinstance(error, TooSlowError):
         at = 0

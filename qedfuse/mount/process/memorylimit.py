@@ -1,7 +1,7 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
-The limit is in force before an image is opened.  Memory that the kernel refuses fails the request
-that needed it, or the mount, and not the machine.
+The limit is in force before an image is opened.  If the process needs more, the kernel
+refuses the memory, and only a request or the mount fails.  Other programs keep their memory.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
         _ALLOW,
         [_Comparison(_SECOND, _MASKED_EQUAL, _TYPE_MASK, socket.SOCK_SEQPACKET)],
     )
-    # send(2) is made by this call on some architectures; without an address a socket sends to the
-    # one it is connected to.
+    # On some architectures the C library makes send(2) by sendto(2) without an address; the data
+    # goes to the peer of the connection.
     yield "sendto", _ALLOW, [_Comparison(_FIFTH, _EQUAL, 0, 0)]
     families = (
         *(_FAMILIES_OF_NETWORKS if needs.network else ()),
