@@ -83,8 +83,8 @@ test_suite() {
     copy_tree "$target"
     rm -rf "$target/src/qedfuse" "$target/src/setup.py"
     install "$target" python3-pytest python3-pytest-timeout python3-pytest-trio python3-pytest-xdist \
-        python3-hypothesis qemu-utils e2fsprogs fdisk dosfstools mtools procps mount fio fuse2fs ntfs-3g \
-        btrfs-progs \
+        python3-hypothesis python3-urllib3 qemu-utils e2fsprogs fdisk dosfstools mtools procps mount fio \
+        fuse2fs ntfs-3g btrfs-progs \
         "/packages/$(basename "$(package)")"
     enter "$target" sh -euc '
         [ -e /etc/mtab ] || ln -s ../proc/self/mounts /etc/mtab
