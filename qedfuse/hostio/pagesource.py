@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ class PageSource(NamedTuple):
         units: Which parts of the file may be read; None if the whole file may be read.
         runs: Where other files have the bytes of the file; None if the descriptor has the bytes.
             With runs the extension uses neither ``policy`` nor ``fd``.
+        flags: Flags of preadv2(2) for the reads, from `inline_flags`.
     """
 
     policy: ReadPolicy
     fd: int
     units: CheckedUnits | None = None
     runs: StoredRuns | None = None
+    flags: int = os.RWF_NOWAIT
 
 
 class StoredRuns(NamedTuple):

@@ -14,7 +14,7 @@ from qedfuse.hostio.inodelock import acquire
 from qedfuse.hostio.nowaitretry import NowaitRetry
 from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
-from qedfuse.hostio.systemcalls import read_all
+from qedfuse.hostio.systemcalls import inline_flags, read_all
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from qedfuse.hostio.hostcalls import HostCalls
 
-_NOWAIT: Final = os.RWF_NOWAIT
 _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 """Errors of a read with RWF_NOWAIT: the data is not in the page cache, or the file system does
 not support the flag."""
@@ -35,7 +34,7 @@ threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
 class PosixReader:
     """An open regular file and its reads, as `ReadableFile` describes them.
 
-    The event loop itself reads data that is in the host's page cache (``RWF_NOWAIT``).  Other reads
+    The event loop itself reads data that is in the host's page cache (`inline_flags`).  Other reads
     go to a thread (`HostCalls`), so that the event loop can serve other requests.  After some reads
     that missed the page cache, the next reads go to a native thread directly (`ReadPolicy`).  If
     only threads of trio are available, a read that missed is instead retried for a moment
@@ -53,7 +52,8 @@ class PosixReader:
         self.fd = fd
         self.path = path
         self.name = printable(path)
-        self.read_policy = ReadPolicy(can_queue=not has_server)
+        self._flags = inline_flags(fd)
+        self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
         # The offset of a read that `try_read` has not found in the page cache; -1 for none.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
@@ -66,7 +66,7 @@ class PosixReader:
     @property
     def page_source(self) -> PageSource:
         """The descriptor and the read policy; the extension may read the whole file."""
-        return PageSource(self.read_policy, self.fd)
+        return PageSource(self.read_policy, self.fd, flags=self._flags)
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
@@ -113,7 +113,7 @@ class PosixReader:
             HostError: The host refused.
         """
         try:
-            done = os.preadv(self.fd, (view,), offset, _NOWAIT)
+            done = os.preadv(self.fd, (view,), offset, self._flags)
         except OSError as error:
             if error.errno not in _NOT_CACHED:
                 raise self._failed(error, "read") from error
@@ -203,7 +203,7 @@ class PosixReader:
         if not reads.is_inline:
             return False
         try:
-            if os.preadv(self.fd, (view,), offset, _NOWAIT) == len(view):
+            if os.preadv(self.fd, (view,), offset, self._flags) == len(view):
                 if reads.misses:
                     reads.misses = 0
                 return True

@@ -48,6 +48,8 @@ _SERVER_MAGICS: Final = frozenset(
     }
 )
 """The ``f_type`` of file systems that send requests to a server (linux/magic.h)."""
+_MEMORY_MAGICS: Final = frozenset({0x01021994, 0x858458F6})
+"""The ``f_type`` of tmpfs and ramfs, whose files are in memory only."""
 _FAT_MAGICS: Final = frozenset({0x4D44, 0x2011BAB0})
 """The ``f_type`` of FAT and exFAT, which store no inode numbers: the kernel assigns new
 ones when it loads an inode."""
@@ -106,6 +108,16 @@ def waits_for_server(fd: int) -> bool:
     """
     magic = _file_system_magic(fd)
     return magic is None or magic in _SERVER_MAGICS
+
+
+def inline_flags(fd: int) -> int:
+    """Return the flags of preadv2(2) with which the event loop reads an open file without waiting.
+
+    The flag is RWF_NOWAIT, with which a read fails if it would wait for a disk.  tmpfs refuses the
+    flag (EOPNOTSUPP), and needs none, because its files are in memory.  A page that was swapped out
+    makes such a read wait, just as an access to memory of this process that was swapped out.
+    """
+    return 0 if _file_system_magic(fd) in _MEMORY_MAGICS else os.RWF_NOWAIT
 
 
 def keeps_inode_numbers(fd: int) -> bool:

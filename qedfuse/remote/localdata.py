@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.residency import Residency
-from qedfuse.hostio.systemcalls import waits_for_server
+from qedfuse.hostio.systemcalls import inline_flags, waits_for_server
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.zeroblocks import BLOCK_BYTES
@@ -66,6 +66,7 @@ class LocalData:
             OSError: The host has no free descriptor, or refused.
         """
         self._fd = os.dup(entry.data_fd)
+        self._flags = inline_flags(self._fd)
         self._size = entry.size
         self._use = DeferredClose(self._close_files)
         try:
@@ -99,7 +100,7 @@ class LocalData:
             *(ready, zeros.masks, bits, content_bytes, self._size + ALONE_BYTES),
             *(self._residency.address, forget),
         )
-        return PageSource(ReadPolicy(), self._fd, units)
+        return PageSource(ReadPolicy(), self._fd, units, flags=self._flags)
 
     def try_read(self, offset: int, view: memoryview, zeros: ZeroBlocks) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
@@ -131,7 +132,7 @@ class LocalData:
         return (
             has_length(length, self._size)
             and self._residency.has_range(offset, len(view))
-            and os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == len(view)
+            and os.preadv(self._fd, (view,), offset, self._flags) == len(view)
             and os.lseek(self._fd, 0, os.SEEK_END) == length
             and not zeros.may_have_holes(offset, view)
         )

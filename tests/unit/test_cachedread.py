@@ -17,6 +17,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
 from qedfuse.hostio.residency import Residency
+from qedfuse.hostio.systemcalls import inline_flags
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_SYNC, HANDLE_WRITER
 from qedfuse.mount.fuse.requestcounters import READ, WRITE, RequestCounters
@@ -375,6 +376,16 @@ def test_a_file_with_units_that_was_cut_is_passed_on(
     assert session.read(0, 8) is None, "the unit was not forgotten"
     ready[1] = 1
     assert session.read(0, 8) is not None, "the length alone was wrong"
+
+
+def test_a_file_in_memory_is_answered(session: Session, tables: Tables) -> None:
+    """Reads of a file of tmpfs, which refuses RWF_NOWAIT, are answered too."""
+    with open(os.memfd_create("memory"), "w+b") as file:  # noqa: PTH123  opens a descriptor
+        file.write(tables.content)
+        file.flush()
+        source = PageSource(tables.policy, file.fileno(), flags=inline_flags(file.fileno()))
+        session.show(*tables.arguments()[:4], (source,), *tables.arguments()[5:])
+        assert session.read(5, 100) == tables.content[CLUSTER + 5 : CLUSTER + 105]
 
 
 def test_a_file_without_a_source_is_passed_on(session: Session, tables: Tables) -> None:

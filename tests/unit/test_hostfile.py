@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -152,6 +152,25 @@ async def test_read_without_the_page_cache(
         assert tried > 2, "tried again before a thread is asked"
     else:
         assert tried == (1 if number == errno.EOPNOTSUPP else 2)
+
+
+async def test_a_file_in_memory_is_read_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of tmpfs, which refuses RWF_NOWAIT, needs no thread for its reads."""
+    file = PosixFile(os.memfd_create("memory"), "memory", writable=True)
+    await file.pwrite(0, b"0123456789")
+
+    async def in_thread(*_: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setattr(PosixFile, "_read_in_thread", in_thread)
+    for _ in range(10):
+        assert await file.pread(2, 4) == b"2345"
+        view = memoryview(bytearray(4))
+        assert file.try_read(6, view)
+        assert bytes(view) == b"6789"
+    assert file.read_policy.uncached == 0
+    assert not file.read_policy.can_queue
+    file.close()
 
 
 @pytest.mark.parametrize("count", [1, 1024, 1025, 3000])

@@ -203,7 +203,7 @@ static int read_cached(const struct read_file *file, uint64_t offset, size_t siz
 {
     const struct checked_units *units = &file->units;
     struct iovec vector = {buffer, size};
-    ssize_t count = preadv2(file->fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
+    ssize_t count = preadv2(file->fd, &vector, 1, (off_t)offset, file->flags);
 
     if (count < 0 && errno != EAGAIN)
         return -1;

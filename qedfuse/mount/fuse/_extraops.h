@@ -152,6 +152,7 @@ struct read_file {
     PyObject *policy; /* ReadPolicy; NULL if the extension must not read the file */
     int fd;
     unsigned int queued; /* number of queued reads */
+    int flags;           /* of preadv2(), with which a read does not wait */
     struct checked_units units;
     struct stored_runs runs;
 };

@@ -63,7 +63,7 @@ static int fill_file(struct read_file *file, PyObject *source)
 
     if (source == Py_None)
         return 0;
-    if (!PyArg_ParseTuple(source, "OiOO", &policy, &file->fd, &units, &runs))
+    if (!PyArg_ParseTuple(source, "OiOOi", &policy, &file->fd, &units, &runs, &file->flags))
         return -1;
     if (units != Py_None && fill_units(&file->units, units))
         return -1;
