@@ -69,7 +69,7 @@ first_boot() {
     umount /mnt/root
     # shellcheck disable=SC2016  # expanded by wait_for
     wait_for '[ "$(systemctl is-active qedfuse@vm)" != deactivating ]'
-    systemctl show -P Result qedfuse@vm
+    expect "$(systemctl show -P Result qedfuse@vm)" success
     ! pgrep -f 'qedfuse -f' || die "the process is still there"
     is_clean /srv/images/vm.qed
     ! journalctl -u qedfuse@vm -p warning --no-pager | grep . || say "note: warnings of the service, see above"
@@ -87,8 +87,8 @@ first_boot() {
     qemu-img create -q -f qcow2 /srv/images/foreign.qcow2 8M
     printf 'IMAGE=/srv/images/foreign.qcow2\nMOUNTPOINT=/mnt/file\nOPTIONS=-r\n' >/etc/qedfuse/foreign.conf
     systemctl start qedfuse@foreign
-    expect "$(stat -c %s /mnt/file/foreign.raw)" 8388608
-    cmp -n 8388608 /mnt/file/foreign.raw /dev/zero
+    expect "$(stat -c %s /mnt/file/foreign.qcow2.raw)" 8388608
+    cmp -n 8388608 /mnt/file/foreign.qcow2.raw /dev/zero
     systemctl stop qedfuse@foreign
     expect "$(systemctl show -P Result qedfuse@foreign)" success
 
@@ -98,6 +98,7 @@ first_boot() {
 /mnt/vm/vm.raw /mnt/root ext4 loop,nofail,x-systemd.requires=qedfuse@vm.service 0 0
 FSTAB
     systemctl daemon-reload
+    systemctl start mnt-root.mount # with the service
     mount -a
     put /mnt/early/early.raw hello
     systemctl stop mnt-early.mount
