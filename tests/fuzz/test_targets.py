@@ -7,10 +7,11 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 
+from qedfuse.foreign.runmap import UNKNOWN, RunMap
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.partitions.partition import Partition
 from tests.fuzz import __main__ as fuzzer
@@ -101,12 +102,22 @@ def _fail(*_arguments: object) -> NoReturn:
     raise ValueError(msg)
 
 
+def _add_unchecked(
+    run_map: RunMap, found: dict[str, Any], files: Sequence[tuple[int, int] | None]
+) -> bool:
+    """Add a range to a map without a look at the length of the file."""
+    file = files[found["depth"]]
+    number = UNKNOWN if file is None or found.get("offset") is None else file[0]
+    return run_map.add(found["length"], number, found.get("offset") or 0)
+
+
 _SABOTAGES: Final[Sequence[tuple[str, str, object]]] = [
     ("header", "qedfuse.ondisk.header._check_offsets", lambda *_: None),
     ("image", "qedfuse.check.entryclassifier.EntryClassifier.l2_errors", lambda *_: []),
     ("image", "qedfuse.check.tablerepair.TableRepair.run", _repair_nothing),
     ("partitions", "qedfuse.partitions.mbr._partition", _uncut),
     ("vmdk", "qedfuse.foreign.vmdk._COMMENT", re.compile(rb"(?s).*")),
+    ("qemumap", "qedfuse.foreign.mapping._add", _add_unchecked),
     ("nbdreplies", "qedfuse.nbd.replies._check_chunk", lambda *_, **__: None),
     ("nbdhandshake", "qedfuse.nbd.handshake._MAX_REPLY_BYTES", 1 << 40),
     ("url", "qedfuse.remote.urlsyntax.hide_secrets", str),
