@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,9 @@ from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.errors import UsageError
 from qedfuse.mount.optionparser import KERNEL_FLAGS, known_options
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def test_options_may_stand_anywhere() -> None:
     """Options are accepted before, between and after the paths."""
@@ -22,6 +26,27 @@ def test_options_may_stand_anywhere() -> None:
         ["-o", "ro", "a", "-f", "b", "mnt", "--pidfile", "p", "-ouid=1"]
     ) == Arguments(["a", "b", "mnt"], ["ro", "uid=1"], foreground=True, pidfile="p")
     assert parse_arguments(["--", "-a", "-b"]).paths == ["-a", "-b"]
+
+
+@pytest.mark.parametrize("words", [[], ["-f"]])
+def test_a_module_that_cannot_be_loaded_is_reported(words: list[str], tmp_path: Path) -> None:
+    """A failure to load the modules of a mount is one line, also from the background process."""
+    script = (
+        "import sys\n"
+        "sys.modules['qedfuse.mount.session'] = None\n"
+        "from qedfuse.cli.entrypoints import qedfuse_program\n"
+        "sys.exit(qedfuse_program())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words, "vm.qed", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 70
+    assert done.stderr.startswith("qedfuse: internal error: ModuleNotFoundError: import of qedfuse")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", ["SIGUSR1", "SIGUSR2"])

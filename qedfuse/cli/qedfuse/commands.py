@@ -78,16 +78,20 @@ def mount(arguments: Arguments) -> int:
         # GOTO_NUM_THREADS.  Other libraries that numpy can load in place of OpenBLAS (MKL, BLIS)
         # start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        # The next import loads numpy, so the import must follow the assignment above.  The import
-        # must also follow the fork, because a thread of numpy would not survive the fork.
-        from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
-        log_uncaught()
-        request = MountRequest(
-            *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings),
-            log=log,
-        )
-        return _guarded(lambda: run_session(request, ready), debug=arguments.debug)
+        def session() -> int:
+            # This import loads numpy, so it must follow the assignment above.  It must also follow
+            # the fork, because a thread of numpy would not survive the fork.
+            from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
+
+            log_uncaught()
+            request = MountRequest(
+                *(sources, mountpoint, options, pidfile or None, arguments.fake, option_strings),
+                log=log,
+            )
+            return run_session(request, ready)
+
+        return _guarded(session, debug=arguments.debug)
 
     def ready_in_foreground() -> None:
         # With -d the server waits until the reader of stderr has read, so that the log contains
