@@ -292,7 +292,7 @@ class Server:
             nursery: Where the tasks run until the mount ends.
             statistics_socket: Where ``qedfuse stats`` asks; None for nowhere.
         """
-        source = StatisticsSource(self._disks, self._mountpoint)
+        source = StatisticsSource(self._disks, self._mountpoint, self._sandbox)
         if statistics_socket is not None:
             nursery.start_soon(serve_statistics, statistics_socket, source)
         if self._serve_metrics is not None:
@@ -322,7 +322,7 @@ class Server:
         """
         shown = printable(self._mountpoint)
         if self._sandbox is not None:
-            _log.info("%s: sandbox %s", shown, self._sandbox.state)
+            _log.info("%s: sandbox %s", shown, self._sandbox)
         if readahead_failure is not None and self._options.readahead is None:
             # This is no warning, because the user has not asked for a read-ahead.
             _log.info("%s: %s", shown, readahead_failure)

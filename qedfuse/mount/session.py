@@ -53,7 +53,6 @@ from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.window import DiskWindow
     from qedfuse.mount.options import MountOptions
     from qedfuse.mount.sandbox.sandbox import Sandbox
+    from qedfuse.mount.system.listenaddress import Listener
 
 _log = logging.getLogger(__name__)
 
@@ -272,16 +272,17 @@ class _Session:
                 return
             # Other users can read the mount table, and the query of a URL may be a secret.
             shown = tuple(shown_source(path) if is_url(path) else path for path in request.sources)
-            metrics = self._listen(stack)
+            listener = self._listen(stack)
             self._announcement = announcement = Announcement(
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
-            sandbox, unmounter = self._sandbox(disks, directory=directory), self._unmounter
+            sandbox = self._sandbox(disks, listener, directory=directory)
+            unmounter = self._unmounter
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer),
                 *(unmounter or DirectUnmounter(request.mountpoint), sandbox),
-                metrics=metrics,
+                metrics=None if listener is None else listener.socket,
                 directory=directory,
             )
             self._failure = await server.run(
@@ -294,7 +295,7 @@ class _Session:
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
-    def _listen(self, stack: AsyncExitStack) -> socket.socket | None:
+    def _listen(self, stack: AsyncExitStack) -> Listener | None:
         """Listen for requests of metrics, if the options demand it, until ``stack`` is closed.
 
         Raises:
@@ -306,12 +307,17 @@ class _Session:
 
         listener = Listener(self._request.options.metrics)
         stack.callback(listener.close)
-        return listener.socket
+        return listener
 
-    def _sandbox(self, disks: ExportedDisks, *, directory: bool) -> Sandbox | None:
+    def _sandbox(
+        self, disks: ExportedDisks, listener: Listener | None, *, directory: bool
+    ) -> Sandbox | None:
         """Prepare the sandbox for serving ``disks``; None if no sandbox is wanted or possible.
 
-        ``directory`` says whether the mountpoint is a directory.
+        Args:
+            disks: The disks.
+            listener: Where requests of metrics arrive; None for nowhere.
+            directory: Whether the mountpoint is a directory.
 
         Raises:
             HostError: The sandbox is ``strict``, and something is missing.
@@ -337,6 +343,7 @@ class _Session:
             directory=directory,
             mode=file_mode(options),
             uses_servers=disks.use_servers,
+            socket_directory=None if listener is None else listener.directory,
         )
         return Sandbox(options.sandbox, needs)
 

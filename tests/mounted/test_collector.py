@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _REPORT: Final = """
 import atexit, gc, json
-atexit.register(lambda: open({path!r}, "w").write(
+report = open({path!r}, "w")  # now, because a server in a sandbox can open no file later
+atexit.register(lambda: report.write(
     json.dumps([gc.get_threshold(), gc.get_freeze_count() > 0])
 ))
 """

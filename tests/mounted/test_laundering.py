@@ -62,14 +62,16 @@ def seeking(disk: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def launderers(pid: int) -> list[int]:
-    """List the children of a process."""
+    """List the children of a process that are connected to a mount."""
     found = []
     for path in Path("/proc").glob("[0-9]*/status"):
         try:
             text = path.read_text()
         except OSError:
             continue
-        if f"\nPPid:\t{pid}\n" in text:
+        if f"\nPPid:\t{pid}\n" in text and any(
+            descriptor.readlink() == Path("/dev/fuse") for descriptor in path.parent.glob("fd/*")
+        ):
             found.append(int(path.parent.name))
     return found
 

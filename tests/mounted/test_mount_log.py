@@ -52,6 +52,7 @@ def test_a_full_log_does_not_block_requests(tmp_path: Path) -> None:
     put_entry(image, l2_entry_offset(image, 0), 1 << 40)
     path.write_bytes(image)
     with front("-o", "ro,direct_io", path, tmp_path / "mnt") as mount:
+        mount.wait_for_sandbox()
         pipe = os.open(f"/proc/{mount.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
         with suppress(BlockingIOError):
             while True:

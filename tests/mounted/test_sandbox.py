@@ -18,7 +18,7 @@ import pytest
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import COMMAND, TIMEOUT, environment, front, is_mounted, qedfuse, refused
+from tests.support.mounted import COMMAND, TIMEOUT, TREE, environment, front, is_mounted, qedfuse, refused
 from tests.support.users import USER_ID, as_user, user_directory
 
 pytestmark = [
@@ -84,33 +84,33 @@ ATTEMPTS = {
     "make a socket for the host": connect_on_host,
     "connect a socket of the host": connect_connected,
     "send to a socket of the host": lambda: outside.sendto(b"", host_socket),
-    "limits of another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
-    "a signal to a thread": lambda: call("syscall", 234, os.getppid(), os.getppid(), 0),
-    "read shadow": lambda: open("/etc/shadow").close(),
+    "change the limits of another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
+    "send a signal to a thread": lambda: call("syscall", 234, os.getppid(), os.getppid(), 0),
+    "read /etc/shadow": lambda: open("/etc/shadow").close(),
     "read a file beside the image": lambda: open(beside).close(),
     "write a file beside the image": lambda: open(beside, "w").close(),
     "make a file beside the image": lambda: open(beside + "2", "x").close(),
     "open the image again": lambda: open(image, "r+b").close(),
     "read the memory of a process": lambda: open(f"/proc/{os.getppid()}/mem", "rb").close(),
     "read the environment of a process": lambda: open(f"/proc/{os.getppid()}/environ").read(),
-    "list a directory": lambda: os.listdir("/root"),
+    "list another directory": lambda: os.listdir("/root"),
     "remove the image": lambda: os.unlink(image),
-    "connect": connect_by_family,
-    "execute": lambda: os.execv("/bin/true", ["true"]),
-    "run": lambda: subprocess.run(["/bin/true"], check=False),
+    "connect to a TCP port": connect_by_family,
+    "execute a program": lambda: os.execv("/bin/true", ["true"]),
+    "run a program in a child process": lambda: subprocess.run(["/bin/true"], check=False),
     "fork": os.fork,
-    "trace": lambda: call("ptrace", 16, os.getppid(), 0, 0),
-    "mount": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, 0),
-    "unmount": lambda: call("umount2", os.fsencode(mountpoint), 2),
-    "unshare": lambda: call("unshare", 0x10000000),
-    "a kernel module": lambda: call("syscall", 175, None, 0, b""),
-    "bpf": lambda: call("syscall", 321, 0, None, 0),
-    "a user": lambda: os.setuid(1),
-    "an owner": lambda: os.chown(beside, 1, 1),
-    "permissions": lambda: os.chmod(beside, 0o777),
-    "a signal": send_signal,
-    "a ring": ring,
-    "a device": lambda: os.mknod(beside + "3"),
+    "trace a process": lambda: call("ptrace", 16, os.getppid(), 0, 0),
+    "mount a file system": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, 0),
+    "unmount the mount": lambda: call("umount2", os.fsencode(mountpoint), 2),
+    "enter a new user namespace": lambda: call("unshare", 0x10000000),
+    "load a kernel module": lambda: call("syscall", 175, None, 0, b""),
+    "load a BPF program": lambda: call("syscall", 321, 0, None, 0),
+    "change the user": lambda: os.setuid(1),
+    "change the owner of a file": lambda: os.chown(beside, 1, 1),
+    "change the permissions of a file": lambda: os.chmod(beside, 0o777),
+    "send a signal": send_signal,
+    "make a queue for reads": ring,
+    "make a device": lambda: os.mknod(beside + "3", 0o20600, 0x103),
 }
 
 def ready():
@@ -172,15 +172,23 @@ def run_server(
     return report
 
 
+def documented_attempts() -> dict[str, str]:
+    """Return the table of attempts and their errors in docs/security.md."""
+    lines = (TREE / "docs" / "security.md").read_text().splitlines()
+    begin = lines.index("| what was tried | what happened |") + 2
+    rows = [line.strip("| ").split(" | ") for line in lines[begin : lines.index("", begin)]]
+    return {attempt.replace("`", ""): error for attempt, error in rows}
+
+
 def test_everything_else_is_refused(image: Path, mnt: Path, tmp_path: Path) -> None:
     """A server in a sandbox fails in each attempt, in all threads, and then unmounts."""
     pidfile = tmp_path / "run" / "pid"
     pidfile.parent.mkdir()
     report = run_server(image, mnt, "sandbox=strict", pidfile=pidfile)
-    codes = report["attempts"]
-    assert {
-        name: code for name, code in codes.items() if code not in (errno.EPERM, errno.EACCES)
-    } == {}
+    found = {
+        name: errno.errorcode.get(code, "succeeds") for name, code in report["attempts"].items()
+    }
+    assert found == documented_attempts()
     threads = report["threads"].values()
     assert len(threads) > 1
     assert report["earlier"] == [errno.EACCES], "a thread that had started before the sandbox"
@@ -195,23 +203,35 @@ def test_everything_else_is_refused(image: Path, mnt: Path, tmp_path: Path) -> N
 
 def test_without_a_sandbox_attempts_succeed(image: Path, mnt: Path) -> None:
     """The attempts of the test before fail because of the sandbox, and for no other reason."""
-    harmless = ("read a file beside the image", "make a file beside the image", "run", "a ring",
-                "open the image again", "permissions", "a signal", "an owner",
-                "connect a socket of the host", "send to a socket of the host",
-                "limits of another process", "a signal to a thread")  # fmt: skip
+    harmless = (
+        *("read a file beside the image", "make a file beside the image", "open the image again"),
+        *("run a program in a child process", "make a queue for reads", "send a signal"),
+        *("change the permissions of a file", "change the owner of a file"),
+        *("connect a socket of the host", "send to a socket of the host"),
+        *("change the limits of another process", "send a signal to a thread"),
+    )
     report = run_server(image, mnt, "sandbox=off", *harmless)
     assert report["attempts"] == dict.fromkeys(harmless, 0)
     assert all(thread["NoNewPrivs"] == "0" for thread in report["threads"].values())
 
 
-def test_the_log_says_what_is_in_force(image: Path, mnt: Path) -> None:
-    """One line of the log lists the parts of the sandbox that the user wants."""
-    with front("-o", "sandbox=on", image, mnt) as mount:
+def test_log_and_statistics_say_what_is_in_force(image: Path, mnt: Path) -> None:
+    """A mount is in a sandbox by default; a line of the log and the statistics list its parts."""
+    with front(image, mnt) as mount:
+        (document,) = json.loads(qedfuse("stats", "--output=json", mnt).stdout)["mounts"]
+        text = qedfuse("stats", mnt).stdout
+        metrics = qedfuse("stats", "--output=prometheus", mnt).stdout
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
     (line,) = mount.sandbox
     assert line.startswith(f"qedfuse: {mnt}: sandbox on: Landlock ")
     assert "seccomp (" in line
+    found = document["sandbox"]
+    assert (found["mode"], found["missing"]) == ("on", [])
+    listed = f"sandbox on: {', '.join(found['in_force'])}"
+    assert line.endswith(listed)
+    assert f"  {listed}\n" in text
+    assert f'qedfuse_sandbox_complete{{mountpoint="{mnt}"}} 1\n' in metrics
 
 
 def test_an_ordinary_user(image: Path) -> None:
@@ -241,6 +261,25 @@ def test_strict_needs_every_part(image: Path, mnt: Path) -> None:
         mount.signal(signal.SIGTERM)
         assert mount.finish()[0] == 0
     assert mount.sandbox[0].endswith("; without seccomp (found no library libmissing.so)")
+
+
+def test_an_older_kernel_gives_less(image: Path, mnt: Path) -> None:
+    """Without Landlock the rest of the sandbox is in force, and ``strict`` refuses the mount."""
+    prelude = "import qedfuse.mount.sandbox.sandbox as s; s.landlock_version = lambda: 0"
+    done = qedfuse(image, mnt, "-o", "sandbox=strict", prelude=prelude)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qedfuse: option sandbox=strict: Landlock: found version 0, expected 2 (sandbox=on goes on "
+        "without)\n"
+    )
+    with front(image, mnt, prelude=prelude) as mount:
+        mount.wait_for_sandbox()
+        status = Path(f"/proc/{mount.process.pid}/status").read_text()
+        mount.signal(signal.SIGTERM)
+        assert mount.finish()[0] == 0
+    assert "\nNoNewPrivs:\t1\n" in status
+    assert mount.sandbox[0].startswith(f"qedfuse: {mnt}: sandbox on: no new privileges, ")
+    assert mount.sandbox[0].endswith("; without Landlock (found version 0, expected 2)")
 
 
 def test_a_memory_limit(image: Path, mnt: Path) -> None:

@@ -205,10 +205,10 @@ import sys, threading
 import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
 import pyfuse3
 from qedfuse.mount import shutdown
-from qedfuse.mount.process import unmounter
+from qedfuse.mount.process.unmounter import Unmounter
 
 flushing, closed = threading.Event(), threading.Event()
-close, unmount = pyfuse3.close, unmounter.unmount
+close, unmount = pyfuse3.close, Unmounter.unmount
 
 def hold(mountpoint):
     flushing.set()
@@ -223,7 +223,7 @@ def close_and_release(**how):
     close(**how)
     closed.set()
 
-shutdown.sync_mount, unmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+shutdown.sync_mount, Unmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
 """
 
 
@@ -247,11 +247,11 @@ class Late(logging.Handler):
     def emit(self, record):
         if "the images are closed" in record.getMessage():
             os.write(2, b"late\\n")
-            os.kill(os.getpid(), signal.{name})
+            signal.raise_signal(signal.{name})
 
 logging.getLogger("qedfuse.mount.session").addHandler(Late())
 logging.getLogger("qedfuse.mount.session").setLevel(logging.INFO)
-atexit.register(lambda: (os.write(2, b"later\\n"), os.kill(os.getpid(), signal.{name})))
+atexit.register(lambda: (os.write(2, b"later\\n"), signal.raise_signal(signal.{name})))
 """
 
 

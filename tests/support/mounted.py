@@ -219,6 +219,13 @@ class FrontMount:
             if not self._is_about_machine(line):
                 return line + newline
 
+    def wait_for_sandbox(self) -> None:
+        """Wait for the line of its log about the sandbox, which is the last one of the start."""
+        while not any(": sandbox on: " in line for line in self._received.splitlines()):
+            more = self._receive()
+            assert more, self._received
+            self._received += more
+
     def _receive(self) -> str:
         """Wait for more of its log and return it; an empty string if the log has ended."""
         assert self.process.stderr is not None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qedfuse.remote.address import is_url, parse_address
-from qedfuse.remote.cacheroot import default_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +29,8 @@ class ServerNeeds:
         variables: The variables of the environment and of a file with credentials.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which another program may replace.
+        socket_directory: The descriptor of the directory from which the socket for metrics is
+            removed at the end; None for no such socket.
     """
 
     mountpoint: str
@@ -41,6 +42,7 @@ class ServerNeeds:
     variables: Sequence[tuple[str, str]] = field(default=(), repr=False)
     cache_directory: str | None = None
     credentials_file: str | None = None
+    socket_directory: int | None = None
 
 
 def server_needs(
@@ -51,6 +53,7 @@ def server_needs(
     directory: bool,
     mode: int,
     uses_servers: bool,
+    socket_directory: int | None,
 ) -> ServerNeeds:
     """Return what a server needs.
 
@@ -62,6 +65,8 @@ def server_needs(
         mode: The permissions of the disks; one that is read-only in a writable mount has those
             without write permissions.
         uses_servers: Whether a file of a chain is on a server.
+        socket_directory: The descriptor of the directory of the socket for metrics; None for no
+            such socket.
 
     Raises:
         CacheError: The cache has no directory.
@@ -71,14 +76,14 @@ def server_needs(
         directory=directory,
         modes=() if options.read_only else (mode, mode & ~0o222),
         writable=not options.read_only,
+        socket_directory=socket_directory,
     )
     if not uses_servers:
         return needs
-    return ServerNeeds(
-        needs.mountpoint,
-        needs.directory,
-        needs.modes,
-        needs.writable,
+    from qedfuse.remote.cacheroot import default_directory  # noqa: PLC0415  only for remote files
+
+    return replace(
+        needs,
         uses_servers=True,
         addresses=(
             *(parse_address(source) for source in sources if is_url(source)),

@@ -6,9 +6,14 @@ import ctypes
 import os
 import resource
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from qedfuse.util.landlock import Ruleset, check_result
+from qedfuse.util.landlock import check_result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.util.landlock import Ruleset
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 1, 2, 3
 """Numbers of capabilities: open any file, read any file, change the permissions of any file."""
@@ -37,20 +42,24 @@ def close_process() -> None:
     check_result(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
-def restrict_all_threads(rules: Ruleset | None, capabilities: int) -> None:
-    """Restrict all threads by a ruleset, and drop their capabilities.
+def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
+    """Return a function that restricts all threads by a ruleset, and drops their capabilities.
 
-    Args:
-        rules: What stays permitted; None to forbid no file.
-        capabilities: The set of the capabilities to keep, with bit n for capability n.
+    Its arguments are what stays permitted, or None to forbid no file, and the set of the
+    capabilities to keep, with bit n for capability n.  It raises OSError if the kernel refuses;
+    some threads may be restricted then.
+
+    The extension is loaded here, because no module may be loaded once the mount exists.
 
     Raises:
-        OSError: The kernel refused; some threads may be restricted then.
         ImportError: The extension was not built.
     """
     from qedfuse.mount.sandbox._threads import restrict_threads  # noqa: PLC0415  optional
 
-    restrict_threads(-1 if rules is None else rules.fd, capabilities, SIGNAL)
+    def restrict(rules: Ruleset | None, capabilities: int) -> None:
+        restrict_threads(-1 if rules is None else rules.fd, capabilities, SIGNAL)
+
+    return restrict
 
 
 def may_have_capabilities() -> bool:

@@ -21,13 +21,14 @@ from qedfuse.mount.sandbox.seccomp import CallFilter, CallNeeds
 from qedfuse.util.landlock import (
     NETWORK_VERSION,
     READ_FILE,
+    REMOVE_FILE,
     SCOPE_ABSTRACT_SOCKETS,
     Ruleset,
     landlock_version,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from qedfuse.mount.sandbox.needs import ServerNeeds
     from qedfuse.remote.address import Address
@@ -47,7 +48,9 @@ class Sandbox:
     """A sandbox that is prepared by the constructor, and entered once.
 
     Attributes:
-        state: What is in force, in words for the log and for users.
+        mode: The value of the option.
+        in_force: The parts that are in force, in words for users; empty before `enter`.
+        missing: The parts that the kernel or a library lacks, each with the reason.
     """
 
     def __init__(self, mode: SandboxMode, needs: ServerNeeds) -> None:
@@ -56,12 +59,14 @@ class Sandbox:
         Raises:
             HostError: The mode is ``strict``, and the kernel or a library lacks something.
         """
-        self.state = "off: not entered yet"
+        self.mode = mode
+        self.in_force: list[str] = []
+        self.missing: list[str] = []
         self._is_strict = mode == "strict"
         self._needs = needs
-        self._missing: list[str] = []
         self._rules: Ruleset | None = None
         self._filter: CallFilter | None = None
+        self._restrict: Callable[[Ruleset | None, int], None] | None = None
         version = landlock_version()
         if version < _MIN_LANDLOCK_VERSION:
             self._lacks("Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}")
@@ -72,6 +77,10 @@ class Sandbox:
                 self._rules = self._make_rules(version)
             except OSError as error:
                 self._lacks("Landlock", str(error.strerror))
+        try:
+            self._restrict = privileges.thread_restrictor()
+        except ImportError:
+            self._lacks("Landlock", "the extension was not built")
         try:
             self._filter = CallFilter(
                 CallNeeds(
@@ -98,6 +107,8 @@ class Sandbox:
         rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
         for path, rights in allowedfiles.system_files():
             rules.try_allow_path(path, rights)
+        if needs.socket_directory is not None:
+            rules.allow(needs.socket_directory, REMOVE_FILE)
         if needs.uses_servers:
             for path, rights in allowedfiles.network_files(needs.variables):
                 rules.try_allow_path(path, rights)
@@ -119,10 +130,15 @@ class Sandbox:
         if self._is_strict:
             msg = f"option sandbox=strict: {what}: {reason} (sandbox=on goes on without)"
             raise HostError(msg)
-        self._missing.append(f"{what} ({reason})")
+        self.missing.append(f"{what} ({reason})")
+
+    def __str__(self) -> str:
+        """Return what is in force and what is missing, in one line for the log."""
+        missing = f"; without {', '.join(self.missing)}" if self.missing else ""
+        return f"{self.mode}: {', '.join(self.in_force) or 'nothing'}{missing}"
 
     def enter(self, directories: Iterable[tuple[int, int]]) -> None:
-        """Give up everything else, in all threads; set ``state``.
+        """Give up everything else, in all threads; set ``in_force``.
 
         Args:
             directories: Descriptors of files and directories, and the rights that stay on each.
@@ -151,18 +167,17 @@ class Sandbox:
                 self._lacks("Landlock", str(error.strerror))
                 self._rules.close()
                 self._rules = None
-        parts = [*self._restrict_threads(), *self._load_filter(), *parts]
-        missing = f"; without {', '.join(self._missing)}" if self._missing else ""
-        self.state = f"{'strict' if self._is_strict else 'on'}: {', '.join(parts)}{missing}"
+        self.in_force = [*self._restrict_threads(), *self._load_filter(), *parts]
 
     def _restrict_threads(self) -> list[str]:
         """Restrict all threads by the rules, and drop capabilities; return what is in force."""
+        if self._restrict is None:
+            return []
         rules, capabilities = self._rules, self._kept_capabilities()
         try:
-            privileges.restrict_all_threads(rules, capabilities)
-        except (OSError, ImportError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "the extension was not built"
-            self._lacks("Landlock", str(reason))
+            self._restrict(rules, capabilities)
+        except OSError as error:
+            self._lacks("Landlock", str(error.strerror))
             return []
         parts = ["no new privileges"]
         if rules is not None:

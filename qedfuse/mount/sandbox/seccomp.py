@@ -36,6 +36,8 @@ _THREAD_FLAGS: Final = 0x100 | 0x10000
 """CLONE_VM and CLONE_THREAD, which clone(2) has for a thread and never for a process."""
 _TYPE_MASK: Final = 0xF
 """The bits of the second argument of socketpair(2) that are no flags (SOCK_TYPE_MASK)."""
+_SET_NAME: Final = 15
+"""PR_SET_NAME, which names a thread."""
 _FIRST, _SECOND, _THIRD, _FIFTH = 0, 1, 2, 4
 _FAMILIES_OF_NETWORKS: Final = (socket.AF_INET, socket.AF_INET6)
 
@@ -136,6 +138,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     for name in systemcalls.NOT_IMPLEMENTED:
         yield name, _ERRNO | errno.ENOSYS, []
     yield "clone", _ALLOW, [_Comparison(_FIRST, _MASKED_EQUAL, _THREAD_FLAGS, _THREAD_FLAGS)]
+    yield "prctl", _ALLOW, [_Comparison(_FIRST, _EQUAL, _SET_NAME, 0)]
     for command in systemcalls.IOCTLS.values():
         yield "ioctl", _ALLOW, [_Comparison(_SECOND, _EQUAL, command, 0)]
     yield from _socket_rules(needs)

@@ -22,6 +22,7 @@ from qedfuse.mount.statistics.version import VERSION
 if TYPE_CHECKING:
     from qedfuse.disk.statistics import DiskStatistics, FileStatistics
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+    from qedfuse.mount.sandbox.sandbox import Sandbox
 
 BUCKET_BOUNDS: Final = tuple(1e-6 * (1 << bucket) for bucket in range(BUCKETS - 1))
 """The upper bounds of the buckets of a histogram, in seconds; the last bucket has none."""
@@ -32,10 +33,16 @@ _STATM: Final = Path("/proc/self/statm")
 class StatisticsSource:
     """Makes the document of one mount."""
 
-    def __init__(self, disks: ExportedDisks, mountpoint: str) -> None:
-        """Describe the disks of the mount on ``mountpoint``, which begins now."""
+    def __init__(
+        self, disks: ExportedDisks, mountpoint: str, sandbox: Sandbox | None = None
+    ) -> None:
+        """Describe the disks of the mount on ``mountpoint``, which begins now.
+
+        ``sandbox`` is that of the server; None if there is none.
+        """
         self._disks = disks
         self._mountpoint = mountpoint
+        self._sandbox = sandbox
         self._begin = time.monotonic()
 
     async def document(self) -> dict[str, Any]:
@@ -55,9 +62,17 @@ class StatisticsSource:
             "resident_bytes": _resident_bytes(),
             "open_handles": self._disks.open_handles,
             "queued_reads": extraops.queued_reads(),
+            "sandbox": _describe_sandbox(self._sandbox),
             "bucket_bounds_seconds": list(BUCKET_BOUNDS),
             "disks": disks,
         }
+
+
+def _describe_sandbox(sandbox: Sandbox | None) -> dict[str, Any]:
+    """Return the part of the document about the sandbox."""
+    if sandbox is None:
+        return {"mode": "off", "in_force": [], "missing": []}
+    return {"mode": sandbox.mode, "in_force": sandbox.in_force, "missing": sandbox.missing}
 
 
 def _resident_bytes() -> int | None:

@@ -80,6 +80,11 @@ def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, floa
     yield "resident_memory_bytes", "gauge", "Memory that the server takes.", resident
     handles = document["open_handles"]
     yield "open_handles", "gauge", "Open handles of all disks of the mount.", handles
+    # The server may be that of an earlier version, which does not report the sandbox.
+    if (sandbox := document.get("sandbox")) is not None:
+        is_complete = sandbox["mode"] != "off" and not sandbox["missing"]
+        meaning = "1 if the server is in a sandbox that lacks no part."
+        yield "sandbox_complete", "gauge", meaning, is_complete
 
 
 def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:

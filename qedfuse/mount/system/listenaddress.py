@@ -103,6 +103,11 @@ class Listener:
                 return listen(self._directory, self._name)
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
+    @property
+    def directory(self) -> int | None:
+        """The descriptor of the directory of a socket in the file system; None for TCP."""
+        return self._directory if self._directory >= 0 else None
+
     def close(self) -> None:
         """Close the socket, and remove it from the file system."""
         self.socket.close()
