@@ -19,6 +19,7 @@ die() {
 # have WHAT: whether WHAT is installed: a program, or one of the other names below.
 have() {
     case $1 in
+        library:*) "$python" -c "import ctypes; ctypes.CDLL('${1#library:}')" ;;
         lib:*) pkg-config --exists "${1#lib:}" ;;
         python-headers)
             "$python" -c 'import os, sysconfig as s, sys
@@ -34,6 +35,7 @@ sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' ;
 runtime_needs=(
     "$python=python3" python-venv=python3-venv python-headers=python3-dev
     fusermount3=fuse3 gcc=gcc c-headers=libc6-dev pkg-config=pkg-config lib:fuse3=libfuse3-dev
+    library:libseccomp.so.2=libseccomp2
 )
 
 # install_packages WHAT=PACKAGE...: install the package of each WHAT that is missing.

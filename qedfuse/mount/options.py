@@ -121,7 +121,7 @@ class MountOptions:
     prefetch: Literal["off", "all"] = "off"
     partitions: bool = False
     partition: int | None = None
-    sandbox: Literal["on", "off", "strict"] = "off"
+    sandbox: Literal["on", "off", "strict"] = "on"
     memory_bytes: int | None = None
     kernel_flags: tuple[str, ...] = ()
 

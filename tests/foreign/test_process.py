@@ -367,6 +367,7 @@ def test_sandbox_needs_no_package() -> None:
         (sandbox, ["from qedfuse.util import landlock"]),
         (landlock, []),
     ):
+        assert module.__file__ is not None
         lines = Path(module.__file__).read_text("utf-8").splitlines()
         assert {line.split()[1] for line in lines if line.startswith("import ")} <= known
         assert [line for line in lines if line.startswith("from qedfuse")] == others

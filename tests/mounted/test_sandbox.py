@@ -18,7 +18,16 @@ import pytest
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import COMMAND, TIMEOUT, TREE, environment, front, is_mounted, qedfuse, refused
+from tests.support.mounted import (
+    COMMAND,
+    TIMEOUT,
+    TREE,
+    environment,
+    front,
+    is_mounted,
+    qedfuse,
+    refused,
+)
 from tests.support.users import USER_ID, as_user, user_directory
 
 pytestmark = [
@@ -84,7 +93,7 @@ ATTEMPTS = {
     "make a socket for the host": connect_on_host,
     "connect a socket of the host": connect_connected,
     "send to a socket of the host": lambda: outside.sendto(b"", host_socket),
-    "change the limits of another process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
+    "read limits of a process": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE),
     "send a signal to a thread": lambda: call("syscall", 234, os.getppid(), os.getppid(), 0),
     "read /etc/shadow": lambda: open("/etc/shadow").close(),
     "read a file beside the image": lambda: open(beside).close(),
@@ -208,7 +217,7 @@ def test_without_a_sandbox_attempts_succeed(image: Path, mnt: Path) -> None:
         *("run a program in a child process", "make a queue for reads", "send a signal"),
         *("change the permissions of a file", "change the owner of a file"),
         *("connect a socket of the host", "send to a socket of the host"),
-        *("change the limits of another process", "send a signal to a thread"),
+        *("read limits of a process", "send a signal to a thread"),
     )
     report = run_server(image, mnt, "sandbox=off", *harmless)
     assert report["attempts"] == dict.fromkeys(harmless, 0)

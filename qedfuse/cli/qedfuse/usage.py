@@ -75,8 +75,8 @@ Options of -o; the default and then other values are in parentheses:
   metrics=ADDRESS        serve metrics for Prometheus on a port of loopback, or unix:PATH
   cache_size=SIZE        memory for the tables of each image (32M)
   memory_limit=SIZE      limit of the address space of the mount's process
-  sandbox=on|strict      give up what the mount does not need, as far as the kernel can;
-                         strict: refuse the mount if a part is missing (off)
+  sandbox=on|off|strict  give up what the mount does not need, as far as the kernel can;
+                         strict: refuse the mount if a part is missing (on)
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)
 
 "umount" unmounts, and returns when everything is durable and the mount's process has
