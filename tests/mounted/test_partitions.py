@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,48 @@ def test_the_files_are_the_partitions_of_partx(seed: int, tmp_path: Path) -> Non
         for number, (start, count) in expected.items():
             found = (mountpoint / f"vm.raw.p{number}").read_bytes()
             assert found == content[start * SECTOR :][: count * SECTOR]
+
+
+def test_a_gpt_with_sectors_of_4096_bytes(tmp_path: Path) -> None:
+    """The places of partitions count in the sectors of the table, not in those of 512 bytes."""
+    size = 16 * MIB
+    raw, image = tmp_path / "vm.raw", tmp_path / "vm.qed"
+    raw.write_bytes(bytes(MIB) + random.Random("disk").randbytes(size - MIB))
+    # Only newer versions of sfdisk know --sector-size.
+    subprocess.run(
+        ["fdisk", "-b", "4096", str(raw)],
+        input="g\nn\n1\n512\n1023\nn\n2\n1280\n1537\nw\n",
+        text=True, check=True, capture_output=True,
+    )  # fmt: skip
+    qemu.convert(raw, image, source_format="raw", target_format="qed")
+    content = raw.read_bytes()
+    with mounted(image, tmp_path / "mnt", "-o", "partitions") as mountpoint:
+        assert partitions_in(mountpoint) == {1: 512 * 4096, 2: 258 * 4096}
+        assert (mountpoint / "vm.raw.p1").read_bytes() == content[512 * 4096 : 1024 * 4096]
+        with (mountpoint / "vm.raw.p2").open("r+b") as file:
+            file.write(b"w" * 258 * 4096)
+        assert (mountpoint / "vm.raw").read_bytes() == (
+            content[: 1280 * 4096] + b"w" * 258 * 4096 + content[1538 * 4096 :]
+        )
+
+
+def test_a_hybrid_gpt_has_the_partitions_of_its_gpt(tmp_path: Path) -> None:
+    """Entries that the boot record has beside the protective one have no files."""
+    raw = tmp_path / "vm.raw"
+    image = make_image(tmp_path, ("label: gpt", "start=2048, size=2048", "start=6144, size=4095"))
+    # In the boot record: a protective entry up to the first partition, then one of another place.
+    entries = struct.pack("<8xII", 1, 2047), struct.pack("<8xII", 5000, 1000)
+    record = b"".join(
+        entry[:4] + bytes([kind]) + entry[5:]
+        for entry, kind in zip(entries, (0xEE, 0x83), strict=True)
+    )
+    content = bytearray(raw.read_bytes())
+    content[446:510] = record.ljust(64, b"\0")
+    raw.write_bytes(content)
+    qemu.convert(raw, image, source_format="raw", target_format="qed")
+    with mounted(image, tmp_path / "mnt", "-o", "ro,partitions") as mountpoint:
+        assert partitions_in(mountpoint) == {1: 2048 * SECTOR, 2: 4095 * SECTOR}
+        assert (mountpoint / "vm.raw.p2").read_bytes() == content[6144 * SECTOR :][: 4095 * SECTOR]
 
 
 def test_a_bare_file_system_has_no_partitions(tmp_path: Path) -> None:
