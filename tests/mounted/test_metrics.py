@@ -64,6 +64,9 @@ def test_metrics_are_served_on_loopback(image: Path, tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(b"\0\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.0 400 ")
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /metrics HTTP/1.0\nHost: x\n\n")  # without CR, as from netcat
+            assert client.recv(100).startswith(b"HTTP/1.0 200 ")
 
 
 def test_metrics_are_served_at_a_path(image: Path, tmp_path: Path) -> None:
@@ -99,6 +102,18 @@ def test_other_addresses_are_refused(value: str, image: Path, tmp_path: Path) ->
     (tmp_path / "mnt").mkdir()
     assert refused("-o", f"metrics={value}", image, tmp_path / "mnt", code=1) == (
         f"option metrics: found {value}, expected a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
+    )
+
+
+def test_the_name_of_a_socket_has_a_limit(image: Path, tmp_path: Path) -> None:
+    """A name of 82 bytes is accepted in a directory with a long path, one of 83 is refused."""
+    directory = tmp_path / ("d" * 200)
+    directory.mkdir()
+    path = directory / ("s" * 82)
+    with mounted(image, tmp_path / "mnt", "-o", f"metrics=unix:{path}"):
+        assert path.is_socket()
+    assert refused("-o", f"metrics=unix:{path}s", image, tmp_path / "mnt", code=1) == (
+        "option metrics: found the name of a socket of 83 bytes, expected at most 82 bytes"
     )
 
 

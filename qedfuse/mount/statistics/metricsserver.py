@@ -6,6 +6,7 @@ headers are read and ignored.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.statistics.connections import serve_connections
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.mount.statistics.document import StatisticsSource
 
 _MAX_REQUEST_BYTES: Final = 1 << 14
+_END_OF_HEADERS: Final = re.compile(rb"\n\r?\n")
 _PATHS: Final = (b"/metrics", b"/")
 
 
@@ -27,7 +29,7 @@ async def serve_metrics(listening: socket.socket, source: StatisticsSource) -> N
 
     async def answer(stream: trio.SocketStream) -> None:
         request = await _receive_request(stream)
-        words = request.partition(b"\r\n")[0].split(b" ")
+        words = request.partition(b"\n")[0].removesuffix(b"\r").split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/"):  # noqa: PLR2004
             await stream.send_all(_response("400 Bad Request", b"expected GET /metrics\n"))
         elif words[0] not in (b"GET", b"HEAD"):
@@ -46,7 +48,8 @@ async def serve_metrics(listening: socket.socket, source: StatisticsSource) -> N
 async def _receive_request(stream: trio.SocketStream) -> bytes:
     """Return a request with its headers; only a part of it if it ends early or is too long."""
     request = bytearray()
-    while b"\r\n\r\n" not in request and len(request) < _MAX_REQUEST_BYTES:
+    # A line may also end without CR (RFC 9112, section 2.2), as in a request typed into netcat.
+    while not _END_OF_HEADERS.search(request) and len(request) < _MAX_REQUEST_BYTES:
         part = await stream.receive_some(_MAX_REQUEST_BYTES)
         if not part:
             break

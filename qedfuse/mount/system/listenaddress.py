@@ -21,6 +21,9 @@ _LOOPBACK: Final = re.compile(
 )
 _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
+_MAX_NAME_BYTES: Final = 107 - len("/proc/self/fd/2147483647/")
+"""Maximum length of a socket's name: a socket address has 107 bytes, and begins with a path to its
+directory that does not depend on how long the path of the user is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,17 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is no address, or one that other machines can reach.
+            UsageError: The value is no address, one that other machines can reach, or too long.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
+            length = len(os.fsencode(os.path.basename(path)))  # noqa: PTH119
+            if length > _MAX_NAME_BYTES:
+                msg = (
+                    f"option {name}: found the name of a socket of {length} bytes, "
+                    f"expected at most {_MAX_NAME_BYTES} bytes"
+                )
+                raise UsageError(msg)
             return cls(path=path)
         found = _LOOPBACK.fullmatch(value)
         if found is None or not 0 < int(found[2]) <= _MAX_PORT:
