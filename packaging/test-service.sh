@@ -148,7 +148,7 @@ second_boot() {
     expect "$(get /mnt/early/early.raw)" world # not a service: goes on
     put /mnt/manual/manual.raw again
     umount /mnt/manual /mnt/early
-    wait_for '! pgrep -f "[q]edfuse"'
+    wait_for '! pgrep -f "[b]in/(qedfuse|mount[.])"'
     sed -i '/qedfuse/d' /etc/fstab
     systemctl daemon-reload
     apt install "$package"
