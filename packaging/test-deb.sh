@@ -93,7 +93,7 @@ done
 qedfuse --version
 python3 -c '
 import qedfuse.check._sweep, qedfuse.hostio._iothreads, qedfuse.mount.fuse._extraops
-import qedfuse.tools.inspection._maplines'
+import qedfuse.mount.sandbox._threads, qedfuse.tools.inspection._maplines'
 
 say "Man pages and completions"
 apt install man-db bash-completion zsh fish

@@ -156,7 +156,7 @@ test_wheel() {
             pip wheel -q --no-deps -w /wheels .
             pip wheel -q --no-deps -w /wheels "pyfuse3>=3.4"
             ls /wheels
-            test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 4'
+            test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 5'
         rm -rf "$store/wheels/$system"
         mkdir -p "$store/wheels"
         cp -r "$target/wheels" "$store/wheels/$system"
@@ -173,7 +173,7 @@ test_wheel() {
             PATH=/venv/bin:$PATH
             python3 -c "
 import qedfuse.check._sweep, qedfuse.hostio._iothreads, qedfuse.mount.fuse._extraops
-import qedfuse.tools.inspection._maplines"
+import qedfuse.mount.sandbox._threads, qedfuse.tools.inspection._maplines"
             cd /tmp
             qedimg create -q vm.qed 64M
             mkdir mnt
