@@ -62,7 +62,7 @@ def as_user(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         cwd="/",
         env=environment() | {"HOME": "/"} | dict(variables or {}),
         check=False,
