@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 60
 
 SAFE_TO_SHARE: Final = {
+    "qedfuse.mount.sandbox.sandbox.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.nbd.export.RESOLVER": "has a lock",
     "qedfuse.nbd.export.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.remote.address.urlsplit": "a cache of the standard library, with a lock",
