@@ -103,8 +103,8 @@ async def _open_foreign_disk(
     """
     if options.writable:
         msg = (
-            f"{file.name}: found a {driver} image, which is only read, expected QED (or -r, "
-            "-o snapshot or -o overlay=FILE)"
+            f"{file.name}: found a {driver} image, which is only read, expected QED (a mount "
+            "accepts the image with -r, -o snapshot or -o overlay=FILE)"
         )
         raise UsageError(msg)
     async with (
