@@ -23,6 +23,7 @@ from tests.support.mounted import (
     qedfuse,
     refused,
 )
+from tests.support.openfiles import open_files
 from tests.support.webserver import PATIENCE, WebServer, serving, wait_until
 
 if TYPE_CHECKING:
@@ -261,8 +262,7 @@ def test_a_write_that_needs_the_server_is_lost_with_a_message(
 
 def epolls(pid: int) -> int:
     """Return how many epoll instances a process has."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]  # noqa: PTH115
-    return links.count("anon_inode:[eventpoll]")
+    return list(open_files(pid).values()).count("anon_inode:[eventpoll]")
 
 
 def is_idle(pid: int) -> bool:

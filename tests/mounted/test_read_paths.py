@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,10 @@ from qedfuse.mount.fuse import extraops
 from tests.support import extensions, qemu
 from tests.support.extensions import needs_extensions
 from tests.support.mounted import front
+from tests.support.openfiles import open_files
 from tests.support.webserver import serving
 
-FUSE_DEVICE: Final = Path("/dev/fuse")
+FUSE_DEVICE: Final = "/dev/fuse"
 DISK_BYTES: Final = 16 << 20
 WAYS: Final = (None, NATIVE)
 """Values of the variable that the tests set; a whole run sets `THREADS`."""
@@ -61,24 +63,21 @@ def drop_pages(*paths: Path) -> None:
 
 def pipes(pid: int) -> int:
     """Return how many ends of pipes a process has open."""
-    return sum(
-        os.readlink(link).startswith("pipe:")  # noqa: PTH115  Path refuses such targets
-        for link in Path(f"/proc/{pid}/fd").iterdir()
-    )
+    return sum(target.startswith("pipe:") for target in open_files(pid).values())
 
 
 def native_threads(pid: int) -> int:
     """Return how many native threads for host I/O a process has."""
-    names = (task / "comm" for task in Path(f"/proc/{pid}/task").iterdir())
-    return sum(name.read_text() == "qedfuse-io\n" for name in names)
+    count = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            count += (task / "comm").read_text() == "qedfuse-io\n"
+    return count
 
 
 def rings(pid: int) -> int:
     """Return how many queues of reads a process has."""
-    return sum(
-        os.readlink(link) == "anon_inode:[io_uring]"  # noqa: PTH115  Path refuses such targets
-        for link in Path(f"/proc/{pid}/fd").iterdir()
-    )
+    return list(open_files(pid).values()).count("anon_inode:[io_uring]")
 
 
 def may_queue() -> bool:
@@ -290,8 +289,8 @@ def test_a_request_that_vanishes_does_not_stop_the_server(tmp_path: Path) -> Non
     image = tmp_path / "disk.qed"
     qemu.create(image, DISK_BYTES)
     with front(image, tmp_path / "mnt") as mount:
-        process = Path(f"/proc/{mount.process.pid}")
-        links = [link for link in (process / "fd").iterdir() if link.readlink() == FUSE_DEVICE]
-        assert len(links) == 1
-        flags = (process / "fdinfo" / links[0].name).read_text().partition("flags:")[2].split()[0]
+        pid = mount.process.pid
+        (fd,) = (fd for fd, target in open_files(pid).items() if target == FUSE_DEVICE)
+        info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        flags = info.partition("flags:")[2].split()[0]
         assert int(flags, 8) & os.O_NONBLOCK
