@@ -64,6 +64,7 @@ class Graph:
         data_files: For each image, from the first one down, the file that has its data; None if
             several files have it.
         opened: The files that `close` closes: all but that of the image.
+        read: Each image, its format, and the links that were read of it.
     """
 
     options: Options = field(default_factory=dict)
@@ -71,6 +72,28 @@ class Graph:
     extents: list[PosixFile] = field(default_factory=list)
     data_files: list[PosixFile | None] = field(default_factory=list)
     opened: list[PosixFile] = field(default_factory=list)
+    read: list[tuple[PosixFile, str, Links]] = field(default_factory=list)
+
+    def refuse_changes(self) -> None:
+        """Refuse the chain if an image names other files than when the graph was made.
+
+        QEMU reads the names later than `open_graph`.  So a program that changes an image in between
+        could make QEMU open files that were never checked, where no Landlock confines QEMU.  The
+        caller calls this when QEMU has opened all images.
+
+        Raises:
+            ForeignError: An image names other files, or cannot be read any more.
+            HostError: A file cannot be read.
+        """
+        for image, driver, links in self.read:
+            if read_links(image.fd, driver, image.name) != links:
+                msg = (
+                    f"{image.name}: found other names of files than when it was opened, expected "
+                    "an image that no program changes"
+                )
+                raise ForeignError(msg)
+        for extent in self.extents:
+            refuse_hidden_descriptor(_signature(extent), extent.name)
 
     def close(self) -> None:
         """Close the files that were opened for the graph."""
@@ -106,6 +129,7 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
     """Add an image and all files that it names to a graph; return the image's options."""
     graph.files.append(file)
     links = read_links(file.fd, driver, file.name)
+    graph.read.append((file, driver, links))
     if links and not limits.any_file and not landlock_version():
         named = links.backing or links.data_file or links.extents[0]
         msg = (

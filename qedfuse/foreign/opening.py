@@ -62,12 +62,13 @@ class ForeignOpening:
         The call blocks; another thread may call `abandon` during the call, which then fails.
 
         Raises:
-            ForeignError: qemu-nbd refuses the image, has ended, or does not answer; or the opening
-                was abandoned.
+            ForeignError: qemu-nbd refuses the image, has ended, or does not answer; an image was
+                changed meanwhile; or the opening was abandoned.
             ImageInUseError: Another program holds a lock that excludes reading.
             HostError: The host refused.
         """
         self._server.wait_ready()
+        self._graph.refuse_changes()
         deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
         local = LocalReads(self._graph, self._image.name, is_locked=self._is_locked)

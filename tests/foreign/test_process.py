@@ -248,6 +248,35 @@ def test_abandoned_after_the_end(image: Path) -> None:
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_changed_while_it_is_opened(
+    image: Path, monkeypatch: pytest.MonkeyPatch, *, below: bool
+) -> None:
+    """An image that names another file when QEMU has read it than before is refused."""
+    base = qemu.create(image.parent / "base.qcow2", 1 << 20, image_format="qcow2")
+    top = qemu.create(
+        image.parent / "top.qcow2", image_format="qcow2", backing=base, backing_format="qcow2"
+    )
+    changed = base if below else top
+    wait = process.QemuNbd.wait_ready
+
+    def change(server: process.QemuNbd) -> None:
+        wait(server)
+        arguments = ("-u", "-f", "qcow2", "-F", "raw", "-b", image, changed)
+        qemu.run("qemu-img", "rebase", "-U", *arguments)
+
+    def open_named(name: bytes, _image: PosixFile) -> PosixFile:
+        return PosixFile.open(os.fsdecode(name))
+
+    monkeypatch.setattr(process.QemuNbd, "wait_ready", change)
+    limits = Limits(open_named, lock=False)
+    opened = opening.ForeignOpening(PosixFile.open(str(top)), "qcow2", limits)
+    with pytest.raises(ForeignError, match=f"{changed.name}: found other names of files"):
+        opened.finish()
+    opened.abandon()
+    assert servers(image.parent) == []
+
+
 def test_closed_by_two_threads(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two threads that close the program, one closes its descriptors, and the other waits."""
     entered, released = threading.Event(), threading.Event()
