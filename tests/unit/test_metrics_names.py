@@ -55,6 +55,7 @@ def document(**changed: int) -> dict[str, Any]:
         "version": 1, "qedfuse": "0", "mountpoint": "/mnt", "pid": 1, "time": 100.0,
         "uptime_seconds": float(changed.get("uptime", 10)), "resident_bytes": 1,
         "open_handles": 0, "queued_reads": 0, "bucket_bounds_seconds": list(BUCKET_BOUNDS),
+        "sandbox": {"mode": "on", "in_force": [], "missing": []},
         "disks": [{**disk, "hit_rates": hit_rates(disk)}],
     }  # fmt: skip
 
