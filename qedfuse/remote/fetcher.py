@@ -311,13 +311,14 @@ class Fetcher:
         """
         start = first * UNIT_BYTES
         length = min((last + 1) * UNIT_BYTES, self._size) - start
+        sent = time.monotonic()
         try:
             content = memoryview(self._source.get(start, length, is_brief=flight.is_brief))
         except RemoteError as error:
             if not self._threads.is_closed:
                 self._outages.failed(error)
             raise
-        self._outages.answered()
+        self._outages.answered(sent)
         with self._lock:
             self.fetched_bytes += length
             self.requests += 1

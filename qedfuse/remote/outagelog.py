@@ -12,6 +12,7 @@ at a limited rate.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Final
@@ -37,6 +38,7 @@ class OutageLog:
         self._lock = threading.Lock()
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
+        self._begun = 0.0  # when the present outage began
         self._last_seconds: dict[type[RemoteError], float] = {}
 
     def failed(self, error: RemoteError) -> None:
@@ -46,7 +48,7 @@ class OutageLog:
             begins, self._kind = self._kind is not kind, kind
             must_log = False
             if begins:
-                now = time.monotonic()
+                now = self._begun = time.monotonic()
                 last = self._last_seconds.get(kind)
                 must_log = self._is_logged = last is None or now - last >= _MIN_SECONDS_BETWEEN
                 if must_log:
@@ -55,9 +57,16 @@ class OutageLog:
         if must_log:
             _log.error("%s; %s", error, self._consequence)
 
-    def answered(self) -> None:
-        """Log the end of an outage whose beginning was logged."""
+    def answered(self, sent: float = math.inf) -> None:
+        """Log the end of an outage whose beginning was logged.
+
+        Args:
+            sent: The time (`time.monotonic`) at which the request was sent.  The answer to a
+                request that was sent before the outage began does not end the outage.
+        """
         with self._lock:
+            if self._kind is not None and sent <= self._begun:
+                return
             must_log = self._is_logged
             self._kind, self._is_logged = None, False
         if must_log:

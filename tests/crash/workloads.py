@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from qedfuse.disk.maintenance import datacompaction
 from qedfuse.disk.space import quarantine, reclaim
 from qedfuse.disk.space.scan import Scan
 from qedfuse.errors import QedError
+from qedfuse.util import pace
 from tests.crash.cases import CLUSTER, PER_CLUSTER, Case
 from tests.support.crashrecording import CrashRecording
 from tests.support.disks import build_image, l2_entry_offset, opened, put_entry
@@ -173,12 +175,14 @@ class Workload:
         )
         # In the other half compaction makes many small batches.
         batch = datacompaction._LIMITED_BATCH_BYTES if together else 3 * CLUSTER
-        # Without deterministic scheduling, the order also depends on addresses of objects.
+        # Without deterministic scheduling, the order also depends on addresses of objects; and with
+        # a limit of real time for work without a checkpoint, on how busy the machine is.
         with (
             patch.object(discard, "_MAX_CLUSTERS_ONE_BY_ONE", new=few),
             patch.object(reclaim, "_MAX_RUNS_RETIRED_SINGLY", new=few),
             patch.object(quarantine, "_MAX_SCATTERED_CLUSTERS", new=scattered),
             patch.object(datacompaction, "_LIMITED_BATCH_BYTES", new=batch),
+            patch.object(pace, "_MAX_SECONDS", new=math.inf),
             patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", new=True),
         ):
             trio._core._run._r.seed(seed)

@@ -293,7 +293,8 @@ def test_a_changed_object_is_stale(server: WebServer, content: bytes, tmp_path: 
             with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
                 read(disk, FAR)
         assert read(disk, 2 * BLOCK) == content[2 * BLOCK : 3 * BLOCK]
-        assert len(stop(mount)) == 2
+        log = stop(mount)
+        assert len(log) == 2, "\n".join(log)
 
 
 def test_a_removed_object_is_stale(server: WebServer, content: bytes, tmp_path: Path) -> None:

@@ -61,3 +61,19 @@ def test_a_change_during_an_outage_is_logged(
     log.failed(ObjectChangedError("x: changed"))
     log.failed(ObjectChangedError("x: changed"))
     assert caplog.messages == [f"x: out; {CANNOT}", f"x: changed; {CANNOT}"]
+
+
+@pytest.mark.expect_log(CANNOT)
+@pytest.mark.expect_log("answers again")
+def test_a_late_answer_does_not_end_an_outage(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer to a request that was sent before an outage began leaves the outage as it is."""
+    clock.now = 5.0
+    log = OutageLog("x", CANNOT)
+    log.failed(ObjectChangedError("x: changed"))
+    log.answered(4.0)
+    log.failed(ObjectChangedError("x: changed"))
+    assert caplog.messages == [f"x: changed; {CANNOT}"]
+    log.answered(6.0)
+    assert caplog.messages[1:] == ["x: answers again"]
