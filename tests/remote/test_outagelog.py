@@ -68,7 +68,7 @@ def test_a_change_during_an_outage_is_logged(
 def test_a_late_answer_does_not_end_an_outage(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The answer to a request that was sent before an outage began leaves the outage as it is."""
+    """The answer to a request that was sent before an outage began does not change the outage."""
     clock.now = 5.0
     log = OutageLog("x", CANNOT)
     log.failed(ObjectChangedError("x: changed"))
