@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign.directreads import DirectReads
-from qedfuse.foreign.runmap import UNKNOWN, ZEROS, Piece
+from qedfuse.foreign.runmap import UNKNOWN, Piece, without_zeros
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 
 if TYPE_CHECKING:
@@ -93,11 +93,8 @@ class ForeignFile(ReadOnlyFile):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; return how many bytes were read; see `ReadableFile`."""
         length = max(0, min(len(view), self.size() - offset))
-        for piece in self._pieces(offset, length):
-            part = view[piece.start - offset :][: piece.length]
-            if piece.file == ZEROS:
-                part[:] = bytes(piece.length)
-            elif piece.file == UNKNOWN:
+        for piece, part in without_zeros(self._pieces(offset, length), offset, view):
+            if piece.file == UNKNOWN:
                 with self._explained():
                     await self._disk.pread_into(piece.start, part)
             else:
@@ -108,11 +105,8 @@ class ForeignFile(ReadOnlyFile):
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; see `ReadableFile.read_blocking`."""
         length = max(0, min(len(view), self.size() - offset))
-        for piece in self._pieces(offset, length):
-            part = view[piece.start - offset :][: piece.length]
-            if piece.file == ZEROS:
-                part[:] = bytes(piece.length)
-            elif piece.file == UNKNOWN:
+        for piece, part in without_zeros(self._pieces(offset, length), offset, view):
+            if piece.file == UNKNOWN:
                 with self._explained():
                     self._disk.read_blocking(piece.start, part)
             else:

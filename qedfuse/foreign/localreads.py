@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, QedError
 from qedfuse.foreign.mapping import fill_map, start_mapping
-from qedfuse.foreign.runmap import MAX_FILES, UNKNOWN, ZEROS, RunMap
+from qedfuse.foreign.runmap import MAX_FILES, UNKNOWN, RunMap, without_zeros
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.pagesource import PageSource, StoredRuns
 
@@ -96,13 +96,10 @@ class LocalReads:
         found = self.pieces(offset, len(view))
         if found is None or any(piece.file == UNKNOWN for piece in found):
             return False
-        for piece in found:
-            part = view[piece.start - offset :][: piece.length]
-            if piece.file == ZEROS:
-                part[:] = bytes(piece.length)
-            elif not self._files[piece.file].try_read(piece.offset, part):
-                return False
-        return True
+        return all(
+            self._files[piece.file].try_read(piece.offset, part)
+            for piece, part in without_zeros(found, offset, view)
+        )
 
     def try_start(
         self,

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 UNKNOWN: Final = -1
 """In place of the number of a file: only QEMU can read the range."""
@@ -55,7 +55,7 @@ class RunMap:
 
     A run has a start, which is a disk offset, and a target: 0 if only QEMU can read the run, 1 for
     zeros, and otherwise the file offset of the run's first byte, multiplied by 256, plus the number
-    of the file plus 2.  The mount's extension reads the same numbers (``_storedruns.c``).
+    of the file plus 2.  The mount's extension reads the same numbers (``_readfiles.c``).
 
     One thread adds runs while others search.  A search meanwhile finds a run or not, because each
     step is made with the GIL held, and the count is changed last.
@@ -131,3 +131,21 @@ class RunMap:
             start, index = stop, index + 1
         if start < end:
             yield Piece(UNKNOWN, 0, start, end - start)
+
+
+def without_zeros(
+    pieces: Iterable[Piece], offset: int, view: memoryview
+) -> Iterator[tuple[Piece, memoryview]]:
+    """Fill what reads as zeros in a view; yield all other pieces, each with its part of the view.
+
+    Args:
+        pieces: The parts of the range that the view is for.
+        offset: The disk offset of the view.
+        view: The view.
+    """
+    for piece in pieces:
+        part = view[piece.start - offset :][: piece.length]
+        if piece.file == ZEROS:
+            part[:] = bytes(piece.length)
+        else:
+            yield piece, part
