@@ -82,6 +82,7 @@ class NbdFile(ReadOnlyFile):
             return 0
         attempts = self._attempts(offset, length)
         while True:
+            sent = time.monotonic()
             try:
                 connection = await self._connections.connection()
                 read = AlignedRead(connection.export, offset, view[:length])
@@ -91,7 +92,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = self._pause_seconds(attempts, error, offset, length)
                 await pause(self._connections.closed, seconds)
             else:
-                self._outages.answered()
+                self._outages.answered(sent)
                 return length
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
@@ -105,6 +106,7 @@ class NbdFile(ReadOnlyFile):
             return 0
         attempts = self._attempts(offset, length)
         while True:
+            sent = time.monotonic()
             try:
                 connection = self._connections.connection_blocking()
                 read = AlignedRead(connection.export, offset, view[:length])
@@ -114,7 +116,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = self._pause_seconds(attempts, error, offset, length)
                 pause_blocking(self._connections.closed, seconds)
             else:
-                self._outages.answered()
+                self._outages.answered(sent)
                 return length
 
     def try_read(self, _offset: int, _view: memoryview) -> bool:
@@ -214,6 +216,7 @@ class NbdFile(ReadOnlyFile):
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()
         while True:
+            sent = time.monotonic()
             try:
                 connection = await self._connections.connection()
                 export = connection.export
@@ -226,7 +229,7 @@ class NbdFile(ReadOnlyFile):
                 seconds = attempts.failed(error, is_closed=self._connections.is_closed)
                 await pause(self._connections.closed, seconds)
             else:
-                self._outages.answered()
+                self._outages.answered(sent)
                 if request.failure is None:
                     self._extents.replace(request.offset, request.extents)
                 is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
