@@ -265,8 +265,7 @@ class Server:
                     if self._sandbox is not None:
                         self._sandbox.enter(announcement.needed_files())
                     announcement.ready()
-                    if self._sandbox is not None:
-                        self._unmounter.connect_system_log()
+                    self._unmounter.connect_system_log()
                     self._is_ready = True
                     collect_as_usual()
                     self._log_refusals(readahead_failure, protection_failure)
