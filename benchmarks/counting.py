@@ -1,44 +1,58 @@
-"""Measure what counting the requests costs: each 4 KiB cell with and without, by turns.
+"""Measure what counting the requests costs: each 4 KiB cell with and without, in one server.
 
-    python -m benchmarks.counting [--dir DIRECTORY] [--rounds N] [--seconds S] [--without PROGRAM]
+    python -m benchmarks.counting [--dir DIRECTORY] [--pairs N] [--seconds S]
 
-Both programs mount the same image, one after the other, in alternating order.  With two copies of
-an image the host might be writing back pages of only one, and that one would be slower.  "without"
-is the same program whose extension counts no requests, or PROGRAM, the command qedfuse of another
-installation, such as an earlier version.  The figures are medians over the rounds: requests per
-second, and the processor time of the server for each request.  A ratio is the median of the ratios
-of all rounds, so slow changes of the machine have no effect on it.
+Two processes of the same program differ by several per cent, because their memory lies elsewhere.
+Therefore one process serves the disk all the time while fio loads it, and a signal makes its
+extension count or not, for a fraction of a second each.  A pair is one such time with and one
+without; which of them is the first alternates.  A ratio is the median of the ratios of all pairs,
+so slow changes of the machine have no effect on it; the range beside it contains the true median
+with a probability of 95 %.  Must be run as root, because only root may read how many bytes another
+process has passed to system calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import median
 from typing import Final, NamedTuple
 
-from benchmarks.commands import run
-from benchmarks.cputime import cpu_time
+from benchmarks.commands import BenchmarkError, run
 from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program
-from benchmarks.rounds import rotated_orders
 
 MIB: Final = 1 << 20
 DISK_MIB: Final = 256
+WARM_UP_SECONDS: Final = 1.0
+COUNT: Final = signal.SIGRTMIN
+DO_NOT_COUNT: Final = signal.SIGRTMIN + 1
 
-WITHOUT: Final = """\
+SWITCHABLE: Final = """\
 #!{python}
+import signal
 import sys
-from qedfuse.mount.fuse import exporteddisk
-from qedfuse.mount.fuse.requestcounters import SharedCells
-exporteddisk.ExportedDisks.shared_cells = lambda self: SharedCells(0, ())
+from qedfuse.mount.fuse import extraops
+serve = extraops.serve
+def serve_switchable(handler, data_requests, counters):
+    failure = serve(handler, data_requests, counters)
+    set_counters = extraops._extension.set_counters
+    signal.signal({count}, lambda *_: set_counters(*counters))
+    signal.signal({do_not_count}, lambda *_: set_counters(0, ()))
+    return failure
+extraops.serve = serve_switchable
 from qedfuse.cli.entrypoints import qedfuse_program
 sys.exit(qedfuse_program())
 """
-"""A program whose extension counts no requests."""
+"""A program whose extension starts and stops counting when it gets a signal."""
 
 
 class Cell(NamedTuple):
@@ -59,82 +73,190 @@ CELLS: Final = (
 )
 
 
-class Rate(NamedTuple):
-    """The figures of one measurement.
+class Usage(NamedTuple):
+    """What a server has used since its start, or between two moments.
 
     Attributes:
-        requests: Requests per second.
-        microseconds: The processor time of the server for each request.
+        at: The moment in seconds of the monotonic clock, or the seconds between the moments.
+        cpu_ns: The processor time of its threads in nanoseconds (proc_pid_schedstat(5)).
+        transferred: The bytes of its system calls that read and write (proc_pid_io(5)).  Each
+            request of a cell transfers equally many.
+    """
+
+    at: float
+    cpu_ns: int
+    transferred: int
+
+    def since(self, earlier: Usage) -> Usage:
+        """Return the difference to an earlier usage."""
+        return Usage(
+            self.at - earlier.at,
+            self.cpu_ns - earlier.cpu_ns,
+            self.transferred - earlier.transferred,
+        )
+
+    @property
+    def throughput(self) -> float:
+        """Bytes per second, in a difference."""
+        return self.transferred / self.at
+
+    @property
+    def ns_per_byte(self) -> float:
+        """Processor time for each byte, in a difference."""
+        return self.cpu_ns / self.transferred
+
+
+def usage(pid: int) -> Usage:
+    """Return what a process has used since its start.
+
+    Raises:
+        BenchmarkError: The process has ended, or this process may not look.
+    """
+    process = Path(f"/proc/{pid}")
+    try:
+        threads = [(task / "schedstat").read_text("ascii") for task in (process / "task").iterdir()]
+        fields = dict(line.split(": ") for line in (process / "io").read_text("ascii").splitlines())
+    except OSError as error:
+        msg = f"process {pid}: the server has ended, or this user may not look at it: {error}"
+        raise BenchmarkError(msg) from None
+    return Usage(
+        time.monotonic(),
+        sum(int(thread.split()[0]) for thread in threads),
+        int(fields["rchar"]) + int(fields["wchar"]),
+    )
+
+
+class Interval(NamedTuple):
+    """The median of some ratios, and the range that contains the true one (95 %)."""
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return the median with the range in brackets."""
+        return f"{self.middle:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+def median_interval(ratios: list[float]) -> Interval:
+    """Return the median of at least six ratios and its 95 % interval.
+
+    How many of n ratios are below the true median has the binomial distribution with p = 1/2, so
+    the true median is between the ratios whose ranks are 0.98 √n below and above n/2.
+    """
+    ordered = sorted(ratios)
+    half = 0.98 * math.sqrt(len(ordered))
+    low = math.floor(len(ordered) / 2 - half)
+    high = math.ceil(len(ordered) / 2 + half)
+    return Interval(ordered[max(low, 0)], median(ordered), ordered[min(high, len(ordered)) - 1])
+
+
+class Costs(NamedTuple):
+    """The figures of a cell.
+
+    Attributes:
+        requests: Requests per second, with counting.
+        microseconds: Processor time of the server for each request, with counting.
+        rate: The ratio of the requests per second, with counting to without.
+        processor: The ratio of the processor time for each request, with counting to without.
     """
 
     requests: float
     microseconds: float
+    rate: Interval
+    processor: Interval
 
 
-def measure(cell: Cell, mount: Mounted, seconds: float) -> Rate:
-    """Return the rate of a cell on a mounted disk."""
-    before = cpu_time(mount.pid)
-    done = run(
-        *("fio", f"--name={cell.mode}", f"--filename={mount.disk}", f"--rw={cell.mode}", "--bs=4k"),
-        *("--direct=1", "--ioengine=libaio", f"--iodepth={cell.depth}", f"--size={DISK_MIB}m"),
-        *("--time_based", f"--runtime={seconds}s", "--randseed=1", "--output-format=json"),
-        *cell.more,
-        seconds=seconds + 60,
+def measure(cell: Cell, mount: Mounted, pairs: int, seconds: float) -> Costs:
+    """Return the figures of a cell on a mounted disk.
+
+    Raises:
+        BenchmarkError: fio or the server failed.
+    """
+    begin = usage(mount.pid)
+    runtime = WARM_UP_SECONDS + 2 * pairs * seconds + 1
+    fio = subprocess.Popen(
+        [
+            *("fio", f"--name={cell.mode}", f"--filename={mount.disk}", f"--rw={cell.mode}"),
+            *("--bs=4k", "--direct=1", "--ioengine=libaio", f"--iodepth={cell.depth}"),
+            *(f"--size={DISK_MIB}m", "--time_based", f"--runtime={runtime}s", "--randseed=1"),
+            *("--output-format=json", *cell.more),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    used = cpu_time(mount.pid).minus(before).total
-    (job,) = json.loads(done)["jobs"]
-    side = job["read" if cell.mode == "randread" else "write"]
-    return Rate(float(side["iops"]), used * 1e6 / side["total_ios"])
+    counted: list[Usage] = []
+    other: list[Usage] = []
+    try:
+        time.sleep(WARM_UP_SECONDS)
+        for number in range(pairs):
+            turns = [(COUNT, counted), (DO_NOT_COUNT, other)]
+            for which, found in turns if number % 2 else reversed(turns):
+                os.kill(mount.pid, which)
+                before = usage(mount.pid)
+                time.sleep(seconds)
+                found.append(usage(mount.pid).since(before))
+        output, _ = fio.communicate(timeout=60)
+    except BaseException:
+        fio.kill()
+        fio.wait()
+        raise
+    if fio.returncode:
+        msg = f"{cell.name}: fio ended with {fio.returncode}"
+        raise BenchmarkError(msg)
+    (job,) = json.loads(output)["jobs"]
+    ios = job["read" if cell.mode == "randread" else "write"]["total_ios"]
+    bytes_per_request = usage(mount.pid).since(begin).transferred / ios
+    return Costs(
+        median(one.throughput for one in counted) / bytes_per_request,
+        median(one.ns_per_byte for one in counted) * bytes_per_request / 1000,
+        median_interval([a.throughput / b.throughput for a, b in zip(counted, other, strict=True)]),
+        median_interval(
+            [a.ns_per_byte / b.ns_per_byte for a, b in zip(counted, other, strict=True)]
+        ),
+    )
 
 
-def compare(directory: Path, programs: dict[str, str], rounds: int, seconds: float) -> None:
-    """Measure all cells with both programs by turns, and print a line for each cell."""
+def compare(directory: Path, switchable: str, pairs: int, seconds: float) -> None:
+    """Measure all cells, and print a line for each."""
     image = directory / "counting.qed"
     run(str(Path(program()).with_name("qedimg")), "create", "-q", str(image), f"{DISK_MIB}M")
-    with Mounted(programs["with"], image, directory / "mnt") as mount:
+    print(f"{'4 KiB O_DIRECT':20}{'requests/s':>11}{'ratio':>27}{'µs/request':>11}{'ratio':>27}")
+    with Mounted(switchable, image, directory / "mnt") as mount:
         with mount.disk.open("r+b") as disk:
             for _ in range(DISK_MIB):
                 disk.write(bytes(range(256)) * (MIB // 256))
+        for cell in CELLS:
+            costs = measure(cell, mount, pairs, seconds)
+            print(
+                f"{cell.name:20}{costs.requests:11.0f}{costs.rate!s:>27}"
+                f"{costs.microseconds:11.1f}{costs.processor!s:>27}",
+                flush=True,
+            )
         mount.stop()
-    print(f"{'4 KiB O_DIRECT':22}{'requests/s':>26}{'CPU, µs/request':>26}")
-    columns = f"{'with':>9}{'without':>9}{'ratio':>8}"
-    print(f"{'':22}{columns}{columns}")
-    for cell in CELLS:
-        found: dict[str, list[Rate]] = {name: [] for name in programs}
-        for order in rotated_orders(list(programs), rounds):
-            for name in order:
-                with Mounted(programs[name], image, directory / "mnt") as mount:
-                    found[name].append(measure(cell, mount, seconds))
-                    mount.stop()
-        print(f"{cell.name:22}{_columns(found, 0, 0)}{_columns(found, 1, 1)}", flush=True)
-
-
-def _columns(found: dict[str, list[Rate]], field: int, digits: int) -> str:
-    """Return the columns of a field: the medians with and without, and the ratio."""
-    counted, other = ([rate[field] for rate in found[name]] for name in ("with", "without"))
-    ratio = statistics.median(a / b for a, b in zip(counted, other, strict=True))
-    middle = [statistics.median(values) for values in (counted, other)]
-    return "".join(f"{value:9.{digits}f}" for value in middle) + f"{ratio:8.3f}"
 
 
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description="Measure what counting the requests costs.")
     parser.add_argument("--dir", type=Path, help="where the image lies (default: a temporary one)")
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--seconds", type=float, default=1.5, help="time of each measurement")
-    parser.add_argument("--without", metavar="PROGRAM", help="a qedfuse that does not count")
+    parser.add_argument("--pairs", type=int, default=300, help="times with and without (300)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of each time (0.1)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         directory = Path(name)
-        without = directory / "without.py"
-        without.write_text(WITHOUT.format(python=sys.executable), encoding="utf-8")
-        without.chmod(0o755)
-        programs = {"with": program(), "without": arguments.without or str(without)}
-        settings = f"{arguments.rounds} rounds of {arguments.seconds} s"
-        for fact, value in facts(directory, programs["with"], settings).items():
+        switchable = directory / "switchable.py"
+        switchable.write_text(
+            SWITCHABLE.format(
+                python=sys.executable, count=int(COUNT), do_not_count=int(DO_NOT_COUNT)
+            ),
+            encoding="utf-8",
+        )
+        switchable.chmod(0o755)
+        settings = f"{arguments.pairs} pairs of {arguments.seconds} s"
+        for fact, value in facts(directory, program(), settings).items():
             print(f"{fact}: {value}")
-        compare(directory, programs, arguments.rounds, arguments.seconds)
+        compare(directory, str(switchable), arguments.pairs, arguments.seconds)
 
 
 if __name__ == "__main__":
