@@ -11,7 +11,7 @@ Each public name is imported at its first use, so that ``import qedfuse`` loads 
 
 from __future__ import annotations
 
-# Type checkers take a variable of this name for True.  The variable is not imported from typing,
+# Type checkers treat a variable of this name as true.  The variable is not imported from typing,
 # because that large module takes long to load, and Ctrl-C would print a traceback meanwhile.
 TYPE_CHECKING = False
 

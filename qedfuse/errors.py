@@ -8,7 +8,7 @@
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     │   ├── CacheError            (host's)  2  the directory of the cache cannot be used
     │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
-    │   │   └── ObjectChangedError ESTALE  23  the file on the server is another one than before
+    │   │   └── ObjectChangedError ESTALE  23  the file on the server has changed
     │   └── ForeignError          EIO      25  an image of another format cannot be served by QEMU
     ├── ImageError                EINVAL   12  the base of the errors about an image's content
     │   ├── NotQedError           EINVAL   12  no QED magic, or shorter than a header
@@ -139,7 +139,7 @@ class RemoteError(HostError):
 
 
 class ObjectChangedError(RemoteError):
-    """The file on the server is another one than when it was opened."""
+    """The file on the server has changed since it was opened."""
 
     errno = errnos.ESTALE
     exit_code = 23

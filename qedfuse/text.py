@@ -14,9 +14,9 @@ _USER: Final = r"(?<=://)[^\s/?]*@"
 _QUERY: Final = (
     r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?]*\?)"  # a URL up to its query
     r"(\S*?)"
-    r"(?=['\",:;)]*(?:\s|$))"  # marks of the sentence are no part of the query
+    r"(?=['\",:;)]*(?:\s|$))"  # punctuation of the sentence is not part of the query
 )
-_OPEN_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*)"
+_PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*)"
 """The URLs whose queries are no secrets."""
 
 
@@ -47,7 +47,8 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 def without_queries(message: str) -> str:
     """Return a message with ``...`` for the user and the query of each URL in it.
 
-    Either can be a secret.  The version of an object and the query of an NBD server are none.
+    Either can be a secret.  Two queries are kept, because they are no secrets: the version of an
+    object, and the query for an NBD server.
     """
     if "://" not in message:
         return message
@@ -56,4 +57,4 @@ def without_queries(message: str) -> str:
 
 def _hide_query(match: re.Match[str]) -> str:
     """Return a URL that has a query, without the query if it may be a secret."""
-    return match[0] if re.fullmatch(_OPEN_QUERY, match[0]) else f"{match[1]}..."
+    return match[0] if re.fullmatch(_PUBLIC_QUERY, match[0]) else f"{match[1]}..."

@@ -248,7 +248,9 @@ def _parse(text: str) -> Address:
     except ValueError:
         raise invalid_url(text, "host", "no valid one", "a host name or an IP address") from None
     if "@" in parts.netloc:
-        raise invalid_url(text, "user", "one", "none (credentials come from the environment)")
+        raise invalid_url(
+            text, "user", "one", "none (credentials come from a file or the environment)"
+        )
     if scheme in UNIX_SCHEMES and parts.netloc:
         raise invalid_url(text, "host", "one", "none, but ?socket=PATH (three slashes before it)")
     if scheme in STORES:

@@ -40,7 +40,7 @@ _FREE_FRACTION: Final = 0.05
 _MAX_GRANT_BYTES: Final = 64 << 20
 """How many bytes may be stored at most before the limits of the cache are checked again."""
 _MAX_CREATION_SECONDS: Final = 60.0
-"""Maximum age of a directory in which an entry is being made; a crash has left an older one."""
+"""Maximum age of a directory in which an entry is being made; an older one remains from a crash."""
 _MAX_ATTEMPTS: Final = 5
 """Maximum number of attempts to open or make an entry that other processes make or remove."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
@@ -147,7 +147,7 @@ class CacheDirectory:
         for found in reversed(list_entries([parent])):
             try:
                 version, needed = read_metadata(found.path)
-                entry = _open_busy(found.path, version.size)
+                entry = _open_retrying(found.path, version.size)
             except (OSError, ValueError):
                 continue
             with suppress(OSError):
@@ -213,7 +213,7 @@ class CacheDirectory:
         return os.path.join(self._path, name)  # noqa: PTH118  str paths
 
 
-def _open_busy(path: str, size: int) -> UnitFile:
+def _open_retrying(path: str, size: int) -> UnitFile:
     """Open an entry; repeat the attempt while other processes hold the locks of the entry.
 
     Raises:

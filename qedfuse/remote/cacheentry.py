@@ -62,7 +62,7 @@ def list_objects(directory: str) -> list[str]:
 def list_entries(parents: list[str]) -> list[Entry]:
     """Return the entries in directories of objects, the most recently used one last.
 
-    What cannot be read is skipped.
+    Directories and entries that cannot be read are skipped.
     """
     found = []
     for parent in parents:

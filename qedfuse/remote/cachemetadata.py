@@ -23,7 +23,7 @@ _MAX_BYTES: Final = 1 << 20
 
 
 class EntryMetadata(NamedTuple):
-    """The metadata of an entry, which its file ``about.json`` has.
+    """The metadata of an entry, which are in its file ``about.json``.
 
     Attributes:
         version: The version of the object.
@@ -111,7 +111,7 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     try:
         found = about["version"]
         modified = found["modified"]
-        # The name of the entry does not show a damaged time if there is an entity tag.
+        # Checked here, because the name of an entry depends on the time only without an entity tag.
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)

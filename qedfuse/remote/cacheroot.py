@@ -17,7 +17,8 @@ OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
 """The names of the directories for objects, each with the entries of one object."""
 
 _NAME: Final = "qedfuse"
-"""The name of the cache in the user's directory for caches, and in one with other content."""
+"""The name of the directory for the cache in the user's directory for caches, and in a directory
+with other content."""
 _TAG_NAME: Final = "CACHEDIR.TAG"
 _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -91,7 +92,7 @@ def directory_waits_for_server(path: str) -> bool:
 
 
 def _require_private(path: str, status: os.stat_result) -> None:
-    """Raise CacheError unless only this user can change a directory."""
+    """Raise CacheError if another user owns a directory, or can change it."""
     is_own = status.st_uid == os.geteuid()
     if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         found = "write access for others" if is_own else "another owner"

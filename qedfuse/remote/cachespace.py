@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""After an eviction that has freed too little, the next one begins when reservations of this many
-bytes were refused."""
+"""After an eviction that has freed too little, the next one begins when reservations of this number
+of bytes in total were refused."""
 _MAX_WAIT_SECONDS: Final = 2.0
 """Maximum time that reservations wait for an eviction.  The removal of large entries can take more
 time, and a reader waits until its unit is stored."""
@@ -35,11 +35,11 @@ class CacheSpace:
         self._changed = threading.Condition()
         # The condition protects the following attributes.
         self._free = 0  # bytes that may be reserved
-        self._storing = 0  # bytes that are reserved, and may not be in the file yet
-        self._taken = 0  # bytes that the running eviction may not have counted as used
+        self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
+        self._taken = 0  # bytes that the running eviction has perhaps not counted as used
         self._refused = _RETRY_BYTES  # bytes that were refused since the last eviction
         self._is_evicting = False
-        self._last_moment = 0.0  # until when reservations wait for the eviction
+        self._wait_end = 0.0  # until when (time.monotonic) reservations wait
 
     @property
     def is_evicting(self) -> bool:
@@ -67,7 +67,7 @@ class CacheSpace:
             if length > self._free and not self._is_evicting and self._refused >= _RETRY_BYTES:
                 self._start_eviction()
             while length > self._free and self._is_evicting:
-                seconds = self._last_moment - time.monotonic()
+                seconds = self._wait_end - time.monotonic()
                 if seconds <= 0 or not self._changed.wait(seconds):
                     return "older entries are still being removed"
             if length > self._free:
@@ -83,7 +83,7 @@ class CacheSpace:
         """Start the thread that evicts entries; the caller holds the lock."""
         self._is_evicting = True
         self._taken = self._storing
-        self._last_moment = time.monotonic() + _MAX_WAIT_SECONDS
+        self._wait_end = time.monotonic() + _MAX_WAIT_SECONDS
         try:
             threading.Thread(target=self._run_eviction, name="qedfuse-evict", daemon=True).start()
         except (RuntimeError, MemoryError):  # the host cannot start a thread

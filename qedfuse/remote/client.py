@@ -153,15 +153,16 @@ def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Versio
     """Return the present version of an object, as soon as its validator identifies the version.
 
     The time of the last change has a resolution of one second.  So if an object without a strong
-    entity tag has just changed, it could change again without another time.  In this case the
-    version is queried again until the object has been unchanged for two seconds.
+    entity tag has just changed, it could change again within the same second, and the time would
+    stay the same.  In this case the version is queried again until the object has been unchanged
+    for two seconds.
 
     Args:
         query: Asks the server; returns the version, and for how many seconds the object has been
             unchanged, or None if that is unknown.
 
     Raises:
-        AttemptError: The object has changed between all queries.
+        AttemptError: Each query found another version than the one before.
         Exception: ``query`` has raised it.
     """
     version, seconds = query()
@@ -174,5 +175,5 @@ def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Versio
         version, seconds = query()
         if version.is_same(former):
             return version
-    msg = "found changes every few seconds and no strong ETag, expected the object to stay"
+    msg = "found changes every few seconds and no strong ETag, expected the object unchanged"
     raise AttemptError(msg)

@@ -45,7 +45,7 @@ class Fetcher:
         zeros: See `UnitStore.zeros`.
         fetched_bytes: Number of bytes of the object that the server has sent.
         requests: Number of requests that the server has answered with a range.
-        awaited_requests: Number of those for whose units a reader waited.
+        awaited_requests: Number of these requests for whose units a reader waited.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Fetcher:
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is an entry of the cache, even if it has no room at the moment."""
+        """Whether there is an entry of the cache, even if the cache is full at the moment."""
         return self._store.has_cache
 
     @property
@@ -146,7 +146,7 @@ class Fetcher:
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store units that could not be stored when they were fetched, out of a run of units.
+        """Store the units of a run that could not be stored when they were fetched.
 
         Returns whether the cache then claims to have all of the units.
         """
@@ -241,9 +241,9 @@ class Fetcher:
         return flight
 
     def _make_flight(self, first: int, last: int) -> Flight:
-        """Return a flight of the units ``first`` to ``last``, which is brief after a failure.
+        """Return a flight of the units ``first`` to ``last``.
 
-        It is brief if a reader of one of the units has failed within the last second.
+        The flight is brief if a recent fetch of one of the units has failed (`RecentFailures`).
         """
         source = self._source
         return Flight(
@@ -332,7 +332,7 @@ class Fetcher:
                     self._store.hold(unit, block)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
-        """End a flight, with an error if one is given, after removing it from the table.
+        """Remove a flight from the table of flights, and end it, with an error if one is given.
 
         Markers that no reader waits for are made not ready.
         """

@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 _MAX_FETCH_THREADS: Final = 16
 """Maximum number of threads that fetch at a time."""
 _LOOKUP_THREADS: Final = 4
-"""Number of further threads, which only look up units in the cache while that many fetch."""
+"""Number of further threads, which only look up units in the cache while the others fetch."""
 _MAX_PREFETCHES: Final = 4
-"""Maximum number of requests to the server that no reader waits for yet."""
+"""Maximum number of prefetches that run at a time."""
 _IDLE_SECONDS = 10.0
 """A thread that has been idle for this time ends."""
 

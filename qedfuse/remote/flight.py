@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _POLL_SECONDS: Final = 0.2
-"""How often a thread that waits checks whether its task was cancelled, and how often every reader
-tries to start a thread that fetches, in case the host could not start one."""
+"""Time between two checks of a waiting thread whether its task was cancelled.  Also the time
+between two attempts of a reader to start a thread that fetches, in case the host could not start
+one before."""
 
 
 class Flight:
-    """The fetch of some adjacent units, on which any number of readers wait.
+    """The fetch of some adjacent units, for which any number of readers wait.
 
     Attributes:
         first: The first unit.

@@ -16,8 +16,8 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
   object has zeros there (`ZeroBlocks`).
 - The file was cut, and a later write has made it longer.  So its length is checked after the read.
 
-Therefore a miss of one process brings no bytes into the page cache that another process, which uses
-the same entry, reads there.
+Therefore a miss in one process brings no unchecked bytes into the page cache, where another process
+that uses the same entry could read them.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``).
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_SIZE: Final = 16 << 40
-"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes a byte of memory,
-64 MiB for the largest object, and eight bytes in the map of the cache."""
+"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes one byte of memory,
+64 MiB for the largest object, up to eight bytes more if it has blocks of zeros (`ZeroBlocks`), and
+eight bytes in the map of the cache."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
@@ -196,7 +197,8 @@ def retry(
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    renewal: str | None = None  # why the credentials could not be read again; empty if they were
+    # None until the credentials are read again; then why that failed, or empty.
+    renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1
     while True:

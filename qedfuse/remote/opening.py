@@ -46,8 +46,8 @@ def open_remote(
         address: The address.
         options: How to read the object, and where the cache is.
         wanted: Size and validator of the version that the caller needs.  The cache's entry for this
-            version is used also if the server has another version, and no entry for another version
-            is used.  None if the caller needs no particular version.
+            version is used even if the server has another version.  If the server does not answer,
+            no entry for another version is used.  None if the caller needs no particular version.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
@@ -75,7 +75,7 @@ def open_remote(
         found = source.version
         if wanted and version and cache and not version.is_same(found):
             _log.warning(
-                "%s: found %s, expected %s; reading that one from the cache",
+                "%s: found %s, expected %s; reading the expected version from the cache",
                 *(address.shown, _shown(found), _shown(version)),
             )
             mark_used(cache)

@@ -29,9 +29,9 @@ class Deadlines:
 
     @classmethod
     def limited(cls, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines with a default time to connect, which is cut to that of an attempt.
+        """Return deadlines with the default time to connect.
 
-        The time of an attempt is cut to ``total_seconds``.
+        An attempt gets at most ``total_seconds``, and connecting at most the time of an attempt.
         """
         attempt_seconds = min(attempt_seconds, total_seconds)
         return cls(min(cls().connect_seconds, attempt_seconds), attempt_seconds, total_seconds)

@@ -26,8 +26,8 @@ class RecentFailures:
     def __init__(self) -> None:
         """Begin without failures."""
         self._lock = threading.Lock()
-        # The times of the first and the last of the recent failures of each unit, the unit that
-        # failed last at the end.
+        # For each unit, the times of its first and its last recent failure.  The units are in the
+        # order of their last failures.
         self._times: dict[int, tuple[float, float]] = {}
 
     def record(self, first: int, last: int) -> None:

@@ -51,7 +51,7 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data file of the cache, of which the ready units may be read; None without one."""
+        """The data file of the cache, for reads of ready units; None if it cannot be read."""
         if self._local is None:
             return None
         return self._local.page_source(

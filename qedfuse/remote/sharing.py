@@ -1,9 +1,8 @@
 """The length of the data file of an entry shows whether one opener uses the entry, or several.
 
 The data file is longer than the object by one byte while one opener uses the entry, and by two
-bytes while several may use it.  One lseek(2) shows whether there are
-other openers.  No write reaches the added bytes, so if the file was cut, no write restores one of
-the two lengths.
+bytes while several may use it.  One lseek(2) shows whether there are other openers.  No write
+reaches the added bytes, so if the file was cut, no write restores one of the two lengths.
 
 Each opener holds a read lock on the first byte of the data file, by which the next opener finds it.
 The lock belongs to the open file description (``F_OFD_SETLK``), like that of flock(2).

@@ -1,9 +1,9 @@
 """The endpoint of an object store, and its credentials from variables, files and the machine.
 
-obstore itself reads the environment.  This module changes four things: a credentials file replaces
-a whole identity, never half of one; without credentials, access is anonymous, instead of a wait for
-an instance metadata service that only machines of the cloud have; an endpoint without TLS must be
-allowed; and the credentials file of Amazon's command line is read.
+obstore itself reads the environment.  This module changes four things: credentials in a file are
+never combined with others in the environment; without credentials, requests are anonymous, where
+obstore would wait for an instance metadata service, which only machines of a cloud have; an
+endpoint without TLS must be allowed; and the credentials file of Amazon's command line is read.
 """
 
 from __future__ import annotations

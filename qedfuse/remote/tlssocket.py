@@ -30,7 +30,7 @@ class _ClosingSocket(ssl.SSLSocket):
             if self.version() is not None:
                 raise
             self.close()
-            # Another number than ENOTCONN, after which Python would go on with the socket.
+            # Not ENOTCONN, because Python would go on with the socket then.
             code = errno.ECONNRESET if error.errno == errno.ENOTCONN else error.errno
             raise OSError(code, os.strerror(code or 0)) from error
 

@@ -172,7 +172,7 @@ class UnitFile:
             self._use.leave()
 
     def is_in(self, directory: int) -> bool:
-        """Return whether an open directory has the data file of this entry and of no other.
+        """Return whether the data file in an open directory is that of this entry.
 
         Raises:
             OSError: The host refused, or the directory has no data file.
@@ -236,7 +236,7 @@ class UnitFile:
         return int(checksum) if mark == _PRESENT else None
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
-        """Return False if a damaged unit must not enter the page cache.
+        """Return False if a unit is damaged, so that it must not enter the page cache.
 
         Returns True without a comparison if there is no other opener, if the page cache already has
         the unit, or if the file system does not support reads around the page cache.
@@ -296,7 +296,10 @@ def _open_direct(fd: int) -> int:
 
 
 def _require_file(fd: int, length: int | None = None) -> None:
-    """Raise OSError unless ``fd`` is a linked regular file of this user, of ``length`` bytes."""
+    """Raise OSError if ``fd`` is not a regular file of this user with a name and ``length`` bytes.
+
+    If ``length`` is None, the file may have any length.
+    """
     status = os.fstat(fd)
     if (
         not stat.S_ISREG(status.st_mode)

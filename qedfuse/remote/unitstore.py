@@ -67,7 +67,7 @@ class UnitStore:
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is an entry of the cache, even if it has no room at the moment."""
+        """Whether there is an entry of the cache, even if the cache is full at the moment."""
         return self._cache is not None
 
     @property

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _MIN_PART_BYTES: Final = 8 << 20
 _MAX_PART_BYTES: Final = 64 << 20
 _MAX_PARTS_EVERYWHERE: Final = 1_000
-"""Number of parts that all stores accept, such as Swift; most stores accept `_MAX_PARTS`."""
+"""Maximum number of parts that every store accepts: the limit of Swift.  Most stores accept
+`_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 600.0

@@ -73,7 +73,7 @@ def _segment(text: str, segment: str) -> str:
 
     Raises:
         UsageError: The segment is ``.`` or ``..``, or has an escaped slash, backslash or control
-            character, which some servers would not take for a part of the segment.
+            character, which some servers do not treat as part of the segment.
     """
     raw = unquote_to_bytes(segment)
     if raw in (b".", b".."):

@@ -113,7 +113,7 @@ def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
 def no_range_error(response: BaseHTTPResponse) -> UnusableError:
     """Return the error for a response without the requested range."""
     return UnusableError(
-        f"found HTTP status {response.status} without a range, expected a server of ranges"
+        f"found HTTP status {response.status} without a range, expected a server that sends ranges"
     )
 
 

@@ -77,7 +77,7 @@ def test_each_overlay_gets_its_version_without_a_server(tmp_path: Path) -> None:
     assert [first_byte(path, server) for path in (old, new, old)] == [1, 2, 1]
 
 
-@pytest.mark.expect_log("reading that one from the cache")
+@pytest.mark.expect_log("reading the expected version from the cache")
 def test_another_version_on_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The remembered version is read from the cache while the server has another; one line says so.
 
@@ -91,7 +91,7 @@ def test_another_version_on_the_server(tmp_path: Path, caplog: pytest.LogCapture
         size = len(server.content)
         assert record.getMessage() == (
             f'{server.url}: found size {size} and etag "1", expected size {size} and etag "0"; '
-            "reading that one from the cache"
+            "reading the expected version from the cache"
         )
         caplog.clear()
         assert first_byte(new, server) == 2
