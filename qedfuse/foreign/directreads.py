@@ -93,7 +93,7 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, if there are none and no thread has failed."""
+        """Start the thread that makes connections; again only if all connections were lost."""
         with self._lock:
             may_connect, self._may_connect = self._may_connect, False
         if may_connect:

@@ -33,7 +33,7 @@ class ForeignFile(ReadOnlyFile):
 
     If qemu-nbd ends, one line is logged, and every read that needs it fails from then on.  qemu-nbd
     is not started again: its locks have ended, so another program can have changed a file of the
-    chain.  Reads past QEMU go on under the locks of this process (`LocalReads`).
+    chain.  Reads that need no QEMU go on, under the locks of this process (`LocalReads`).
 
     Attributes:
         path: The path of the image.
@@ -80,7 +80,7 @@ class ForeignFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read past QEMU; see `ReadableFile`."""
+        """What the mount's extension needs to read without QEMU; see `ReadableFile`."""
         return self._local.page_source
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:

@@ -162,7 +162,7 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
 
 
 def _inherited_path(graph: Graph) -> str:
-    """Return the path, that of an inherited descriptor, by which QEMU opens the last file."""
+    """Return the path by which QEMU opens the last file: that of an inherited descriptor."""
     return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
 
 

@@ -1,4 +1,4 @@
-"""Reads of the files of a chain past QEMU, where the files have the bytes of the disk unchanged."""
+"""Reads of a chain's files without QEMU, where the files have the bytes of the disk unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _JOIN_SECONDS: Final = 5.0
 class LocalReads:
     """The map of a disk, made in the background, and the files to which it refers.
 
-    The map holds as long as no program changes the files.  So all files are locked first, as
+    The map is valid as long as no program changes the files.  So all files are locked first, as
     qemu-nbd locks them, and the locks last as long as the files are open, even if qemu-nbd ends.
     Without locks, and if a file cannot be locked, there is no map.
     """
@@ -77,7 +77,7 @@ class LocalReads:
         return sources[0]._replace(runs=runs)
 
     def pieces(self, offset: int, length: int) -> list[Piece] | None:
-        """Return the parts of a range, of which at least one is not `UNKNOWN`; otherwise None."""
+        """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map."""
         if self._map is None:
             return None
         found = list(self._map.pieces(offset, length))
@@ -135,7 +135,7 @@ class LocalReads:
             raise HostError(msg)
 
     def close(self) -> None:
-        """End the making of the map; the caller may close the files afterwards."""
+        """Stop making the map; the caller may close the files afterwards."""
         with self._lock:
             self._is_closed = True
             process, thread = self._process, self._thread
@@ -147,7 +147,7 @@ class LocalReads:
     def start_map(self) -> None:
         """Begin to make the map, if that has not begun; return when the program runs.
 
-        A process that will not be permitted to run programs calls this before.
+        A process that will later be forbidden to run programs calls this before.
         """
         with self._lock:
             self._reads_before = 0

@@ -2,7 +2,7 @@
 
 ``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one object of JSON a line.  What
 it prints is not trusted: the ranges must follow each other, and the data must lie within the file.
-So a hostile image that takes over the program gains nothing: it can only name other places of the
+So a hostile image that takes over the program gains nothing: it can only name other ranges of the
 files of its own chain, which qemu-nbd could also serve as the disk.
 """
 

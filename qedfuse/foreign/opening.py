@@ -42,7 +42,7 @@ class ForeignOpening:
         self._driver = driver
         self._is_locked = limits.lock and not limits.share
         self._lock = threading.Lock()
-        """Held to decide who closes: `abandon`, or the caller of `finish`."""
+        """Held to decide which of the two closes: `abandon`, or the caller of `finish`."""
         self._is_abandoned = False
         self._file: ForeignFile | None = None
         try:

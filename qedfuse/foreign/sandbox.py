@@ -34,7 +34,8 @@ _SYSTEM_PATHS = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""Where libraries and QEMU's modules are installed, and the commands of a script that runs QEMU."""
+"""The directories of libraries, of QEMU's modules, and of the commands that a wrapper script of
+QEMU calls."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Where a program with another prefix has its libraries and modules, relative to the prefix."""
 

@@ -39,8 +39,8 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW``, or that has
-only zeros, and the disk would lack its sectors."""
+"""The line of an extent that QEMU opens.  Other extents are refused: QEMU leaves out an extent that
+is not ``RW``, or that has only zeros, so the disk would lack its sectors."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')
@@ -114,7 +114,7 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: The file has no header of VMDK, or QEMU would take it for a descriptor.
+        ForeignError: The file has no header of VMDK, or QEMU would read it as a descriptor.
         OSError: The host cannot read the file.
     """
     if not start.startswith(_IMAGE_STARTS):

@@ -63,7 +63,7 @@ def make_connection(
     try:
         sock = _Connecting(connect).wait(closed)
         try:
-            wire, export = _shake_hands(PlainWire(sock), name, tls, _Patience(end, closed))
+            wire, export = _shake_hands(PlainWire(sock), name, tls, _Deadline(end, closed))
         except BaseException:
             sock.close()
             raise
@@ -82,7 +82,7 @@ def make_connection(
 
 
 class _Connecting:
-    """A call of a function that connects, in a thread of its own, which can be given up."""
+    """A call, in its own thread, of a function that connects; the caller can abandon it."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
         """Call ``connect``.
@@ -139,7 +139,7 @@ class _Connecting:
 
 
 @dataclass(frozen=True, slots=True)
-class _Patience:
+class _Deadline:
     """How long a handshake waits.
 
     Attributes:
@@ -168,7 +168,7 @@ class _Patience:
 
 
 def _shake_hands(
-    wire: Wire, name: str, tls: Tls | None, patience: _Patience
+    wire: Wire, name: str, tls: Tls | None, deadline: _Deadline
 ) -> tuple[Wire, Export]:
     """Make the handshake; return the wire to use after it, which may have TLS, and the export."""
     steps = handshake(name, use_tls=tls is not None)
@@ -183,12 +183,12 @@ def _shake_hands(
         if isinstance(step, Send):
             wire.send(step.data)
         elif isinstance(step, Receive):
-            data = _receive(wire, step.length, patience)
+            data = _receive(wire, step.length, deadline)
         else:
             assert tls is not None  # noqa: S101  otherwise there is no such step
             tls_wire = _tls_wire(wire.socket, tls.host)
             while not tls_wire.try_handshake():
-                patience.wait(wire)
+                deadline.wait(wire)
             wire = tls_wire
 
 
@@ -206,14 +206,14 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
         raise RefusedError(msg, errno.EINVAL) from error
 
 
-def _receive(wire: Wire, length: int, patience: _Patience) -> bytes:
+def _receive(wire: Wire, length: int, deadline: _Deadline) -> bytes:
     """Receive exactly ``length`` bytes."""
     data = bytearray(length)
     at = 0
     while at < length:
         count = wire.receive_into(memoryview(data)[at:])
         if count is None:
-            patience.wait(wire)
+            deadline.wait(wire)
         elif count:
             at += count
         else:

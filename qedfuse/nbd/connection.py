@@ -170,7 +170,10 @@ class Connection:
                 check_cancelled()
 
     def _receive(self) -> bool:
-        """Receive bytes, and wake readers whose requests have ended; return False if none came."""
+        """Receive bytes, and wake readers whose requests have ended.
+
+        Returns False if no bytes came.  Returns True also after a failure, which ends all requests.
+        """
         try:
             with self._lock:
                 if self._failure is not None:
@@ -227,7 +230,7 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """Return ``failure``, after ending all requests with it unless the connection is broken."""
+        """End all requests with ``failure``, unless another failure has; return ``failure``."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure

@@ -1,7 +1,7 @@
 """The extents of an export, as an NBD server has reported them: which ranges read as zeros.
 
-Only the last reply is kept.  A search from the beginning to the end needs no other, and the use of
-memory is limited.
+Only the last reply is kept.  This limits memory, and a search from the beginning to the end needs
+no earlier reply.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads past QEMU: the right bytes of each format, without qemu-nbd, under locks of our own."""
+"""Reads without QEMU: the right bytes of each format, without qemu-nbd, under locks of our own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def kill_server(directory: Path) -> None:
-    """Kill qemu-nbd and wait for its end, so that only reads past QEMU succeed."""
+    """Kill qemu-nbd and wait for its end, so that only reads without it succeed."""
     (found,) = servers(directory)
     pidfd = os.pidfd_open(found)
     os.kill(found, signal.SIGKILL)
@@ -107,7 +107,7 @@ async def test_each_format_without_server(tmp_path: Path, image_format: str) -> 
 
 @pytest.mark.parametrize("seed", range(20, 26))
 async def test_random_chain(tmp_path: Path, seed: int) -> None:
-    """A chain of mixed formats reads as in QEMU, partly past QEMU and partly through it."""
+    """A chain of mixed formats has the bytes that QEMU shows, partly read without QEMU."""
     chance = random.Random(seed)
     path, _ = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
     expected = contents(path, tmp_path).read_bytes()

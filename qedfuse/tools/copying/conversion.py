@@ -186,7 +186,8 @@ class Conversion:
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
-                        # Taken before the copy, which is made over these versions.
+                        # Read before the copy, because the copy depends on these versions of the
+                        # bases.
                         record = NewRecord(spec.backing or "", versions_of(base.readers()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)

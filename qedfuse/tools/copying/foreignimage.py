@@ -68,8 +68,8 @@ async def foreign_image(
         )
     try:
         # `join` puts "./" before the path, unless the path is absolute.  Without "./", qemu-img
-        # would take a path that begins with "a:" for the protocol "a", and a path that begins
-        # with "-" for an option.
+        # would read the beginning of "a:b" as a protocol, and a path that begins with "-" as an
+        # option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
         # The image already has the last component of its final path, because some formats store
         # the name of the file in the file.  The image lies in a directory of its own, so that

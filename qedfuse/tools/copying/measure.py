@@ -108,7 +108,7 @@ async def measure(
 
 
 def _check_format(spec: ImageSpec) -> None:
-    """Raise UsageError unless the format is ``qed``, or ``raw`` without a backing file."""
+    """Raise UsageError if the format is not supported, or is ``raw`` with a backing file."""
     if spec.format not in {"raw", "qed"}:
         found = printable(spec.format)
         msg = f"-O: found {found}, expected raw or qed (qemu-img measure supports others)"

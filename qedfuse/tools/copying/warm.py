@@ -146,7 +146,7 @@ class _NeededFile:
         """Fetch the needed units that are not in the cache.
 
         Args:
-            report: Called with the length in bytes of each run of units that is in the cache then.
+            report: Called with the length in bytes of a run of units when the run is in the cache.
 
         Raises:
             CacheError: The cache has not kept a unit.

@@ -108,7 +108,7 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
-        # Taken before the copy, which is made over these versions.
+        # Read before the copy, because the copy depends on these versions of the bases.
         bases = [layer.file for layer in chain.layers[1:]]
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)

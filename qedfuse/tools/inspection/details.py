@@ -73,8 +73,8 @@ async def read_details(
         info: The description of the image.
         options: How to open the image; None for the defaults.
         allocation: Whether to count clusters, which reads all tables.
-        progress: Called with the number of L2 tables read so far and in all; not called unless
-            clusters are counted.
+        progress: Called with the number of L2 tables read so far and in all, if clusters are
+            counted.
 
     Raises:
         NeedsCheckError: ``allocation`` is True, and the image has more than

@@ -1,4 +1,4 @@
-"""Blocking reads of an image that is described, through a descriptor or a file of a chain."""
+"""Blocking reads for the description of an image, by a descriptor or a file of a chain."""
 
 from __future__ import annotations
 

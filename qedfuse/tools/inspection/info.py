@@ -62,7 +62,7 @@ class QedInfo:
 
     @property
     def mountable(self) -> bool:
-        """Whether no problem was found due to which even a read-only mount refuses the image."""
+        """Whether a mount can read the image: False if a problem is `Problem.fatal`."""
         return not any(problem.fatal for problem in self.problems)
 
     @property

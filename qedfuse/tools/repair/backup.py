@@ -129,7 +129,7 @@ class Backup:
         """Create a file under an unused name, with the image's owner and mode; set `path`.
 
         Raises:
-            OSError: The host refused.  No file is left, unless the host refuses that as well.
+            OSError: The host refused.  No file is left, unless the host also refuses to remove it.
         """
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
@@ -155,8 +155,8 @@ class Backup:
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     """Give a new file the image's owner and group, as far as permitted, and the image's mode.
 
-    Of the mode only the permissions to read and to write are taken.  If the group cannot be
-    set, the permissions of the group are left out, because they would apply to another group.
+    Only the read and write permissions of the mode are copied.  If the group cannot be set, the
+    permissions of the group are left out, because they would apply to another group.
 
     Raises:
         OSError: The host refused, except for a lack of permission to set the owner or group.

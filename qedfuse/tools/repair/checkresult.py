@@ -34,7 +34,7 @@ class CheckResult:
             repair without ``force``; always False unless ``dry``.
         leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
             this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
-            clusters for this reason.  It may leak clusters itself, so the value is also True
+            clusters for this reason.  A repair may itself leak clusters, so the value is also True
             if there are errors to repair and no cluster is leaked yet.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
