@@ -57,8 +57,9 @@ class RunMap:
     zeros, and otherwise the file offset of the run's first byte, multiplied by 256, plus the number
     of the file plus 2.  The mount's extension reads the same numbers (``_readfiles.c``).
 
-    One thread adds runs while others search.  A search meanwhile finds a run or not, because each
-    step is made with the GIL held, and the count is changed last.
+    One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
+    at all: a run is written first, then the count, then the end, and `pieces` reads them in the
+    reverse order.  The mount's extension holds the GIL during a search.
 
     Attributes:
         cells: The numbers; see `qedfuse.hostio.pagesource.StoredRuns`.
@@ -108,7 +109,7 @@ class RunMap:
         return True
 
     def _continued(self, index: int, start: int) -> int:
-        """Return the target of a run at ``start`` that would continue a run."""
+        """Return the target that a run at ``start`` must have to continue the run ``index``."""
         target = self.cells[self._first_target + index]
         if target <= _ZEROS_TARGET:
             return target
@@ -117,7 +118,9 @@ class RunMap:
     def pieces(self, start: int, length: int) -> Iterator[Piece]:
         """Yield the parts of a range of the disk, in order; what the map lacks is `UNKNOWN`."""
         cells = self.cells
-        count, map_end, end = cells[_COUNT], cells[_END], start + length
+        # `add` changes the end after the count, so the end is read before the count.  In the other
+        # order, a run that is added between the two reads would seem to belong to the run before.
+        map_end, count, end = cells[_END], cells[_COUNT], start + length
         index = bisect_right(cells, start, _FIRST_START, _FIRST_START + count) - _FIRST_START - 1
         while start < min(end, map_end):
             is_last = index + 1 == count

@@ -86,6 +86,41 @@ def test_adjacent_runs_are_one() -> None:
     ]
 
 
+def test_concurrent_add() -> None:
+    """A search between whose reads a run is added finds the whole run, or nothing of it."""
+
+    class AddsBetweenReads:
+        """The numbers of a map, to which a run of another file is added after one of the reads."""
+
+        def __init__(self, run_map: RunMap, reads: int) -> None:
+            self.run_map = run_map
+            self.cells = run_map.cells
+            self.reads = reads
+
+        def __len__(self) -> int:
+            return len(self.cells)
+
+        def __getitem__(self, index: int) -> int:
+            found = self.cells[index]
+            self.reads -= 1
+            if not self.reads:
+                self.run_map.cells = self.cells
+                self.run_map.add(10, 7, 500)
+            return found
+
+    whole = [Piece(3, 100, 0, 10), Piece(7, 500, 10, 10)]
+    missing = [Piece(3, 100, 0, 10), Piece(UNKNOWN, 0, 10, 10)]
+    seen = []
+    for reads in range(1, 9):
+        run_map = RunMap(8)
+        assert run_map.add(10, 3, 100)
+        run_map.cells = AddsBetweenReads(run_map, reads)  # type: ignore[assignment]
+        found = list(run_map.pieces(0, 20))
+        assert found in (whole, missing)
+        seen.append(run_map.end == 20)
+    assert any(seen)  # runs were added
+
+
 def test_output() -> None:
     """Data, zeros, compressed data, bases, and data past the end of a file come into the map."""
     text = printed(
