@@ -54,7 +54,7 @@ def open(  # noqa: A001  a module's open, like gzip.open
 
     With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
     multiple of its cluster size.  The image is refused if the check finds an error in the tables.
-    Leaked space is no error.
+    Leaked space is not an error.
 
     Args:
         path: The image, or its URL, which can only be read.

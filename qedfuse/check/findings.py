@@ -84,8 +84,8 @@ none of these errors."""
 _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
-"""Errors because of which an L2 entry refers to no data cluster.  L2_CUT_SHORT is none of them: the
-entry refers to a cluster of which a part is in the file."""
+"""Errors because of which an L2 entry refers to no data cluster.  L2_CUT_SHORT is not one of them,
+because the entry refers to a cluster of which a part is in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,9 @@ class Finding:
     Attributes:
         code: The kind of the finding.
         message: One line that says where the finding is, what was found, and what was expected.
-        file_offset: For a table entry, the value of the entry, even if it is no valid offset; for
-            leaks, the file offset of the first leaked cluster; None for all other findings.
+        file_offset: For a table entry, the value of the entry, even if the value is not a valid
+            offset; for leaks, the file offset of the first leaked cluster; None for all other
+            findings.
         guest_start: Guest offset of the range that a table entry describes; None if the finding
             is not about one entry.
         guest_length: Length of that range; None if ``guest_start`` is None.
@@ -162,7 +163,7 @@ class CheckReport:
 
     @property
     def is_implausible(self) -> bool:
-        """Whether the bytes that were read as tables are probably no tables.
+        """Whether the bytes that were read as tables are probably something else.
 
         One flipped bit in the header can make the check read other bytes of the file as tables.
         Then nearly all clusters seem to be leaked, and data of the guest is read as entries.

@@ -17,8 +17,9 @@ _log = logging.getLogger(__name__)
 async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
-    For an image that has NEED_CHECK set, or whose length is not a multiple of the cluster size.
-    Leaked clusters cost only space, so they are only logged.  Errors of the free list are ignored.
+    The image has NEED_CHECK set, or its length is not a multiple of the cluster size; the messages
+    say which.  Leaked clusters cost only space, so they are only logged.  Errors of the free list
+    are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.

@@ -2,8 +2,8 @@
 
 A repair appends copies to the file.  An entry that points past the old end of the file would
 then become valid, and the guest would read a copy that belongs to another entry.  If the repair
-were interrupted after the file has grown, the next check would take the entry for valid.  So
-the order is:
+were interrupted after the file has grown, the next check would find the entry valid.  So the
+order is:
 
 1. The entries that point past the end are overwritten.
 2. A datasync makes the overwritten entries durable.

@@ -162,7 +162,7 @@ class Disk(GuestChanges):
                 end refer, instead of raising an error.
 
         Raises:
-            UsageError: The size is smaller than the present one, is no multiple of 512, or
+            UsageError: The size is smaller than the present one, is not a multiple of 512, or
                 is more than the tables can address.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
@@ -189,7 +189,7 @@ class Disk(GuestChanges):
                 has no meaning for the caller.
 
         Raises:
-            UsageError: The size is larger than the present one, is negative or is no multiple
+            UsageError: The size is larger than the present one, is negative or is not a multiple
                 of 512.  Or data would be lost, and ``force`` is False.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.

@@ -64,8 +64,8 @@ class GuestChanges(GuestReads):
         """Write bytes without waiting; return False if that would block or fails.
 
         Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
-        of two slices of a table, or if the state or the options of the disk require `write`, as
-        `OpenOptions.detect_zeroes` does.
+        of two slices of a table.  Returns False also if the state or the options of the disk
+        require `write`, as `OpenOptions.detect_zeroes` does.
         After False a part may have been written, so the caller must pass all of ``data`` to
         `write`.
         """
@@ -185,7 +185,7 @@ class GuestChanges(GuestReads):
         await self._flusher.flush()
 
     def when_flushed(self, call: Callable[[], None]) -> None:
-        """Call ``call`` at the end of each successful flush, also of background flushes.
+        """Call ``call`` at the end of each successful flush, background flushes included.
 
         ``call`` replaces the function that was passed before.
         """

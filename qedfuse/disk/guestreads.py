@@ -78,9 +78,9 @@ class GuestReads:
     def should_try_read(self) -> bool:
         """Whether `try_read` looks for the data of the image's file in the host's page cache.
 
-        False after several reads in a row whose data was not there, until later reads are as
-        fast as from the page cache (`ReadPolicy`).  Always False if the host's file system does
-        not support such an attempt.
+        False after several reads in a row whose data was not there, until later reads find their
+        data there again (`ReadPolicy`).  Always False if the host's file system does not support
+        such an attempt.
         """
         policy = self._file.read_policy
         return policy is None or policy.is_inline

@@ -97,7 +97,7 @@ async def _open_foreign_disk(
     """Open an image of another format, as the base of an empty image in memory; see `open_disk`.
 
     Raises:
-        UsageError: The image was to be opened for writing, or is not a local file.
+        UsageError: The options ask for writing, or the image is not a local file.
         ForeignError: QEMU is not installed, refuses the image or fails.
         QedError: A file that the image names is refused, or the host refused.
     """

@@ -29,10 +29,10 @@ class FileStatistics:
     Attributes:
         name: The name of the file, for messages.
         is_qed: Whether the file is a QED image.
-        reads: How often requests have read data of the file, and how many bytes; tables and what
-            the kernel has cached do not count.
-        uncached_reads: How many reads, also those of tables, have waited because the host's page
-            cache did not have the data; None if the file does not have its data in local pages.
+        reads: How often requests have read data of the file, and how many bytes.  Reads of tables
+            do not count, and neither do reads that the kernel of the mount answers from its cache.
+        uncached_reads: How many reads, including those of tables, have waited because the host's
+            page cache did not have the data; None if this is not counted for the file.
         server: What was fetched from the server of the file; None if that is not counted.
     """
 
@@ -107,7 +107,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
 
 
 def _describe(layer: Layer, reads: FileReadStatistics) -> FileStatistics:
-    """Return the statistics of the file of a layer, of which ``reads`` was read."""
+    """Return the statistics of the file of a layer; ``reads`` counts the reads of the file."""
     file = layer.file
     policy = file.read_policy
     server = file.server_reads if isinstance(file, ReadOnlyFile) else None

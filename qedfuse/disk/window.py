@@ -193,7 +193,7 @@ class DiskWindow:
         """Return the statistics of the host's file system that holds the image.
 
         Raises:
-            HostError: As in `Disk.statvfs`.
+            OSError: As in `Disk.statvfs`.
         """
         return self.disk.statvfs()
 

@@ -241,9 +241,9 @@ static int receive(int fd, void *buffer, size_t length)
     return 0;
 }
 
-/* Fill the only part of a job from an export of an NBD server; return the number of bytes, or -errno.
- * The descriptor of the job is a connection that no other thread uses, and on which the server sends
- * simple replies.  After an error the connection must not be used again. */
+/* Fill the only part of a job from an export of an NBD server; return the number of bytes, or
+ * -errno.  The descriptor of the job is a connection that no other thread uses, and on which the
+ * server sends simple replies.  After an error the connection must not be used again. */
 static int64_t read_export(struct job *job)
 {
     size_t length = job->parts->iov_len;
@@ -826,7 +826,7 @@ static PyObject *get_threads(PyObject *self, PyObject *unused)
     return PyLong_FromLong(threads);
 }
 
-/* Put jobs that could not be reported back at the beginning of the list of finished calls. */
+/* Return jobs to the beginning of the list of finished calls, because reports() has failed. */
 static void put_back(struct pool *pool, struct list jobs)
 {
     struct job *job;

@@ -114,10 +114,10 @@ def write_file(fd: int, path: str, record: bytes) -> None:
 
 
 def remove_record(fd: int, path: str) -> None:
-    """Remove the record of an image, if there is one, and that of an earlier image of its name.
+    """Remove the record of an image, and that of an earlier image of the same name, if any.
 
-    An error of the host is ignored: the caller has changed the base or its name, so that a record
-    that stays does not match any more.
+    An error of the host is ignored: the caller has changed the base or its name, so a record that
+    stays does not match any more.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)

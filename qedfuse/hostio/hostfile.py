@@ -1,4 +1,4 @@
-"""Two interfaces: of any file of a chain, which is only read, and of the file of an image.
+"""Two interfaces: `ReadableFile` for any file of a chain, and `HostFile` for the file of an image.
 
 `qedfuse.hostio.posixfile.PosixFile` implements both with system calls.  Tests implement them with
 files that record the writes, fail at a chosen step or lose power.
@@ -114,7 +114,8 @@ class ReadableFile(Protocol):
     def stat(self) -> os.stat_result:
         """Return the file's attributes (fstat(2)).
 
-        Reading the times slows down later changes of the file; see `size_and_blocks`.
+        Reading the times slows down later changes of the file: see `size_and_blocks` in
+        `qedfuse.hostio.systemcalls`.
         """
 
     def statvfs(self) -> os.statvfs_result:

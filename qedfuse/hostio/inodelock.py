@@ -1,7 +1,7 @@
 """Whether a call that changes a file would wait for the lock of the file's inode.
 
-During each call that changes a file the kernel holds this lock (``i_rwsem``), also while the
-kernel throttles the calling thread because there are too many dirty pages.
+During each call that changes a file the kernel holds this lock (``i_rwsem``), even while it
+throttles the calling thread because there are too many dirty pages.
 
 The event loop makes short writes itself, unless they might wait for this lock.
 `qedfuse.hostio.inlinepolicy.InlinePolicy` decides which writes are short.
@@ -26,12 +26,15 @@ changes run at a time, so more threads would only wait for the lock instead of s
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
 """Throttling is assumed after two slow writes if the time between them is at most this.  The
 assumption ends this long after the last slow write, or earlier with a fast write.  After a longer
-gap a slow write is no sign of throttling, because the kernel pauses a throttled writer for at most
-200 ms at a time."""
+gap a slow write does not indicate throttling, because the kernel pauses a throttled writer for at
+most 200 ms at a time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
-    """Decrement a semaphore, after a wait if it is 0; without a wait no other task runs."""
+    """Decrement a semaphore; wait first if it is 0.
+
+    If no wait is needed, no other task runs before this returns.
+    """
     try:
         semaphore.acquire_nowait()
     except trio.WouldBlock:

@@ -158,8 +158,8 @@ class NewFile:
         """Rename the temporary file to the final name, unless a file of this name exists.
 
         On a file system without hard links, an empty file gets the final name first, and the
-        rename replaces it.  A file that another process puts in its place in between is lost.  If
-        the rename fails, the empty file stays.
+        rename replaces the empty file.  If another process replaces the empty file before the
+        rename, the file of that process is lost.  If the rename fails, the empty file stays.
 
         Raises:
             FileExistsError: A file of the final name exists.

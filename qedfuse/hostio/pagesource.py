@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 class CheckedUnits(NamedTuple):
     """The parts of a file in the cache for remote files that the extension may read.
 
-    The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.  A
-    read must find all of its bytes in the page cache, and no block of zeros that may be a hole;
-    `qedfuse.remote.localdata` says why.
+    The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
+    The result of a read may be used only if all of its bytes were in the page cache, and if none of
+    its blocks is all zeros and may be a hole; `qedfuse.remote.localdata` says why.
 
     Attributes:
         ready: For each unit a byte: 1 if the unit may be read, otherwise 0.  The extension keeps a
             view of the bytes, and looks at them before each read.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
-            same number is known to be all zeros.  Numbers of the last units may be missing, which
-            means 0.
+            same number is known to be all zeros.  The numbers of the last units may be missing, and
+            then count as 0.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Offset at which the readable part of the file ends.
-        file_bytes: Length of the file while one process uses it.  While several processes use the
-            file, it is one byte longer.  If the file has any other length after a read, the file
+        file_bytes: Length of the file while one process uses it; one byte less than its length
+            while several processes use it.  If the file has any other length after a read, the file
             was truncated, and the bytes that were read are not used.
         address: Address at which the file is mapped.  While several processes use the file, a read
             is tried only if mincore(2) reports that the page cache has the whole range.
@@ -51,8 +51,8 @@ class PageSource(NamedTuple):
         policy: Decides whether a read is tried.
         fd: The descriptor.
         units: Which parts of the file may be read; None if the whole file may be read.
-        runs: Where other files have the bytes of the file; None if the descriptor has the bytes.
-            With runs the extension uses neither ``policy`` nor ``fd``.
+        runs: Which other files store the bytes of this file, and where; None if the file that is
+            open as ``fd`` stores them.  With runs the extension uses neither ``policy`` nor ``fd``.
         flags: Flags of preadv2(2) for the reads, from `inline_flags`.
     """
 

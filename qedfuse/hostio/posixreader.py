@@ -137,13 +137,13 @@ class PosixReader:
         return done + count
 
     async def _read_direct(self, calls: HostCalls, offset: int, view: memoryview) -> int:
-        """Read in a thread without having looked in the page cache; return how many bytes."""
+        """Read in a thread, without a look into the page cache; return how many bytes were read."""
         count, seconds = await self._read_in_thread(calls, offset, view)
         self.read_policy.record_direct_read(count, seconds)
         return count
 
     async def _read_retrying(self, calls: HostCalls, offset: int, view: memoryview) -> int:
-        """Read data that was not in the page cache a moment ago; return how many bytes."""
+        """Read data that was just missing in the page cache; return how many bytes were read."""
         done: int | None = None
         error: HostError | None = None
 
@@ -220,7 +220,7 @@ class PosixReader:
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a native thread, which answers without the event loop; see `HostFile`.
+        """Start a read in a native thread, which answers itself: see `ReadableFile.try_start_read`.
 
         Returns False also if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
         file already wait in threads.

@@ -38,8 +38,8 @@ class ServerReads(NamedTuple):
 class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
 
-    The bytes of the file are not those of a descriptor, and it counts as a file without holes,
-    unless a subclass says otherwise.
+    Unless a subclass says otherwise, no descriptor gives access to the bytes of the file, and the
+    file counts as one without holes.
 
     Attributes:
         name: The file's name in messages.
@@ -70,7 +70,7 @@ class ReadOnlyFile(ABC):
         return None
 
     def fileno(self) -> int:
-        """Return -1: no descriptor has the bytes of the file."""
+        """Return -1: no descriptor gives access to the bytes of the file."""
         return -1
 
     @abstractmethod
@@ -102,9 +102,9 @@ class ReadOnlyFile(ABC):
         return -(-self.size() // _BLOCK_BYTES)
 
     def _status(self, modified: float) -> os.stat_result:
-        """Return the attributes of a local file of this user that is read-only.
+        """Return attributes for the file: those of a read-only local file of this user.
 
-        ``modified`` is the time for all times of the file, in seconds since 1970.
+        All times of the file are ``modified``, in seconds since 1970.
         """
         values = (
             *(stat.S_IFREG | 0o444, 0, 0, 1, os.geteuid(), os.getegid(), self.size()),

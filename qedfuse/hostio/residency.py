@@ -24,7 +24,7 @@ _FAILED: Final = ctypes.c_void_p(-1).value
 class Residency:
     """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
-    The mapped memory is never read.  A read with ``RWF_NOWAIT`` would not serve instead: if a
+    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not replace mincore(2): if a
     page is missing, the kernel begins to read the page from the disk, and a hole is read as zeros.
 
     Attributes:
@@ -34,8 +34,8 @@ class Residency:
     def __init__(self, fd: int, length: int) -> None:
         """Map the first ``length`` bytes of a file; ``length`` is at least one.
 
-        This user must own the file or have permission to write to it.  For other files mincore(2)
-        reports every page as present.
+        The user of this process must own the file or have permission to write to it.  For other
+        files mincore(2) reports every page as present.
 
         Raises:
             OSError: The host refused.

@@ -1,6 +1,7 @@
 """System calls on files, as functions that may block.
 
-On failure all of them but `waits_for_server` and `keeps_inode_numbers` raise `OSError`.
+On failure all of them raise `OSError`, except those that examine the type of the file system:
+`waits_for_server`, `inline_flags` and `keeps_inode_numbers`.
 Most of them call the C library, because Python lacks the call or a part of its result.  `read_all`
 and `write_all` repeat preadv(2) and pwritev(2), which can transfer only a part of the data.
 """

@@ -78,7 +78,10 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest entry that is no offset: 0 in the L1 table, 1 (zero cluster) in L2 tables."""
+        """The largest marker: the largest entry that has another meaning than an offset.
+
+        It is 0 (unallocated) in the L1 table, and 1 (zero cluster) in L2 tables.
+        """
         return UNALLOCATED if self.target == "table" else ZERO
 
     @property

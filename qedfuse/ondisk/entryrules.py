@@ -34,7 +34,7 @@ class Violation(enum.Enum):
     RESERVED_BITS = enum.auto()
     """A bit is set that must be 0 in every offset, whatever the cluster size."""
     UNALIGNED = enum.auto()
-    """The offset is no multiple of the cluster size."""
+    """The offset is not a multiple of the cluster size."""
     OUT_OF_FILE = enum.auto()
     """The target begins at or past the end of the file."""
     OVER_METADATA = enum.auto()

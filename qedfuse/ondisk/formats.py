@@ -33,7 +33,7 @@ DRIVERS: Final = {
     "Parallels": "parallels",
     "VDI": "vdi",
 }
-"""The name that QEMU's options have for each format, by the name in messages."""
+"""QEMU's name of each format; the keys are the names in messages."""
 
 BACKING_FORMATS: Final = ("raw", "qed", *sorted(DRIVERS.values()))
 """The formats that a backing file can have, as QEMU calls them."""

@@ -69,7 +69,7 @@ _CRC_OFFSET: Final = 20
 
 
 class BadListError(ValueError):
-    """A free list is invalid; the message says in which field, what was found and expected."""
+    """A free list is invalid; the message has the field, what was found and what was expected."""
 
 
 def refuse(field: str, found: object, expected: str) -> NoReturn:

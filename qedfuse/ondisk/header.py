@@ -47,8 +47,8 @@ class Header:
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  As for QEMU, 0 is valid.  With 0 the first
-            cluster still belongs to the header, but a backing name is refused.
+        header_size: Clusters reserved for the header.  0 is valid, as in QEMU: the first cluster
+            still belongs to the header, but a backing name is refused.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the
@@ -89,7 +89,7 @@ class Header:
 
     @property
     def has_backing(self) -> bool:
-        """Whether the image names a backing file; as for QEMU, an empty name means none."""
+        """Whether the image names a backing file; an empty name means none, as in QEMU."""
         return bool(self.features & Feature.BACKING_FILE) and self.backing_filename_size > 0
 
     @property

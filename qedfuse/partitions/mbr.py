@@ -1,7 +1,7 @@
 """DOS partition tables: the master boot record, and the chain of extended boot records.
 
 Partitions are numbered as Linux numbers them (``block/partitions/msdos.c``): the four entries of
-the master boot record have the numbers 1 to 4, also if an entry is empty.  Logical partitions have
+the master boot record have the numbers 1 to 4, even if an entry is empty.  Logical partitions have
 numbers from 5 on, in the order of the chain.
 """
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 SECTOR_BYTES: Final = 512
 """Length in bytes of a boot record, and of the sectors in which a DOS table counts."""
 PROTECTIVE_TYPE: Final = 0xEE
-"""Type of the entry by which programs that know only DOS tables take a GPT disk for full."""
+"""Type of the entry that protects a GPT: programs that know only DOS tables see a full disk."""
 _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
 _MAX_LOGICAL: Final = 251
 """Maximum number of logical partitions: in Linux the highest number of a partition is 255."""
 _MAX_EMPTY_RECORDS: Final = 100
 """Maximum number of consecutive records without a partition, as in Linux."""
 _MAX_RECORDS: Final = 512
-"""Maximum number of extended boot records that are read of a disk."""
+"""Maximum number of extended boot records that are read from a disk."""
 
 _ENTRY: Final[Any] = Struct(
     "boot" / Int8ul,
@@ -182,7 +182,7 @@ async def _logical(
         seen.add(sector)
         record = parse_record(await read(sector * SECTOR_BYTES, SECTOR_BYTES))
         if record is None:
-            problems.append(f"extended partition: sector {sector} is no boot record")
+            problems.append(f"extended partition: sector {sector} is not a boot record")
             return
         empty_records += 1
         for entry in record.entries[:2]:

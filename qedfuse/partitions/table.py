@@ -15,8 +15,8 @@ async def read_table(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the partition table of a disk of ``size`` bytes.
 
     Returns None if the disk has no table, for example because a file system begins at the first
-    sector.  The table is untrusted: whatever its content, at most 26,000 boot records, or 4 MiB of
-    the entries of a GPT, are read.
+    sector.  The table is untrusted: whatever its content, at most 514 boot records, or 4 MiB of the
+    entries of a GPT, are read.
 
     Raises:
         QedError: The disk cannot be read.

@@ -8,15 +8,15 @@ _MAX_CONFIDENCE: Final = 16
 """Maximum of the confidence counter.  Each wait that is a little too long lowers the counter by 1.
 So polling is disabled after at most this number of such waits in a row."""
 _RESET_FACTOR: Final = 8
-"""A wait longer than the maximum time to poll, times this factor, resets the confidence to 0,
-because the earlier waits no longer predict the next wait."""
+"""Multiple of the maximum time to poll.  A wait longer than this multiple resets the confidence to
+0, because the earlier waits no longer predict the next wait."""
 _WAKE_FACTOR: Final = 2
-"""A task that sleeps notices the event late.  So a wait in which the task slept still counts as
-short if it took at most the maximum time to poll, times this factor."""
+"""Multiple of the maximum time to poll.  A wait in which the task slept still counts as short if it
+took at most this multiple, because a task that sleeps notices the event late."""
 
 
 class AdaptivePoll:
-    """Decides how long to poll for the next event, by the durations of earlier waits.
+    """Decides how long to poll for the next event, from the durations of earlier waits.
 
     A confidence counter rises with each wait that is so short that polling would have found the
     event.  The counter falls with each longer wait.  Polling is enabled while the counter is

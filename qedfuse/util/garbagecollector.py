@@ -1,4 +1,4 @@
-"""When Python's collector of reference cycles runs, which is rarely while a program starts.
+"""How often Python's collector of reference cycles runs: rarely while a program starts.
 
 Loading modules makes many objects that stay, and by default the collector visits them again and
 again: that was 7 percent of the processor time of a start.

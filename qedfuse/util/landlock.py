@@ -73,7 +73,8 @@ class Ruleset:
 
         Args:
             version: The kernel's version of Landlock.
-            scopes: What is forbidden with processes outside of the sandbox, if the kernel can.
+            scopes: What is forbidden with processes outside of the sandbox, if the kernel's version
+                can forbid it.
 
         Raises:
             OSError: The kernel refused.
@@ -97,7 +98,8 @@ class Ruleset:
         Rights that the kernel's version does not know are left out.
 
         Raises:
-            OSError: The kernel refused, or a right that only a directory can have is for a file.
+            OSError: The kernel refused, or ``fd`` is a file and ``rights`` has a right that only a
+                directory can have.
         """
         rule = struct.pack("=Qi", rights & self._handled, fd)
         check_result(
@@ -127,7 +129,9 @@ class Ruleset:
         return True
 
     def allow_connect(self, port: int) -> None:
-        """Permit connections to a TCP port of any host, if the kernel's version can forbid TCP.
+        """Permit connections to a TCP port of any host.
+
+        Does nothing if the kernel's version cannot forbid TCP.
 
         Raises:
             OSError: The kernel refused.

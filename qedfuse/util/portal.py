@@ -168,7 +168,7 @@ class Portal(Generic[T]):
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        If leaving the context manager fails, `close` raises the error, also if `close` is called
+        If leaving the context manager fails, `close` raises the error, even if `close` is called
         later.  If `close` has not been called when leaving begins, the error is logged as well.
         Unlike `close` this function is safe in a finalizer, which may run in the portal's own
         thread.

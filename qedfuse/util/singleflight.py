@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Hashable")
 
 _SHARED_ERRORS: Final = (RemoteError, ForeignError)
-"""Errors that all who wait for a fetch get: the fetch has waited for a server already, and each
-further fetch would wait for as long."""
+"""Errors that all callers get that wait for the same fetch.  The fetch has waited for a server
+already, and each further fetch would wait for as long."""
 
 
 class _Flight:
@@ -23,7 +23,7 @@ class _Flight:
 
     Attributes:
         ended: Set when the fetch has ended.
-        error: The error of a server with which it has ended; None for any other end.
+        error: The error of the server, if the fetch has ended with one; otherwise None.
     """
 
     def __init__(self) -> None:

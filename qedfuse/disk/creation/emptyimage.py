@@ -42,7 +42,7 @@ class EmptyImage(ReadOnlyFile):
 
     @property
     def identity(self) -> FileIdentity:
-        """What distinguishes the image from all others, also from the disk."""
+        """A value that differs from that of every other file, including that of the disk."""
         return ("empty", *self._disk.identity)
 
     async def pread_into(self, offset: int, view: memoryview) -> int:

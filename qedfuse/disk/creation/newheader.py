@@ -22,8 +22,9 @@ def backing_name(backing: str | None) -> bytes:
     """Return the bytes of a backing name as an image stores them; empty for None or "".
 
     Raises:
-        UsageError: The name has more than `MAX_BACKING_NAME` bytes, contains a NUL byte, has
-            a protocol other than ``file:`` and is no valid URL, or is ``file:`` without a path.
+        UsageError: The name has more than `MAX_BACKING_NAME` bytes, contains a NUL byte, or is
+            ``file:`` without a path.  Or the name begins with a protocol other than ``file:`` and
+            is not a valid URL.
     """
     name = os.fsencode(backing or "")
     if backing and is_url(backing):

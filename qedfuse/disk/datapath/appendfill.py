@@ -36,11 +36,14 @@ class AppendFill:
     def may_leave_hole(self, run: Run, inside: int, length: int, *, shows_base: bool) -> bool:
         """Return whether to write only the guest's data to a run of new clusters.
 
-        If the result is False, the caller must write all of the run.  The result is True if the
-        rest of the run reads as zeros already, and must do so, unless the write is one of a
-        program that appends and flushes: a flush has begun since the last such run, this run
-        begins with data of the guest, and the run has at most `_MAX_BYTES`.  The caller must call
-        this method at most once for each run.
+        If the result is False, the caller must write all of the run.
+
+        The rest of a run can stay a hole only if it reads as zeros already and needs no data of the
+        base.  For any other run the result is False.  If the rest can stay a hole, the result is
+        True, unless the write seems to be that of a program that appends and flushes: a flush has
+        begun since the last call for a run whose rest could stay a hole, this run begins with data
+        of the guest, and it has at most `_MAX_BYTES`.  The caller must call this method at most
+        once for each run.
 
         Args:
             run: The run of new clusters.

@@ -115,7 +115,7 @@ class Discard:
             await self._deallocate(start, end, data=True, hide=False, progress=progress)
 
     async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
-        """Make every cluster of a range unallocated, also zero clusters, so that the base shows.
+        """Make every cluster of a range unallocated, even zero clusters, so that the base shows.
 
         Args:
             start: Guest offset at a cluster boundary.
@@ -179,8 +179,8 @@ class Discard:
             data: Whether to deallocate allocated clusters.
             hide: Whether to turn unallocated clusters into zero clusters where the base has
                 data.
-            clear: Whether to make all clusters unallocated: also zero clusters, and
-                allocated clusters over data of the base.  Requires ``data``.
+            clear: Whether to make all clusters unallocated, including zero clusters, and
+                including allocated clusters over data of the base.  Requires ``data``.
             progress: Called with the bytes of the range that are done, and with all its bytes.
 
         Raises:
@@ -278,7 +278,7 @@ class Discard:
 
         The clusters of the file go into quarantine.  Their guest clusters become zero clusters up
         to the end of the base, and unallocated past that end.  With ``clear`` all guest clusters
-        of the range become unallocated, also zero clusters.
+        of the range become unallocated, including zero clusters.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries

@@ -1,7 +1,7 @@
 """Detecting clusters of zeros in the data that a guest writes (``detect_zeroes``).
 
-The search takes about 10 µs for each MiB.  First, clusters whose first word is not 0 are excluded:
-nearly every cluster that holds other bytes than zeros.  A remaining cluster holds only zeros if
+The search takes about 10 µs for each MiB.  First, the clusters whose first word is not 0 are
+excluded, which are nearly all clusters that hold data.  A remaining cluster holds only zeros if
 its largest word is 0.  In numpy, finding the largest word is faster than comparing all words with
 0.
 """

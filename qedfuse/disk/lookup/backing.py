@@ -49,8 +49,8 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
 
     Raises:
         CorruptImageError: The image ends before the end of the name.
-        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:`` that
-            is no URL.
+        BackingRefusedError: The name contains a NUL byte; or it begins with a protocol other than
+            ``file:`` and is not a URL.
         HostError: The host cannot read the image.
     """
     size = header.backing_filename_size
@@ -73,7 +73,8 @@ async def open_bases(
     """Open the bases of an image, read-only; return their layers, that of the first base first.
 
     The list is empty if the image has no base.  The versions of the bases are compared with those
-    that the image remembers, unless ``name`` is given (see `verify_bases`).
+    that each image of the chain remembers (see `verify_bases`); if ``name`` is given, not with
+    those that the first image remembers.
 
     Args:
         path: Path of the image.
@@ -85,8 +86,9 @@ async def open_bases(
         name: The name of the first base; None to read the name that the image stores.
 
     Raises:
-        BackingError: A base is missing, refused, of another format or of another version than the
-            image remembers (`rememberedbase`), or the chain is a loop or too long.
+        BackingError: A base is missing or refused, has a format that the policy does not allow, or
+            is not of the version that an image remembers (`rememberedbase`).  Or the chain is a
+            loop or too long.
         RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
@@ -95,8 +97,8 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    # Each image whose base is open, with the name of the base that the image stores; empty if the
-    # caller has given another name.
+    # Each image whose base is open, with the name of the base that the image stores.  The name is
+    # empty if the caller has given another one.
     stored_names = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
@@ -220,7 +222,7 @@ async def open_base(
     if is_url(image.path):
         msg = (
             f"{image.name}: backing file {printable(path)}: refused: found a local file, expected "
-            "a URL, as the image is one"
+            "a URL, because the image is on a server"
         )
         raise BackingRefusedError(msg)
     return open_local_base(path, image, options.backing, trusted)

@@ -23,7 +23,7 @@ _FILE: Final = "file:"
 
 
 def has_protocol(name: bytes) -> bool:
-    """Return whether QEMU would take a name for something other than the path of a file."""
+    """Return whether a name begins, as QEMU reads names, with a protocol other than ``file:``."""
     return b":" in name.split(b"/", 1)[0] and not name.startswith(os.fsencode(_FILE))
 
 
@@ -35,8 +35,9 @@ def lacks_path(name: bytes) -> bool:
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name is relative to the directory of the image, even if that is part of a URL, whose
-    query is left out.  A path after ``file:`` is relative to the working directory, as in QEMU.
+    A plain name is relative to the directory of the image.  If the image has a URL, so has its
+    directory, and the query of the image's URL is left out.  A path after ``file:`` is relative to
+    the working directory, as in QEMU.
 
     Args:
         image: The path or URL of the image.
@@ -81,7 +82,7 @@ def _base_of(path: str) -> tuple[str, bool]:
     The name is empty if the image has no base or cannot be read, or if the name contains a NUL
     byte.  The second value then has no meaning.
     """
-    if is_url(path):  # no base of a URL is a local file
+    if is_url(path):  # not opened; and an image on a server must not name a local file as its base
         return "", True
     try:
         fd = open_regular(path, os.O_RDONLY)

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def checked_name(raw: bytes, image: str) -> str:
-    """Decode the name of a backing file that an image stores; refuse what names no such file.
+    """Return the name of a backing file that an image stores, as a string.
 
     Args:
         raw: The bytes in the image.
         image: Name of the image in messages.
 
     Raises:
-        BackingRefusedError: The name contains a NUL byte, or a protocol other than ``file:`` that
-            is no URL.
+        BackingRefusedError: The name contains a NUL byte; or it begins with a protocol other than
+            ``file:`` and is not a URL.
     """
     if b"\0" in raw:
         msg = f"{image}: backing file name: found a NUL byte in {shown_name(os.fsdecode(raw))}"

@@ -31,7 +31,7 @@ class FileReads:
     """Counts the reads of the files of one chain.
 
     Attributes:
-        cells: For each file, by its depth in the chain, the number of reads and that of bytes.
+        cells: For each file, by its depth in the chain, the number of reads and then of bytes.
     """
 
     def __init__(self, files: Iterable[ReadableFile]) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 _MAX_REMEMBERED_KEYS: Final = 4096
-"""Maximum number of slices whose cache keys are remembered.  A remembered key saves looking the
-slice up in the L1 table."""
+"""Maximum number of slices whose cache keys are remembered.  With a remembered key a slice is found
+without a lookup in the L1 table."""
 
 
 class Layer(Protocol):
@@ -73,8 +73,8 @@ class QedLayer:
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
         slice_keys: The keys in ``tables`` of some slices, by the slice's number as in
-            `cached_slice`; None for slices of L2 tables that do not exist.  It is never replaced by
-            another dictionary, so others may keep it.
+            `cached_slice`; None for slices of L2 tables that do not exist.  The dictionary is never
+            replaced by another, so other objects may keep a reference to it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:

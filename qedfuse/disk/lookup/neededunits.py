@@ -1,7 +1,7 @@
 """Which units of a remote file the readers of its disk can need: first the tables, then the data.
 
-Of a QED image these are the header, the tables and the allocated clusters; clusters that no entry
-refers to are not read by anyone.  Of a raw file these are all bytes.
+Readers of a QED image can need the header, the tables and the allocated clusters, and never read a
+cluster to which no entry refers.  Readers of a raw file can need all bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class NeededUnits:
-    """The needed units of one file of a chain.
+    """The set of the needed units of one file of a chain.
 
-    The caller adds the tables, fetches them, adds the data, and fetches that.
+    The caller adds the units of the tables, fetches them, and then does the same for the data.
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Need nothing yet of the file of ``layer``, which no program writes to."""
+        """Start with an empty set, for the file of ``layer``, which no program writes to."""
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))
@@ -44,9 +44,9 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, in their order.
 
-        A run lies within one of the blocks of ``max_units`` units into which the file is divided,
-        so that a cache between this machine and the server that keeps such blocks fetches each
-        once.
+        The file is divided into blocks of ``max_units`` units, and a run lies within one block.  A
+        cache between this machine and the server may keep such blocks, and then fetches each block
+        only once.
         """
         first = self._needed.find(1)
         while first >= 0:
@@ -58,7 +58,7 @@ class NeededUnits:
             first = self._needed.find(1, end)
 
     def add_tables(self) -> None:
-        """Need the header and the tables of an image; nothing of a raw file."""
+        """Add the units of the header and the tables of an image; do nothing for a raw file."""
         layer = self._layer
         if not isinstance(layer, QedLayer):
             return
@@ -69,7 +69,7 @@ class NeededUnits:
             self._add(offset, length)
 
     async def add_data(self) -> None:
-        """Need the allocated clusters of an image, and all of a raw file.
+        """Add the units of the allocated clusters of an image, or all units of a raw file.
 
         The tables are read past the cache of tables, which belongs to the readers of the disk.
         Entries that are not valid are left out, because nothing can be read by them.
@@ -89,7 +89,7 @@ class NeededUnits:
                 self._add_clusters(values[used if bad is None else used & ~bad])
 
     def _add_clusters(self, offsets: Values) -> None:
-        """Need the clusters at some file offsets."""
+        """Add the units of the clusters at the file offsets ``offsets``."""
         cluster = self._layer.geometry.cluster_size if isinstance(self._layer, QedLayer) else 1
         first = offsets // np.uint64(UNIT_BYTES)
         needed = np.frombuffer(self._needed, np.uint8)
@@ -99,7 +99,7 @@ class NeededUnits:
             needed[here[here < len(needed)]] = 1
 
     def _add(self, offset: int, length: int) -> None:
-        """Need the units of a range, as far as the file has them."""
+        """Add the units of a range; ignore the part of the range past the end of the file."""
         first = offset // UNIT_BYTES
         end = min(units_of(offset + length), len(self._needed))
         if first < end:

@@ -4,8 +4,8 @@ An overlay has only the differences from its base, so over another base it shows
 existed.  So the versions of the bases are stored with the image (`baserecord`) when it is created,
 converted or rebased; or else when it is opened for writing.  A later open compares:
 
-- Each file on a server must be the version that was remembered, by its size and validator.  It
-  does not matter whether it is the first base or one below it.
+- Each base on a server, the first one or one below it, must have the size and the validator that
+  were remembered.
 - The first base, if it is a local file, should have the same size and time of modification.  A
   difference is only logged, because other programs change the time of a base that keeps its
   content.  An open for writing then remembers the new time, so that each change is logged once.
@@ -54,11 +54,11 @@ def verify_bases(
 ) -> None:
     """Compare the bases of each image of a chain with the versions that the image remembers.
 
-    See `verify_base`, also for the errors.
+    See `verify_base`, which also says what is remembered, and which errors are raised.
 
     Args:
-        images: Each image that has a base, with the name of the base that the image stores; the
-            name is empty if the image stores another one, and then nothing is compared.
+        images: Each image that has a base, with the name of the base that the image stores.  The
+            name is empty if the base was opened by another name; then nothing is compared.
         bases: The bases of the first image.
         accept: Whether to accept other versions.
     """
@@ -69,9 +69,10 @@ def verify_bases(
 
 
 def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
-    """Return the version of a base on a server that the images above it remember; None for none.
+    """Return the version of a base on a server that the images above the base remember.
 
-    If they remember different ones, it is the version that the first of them remembers.
+    If they remember different versions, the result is the version that the first of these images
+    remembers.  None if no image remembers a version.
 
     Args:
         images: See `verify_bases`.
@@ -87,11 +88,11 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 
 
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
-    """Compare the bases of an image with the versions that were remembered, if they were.
+    """Compare the bases of an image with the versions that the image remembers, if any.
 
-    A local base that differs is logged.  If the image is open for writing, the versions are then
-    remembered, except those of files on servers that were remembered before and are not accepted
-    now.  If the host refuses that, it is logged.
+    A difference of a local base is logged.  If the image is open for writing, the versions of the
+    bases are then remembered.  Without ``accept``, the version of a file on a server that was
+    remembered before stays.  If the host refuses to store the versions, this is logged.
 
     Args:
         image: The image.
@@ -186,8 +187,9 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
 class NewRecord:
     """Stores the versions of the bases of a new image, in two steps.
 
-    An attribute can be stored before the image gets its name, so that the image never has its name
-    without the attribute.  A file beside the image cannot.
+    If the record is an attribute, it is stored before the image gets its name, so that the image
+    never has its name without the record.  A file beside the image can be made only afterwards,
+    because the record's name depends on the name of the image.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:
@@ -195,8 +197,8 @@ class NewRecord:
 
         Args:
             name: The name of the first base in the image.
-            versions: The versions of the bases; None if there are none, or if the image is to
-                remember those that are found when it is first opened for writing.
+            versions: The versions of the bases.  None if there are none, or if the image will
+                remember the versions that are found when it is first opened for writing.
         """
         self._name = name
         self._versions = versions
@@ -234,8 +236,8 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    Only versions of files on servers are worth a file beside the image: if the file system has no
-    attributes, the version of a local base is not remembered.
+    If the file system has no attributes, a file beside the image is made only for versions of files
+    on servers.  The version of a local base alone is then not remembered.
     """
     record = versions.encode(name)
     try:
@@ -251,8 +253,8 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
 def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
     """Return the versions that are remembered for the bases of an image.
 
-    None if there is no valid record, or if it is about a base of another name.  A record that
-    cannot be read is logged, as a warning only if ``is_vital`` is set.
+    Returns None if there is no valid record, or if the record was made for a base of another name.
+    If the record cannot be read, this is logged, as a warning only if ``is_vital`` is set.
     """
     try:
         record = read_record(image.fileno(), image.path)
@@ -269,7 +271,8 @@ def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
 def _log_refusal(shown: str, versions: BaseVersions, error: OSError | QedError) -> None:
     """Log why the versions of the bases of an image cannot be remembered.
 
-    It is no warning if all bases are local, whose versions are only hints.
+    The message is a warning only if a base is on a server, because the version of a local base is
+    only a hint.
     """
     reason = str(error) if isinstance(error, QedError) else os.strerror(error.errno or errno.EIO)
     level = logging.WARNING if versions.remote else logging.DEBUG

@@ -95,7 +95,7 @@ class Compaction:
         logged, if the scan for free clusters has not succeeded, if the image is damaged, or if
         the image has more than `_MAX_TABLES` tables.  If a corrupt table entry is found, the
         compaction ends, an error is logged, and the image is marked as damaged.  Reaching a
-        limit is no error.
+        limit is not an error.
 
         Args:
             progress: Called with the number of bytes that have been moved, and with the
@@ -130,7 +130,7 @@ class Compaction:
                         self._scope.cancel()
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
-            # `build_reverse_map` has found an entry that is no multiple of the cluster size, or
+            # `build_reverse_map` has found an entry that is not a multiple of the cluster size, or
             # a cluster with two owners.  Such a cluster must not be moved, because only one of
             # the two owners would point to the copy.  So the compaction ends here.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400

@@ -57,7 +57,7 @@ class DiskSize:
 
         Raises:
             UsageError: ``size`` is less than the present size without ``shrink``, or more
-                than the present size with ``shrink``.  Or it is no multiple of 512, is
+                than the present size with ``shrink``.  Or it is not a multiple of 512, is
                 negative, or is more than the tables can address.
         """
         name, old, max_size = (

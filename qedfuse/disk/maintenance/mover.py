@@ -209,7 +209,7 @@ class Mover:
         """
         file, at = self._layer.file, 0
         while at < length:
-            # Reads and writes that need not wait are no checkpoints.  Without this checkpoint a
+            # Reads and writes that need not wait make no checkpoint.  Without this checkpoint a
             # deadline would have no effect during a sequence of such reads and writes.
             await trio.lowlevel.checkpoint()
             data = await file.next_data(source + at)

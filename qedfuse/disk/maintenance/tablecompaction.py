@@ -69,7 +69,7 @@ class TableCompaction:
     ) -> int:
         """Move the tables that end past the target to slots before the target; return the target.
 
-        The target is the cluster at which the file is to end after this pass: see
+        The target is the cluster at which the file should end after this pass: see
         `qedfuse.disk.maintenance.compaction`.
 
         Args:
@@ -108,7 +108,7 @@ class TableCompaction:
                     # clusters past the target.
                     target = max(target, self._data.target(max_moves - counter.moved_clusters))
                 break
-            self._allocator.claim(slot, self._table_size)
+            self._allocator.mark_used(slot, self._table_size)
             await self._mover.move_table(tables[table], table, slot)
             counter.add(self._table_size)
         return max(target, self._end_of_tables())
@@ -169,7 +169,7 @@ class TableCompaction:
                 table = end_slot
             else:
                 table = max(tables)
-            allocator.claim(slot, size)
+            allocator.mark_used(slot, size)
             await self._mover.move_table(tables[table], table, slot)
             counter.add(size)
             tables[slot] = tables.pop(table)

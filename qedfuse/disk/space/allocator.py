@@ -219,9 +219,9 @@ class Allocator:
         self.end = max(self.end, run.end)
         clusters = run.length >> self._bits
         self.handed_out += clusters
-        self.claim(run.offset >> self._bits, clusters)
+        self.mark_used(run.offset >> self._bits, clusters)
 
-    def claim(self, first: int, count: int) -> None:
+    def mark_used(self, first: int, count: int) -> None:
         """Put a run of clusters into use, whether they were chosen or are still in `free`."""
         self.free.remove(first, count)
         self._cancel_punching(first, count)

@@ -264,7 +264,7 @@ class Reclaim:
         """Punch at most ``max_runs`` runs of one of the allocator's maps of unpunched clusters.
 
         Returns:
-            How many runs were removed from the map, also those that were holes already.
+            How many runs were removed from the map, including those that were holes already.
 
         Raises:
             HostError: The host refused; the runs are in the map again.

@@ -193,7 +193,7 @@ class PersistentFreeList:
     def _free_runs(self) -> Runs | None:
         """Return all runs of free clusters, if all are known and there are not too many.
 
-        Returns None in all other cases, also if no cluster is free.
+        Returns None in all other cases, for example if no cluster is free.
         """
         allocator = self._allocator
         if (

@@ -70,8 +70,8 @@ class _Cycle:
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        # `error` is not None until the cycle has succeeded, because the callers that wait for the
-        # cycle must not take it for successful if an unforeseen exception ends it.
+        # `error` is not None until the cycle has succeeded.  So if an unforeseen exception ends the
+        # cycle, the callers that wait for it get an error, and do not assume that it has succeeded.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
@@ -131,9 +131,9 @@ class MetadataWriteback:
         return self._table_writes > 0 or self.dirty_tables
 
     async def barrier(self) -> None:
-        """Make durable all changes of the file so far, even those that `note_write` does not know.
+        """Make durable all changes of the file so far, even those without a call of `note_write`.
 
-        Takes no lock, so the caller may hold any lock, also `FileLength.lock`.
+        Takes no lock, so the caller may hold any lock, even `FileLength.lock`.
 
         Raises:
             HostError: The host refused; see `write_back`.
@@ -189,8 +189,8 @@ class MetadataWriteback:
         Raises:
             HostError: The host refused.  After a failed write the changes are still dirty, and
                 the next call tries again.  After a failed datasync the state of the host's
-                page cache is unknown, so all later calls fail as well (D7).  All later calls
-                fail also if an unforeseen exception has ended a cycle.
+                page cache is unknown, so all later calls fail as well (D7).  The same holds after
+                an unforeseen exception has ended a cycle.
         """
         self._check()
         if self._changes == self._durable_changes:
@@ -208,7 +208,7 @@ class MetadataWriteback:
                     await previous.done.wait()
             self._waiting = None
             if self._changes == self._durable_changes and self.failure is None:
-                # The previous cycle has made everything durable, also the writes of all
+                # The previous cycle has made everything durable, including the writes of all
                 # callers that wait for the new cycle.  So the new cycle need not run.
                 mine.error = None
                 mine.done.set()

@@ -118,7 +118,8 @@ def backing_problems(
         yield Problem("backing-scheme", msg, fatal=True)
     if backing.is_local:
         msg = (
-            f"{name}: backing file {shown}: found a local file, expected a URL, as the image is one"
+            f"{name}: backing file {shown}: found a local file, expected a URL, because the image "
+            "is on a server"
         )
         yield Problem("backing-local", msg, fatal=True)
     if "\0" in backing.name:
