@@ -1,4 +1,4 @@
-"""The record of the version of the base over which an image was made, stored with the image.
+"""Storing a record with an image: the versions of the bases over which the image was made.
 
 The record is an extended attribute of the image.  If the file system of the image has no such
 attributes, a hidden file in the directory of the image holds the record and the inode number of the

@@ -81,10 +81,10 @@ class ReadableFile(Protocol):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that then answers a request; return whether that was done.
+        """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  A read is started only if
-        `try_read` has not found the data in memory, or would not look for the data.
+        The thread answers by a C function, without the event loop.  The read is started only if
+        `try_read` has not found the data in memory, or would not look there.
 
         Args:
             offset: File offset.

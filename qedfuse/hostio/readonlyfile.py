@@ -56,7 +56,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def page_source(self) -> PageSource | None:
-        """None: unless a subclass returns another value, the mount's extension must not read."""
+        """None, so the mount's extension does not read the file; a subclass may override this."""
         return None
 
     @property

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter.  Each wait that is a little too long lowers the counter by 1.
-So polling is disabled after at most this number of such waits in a row."""
+"""Maximum of the confidence counter.  A wait that is too long lowers the counter by 1, unless it is
+so long that it resets the counter.  So at most this number of such waits in a row disable
+polling."""
 _RESET_FACTOR: Final = 8
 """Multiple of the maximum time to poll.  A wait longer than this multiple resets the confidence to
 0, because the earlier waits no longer predict the next wait."""

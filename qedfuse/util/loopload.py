@@ -28,8 +28,8 @@ class LoopLoad:
         polled_reads: How many reads of host files are being retried now.  While there are any,
             no task should keep the event loop busy for long, because the task that retries
             needs the event loop.
-        fetched_reads: How many reads wait for a thread that is not one of trio, and that needs the
-            GIL, such as one that asks a server.
+        fetched_reads: How many reads wait for a thread that needs the GIL and is not a thread of
+            trio, such as a thread that asks a server.
     """
 
     def __init__(self, threads: trio.CapacityLimiter) -> None:
@@ -40,7 +40,9 @@ class LoopLoad:
         self._threads = threads
 
     def has_running_threads(self) -> bool:
-        """Return whether a thread of trio is running, or one for which a read waits.
+        """Return whether a thread of trio is running, or a read waits for another thread.
+
+        The reads are those that `fetched_reads` counts.
 
         If so, the caller must not poll.  While a task polls, the event loop does not notice that
         the thread has finished.  And an event loop that never sleeps starves the thread of the GIL.

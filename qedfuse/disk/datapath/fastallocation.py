@@ -98,8 +98,8 @@ class FastAllocation:
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
         # write all of it.  `_fill` may still fail, because it may write more bytes than were
-        # checked: all of the run, if the run was written before or `AppendFill` wants it filled.
-        # Whether one of the two is true is known only after the allocation.
+        # checked: it writes all of the run if the run was written before, or if `AppendFill` wants
+        # the run filled.  Whether it must do so is known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )

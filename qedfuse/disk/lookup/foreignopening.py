@@ -96,7 +96,7 @@ def driver_of(file: ReadableFile) -> str | None:
 
 
 def start_maps(layers: Iterable[Layer]) -> None:
-    """Run now all programs of QEMU that reads of the layers would run later.
+    """Run now the programs of QEMU that would otherwise run when the layers are first read.
 
     The call blocks for some milliseconds for each layer that QEMU serves.
     """

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class NeededUnits:
-    """The set of the needed units of one file of a chain.
+    """Which units of one file of a chain are needed.
 
     The caller adds the units of the tables, fetches them, and then does the same for the data.
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Start with an empty set, for the file of ``layer``, which no program writes to."""
+        """Start with no needed unit of the file of ``layer``, to which no program writes."""
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))

@@ -1,8 +1,9 @@
-"""Which version of its bases an overlay was made over, remembered beside the overlay.
+"""The versions of the bases over which an overlay was made, remembered with the overlay.
 
 An overlay has only the differences from its base, so over another base it shows a disk that never
-existed.  So the versions of the bases are stored with the image (`baserecord`) when it is created,
-converted or rebased; or else when it is opened for writing.  A later open compares:
+existed.  So the versions of the bases are stored with the image (`baserecord`) when the image is
+created, converted or rebased.  If none are stored then, they are stored when the image is opened
+for writing.  A later open compares:
 
 - Each base on a server, the first one or one below it, must have the size and the validator that
   were remembered.

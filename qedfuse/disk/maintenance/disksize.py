@@ -106,9 +106,10 @@ async def first_in_use(layer: QedLayer, start: int, end: int) -> Extent | None:
     """
     geometry = layer.geometry
     while start < end:
-        # One lookup covers the whole range of a missing table, which is one extent, but only a
-        # part of the range of another table: a lookup returns one extent for each scattered
-        # cluster, and to collect the extents of a whole table would delay other tasks too long.
+        # If the table is missing, its whole range is one extent, and one lookup covers the range.
+        # A lookup in an existing table returns one extent for each scattered cluster.  Collecting
+        # the extents of a whole table would delay other tasks too long, so such a lookup covers
+        # only a part of the table's range.
         table, reason = await layer.table_at(geometry.l1_index(start))
         step = geometry.table_span
         if table or reason:

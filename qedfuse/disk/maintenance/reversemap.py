@@ -2,9 +2,8 @@
 
 The format does not record which entry refers to a cluster, so all tables may have to be read.
 If the caller knows how many entries to expect, the reading ends when all have been found.
-To find the entries early, the tables are read from the end of the file backwards, because the
-range is mostly at the end of the file, and the tables that refer to late clusters mostly lie
-there too.
+The range is mostly at the end of the file, and the tables that refer to late clusters mostly lie
+there too.  So the tables are read from the end of the file backwards, to find the entries early.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class FileLength:
     def _target(self, end: int) -> int:
         """Return the length to which the file should grow if it must have ``end`` bytes.
 
-        The length is ``end`` plus the growth step, rounded up to whole clusters, but is not
-        past the allocator's bound unless ``end`` itself is.
+        The length is ``end`` plus the growth step, rounded up to whole clusters.  The step does
+        not take the length past the allocator's bound.
         """
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
         return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))

@@ -139,9 +139,10 @@ class PersistentFreeList:
         The caller must have made everything else durable, and must ensure that no other task
         uses the image.
 
-        Nothing is written if no list is wanted, if the list in the file is still valid, if the
-        tables or the file's end do not allow a list (`_at_rest`), if not all free clusters are
-        known, or if there are none or too many.  If the list cannot be written, a warning is
+        Nothing is written if no list is wanted, if the list in the file is still valid, or if the
+        state of the image does not allow a list (`_at_rest`).  If tables have changed, a new list
+        is necessary (`_free_runs`).  It is not written if not all free clusters are known, if no
+        cluster is free, or if there are too many.  If the list cannot be written, a warning is
         logged; the image is sound without a list, and the next open scans.
 
         Raises:

@@ -65,9 +65,9 @@ class HeaderStore:
     ) -> bool:
         """Write the header that ``edit`` returns; return whether ``only_if`` allowed that.
 
-        Nothing is written if the new header equals the old one and there is no trailer,
-        unless the last change failed.  While the header is being written, `value` is the old
-        header and `persisted` is False.
+        The header is written only if it differs from the old one, if there is a trailer, or if
+        the last change failed.  While the header is being written, `value` is the old header and
+        `persisted` is False.
 
         Args:
             edit: Returns the new header for the old one.
