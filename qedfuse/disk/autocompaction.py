@@ -39,8 +39,8 @@ class AutoCompaction:
     async def run(self, *, within_bound: bool = True) -> None:
         """Compact as the options say, and make the result durable.
 
-        Does nothing if compaction is not due (`_is_due`).  Also does nothing if a run has ended
-        without an error and no table has changed since, because the limits are for both runs
+        Does nothing if compaction is not due (`_is_due`).  Also does nothing if an earlier run has
+        ended without an error and no table has changed since, because the limits are for all runs
         together.  The caller must ensure that no request is running.
 
         A `QedError` ends the run.  It is logged as a warning and not raised; the file may then

@@ -64,7 +64,7 @@ class PageSource(NamedTuple):
 
 
 class StoredRuns(NamedTuple):
-    """Where local files have the bytes of a file that has no descriptor of its own.
+    """Where local files store the bytes of a file that has no descriptor of its own.
 
     Attributes:
         cells: Numbers of 64 bits: the number of runs, the offset at which the last run ends, and

@@ -62,7 +62,7 @@ class PosixFile(PosixReader):
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, dir_fd: int | None = None) -> PosixFile:
-        """Open a regular file, as `open_regular` does: a FIFO or a device is refused unopened.
+        """Open a regular file, as `open_regular` does; refuse a FIFO or a device.
 
         Raises:
             HostError: The file cannot be opened.

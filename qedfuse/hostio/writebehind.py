@@ -21,7 +21,7 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""With ``waits=False``: minimum number of bytes sent for each second in sync_file_range(2).
+"""With ``waits=False``: minimum number of bytes sent per second spent in sync_file_range(2).
 
 The call only starts the writing, and takes long only if the disk's request queue is full.  So if
 fewer bytes are sent per second, the disk is slow, and the rest of the work is left to the kernel.

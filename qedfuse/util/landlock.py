@@ -27,13 +27,13 @@ EXECUTE, WRITE_FILE, READ_FILE, READ_DIRECTORY = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIRECTORY, REMOVE_FILE = 1 << 4, 1 << 5
 MAKE_DIRECTORY, MAKE_REGULAR = 1 << 7, 1 << 8
 RENAME_BETWEEN_DIRECTORIES, TRUNCATE = 1 << 13, 1 << 14
-"""Rights on files.  The last two exist from version 2 and from version 3 on."""
+"""Rights on files.  RENAME_BETWEEN_DIRECTORIES exists since version 2, TRUNCATE since version 3."""
 CHANGE_FILES = READ_FILE | READ_DIRECTORY | WRITE_FILE | TRUNCATE | MAKE_REGULAR | REMOVE_FILE
 """Rights on a directory whose files a program makes, changes and removes."""
 _FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
 """The rights that a file can have; the others belong to directories."""
 _RIGHTS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""Number of rights on files by version of Landlock; later versions count as the last one here."""
+"""Number of rights on files by version of Landlock; for later versions the last number is used."""
 
 NETWORK_VERSION = 4
 """The first version that can forbid TCP."""

@@ -70,7 +70,7 @@ class Portal(Generic[T]):
             manager: The context manager.
             name: The name of the thread.
             before_leaving: Called in the event loop with ``value`` when the portal ends, before the
-                running calls are waited for.
+                wait for the running calls.
 
         Raises:
             BaseException: The error of entering ``manager``.  The thread has ended.

@@ -151,7 +151,7 @@ class FastPath:
             return None
         index = cluster & self._slice_mask
         code = codes[index]
-        # The codes of contiguous clusters of one file differ like entries of a table.
+        # The codes of contiguous clusters of one file differ by the cluster size, as entries do.
         if code <= ZEROS or (more and not self._is_run(codes, index, index + more)):
             return None
         depth, value = data_location(code)

@@ -157,7 +157,7 @@ class WritePath:
         Only the data is written if `AppendFill` permits to leave a hole around it.
 
         Args:
-            kind: The kind of the guest clusters before: unallocated or zero.
+            kind: The kind of the guest clusters before the write: unallocated or zero.
             run: The new clusters of the file.
             first: Guest offset of the first cluster.
             start: Guest offset of ``data``.

@@ -1,1 +1,1 @@
-"""Lookup: how the disk is stored in the files of its chain; reads tables and data only."""
+"""Lookup: opening the files of a chain, and finding in which of them each range is stored."""

@@ -38,7 +38,7 @@ class FileVersion(NamedTuple):
         return self != new
 
     def __str__(self) -> str:
-        """Return the version, which is that of a file on a server, for messages."""
+        """Return the version of a file on a server as text for messages."""
         return f"size {self.size}" + (f" and {printable(self.validator)}" if self.validator else "")
 
 

@@ -15,7 +15,7 @@ class Kind(enum.Enum):
     DATA = "data"
     """Stored in the file, at ``file_offset``."""
     ZERO = "zero"
-    """Reads as zeros, also where a base has data."""
+    """Reads as zeros, even where a base has data."""
     UNALLOCATED = "unallocated"
     """Not stored in this image: reads as the base, or as zeros if there is none."""
     BAD = "bad"

@@ -71,8 +71,8 @@ class NeededUnits:
     async def add_data(self) -> None:
         """Add the units of the allocated clusters of an image, or all units of a raw file.
 
-        The tables are read past the cache of tables, which belongs to the readers of the disk.
-        Entries that are not valid are left out, because nothing can be read by them.
+        The tables are read without the table cache, so that its content stays useful for the
+        readers of the disk.  Invalid entries are left out, because no data can be read with them.
 
         Raises:
             HostError: A table cannot be read.

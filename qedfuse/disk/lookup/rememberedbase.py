@@ -11,9 +11,9 @@ for writing.  A later open compares:
   difference is only logged, because other programs change the time of a base that keeps its
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
-The record has a checksum that includes the name of the base, so a record from before a change of
-that name, by any program, is ignored.  The record of a local base is short, so that the attribute
-needs no block of its own on file systems that store short attributes in the inode.
+The record has a checksum that includes the name of the base.  So the record is ignored if any program
+has changed that name since.  The record of a local base is short, so that the attribute needs no
+block of its own on file systems that store short attributes in the inode.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _compare(
 def _warn_if_changed(image: HostFile, base: HostFile, old: FileVersion, new: FileVersion) -> None:
     """Log that a local base has another size or time of modification than the one remembered.
 
-    A base that was copied with its times, as from a backup, has another inode only.
+    Nothing is logged if only the inode differs, as after a restore from a backup that keeps times.
     """
     old_time, _, old_inode = old.validator.partition(".")
     new_time, _, new_inode = new.validator.partition(".")

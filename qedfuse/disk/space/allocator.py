@@ -252,7 +252,7 @@ class Allocator:
         self._record_change(first, count)
 
     def free_block(self, block: int, bits: int) -> None:
-        """Free those clusters of a block with a bit in ``bits``; they have left the quarantine.
+        """Free the clusters of a block whose bits are set in ``bits``; they leave the quarantine.
 
         Neither an entry nor a request may refer to the clusters.  The scan must have ended,
         because this method does not record the change in `Marking`.
@@ -296,7 +296,7 @@ class Allocator:
     # Results of the scan
 
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
-        """Free those clusters of a block with a bit in ``bits``; the scan has found them.
+        """Free the clusters of a block whose bits are set in ``bits``; the scan has found them.
 
         No entry may refer to the clusters.  `Reclaim` does not punch the clusters with a bit
         set in ``holes``, because the scan assumes that they are holes of the host's file.

@@ -3,8 +3,8 @@
 A request looks up in which clusters its bytes are, and then waits for the host.  Meanwhile a
 cluster that the request has found may lose its reference.  Requests that began before the loss may
 still read or write the cluster, so the cluster may be used again only when all of them have ended.
-Requests that begin later do not find the cluster.  The method is epoch-based reclamation, as in
-crossbeam; the wait for the requests is the grace period of read-copy-update.
+Requests that begin later do not find the cluster.  The method is epoch-based reclamation; the wait
+for the requests is the grace period of read-copy-update (RCU).
 
 Each request belongs to the epoch in which it began.  Only `Epochs.wait` waits.
 """

@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
-"""Maximum number of free clusters that `Reclaim` always examines for holes, run by run.
+"""Up to this number of free clusters, `Reclaim` asks the host, run by run, which of them are holes.
 
-For more clusters the queries to the host would take seconds at each close.  So the scan assumes
-that all of them are holes if the whole file takes up no more space than its used clusters.  If the
-file takes up more, `Reclaim` examines even that many clusters.
+For more clusters the queries to the host would take seconds at each close.  So the scan then
+assumes that all of them are holes, if the whole file takes up no more space than its used clusters.
+If the file takes up more, `Reclaim` asks the host nevertheless.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
