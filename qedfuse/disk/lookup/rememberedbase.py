@@ -11,9 +11,9 @@ for writing.  A later open compares:
   difference is only logged, because other programs change the time of a base that keeps its
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
-The record has a checksum that includes the name of the base.  So the record is ignored if any program
-has changed that name since.  The record of a local base is short, so that the attribute needs no
-block of its own on file systems that store short attributes in the inode.
+The record has a checksum that includes the name of the base.  So the record is ignored if a
+program has changed that name since.  The record of a local base is short, so that the attribute
+needs no block of its own on file systems that store short attributes in the inode.
 """
 
 from __future__ import annotations
