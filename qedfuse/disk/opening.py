@@ -59,35 +59,61 @@ async def open_disk(
     if options.writable and options.force_share:
         msg = f"{printable(path)}: force_share: expected the image opened read-only"
         raise UsageError(msg)
+    async with (
+        open_image(path, options.image_lock, options.remote, writable=options.writable) as file,
+        open_disk_in(file, path, options, inspector=inspector, with_bases=with_bases) as disk,
+    ):
+        yield disk
+
+
+@asynccontextmanager
+async def open_disk_in(
+    file: HostFile,
+    path: str,
+    options: OpenOptions,
+    *,
+    inspector: Inspector | None = None,
+    with_bases: bool = True,
+) -> AsyncIterator[Disk]:
+    """Open the image in an open file, and its chain, as `open_disk` does.
+
+    Args:
+        file: The open file, locked and writable as ``options`` say.  It may be closed at the end of
+            the block.
+        path: The path or URL of the file.
+        options: How to open the image.
+        inspector: See `open_disk`.
+        with_bases: See `open_disk`.
+
+    Raises:
+        QedError: See `open_disk`.
+    """
     store = make_store(options.cache_bytes)
-    async with open_image(
-        path, options.image_lock, options.remote, writable=options.writable
-    ) as file:
-        signature = await file.pread(0, SIGNATURE_BYTES)
-        driver = foreign_driver(signature)
-        if driver is not None:
-            async with _open_foreign_disk(file, driver, options, store, path) as disk:
-                yield disk
-            return
-        if is_nbd_url(path) and not is_qed(signature):
-            async with _open_raw_disk(file, options, store, path) as disk:
-                yield disk
-            return
-        header = await read_header(file)
-        if options.writable:
-            await _inspect(file, header, inspector)
-        bases = await open_bases(path, file, header, options, store) if with_bases else []
-        disk = Disk(file, header, bases, options, store, path)
-        # From here on the disk owns the files, and closes them at the end of the next block.
-        async with disk.serving():
-            if disk.scan_is_short:
-                # No free cluster is known before the scan has ended.  Without waiting, the
-                # first writes would make the file longer even if it has free clusters, for
-                # example those that a crash has leaked.  So a disk that crashes again and
-                # again would make its file longer each time.  A short scan takes only
-                # milliseconds, so wait for it.
-                await disk.ensure_scanned()
+    signature = await file.pread(0, SIGNATURE_BYTES)
+    driver = foreign_driver(signature)
+    if driver is not None:
+        async with _open_foreign_disk(file, driver, options, store, path) as disk:
             yield disk
+        return
+    if is_nbd_url(path) and not is_qed(signature):
+        async with _open_raw_disk(file, options, store, path) as disk:
+            yield disk
+        return
+    header = await read_header(file)
+    if options.writable:
+        await _inspect(file, header, inspector)
+    bases = await open_bases(path, file, header, options, store) if with_bases else []
+    disk = Disk(file, header, bases, options, store, path)
+    # From here on the disk owns the files, and closes them at the end of the next block.
+    async with disk.serving():
+        if disk.scan_is_short:
+            # No free cluster is known before the scan has ended.  Without waiting, the
+            # first writes would make the file longer even if it has free clusters, for
+            # example those that a crash has leaked.  So a disk that crashes again and
+            # again would make its file longer each time.  A short scan takes only
+            # milliseconds, so wait for it.
+            await disk.ensure_scanned()
+        yield disk
 
 
 @asynccontextmanager

@@ -64,8 +64,8 @@ class Prefetch:
             if not self._is_closed():
                 _log.warning("%s: prefetch ended: %s", self._shown, error)
             return
-        for file, _ in self._parts:
-            await mark_usable_offline(file)
+        for file, units in self._parts:
+            await mark_usable_offline(file, units.mask)
         if self._parts:
             needed = sum(units.total_bytes for _, units in self._parts)
             fetched = sum(file.fetcher.fetched_bytes for file, _ in self._parts)

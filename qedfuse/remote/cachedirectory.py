@@ -139,8 +139,8 @@ class CacheDirectory:
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Yield the entries of an object that can be used without a server, opened.
 
-        These are the entries with all units, or with at least as many as `mark_usable_offline` has
-        recorded.  The most recently used entry comes first.  The caller closes each entry.  Entries
+        These are the entries with all units, or with all that `mark_usable_offline` has recorded.
+        The most recently used entry comes first.  The caller closes each entry.  Entries
         that cannot be read are skipped.
         """
         parent = self._directory_of(address, store_id)
@@ -151,7 +151,7 @@ class CacheDirectory:
             except (OSError, ValueError):
                 continue
             with suppress(OSError):
-                if entry.count_present(0, entry.units - 1) >= min(needed, entry.units):
+                if entry.has_units(needed):
                     yield version, entry
                     continue
             entry.close()

@@ -1,10 +1,12 @@
-"""The metadata of an entry of the cache: the object's version, and the number of needed units."""
+"""The metadata of an entry of the cache: the object's version, and which units readers need."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -27,11 +29,12 @@ class EntryMetadata(NamedTuple):
 
     Attributes:
         version: The version of the object.
-        needed_units: Number of units that the entry must have to be used without a server.
+        needed: 1 for each unit that the entry must have to be used without a server, and 0 for the
+            others.  None if it must have all units.
     """
 
     version: Version
-    needed_units: int
+    needed: bytes | None
 
 
 def write_metadata(path: str, shown: str, version: Version) -> None:
@@ -66,15 +69,21 @@ def read_metadata(path: str) -> EntryMetadata:
         os.close(directory)
 
 
-def mark_usable_offline(entry: UnitFile) -> bool:
+def mark_usable_offline(entry: UnitFile, needed: bytes) -> bool:
     """Record that an entry has all units that readers need; return whether that succeeded.
 
-    Only the number of units is recorded, so an entry that loses units cannot be used without a
-    server until it has that number again.  If the entry was removed from the cache, nothing is
-    recorded, even if another entry has its name now.
+    Nothing is recorded if the entry lacks one of the units.  If it loses one later, it cannot be
+    used without a server until it has that unit again.  If the entry was removed from the cache,
+    nothing is recorded, even if another entry has its name now.
+
+    Args:
+        entry: The entry.
+        needed: 1 for each unit that readers need, and 0 for the others.
     """
     try:
-        units = entry.count_present(0, entry.units - 1)
+        if not entry.has_units(needed):
+            return False
+        packed = base64.b64encode(zlib.compress(needed)).decode()
         directory = open_directory(entry.path)
         try:
             if not entry.is_in(directory):
@@ -83,7 +92,7 @@ def mark_usable_offline(entry: UnitFile) -> bool:
             _parsed(about, entry.path)
             with suppress(FileNotFoundError):
                 os.unlink(_NEW_NAME, dir_fd=directory)
-            _write_json(directory, _NEW_NAME, about | {"needed_units": units})
+            _write_json(directory, _NEW_NAME, about | {"needed": packed})
             os.rename(_NEW_NAME, _NAME, src_dir_fd=directory, dst_dir_fd=directory)
         finally:
             os.close(directory)
@@ -115,12 +124,33 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)
-        needed = int(about.get("needed_units", units_of(version.size)))
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(_NAME) from error
     if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
         raise ValueError(_NAME)
-    return EntryMetadata(version, needed)
+    packed = about.get("needed")
+    return EntryMetadata(version, None if packed is None else _unpacked(packed, version.size))
+
+
+def _unpacked(packed: object, size: int) -> bytes:
+    """Return the units that readers need of an object of ``size`` bytes; see `EntryMetadata`.
+
+    Args:
+        packed: The text in the file ``about.json``.
+        size: The size of the object, which limits the memory.
+
+    Raises:
+        ValueError: The text is damaged.
+    """
+    units = units_of(size)
+    unpacker = zlib.decompressobj()
+    try:
+        needed = unpacker.decompress(base64.b64decode(str(packed), validate=True), units + 1)
+    except zlib.error as error:
+        raise ValueError(_NAME) from error
+    if len(needed) != units or needed.count(0) + needed.count(1) != units:
+        raise ValueError(_NAME)
+    return needed
 
 
 def _read_json(directory: int) -> dict[str, Any]:

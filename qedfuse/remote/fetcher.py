@@ -128,12 +128,13 @@ class Fetcher:
         """Return whether the cache claims to have all units ``first`` to ``last``."""
         return self._store.is_stored(first, last)
 
-    def mark_usable_offline(self) -> bool:
+    def mark_usable_offline(self, needed: bytes) -> bool:
         """Record that the cache has all units that readers need; return whether that succeeded.
 
-        From then on, the object can be opened while no server answers.
+        From then on, the object can be opened while no server answers.  ``needed`` has 1 for each
+        of these units, and 0 for the others.
         """
-        return self._store.mark_usable_offline()
+        return self._store.mark_usable_offline(needed)
 
     @property
     def has_cache(self) -> bool:

@@ -63,14 +63,15 @@ async def fill(
         report(await _wait(file, *running.popleft()))
 
 
-async def mark_usable_offline(file: RemoteFile) -> bool:
+async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
     """Record that the cache has all that readers of a file need; return whether that succeeded.
 
-    A thread makes the record, because calls on the cache's file system may block.  A task that is
-    cancelled does not wait for the thread.
+    ``needed`` has 1 for each unit that they need, and 0 for the others.  A thread makes the record,
+    because calls on the cache's file system may block.  A task that is cancelled does not wait for
+    the thread.
     """
     record = file.fetcher.mark_usable_offline
-    return await trio.to_thread.run_sync(record, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(record, needed, abandon_on_cancel=True)
 
 
 async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) -> int:

@@ -20,6 +20,7 @@ import os
 import stat
 import struct
 import zlib
+from itertools import compress
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
@@ -39,6 +40,9 @@ request of 4 KiB takes 20 ms, and a request of 256 KiB takes 23 ms."""
 _MAP_ENTRY: Final = struct.Struct("<II")
 _PRESENT: Final = 0x51454455
 """Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
+
+_MAX_COMPARED_ENTRIES: Final = 1 << 16
+"""How many entries of the map are read in one step: 512 KiB."""
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
@@ -151,8 +155,12 @@ class UnitFile:
         finally:
             self._use.leave()
 
-    def count_present(self, first: int, last: int) -> int:
-        """Return how many of the units ``first`` to ``last`` have an entry in the map.
+    def has_units(self, needed: bytes | None = None, first: int = 0) -> bool:
+        """Return whether the map has an entry for each of some adjacent units that are needed.
+
+        Args:
+            needed: 1 for each unit that is needed, and 0 for the others; None for all units.
+            first: The unit of the first byte of ``needed``.
 
         Raises:
             OSError: The host refused, or the files are closed (EBADF).
@@ -160,14 +168,15 @@ class UnitFile:
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
-            present = 0
-            step = 1 << 16
-            for begin in range(first, last + 1, step):
-                count = min(step, last + 1 - begin)
+            end = self.units if needed is None else first + len(needed)
+            for begin in range(first, end, _MAX_COMPARED_ENTRIES):
+                count = min(_MAX_COMPARED_ENTRIES, end - begin)
+                wanted = b"\1" * count if needed is None else needed[begin - first :][:count]
                 raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
                 words = struct.unpack(f"<{len(raw) // _MAP_ENTRY.size * 2}I", raw[: len(raw) & ~7])
-                present += words[1::2].count(_PRESENT)
-            return present
+                if list(compress(words[1::2], wanted)).count(_PRESENT) != wanted.count(1):
+                    return False
+            return True
         finally:
             self._use.leave()
 

@@ -113,14 +113,17 @@ class UnitStore:
         """Return whether the map of the cache has all units ``first`` to ``last``."""
         cache = self._cache
         try:
-            return cache is not None and cache.count_present(first, last) == last + 1 - first
+            return cache is not None and cache.has_units(b"\1" * (last + 1 - first), first)
         except OSError:
             return False
 
-    def mark_usable_offline(self) -> bool:
-        """Record that the cache has all units that readers need; return whether that succeeded."""
+    def mark_usable_offline(self, needed: bytes) -> bool:
+        """Record that the cache has all units that readers need; return whether that succeeded.
+
+        ``needed`` has 1 for each of these units, and 0 for the others.
+        """
         cache = self._cache
-        return cache is not None and mark_usable_offline(cache)
+        return cache is not None and mark_usable_offline(cache, needed)
 
     @property
     def is_evicting(self) -> bool:

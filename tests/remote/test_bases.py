@@ -180,15 +180,38 @@ def test_what_remains_of_an_earlier_image(server: WebServer, image: Path, how: s
     assert not image.with_name(RECORD).exists()
 
 
+def unpinned(server: WebServer, *, accept: bool = False) -> OpenOptions:
+    """Return options to open an overlay for writing over a base without a validator."""
+    chosen = options(server, writable=True, accept=accept)
+    return replace(chosen, remote=replace(chosen.remote, allow_unpinned=True))
+
+
 def test_a_server_that_gives_no_validator_for_a_while(server: WebServer, image: Path) -> None:
-    """An open for writing without a validator does not replace the one that is remembered."""
+    """A base without a validator is not the version that has one, although its size is the same.
+
+    The refused open does not replace the version that is remembered.
+    """
     run("create", "-b", server.url, image)
-    server.etag, server.modified = "", None
-    chosen = options(server, writable=True)
-    unpinned = replace(chosen, remote=replace(chosen.remote, allow_unpinned=True))
-    assert first_bytes(image, unpinned) == b"\7" * 4
+    etag, server.etag, modified, server.modified = server.etag, "", server.modified, None
+    size = len(server.content)
+    with pytest.raises(BackingError, match=f"found size {size}, expected size {size} and etag"):
+        first_bytes(image, unpinned(server))
     server.etag = '"two"'
     assert is_refused(image, server)
+    server.etag, server.modified = etag, modified
+    assert not is_refused(image, server)
+
+
+def test_a_server_that_gives_a_validator_later(server: WebServer, image: Path) -> None:
+    """An overlay over a base without a validator is refused over one that has a validator."""
+    etag, server.etag, modified, server.modified = server.etag, "", server.modified, None
+    run("create", "-u", "-F", "qed", "-b", server.url, image, SIZE)
+    assert first_bytes(image, unpinned(server)) == b"\7" * 4
+    assert first_bytes(image, unpinned(server)) == b"\7" * 4
+    server.etag, server.modified = etag, modified
+    assert is_refused(image, server)
+    assert first_bytes(image, unpinned(server, accept=True)) == b"\7" * 4
+    assert not is_refused(image, server)
 
 
 def test_a_url_below_a_local_base(server: WebServer, image: Path, place: str) -> None:

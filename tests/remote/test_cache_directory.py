@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -287,22 +288,28 @@ def test_entries_of_stores_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @from_cache
 def test_entry_that_suffices_without_a_server(tmp_path: Path) -> None:
-    """An entry of which it was noted that it suffices is used while it has as many units."""
+    """An entry that was recorded as sufficient is used while it has the units that are needed.
+
+    Other units in their place do not suffice, and nothing is recorded while a unit is missing.
+    """
+    needed = b"\0\1\1\0\0\0"
     with serving(CONTENT) as server:
         with opened(server.url, tmp_path) as file:
             assert read(file, UNIT_BYTES, 2 * UNIT_BYTES) == CONTENT[UNIT_BYTES : 3 * UNIT_BYTES]
-            present = sum(file.fetcher.is_stored(unit, unit) for unit in range(6))
-            assert present < 6
+            assert not file.fetcher.is_stored(5, 5)
             (entry,) = tmp_path.glob("object-*/version-*")
-            assert file.fetcher.mark_usable_offline()
+            assert not file.fetcher.mark_usable_offline(b"\0\1\1\0\0\1")
+            assert file.fetcher.mark_usable_offline(needed)
         with opened(server.url, tmp_path) as file:
-            assert file.fetcher.mark_usable_offline(), "it can be noted twice"
+            assert file.fetcher.mark_usable_offline(needed), "it can be recorded twice"
         url = server.url
     with opened(url, tmp_path, deadlines=DEADLINES) as file:
         assert read(file, UNIT_BYTES, 2 * UNIT_BYTES) == CONTENT[UNIT_BYTES : 3 * UNIT_BYTES]
     with (entry / "map").open("r+b") as table:
         table.seek(8)
         table.write(bytes(8))
+        table.seek(40)
+        table.write(struct.pack("<II", 0, 0x51454455))
     with pytest.raises(RemoteError):
         open_remote(
             parse_address(url), RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES)
@@ -314,12 +321,12 @@ def test_another_entry_of_the_same_name(tmp_path: Path) -> None:
     directory = CacheDirectory(CacheOptions(str(tmp_path)))
     with directory.open_entry(ADDRESS, VERSION) as entry:
         shutil.rmtree(entry.path)
-        assert not mark_usable_offline(entry)
+        assert not mark_usable_offline(entry, b"\0")
         with directory.open_entry(ADDRESS, VERSION) as other:
             assert other.path == entry.path
-            assert not mark_usable_offline(entry)
+            assert not mark_usable_offline(entry, b"\0")
             assert not list(directory.offline_entries(ADDRESS))
-            assert mark_usable_offline(other)
+            assert mark_usable_offline(other, b"\0")
         ((_, found),) = directory.offline_entries(ADDRESS)
         found.close()
 

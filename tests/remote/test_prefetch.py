@@ -289,10 +289,10 @@ async def test_the_end_waits_for_no_file_system(
     stalled, released, ended = threading.Event(), threading.Event(), threading.Event()
     mark = UnitStore.mark_usable_offline
 
-    def stall(store: UnitStore) -> bool:
+    def stall(store: UnitStore, needed: bytes) -> bool:
         stalled.set()
         assert released.wait(20)
-        assert not mark(store)
+        assert not mark(store, needed)
         ended.set()
         return False
 

@@ -89,7 +89,7 @@ async def test_clusters_that_are_free_are_not_fetched(tmp_path: Path) -> None:
         found = await warm(server.url, options(tmp_path / "cache"))
         assert found[0].is_complete
         assert 6 * MIB < found[0].cached_bytes < len(content) - 5 * MIB
-        assert server.sent_bytes - found[0].fetched_bytes == 2  # opened twice
+        assert server.sent_bytes - found[0].fetched_bytes == 1  # opened once
     cached = tmp_path / "cache"
     assert sum(path.stat().st_blocks * 512 for path in cached.rglob("data")) < len(content) - MIB
     async with (
@@ -97,6 +97,28 @@ async def test_clusters_that_are_free_are_not_fetched(tmp_path: Path) -> None:
         open_disk(str(image), OpenOptions()) as local,
     ):
         assert await disk.read(0, disk.size) == await local.read(0, local.size)
+
+
+@pytest.mark.expect_log("reading it from the cache")
+@pytest.mark.parametrize("name", ["disk.qed", "disk.raw"])
+@pytest.mark.parametrize("command", ["warm", "convert", "compare"])
+def test_one_warning_without_the_server(
+    name: str, command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command opens its URL once, so it warns once if it reads the cache."""
+    image = tmp_path / name
+    if name == "disk.qed":
+        make_image(image)
+    else:
+        image.write_bytes(some_bytes(3))
+    words = ["--cache-dir", str(tmp_path / "cache")]
+    with serving(image.read_bytes()) as server:
+        assert main(["warm", "-q", *words, server.url]) == 0
+    caplog.clear()
+    others = {"warm": [], "convert": [str(tmp_path / "new.qed")], "compare": [str(image)]}[command]
+    words += ["-q", "--remote-timeout", "1"]
+    assert main([command, *words, server.url, *others]) == 0
+    assert len(caplog.messages) == 1
 
 
 async def test_interrupted_call_goes_on(tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ OPEN_REQUESTS: Final = {
     "info": 1,
     "map": 1,
     "check": 1,
-    "measure": 3,
+    "measure": 1,
     "dump": 1,
-    "convert": 3,
-    "compare": 3,
+    "convert": 1,
+    "compare": 1,
 }
 """How many requests each command makes before the fault of a test strikes."""
 

@@ -21,21 +21,13 @@ class FileVersion(NamedTuple):
     Attributes:
         size: Length in bytes.
         validator: A text that differs between versions of equal size.  For a file on a server it is
-            the validator that the server gives, or empty.  For a local file it has the time of
-            modification in nanoseconds and the inode number, both in hexadecimal digits.
+            the validator that the server gives, or empty; two versions are the same only if both
+            have the same validator, or none.  For a local file it has the time of modification in
+            nanoseconds and the inode number, both in hexadecimal digits.
     """
 
     size: int
     validator: str
-
-    def differs_from(self, new: FileVersion) -> bool:
-        """Return whether ``new`` is another version of the same file on a server.
-
-        If a validator is missing, only the sizes are compared.
-        """
-        if not (self.validator and new.validator):
-            return self.size != new.size
-        return self != new
 
     def __str__(self) -> str:
         """Return the version of a file on a server as text for messages."""

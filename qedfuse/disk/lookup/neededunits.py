@@ -35,6 +35,11 @@ class NeededUnits:
         self._needed = bytearray(units_of(self._size))
 
     @property
+    def mask(self) -> bytes:
+        """1 for each unit that is needed, and 0 for the others."""
+        return bytes(self._needed)
+
+    @property
     def total_bytes(self) -> int:
         """How many bytes the needed units have."""
         past_end = len(self._needed) * UNIT_BYTES - self._size

@@ -128,7 +128,7 @@ def _compare(
     for base in bases:
         url = url_checksum(base.path)
         expected, found = old.remote.get(url), new.remote.get(url)
-        if expected is not None and found is not None and expected.differs_from(found):
+        if expected is not None and found is not None and expected != found:
             lacks = "" if is_nbd_url(base.path) else "; the cache lacks a part of the expected one"
             msg = (
                 f"{image.name}: backing file {base.name}: found {found}, expected {expected} as "

@@ -11,7 +11,7 @@ import trio
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.neededunits import NeededUnits
-from qedfuse.disk.opening import open_disk
+from qedfuse.disk.opening import open_disk_in
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import CacheError, UsageError
 from qedfuse.ondisk.formats import SIGNATURE_BYTES
@@ -81,19 +81,14 @@ async def warm(
         raise UsageError(msg)
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
-        async with open_image(url, None, options.remote) as first:
-            found = format_of(await first.pread(0, SIGNATURE_BYTES), first.name)
-            probed = first.fetcher.fetched_bytes if isinstance(first, RemoteFile) else 0
-        if found == "qed":
-            disk = await stack.enter_async_context(open_disk(url, options))
+        file = await stack.enter_async_context(open_image(url, None, options.remote))
+        if format_of(await file.pread(0, SIGNATURE_BYTES), file.name) == "qed":
+            disk = await stack.enter_async_context(open_disk_in(file, url, options))
             layers: list[Layer] = list(disk.chain.layers)
         else:
-            file = await stack.enter_async_context(open_image(url, None, options.remote))
             layers = [RawLayer(file)]
         files = [
-            _NeededFile(layer.file, layer, 0 if depth else probed)
-            for depth, layer in enumerate(layers)
-            if isinstance(layer.file, RemoteFile)
+            _NeededFile(layer.file, layer) for layer in layers if isinstance(layer.file, RemoteFile)
         ]
         for item in files:
             item.require_cache()
@@ -120,18 +115,10 @@ async def warm(
 class _NeededFile:
     """One remote file of the chain, and its units that a mount can need."""
 
-    def __init__(self, file: RemoteFile, layer: Layer, fetched_before: int) -> None:
-        """Begin without needed units of an open file.
-
-        Args:
-            file: The file.
-            layer: The layer of the file.
-            fetched_before: Number of bytes of the object that the caller has fetched with another
-                open file.
-        """
+    def __init__(self, file: RemoteFile, layer: Layer) -> None:
+        """Begin without needed units of the open file ``file``, which is that of ``layer``."""
         self.units = NeededUnits(layer)
         self._file = file
-        self._fetched_before = fetched_before
 
     def require_cache(self) -> None:
         """Raise CacheError if nothing of the file is stored in the cache."""
@@ -167,8 +154,8 @@ class _NeededFile:
         return WarmedFile(
             self._file.name,
             self.units.total_bytes,
-            self._fetched_before + fetcher.fetched_bytes,
-            is_complete=await mark_usable_offline(self._file),
+            fetcher.fetched_bytes,
+            is_complete=await mark_usable_offline(self._file, self.units.mask),
         )
 
 

@@ -19,15 +19,17 @@ from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, open_raw
+from qedfuse.ondisk.formats import SIGNATURE_BYTES
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
-from qedfuse.tools.common.formatprobe import foreign_driver_of, probe_any
+from qedfuse.tools.common.formatprobe import foreign_driver_of, format_of, probe_format
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
+    from qedfuse.hostio.hostfile import FileIdentity, HostFile, ReadableFile
     from qedfuse.tools.common.formatprobe import FormatChoice, ImageFormat
+    from qedfuse.tools.source.qedsource import QedSource
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
@@ -159,23 +161,26 @@ async def open_source(
             async with foreign_disk(file, driver, options) as disk:
                 yield RawSource(disk, disk.size())
         return
+    if is_url(path):
+        async with open_image(path, None, options.remote) as remote_file:
+            if format == "auto":
+                signature = await remote_file.pread(0, SIGNATURE_BYTES)
+                format = format_of(signature, remote_file.name)  # noqa: A001
+            if format == "raw":
+                yield RawSource(remote_file, remote_file.size())
+                return
+            async with _qed_source(remote_file, path, options) as source:
+                yield source
+        return
     if format == "auto":
-        format = await probe_any(path, options.remote)  # noqa: A001
+        format = probe_format(path)  # noqa: A001
     if format == "qed":
         if foreign_driver_of(path) is not None:  # the user has said that it is QED
             msg = f"{printable(path)}: not a QED image: found no QED magic at the file's beginning"
             raise NotQedError(msg)
-        # Imported late, because loading these modules takes time, and a raw source does not
-        # need them.
-        from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
-        from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  late, see above
-
-        async with open_disk(path, replace(options, writable=False)) as disk:
-            yield QedSource(disk, path)
-        return
-    if is_url(path):
-        async with open_image(path, None, options.remote) as remote_file:
-            yield RawSource(remote_file, remote_file.size())
+        with open_image_file(path, options.read_lock) as image:
+            async with _qed_source(image, path, options) as source:
+                yield source
         return
     file = PosixFile(open_raw(path, os.O_RDONLY), path, writable=False)
     try:
@@ -186,3 +191,18 @@ async def open_source(
         yield RawSource(file, length_of(file.fd, file.name), is_device=is_device)
     finally:
         file.close()
+
+
+@asynccontextmanager
+async def _qed_source(file: HostFile, path: str, options: OpenOptions) -> AsyncIterator[QedSource]:
+    """Read the disk of the image in an open file; ``path`` is its path or URL.
+
+    Raises:
+        QedError: See `open_source`.
+    """
+    # Imported late, because loading these modules takes time, and a raw source does not need them.
+    from qedfuse.disk.opening import open_disk_in  # noqa: PLC0415  late, see above
+    from qedfuse.tools.source.qedsource import QedSource  # noqa: PLC0415  late, see above
+
+    async with open_disk_in(file, path, replace(options, writable=False)) as disk:
+        yield QedSource(disk, path)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import zlib
 from contextlib import suppress
 from typing import Final
 
 from qedfuse.remote.cachemetadata import entry_name, read_metadata
 from qedfuse.remote.client import Version
+from qedfuse.remote.unitfile import units_of
 from tests.fuzz.targets.jsontokens import JSON_TOKENS
 from tests.fuzz.targets.scratch import put, scratch
 from tests.fuzz.targets.target import Target
+
+NONE, ONE = (base64.b64encode(zlib.compress(needed)).decode() for needed in (b"", b"\1"))
+"""The needed units of an object without units, and of one with one unit."""
 
 
 def check(data: bytes) -> None:
@@ -34,7 +40,7 @@ def check(data: bytes) -> None:
     assert version.size >= 0
     assert type(version.etag) is str
     assert version.modified is None or type(version.modified) in (int, float)
-    assert type(found.needed_units) is int
+    assert found.needed is None or len(found.needed) == units_of(version.size)
     assert entry_name(version) == name
     assert version.is_same(version)
 
@@ -50,13 +56,13 @@ def _name(data: bytes) -> str:
 
 
 def seeds() -> list[bytes]:
-    """Return metadata with an entity tag, with a time, and with a number of needed units."""
+    """Return metadata with an entity tag, with a time, and with the needed units."""
     return [
         json.dumps({"url": "https://h/x", **about}).encode()
         for about in (
             {"version": {"size": 1 << 20, "etag": '"abc"', "modified": 1.5e9}},
-            {"version": {"size": 0, "etag": "", "modified": 1.5e9}, "needed_units": 3},
-            {"version": {"size": 7, "etag": "", "modified": None}, "needed_units": 0},
+            {"version": {"size": 0, "etag": "", "modified": 1.5e9}, "needed": NONE},
+            {"version": {"size": 7, "etag": "", "modified": None}, "needed": ONE},
         )
     ]
 
@@ -68,7 +74,8 @@ TARGET: Final = Target(
         *JSON_TOKENS,
         b'"size"',
         b'"modified"',
-        b'"needed_units"',
+        b'"needed"',
+        ONE.encode(),
         b"\xff",
         b"1e300",
     ),
