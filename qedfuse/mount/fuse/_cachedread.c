@@ -2,9 +2,9 @@
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
  * answered here only if its range is one run of data in one file of a chain, and the slices (parts)
  * of the tables that locate the run are in memory.  Data in the host's page cache is answered with
- * immediately; for other data the read waits in a queue of the kernel (_queuedread.c).  The only
- * Python function that a read calls which does not wait is the one that looks up a slice in the
- * table cache.
+ * immediately; for other data the read waits in a queue of the kernel (_queuedread.c).  A read that
+ * is answered immediately calls only one Python function: the one that looks up a slice in the table
+ * cache.
  *
  * A ReadView refers to the objects by which FastPath.locate finds a range of one disk.  This module
  * finds the range by the same objects in the same way, with the GIL held, so it needs no copy of a
@@ -41,7 +41,7 @@ typedef struct {
                           * disk has no L2 table there */
     PyObject *get_slice; /* returns the slice with a key; None if the slice is not in memory */
     PyObject *codes_key; /* first part of the keys of codes; None without backing files */
-    PyObject *epochs;    /* Epochs, which a read enters that waits */
+    PyObject *epochs;    /* Epochs, which a read that waits enters */
     struct read_file *files; /* the files of the chain, by depth; the top image has depth 0 */
     Py_buffer file_reads;    /* for each file two numbers: of reads, and of bytes (FileReads) */
     uint64_t file_count;
@@ -54,7 +54,7 @@ typedef struct {
 static PyTypeObject *view_type;
 static PyObject *views; /* dict: inode number -> the ReadView of the disk */
 /* `handle & handle_mask` is the inode number, or no key of `views` if reads of the handle are not
- * answered here (HANDLE_MASK in fastrequests.py). */
+ * answered here (HANDLE_MASK in handles.py). */
 static uint64_t handle_mask;
 static char *buffer; /* for the data of one read at a time */
 static PyObject *name_header, *name_image_size, *name_bad, *name_entries, *name_is_inline,
@@ -183,7 +183,7 @@ static int find_range(ReadView *self, uint64_t start, size_t length, uint64_t *o
     return is_found;
 }
 
-/* Sets the number of misses in a row of a ReadPolicy to 0; perhaps leaves an exception. */
+/* Sets the number of misses in a row of a ReadPolicy to 0.  An exception may be set afterwards. */
 static void reset_misses(PyObject *policy)
 {
     PyObject *zero;
@@ -196,9 +196,10 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Reads from the page cache into the buffer.  Returns 1 if the page cache had all of the data, 0 if not,
- * or if a file with checked units may have a hole there, and -1 if the read failed, or if a file with
- * checked units does not have the given length any more. */
+/* Reads from the page cache into the buffer.  Returns 1 if the buffer has the data.  Returns 0 if the
+ * page cache did not have all of the data, or if a file with checked units may have a hole there.
+ * Returns -1 if the read failed, or if a file with checked units does not have the given length any
+ * more. */
 static int read_cached(const struct read_file *file, uint64_t offset, size_t size, off_t length)
 {
     const struct checked_units *units = &file->units;
@@ -219,7 +220,7 @@ static int read_cached(const struct read_file *file, uint64_t offset, size_t siz
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* Answers a read, if the file's policy allows an attempt and all of the data is in the page cache.
- * Otherwise does not answer.  In both cases perhaps leaves an exception. */
+ * Otherwise does not answer.  In both cases an exception may be set afterwards. */
 static enum attempt answer_from_file(struct read_file *file, fuse_req_t request, uint64_t offset,
                                      size_t size)
 {
@@ -251,7 +252,8 @@ void count_file_read(const struct read_place *place, size_t size)
     place->counts[1] += size;
 }
 
-/* Answers or queues a read whose bytes are at `place`.  Perhaps leaves an exception. */
+/* Answers or queues a read whose bytes are at `place`, or passes it on.  An exception may be set
+ * afterwards. */
 static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_ino_t inode,
                               uint64_t handle, off_t start, size_t size)
 {
@@ -342,18 +344,13 @@ static PyType_Spec view_spec = {
 
 int init_cached_reads(void)
 {
-    name_header = PyUnicode_InternFromString("header");
-    name_image_size = PyUnicode_InternFromString("image_size");
-    name_bad = PyUnicode_InternFromString("bad");
-    name_entries = PyUnicode_InternFromString("entries");
-    name_is_inline = PyUnicode_InternFromString("is_inline");
-    name_misses = PyUnicode_InternFromString("misses");
+    const struct interned_name names[] = {
+        {&name_header, "header"}, {&name_image_size, "image_size"}, {&name_bad, "bad"},
+        {&name_entries, "entries"}, {&name_is_inline, "is_inline"}, {&name_misses, "misses"},
+    };
+
     view_type = (PyTypeObject *)PyType_FromSpec(&view_spec);
-    if (name_header == NULL || name_image_size == NULL || name_bad == NULL ||
-        name_entries == NULL || name_is_inline == NULL || name_misses == NULL ||
-        view_type == NULL)
-        return -1;
-    return 0;
+    return view_type == NULL || intern_names(names, sizeof names / sizeof *names) ? -1 : 0;
 }
 
 PyObject *read_view(PyObject *module, PyObject *args)

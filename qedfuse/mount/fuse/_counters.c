@@ -33,7 +33,7 @@ static struct disk_counters *disks; /* by inode number, from `first_inode` on */
 static fuse_ino_t first_inode;
 static Py_ssize_t disk_count;
 
-static int64_t now(void)
+int64_t monotonic_time(void)
 {
     struct timespec time;
 
@@ -76,7 +76,7 @@ int64_t sampled_start(fuse_ino_t inode, enum operation operation)
 {
     struct disk_counters *disk = counters_of(inode);
 
-    return disk != NULL && cells_of(disk, operation)[FAST] % SAMPLING == 0 ? now() : 0;
+    return disk != NULL && cells_of(disk, operation)[FAST] % SAMPLING == 0 ? monotonic_time() : 0;
 }
 
 void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t start)
@@ -86,7 +86,7 @@ void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t
     if (disk == NULL)
         return;
     if (start) {
-        disk->last[operation].nanoseconds = (uint64_t)(now() - start);
+        disk->last[operation].nanoseconds = (uint64_t)(monotonic_time() - start);
         disk->last[operation].bucket = bucket_of(disk->last[operation].nanoseconds);
     }
     cells_of(disk, operation)[FAST]++;
@@ -94,15 +94,10 @@ void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t
         disk->last[operation].bucket);
 }
 
-int64_t waiting_start(void)
-{
-    return now();
-}
-
 void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64_t start)
 {
     struct disk_counters *disk = counters_of(inode);
-    uint64_t nanoseconds = (uint64_t)(now() - start);
+    uint64_t nanoseconds = (uint64_t)(monotonic_time() - start);
 
     if (disk != NULL)
         add(cells_of(disk, operation), size, nanoseconds, bucket_of(nanoseconds));

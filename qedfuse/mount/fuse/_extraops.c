@@ -28,7 +28,7 @@
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
 static int in_session;           /* whether a session that this module made exists */
-static unsigned long generation; /* counts up when a session begins and when it ends */
+static unsigned long generation; /* incremented when a session begins and when it ends */
 
 /* --- the session ------------------------------------------------------------------- */
 
@@ -48,14 +48,24 @@ unsigned long current_session(void)
     return generation;
 }
 
+int intern_names(const struct interned_name *names, size_t count)
+{
+    for (size_t at = 0; at < count; at++) {
+        *names[at].variable = PyUnicode_InternFromString(names[at].name);
+        if (*names[at].variable == NULL)
+            return -1;
+    }
+    return 0;
+}
+
 /* --- Request objects --------------------------------------------------------------- */
 
 /*
  * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
  * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
  * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
- * Request, and the event loop must answer.  Both know the result of the read, and so who answers.
- * Hence only one thread at a time uses `request`.
+ * Request, and the event loop must answer.  Both know the result of the read, and so which of the two
+ * answers.  Hence only one thread at a time uses `request`.
  */
 typedef struct {
     PyObject_HEAD
@@ -375,7 +385,7 @@ static PyMethodDef module_methods[] = {
     {"set_counters", set_counters, METH_VARARGS,
      "Set the first inode number, and the arrays in which requests to it and the next ones count."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
-     "Let reads of the session's device no longer block; return whether that was possible."},
+     "Make reads of the session's device non-blocking; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
     {"open_read_queue", open_read_queue, METH_VARARGS,

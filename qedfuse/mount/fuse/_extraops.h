@@ -72,17 +72,19 @@ enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64
 /* The operations that are counted here, in the order of OPERATIONS in requestcounters.py. */
 enum operation { COUNT_READ, COUNT_WRITE, COUNT_FLUSH };
 
-/* Returns the time for count_fast() if the request that begins must be timed in case it is answered in
- * one step; otherwise returns 0 (_counters.c). */
+/* Returns the time of CLOCK_MONOTONIC in nanoseconds (_counters.c). */
+int64_t monotonic_time(void);
+
+/* Returns the start time to pass to count_fast() for the request that begins; 0 if the request is not
+ * timed (_counters.c). */
 int64_t sampled_start(fuse_ino_t inode, enum operation operation);
 
-/* Counts a request of `size` bytes that was answered in one step (_counters.c). */
+/* Counts a request of `size` bytes that was answered in one step.  `start` is the result of
+ * sampled_start() (_counters.c). */
 void count_fast(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
 
-/* Returns the time for count_waited() (_counters.c). */
-int64_t waiting_start(void);
-
-/* Counts a request of `size` bytes that had to wait (_counters.c). */
+/* Counts a request of `size` bytes that had to wait.  `start` is the monotonic_time() at which the
+ * request began (_counters.c). */
 void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64_t start);
 
 /* Sets the first inode number, and the arrays in which the requests to this inode and the following ones
@@ -100,7 +102,7 @@ PyObject *set_read_views(PyObject *module, PyObject *args);
 
 /* The parts of a file that may be read, as CheckedUnits describes them (hostio/pagesource.py). */
 struct checked_units {
-    Py_buffer ready;        /* for each unit whether it may be read; `obj` is NULL if all of the file may */
+    Py_buffer ready;        /* for each unit whether it may be read; `obj` is NULL if the whole file may */
     Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
@@ -113,7 +115,7 @@ struct checked_units {
  * (_checkedunits.c). */
 int fill_units(struct checked_units *units, PyObject *source);
 
-/* Gives up the references of units (_checkedunits.c). */
+/* Releases the references that units hold (_checkedunits.c). */
 void clear_units(struct checked_units *units);
 
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
@@ -181,9 +183,9 @@ struct read_place {
 /* Counts a read of `size` bytes of the file at a place (_cachedread.c). */
 void count_file_read(const struct read_place *place, size_t size);
 
-/* Lets the kernel's queue make a read, which end_queued_reads() answers later; returns whether it did.
- * `start` is the guest offset, and `was_tried` says whether the caller has not found the data in the
- * page cache.  Perhaps leaves an exception if it did not.  The caller must hold the GIL, and must
+/* Queues a read, which end_queued_reads() answers later; returns whether the read was queued.  If it was
+ * not, an exception may be set.  `start` is the guest offset.  `was_tried` says that the caller has
+ * looked for the data in the page cache and has not found it.  The caller must hold the GIL, and must
  * call end_queued_reads() after the burst (_queuedread.c). */
 int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start, size_t size,
                struct read_place place, int was_tried);
@@ -240,8 +242,8 @@ int ring_has_work(void);
  * or 0 if the calling thread may not do this (_ring.c). */
 int ring_run(void);
 
-/* Makes the eventfd no longer readable; returns whether it was.  If it was, work may have come before
- * that, so the caller must look at ring_has_work() afterwards (_ring.c). */
+/* Empties the eventfd; returns whether it was readable.  If it was, there may be work that has made it
+ * readable, so the caller must call ring_has_work() afterwards (_ring.c). */
 int ring_unnotify(void);
 
 /* Returns a read that has ended, each once, and sets `result` to its number of bytes or to a negative
@@ -251,14 +253,23 @@ void *ring_next(int *result);
 /* Returns the number of the session that exists now (_extraops.c). */
 unsigned long current_session(void);
 
-/* Gives a function the name of one of libfuse's, which callers find in its place. */
+/* A name of a Python attribute, and the variable that gets the interned string. */
+struct interned_name {
+    PyObject **variable;
+    const char *name;
+};
+
+/* Sets the variables of `count` names.  Returns 0, or -1 with an exception (_extraops.c). */
+int intern_names(const struct interned_name *names, size_t count);
+
+/* Gives a function the name of a function of libfuse, so that callers find it in place of that one. */
 #define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
 
 /* Returns libfuse's own function of a name that this module defines too; NULL if not found
  * (_extraops.c). */
 void *libfuse_function(const char *name);
 
-/* Lets reads of the session's device no longer block (_burst.c). */
+/* Makes reads of the session's device non-blocking; returns whether that was possible (_burst.c). */
 PyObject *stop_blocking(PyObject *module, PyObject *unused);
 
 #endif

@@ -8,15 +8,15 @@
  * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
  *
  * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, in the
- *   same step in which its cluster was found, and leaves it after its end.  So meanwhile no other
- *   data comes to its cluster, also if a request of the same burst gives the cluster up.
+ *   same step in which its cluster was found, and leaves the epoch after its end.  So meanwhile no
+ *   other data comes to its cluster, even if a request of the same burst frees the cluster.
  * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
  *   the end, as any read(2) does.  A write that was answered before queue_read() is in the page
  *   cache by then.
  * - Failures.  If the kernel reports an error or too few bytes, or does not take the read, a
- *   Python function gets the request, which begins anew, in a task that may wait.
- * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued; for others
- *   the caller has other ways.  Files whose reads the kernel itself would make in threads are left
+ *   Python function gets the request, and begins the read anew in a task that may wait.
+ * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued; the caller
+ *   passes further reads on.  Files whose reads the kernel itself would make in threads are left
  *   out (ReadPolicy.can_queue).  If submitting takes long, because the kernel waits for a disk
  *   meanwhile, no read is queued for a while.
  *
@@ -27,7 +27,6 @@
 
 #include <errno.h>
 #include <sys/resource.h>
-#include <time.h>
 
 /* Maximum length of a queued read.  The event loop copies the data, so for a longer read a native
  * thread on another processor is better. */
@@ -36,8 +35,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() in which the kernel does all work that there can be: a read has one
- * piece of it at a time, and a call does at least 20 pieces (Linux 6.13; all pieces before). */
+/* Number of calls of ring_run() in which the kernel does all work that there can be: each read has at
+ * most one piece of work at a time, and a call does at least 20 pieces (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a submission that took too long. */
@@ -67,16 +66,8 @@ static PyObject *answer_slowly;  /* gets the reads that have failed */
 static PyObject *name_can_queue, *name_enter, *name_leave, *name_record_cached,
     *name_record_inline_miss;
 
-static int64_t now(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
-}
-
-/* Calls a method with one argument, or with none if it is NULL; reports an exception, which no caller
- * could handle. */
+/* Calls a method with one argument, or with no argument if `argument` is NULL.  Reports an exception of
+ * the method, because no caller could handle it. */
 static void notify(PyObject *object, PyObject *name, PyObject *argument)
 {
     PyObject *result = argument == NULL ? PyObject_CallMethodNoArgs(object, name)
@@ -109,7 +100,7 @@ static int can_queue(const struct read_file *file)
 {
     if (!ring_is_open() || reads >= RING_ENTRIES || file->queued >= MAX_READS_OF_FILE)
         return 0;
-    if (paused_until && now() < paused_until)
+    if (paused_until && monotonic_time() < paused_until)
         return 0;
     paused_until = 0;
     return 1;
@@ -139,7 +130,7 @@ int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t star
     read->session = current_session();
     read->inode = inode;
     read->handle = handle;
-    read->begun = waiting_start();
+    read->begun = monotonic_time();
     read->start = start;
     read->size = size;
     read->place = place;
@@ -195,7 +186,8 @@ static void end(struct queued_read *read, int result, int was_cached)
     Py_DECREF(place.view);
 }
 
-/* Answers all reads of which the kernel has reported the end. */
+/* Answers all reads whose end the kernel has reported; returns their number.  `were_cached` says whether
+ * their data was in the page cache. */
 static int end_reported(int were_cached)
 {
     struct queued_read *read;
@@ -219,14 +211,14 @@ static long waits(void)
 /* Passes the reads of a burst to the kernel. */
 static void submit(void)
 {
-    int64_t since = now(), until;
+    int64_t since = monotonic_time(), until;
     long waits_before = waits();
     int failed = ring_submit();
     struct queued_read *read;
 
     /* A thread that was slow only because other programs have used the processor must go on: native
      * threads would need even more of the processor's time. */
-    until = now();
+    until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
     /* No work is done in ring_submit(), so what it has reported was in the page cache. */
@@ -240,7 +232,7 @@ void end_queued_reads(void)
 {
     int idle;
 
-    if (!reads || is_ending) /* no function called here may come here again */
+    if (!reads || is_ending) /* no function that is called here may run this one again */
         return;
     is_ending = 1;
     if (ring_unsubmitted())
@@ -261,15 +253,15 @@ void end_queued_reads(void)
 
 int init_queued_reads(void)
 {
-    name_can_queue = PyUnicode_InternFromString("can_queue");
-    name_enter = PyUnicode_InternFromString("enter");
-    name_leave = PyUnicode_InternFromString("leave");
-    name_record_cached = PyUnicode_InternFromString("record_cached");
-    name_record_inline_miss = PyUnicode_InternFromString("record_inline_miss");
-    if (name_can_queue == NULL || name_enter == NULL || name_leave == NULL ||
-        name_record_cached == NULL || name_record_inline_miss == NULL)
-        return -1;
-    return 0;
+    const struct interned_name names[] = {
+        {&name_can_queue, "can_queue"},
+        {&name_enter, "enter"},
+        {&name_leave, "leave"},
+        {&name_record_cached, "record_cached"},
+        {&name_record_inline_miss, "record_inline_miss"},
+    };
+
+    return intern_names(names, sizeof names / sizeof *names);
 }
 
 PyObject *open_read_queue(PyObject *module, PyObject *args)

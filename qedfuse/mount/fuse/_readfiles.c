@@ -90,8 +90,8 @@ struct read_file *make_files(PyObject *sources)
     return files;
 }
 
-/* Returns the index of the last run that begins at an offset or before it, of `count` runs, of which
- * the first one begins there or before. */
+/* Returns the index of the last of `count` runs that begins at or before an offset.  The first run must
+ * begin at or before the offset. */
 static uint64_t run_at(const uint64_t *starts, uint64_t count, uint64_t offset)
 {
     uint64_t low = 0, middle;

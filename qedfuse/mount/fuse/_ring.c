@@ -46,8 +46,8 @@
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
-/* Limits the threads in which the kernel makes reads for which the queue does not suffice (Linux 5.15;
- * IORING_REGISTER_IOWQ_MAX_WORKERS). */
+/* Limits the number of threads in which the kernel makes the reads that it cannot make without a thread
+ * (IORING_REGISTER_IOWQ_MAX_WORKERS, Linux 5.15). */
 #define REGISTER_MAX_WORKERS 19
 
 static struct {
@@ -117,8 +117,8 @@ static int map_queues(const struct io_uring_params *made)
     return 0;
 }
 
-/* Permit only reads in the queue, because it bypasses the filter of system calls of a sandbox, and
- * start it; return -1 with an errno if the kernel refuses. */
+/* Permits only reads in the queue, and starts the queue; returns 0, or -1 with errno.  Other operations
+ * are not permitted, because the filter of system calls of a sandbox does not see them. */
 static int restrict_and_enable(void)
 {
     struct io_uring_restriction only_reads = {.opcode = IORING_RESTRICTION_SQE_OP,

@@ -66,7 +66,7 @@ static void on_signal(int signal_number)
     errno = before;
 }
 
-/* Whether a thread is among those that have got the signal. */
+/* Returns whether a thread is among those that have got the signal. */
 static int is_done(const pid_t *done, size_t count, pid_t thread)
 {
     for (size_t at = 0; at < count; at++)
@@ -75,7 +75,8 @@ static int is_done(const pid_t *done, size_t count, pid_t thread)
     return 0;
 }
 
-/* Wait until all handlers have returned; return 0, or ETIMEDOUT. */
+/* Wait until all handlers have returned; return 0, the errno of the first thread that has failed, or
+ * ETIMEDOUT. */
 static int wait_for_handlers(void)
 {
     const struct timespec pause = {.tv_nsec = PAUSE_NANOSECONDS};
@@ -88,8 +89,9 @@ static int wait_for_handlers(void)
     return atomic_load(&failure);
 }
 
-/* Send the signal to all other threads, until a look at all threads finds no new one.  Return 0, or
- * an errno; `*threads` becomes the number of threads that have given up their rights. */
+/* Send the signal to all other threads, and list the threads again until the list has no new one.
+ * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
+ * one. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
     pid_t own = (pid_t)syscall(SYS_gettid), *done = NULL, *larger;
