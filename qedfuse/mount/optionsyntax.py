@@ -6,13 +6,18 @@ As in libfuse, a comma in a value is written ``\,`` and a backslash ``\\``.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
-_PATH_OPTIONS: Final = ("overlay", "backing_dir", "cache_dir", "credentials")
-"""Options whose value is a path."""
+PATH_OPTIONS: Final[Mapping[str, Literal["file", "directory"]]] = {
+    "overlay": "file",
+    "credentials": "file",
+    "backing_dir": "directory",
+    "cache_dir": "directory",
+}
+"""Options whose value is a path, each with what the path leads to."""
 _UNIX_OPTION: Final = "metrics=unix:"
 """An option whose value is a path after this beginning."""
 
@@ -51,7 +56,7 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
     for option in (option for text in lists for option in split_options(text)):
         name, _, value = option.partition("=")
         path = option.removeprefix(_UNIX_OPTION)
-        if name in _PATH_OPTIONS and value:
+        if name in PATH_OPTIONS and value:
             option = f"{name}={os.path.abspath(value)}"  # noqa: PLW2901, PTH100
         elif path != option and path:
             option = f"{_UNIX_OPTION}{os.path.abspath(path)}"  # noqa: PLW2901, PTH100

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from qedfuse.disk.options import BackingPolicy
 from qedfuse.errors import UsageError
-from qedfuse.mount.optionparser import parse_options
+from qedfuse.mount.optionparser import known_options, parse_options
 from qedfuse.mount.options import MountOptions
-from qedfuse.mount.optionsyntax import escape_value, split_options
+from qedfuse.mount.optionsyntax import PATH_OPTIONS, escape_value, split_options
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.options import Deadlines, RemoteOptions
 
@@ -244,6 +244,17 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         parse_options([text])
     except UsageError as error:
         assert str(error).isprintable()  # noqa: PT017  not every text is refused
+
+
+@pytest.mark.parametrize("name", [name for name, values in known_options().items() if values == ()])
+def test_the_table_of_paths_has_each_option_that_refuses_a_url(name: str) -> None:
+    """The completions and the absolute paths come from the table, the refusal from the parser."""
+    message = ""
+    try:
+        parse_options([f"{name}=https://server/file"])
+    except UsageError as error:
+        message = str(error)
+    assert ("expected a path on this machine" in message) == (name in PATH_OPTIONS)
 
 
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.pages.programs import mount_option_values
+from qedfuse.mount.optionsyntax import PATH_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -166,16 +167,7 @@ def _tables(program: Program) -> Iterator[str]:
     every = " ".join(word if choice is None else f"{word}=" for word, choice in words.items())
     yield from ("_PROGRAM_mount_words() {", f"    values='{every}'", "}", "")
     cases = [(word, " ".join(choices)) for word, choices in words.items() if choices]
-    cases += (
-        [
-            ("backing_dir", "-d"),
-            ("cache_dir", "-d"),
-            ("overlay", "-f"),
-            ("credentials", "-f"),
-        ]
-        if words
-        else []
-    )
+    cases += [(word, _COMPLETIONS[PATH_OPTIONS[word]]) for word in words if word in PATH_OPTIONS]
     yield from _function("word_value", "$1", "$1: an option of -o that has a value.", cases)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.pages.programs import mount_option_values
+from qedfuse.mount.optionsyntax import PATH_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qedfuse.cli.pages.model import Command, Option, Program, Value
+
+
+_ACTIONS: Final = {"file": "_files", "directory": "_files -/", "mount-options": "_mount_options"}
+"""The action that completes a value without fixed words, by the kind of the value.
+
+A value of a kind that is missing here is not completed.
+"""
 
 
 def script(program: Program) -> str:
@@ -92,10 +100,7 @@ def _option(option: Option, program: str) -> str:
 
 def _action(value: Value) -> str:
     """Return the action that completes a value; a blank for a value that is not completed."""
-    if value.words:
-        return f"({' '.join(value.words)})"
-    actions = {"file": "_files", "directory": "_files -/", "mount-options": "_mount_options"}
-    return actions.get(value.kind, " ")
+    return f"({' '.join(value.words)})" if value.words else _ACTIONS.get(value.kind, " ")
 
 
 def _mount_options(program: str) -> Iterator[str]:
@@ -110,11 +115,7 @@ def _mount_options(program: str) -> Iterator[str]:
         elif choices:
             spec = f"{word}:value:({' '.join(choices)})"
         else:
-            names = {
-                **dict.fromkeys(("overlay", "credentials"), "_files"),
-                **dict.fromkeys(("backing_dir", "cache_dir"), "_files -/"),
-            }
-            spec = f"{word}:value:{names.get(word, ' ')}"
+            spec = f"{word}:value:{_ACTIONS.get(PATH_OPTIONS.get(word, 'free'), ' ')}"
         yield f"        {_quoted(spec)}" + ("" if number == len(words) else " \\")
     yield from ("}", "")
 
