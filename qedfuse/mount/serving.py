@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from qedfuse.mount.options import MountOptions
     from qedfuse.mount.process.announcement import Announcement
     from qedfuse.mount.process.signals import SignalDispatcher
-    from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
+    from qedfuse.mount.process.unmounter import Unmounter
     from qedfuse.mount.sandbox.sandbox import Sandbox
     from qedfuse.mount.system.mounttable import MountEntry
 
@@ -80,7 +80,7 @@ class Server:
         options: MountOptions,
         mountpoint: str,
         launderer: Launderer | None,
-        unmounter: Unmounter | DirectUnmounter,
+        unmounter: Unmounter,
         sandbox: Sandbox | None,
         *,
         metrics: socket.socket | None = None,
@@ -117,14 +117,13 @@ class Server:
         self._is_ready = False
         self._serve_metrics: Callable[[StatisticsSource], Awaitable[None]] | None = None
         if metrics is not None:
-            # Imported late, like the next module.
+            # Modules that only one option needs are imported here.  A later import is impossible,
+            # because no module may be imported while the mount is served.
             from qedfuse.mount.statistics.metricsserver import serve_metrics  # noqa: PLC0415
 
             self._serve_metrics = partial(serve_metrics, metrics)
         self._prefetch: Callable[[], Awaitable[None]] | None = None
         if options.prefetch == "all":
-            # Imported late, because only this option needs the modules about remote files; but not
-            # later, because no module may be imported while the mount is served.
             from qedfuse.mount.prefetch import Prefetch  # noqa: PLC0415  late, see above
 
             self._prefetch = Prefetch(disks.images, mountpoint).run
@@ -155,9 +154,9 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            An error if a forced unmount may have lost data, or if an outage of a server has lost
-            data; otherwise None.  In each case the caller must close the disks to make the last
-            changes durable.
+            An error if a forced unmount may have lost data, or if writes were lost because the rest
+            of their clusters could not be read from a server or by QEMU; otherwise None.  In each
+            case the caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -260,7 +259,8 @@ class Server:
                 # The cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
                 announcement.write_pidfile()
-                # The queue is made before the sandbox is entered, which forbids to make another.
+                # The queue is made before the sandbox is entered, because the sandbox forbids to
+                # make a queue.
                 async with queued_reads(data_requests.answer_slowly):
                     if self._sandbox is not None:
                         self._sandbox.enter(announcement.needed_files())
@@ -299,18 +299,18 @@ class Server:
         await nursery.start(log_on_signals, source)
 
     def _loss(self) -> QedError | None:
-        """Return an error if a server has made writes of a disk fail; None if not."""
+        """Return an error if writes from the kernel's cache were lost; None if none was lost."""
         names = self._disks.with_lost_data
         if not names:
             return None
         msg = (
             f"{printable(self._mountpoint)}: data that programs have written to "
-            f"{', '.join(names)} was lost in an outage of a server"
+            f"{', '.join(names)} was lost, because the rest of its clusters could not be read"
         )
         return HostError(msg)
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log the sandbox, and refusals of the read-ahead and the protection from memory pressure.
+        """Log what the sandbox covers, and what was refused: read-ahead, memory protection.
 
         A missing protection of a read-only mount is not logged, because the kernel has no dirty
         pages of such a mount.

@@ -43,7 +43,7 @@ from qedfuse.mount.process.announcement import Announcement
 from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.process.signals import SignalDispatcher, ignore_signals
-from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
+from qedfuse.mount.process.unmounter import DirectUnmounter, HelperUnmounter
 from qedfuse.mount.serving import Server
 from qedfuse.mount.system.mountpoint import check_mountpoint
 from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.disk import Disk
     from qedfuse.disk.window import DiskWindow
     from qedfuse.mount.options import MountOptions
+    from qedfuse.mount.process.unmounter import Unmounter
     from qedfuse.mount.sandbox.sandbox import Sandbox
     from qedfuse.mount.system.listenaddress import Listener
 
@@ -158,15 +159,16 @@ def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer
 
 def _forked_unmounter(
     request: MountRequest,
-) -> AbstractContextManager[Unmounter | DirectUnmounter | None]:
+) -> AbstractContextManager[Unmounter | None]:
     """Fork the unmounter, without which there can be no sandbox.
 
-    The block gets a `DirectUnmounter` if no sandbox is wanted, and None if the fork failed.
+    The block gets a `DirectUnmounter` if no sandbox is wanted or the mount is a fake, and None if
+    the fork failed.
     """
     if request.fake or request.options.sandbox == "off":
         return nullcontext(DirectUnmounter(request.mountpoint))
     try:
-        return Unmounter(request.mountpoint, request.log)
+        return HelperUnmounter(request.mountpoint, request.log)
     except OSError:
         return nullcontext()
 
@@ -180,7 +182,7 @@ class _Session:
         ready: Callable[[], None],
         protection_failure: str | None,
         launderer: Launderer | None,
-        unmounter: Unmounter | DirectUnmounter | None,
+        unmounter: Unmounter | None,
     ) -> None:
         """Prepare a session; nothing is opened yet.
 
@@ -190,8 +192,8 @@ class _Session:
             protection_failure: Why the process is not protected from memory pressure; None if
                 the process is protected, or for a fake mount.
             launderer: The launderer, which has been forked; None if there is no launderer.
-            unmounter: The unmounter, which has been forked if a sandbox is wanted; None if the host
-                refused.
+            unmounter: The unmounter, which has been forked if a sandbox is wanted; None if the fork
+                failed.
         """
         self._request = request
         self._ready = ready
@@ -237,7 +239,7 @@ class _Session:
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
         """Open the disks, serve them unless the mount is a fake, and close them in any case.
 
-        If a forced unmount or an outage of a server may have lost data, `_failure` is set.
+        If data may be lost, as in `Server.run`, `_failure` is set.
 
         Raises:
             QedError: The mount was refused, or data could not be made durable.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisks
     from qedfuse.mount.fuse.laundering import Laundering
-    from qedfuse.mount.process.unmounter import DirectUnmounter, Unmounter
+    from qedfuse.mount.process.unmounter import Unmounter
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Shutdown:
         laundering: Laundering | None,
         mountpoint: str,
         device: str,
-        unmounter: Unmounter | DirectUnmounter,
+        unmounter: Unmounter,
         nursery: trio.Nursery,
     ) -> None:
         """Prepare the shutdown; no signal has arrived yet.

@@ -247,8 +247,8 @@ def test_a_write_that_needs_the_server_is_lost_with_a_message(
     lost = "data that a program has written is lost, because the rest of its cluster cannot be read"
     assert any(line.startswith(f"qedfuse: {overlay}: {lost}: {server.url}: ") for line in lines)
     assert lines[-1] == (
-        f"qedfuse: {mount.mountpoint}: data that programs have written to {overlay} was lost in an "
-        "outage of a server"
+        f"qedfuse: {mount.mountpoint}: data that programs have written to {overlay} was lost, "
+        "because the rest of its clusters could not be read"
     )
     assert code == 2
     check(overlay)

@@ -205,10 +205,10 @@ import sys, threading
 import qedfuse.mount.session  # before pyfuse3: the extension is loaded first
 import pyfuse3
 from qedfuse.mount import shutdown
-from qedfuse.mount.process.unmounter import Unmounter
+from qedfuse.mount.process.unmounter import HelperUnmounter
 
 flushing, closed = threading.Event(), threading.Event()
-close, unmount = pyfuse3.close, Unmounter.unmount
+close, unmount = pyfuse3.close, HelperUnmounter.unmount
 
 def hold(mountpoint):
     flushing.set()
@@ -223,7 +223,7 @@ def close_and_release(**how):
     close(**how)
     closed.set()
 
-shutdown.sync_mount, Unmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
+shutdown.sync_mount, HelperUnmounter.unmount, pyfuse3.close = hold, unmount_later, close_and_release
 """
 
 

@@ -1,16 +1,16 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
-A process under Landlock can neither mount nor unmount, and without new privileges fusermount3,
-which unmounts for ordinary users, has no effect.  So a server in a sandbox asks a process that was
-forked before.  The unmounter unmounts only what is mounted on one path, which it knows from the
-beginning; no message changes it.
+A process under Landlock can neither mount nor unmount.  fusermount3, which unmounts for ordinary
+users, gets no privilege from a process that has given up new privileges (no_new_privs).  So a
+server in a sandbox asks a process that was forked before.  The unmounter unmounts only what is
+mounted on one path.  It knows this path from the beginning, and no message changes the path.
 
 The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
 server could connect itself, it could connect to every socket of the host by its path, because
 neither Landlock nor seccomp can permit single paths.
 
-Each request has a process of its own, because an unmount may wait until the server has answered
-the kernel's requests, and a forced unmount must not wait for it.
+Each request has a process of its own, because an ordinary unmount may wait until the server has
+answered the kernel's requests, and a forced unmount must not wait for the ordinary one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import signal
 import socket
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from qedfuse.errors import FuseError, HostError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.process.helperprocess import HelperProcess
@@ -43,8 +43,39 @@ _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostErr
 """The errors that a reply can stand for; any other error becomes a `HostError`."""
 
 
-class Unmounter(HelperProcess):
-    """The unmounter as the server sees it.  Several threads may call it concurrently."""
+class Unmounter(Protocol):
+    """Unmounts one mountpoint.  Several threads may call it concurrently."""
+
+    def connect_system_log(self) -> None:
+        """Let the handler of the system log connect in a way that works in a sandbox.
+
+        The server calls this when it has entered its sandbox.
+        """
+
+    def unmount(self, *, lazy: bool = False) -> None:
+        """Unmount the mountpoint.
+
+        Args:
+            lazy: Whether to detach a mount that is in use instead of raising.
+
+        Raises:
+            QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`;
+                or a `HostError`, the helper process has ended.
+        """
+
+    def describe_visible_mounts(self, device: str) -> str | None:
+        """Return where else the file system with a device number is mounted; None for nowhere.
+
+        Args:
+            device: The device number, ``MAJOR:MINOR``.
+
+        Raises:
+            HostError: The mounts cannot be found, or the helper process has ended.
+        """
+
+
+class HelperUnmounter(HelperProcess):
+    """The helper process as the server sees it; an `Unmounter`."""
 
     def __init__(self, mountpoint: str, log: logging.Handler | None) -> None:
         """Fork the unmounter, as `HelperProcess` does.
@@ -79,20 +110,11 @@ class Unmounter(HelperProcess):
         return socket.socket(fileno=descriptor)
 
     def unmount(self, *, lazy: bool = False) -> None:
-        """Unmount the mountpoint as `qedfuse.mount.system.unmount.unmount` does, also its errors.
-
-        Raises:
-            QedError: The mount cannot be unmounted.
-            HostError: The unmounter has ended.
-        """
+        """Unmount the mountpoint; the errors are those of `Unmounter.unmount`."""
         self._ask(_DETACH if lazy else _UNMOUNT)
 
     def describe_visible_mounts(self, device: str) -> str | None:
-        """Return where else the file system with a device number is mounted; None for nowhere.
-
-        Raises:
-            HostError: The mounts cannot be found, or the unmounter has ended.
-        """
+        """Do what `Unmounter.describe_visible_mounts` does, in the helper process."""
         text, _descriptors = self._ask(_DESCRIBE + device.encode())
         return text
 
@@ -168,22 +190,19 @@ def _answer(
 
 
 class DirectUnmounter:
-    """Does what an `Unmounter` does, in this process, which must not be in a sandbox."""
+    """An `Unmounter` that works in this process, which must not be in a sandbox."""
 
     def __init__(self, mountpoint: str) -> None:
+        """Unmount ``mountpoint``, which is absolute and free of symbolic links."""
         self._mountpoint = mountpoint
 
     def connect_system_log(self) -> None:
         """Do nothing: this process can connect to the log daemon itself."""
 
     def unmount(self, *, lazy: bool = False) -> None:
-        """Unmount the mountpoint; the errors are those of `unmount`."""
+        """Unmount the mountpoint; the errors are those of `Unmounter.unmount`."""
         unmount(self._mountpoint, lazy=lazy)
 
     def describe_visible_mounts(self, device: str) -> str | None:
-        """Return where else the file system with a device number is mounted; None for nowhere.
-
-        Raises:
-            HostError: The mounts cannot be found.
-        """
+        """Do what `Unmounter.describe_visible_mounts` does, in this process."""
         return describe_visible_mounts(device)
