@@ -1,6 +1,6 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
-Ctrl-C ends the process without a traceback, and a signal that asks for statistics ends nothing.
+Ctrl-C ends the process without a traceback, and a signal that asks for statistics has no effect.
 
 This module imports only ``_signal``, which is built into the interpreter.  The module ``signal``
 would be read from a file, and Ctrl-C while it is read would print a traceback.
@@ -37,8 +37,8 @@ def ignore_diagnostic_signals() -> None:
     """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
 
     The server of a mount logs statistics after these signals, but only while it serves
-    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know when that begins and ends, so
-    before and after that the signals have no effect.
+    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know whether the server serves already
+    or still, so at other times the signals have no effect.
     """
     for number in (_signal.SIGUSR1, _signal.SIGUSR2):
         _signal.signal(number, _signal.SIG_IGN)

@@ -61,7 +61,7 @@ def qedfuse() -> Program:
         "print what mounts do",
         (
             Option(("--output",), "form of the output", Value("FORM", "words", STATS_OUTPUTS)),
-            Option(("--watch",), "go on every second, as iostat -x 1 does"),
+            Option(("--watch",), "print again every second, as iostat -x 1 does"),
         ),
         (Operand(mountpoint.value, optional=True, help=mountpoint.help),),
     )

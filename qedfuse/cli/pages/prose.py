@@ -74,11 +74,12 @@ shortly after they return.
 """
 
 QEDFUSE_STATS: Final = """\
-`qedfuse stats` prints what the disks of a mount have done since its beginning: requests,
+`qedfuse stats` prints what the disks of a mount have done since the mount began: requests,
 bytes, errors and times of reads, writes, flushes and discards, hit rates of the caches, the
-space in the image, and the reads of each file of the chain.  Without a mountpoint it prints all
-mounts of the user, or as root all mounts.  Only the owner of a mount and root may ask.  If the
-server does not answer within 5 seconds, the command fails.
+space in the image, and the reads of each file of the chain.  Without a mountpoint the command
+prints the statistics of all mounts of the user, or for root of all mounts.  Only the owner of a
+mount and root may read its statistics.  If the server does not answer within 5 seconds, the
+command fails.
 """
 
 QEDFUSE_FSTAB: Final = """\
@@ -97,9 +98,9 @@ QEDFUSE_SIGNALS: Final = """\
 After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
 unmounts.  If a program has the disk open, the process serves the disk until the last
 close.  After a second signal the process does not wait for the last close: the mount ends
-after at most 10 seconds.  If changes are just being written to the image then, it ends when
-these are written.  If the mount ends before everything is durable, the log says so and the
-exit code is 2.
+after at most 10 seconds.  If changes are being written to the image at that time, the mount
+ends when they are written.  If the mount ends before everything is durable, the log says so
+and the exit code is 2.
 
 After `SIGUSR1` the process logs a summary of its statistics in one line, and after `SIGUSR2` also
 what each of its tasks waits for, for a bug report.

@@ -83,7 +83,7 @@ class StatsArguments(NamedTuple):
         is_help: Whether ``--help`` was given; the other attributes have no meaning then.
         mountpoint: The mount; None for all mounts of the user.
         output: One of `STATS_OUTPUTS`.
-        watch: Whether to go on every second.
+        watch: Whether to print the statistics again every second.
     """
 
     is_help: bool = False

@@ -186,10 +186,12 @@ def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
 
     Args:
         arguments: The command line.
-        report: Called with the error of a mount that is one of several.
+        report: Called with the error of each mount whose statistics cannot be read, if the
+            statistics of several mounts are printed.
 
     Raises:
-        QedError: The statistics cannot be read.
+        QedError: The statistics of the mount, if it is the only one, cannot be read; or there is
+            no mount.
         BrokenPipeError: The reader of stdout has gone.
     """
     from qedfuse.cli.qedfuse.stats import print_statistics, watch_statistics  # noqa: PLC0415  imported late: load only what the action needs

@@ -21,7 +21,7 @@ class Interval:
 
     def __init__(self, seconds: float, disk: Mapping[str, Any]) -> None:
         """Describe an interval; the arguments are the attributes."""
-        self.seconds = max(seconds, 1e-9)
+        self.seconds = max(seconds, 1e-9)  # never 0, because the rates are divided by it
         self.disk = disk
 
     def rate(self, operation: str, counter: str = "requests") -> float:
@@ -29,7 +29,7 @@ class Interval:
         return float(self.disk["requests"][operation][counter]) / self.seconds
 
     def average(self, operation: str) -> float | None:
-        """Return the average time of a request in seconds; None if there was none."""
+        """Return the average time of a request in seconds; None if there was no request."""
         counted = self.disk["requests"][operation]
         requests = counted["requests"]
         return float(counted["seconds"]) / requests if requests else None
@@ -50,7 +50,7 @@ class Interval:
 def intervals(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[Interval]:
     """Return what each disk of a mount has done between two documents.
 
-    Without ``before``, or if it is one of another server, the interval began with the mount.
+    If ``before`` is None, or is a document of another process, the interval began with the mount.
     """
     if before is None or before["pid"] != after["pid"]:
         return [Interval(after["uptime_seconds"], disk) for disk in after["disks"]]

@@ -10,15 +10,16 @@ if TYPE_CHECKING:
 NONE: Final = "-"
 """Stands for a value that does not exist, such as an average of nothing."""
 _BYTE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_STEP: Final = 1024
+_UNIT_FACTOR: Final = 1024
+"""How many times larger each unit is than the unit before it."""
 
 
 def byte_count(count: float) -> str:
     """Return a number of bytes with a binary unit."""
     for unit in _BYTE_UNITS[:-1]:
-        if count < _STEP:
+        if count < _UNIT_FACTOR:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= _STEP
+        count /= _UNIT_FACTOR
     return f"{count:.1f} {_BYTE_UNITS[-1]}"
 
 

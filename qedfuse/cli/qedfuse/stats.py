@@ -25,11 +25,15 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
     Args:
         path: The mountpoint; None for all mounts of this user.
         output: ``human``, ``json`` or ``prometheus``.
-        report: Called with the error of each mount whose statistics cannot be read, if ``path`` is
-            None.
+        report: Called with the error of each mount whose statistics cannot be read, if there are
+            several mounts.
+
+    Returns:
+        0, or the exit code of the last error that was reported.
 
     Raises:
-        QedError: The statistics of ``path`` cannot be read, or there is no mount.
+        QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
+            mount.
         BrokenPipeError: The reader of stdout has gone.
     """
     documents, code = _read_all(path, report)
@@ -49,10 +53,10 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
-    """Print statistics every second, first those since the mounts began, until a mount has gone.
+    """Print statistics every second, first those since the mounts began; end with an exception.
 
-    With ``json`` each document is one line.  The arguments, the result and the errors are those of
-    `print_statistics`.
+    With ``json`` each line of output has the documents of all mounts.  The arguments and the errors
+    are those of `print_statistics`.  The end of the last mount is such an error.
     """
     if output == "json":
         for documents, _code in _every_second(path, report):
@@ -92,7 +96,7 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
 def _every_second(
     path: str | None, report: Callable[[QedError], None]
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Yield documents every second; the errors are those of `_read_all`."""
+    """Yield the result of `_read_all` every second; the errors are those of `_read_all`."""
     due = time.monotonic()
     while True:
         yield _read_all(path, report)
@@ -109,7 +113,8 @@ def _read_all(
         The documents, and the exit code: 0, or that of the last error that was reported.
 
     Raises:
-        QedError: The statistics of ``path`` cannot be read, or there is no mount.
+        QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
+            mount.
     """
     documents, code = [], 0
     found: Sequence[str] = mountpoints(path)

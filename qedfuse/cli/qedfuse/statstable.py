@@ -34,7 +34,10 @@ _STATE: Final = (
 
 
 def render(mounts: Iterable[tuple[Mapping[str, Any], Sequence[Interval]]]) -> RenderableType:
-    """Return tables of mounts, each given as its document and what its disks have done."""
+    """Return a line for each mount, and two tables with a row for each disk.
+
+    ``mounts`` has for each mount its document and the intervals of its disks.
+    """
     rates, states = _table(_RATES), _table(_STATE)
     titles = []
     for document, found in mounts:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def mount_text(document: Mapping[str, Any]) -> str:
-    """Return the statistics of a mount, given as a document, as lines."""
+    """Return the lines of text that show the statistics in a mount's document."""
     resident = document["resident_bytes"]
     memory = NONE if resident is None else byte_count(resident)
     process = f"process {document['pid']}, up {document['uptime_seconds']:.0f} s, memory {memory}"

@@ -60,12 +60,14 @@ Options of -o; the default and then other values are in parentheses:
   remote_cache_size=SIZE  how large that cache may become (default: 5 % of the file
                          system stay free)
   prefetch=all           fetch all that the disk can need of files on servers, while no
-                         reader waits for one (off)
+                         reader waits for a server (off)
   remote_timeout=SECONDS  how long a request to a server may take, with all attempts (60)
   remote_attempt_timeout=SECONDS  how long one attempt may take (10)
-  credentials=FILE       lines NAME=VALUE, as in the environment; for its owner only
+  credentials=FILE       read variables, such as AWS_ACCESS_KEY_ID, from lines NAME=VALUE;
+                         only the owner of FILE may have access to it (the environment)
   allow_http             allow http:// to other machines
-  allow_unpinned         read a file although its server gives no ETag and no time
+  allow_unpinned         read a file although its server gives neither an ETag nor the
+                         time of the last change
   force_share            read-only, while another program writes to the image
   direct_io              keep nothing in the kernel's page cache
   readahead=SIZE         how far the kernel reads ahead (512K; kernel: its default);
@@ -75,12 +77,12 @@ Options of -o; the default and then other values are in parentheses:
   metrics=ADDRESS        serve metrics for Prometheus on a port of loopback, or unix:PATH
   cache_size=SIZE        memory for the tables of each image (32M)
   memory_limit=SIZE      limit of the address space of the mount's process
-  sandbox=on|off|strict  give up what the mount does not need, as far as the kernel can;
-                         strict: refuse the mount if a part is missing (on)
+  sandbox=on|off|strict  give up access that the mount does not need, as far as the
+                         kernel can; strict: refuse the mount if a part is missing (on)
   nosuid nodev noexec noatime sync dirsync and other options of mount(8)
 
 "umount" unmounts, and returns when everything is durable and the mount's process has
-ended.  "stats" prints what a mount does, or all mounts of the user: requests, times,
+ended.  "stats" prints what a mount, or each mount of the user, does: requests, times,
 hit rates, space; with --watch every second.  qedimg creates, checks, repairs and
 converts images (see: qedimg --help).
 

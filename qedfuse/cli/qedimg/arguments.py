@@ -27,6 +27,11 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def add_qed_format(parser: argparse.ArgumentParser) -> None:
+    """Declare ``-f qed``, which changes nothing; scripts that were written for qemu-img give it."""
+    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Declare ``--output human|json``."""
     parser.add_argument(
@@ -135,7 +140,7 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
         "--credentials",
         metavar="FILE",
         help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only its "
-        "owner may have access to it (the environment)",
+        "owner may have access to it (default: from the environment)",
     )
 
 
@@ -143,7 +148,7 @@ _MAX_SECONDS: Final = 86400.0
 
 
 def _cache_size(text: str) -> int:
-    """Convert the maximum space of the cache for argparse.
+    """Convert the maximum size of the cache to bytes, for argparse.
 
     Raises:
         argparse.ArgumentTypeError: The text is no size, or too small.
@@ -161,7 +166,7 @@ def _prefix(text: str) -> Address:
     """Convert a prefix of URLs for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no such prefix.
+        argparse.ArgumentTypeError: The text is no prefix of URLs.
     """
     from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
 

@@ -66,7 +66,7 @@ EXIT_CODES: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    common.add_qed_format(parser)
     parser.add_argument(
         "-r",
         "--repair",

@@ -33,7 +33,7 @@ A commit into a base makes all other overlays of the base invalid."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    common.add_qed_format(parser)
     parser.add_argument(
         "-b",
         "--base",

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="SIZE", nargs="?", type=common.size)
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    common.add_qed_format(parser)
     add_base(parser, "-b", "make an overlay over this file")
     parser.add_argument(
         "-u",

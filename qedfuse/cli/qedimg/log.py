@@ -12,7 +12,7 @@ _OUTAGES: Final = "qedfuse.remote.outagelog"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return whether a record is no outage of a server: a command prints this error at its end."""
+    """Return False for the outage of a server: if the command fails by it, `main` prints it."""
     return record.name != _OUTAGES
 
 
@@ -33,9 +33,9 @@ _recorder: Final = _Recorder()
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """From now on print messages of the library to stderr, if their level is at least WARNING.
+    """Make the library's messages appear on stderr, if their level is at least WARNING.
 
-    With ``verbose`` the lowest level is INFO, and with ``quiet`` it is ERROR.
+    With ``verbose`` the lowest level is INFO, and with ``quiet`` the lowest level is ERROR.
     """
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the new base: raw, qed, or one that QEMU reads, such as qcow2; without -F "
         'the base must not be raw; -u requires -F, except for the BASE ""',
     )
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    common.add_qed_format(parser)
     parser.add_argument(
         "-u", "--unsafe", action="store_true", help="change only the name and the format"
     )

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("size", metavar="[+|-]SIZE", type=_change)
-    parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
+    common.add_qed_format(parser)
     parser.add_argument("--shrink", action="store_true", help="let the disk become smaller")
     parser.add_argument(
         "--force",

@@ -38,8 +38,8 @@ class _Answer(NamedTuple):
 
     Attributes:
         mountpoint: The mountpoint to which the path has led.
-        document: The text of the document; None if there is none.
-        reason: Why there is none; empty if there is one.
+        document: The text of the document; None if the server has sent no document.
+        reason: Why there is no document; empty if there is a document.
     """
 
     mountpoint: str
@@ -67,8 +67,8 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
     Args:
         path: The mountpoint, or a symbolic link to it.
-        seconds: Maximum time to wait.  Neither the path nor the server may answer, if the file
-            system of an image does not.
+        seconds: Maximum time to wait.  If a file system on the way to the mountpoint, or that of an
+            image, does not answer, the lookup of the path or the server may not answer either.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
@@ -129,7 +129,7 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
     try:
         document = receive(directory, found.path.name + STATISTICS_SUFFIX, (entry.owner,))
     except FileNotFoundError:
-        return _Answer(mountpoint, None, f"{process} has no socket for them")
+        return _Answer(mountpoint, None, f"{process} has no socket for statistics")
     except ConnectionRefusedError:
         return _Answer(mountpoint, None, f"{process} has ended")
     except OSError as error:
@@ -143,7 +143,7 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
 
 
 def mountpoints(path: str | None) -> Sequence[str]:
-    """Return the mountpoints to ask: that of ``path``, or all of this user if it is None.
+    """Return the paths of the mounts to ask: only ``path``, or all mounts of this user for None.
 
     Raises:
         MountpointError: ``path`` is None, and the user has no mount.

@@ -158,9 +158,9 @@ def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | N
 
 
 _WRITEBACK_MEANINGS: Final = {
-    "cycles": "Rounds in which changes were made durable.",
-    "datasyncs": "Calls of fdatasync in these rounds.",
-    "table_writes": "Writes of parts of tables in these rounds.",
+    "cycles": "Write-back cycles, which make changes durable.",
+    "datasyncs": "Calls of fdatasync in write-back cycles.",
+    "table_writes": "Writes of parts of tables in write-back cycles.",
 }
 
 
@@ -199,7 +199,7 @@ def _add_files(
         server = file["server"] or {}
         for name, meaning, value in (
             ("file_reads", "Reads of data in a file of the chain.", file["reads"]),
-            ("file_read_bytes", "Bytes of these reads.", file["bytes"]),
+            ("file_read_bytes", "Bytes of data read in a file of the chain.", file["bytes"]),
             (
                 "file_uncached_reads",
                 "Reads that the host's page cache could not answer.",

@@ -45,6 +45,6 @@ complete -c qedfuse -n '__qedfuse_is umount' -s h -l help -d 'show help'
 complete -c qedfuse -n '__qedfuse_is umount' -F
 
 complete -c qedfuse -n '__qedfuse_is stats' -l output -x -a 'human json prometheus' -d 'form of the output'
-complete -c qedfuse -n '__qedfuse_is stats' -l watch -d 'go on every second, as iostat -x 1 does'
+complete -c qedfuse -n '__qedfuse_is stats' -l watch -d 'print again every second, as iostat -x 1 does'
 complete -c qedfuse -n '__qedfuse_is stats' -s h -l help -d 'show help'
 complete -c qedfuse -n '__qedfuse_is stats' -F
