@@ -103,7 +103,12 @@ class LockMode(enum.Enum):
 
 
 class Holder(NamedTuple):
-    """A process that holds a lock."""
+    """A process that holds a lock.
+
+    Attributes:
+        pid: The process id.
+        command: The name of the command, escaped for messages.
+    """
 
     pid: int
     command: str

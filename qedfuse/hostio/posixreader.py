@@ -39,6 +39,12 @@ class PosixReader:
     that missed the page cache, the next reads go to a native thread directly (`ReadPolicy`).  If
     only threads of trio are available, a read that missed is instead retried for a moment
     (`NowaitRetry`).
+
+    Attributes:
+        fd: The descriptor; -1 after `close`.
+        path: The file's name as the user gave it.
+        name: The file's name in messages.
+        read_policy: Decides whether reads are tried in the event loop.
     """
 
     def __init__(self, fd: int, path: str, *, has_server: bool) -> None:

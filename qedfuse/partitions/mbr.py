@@ -48,7 +48,14 @@ _RECORD: Final[Any] = Struct(
 
 
 class Entry(NamedTuple):
-    """An entry of a boot record; start and length are in sectors."""
+    """An entry of a boot record.
+
+    Attributes:
+        boot: 0x80 if the partition is bootable, otherwise 0.
+        type: The type of the partition; 0 for an unused entry.
+        start: The first sector, counted from a sector that depends on the record; see `_logical`.
+        length: Number of sectors; 0 for an unused entry.
+    """
 
     boot: int
     type: int
@@ -62,7 +69,12 @@ class Entry(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A boot record: the disk's identifier, and four entries."""
+    """A boot record.
+
+    Attributes:
+        id: The disk's identifier; without meaning in an extended boot record.
+        entries: The four entries.
+    """
 
     id: int
     entries: tuple[Entry, ...]

@@ -24,6 +24,7 @@ class EmptyImage(ReadOnlyFile):
 
     Attributes:
         path: The path of the disk.
+        header: The header of the image.
     """
 
     def __init__(self, disk: HostFile) -> None:

@@ -24,6 +24,9 @@ class Chain:
     """Layers from the image itself (depth 0) down to the last base.
 
     Attributes:
+        layers: The layers, by depth.
+        flattened: The layers below the image itself, merged; None if there are none.
+        lacks_base: Whether the image has a base that was not opened.
         file_reads: Counts what is read of the file of each layer.
     """
 

@@ -32,7 +32,11 @@ without a lookup in the L1 table."""
 
 
 class Layer(Protocol):
-    """A file of the chain, seen as a disk."""
+    """A file of the chain, seen as a disk.
+
+    Attributes:
+        file: The open file.
+    """
 
     file: HostFile
 
