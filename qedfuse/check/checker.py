@@ -18,7 +18,8 @@ from qedfuse.check.headernotes import header_notes
 from qedfuse.check.tables import overlapping, read_l1_table
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
-from qedfuse.disk.state.freelistreader import expand_runs, read_list
+from qedfuse.disk.state.freelistreader import read_list
+from qedfuse.disk.state.freelistruns import expand_runs
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.tablewalk import read_table
 from qedfuse.ondisk.constants import ZERO

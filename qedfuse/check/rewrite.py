@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from qedfuse.disk.state.freelistreader import backing_name_covers_descriptor
 from qedfuse.disk.state.freelistwriter import erase_descriptor
 from qedfuse.errors import NoSpaceError
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES, MAX_OFFSET
-from qedfuse.ondisk.freelist import DESCRIPTOR_BYTES, DESCRIPTOR_OFFSET
+from qedfuse.ondisk.freelist import (
+    DESCRIPTOR_BYTES,
+    DESCRIPTOR_OFFSET,
+    backing_name_covers_descriptor,
+)
 from qedfuse.ondisk.header import build_header
 
 if TYPE_CHECKING:

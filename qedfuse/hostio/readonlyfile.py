@@ -6,9 +6,10 @@ import errno
 import os
 import stat
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.regular import STAT_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.readpolicy import ReadPolicy
-
-_BLOCK_BYTES: Final = 512
-"""The unit of ``st_blocks``."""
 
 
 class ServerReads(NamedTuple):
@@ -99,7 +97,7 @@ class ReadOnlyFile(ABC):
 
     def stored_blocks(self) -> int:
         """Return the number of blocks of 512 bytes in the file."""
-        return -(-self.size() // _BLOCK_BYTES)
+        return -(-self.size() // STAT_BLOCK_BYTES)
 
     def _status(self, modified: float) -> os.stat_result:
         """Return attributes for the file: those of a read-only local file of this user.

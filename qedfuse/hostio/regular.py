@@ -22,7 +22,7 @@ KIND_NAMES: Final = {
 }
 """Names of the kinds of files in messages, by S_IFMT of their mode."""
 
-_STAT_BLOCK_BYTES: Final = 512
+STAT_BLOCK_BYTES: Final = 512
 """The unit of ``st_blocks`` on every file system, see stat(2)."""
 
 
@@ -124,4 +124,4 @@ def identity_of(status: os.stat_result) -> FileIdentity:
 
 def allocated_bytes(status: os.stat_result) -> int:
     """Return the space in bytes that a file takes up on the host, from its attributes."""
-    return status.st_blocks * _STAT_BLOCK_BYTES
+    return status.st_blocks * STAT_BLOCK_BYTES

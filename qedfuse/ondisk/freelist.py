@@ -18,6 +18,8 @@ from qedfuse.ondisk.constants import SECTOR
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qedfuse.ondisk.header import Header
+
     Runs = NDArray[np.uint64]
     """One row for each run of adjacent free clusters: the index of its first cluster (file offset
     divided by the cluster size), and how many clusters the run has."""
@@ -157,6 +159,13 @@ def can_be_replaced(data: bytes | bytearray) -> bool:
     True for zeros, and for bytes that begin with `MAGIC`, even if they are not a valid descriptor.
     """
     return data.startswith(MAGIC) or not any(data)
+
+
+def backing_name_covers_descriptor(header: Header) -> bool:
+    """Return whether the backing file name overlaps the descriptor; False if there is no name."""
+    start = header.backing_filename_offset
+    end = start + header.backing_filename_size
+    return header.has_backing and start < DESCRIPTOR_END and end > DESCRIPTOR_OFFSET
 
 
 def build_cluster(next_cluster: int, runs: Runs) -> bytes:

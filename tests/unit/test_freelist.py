@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.disk.state import freelistreader
-from qedfuse.disk.state.freelistreader import expand_runs, read_list
+from qedfuse.disk.state.freelistreader import read_list
+from qedfuse.disk.state.freelistruns import expand_runs
 from qedfuse.disk.state.freelistwriter import write_list
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.imagefile import read_header

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.disk.space import scan
 from qedfuse.disk.space.freemap import FreeMap
-from qedfuse.disk.state import freelistreader, persistentfreelist
+from qedfuse.disk.state import freelistruns, persistentfreelist
 from qedfuse.errors import HostError, ReadOnlyError, UsageError
 from tests.support.disks import (
     UNCOMPACTED,
@@ -357,7 +357,7 @@ def test_a_map_of_runs_of_any_length(seed: int) -> None:
         runs.append((at, count))
         at += count
     clusters = FreeMap(chance.choice((1, 2, 8)), chance.randrange(20))
-    trio.run(freelistreader.add_runs, clusters, np.array(runs, np.uint64))
+    trio.run(freelistruns.add_runs, clusters, np.array(runs, np.uint64))
     one_by_one = FreeMap(clusters.table_clusters, -clusters.alignment % clusters.table_clusters)
     for run in runs:
         one_by_one.add(*run)

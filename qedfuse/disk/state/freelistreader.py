@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import trio
 
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
-from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.freelist import (
     CLUSTER_HEADER_BYTES,
     DESCRIPTOR_BYTES,
-    DESCRIPTOR_END,
     DESCRIPTOR_OFFSET,
     RUN_BYTES,
     BadListError,
     Descriptor,
+    backing_name_covers_descriptor,
     encode_runs,
     parse_cluster_header,
     parse_descriptor,
@@ -36,7 +34,6 @@ from qedfuse.ondisk.freelist import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qedfuse.disk.space.freemap import FreeMap
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.freelist import Runs
     from qedfuse.ondisk.header import Header
@@ -268,53 +265,3 @@ class _Reader:
         """
         first, count = runs[np.argmax(bad)].tolist()
         refuse("runs", f"{count} clusters from cluster {first} on", expected)
-
-
-def backing_name_covers_descriptor(header: Header) -> bool:
-    """Return whether the backing file name overlaps the descriptor; False if there is no name."""
-    start = header.backing_filename_offset
-    end = start + header.backing_filename_size
-    return header.has_backing and start < DESCRIPTOR_END and end > DESCRIPTOR_OFFSET
-
-
-def expand_runs(runs: Runs) -> Values:
-    """Return all clusters of ``runs``, in the order of the runs."""
-    counts = runs[:, 1].astype(np.int64)
-    ends = np.cumsum(counts)
-    within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
-    return np.repeat(runs[:, 0], counts) + within.astype(np.uint64)
-
-
-async def add_runs(free_map: FreeMap, runs: Runs) -> None:
-    """Add the clusters of ``runs`` to a map; the runs must ascend and not touch each other."""
-    first = runs[:, 0].astype(np.int64) + free_map.alignment
-    end = first + runs[:, 1].astype(np.int64)
-    # Adding a single run takes three microseconds.  So all runs that lie within one block of
-    # the map are added in one step, and only runs that cross the border of a block are added
-    # singly.
-    within = first // BLOCK_CLUSTERS == (end - 1) // BLOCK_CLUSTERS
-    for cluster, count in runs[~within].tolist():
-        free_map.add(cluster, count)
-    first, end = first[within], end[within]
-    edges = np.flatnonzero(np.diff(first // BLOCK_CLUSTERS, prepend=-1)).tolist()
-    for low, high in pairwise([*edges, len(first)]):
-        block = int(first[low]) // BLOCK_CLUSTERS
-        free_map.add_block(
-            block,
-            _bits_of(first[low:high] % BLOCK_CLUSTERS, end[low:high] - block * BLOCK_CLUSTERS),
-        )
-        await trio.lowlevel.checkpoint()
-
-
-def _bits_of(first: NDArray[np.int64], end: NDArray[np.int64]) -> int:
-    """Return an integer with the bits set from each ``first`` up to its ``end``, exclusive.
-
-    The ranges must not touch each other.
-    """
-    change = np.zeros(BLOCK_CLUSTERS + 1, np.int8)
-    change[first] = 1
-    change[end] = -1
-    ones = np.packbits(
-        np.cumsum(change[:BLOCK_CLUSTERS], dtype=np.int8).view(np.uint8), bitorder="little"
-    )
-    return int.from_bytes(ones.tobytes(), "little")

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qedfuse.disk.state.freelistreader import backing_name_covers_descriptor, expand_runs
+from qedfuse.disk.state.freelistruns import expand_runs
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.freelist import (
     DESCRIPTOR_BYTES,
     DESCRIPTOR_END,
     DESCRIPTOR_OFFSET,
     Descriptor,
+    backing_name_covers_descriptor,
     build_cluster,
     build_descriptor,
     can_be_replaced,

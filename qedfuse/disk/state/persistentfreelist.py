@@ -29,15 +29,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
-from qedfuse.disk.state.freelistreader import (
-    MAX_RUNS,
-    add_runs,
-    backing_name_covers_descriptor,
-    read_list,
-)
+from qedfuse.disk.state.freelistreader import MAX_RUNS, read_list
+from qedfuse.disk.state.freelistruns import add_runs
 from qedfuse.disk.state.freelistwriter import refuse_occupied_descriptor, write_list
 from qedfuse.errors import CorruptImageError, HostError, QedError
-from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET
+from qedfuse.ondisk.freelist import DESCRIPTOR_OFFSET, backing_name_covers_descriptor
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
