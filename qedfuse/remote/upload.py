@@ -140,12 +140,12 @@ class Upload:
         except (RemoteError, UsageError) as error:
             if not self._is_read_to_end:
                 raise
-            self._verify_after_failure(error)
+            self._verify_after_failure(store, error)
             return Uploaded(self._size, "")
         self._compare_or_delete(store, result["e_tag"] or "")
         return Uploaded(self._size, result["version"] or "")
 
-    def _verify_after_failure(self, error: RemoteError | UsageError) -> None:
+    def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
         If the response of the store is lost, obstore repeats the request, and the store reports
@@ -154,12 +154,17 @@ class Upload:
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
             UsageError: ``error``.
-            StoppedError: `stop` was called.
+            StoppedError: `stop` was called; an object with the content is deleted unless it may
+                have replaced another one.
         """
         try:
             self._check.compare("")
         except DifferentError:
             raise error from None
+        except StoppedError:
+            if not self._overwrite:
+                self._delete_equal(store)
+            raise
         except RemoteError as failure:
             if failure.errno == errno.ENOENT:
                 raise error from None
@@ -308,6 +313,18 @@ class Upload:
                 obstore.delete(store.handle, self._address.key)
         except (RemoteError, *ERRORS):
             pass
+
+    def _delete_equal(self, store: Store) -> None:
+        """Delete the object if it has the content of the upload; no matter if `stop` was called.
+
+        Without the response of the store, only a comparison shows that this upload has stored the
+        object.  Does nothing if the store does not answer.
+        """
+        try:
+            etag = self._check.compare("", is_stoppable=False)
+        except RemoteError:
+            return
+        self._delete(store, etag)
 
     def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
         """Call a function once; raise the errors of `retry` instead of the exceptions of a client.

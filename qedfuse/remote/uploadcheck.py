@@ -69,21 +69,22 @@ class UploadCheck:
         client = make_client(self._address, self._options)
         return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
 
-    def compare(self, etag: str) -> None:
-        """Compare the object with the content.
+    def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
+        """Compare the object with the content; return the entity tag of the object.
 
         The entity tag of most stores is a checksum of the object.  If it is not, the object is
         read.
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
+            is_stoppable: Whether to raise StoppedError when the upload is stopped.
 
         Raises:
             DifferentError: The object differs.
             RemoteError: The object is missing, or cannot be read.
             StoppedError: The upload was stopped.
         """
-        if self._stopped.is_set():
+        if is_stoppable and self._stopped.is_set():
             raise StoppedError
         source = self.open()
         found = source.version
@@ -94,7 +95,8 @@ class UploadCheck:
             msg = f"{self._address.shown}: found another object than the one that was stored"
             raise DifferentError(msg)
         if found.etag.strip('"') not in self._expected_etags():
-            self._compare_content(source)
+            self._compare_content(source, is_stoppable=is_stoppable)
+        return found.etag
 
     def _expected_etags(self) -> tuple[str, str]:
         """Return the entity tags that S3 may give the content: stored in parts, and stored whole.
@@ -106,7 +108,7 @@ class UploadCheck:
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
         return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
 
-    def _compare_content(self, source: RemoteObject) -> None:
+    def _compare_content(self, source: RemoteObject, *, is_stoppable: bool) -> None:
         """Read the object and compare it with the content.
 
         Raises:
@@ -115,7 +117,7 @@ class UploadCheck:
             StoppedError: The upload was stopped.
         """
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
-            if self._stopped.is_set():
+            if is_stoppable and self._stopped.is_set():
                 raise StoppedError
             length = min(self._part_bytes, self._size - start)
             block = source.get(start, length)

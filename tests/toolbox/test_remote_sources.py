@@ -41,7 +41,7 @@ OPEN_REQUESTS: Final = {
     "measure": 1,
     "dump": 1,
     "convert": 1,
-    "compare": 1,
+    "compare": 2,
 }
 """How many requests each command makes before the fault of a test strikes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from contextlib import ExitStack, suppress
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
     from qedfuse.remote.upload import Upload, Uploaded
     from qedfuse.util.backgroundtasks import Progress
+
+_log = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 15.0
 """Maximum time that a cancelled task waits for its upload to remove what the upload has stored."""
@@ -115,7 +118,7 @@ async def publish(
         upload = Upload(
             address, file, file.size, connection, overwrite=overwrite, progress=progress
         )
-        uploaded = await _run(upload, stack)
+        uploaded = await _run(upload, stack, address.shown)
         return Published(address.url, uploaded.size, uploaded.version, is_raw)
 
 
@@ -194,12 +197,12 @@ def _require_publishable(file: _Source) -> bool:
     return True
 
 
-async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
+async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
     """Run an upload in a thread; return its result.
 
     If the task is cancelled, and the upload has sent anything, the task waits until the upload has
-    removed what it has stored.  The files of ``stack`` stay open as long as the thread may read
-    them.
+    removed what it has stored.  If that takes too long, it is logged with ``shown``, the URL of the
+    object.  The files of ``stack`` stay open as long as the thread may read them.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
@@ -225,6 +228,11 @@ async def _run(upload: Upload, stack: ExitStack) -> Uploaded:
             if not ended.is_set():
                 # The thread may still read the files, so only the end of the process closes them.
                 stack.pop_all()
+                _log.warning(
+                    "%s: the store may still have the object or parts of it: they were not removed "
+                    "within %g s",
+                    *(shown, _STOP_SECONDS),
+                )
         raise
     assert result is not None  # noqa: S101  only `stop` ends an upload without a result
     return result
