@@ -50,6 +50,11 @@ fresh() {
 }
 put() { printf '%s' "$1" | dd of="$(echo "$mnt"/*.raw)" bs=4096 seek=1 conv=notrunc,fsync status=none; }
 get() { dd if="$(echo "$mnt"/*.raw)" bs=1 skip=4096 count=5 status=none; }
+# in_sandbox COMMAND...: all parts of the sandbox are in force for the disk that the command shows.
+in_sandbox() {
+    "$@" | grep -q '^  sandbox on: Landlock .*no new privileges, .*seccomp ([0-9]* system calls), not dumpable$' ||
+        die "not in a complete sandbox: $("$@" | grep sandbox)"
+}
 expect() { [ "$1" = "$2" ] || die "found '$1', expected '$2'"; }
 # wait_for COMMAND: wait until a command succeeds.
 wait_for() { timeout 60 sh -c "until $1; do sleep 0.1; done" || die "in vain: $1"; }
@@ -126,6 +131,7 @@ mount -a
 mount -a # changes nothing
 expect "$(grep -c ' fuse.qedfuse ' /proc/mounts)" 2
 expect "$(get)" hello
+in_sandbox qedfuse stats "$mnt"
 put world
 umount -a -t fuse.qedfuse
 cat "$work/fstab" >/etc/fstab
@@ -141,6 +147,18 @@ chmod 711 "$work"
 chown -R nobody "$work/user"
 as_nobody() { setpriv --reuid nobody --regid nogroup --clear-groups "$@"; }
 as_nobody sh -euc "cd '$work/user'; qedimg create -q a.qed 1M; qedfuse a.qed mnt; test -e mnt/a.raw; qedfuse umount mnt; qedimg check -q a.qed"
+for option in user users; do
+    echo "$work/user/a.qed $work/user/mnt fuse.qedfuse noauto,$option 0 0" >>/etc/fstab
+    as_nobody mount "$work/user/mnt"
+    in_sandbox as_nobody qedfuse stats "$work/user/mnt"
+    printf "%5s" "$option" | as_nobody dd of="$work/user/mnt/a.raw" conv=notrunc,fsync status=none
+    as_nobody umount "$work/user/mnt"
+    cat "$work/fstab" >/etc/fstab
+    # umount(8) returns before the server has closed the image.
+    wait_for "qedimg check -q '$work/user/a.qed'"
+    ! grep -q " $work/user/mnt " /proc/mounts || die "$option: the user could not unmount"
+    expect "$(qedimg convert -O raw "$work/user/a.qed" - | head -c 5)" "$(printf '%5s' "$option")"
+done
 
 say "An upgrade, a downgrade and a removal while a disk is mounted"
 other_version +later
@@ -171,6 +189,7 @@ apt remove qedfuse
 hash -r
 for name in qedfuse qedimg mount.qedfuse; do ! command -v $name || die "$name is still there"; done
 apt purge qedfuse
-list_files | comm -13 "$work/before" - | grep -i -e qed >"$work/left" || true
+# man-db keeps formatted pages that were read, for a week.
+list_files | comm -13 "$work/before" - | grep -i -e qed | grep -v '^/var/cache/man/cat[0-9]/' >"$work/left" || true
 [ ! -s "$work/left" ] || { cat "$work/left" && die "files are left after the purge"; }
 say "Everything works, and nothing is left"

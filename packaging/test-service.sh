@@ -34,6 +34,13 @@ is_clean() {
     qedimg check -q "$1" || die "$1: damaged"
     ! qedimg info --output=json "$1" | grep '"dirty-flag": true' || die "$1: not closed cleanly"
 }
+# in_sandbox MOUNTPOINT [COMMAND...]: all parts of the sandbox are in force; the command runs qedfuse.
+in_sandbox() {
+    local -r mountpoint=$1 sandbox='^  sandbox on: Landlock .*no new privileges, .*seccomp ([0-9]* system calls), not dumpable$'
+    shift
+    "$@" qedfuse stats "$mountpoint" | grep "$sandbox" || die "$mountpoint: $("$@" qedfuse stats "$mountpoint" | grep sandbox)"
+}
+as_nobody() { setpriv --reuid nobody --regid nogroup --clear-groups "$@"; }
 apt() {
     DEBIAN_FRONTEND=noninteractive apt-get -y -qq "$@" </dev/null >/run/apt.log 2>&1 || { cat /run/apt.log && die "apt-get $*"; }
 }
@@ -59,6 +66,7 @@ first_boot() {
     cp -a /usr/share/doc/qedfuse /mnt/root/doc
     fstrim /mnt/root
     qedfuse stats /mnt/vm | head -n 20
+    in_sandbox /mnt/vm
     say "Stopping while the disk is in use"
     systemctl stop --no-block qedfuse@vm
     # shellcheck disable=SC2016  # expanded by wait_for
@@ -83,6 +91,49 @@ first_boot() {
     rm /etc/qedfuse/none.conf
     systemctl reset-failed
 
+    say "A service that hardens itself without the calls of a sandbox"
+    mkdir -p /mnt/own
+    cat >/run/systemd/system/own.service <<'UNIT'
+[Service]
+Type=notify
+ExecStart=/usr/bin/qedfuse -f /srv/images/manual.qed /mnt/own
+SystemCallFilter=@system-service @mount
+SystemCallErrorNumber=EPERM
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER
+UNIT
+    systemctl daemon-reload
+    systemctl start own
+    put /mnt/own/manual.raw hello
+    qedfuse stats /mnt/own | grep '^  sandbox on: .*; without Landlock (' || die "the statistics do not say what is missing"
+    systemctl stop own
+    expect "$(systemctl show -P Result own)" success
+    is_clean /srv/images/manual.qed
+
+    say "Ordinary users: without user namespaces, and with AppArmor's profiles"
+    tr , '\n' </sys/kernel/security/lsm | grep -x -e landlock -e apparmor | sort | tr '\n' ' ' | grep 'apparmor landlock' || die "found only the security modules $(cat /sys/kernel/security/lsm)"
+    grep -q . /sys/kernel/security/apparmor/profiles || die "AppArmor has no profiles"
+    sysctl -q -w user.max_user_namespaces=0
+    ! as_nobody unshare --user true 2>/dev/null || die "found user namespaces"
+    mkdir -p /srv/user/mnt
+    chown -R nobody /srv/user
+    as_nobody qedimg create -q /srv/user/own.qed 16M
+    as_nobody qedfuse /srv/user/own.qed /srv/user/mnt
+    put /srv/user/mnt/own.raw hello 2>/dev/null && die "root has access to the disk of a user"
+    in_sandbox /srv/user/mnt as_nobody
+    as_nobody qedfuse umount /srv/user/mnt
+    for option in user users; do
+        sed -i '\,^/srv/user,d' /etc/fstab
+        echo "/srv/user/own.qed /srv/user/mnt fuse.qedfuse noauto,$option 0 0" >>/etc/fstab
+        as_nobody mount /srv/user/mnt
+        in_sandbox /srv/user/mnt as_nobody
+        as_nobody umount /srv/user/mnt
+        ! grep ' /srv/user/mnt ' /proc/mounts || die "$option: the user could not unmount"
+        # umount(8) returns before the server has closed the image.
+        wait_for 'qedimg check -q /srv/user/own.qed'
+    done
+    sed -i '\,^/srv/user,d' /etc/fstab
+    sysctl -q -w user.max_user_namespaces=1000
+
     say "A source that QEMU reads"
     qemu-img create -q -f qcow2 /srv/images/foreign.qcow2 8M
     printf 'IMAGE=/srv/images/foreign.qcow2\nMOUNTPOINT=/mnt/file\nOPTIONS=-r\n' >/etc/qedfuse/foreign.conf
@@ -98,8 +149,15 @@ first_boot() {
 /mnt/vm/vm.raw /mnt/root ext4 loop,nofail,x-systemd.requires=qedfuse@vm.service 0 0
 FSTAB
     systemctl daemon-reload
-    systemctl start mnt-root.mount # with the service
-    mount -a
+    # mount(8) starts no service.
+    expect "$(systemctl is-active qedfuse@vm || true)" inactive
+    ! mount -a || die "mount -a found a disk whose service does not run"
+    mountpoint -q /mnt/early || die "mount -a left out another line"
+    systemctl start mnt-root.mount
+    expect "$(systemctl is-active qedfuse@vm)" active
+    mountpoint -q /mnt/root || die "the service did not bring the file system"
+    mount -a # changes nothing
+    in_sandbox /mnt/early
     put /mnt/early/early.raw hello
     systemctl stop mnt-early.mount
     wait_for 'qedimg check -q /srv/images/early.qed'
@@ -124,6 +182,8 @@ second_boot() {
     is_clean /srv/images/manual.qed
     expect "$(systemctl is-active qedfuse@vm)" active
     expect "$(systemctl is-active mnt-early.mount)" active
+    in_sandbox /mnt/vm
+    in_sandbox /mnt/early
     expect "$(get /mnt/early/early.raw)" world
     [ -e /mnt/root/at-restart ] || die "the file system in the disk is not mounted"
     systemctl --failed --no-legend | { ! grep .; } || die "units have failed"

@@ -83,7 +83,7 @@ test_suite() {
     copy_tree "$target"
     rm -rf "$target/src/qedfuse" "$target/src/setup.py"
     install "$target" python3-pytest python3-pytest-timeout python3-pytest-trio python3-pytest-xdist \
-        python3-hypothesis python3-urllib3 qemu-utils e2fsprogs fdisk dosfstools mtools procps mount fio \
+        python3-hypothesis python3-urllib3 qemu-utils e2fsprogs fdisk dosfstools mtools procps mount fio systemd \
         fuse2fs ntfs-3g btrfs-progs \
         "/packages/$(basename "$(package)")"
     enter "$target" sh -euc '
@@ -119,7 +119,7 @@ test_service() {
     cp -r "$store/packages" "$base/packages"
     cp "$root/packaging/test-service.sh" "$base/packages/"
     # The machine has no network: the dependencies stay.
-    install "$base" python3-urllib3 "/packages/$(basename "$(package)")"
+    install "$base" apparmor python3-urllib3 "/packages/$(basename "$(package)")"
     enter "$base" dpkg --purge qedfuse >"$log" 2>&1
     echo '/dev/vda / ext4 defaults 0 1' >"$base/etc/fstab"
     cat >"$base/etc/systemd/system/test.service" <<UNIT

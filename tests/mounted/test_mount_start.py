@@ -546,6 +546,9 @@ def test_missing_permissions_are_explained(user_directory: Path) -> None:
     done = as_user(*COMMAND, own, mnt, "-o", "ro")
     assert (done.returncode, done.stderr) == (0, "")
     assert as_user(*COMMAND, "umount", mnt).returncode == 0
+    done = as_user("setpriv", "--no-new-privs", *COMMAND, own, mnt, "-o", "ro")
+    assert done.returncode == 19
+    assert "fusermount3: mount failed: Operation not permitted (no_new_privs is set" in done.stderr
 
 
 def test_an_ordinary_user_sees_that_read_ahead_stays_short(user_directory: Path) -> None:

@@ -391,6 +391,24 @@ def test_a_partition_ends_where_its_table_says(tmp_path: Path) -> None:
     assert content == changed
 
 
+def test_partitions_take_no_more_space_than_the_image(tmp_path: Path) -> None:
+    """The blocks of the partitions, an estimate, add up to no more than those of the image."""
+    raw, image = tmp_path / "vm.raw", tmp_path / "vm.qed"
+    with raw.open("wb") as file:
+        file.truncate(16 * MIB)
+        file.seek(3 * MIB)
+        file.write(random.Random("few").randbytes(MIB))
+    partition(raw, list(DOS))
+    qemu.convert(raw, image, source_format="raw", target_format="qed")
+    with mounted(image, tmp_path / "mnt", "-o", "ro,partitions") as mountpoint:
+        blocks = [path.stat().st_blocks for path in mountpoint.glob("vm.raw.p*")]
+        whole = (mountpoint / "vm.raw").stat().st_blocks
+    assert len(blocks) == len(PLACES)
+    assert whole == image.stat().st_blocks
+    assert sum(blocks) < whole + len(blocks), "each is rounded up by less than one"
+    assert min(blocks) > 0, "tar takes a file without blocks for one hole"
+
+
 def test_one_partition_is_the_mountpoint(tmp_path: Path) -> None:
     """With ``partition=N`` the mountpoint, or the only file in it, is partition N."""
     image = make_image(tmp_path)

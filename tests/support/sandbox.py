@@ -57,6 +57,8 @@ for directory in /etc /usr/sbin /usr/local/bin /usr/local/share; do
         sandbox "$directory"
 done
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+# The helpers of an installed package, which examples/install.sh does not replace.
+rm -f /usr/sbin/mount.qedfuse /usr/sbin/mount.fuse.qedfuse
 mkdir /srv/images
 """
 

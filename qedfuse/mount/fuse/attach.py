@@ -11,7 +11,7 @@ import pyfuse3
 
 from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.optionsyntax import escape_value
-from qedfuse.mount.system.privileges import FUSE_DEVICE
+from qedfuse.mount.system.privileges import FUSE_DEVICE, can_gain_privileges
 from qedfuse.text import printable
 from qedfuse.util.descriptors import open_descriptors
 
@@ -141,6 +141,11 @@ def _explain(mountpoint: str, printed: str) -> QedError:
     # The first letters are left out, because they may be capital or small.
     if "ermission denied" in words or "not permitted" in words or "only allowed if" in words:
         error_class = PrivilegeError
+        if not can_gain_privileges():
+            printed += (
+                " (no_new_privs is set, as by NoNewPrivileges= of systemd, and then fusermount3 has"
+                " no more privileges than its user)"
+            )
     elif "ountpoint" in words or "ransport endpoint" in words:
         error_class = MountpointError
     return error_class(f"{printable(mountpoint)}: cannot mount: {printable(printed)}")

@@ -87,12 +87,14 @@ class ExportedDisk:
     def visible_blocks(self, image_blocks: int) -> int:
         """Return the ``st_blocks`` of the file, if its image file has ``image_blocks``.
 
-        The clusters of a partition are not counted, so a partition has the blocks of the image
-        file, but at most those of its size.
+        To count the clusters of a partition, all its tables would have to be read.  So a partition
+        has the share of the blocks that its size is of the disk, but at most the blocks of its
+        size.  The share is rounded up, because programs take a file without blocks for one hole.
         """
         if not self.is_partition:
             return image_blocks
-        return min(image_blocks, self.disk.size // _BLOCK_BYTES)
+        share = -(-image_blocks * self.disk.size // self.image.size)
+        return min(share, self.disk.size // _BLOCK_BYTES)
 
     def shares_bytes(self, other: ExportedDisk) -> bool:
         """Return whether this file and another file have bytes in common."""

@@ -24,6 +24,17 @@ def find_fusermount() -> str | None:
     return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
 
 
+def can_gain_privileges() -> bool:
+    """Return whether programs that this process runs can have more privileges, as fusermount3 does.
+
+    Also returns True if /proc is not mounted.
+    """
+    try:
+        return "\nNoNewPrivs:\t1\n" not in Path("/proc/self/status").read_text("ascii", "replace")
+    except OSError:
+        return True
+
+
 def check_privileges(*, for_others: bool, user: int | None = None) -> None:
     """Refuse a mount for which the user lacks a privilege or a program.
 
