@@ -136,7 +136,8 @@ UNIT
     say "Booting it (without KVM it takes ten minutes)"
     timeout 2400 qemu-system-x86_64 -accel "${VM_ACCEL:-tcg,thread=multi}" -cpu max -m 1500 -smp 2 \
         -kernel "$store/kernel" -initrd "$store/initrd" \
-        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 no_timer_check systemd.show_status=0" \
+        -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 no_timer_check nowatchdog \
+systemd.show_status=0 systemd.default_timeout_start_sec=1800 systemd.mask=apparmor.service" \
         -drive "file=$store/service.raw,format=raw,if=virtio,cache=unsafe" -device virtio-rng-pci \
         -nodefaults -display none -serial stdio </dev/null | tee "$store/console"
     grep -q '^RESULT 0' "$store/console"

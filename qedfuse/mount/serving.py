@@ -258,6 +258,10 @@ class Server:
                 # If a signal arrived before `handle_with`, the signal has cancelled this task.
                 # The cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
+                # The pid file is written before the sandbox is entered.  Afterwards the server
+                # would need the right to make files in its directory, often /run, and would keep
+                # that right.  A program that reads the file and then opens the disk waits, because
+                # requests are answered only in the sandbox.
                 announcement.write_pidfile()
                 # The queue is made before the sandbox is entered, because the sandbox forbids to
                 # make a queue.

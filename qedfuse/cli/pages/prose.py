@@ -89,6 +89,10 @@ fstab(5) accept the types `qedfuse` and `fuse.qedfuse`:
     /srv/images/vm.qed  /mnt/vm    fuse.qedfuse  noauto  0  0
     /mnt/vm/vm.raw      /mnt/root  ext4  noauto,loop,offset=1048576  0  0
 
+With the option `user` or `users` an ordinary user mounts and unmounts the disk.
+mount(8) does not read `x-systemd.requires=`: for a line that needs a service such as
+`qedfuse@vm.service`, use `systemctl start` with the unit of the mountpoint.
+
 If mount(8) runs qedfuse, `-f` and `-s` have the meaning that mount(8) gives them: with
 `-f` qedfuse checks and opens the image but does not mount, and with `-s` it ignores
 unknown options.
