@@ -23,7 +23,7 @@ def select_cells(pattern: str | None) -> list[Cell]:
     """Return the cells whose names match a regular expression; all cells for None.
 
     Raises:
-        ValueError: The text is no regular expression, or matches no name.
+        ValueError: The text is not a regular expression, or matches no name.
     """
     try:
         found = [cell for cell in CELLS if re.search(pattern or "", cell.name)]

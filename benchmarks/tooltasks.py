@@ -37,7 +37,7 @@ class Task(NamedTuple):
         ratio: The speed that qedimg should reach, in multiples of that of qemu-img.
         seconds: How long qedimg may take.
         cold: Whether the source is evicted from the host's page cache each time.
-        qemu_img_code: An exit code of qemu-img that is no failure, besides 0.
+        qemu_img_code: An exit code of qemu-img that is not a failure, besides 0.
     """
 
     name: str

@@ -17,7 +17,7 @@ _QUERY: Final = (
     r"(?=['\",:;)]*(?:\s|$))"  # punctuation of the sentence is not part of the query
 )
 _PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)?://.*)"
-"""The URLs whose queries are no secrets."""
+"""The URLs whose queries are not secret."""
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:
@@ -47,7 +47,7 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 def without_queries(message: str) -> str:
     """Return a message with ``...`` for the user and the query of each URL in it.
 
-    Either can be a secret.  Two queries are kept, because they are no secrets: the version of an
+    Either can be a secret.  Two queries are kept, because they are not secret: the version of an
     object, and the query for an NBD server.
     """
     if "://" not in message:

@@ -327,7 +327,7 @@ class Server:
         if self._sandbox is not None:
             _log.info("%s: sandbox %s", shown, self._sandbox)
         if readahead_failure is not None and self._options.readahead is None:
-            # This is no warning, because the user has not asked for a read-ahead.
+            # This is not a warning, because the user has not asked for a read-ahead.
             _log.info("%s: %s", shown, readahead_failure)
         if protection_failure is not None and not self._options.read_only:
             # Only root gets a warning, because an ordinary user cannot give the process the

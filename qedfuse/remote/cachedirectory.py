@@ -47,7 +47,7 @@ _RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
 )
-"""Errors of opening an entry that is missing or damaged, or a file that is no entry."""
+"""Errors of opening an entry that is missing or damaged, or a file that is not an entry."""
 _RACES: Final = (errno.EWOULDBLOCK, errno.EEXIST, errno.ENOTEMPTY)
 """Errors of opening or making an entry that another process makes or removes concurrently."""
 
@@ -98,7 +98,7 @@ class CacheDirectory:
         A damaged entry is replaced by a new one.
 
         Raises:
-            CacheError: The host refused, or a file that is no entry has the name of the entry.
+            CacheError: The host refused, or a file that is not an entry has the name of the entry.
         """
         number = 1
         while True:

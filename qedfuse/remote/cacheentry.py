@@ -87,7 +87,7 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
 
     Raises:
         OSError: The host refused, another process has made the entry, or one of the paths leads to
-            a file that is no directory.
+            a file that is not a directory.
     """
     with suppress(FileExistsError):
         os.mkdir(parent, 0o700)  # noqa: PTH102  str paths

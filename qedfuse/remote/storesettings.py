@@ -307,8 +307,8 @@ def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
     """Return the URL of the endpoint of the S3 store; None for Amazon's own.
 
     Raises:
-        UnusableError: The endpoint is no URL of a web server, or is another machine without TLS,
-            which the options do not allow.
+        UnusableError: The endpoint is not the URL of a web server, or is another machine without
+            TLS, which the options do not allow.
     """
     text = variables.first(_ENDPOINT_VARIABLES)
     if text is None:

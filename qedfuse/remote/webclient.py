@@ -232,10 +232,10 @@ class WebClient:
         try:
             target = parse_address(urldefrag(urljoin(source.url, location)).url)
         except UsageError as error:
-            msg = f"found a redirection that is no usable URL ({error})"
+            msg = f"found a redirection that is not a usable URL ({error})"
             raise UnusableError(msg) from error
         except ValueError as error:
-            msg = "found a redirection that is no URL"
+            msg = "found a redirection to something other than a URL"
             raise UnusableError(msg) from error
         origin = (self._address.scheme, self._address.host)
         if (target.scheme, target.host) == origin:

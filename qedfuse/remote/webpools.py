@@ -54,5 +54,5 @@ def _make_pool(target: Address) -> urllib3.PoolManager:
         return make_pool(proxy or None, _MAX_CONNECTIONS)
     except (HTTPError, ValueError) as error:
         # The message has no URL, because the URL of a proxy may contain a password.
-        msg = f"found a proxy in the environment that is no usable URL ({target.scheme}_proxy)"
+        msg = f"found a proxy in the environment that is not a usable URL ({target.scheme}_proxy)"
         raise UnusableError(msg) from error

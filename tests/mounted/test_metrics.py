@@ -98,7 +98,7 @@ def test_metrics_are_served_at_a_path(image: Path, tmp_path: Path) -> None:
     "value", ["0", "65536", "0.0.0.0:9000", "example.org:9000", "127.0.0.256:9000", "unix:", "x"]
 )
 def test_other_addresses_are_refused(value: str, image: Path, tmp_path: Path) -> None:
-    """An address that is no port of loopback and no path is refused with one line."""
+    """An address that is neither a port of loopback nor a path is refused with one line."""
     (tmp_path / "mnt").mkdir()
     assert refused("-o", f"metrics={value}", image, tmp_path / "mnt", code=1) == (
         f"option metrics: found {value}, expected a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"

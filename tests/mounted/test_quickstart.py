@@ -80,7 +80,7 @@ def test_with_an_image(directory: Path, tmp_path: Path) -> None:
 
 
 def test_with_a_file_that_is_no_image(directory: Path, tmp_path: Path) -> None:
-    """With a file that is no image the script prints qedfuse's line and exits with its code."""
+    """With a file that is not an image the script prints qedfuse's line and exits with its code."""
     image = tmp_path / "no.qed"
     image.write_bytes(b"no image" * 100)
     process = start(directory, image)

@@ -164,7 +164,7 @@ BAD: Final[dict[str, tuple[bytes, type[Exception]]]] = {
         GREETING + NO_STRUCTURED + info(messages.INFO_BLOCK_SIZE, 4096, 4096, 512),
         RefusedError,
     ),
-    "size that is no multiple of the block": (
+    "size that is not a multiple of the block": (
         GREETING
         + NO_STRUCTURED
         + info(messages.INFO_EXPORT, 5000, 0)

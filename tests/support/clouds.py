@@ -34,7 +34,7 @@ _ACCOUNT: Final = "devstoreaccount1"
 _KEY: Final = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 )
-"""The account of Azurite, which is no secret."""
+"""The account of Azurite, which is not secret."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class FaultyServer:
             offset and the length of a request.
         struck: How often each fault was made.
         connect: Connects to the server.
-        released: Set when the replies with the fault ``held`` may go on; it is no mistake.
+        released: Set when the replies with the fault ``held`` may go on; it is not a mistake.
     """
 
     def __init__(self, path: Path, content: bytes) -> None:

@@ -78,7 +78,7 @@ def test_damage_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use and a file that is no image are refused with one line each."""
+    """An image in use and a file that is not an image are refused with one line each."""
     path = tmp_path / "disk.qed"
     qemu.create(path, 1 << 20)
     with qemu.hold(path):

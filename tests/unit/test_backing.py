@@ -217,7 +217,7 @@ async def test_trusted_base(place: Directories) -> None:
     assert await read(place.image(str(middle)), policy) == pattern(SIZE, 6)
 
 
-# --- names that are no paths ----------------------------------------------------------
+# --- names that are not paths ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

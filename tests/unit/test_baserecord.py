@@ -35,7 +35,7 @@ OTHERS = [
     MAGIC + b"%08x\nx\n" % zlib.crc32(b"x\n"),
     MAGIC + b"%08x\n1\n" % zlib.crc32(b"1\n" + bytes(1 << 17)) + bytes(1 << 17),
 ]
-"""Content of files that are no records: the last two are valid but for their number or length."""
+"""Content of files that are not records: the last two are valid but for their number or length."""
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_file_beside_the_target_of_a_link(image: Path) -> None:
 @pytest.mark.usefixtures("_no_attributes")
 @pytest.mark.parametrize("content", OTHERS)
 def test_another_file_is_never_changed(image: Path, content: bytes) -> None:
-    """A file of the record's name that is no record is not read, not replaced and not removed."""
+    """A file of the record's name that is not a record is neither read, replaced nor removed."""
     other = image.with_name(".vm.qed.qedfuse-base")
     assert str(other) == record_path(str(image))
     other.write_bytes(content)

@@ -214,7 +214,7 @@ async def test_finished_calls_are_delivered_early_by_a_busy_task(tmp_path: Path)
 @needs_extension
 @pytest.mark.expect_log("the function at the end of a host call failed")
 async def test_a_function_may_be_called_at_the_end_of_a_call(tmp_path: Path) -> None:
-    """A tag that is no task is called in the event loop; its error does not affect other calls."""
+    """A tag that is not a task is called in the event loop; its error affects no other call."""
     calls = NativeCalls(native())
     got: list[tuple[int, int]] = []
     threads = calls._threads

@@ -60,7 +60,7 @@ class Kernel:
     """Stands for `Laundering`.
 
     Attributes:
-        laundered: The disks that were to be laundered.
+        laundered: The disks that are laundered.
     """
 
     def __init__(self, *, writes_back: bool) -> None:

@@ -22,7 +22,8 @@ PHRASES: Final = {
     "business of": "the fact itself",
     "so many": "the number itself, or up to N",
     "as it is|as they are": "unchanged",
-    "is to be|are to be": "must be, will be, or the verb itself",
+    "is to be|are to be|was to be|were to be": "must be, will be, or the verb itself",
+    "(?:that|which|they|it|this) (?:is|are) no (?!longer)[a-z]+": "is not a",
     "he|him|us": "the subject by name",
     "be it": "whether, or a list",
 }

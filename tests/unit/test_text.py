@@ -70,5 +70,5 @@ def test_different_names_stay_different(one: bytes, other: bytes) -> None:
     ],
 )
 def test_secrets_in_messages(message: str, shown: str) -> None:
-    """Users and queries of URLs are left out of messages, unless they are no secrets."""
+    """Users and queries of URLs are left out of messages, unless they are not secret."""
     assert without_queries(message) == shown

@@ -88,7 +88,7 @@ def test_a_log_that_ends_in_the_midst_of_an_entry_ends_before_it(tmp_path: Path)
 
 
 def test_a_cut_before_the_workload_is_refused(tmp_path: Path) -> None:
-    """A cut before the workload, and a file that is no log, are refused."""
+    """A cut before the workload, and a file that is not a log, are refused."""
     log = Log()
     del log.content[SECTOR:]
     with pytest.raises(ValueError, match="before the workload"):

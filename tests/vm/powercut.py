@@ -185,7 +185,7 @@ def opened(device: str) -> Iterator[None]:
 
 
 def check_images() -> None:
-    """Check both images; leaked clusters (code 3) are no error."""
+    """Check both images; leaked clusters (code 3) are not an error."""
     for name in _IMAGES:
         run("qedimg", "check", _HOST / f"{name}.qed", codes=(0, 3))
         run("qemu-img", "check", "-f", "qed", _HOST / f"{name}.qed", codes=(0, 3))

@@ -30,7 +30,7 @@ function __PROGRAM_is -a name -d 'Test whether the line has this subcommand'
     test (__PROGRAM_command; or echo) = "$name"
 end
 """
-"""The functions that find the subcommand, which must be the first word that is no option.
+"""The functions that find the subcommand, which must be the first word that is not an option.
 
 COMMANDS stands for the names of all subcommands."""
 

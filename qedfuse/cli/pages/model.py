@@ -74,7 +74,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A word of the command line that is no option.
+    """A word of the command line that is not an option.
 
     Attributes:
         value: The name and the kind of the operand.

@@ -135,7 +135,7 @@ def _refuse_changes(
         shown: The mountpoint, for messages.
         old: The options with which the mount began.
         flags: The new mount flags.
-        others: The options that are no mount flags.
+        others: The options that are not mount flags.
         sloppy: Whether to ignore unknown options.
 
     Raises:

@@ -94,8 +94,8 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
         document = None
     if not isinstance(document, dict):
         msg = (
-            f"{shown}: no statistics: found {len(answer.document)} bytes that are no document of "
-            "statistics, perhaps because the process has just ended"
+            f"{shown}: no statistics: found {len(answer.document)} bytes that are not a document "
+            "of statistics, perhaps because the process has just ended"
         )
         raise NoStatisticsError(msg)
     if document.get("version") != VERSION:

@@ -35,7 +35,7 @@ _BINARY_TREE: Final = 2
 _THREAD_FLAGS: Final = 0x100 | 0x10000
 """CLONE_VM and CLONE_THREAD, which clone(2) has for a thread and never for a process."""
 _TYPE_MASK: Final = 0xF
-"""The bits of the second argument of socketpair(2) that are no flags (SOCK_TYPE_MASK)."""
+"""The bits of the second argument of socketpair(2) that are not flags (SOCK_TYPE_MASK)."""
 _SET_NAME: Final = 15
 """PR_SET_NAME, which names a thread."""
 _FIRST, _SECOND, _THIRD, _FIFTH = 0, 1, 2, 4

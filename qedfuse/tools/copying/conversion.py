@@ -153,7 +153,7 @@ class Conversion:
             overwrite: Whether to replace an existing file.
 
         Raises:
-            UsageError: The file exists and ``overwrite`` is False, or is no regular file.  Or a
+            UsageError: The file exists and ``overwrite`` is False, or is not a regular file.  Or a
                 backing file is named for a format other than QED, the geometry is invalid or
                 too small for the disk, or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.

@@ -26,7 +26,7 @@ class L1Summary:
 
     Attributes:
         used: Number of entries that are not 0.
-        invalid: Number of used entries that are no valid offset of an L2 table.
+        invalid: Number of used entries that are not a valid offset of an L2 table.
         overlapping: Number of L2 tables that overlap an earlier L2 table in the file, by the
             rule of `qedfuse.ondisk.entrylimits.overlaps`.
         complete: Whether the L1 table was read up to its end, or up to the end of the file if

@@ -216,7 +216,7 @@ def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport)
 
 
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
-    """Return whether a repair could overwrite bytes that are no table, or reclaim used clusters.
+    """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
     True if the check suggests that the header names the wrong offset or size of the tables.
     But False with ``leaks`` if the image has errors, because nothing is then changed.
