@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.mount.commands import umount
+from qedfuse.mount.commands import serverprocess
 from qedfuse.mount.commands.umount import UnmountFailedError, unmount_and_wait
 from qedfuse.mount.system import visiblemounts
 from qedfuse.mount.system.mounttable import FUSE_TYPE, MountEntry, find_qedfuse_mount, read_mounts
@@ -214,7 +214,7 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
 ) -> None:
     """If no copy is found, one line lists the possible reasons and the wait goes on."""
     for name in ("_COPIES_REPORT_SECONDS", "_REPORT_SECONDS"):
-        monkeypatch.setattr(umount, name, 0.0)
+        monkeypatch.setattr(serverprocess, name, 0.0)
     lines: list[str] = []
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
 
@@ -226,7 +226,7 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
         try:
             # No file system has this number.
             entry = MountEntry(1, 1, "9999:9999", "/mnt", FUSE_TYPE, "/vm.qed", 0)
-            assert umount.ServerProcess(descriptor, process.pid, entry).wait(None, report)
+            assert serverprocess.ServerProcess(descriptor, process.pid, entry).wait(None, report)
         finally:
             os.close(descriptor)
     assert len(lines) == 1
@@ -265,12 +265,13 @@ def test_a_new_mount_with_the_same_device_number_is_no_copy(image: Path, tmp_pat
         try:
             # The mount record names the owner; for another user's mount the mount table does.
             assert (
-                "still mounted" not in umount.ServerProcess(descriptor, old.pid, entry).describe()
+                "still mounted"
+                not in serverprocess.ServerProcess(descriptor, old.pid, entry).describe()
             )
             other = replace(entry, source="/other.qed")
             assert find_visible_mounts(entry.device)
             assert not find_visible_mounts(entry.device, other)
-            itself = umount.ServerProcess(descriptor, mount.process.pid, entry)
+            itself = serverprocess.ServerProcess(descriptor, mount.process.pid, entry)
             assert f"still mounted at {mount.mountpoint}; " in itself.describe()
         finally:
             os.close(descriptor)

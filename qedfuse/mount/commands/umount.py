@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import os
-import select
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, MountpointError, QedError
+from qedfuse.mount.commands.serverprocess import ServerProcess, open_server
 from qedfuse.mount.system.boundedcall import Deadline, call_in_child
 from qedfuse.mount.system.mountpoint import is_below, resolve, resolve_mounted
-from qedfuse.mount.system.mountrecord import MountRecord, has_ended
 from qedfuse.mount.system.mounttable import MountEntry, find_mount, find_own_mount
 from qedfuse.mount.system.recorddirectory import record_directories
 from qedfuse.mount.system.recordlookup import FoundRecord, find_record, take_record
 from qedfuse.mount.system.unmount import BusyError, unmount
-from qedfuse.mount.system.visiblemounts import describe_visible_mounts
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-_MILLISECONDS_PER_SECOND: Final = 1000
 _MIN_ATTEMPT_SECONDS: Final = 2.0
 """Minimum time limit for the unmount itself, which normally takes some milliseconds."""
-_COPIES_REPORT_SECONDS: Final = 1.0
-"""Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
-as well.  If the caller's time limit is not longer than this, nothing is reported."""
-_REPORT_SECONDS: Final = 10.0
-"""Time after which the reason of a long wait is reported in all other cases.  If the caller's
-time limit is not longer than this, nothing is reported."""
 
 
 class UnmountFailedError(QedError):
@@ -84,7 +74,7 @@ def unmount_and_wait(
         raise UnmountFailedError(msg) from None
     shown = printable(mountpoint)
     with _host_errors_explained(f"{shown}: not unmounted"):
-        pidfd = None if found is None else _open_process(found.record)
+        pidfd = None if found is None else open_server(found.record)
     try:
         try:
             call_in_child(partial(_unmount, mountpoint, entry), unmount_deadline.remaining())
@@ -106,7 +96,7 @@ def unmount_and_wait(
                 found = find_record(entry.device, entry.owner)
                 if found is None:
                     return
-                pidfd = _open_process(found.record)
+                pidfd = open_server(found.record)
         if found is None:
             # The mount cannot have hidden a record from `_find`, so the mount had no record, or
             # none that can be read.
@@ -201,98 +191,6 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
     except QedError:
         if _is_mounted(mountpoint, entry):
             raise
-
-
-def _open_process(record: MountRecord) -> int | None:
-    """Return a pidfd of the process that wrote a record; None if the process has ended.
-
-    Raises:
-        HostError: The process may still be running, but cannot be opened or identified.
-    """
-    with ExitStack() as undo:
-        try:
-            fd = os.pidfd_open(record.pid)
-            undo.callback(os.close, fd)
-        except OSError as error:
-            if isinstance(error, ProcessLookupError) or has_ended(record):
-                return None
-            name = f"process {record.pid}"
-            raise HostError.from_os(error, name, "cannot wait for its end") from error
-        # The start time is compared after the open, because before the open the process could
-        # still end, and a later process could get its pid.  If the start time matches now, the
-        # descriptor is that of the process that wrote the record.
-        if has_ended(record):
-            return None
-        undo.pop_all()
-    return fd
-
-
-class ServerProcess:
-    """The process that served a mount, and for whose end the caller waits."""
-
-    def __init__(self, pidfd: int, pid: int, entry: MountEntry) -> None:
-        """Use the process ``pid``, open as ``pidfd``, which served the mount ``entry``."""
-        self._pidfd = pidfd
-        self._pid = pid
-        self._entry = entry
-
-    def wait(self, seconds: float | None, report: Callable[[str], None]) -> bool:
-        """Wait for the end of the process; return False if it has not ended in ``seconds``.
-
-        Args:
-            seconds: The time limit; None for no limit; 0 to return immediately.
-            report: Called at most once, with a line about why the process has not ended.  The
-                call is made after `_COPIES_REPORT_SECONDS` if the file system is mounted
-                elsewhere as well, and otherwise after `_REPORT_SECONDS`.  If the time limit is
-                over by then, there is no call.
-        """
-        start = time.monotonic()
-        reported = False
-        for elapsed in (_COPIES_REPORT_SECONDS, _REPORT_SECONDS):
-            if seconds is not None and seconds <= elapsed:
-                break
-            if self._has_ended(start + elapsed - time.monotonic()):
-                return True
-            if not reported and (
-                elapsed == _REPORT_SECONDS or self._describe_other_mounts() is not None
-            ):
-                report(self.describe())
-                reported = True
-        return self._has_ended(None if seconds is None else start + seconds - time.monotonic())
-
-    def _has_ended(self, seconds: float | None) -> bool:
-        """Wait for at most ``seconds``; return whether the process has ended.
-
-        None means no limit, and 0 or less means not to wait.
-        """
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(
-            poll.poll(None if seconds is None else max(0.0, seconds) * _MILLISECONDS_PER_SECOND)
-        )
-
-    def describe(self) -> str:
-        """Return one line about why the process has not ended."""
-        mounts = self._describe_other_mounts()
-        if mounts is None:
-            return (
-                f"unmounted, but process {self._pid} has not ended: the process is writing or "
-                "stopped, or the mount has a copy in a mount namespace that is not visible here "
-                "(to end the process, send SIGTERM to it twice)"
-            )
-        return f"unmounted here, but {mounts}; process {self._pid} goes on until no mount is left"
-
-    def _describe_other_mounts(self) -> str | None:
-        """Describe where else the file system is mounted; None if no other mount is visible."""
-        try:
-            found = find_record(self._entry.device, self._entry.owner)
-        except HostError:
-            found = None
-        if found is not None and found.record.pid != self._pid:
-            # The file system is gone, and the kernel has given its device number to a new mount,
-            # whose record was found.
-            return None
-        return describe_visible_mounts(self._entry.device, self._entry)
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
