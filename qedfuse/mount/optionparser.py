@@ -57,7 +57,7 @@ _DROPPED: Final = frozenset(
     }
 )
 """Options without a value that are dropped: options for mount(8) or systemd, and options of libfuse
-for what qedfuse decides itself."""
+that qedfuse sets or leaves out itself."""
 
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}

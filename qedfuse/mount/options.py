@@ -58,8 +58,7 @@ class MountOptions:
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.
-        base_changed: Whether to accept a base whose version is not that which was recorded with an
-            image.
+        base_changed: Whether to accept a base that is not of the version that the image remembers.
         backing_urls: Prefixes of the URLs that images may name as backing files.
         remote_cache_directory: Directory of the cache for remote files; None for the default
             directory of the user.
@@ -78,8 +77,9 @@ class MountOptions:
         partitions: Whether the mount has a file for each partition of each disk as well.
         partition: The number of the partition that is the only file of the mount; None to show
             the whole disk.
-        sandbox: Whether the server gives up what it does not need before the first request: as far
-            as the kernel can, not at all, or so that the mount is refused if something is missing.
+        sandbox: ``on`` if the server gives up access that it does not need, before the first
+            request and as far as the kernel can; ``strict`` if the mount is refused when the kernel
+            lacks a part of that; ``off`` for no sandbox.
         memory_bytes: Limit of the server's address space in bytes; None for no limit.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """

@@ -1,4 +1,7 @@
-"""Parsing the value of an option of ``-o``; the message of an error names the option."""
+"""Parsing the value of an option of ``-o``.
+
+Each function raises UsageError for a value that it does not accept.  The message names the option.
+"""
 
 from __future__ import annotations
 

@@ -181,10 +181,12 @@ class _DeferredRead:
         return self.pending.capsule()
 
     def ended(self, result: int) -> None:
-        """Note how many bytes the thread has read, or its negative errno.
+        """Note that the thread has ended its work.
 
-        The thread has answered only if it has read all bytes.  Otherwise the slow path answers and
-        counts the read.
+        Args:
+            result: The number of bytes that the thread has read, or a negative errno.  If all bytes
+                were read, the thread has answered.  Otherwise the slow path answers and counts the
+                read.
         """
         if result == self.size:
             self._counters.count(READ, self.size, self._start)

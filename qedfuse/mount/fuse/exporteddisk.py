@@ -2,7 +2,7 @@
 
 A file has the bytes of a disk, or of a partition of it.  Files that have bytes in common exclude
 each other, because the kernel caches the pages of each file on its own: while one is open for
-writing, the others cannot be open.  docs/concurrency.md argues that no two files disagree then.
+writing, the others cannot be open.  docs/concurrency.md argues why the files never disagree then.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ExportedDisk:
             backing file of another disk of the mount.  False in a read-only mount.
         overrun: Whether a write from the kernel's cache began before the end of the disk and went
             past it, and no writer has got the error yet.
-        has_lost_data: Whether a write from the kernel's cache has failed because a server did not
-            give the rest of a cluster.
+        has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
+            cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
         requests: Counts the requests to the file; those to a partition count for its disk.
@@ -158,9 +158,10 @@ class ExportedDisks:
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
         """Replace the files of a disk's partitions; return whether any has changed.
 
-        A file stays if a partition has its name and its place.  Every other file gets an inode
-        number that no file has had before, because the kernel may have cached pages of the
-        earlier file of the name.  The caller must ensure that no partition of the disk is open.
+        A file stays if a partition has its name, its start and its size.  Every other file gets an
+        inode number that no file has had before, because the kernel may have cached pages of an
+        earlier file with the same name.  The caller must ensure that no partition of the disk is
+        open.
         """
         files = self._by_disk[id(whole.image)]
         present = {item.name: item for item in files if item.is_partition}
@@ -190,7 +191,7 @@ class ExportedDisks:
         return is_changed
 
     def shared_cells(self) -> SharedCells:
-        """Return the arrays in which the extension counts requests, also to former files."""
+        """Return the arrays in which the extension counts requests; removed files have some too."""
         return SharedCells(self._next_inode - len(self._cells), tuple(self._cells))
 
     @property
@@ -250,7 +251,9 @@ class ExportedDisks:
 
     @contextmanager
     def changing(self, exported: ExportedDisk) -> Iterator[None]:
-        """Exclude the other files with the same bytes during a change without an open handle.
+        """Exclude the other files with the same bytes while the block changes a file.
+
+        The change needs no open handle of the file.
 
         Raises:
             FileInUseError: A file with the same bytes is open.
@@ -296,7 +299,7 @@ class ExportedDisks:
     def stop_fetching(self) -> None:
         """Fail every read of a disk that waits for a server, now or later.
 
-        The caller knows that no program waits for these reads any more.
+        The caller must ensure that no program waits for these reads any more.
         """
         for disk in self.images:
             disk.stop_fetching()

@@ -76,7 +76,7 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Answer a request before returning, or start a task that answers it.
+        """Answer a request before returning, or start a task that answers the request.
 
         The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
         """
@@ -112,20 +112,14 @@ class FallocateLseek:
         return True
 
     async def _answer(
-        self,
-        request: Request,
-        operation: str,
-        uid: int,
-        inode: int,
-        mode: int,
-        start: int,
-        length: int,
+        self, request: Request, operation: str, *values: *tuple[int, int, int, int, int]
     ) -> None:
         """Carry out a request and answer it; an exception becomes the errno of the answer.
 
         If the task is cancelled, the request is answered with EINTR when the object ``request``
-        is freed.  The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
+        is freed.  The arguments are those of `__call__`, from ``uid`` on in ``values``.
         """
+        uid, inode, mode, start, length = values
         if self._operations.debug:
             _log.debug("%s%s", operation, (inode, mode, start, length))
         try:

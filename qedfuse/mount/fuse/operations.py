@@ -96,7 +96,7 @@ class Operations(MetadataOperations):
             raise
         direct = self._direct_io
         # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
-        # all writes do.
+        # all writes bypass the cache, and no handle needs the bit.
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
         handle |= HANDLE_WRITER if writer else 0
         if direct and writer and (flags & os.O_DSYNC or self._sync):
@@ -182,7 +182,7 @@ class Operations(MetadataOperations):
             return await self._write_counted(exported, fh, off, buf)
 
     async def _write_counted(self, exported: ExportedDisk, fh: int, off: int, buf: bytes) -> int:
-        """Do the work of `_write`, whose arguments and errors it has."""
+        """Do the work of `_write` on the disk ``exported``; the errors are those of `_write`."""
         end = off + len(buf)
         exported.slow_writes += 1
         try:

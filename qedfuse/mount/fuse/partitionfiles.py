@@ -2,7 +2,7 @@
 
 A program can write another table through the file of a disk, so the tables are read again after
 the last writer of the disk has closed it.  While a partition is open, the disk has no writer
-(`ExportedDisks`), so an open partition keeps its place.
+(`ExportedDisks`), so an open partition keeps its start and its size.
 """
 
 from __future__ import annotations

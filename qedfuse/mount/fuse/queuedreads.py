@@ -66,22 +66,22 @@ def _open(answer_slowly: SlowAnswer) -> int | None:
 
 
 class _Ends:
-    """Ends queued reads, at the latest before the event loop would sleep."""
+    """Answers queued reads that have ended, at the latest before the event loop would sleep."""
 
     def __init__(self, fd: int) -> None:
-        """Start with the queue whose descriptor is ``fd``."""
+        """Start a task that answers the reads of the queue whose descriptor is ``fd``."""
         self._fd = fd
         self._ended = trio.Event()
         # A task of a nursery could be cancelled before the last read has ended.
         trio.lowlevel.spawn_system_task(self._end_when_notified)
 
     async def _end_when_notified(self) -> None:
-        """End reads until the descriptor is closed."""
+        """Answer reads that have ended, until `notify_closing` is called for the descriptor."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
-                # `end_queued_reads` does this only if a read is in the queue.  The kernel may
-                # write to the descriptor for a read that has been ended in the meantime.
+                # `end_queued_reads` empties the descriptor only if a read is in the queue.  The
+                # kernel may write to the descriptor for a read that was answered meanwhile.
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._fd)
                 extraops.end_queued_reads()

@@ -106,7 +106,10 @@ class RequestCounters:
         self.cells[at + _HISTOGRAM + min(bucket, BUCKETS - 1)] += 1
 
     def counted(self, operation: int, size: int = 0) -> CountedRequest:
-        """Return a block that counts a request, as failed if the block raises an exception."""
+        """Return a context manager that counts a request; an exception in its block is a failure.
+
+        The request begins now.
+        """
         return CountedRequest(self, operation, size)
 
     def statistics(self, operation: int) -> OperationStatistics:
@@ -126,7 +129,7 @@ class CountedRequest:
     """One request on the slow path, from its beginning to its answer.
 
     Attributes:
-        size: The length of the request in bytes, which the block may set.
+        size: The length of the request in bytes; the block may change it until its end.
     """
 
     __slots__ = ("_counters", "_operation", "_start", "size")
@@ -147,7 +150,7 @@ class CountedRequest:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Count the request, unless its task was cancelled, so that it gets no answer."""
+        """Count the request; one whose task was cancelled gets no answer and is not counted."""
         if kind is None:
             self._counters.count(self._operation, self.size, self._start)
         elif isinstance(error, Exception):

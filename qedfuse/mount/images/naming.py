@@ -45,7 +45,7 @@ class Source:
 
 
 def absolute_source(path: str) -> str:
-    """Return a path that the user gave as an absolute path, or a URL unchanged."""
+    """Return the absolute form of a path that the user gave; return a URL unchanged."""
     return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100  must not resolve links
 
 

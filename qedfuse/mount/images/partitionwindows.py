@@ -30,8 +30,8 @@ async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
 
     A file has the name of the disk's file, ``.p``, and the number by which Linux names the
     partition.  An extended partition has no file, because it only contains others.  If the table
-    cannot be read, the disk has no partitions.  A failure, and what is wrong with the table, is
-    logged in one line.
+    cannot be read, the disk has no partitions.  The failure is logged in one line, and so are the
+    problems of a table that can be read.
 
     Args:
         disk: The disk.

@@ -98,9 +98,10 @@ class Announcement:
             _log.warning(_NO_RECORD, error)
 
     def statistics_socket(self) -> socket.socket | None:
-        """Make the socket for ``qedfuse stats``, after `write_record`.
+        """Make the socket for ``qedfuse stats``; the caller must call `write_record` before.
 
-        Returns None if there is no record.  Logs a failure, and returns None.
+        Returns None if there is no record, or if the socket cannot be made.  The second case is
+        logged.
         """
         if self._record is None or not self._record.is_written:
             return None
@@ -111,7 +112,7 @@ class Announcement:
             return None
 
     def write_pidfile(self) -> None:
-        """Write the pid file, if there is one; the caller calls `ready` immediately after it.
+        """Write the pid file, if there is one; the caller then calls `ready`.
 
         Raises:
             HostError: The pid file cannot be written.
@@ -120,9 +121,10 @@ class Announcement:
             self._pidfile.write()
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield a descriptor of each file or directory that `withdraw` uses, and its rights there.
+        """Yield a descriptor of each file or directory that `withdraw` uses, and the rights on it.
 
-        The rights are those of Landlock.  A descriptor is open only until the next is asked for.
+        The rights are those of Landlock that `withdraw` needs.  A descriptor is open only until the
+        caller requests the next one.
         """
         if self._record is not None:
             yield self._record.directory, CHANGE_FILES

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from qedfuse.errors import QedError
 from qedfuse.util.descriptors import (
@@ -122,7 +122,7 @@ def _be_child(
     writing: int,
     mask: Iterable[int],
     inherited: Iterable[int],
-) -> None:
+) -> NoReturn:
     """Serve in the child, and exit.  This function never returns.
 
     Args:

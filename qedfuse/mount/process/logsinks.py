@@ -160,7 +160,7 @@ class SystemLogHandler(DroppingHandler):
             self.directory = -1
 
     def connect_through(self, connect: Callable[[], socket.socket]) -> None:
-        """Get connections from a function from now on, because this process may not connect.
+        """Get connections from a function from now on, because the sandbox forbids `connect` here.
 
         Args:
             connect: Returns what `connect` returns, and raises what it raises.

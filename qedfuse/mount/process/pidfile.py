@@ -153,7 +153,7 @@ class PidFile:
     def needed_files(self) -> Iterator[tuple[int, int]]:
         """Yield a descriptor of each file that `remove` uses, and the rights of Landlock on it.
 
-        The file itself may be read, and files may be removed from its directory.
+        The rights are to read the pid file, and to remove files from its directory.
         """
         if self._is_special:
             return

@@ -26,7 +26,7 @@ SERVE: Final = READ | WRITE_FILE | TRUNCATE
 """Rights on the mount itself.  The server opens it to make the kernel write back dirty pages, and
 to correct the size of a file."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
-"""The same for a mount on a file."""
+"""Rights on the mount itself if the mountpoint is a file."""
 
 _SYSTEM: Final = (
     *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
@@ -43,8 +43,8 @@ _NAMES_OF_HOSTS: Final = (
     *("/etc/services", "/etc/protocols", "/etc/networks"),
     *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
 )
-"""What getaddrinfo(3) reads.  The directories have the files that a link /etc/resolv.conf leads to,
-and that are replaced when the network changes."""
+"""What getaddrinfo(3) reads.  If /etc/resolv.conf is a link, it leads to a file in one of the
+directories, and that file is replaced when the network changes."""
 _CERTIFICATES: Final = (
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
@@ -54,12 +54,12 @@ _TOKEN_VARIABLES: Final = (
     *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
     *("AZURE_FEDERATED_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
 )
-"""Variables that name a file with a token.  Another program replaces the file when the token ends,
-so its directory may be read."""
+"""Variables that name a file with a token.  Another program replaces the file before the token
+expires, so the files in its directory may be read."""
 
 
 def system_files() -> Iterator[tuple[str, int]]:
-    """List what every server may open, each a path and the rights on it and on all below it.
+    """Yield what every server may open: a path, and the rights on it and on all files below it.
 
     Python's own modules are among them, although none should be loaded while a mount is served.
     """
@@ -77,7 +77,7 @@ def _site_packages() -> list[str]:
 
 
 def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, int]]:
-    """List what a server may open that reads files from other servers.
+    """Yield what a server may open besides if it reads remote files, as `system_files` does.
 
     Args:
         variables: The variables of the environment and of a file with credentials.

@@ -62,8 +62,8 @@ def server_needs(
         sources: The images, or directories of images: absolute paths or URLs.
         options: The options of the mount.
         directory: Whether the mountpoint is a directory.
-        mode: The permissions of the disks; one that is read-only in a writable mount has those
-            without write permissions.
+        mode: The permissions of the disks.  A disk that is read-only in a writable mount has the
+            same permissions without those for writing.
         uses_servers: Whether a file of a chain is on a server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.

@@ -32,7 +32,7 @@ SIGNAL: Final = signal.SIGRTMAX - 5
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def close_process() -> None:
+def make_undumpable() -> None:
     """Forbid core dumps, and inspection of the process by other processes of the user.
 
     Raises:
@@ -45,11 +45,12 @@ def close_process() -> None:
 def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
     """Return a function that restricts all threads by a ruleset, and drops their capabilities.
 
-    Its arguments are what stays permitted, or None to forbid no file, and the set of the
-    capabilities to keep, with bit n for capability n.  It raises OSError if the kernel refuses;
-    some threads may be restricted then.
+    The first argument of the function is the ruleset, which says what stays permitted; None for no
+    ruleset.  The second argument is the set of the capabilities to keep, with bit n for capability
+    n.  The function raises OSError if the kernel refuses; some threads may be restricted then.
 
-    The extension is loaded here, because no module may be loaded once the mount exists.
+    The caller must call this before the mount exists, because the extension is loaded here, and no
+    module may be loaded later.
 
     Raises:
         ImportError: The extension was not built.
@@ -68,5 +69,5 @@ def may_have_capabilities() -> bool:
 
 
 def capability_names(capabilities: int) -> list[str]:
-    """Return the names of the capabilities in a set of those that this module knows."""
+    """Return the names of those capabilities in a set that this module knows."""
     return [name for number, name in _NAMES.items() if capabilities >> number & 1]

@@ -97,7 +97,7 @@ class Sandbox:
             self._lacks("seccomp", str(error.strerror))
 
     def _make_rules(self, version: int) -> Ruleset:
-        """Return the rules without those for files of this mount.
+        """Return the rules without those that `enter` adds: for the mount, and for open files.
 
         Raises:
             OSError: The kernel refused.
@@ -137,31 +137,32 @@ class Sandbox:
         missing = f"; without {', '.join(self.missing)}" if self.missing else ""
         return f"{self.mode}: {', '.join(self.in_force) or 'nothing'}{missing}"
 
-    def enter(self, directories: Iterable[tuple[int, int]]) -> None:
-        """Give up everything else, in all threads; set ``in_force``.
+    def enter(self, files: Iterable[tuple[int, int]]) -> None:
+        """Put the sandbox into force in all threads, and set ``in_force``.
 
         Args:
-            directories: Descriptors of files and directories, and the rights that stay on each.
+            files: Descriptors of further files and directories, and the rights that stay on each.
 
         Raises:
             HostError: The mode is ``strict``, and the kernel refused something.
         """
         parts = []
         try:
-            privileges.close_process()
+            privileges.make_undumpable()
             parts.append("not dumpable")
         except OSError as error:
             self._lacks("not dumpable", str(error.strerror))
         if self._rules is not None:
             try:
-                # The type of the mountpoint is known: fstat(2) would wait for this server itself.
+                # The needs say whether the mountpoint is a directory, because fstat(2) would wait
+                # for this server itself.
                 rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
                 mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
                 try:
                     self._rules.allow(mountpoint, rights)
                 finally:
                     os.close(mountpoint)
-                for fd, rights in directories:
+                for fd, rights in files:
                     self._rules.allow(fd, rights)
             except OSError as error:
                 self._lacks("Landlock", str(error.strerror))
@@ -202,9 +203,9 @@ class Sandbox:
     def _kept_capabilities(self) -> int:
         """Return the set of the capabilities that root needs to serve this mount.
 
-        The mountpoint may lie in another user's directory.  If the mount can be written to, its
-        files, which may have another owner, are truncated and get permissions to correct their size
-        (`qedfuse.mount.fuse.sizefixup`).  The pid file may lie in another user's directory as well.
+        The mountpoint and the pid file may lie in another user's directory.  If the mount can be
+        written to, the server truncates its files and sets their permissions to correct their
+        size (`qedfuse.mount.fuse.sizefixup`), and these files may have another owner.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:

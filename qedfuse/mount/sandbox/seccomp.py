@@ -130,7 +130,7 @@ class CallFilter:
 
 
 def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
-    """List the name of each permitted call, the action, and the conditions on its arguments."""
+    """Yield rules: the name of a system call, the action, and the conditions on its arguments."""
     for name in systemcalls.ALWAYS:
         yield name, _ALLOW, []
     for name in systemcalls.KILL if needs.kill else ():
@@ -154,7 +154,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
 
 
 def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
-    """List the rules for making and connecting sockets, as `_rules` does."""
+    """Yield the rules for making and connecting sockets, as `_rules` does."""
     # The unmounter receives one socket of a pair with each request.
     yield (
         "socketpair",

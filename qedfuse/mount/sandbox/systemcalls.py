@@ -16,10 +16,10 @@ ALWAYS: Final = (
     *("sched_getparam", "sched_getscheduler", "sched_get_priority_max", "sched_get_priority_min"),
     *("sigaltstack", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait"),
     *("getrlimit", "ugetrlimit", "getrusage", "sysinfo", "uname"),
-    # time and chance
+    # time and random numbers
     *("clock_gettime", "clock_gettime64", "clock_getres", "clock_getres_time64", "gettimeofday"),
     *("clock_nanosleep", "clock_nanosleep_time64", "nanosleep", "time", "times", "getrandom"),
-    # who the process is
+    # identity of the process
     *("getpid", "getppid", "gettid", "getpgrp", "getpgid", "getsid", "getgroups"),
     *("getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "capget"),
     # waiting for files
@@ -41,7 +41,7 @@ ALWAYS: Final = (
     *("readlink", "readlinkat", "truncate", "truncate64", "umask", "fchmod"),
     *("mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "rename", "renameat", "renameat2"),
     *("utimensat", "utimensat_time64", "fgetxattr"),
-    # sockets that are open, and connections that others make
+    # sockets that are open, and accepting connections
     *("getsockname", "getpeername", "getsockopt", "setsockopt", "shutdown", "accept", "accept4"),
     *("sendmsg", "recvfrom", "recvmsg", "recvmmsg", "recvmmsg_time64", "send", "recv"),
     # the end of a helper or of qemu-nbd
@@ -60,12 +60,12 @@ IOCTLS: Final = {
     "FS_IOC_FIEMAP": 0xC020660B,
     "FUSE_DEV_IOC_CLONE": 0x8004E500,
 }
-"""The commands of ioctl(2) that are permitted.  The numbers differ on few architectures, none of
-which has Debian's FUSE packages tested here; there the calls fail."""
+"""The commands of ioctl(2) that are permitted.  On a few architectures, on which qedfuse is not
+tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
-"""Calls with the address of a socket.  Without servers none is permitted, so that the server of a
-mount cannot reach services of the host, which would act for it."""
+"""Calls with the address of a socket.  Without files on servers none is permitted, so that the
+server of a mount cannot make services of the host act for it."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  The C library then starts threads by clone(2), whose flags a filter

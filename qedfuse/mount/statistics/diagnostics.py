@@ -29,8 +29,8 @@ async def log_on_signals(
 ) -> None:
     """Log a summary after each SIGUSR1, and the state of all tasks after each SIGUSR2.
 
-    When the caller cancels this task, the signals get the dispositions that they had before.  The
-    program ignores them, because by default they would end the process.
+    When the caller cancels this task, the signals get the dispositions that they had before.  These
+    must be to ignore the signals, because by default the signals would end the process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()
@@ -78,7 +78,7 @@ def describe_tasks() -> Iterator[str]:
 
 
 def _frames(coroutine: Any) -> Iterator[str]:  # noqa: ANN401  a coroutine, generator or awaitable
-    """Yield the place of each frame of a coroutine that waits, the outermost first.
+    """Yield the function, file and line of each frame of a coroutine, the outermost first.
 
     The source files are not read, because they may lie below the mountpoint.
     """

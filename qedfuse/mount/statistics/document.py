@@ -76,7 +76,7 @@ def _describe_sandbox(sandbox: Sandbox | None) -> dict[str, Any]:
 
 
 def _resident_bytes() -> int | None:
-    """Return how much memory the server takes; None if /proc does not show it."""
+    """Return the resident memory of the server in bytes; None if /proc does not show it."""
     try:
         return int(_STATM.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

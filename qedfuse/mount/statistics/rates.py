@@ -15,7 +15,7 @@ ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
 
 
 def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the hit rates of a disk, from 0 to 1; None for a rate of nothing.
+    """Return the hit rates of a disk, from 0 to 1; None for a rate without a request or read.
 
     - ``fast_path``: requests that were answered in one step, without waiting.
     - ``table_cache``: requests that have not made the server load a slice of a table.
@@ -49,7 +49,7 @@ def _requests(requests: Mapping[str, Any], names: Iterable[str]) -> int:
 
 
 def _share(hits: int, all_of_them: int) -> float | None:
-    """Return a rate from 0 to 1; None of nothing.
+    """Return a rate from 0 to 1; None if ``all_of_them`` is 0.
 
     Several misses can belong to one request, so ``hits`` may be less than 0.
     """

@@ -22,8 +22,8 @@ _LOOPBACK: Final = re.compile(
 _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
 _MAX_NAME_BYTES: Final = 107 - len("/proc/self/fd/2147483647/")
-"""Maximum length of a socket's name: a socket address has 107 bytes, and begins with a path to its
-directory that does not depend on how long the path of the user is."""
+"""Maximum length of a socket's name.  The address of a socket has at most 107 bytes.  It names the
+directory by a descriptor, so the length of the user's path does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is no address, one that other machines can reach, or too long.
+            UsageError: The value is no address or is too long, or other machines can reach the
+                address.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
@@ -83,9 +84,10 @@ class Listener:
     """
 
     def __init__(self, address: ListenAddress) -> None:
-        """Listen on an address; the caller does so before its path can lead through the mount.
+        """Listen on an address.
 
-        A socket that a killed process has left at the path is replaced.
+        The caller must call this before the mount exists, because later the path may lead through
+        the mount.  A socket that a killed process has left at the path is replaced.
 
         Raises:
             HostError: The host refused, or another process uses the address.
@@ -100,7 +102,12 @@ class Listener:
             raise HostError.from_os(error, name, "cannot listen") from error
 
     def _listen_at_path(self, path: str) -> socket.socket:
-        """Listen at a path; only this user and root can connect."""
+        """Listen at a path; only this user and root can connect.
+
+        Raises:
+            OSError: The host refused, a process listens at the path, or a file is there that is no
+                socket.
+        """
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
         with socket.socket(socket.AF_UNIX) as client:

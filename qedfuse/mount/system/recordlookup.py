@@ -1,4 +1,4 @@
-"""Finding the record of a mount, for ``qedfuse umount`` and ``qedfuse -o remount``."""
+"""Finding the record of a mount, for ``qedfuse umount``, ``stats`` and ``-o remount``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The socket beside the record of a mount, from which a program reads the mount's statistics.
 
-A server sends one JSON document on each connection, and closes it.  The socket lies in the
-directory of the mount record (`qedfuse.mount.system.recorddirectory`), with the name of the record
-and `STATISTICS_SUFFIX`, and its mode admits only the user of the server and root.
+A server sends one JSON document on each connection, and closes the connection.  The socket lies in
+the directory of the mount record (`qedfuse.mount.system.recorddirectory`).  Its name is that of the
+record with `STATISTICS_SUFFIX` at the end, and its mode admits only the user of the server and
+root.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
     Args:
         directory: A descriptor of the socket's directory.
         name: The name of the socket.
-        users: The users as one of whom the server must run, because another user may have put a
+        users: The server must run as one of these users.  Otherwise another user may have put a
             link in place of the socket.
 
     Returns:
-        The document, perhaps not whole if the server ends meanwhile; None if the server runs as
+        The document; only its beginning if the server ends meanwhile.  None if the server runs as
         another user, or if the document is too long.
 
     Raises:
