@@ -406,7 +406,7 @@ def test_partitions_take_no_more_space_than_the_image(tmp_path: Path) -> None:
     assert len(blocks) == len(PLACES)
     assert whole == image.stat().st_blocks
     assert sum(blocks) < whole + len(blocks), "each is rounded up by less than one"
-    assert min(blocks) > 0, "tar takes a file without blocks for one hole"
+    assert min(blocks) > 0, "tar treats a file without blocks as one hole"
 
 
 def test_one_partition_is_the_mountpoint(tmp_path: Path) -> None:

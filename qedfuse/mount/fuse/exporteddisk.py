@@ -89,7 +89,7 @@ class ExportedDisk:
 
         To count the clusters of a partition, all its tables would have to be read.  So a partition
         has the share of the blocks that its size is of the disk, but at most the blocks of its
-        size.  The share is rounded up, because programs take a file without blocks for one hole.
+        size.  The share is rounded up, because programs treat a file without blocks as one hole.
         """
         if not self.is_partition:
             return image_blocks
