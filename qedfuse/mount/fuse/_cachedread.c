@@ -15,7 +15,7 @@
  * their checksums, and only from the page cache, because bytes from the disk must be compared again.
  *
  * Every other read, and every read that fails here, goes to the Python function for reads
- * (_dataops.c), which begins anew.  The functions that other files call are described in
+ * (_dataops.c), which begins the read anew.  The functions that other files call are described in
  * _extraops.h.
  */
 
@@ -84,8 +84,8 @@ static long long view_size(ReadView *self)
     return size;
 }
 
-/* Returns the entries of the slice with a key of the table cache.  Returns NULL, perhaps with an
- * exception, if the slice is not in memory or has an invalid entry. */
+/* Returns the entries of the slice with a key of the table cache.  Returns NULL if the slice is not in
+ * memory or has an invalid entry; an exception may be set then. */
 static PyObject *valid_entries(ReadView *self, PyObject *key)
 {
     PyObject *slice = PyObject_CallOneArg(self->get_slice, key);
@@ -103,8 +103,8 @@ static PyObject *valid_entries(ReadView *self, PyObject *key)
 
 /* Returns 1 if the entries from `first` to `last`, inclusive, of an array("Q") are one run: each is
  * larger by the cluster size than the entry before it, or all are 0, or all are 1.  Then `value` is
- * the entry `first`.  Otherwise returns 0, perhaps with an exception, and `value` has no meaning.  A
- * single entry is always a run. */
+ * the entry `first`.  Otherwise returns 0; `value` has no meaning then, and an exception may be set.
+ * A single entry is always a run. */
 static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
                     uint64_t *value)
 {
@@ -130,8 +130,8 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 /* Returns the code of clusters that the top image has not allocated.  `first` and `last` are indices
  * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of the
  * offset of the first cluster in a backing file, which is a multiple of 4096, and the depth of that
- * file + 2.  Returns 0, perhaps with an exception, if the clusters are not one run of data in one
- * backing file, or if the codes of the slice (see ReadView) are not in memory. */
+ * file + 2.  Returns 0 if the clusters are not one run in one backing file, or if the codes of the
+ * slice (see ReadView) are not in memory; an exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);
@@ -148,8 +148,8 @@ static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t fi
 
 /* Finds a range of the disk that is one run of data in one file, within one slice of the top image.
  * Returns 1 and sets `offset` to the file offset of the range, and `depth` to the depth of the file.
- * Returns 0, perhaps with an exception, for every other range, and if a slice or codes that are needed
- * are not in memory. */
+ * Returns 0 for every other range, and if a slice or codes that are needed are not in memory; an
+ * exception may be set then. */
 static int find_range(ReadView *self, uint64_t start, size_t length, uint64_t *offset,
                       uint64_t *depth)
 {

@@ -1,5 +1,5 @@
 /*
- * The files of which _cachedread.c reads, and the runs by which a file refers to other files.
+ * The files from which _cachedread.c reads, and the runs by which a file refers to other files.
  *
  * A disk that qemu-nbd serves has no descriptor of its own.  Where the image that QEMU reads, or a
  * file below it, has bytes of the disk unchanged, a run says which file and where (RunMap in

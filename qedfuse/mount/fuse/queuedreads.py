@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _SLOW_SECONDS: Final = 8e-3
 """If it takes longer to pass reads to the kernel, the kernel has waited for the host's disk, and so
-has the event loop.  Then threads make the next reads."""
+has the event loop.  After that, native threads make the reads of the next second."""
 
 
 @asynccontextmanager

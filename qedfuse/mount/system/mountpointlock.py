@@ -86,9 +86,9 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    The kernel reports the device number of the connection's file system.  Before Linux 6.11 it does
-    not.  Then the topmost new mount of qedfuse on the path is returned, even if it is not the
-    caller's.
+    Linux 6.11 and newer reports the device number of the connection's file system, and the mount
+    with this number is returned.  On an older kernel the topmost new mount of qedfuse on the path
+    is returned, even if another process has made it.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
