@@ -1,1 +1,1 @@
-"""Scripts that measure, side by side with QEMU; each says how when run with --help."""
+"""Scripts that measure qedfuse beside QEMU; each prints with --help what it measures."""

@@ -44,7 +44,7 @@ class Comparison:
         self._limits: Final = limits
 
     def run_cell(self, cell: Cell, systems: Sequence[System]) -> Outcome:
-        """Measure a cell on all systems; one that fails starts anew in the next round.
+        """Measure a cell on all systems; a system that fails starts anew in the next round.
 
         The disks are verified after the last round.
         """

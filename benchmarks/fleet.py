@@ -1,10 +1,11 @@
-"""A fleet in small: many machines that start from one image on a server, and what they ask of it.
+"""A small fleet: machines that start from one image on a server, and the requests that they make.
 
     python -m benchmarks.fleet                             100 machines, a disk of 64 MiB
     python -m benchmarks.fleet --machines 1000 --mib 16
 
 All machines start at the same moment.  Each has a cache of its own, which is empty, and reads what
-a boot in small reads (`benchmarks.fleetload`); each byte is compared.  The servers are those of the
+a scaled-down boot reads (`benchmarks.fleetload`); each byte is compared.  The servers are those of
+the
 tests: nginx, OpenStack Swift, and nginx behind the cache of ``examples/nginx-cache.conf``.  Their
 logs are counted, and compared with the arithmetic.
 
@@ -187,7 +188,7 @@ def _wait_for_answers(server: Server, number: int) -> None:
 def _publish(nginx: Nginx, golden: Golden) -> None:
     target = nginx.directory / KEY
     shutil.copyfile(golden.image, target)
-    # A version that is some time old: a client waits with a younger one.
+    # An old time of change, because a client waits before it uses a version that has just changed.
     os.utime(target, (1_000_000_000, 1_000_000_000))
 
 

@@ -5,8 +5,8 @@
 The servers are those of the tests, on this machine: nginx, and OpenStack Swift if it is installed.
 Each program shows the same content as a file.  qedfuse reads a QED image; nbdkit with nbdfuse, and
 rclone with its cache, read a raw file.  A program that is not installed is left out, and one
-that fails is not measured again.  The curl driver of QEMU 7.2 is no peer: with several reads in
-flight it stops to answer.
+that fails is not measured again.  The curl driver of QEMU 7.2 is not measured: with several reads
+in flight it stops answering.
 
 All reads use O_DIRECT, so each is a request.  In each round the programs take turns, each starts
 anew with an empty cache, and is measured in this order:
@@ -190,14 +190,14 @@ class Bench:
                 read("check", mount.disk, str(self._raw))
                 self.figures.measure(OFFLINE, "qedfuse", mount, self._size, self._seconds)
 
-    def _started(self, system: System) -> _Place:
-        return _Place(system, self._source, self._directory)
+    def _started(self, system: System) -> _SystemDirectory:
+        return _SystemDirectory(system, self._source, self._directory)
 
     def _log(self, system: System) -> Path:
         return self._directory / f"{system}.log"
 
 
-class _Place:
+class _SystemDirectory:
     """A directory with the caches of a system that is started, removed at the end."""
 
     def __init__(self, system: System, source: Source, directory: Path) -> None:

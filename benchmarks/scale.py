@@ -255,7 +255,7 @@ def main() -> None:
     if arguments.scan:
         print(json.dumps(trio.run(_scan, arguments.scan)))
         return
-    # An installed program is compiled to byte code; here the first round must store that.
+    # An installed program has compiled byte code; here the first round must be able to store it.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     cells = [Cell(*pair) for pair in QUICK]
     if not arguments.quick or arguments.sizes or arguments.clusters:

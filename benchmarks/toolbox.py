@@ -229,7 +229,7 @@ def main() -> None:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     size = arguments.size or (QUICK_SIZE if arguments.quick else SIZE)
     large = arguments.large or (QUICK_LARGE if arguments.quick else LARGE)
-    # An installed program is compiled to byte code; here the first round must store that.
+    # An installed program has compiled byte code; here the first round must be able to store it.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     outcomes = []
     directory = Path(tempfile.mkdtemp(prefix="qedfuse-toolbox-", dir=arguments.dir))
