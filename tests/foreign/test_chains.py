@@ -18,6 +18,7 @@ from tests.support.foreignchains import (
     contents,
     draw_bottom,
     draw_chain,
+    draw_disk,
     servers,
 )
 from tests.support.mounted import mounted
@@ -54,8 +55,7 @@ def assert_same_disk(path: Path, expected: Path, *options: str) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_each_format(tmp_path: Path, image_format: str) -> None:
     """An image that the user names is read in each format, without an option."""
-    path = draw_bottom(tmp_path / f"image.{image_format}", image_format, random.Random(3))
-    expected = contents(path, tmp_path)
+    path, expected = draw_disk(tmp_path, image_format)
     assert any(expected.read_bytes())
     assert_same_disk(path, expected)
     with qedfuse.open(path) as disk:
@@ -69,8 +69,7 @@ def test_each_format(tmp_path: Path, image_format: str) -> None:
 def test_random_chain(tmp_path: Path, seed: int) -> None:
     """An overlay over a chain of several formats reads as in QEMU, by commands and a mount."""
     chance = random.Random(seed)
-    path, _ = draw_chain(tmp_path, chance, "qed")
-    expected = contents(path, tmp_path)
+    path, expected = draw_chain(tmp_path, chance, "qed")
     assert_same_disk(path, expected, *ALLOWED)
     with mounted(path, tmp_path / "mnt", "-o", "ro,foreign=qemu"):
         found = (tmp_path / "mnt" / f"{path.stem}.raw").read_bytes()
@@ -82,8 +81,7 @@ def test_random_chain(tmp_path: Path, seed: int) -> None:
 def test_random_source(tmp_path: Path, seed: int) -> None:
     """A source in another format, over several images, needs no option, and takes writes above."""
     chance = random.Random(seed)
-    path, _ = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
-    expected = contents(path, tmp_path)
+    path, expected = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
     assert_same_disk(path, expected)
     before = path.read_bytes()
     overlay = tmp_path / "overlay.qed"

@@ -19,14 +19,7 @@ from qedfuse.foreign import localreads, mapping
 from qedfuse.foreign.localreads import READS_BEFORE_MAP
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
-from tests.support.foreignchains import (
-    DISK_BYTES,
-    FORMATS,
-    contents,
-    draw_bottom,
-    draw_chain,
-    servers,
-)
+from tests.support.foreignchains import DISK_BYTES, FORMATS, draw_chain, draw_disk, servers
 from tests.support.mounted import front
 
 if TYPE_CHECKING:
@@ -91,8 +84,8 @@ async def read_by(disk: HostFile, how: str, offset: int, length: int) -> bytes:
 @pytest.mark.parametrize("image_format", [name for name in FORMATS if name != "vhdx"])
 async def test_each_format_without_server(tmp_path: Path, image_format: str) -> None:
     """The data of an image is read without qemu-nbd, right in each format but VHDX."""
-    path = draw_bottom(tmp_path / f"image.{image_format}", image_format, random.Random(3))
-    expected = contents(path, tmp_path).read_bytes()
+    path, raw = draw_disk(tmp_path, image_format)
+    expected = raw.read_bytes()
     disk = await opened(path)
     try:
         kill_server(tmp_path)
@@ -109,8 +102,8 @@ async def test_each_format_without_server(tmp_path: Path, image_format: str) -> 
 async def test_random_chain(tmp_path: Path, seed: int) -> None:
     """A chain of mixed formats has the bytes that QEMU shows, partly read without QEMU."""
     chance = random.Random(seed)
-    path, _ = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
-    expected = contents(path, tmp_path).read_bytes()
+    path, raw = draw_chain(tmp_path, chance, chance.choice(("qcow2", "qcow")))
+    expected = raw.read_bytes()
     disk = await opened(path)
     try:
         for _ in range(60):

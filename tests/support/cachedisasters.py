@@ -34,9 +34,10 @@ class MountedTmpfs:
 
 
 def write_to_disk(file: int, offset: int, bit: int) -> None:
-    """Change a block of an open file: flip a bit, or with bit 0 write the block from elsewhere.
+    """Change a block of an open file: flip bit ``bit`` of the block.
 
-    The page cache never has what is written, if the file system permits that.
+    With ``bit`` 0 the block is replaced by the first block of the file, with bit 0 flipped.  The
+    write bypasses the page cache, if the file system permits that.
     """
     try:
         fd = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_DIRECT)

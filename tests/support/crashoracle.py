@@ -211,7 +211,7 @@ class CrashOracle:
         )
 
     def problems(self, prefix: int, state: State, failure: PowerFailure | None = None) -> list[str]:
-        """Return which promises a state after ``prefix`` changes breaks; an empty list is good.
+        """Return which promises a state after ``prefix`` changes breaks; empty if it breaks none.
 
         ``failure`` is the power failure that leaves the state, None if the process was killed.
         """

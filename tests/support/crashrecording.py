@@ -45,7 +45,8 @@ MIXED: Final = (1 << 64) - 1
 """The stamp of a sector whose words differ from each other."""
 
 MAX_EXHAUSTIVE_STATES: Final = 512
-"""Up to this many states of a power failure are enumerated; of more, some are drawn."""
+"""Up to this many states of a power failure are all enumerated; if there are more, some are
+drawn."""
 
 
 class State(NamedTuple):
@@ -279,7 +280,7 @@ class PowerFailure:
     def _around_each_step(self) -> Iterator[Choice]:
         """Yield four choices for each step of the recording.
 
-        Kept are all steps from this one on, this step alone, all others, or all earlier ones.
+        They keep all steps from this one on, this step alone, all others, or all earlier ones.
         """
         every = range(len(self._made))
         for length in self._lengths:

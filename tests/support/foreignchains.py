@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tests.support import qemu
-
-if TYPE_CHECKING:
-    import random
 
 FORMATS: Final = ("qcow2", "vmdk", "vdi", "vhdx", "vpc", "parallels", "qcow")
 """The formats that only QEMU reads."""
@@ -26,15 +24,24 @@ def draw_bottom(path: Path, image_format: str, chance: random.Random) -> Path:
     return path
 
 
-def draw_chain(directory: Path, chance: random.Random, top: str) -> tuple[Path, int]:
-    """Make a chain whose first image has the format ``top``; return its path and its depth."""
+def draw_disk(directory: Path, image_format: str) -> tuple[Path, Path]:
+    """Make an image without a base; return its path, and a raw file with its disk."""
+    path = draw_bottom(directory / f"image.{image_format}", image_format, random.Random(3))
+    return path, contents(path, directory)
+
+
+def draw_chain(directory: Path, chance: random.Random, top: str) -> tuple[Path, Path]:
+    """Make a chain whose first image has the format ``top``.
+
+    Returns the path of this image, and a raw file with its disk as QEMU reads it.
+    """
     bottom = chance.choice((*FORMATS, "raw", "qed"))
     path, found = draw_bottom(directory / f"0.{bottom}", bottom, chance), bottom
     depth = chance.randrange(3)
     for number in range(1, depth + 1):
         path, found = _overlay(directory, number, chance.choice(_OVERLAYS), path, found, chance)
     path, _ = _overlay(directory, depth + 1, top, path, found, chance)
-    return path, depth + 1
+    return path, contents(path, directory)
 
 
 def _overlay(

@@ -294,7 +294,7 @@ class History:
         return self.flushed(count), self.least_size(count)
 
     def allowed(self, flushed: int) -> AllowedContents:
-        """Return what each sector may hold after a crash if requests until ``flushed`` count."""
+        """Return what sectors may hold after a crash, if requests up to ``flushed`` are durable."""
         allowed = self._allowed.get(flushed)
         if allowed is None:
             several = {s: sorted(self._may_hold(s, flushed)) for s in self._by_sector}

@@ -53,7 +53,7 @@ between two steps of a test.
 """
 TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
-"""Seconds after which a command is taken to hang."""
+"""Seconds after which a command counts as hung."""
 
 
 def command_line(prelude: str) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def serving_cache(directory: Path, origin: Nginx) -> Iterator[tuple[str, Path]]:
 def serving_front(
     directory: Path, origin: str, port: int | None = None
 ) -> Iterator[tuple[str, Path]]:
-    """Give a server a name with TLS for the block; yield its URL there and the certificate.
+    """Serve another server's content with TLS for the block; yield the URL and the certificate.
 
     Args:
         directory: Where nginx works; one that an earlier call has used keeps its certificate.

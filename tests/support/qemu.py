@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 StrPath: TypeAlias = str | os.PathLike[str]
 
 TIMEOUT: Final = 120.0
-"""Seconds after which a tool is taken to hang."""
+"""Seconds after which a tool counts as hung."""
 
 _MAX_BASE_BYTES: Final = 128 << 20
 """More than any base on a server has."""

@@ -133,7 +133,7 @@ class Tables:
         )
 
     def arguments(self, fd: int | None = None) -> tuple[object, ...]:
-        """Return the arguments of a view; ``fd`` is the image's file; None for the own file."""
+        """Return the arguments of a view; ``fd`` is the image file, None for the object's own."""
         if fd is None:
             fd = self._file.fileno()
         return (

@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).parents[2]
 PROGRAMS: Final = (Path("/usr/local/bin"), Path("/usr/sbin"))
 """Where scripts install programs; a test that changes these directories themselves locks them."""
 TIMEOUT: Final = 200.0
-"""Seconds after which a script is taken to hang."""
+"""Seconds after which a script counts as hung."""
 
 _SEPARATE: Final = """
 set -eu

@@ -27,7 +27,7 @@ FILE_INODE = pyfuse3.InodeT(2)
 
 
 def _report(line: str) -> None:
-    """Tell the test what has happened."""
+    """Print a line for the test."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

@@ -158,7 +158,7 @@ def serving_swift(directory: Path) -> Iterator[Swift]:
 
         memory = ("-l", "127.0.0.1", "-p", str(ports["memcached"]), "-m", "16", "-u", user)
         start("memcached", "memcached", *memory)
-        # Swift does not use a memcached for a minute that it could not reach.
+        # If Swift cannot reach memcached, it does not use it for a minute.
         wait_for(lambda: is_listening(ports["memcached"]), _START_SECONDS, directory)
         pids = {
             kind: start(kind, f"swift-{kind}-server", str(directory / f"{kind}.conf"), "-v")
