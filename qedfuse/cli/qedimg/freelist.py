@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, print_line
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress(arguments, "Scanning"):  # shows no percentage, because the scan reports none
         info = run_async(_work, arguments)
     if arguments.output == "json":
-        print_json(_as_json(arguments.image, info))
+        print_json({"filename": arguments.image, "format": "qed", **info.as_json()})
     elif arguments.action == "on" and not info.present:
         print_line(
             arguments, f"{printable(arguments.image)}: no cluster is free, so there is no list"
@@ -84,20 +84,3 @@ def _describe(info: FreeListInfo) -> str:
         f"a list of {info.clusters} free clusters ({format_size(info.bytes)}) in {info.runs} "
         f"runs, stored in {info.list_clusters} of these clusters"
     )
-
-
-def _as_json(path: str, info: FreeListInfo) -> dict[str, Any]:
-    """Describe the list as JSON values."""
-    value: dict[str, Any] = {"filename": path, "format": "qed", "present": info.present}
-    if info.present:
-        value |= {"valid": info.valid}
-    if info.valid:
-        value |= {
-            "runs": info.runs,
-            "free-clusters": info.clusters,
-            "free-bytes": info.bytes,
-            "list-clusters": info.list_clusters,
-        }
-    elif info.present:
-        value |= {"problem": info.problem}
-    return value

@@ -99,19 +99,7 @@ def _free_list(qed: QedInfo, details: Details | None) -> dict[str, Any]:
     if not qed.has_free_list:
         return {"present": False}
     found = None if details is None else details.free_list
-    if found is None:
-        return {"present": True}
-    value: dict[str, Any] = {"present": found.present, "valid": found.valid}
-    if found.valid:
-        value |= {
-            "runs": found.runs,
-            "free-clusters": found.clusters,
-            "free-bytes": found.bytes,
-            "list-clusters": found.list_clusters,
-        }
-    elif found.problem:
-        value["problem"] = found.problem
-    return value
+    return {"present": True} if found is None else found.as_json()
 
 
 def _safety(qed: QedInfo) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import QedLayer
@@ -38,6 +39,22 @@ class FreeListInfo:
     bytes: int = 0
     list_clusters: int = 0
     problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the description as values for JSON; keys without a meaning are left out."""
+        value: dict[str, Any] = {"present": self.present}
+        if self.present:
+            value["valid"] = self.valid
+        if self.valid:
+            value |= {
+                "runs": self.runs,
+                "free-clusters": self.clusters,
+                "free-bytes": self.bytes,
+                "list-clusters": self.list_clusters,
+            }
+        elif self.present:
+            value["problem"] = self.problem
+        return value
 
 
 async def describe_free_list(
