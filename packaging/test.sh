@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds the packages and tests them in minimal systems; on demand, not part of tests/run.sh:
 #
-#   packaging/test.sh -d DIR [deb|suite|service|wheel|bookworm]...
+#   packaging/test.sh -d DIR [deb|suite|container|service|wheel|bookworm]...
 #
 #   deb       Debian 13: build and lintian; in a system without compiler and pip: packaging/test-deb.sh
 #   suite     Debian 13: tests of mounts and examples with the installed package and Debian's pytest
-#   service   Debian 13 with systemd, in a virtual machine: packaging/test-service.sh
+#   container Debian 13 with systemd, in namespaces of this machine: packaging/test-service.sh
+#   service   the same in a virtual machine, with what belongs to the kernel (AppArmor, limits)
 #   wheel     Debian 13 and 12: pip builds a wheel in isolation, which is used without a compiler
 #   bookworm  Debian 12: the package is refused, examples/install.sh installs
 #
@@ -19,7 +20,7 @@ set -eu
 # shellcheck source=tests/minimalsystem.sh
 . "$root/tests/minimalsystem.sh"
 
-known=(deb suite service wheel bookworm)
+known=(deb suite container service wheel bookworm)
 directory='' parts=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
             exit 0
             ;;
         -d) directory=${2:-} && shift ;;
-        deb | suite | service | wheel | bookworm) parts+=("$1") ;;
+        deb | suite | container | service | wheel | bookworm) parts+=("$1") ;;
         *) die "found $1, expected one of: ${known[*]}" ;;
     esac
     shift
@@ -97,10 +98,10 @@ test_suite() {
             tests/mounted/test_partitions.py tests/mounted/test_stats.py tests/mounted/test_umount.py'
 }
 
-# The machine boots from $store/service.raw.
-test_service() {
-    local base=$store/service.base
-    install_packages qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils mke2fs=e2fsprogs
+# machine_base OUTPUT...: make or update $base, a system with systemd that tests the package when it boots.
+# OUTPUT are lines of systemd.exec(5) for the output of the test.
+machine_base() {
+    base=$store/service.base
     if [ ! -e "$base/.complete" ]; then
         say "Making the machine"
         new_system trixie "$base"
@@ -118,18 +119,45 @@ test_service() {
     rm -rf "$base/packages"
     cp -r "$store/packages" "$base/packages"
     cp "$root/packaging/test-service.sh" "$base/packages/"
-    # The machine has no network: the dependencies stay.
+    # The system boots without a network: the dependencies stay.
     install "$base" apparmor python3-urllib3 "/packages/$(basename "$(package)")"
     enter "$base" dpkg --purge qedfuse >"$log" 2>&1
-    echo '/dev/vda / ext4 defaults 0 1' >"$base/etc/fstab"
+    : >"$base/etc/fstab"
     cat >"$base/etc/systemd/system/test.service" <<UNIT
 [Service]
 ExecStart=/packages/test-service.sh /packages/$(basename "$(package)")
-StandardOutput=tty
-TTYPath=/dev/ttyS0
 Environment=LC_ALL=C.UTF-8
+$(printf '%s\n' "$@")
 UNIT
     ln -sf ../test.service "$base/etc/systemd/system/multi-user.target.wants/"
+}
+
+# Two boots: the test restarts the machine.
+test_container() {
+    local unit boot
+    machine_base StandardOutput=append:/console StandardError=append:/console
+    rm -rf --one-file-system "$target"
+    cp -a "$base" "$target"
+    for unit in systemd-udevd.service systemd-udev-trigger.service systemd-udevd-kernel.socket \
+        systemd-udevd-control.socket apparmor.service; do
+        ln -sf /dev/null "$target/etc/systemd/system/$unit"
+    done
+    for boot in first second; do
+        say "The $boot boot"
+        "$root/packaging/container.sh" "$target" &
+        inside=$!
+        wait "$inside" || true # a signal ends it
+        inside=''
+    done
+    cat "$target/console"
+    grep -q '^RESULT 0' "$target/console"
+}
+
+# The machine boots from $store/service.raw.
+test_service() {
+    install_packages qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils mke2fs=e2fsprogs
+    machine_base StandardOutput=tty TTYPath=/dev/ttyS0
+    echo '/dev/vda / ext4 defaults 0 1' >"$base/etc/fstab"
     ln -sf /dev/null "$base/etc/systemd/system/serial-getty@ttyS0.service"
     rm -f "$store/service.raw"
     mke2fs -q -t ext4 -d "$base" "$store/service.raw" 8G >"$log" 2>&1
