@@ -112,6 +112,9 @@ enter() {
         mount --rbind /sys "$directory/sys"
         mount --rbind /dev "$directory/dev"
         mount -t tmpfs tmpfs "$directory/run"
+        # A device of its own, because tests change its mode.
+        mknod --mode=666 "$directory/run/fuse" c 10 229
+        mount --bind "$directory/run/fuse" "$directory/dev/fuse"
         # A shell starts background jobs with these signals ignored.
         exec chroot "$directory" env -i --default-signal=INT,QUIT "$@"' sh "$directory" \
         HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
