@@ -100,13 +100,13 @@ class Mover:
         await self._flusher.flush()
 
     async def move_data(
-        self, entries: NDArray[np.uint64], above: int | None, moved: Callable[[int], None]
+        self, entries: NDArray[np.uint64], lowest: int | None, moved: Callable[[int], None]
     ) -> None:
         """Move the clusters that L2 entries refer to; the next flush makes the moves durable.
 
         Args:
             entries: File offsets of the entries.
-            above: The lowest cluster that may be allocated.  If no cluster is free from there on,
+            lowest: The lowest cluster that may be allocated.  If no cluster is free from there on,
                 the file grows.  With None the lowest free clusters are allocated, and a cluster
                 stays where it is if no lower one is free.
             moved: Called with the number of clusters that have just been moved.
@@ -126,14 +126,14 @@ class Mover:
             if first < last:
                 table, offset = int(owners[first]), int(starts[first])
                 indices = ((ordered[first:last] - np.uint64(offset)) // ENTRY_BYTES).tolist()
-                await self._move_entries(table, offset, indices, above, moved)
+                await self._move_entries(table, offset, indices, lowest, moved)
 
     async def _move_entries(
         self,
         table: int,
         offset: int,
         indices: Sequence[int],
-        above: int | None,
+        lowest: int | None,
         moved: Callable[[int], None],
     ) -> None:
         """Move the clusters of some entries of one slice.
@@ -142,7 +142,7 @@ class Mover:
             table: File offset of the table.
             offset: File offset of the slice.
             indices: The indices of the entries in the slice, ascending.
-            above: See `move_data`.
+            lowest: See `move_data`.
             moved: See `move_data`.
         """
         size = self._layer.geometry.cluster_size
@@ -155,7 +155,7 @@ class Mover:
                 for first, last in pairwise([0, *edges.tolist(), len(indices)]):
                     start, end = indices[first], indices[last - 1] + 1
                     for at, count, value in list(runs(slice_.entries, start, end, size)):
-                        await self._move_run(slice_, at, count, value, above, moved)
+                        await self._move_run(slice_, at, count, value, lowest, moved)
 
     async def _move_run(
         self,
@@ -163,23 +163,23 @@ class Mover:
         at: int,
         count: int,
         value: int,
-        above: int | None,
+        lowest: int | None,
         moved: Callable[[int], None],
     ) -> None:
         """Move ``count`` contiguous clusters to one or more free runs.
 
         The first cluster lies at the file offset ``value``, and its entry has the index
-        ``at`` in the slice.  If ``above`` is None and no lower cluster is free, the rest of
+        ``at`` in the slice.  If ``lowest`` is None and no lower cluster is free, the rest of
         the clusters stay where they are.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
         while done < count:
-            if above is None:
+            if lowest is None:
                 run = await self._space.allocate_lowest(count - done)
             else:
-                run = await self._space.allocate_from(above, count - done)
-            if run is None or (above is None and run.offset > value):
+                run = await self._space.allocate_from(lowest, count - done)
+            if run is None or (lowest is None and run.offset > value):
                 if run is not None:
                     self._space.release(run)
                 break
