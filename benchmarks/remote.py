@@ -12,7 +12,8 @@ All reads use O_DIRECT, so each is a request.  In each round the programs take t
 anew with an empty cache, and is measured in this order:
 
     cold sequential   all of the disk, 1 MiB at a time
-    cached            the same and random reads, when all of the disk was read once
+    cached            the same and random reads, when all of the disk was read once, and what the
+                      program has written meanwhile is on the disk
     cold random       a few reads of 4 KiB, 16 in flight, after another start
 
 At the end of each round the content is compared.  Without the server qedfuse starts again with the
@@ -39,7 +40,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from benchmarks.cells import Fio
 from benchmarks.commands import BenchmarkError, run
 from benchmarks.cputime import cpu_time
-from benchmarks.loads import measure_fio, read
+from benchmarks.loads import measure_fio, read, sync_file_system
 from benchmarks.machine import facts
 from benchmarks.mounted import program
 from benchmarks.remotesystems import (
@@ -162,6 +163,7 @@ class Bench:
                 figures.measure(once, system, mount, size, self._seconds)
             else:
                 read("check", mount.disk, str(self._raw))
+            sync_file_system(self._directory)
             for cell in CACHED:
                 figures.measure(cell, system, mount, size, self._seconds)
             read("check", mount.disk, str(self._raw))

@@ -19,8 +19,9 @@ class CheckedUnits(NamedTuple):
     its blocks is all zeros and may be a hole; `qedfuse.remote.localdata` says why.
 
     Attributes:
-        ready: For each unit a byte: 1 if the unit may be read, otherwise 0.  The extension keeps a
-            view of the bytes, and looks at them before each read.
+        ready: For each unit a byte: 0 if the unit may not be read, 1 if it may, and 2 if it may,
+            and the extension has found all its pages written and valid.  The extension keeps a view
+            of the bytes, looks at them before each read, and changes 1 to 2.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  The numbers of the last units may be missing, and
             then count as 0.
@@ -29,8 +30,8 @@ class CheckedUnits(NamedTuple):
         file_bytes: Length of the file while one process uses it; one byte less than its length
             while several processes use it.  If the file has any other length after a read, the file
             was truncated, and the bytes that were read are not used.
-        address: Address at which the file is mapped.  While several processes use the file, a read
-            is tried only if mincore(2) reports that the page cache has the whole range.
+        address: Address at which the file is mapped.  A read is tried only if the page cache has
+            the whole range, which mincore(2) reports where cachestat(2) does not, or not enough.
         forget: Called with the numbers of the first and the last unit of a read that failed; makes
             these units not ready.
     """

@@ -8,7 +8,7 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
 
 - A read that misses the page cache can make the kernel read from the disk.  If the disk answers
   before the kernel looks for the bytes again, the same call returns them; otherwise the next read
-  does.  So a read is tried only if mincore(2) reports that the page cache has all of its bytes, a
+  does.  So a read is tried only if the kernel reports that the page cache has all of its bytes, a
   miss makes the units of the range not ready (`RemoteFile`), and the kernel's readahead is off
   (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
@@ -19,10 +19,14 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
 Therefore a miss in one process brings no unchecked bytes into the page cache, where another process
 that uses the same entry could read them.
 
-The mount's extension in C reads the file by the same rules (``_checkedunits.c``).
+The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
+It compares the length with that after its last read, and it prefers cachestat(2) to mincore(2).
+cachestat(2) also counts pages that are not valid, because a write has failed or because they are
+being read.  A read with ``RWF_NOWAIT`` takes no such page.  splice(2) would read the page from the
+disk, so it needs mincore(2), unless all pages were found valid when none waited to be written.
 
-Two cases remain: another program has read a block from a damaged disk into the page cache; or the
-kernel drops a block and reads it again between the call of mincore(2) and the read.
+Two cases remain: another program has read a block from a damaged disk into the page cache, or tries
+to; or the kernel drops a block and reads it again between the check of the page cache and the read.
 """
 
 from __future__ import annotations

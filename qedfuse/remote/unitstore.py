@@ -35,10 +35,10 @@ class UnitStore:
     Threads may use the object concurrently.
 
     Attributes:
-        ready: 1 for each unit that may be read from the page cache, 0 for the others.  A unit
-            becomes ready when it has been fetched and stored, or compared with its checksum.  It
-            becomes not ready when one of its bytes was not in the page cache.  The attribute always
-            refers to the same bytearray.
+        ready: For each unit a byte, which is not 0 if the unit may be read from the page cache; see
+            `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
+            compared with its checksum.  It becomes not ready when one of its bytes was not in the
+            page cache, and when it is written.  The attribute always refers to the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -92,6 +92,8 @@ class UnitStore:
         forgotten = self._forgotten
         if cache is None:
             return False
+        with self._lock:
+            self.ready[unit] = 0  # while its pages are written to, and if the write fails
         try:
             with self._space.reserve(len(block)) if self._space else nullcontext("") as reason:
                 if reason:

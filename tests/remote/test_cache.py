@@ -27,6 +27,7 @@ from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
+from qedfuse.remote.unitstore import UnitStore
 from qedfuse.remote.zeroblocks import ZeroBlocks
 from tests.support.pagecache import drop_pages
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
@@ -395,6 +396,35 @@ def test_length_says_who_uses_an_entry(tmp_path: Path) -> None:
         assert one.has_units(b"\1\1")
         assert not one.has_units(b"\1", 2)
     assert [length - len(CONTENT) for length in lengths] == [1, 2, 2, 1]
+
+
+@pytest.mark.expect_log("cannot store in the cache")
+def test_a_unit_is_not_ready_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that is stored again has to be found written again, and compared if that failed."""
+    seen = []
+    make_files(str(tmp_path), len(CONTENT))
+    with UnitFile.open(str(tmp_path), len(CONTENT)) as entry:
+        units = UnitStore(UNITS, entry, None)
+        assert units.store(0, CONTENT[:UNIT_BYTES])
+        units.ready[0] = 2
+        write = UnitFile.store
+
+        def store(self: UnitFile, unit: int, content: bytes) -> None:
+            seen.append(units.ready[unit])
+            write(self, unit, content)
+
+        def fail(self: UnitFile, unit: int, content: bytes) -> None:
+            store(self, unit, content)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        for function, ready in ((store, 1), (fail, 0)):
+            monkeypatch.setattr(UnitFile, "store", function)
+            assert units.store(0, CONTENT[:UNIT_BYTES]) == bool(ready)
+            assert units.ready[0] == ready
+            units.ready[0] = 2
+        assert seen == [0, 0]
 
 
 def test_zeros_are_compared(tmp_path: Path) -> None:

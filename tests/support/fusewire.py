@@ -27,6 +27,7 @@ INIT: Final = 26
 FALLOCATE: Final = 43
 LSEEK: Final = 46
 """Numbers of the requests, from linux/fuse.h."""
+INIT_SLOT: Final = 0
 READ_SLOT: Final = 15
 WRITE_SLOT: Final = 16
 NODE = 5
@@ -43,6 +44,11 @@ Reader = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t,
     *(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p),
     use_errno=True,
+)
+Splicer = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t,
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
+    *(ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p),
 )
 Operation = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)
 
@@ -79,7 +85,10 @@ class Vector(ctypes.Structure):
 class InOut(ctypes.Structure):
     """struct fuse_custom_io."""
 
-    _fields_ = (("writev", Writer), ("read", Reader), ("others", ctypes.c_void_p * 2))
+    _fields_ = (
+        *(("writev", Writer), ("read", Reader)),
+        *(("splice_receive", ctypes.c_void_p), ("splice_send", Splicer)),
+    )
 
 
 class Wire:
@@ -87,12 +96,23 @@ class Wire:
 
     Attributes:
         answers: The replies of libfuse: number of the request, error, payload.
+        spliced: How many replies came through a pipe.
     """
 
-    def __init__(self, slots: int = SLOTS, filled: dict[int, object] | None = None) -> None:
-        """Make a session with a table of ``slots`` operations, all NULL except ``filled``."""
+    def __init__(
+        self,
+        slots: int = SLOTS,
+        filled: dict[int, object] | None = None,
+        *,
+        can_splice: bool = False,
+    ) -> None:
+        """Make a session with a table of ``slots`` operations, all NULL except ``filled``.
+
+        If it ``can_splice``, the kernel takes replies from a pipe, too.
+        """
         assert extraops._extension is not None
         self.answers: list[tuple[int, int, bytes]] = []
+        self.spliced = 0
         library = ctypes.CDLL(extraops._extension.__file__)
         if not hasattr(library, "fuse_session_custom_io"):
             pytest.skip("this libfuse talks to the kernel only")
@@ -111,7 +131,8 @@ class Wire:
         self._library = library
         self._writer = Writer(self._collect)
         self._reader = Reader(self._receive)
-        io = InOut(self._writer, self._reader)
+        self._splicer = Splicer(self._collect_pipe if can_splice else 0)
+        io = InOut(self._writer, self._reader, None, self._splicer)
         library.fuse_pkgversion.restype = ctypes.c_char_p
         version = [int(part) for part in library.fuse_pkgversion().split(b".")[:2]]
         size = [ctypes.c_size_t(ctypes.sizeof(io))] if version >= [3, 17] else []
@@ -129,10 +150,22 @@ class Wire:
     def _collect(self, _fd: int, vectors: int, count: int, _data: object) -> int:
         """Collect a reply that libfuse writes to the kernel."""
         parts = (Vector * count).from_address(vectors)
-        said = b"".join(ctypes.string_at(part.base, part.length) for part in parts)
+        self._record(b"".join(ctypes.string_at(part.base, part.length) for part in parts))
+        return sum(part.length for part in parts)
+
+    def _collect_pipe(
+        self, pipe: int, _in: object, _fd: int, _out: object, size: int, _flags: int, _data: object
+    ) -> int:
+        """Collect a reply that libfuse splices to the kernel."""
+        self.spliced += 1
+        said = os.read(pipe, size)
+        self._record(said)
+        return len(said)
+
+    def _record(self, said: bytes) -> None:
+        """Record a reply."""
         _length, error, number = struct.unpack_from("=IiQ", said)
         self.answers.append((number, error, said[16:]))
-        return len(said)
 
     def _receive(self, fd: int, buffer: int, size: int, _data: object) -> int:
         """Take a request that `queue` has put into the socket."""

@@ -17,7 +17,16 @@ from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_MASK
-from tests.support.fusewire import FSYNC_SLOT, NODE, READ, READ_SLOT, WRITE_SLOT, Operation, Wire
+from tests.support.fusewire import (
+    FSYNC_SLOT,
+    INIT_SLOT,
+    NODE,
+    READ,
+    READ_SLOT,
+    WRITE_SLOT,
+    Operation,
+    Wire,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,12 +54,12 @@ class Session:
         wire: The session.
     """
 
-    def __init__(self) -> None:
-        """Make a session."""
+    def __init__(self, *, can_splice: bool = False) -> None:
+        """Make a session; see `Wire` for ``can_splice``."""
         self.asked: list[tuple[int, int]] = []
         self._kept = Operation(lambda _request, _inode: None)
-        slots = (READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
-        self.wire = Wire(filled=dict.fromkeys(slots, self._kept))
+        slots = (INIT_SLOT, READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
+        self.wire = Wire(filled=dict.fromkeys(slots, self._kept), can_splice=can_splice)
         assert extraops._extension is not None
         extraops._extension.set_data_handlers(self._read, None, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from array import array
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ import pytest
 from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.space.epochs import Epochs
 from qedfuse.hostio.pagesource import CheckedUnits, PageSource
+from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import inline_flags
 from qedfuse.mount.fuse import extraops
@@ -23,6 +25,7 @@ from qedfuse.mount.fuse.handles import HANDLE_SYNC, HANDLE_WRITER
 from qedfuse.mount.fuse.requestcounters import READ, WRITE, RequestCounters
 from tests.support.fusewire import session_of
 from tests.support.readsession import BITS, CLUSTER, CLUSTERS, INODE, Session, Tables
+from tests.support.refusedcalls import CACHESTAT, MINCORE, run_without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     extraops._extension is None, reason=f"no extension: {extraops._load_error}"
 )
+
+
+LONG_BITS = 16
+LONG = 1 << LONG_BITS
+"""Bytes of a read that is spliced."""
 
 
 @pytest.fixture
@@ -327,6 +335,7 @@ def test_a_file_with_units_is_read_only_from_memory(
         show(residency.address)
         assert session.read(5, 8000) == tables.content[CLUSTER + 5 : CLUSTER + 8005]
         assert not forgotten
+        assert run_without(CACHESTAT, lambda: session.read(5, 8000)) is not None
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not residency.has_range(CLUSTER, 1):  # not in a file system in memory
@@ -334,8 +343,128 @@ def test_a_file_with_units_is_read_only_from_memory(
                 assert session.read(5, 8000) is None
             assert not residency.has_range(CLUSTER, 1)
             assert set(forgotten) == {(1, 2)}
+            assert run_without(CACHESTAT, lambda: session.read(5, 8000)) is None
+            assert not residency.has_range(CLUSTER, 1)
+        path.write_bytes(tables.content + bytes(openers))
         show(0)
-        assert session.read(5, 8000) is None
+        assert session.read(5, 8000) is not None
+        assert run_without(CACHESTAT, lambda: session.read(5, 8000)) is None
+
+
+class LongUnits:
+    """A file with three units of 64 KiB in a session that splices, each a cluster of the disk.
+
+    Attributes:
+        content: The content of the units.
+        file: The file, open for writing.
+        ready: Which units may be read.
+    """
+
+    def __init__(self, path: Path, session: Session, cleanup: ExitStack) -> None:
+        """Write the file, and let the extension answer reads of it; ``cleanup`` closes it."""
+        self.content = random.Random("units").randbytes(3 * LONG)
+        path.write_bytes(self.content + b"\0")
+        self.file = cleanup.enter_context(path.open("r+b"))
+        self.ready = bytearray(b"\1" * 3)
+        self._session = session
+        fd = self.file.fileno()
+        residency = cleanup.enter_context(closing(Residency(fd, 3 * LONG + 2)))
+        units = CheckedUnits(
+            *(self.ready, memoryview(b""), LONG_BITS, 3 * LONG, 3 * LONG + 1, residency.address),
+            lambda first, last: self.ready.__setitem__(
+                slice(first, last + 1), bytes(last + 1 - first)
+            ),
+        )
+        layer = SimpleNamespace(header=SimpleNamespace(image_size=2 * LONG))
+        entries = SimpleNamespace(bad=None, entries=array("Q", [LONG, 2 * LONG]))
+        source = PageSource(ReadPolicy(), fd, units)
+        reads = array("Q", bytes(16))
+        view = (layer, {0: 0}, {0: entries}.get, None, (source,), LONG_BITS, 1, Epochs(), reads)
+        session.show(*view)
+
+    def read(self) -> bool:
+        """Return whether a read of the second unit is answered, which must be by splicing."""
+        before = self._session.wire.spliced
+        data = self._session.read(0, LONG)
+        assert data in (None, self.content[LONG : 2 * LONG])
+        assert self._session.wire.spliced - before == (data is not None)
+        return data is not None
+
+    def write_back(self) -> None:
+        """Wait until the pages are written."""
+        os.fsync(self.file.fileno())
+
+    def settle(self) -> None:
+        """Read until the extension has found that the pages of the second unit are written."""
+        for _ in range(8):
+            assert self.read()
+        assert list(self.ready) == [1, 2, 1]
+
+
+@pytest.fixture
+def long_units(tmp_path: Path) -> Iterator[LongUnits]:
+    """Show a file with units from which reads are spliced."""
+    with ExitStack() as cleanup, session_of(Session(can_splice=True)) as session:
+        yield LongUnits(tmp_path / "long", session, cleanup)
+
+
+def test_a_unit_is_settled_when_its_pages_are_written(long_units: LongUnits) -> None:
+    """Until then, and without cachestat(2), each read asks whether the pages are valid."""
+    for _ in range(20):
+        # The kernel, or a sync(1) of another program, may write pages at any time.
+        os.pwrite(long_units.file.fileno(), long_units.content[-LONG - 1 : -LONG], 2 * LONG - 1)
+        assert long_units.read()
+    assert list(long_units.ready) == [1, 1, 1], "a page waits to be written"
+    long_units.write_back()
+    assert run_without(CACHESTAT, lambda: [long_units.read() for _ in range(20)]) == [True] * 20
+    assert list(long_units.ready) == [1, 1, 1]
+    long_units.settle()
+    assert long_units.read()
+
+
+def test_a_settled_unit_that_leaves_the_page_cache_is_passed_on(long_units: LongUnits) -> None:
+    """A settled unit is not read from the disk, and is compared again."""
+    long_units.write_back()
+    long_units.settle()
+    with closing(Residency(long_units.file.fileno(), 3 * LONG)) as residency:
+        os.posix_fadvise(long_units.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not residency.has_range(LONG, LONG):  # not in a file system in memory
+            assert not long_units.read()
+            assert not residency.has_range(LONG, LONG)
+            assert list(long_units.ready) == [1, 0, 1]
+
+
+def test_a_settled_unit_is_checked_again_when_another_process_joins(long_units: LongUnits) -> None:
+    """A process that may write the unit makes it count as not settled."""
+    long_units.write_back()
+    long_units.settle()
+    os.truncate(long_units.file.fileno(), 3 * LONG + 2)
+    assert not long_units.read()
+    long_units.ready[1] = 2
+    assert long_units.read()
+    assert not run_without(MINCORE, long_units.read)
+    assert list(long_units.ready) == [1, 0, 1]
+    long_units.ready[1] = 1
+    for _ in range(20):
+        assert long_units.read()
+    assert list(long_units.ready) == [1, 1, 1]
+
+
+def test_a_settled_unit_needs_no_look_at_its_pages(long_units: LongUnits) -> None:
+    """A read of a settled unit does without mincore(2), which the others need."""
+    long_units.write_back()
+    assert not run_without(MINCORE, long_units.read)
+    long_units.ready[1] = 1
+    long_units.settle()
+    assert run_without(MINCORE, long_units.read)
+
+
+def test_a_long_read_of_a_file_that_was_cut_is_passed_on(long_units: LongUnits) -> None:
+    """A spliced read is not answered if the file has another length than before."""
+    assert long_units.read()
+    os.truncate(long_units.file.fileno(), 3 * LONG)
+    assert not long_units.read()
+    assert list(long_units.ready) == [1, 0, 1]
 
 
 def test_a_reader_at_the_end_of_a_unit_is_passed_on_if_more_must_be_fetched(
@@ -375,7 +504,26 @@ def test_a_file_with_units_that_was_cut_is_passed_on(
         file.write(b"\0")
     assert session.read(0, 8) is None, "the unit was not forgotten"
     ready[1] = 1
+    assert session.read(0, 8) is None, "the length has changed since the last look"
+    ready[1] = 1
     assert session.read(0, 8) is not None, "the length alone was wrong"
+
+
+def test_a_read_between_two_valid_lengths_is_passed_on(
+    session: Session, tables: Tables, ready: bytearray, tmp_path: Path
+) -> None:
+    """If another process opens the entry between two reads, the second read does not count.
+
+    That process may have set the length after a cut that it has not seen.
+    """
+    expected = tables.content[CLUSTER : CLUSTER + 8]
+    assert session.read(0, 8) == expected
+    for openers in (2, 1):
+        os.truncate(tmp_path / "units", len(tables.content) + openers)
+        assert session.read(0, 8) is None
+        assert not ready[1], "the unit was not forgotten"
+        ready[1] = 1
+        assert session.read(0, 8) == expected
 
 
 def test_a_file_in_memory_is_answered(session: Session, tables: Tables) -> None:

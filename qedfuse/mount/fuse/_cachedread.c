@@ -196,28 +196,28 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Reads from the page cache into the buffer.  Returns 1 if the buffer has the data.  Returns 0 if the
- * page cache did not have all of the data, or if a file with checked units may have a hole there.
- * Returns -1 if the read failed, or if a file with checked units does not have the given length any
- * more. */
-static int read_cached(const struct read_file *file, uint64_t offset, size_t size, off_t length)
+/* Reads from the page cache into the buffer, and answers with the buffer if all of the data was there.
+ * From a file with checked units, does so only if the range cannot have a hole, and if the file still
+ * has its length. */
+static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t request, uint64_t offset,
+                                       size_t size)
 {
-    const struct checked_units *units = &file->units;
+    struct checked_units *units = &file->units;
     struct iovec vector = {buffer, size};
     ssize_t count = preadv2(file->fd, &vector, 1, (off_t)offset, file->flags);
 
     if (count < 0 && errno != EAGAIN)
-        return -1;
+        return FAILED;
     /* The length is looked at after the read, as LocalData does. */
-    if (has_units(units) && lseek(file->fd, 0, SEEK_END) != length)
-        return -1;
+    if (has_units(units) && !keeps_length(units, file->fd))
+        return FAILED;
     if (count != (ssize_t)size) /* perhaps fewer because the file ends there */
-        return 0;
-    return !has_units(units) || !may_have_holes(units, buffer, offset, size);
+        return NOT_CACHED;
+    if (has_units(units) && may_have_holes(units, buffer, offset, size))
+        return NOT_CACHED;
+    fuse_reply_buf(request, buffer, size);
+    return ANSWERED;
 }
-
-/* What became of the attempt to answer a read from the page cache. */
-enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* Answers a read, if the file's policy allows an attempt and all of the data is in the page cache.
  * Otherwise does not answer.  In both cases an exception may be set afterwards. */
@@ -225,25 +225,23 @@ static enum attempt answer_from_file(struct read_file *file, fuse_req_t request,
                                      size_t size)
 {
     PyObject *is_inline = PyObject_GetAttr(file->policy, name_is_inline);
-    const struct checked_units *units = &file->units;
-    off_t length = ANY_LENGTH;
-    int found;
+    struct checked_units *units = &file->units;
+    enum attempt attempt = NOT_ALLOWED;
 
     Py_XDECREF(is_inline);
     if (is_inline != Py_True)
         return is_inline == NULL ? FAILED : NOT_ALLOWED;
-    if (has_units(units) && (length = length_of_units(units, file->fd)) == ANY_LENGTH)
-        return FAILED;
-    if (has_units(units) && !may_try_units(units, offset, size))
+    if (!has_units(units))
+        attempt = splice_reply(request, file->fd, (off_t)offset, size) ? ANSWERED : NOT_ALLOWED;
+    else if (!may_try_units(units, file->fd, offset, size))
         return NOT_CACHED;
-    if (!splice_reply(request, file->fd, (off_t)offset, size, length)) {
-        found = read_cached(file, offset, size, length);
-        if (found <= 0)
-            return found < 0 ? FAILED : NOT_CACHED;
-        fuse_reply_buf(request, buffer, size);
-    }
-    reset_misses(file->policy);
-    return ANSWERED;
+    else
+        attempt = splice_units(request, units, file->fd, (off_t)offset, size);
+    if (attempt == NOT_ALLOWED)
+        attempt = answer_from_buffer(file, request, offset, size);
+    if (attempt == ANSWERED)
+        reset_misses(file->policy);
+    return attempt;
 }
 
 void count_file_read(const struct read_place *place, size_t size)

@@ -9,7 +9,6 @@
 
 #include "_extraops.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 /* Maximum number of units that are read ahead of a sequential reader (_MAX_WINDOW_UNITS in
@@ -20,22 +19,26 @@
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
-/* The smallest page size, and the maximum number of such pages in a read, which can begin within one. */
-#define PAGE_BYTES 4096
-#define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
+/* The value of a unit that may be read, and whose pages are known to be written and valid (CheckedUnits). */
+#define SETTLED 2
 
-int fill_units(struct checked_units *units, PyObject *source)
+/* A unit is settled at one of this number of reads that would gain by it, because the attempt costs more
+ * than they do, and fails until the kernel has written the pages. */
+#define READS_PER_ATTEMPT 8
+
+int fill_units(struct checked_units *units, PyObject *source, int fd)
 {
     PyObject *forget;
     long long file_bytes;
     unsigned long long address;
 
-    if (!PyArg_ParseTuple(source, "y*y*IKLKO", &units->ready, &units->zero_blocks,
+    if (!PyArg_ParseTuple(source, "w*y*IKLKO", &units->ready, &units->zero_blocks,
                           &units->unit_bits, &units->content_bytes, &file_bytes, &address, &forget))
         return -1;
     units->address = (char *)(uintptr_t)address;
     units->file_bytes = (off_t)file_bytes;
     units->forget = Py_NewRef(forget);
+    units->seen_bytes = lseek(fd, 0, SEEK_END);
     return 0;
 }
 
@@ -73,29 +76,72 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
     return are_ready(units, last + 1, ahead);
 }
 
-off_t length_of_units(const struct checked_units *units, int fd)
+/* Returns whether a file of a length was not cut.  It has one byte more while several processes use it
+ * (remote/sharing.py). */
+static int is_uncut(const struct checked_units *units, off_t length)
 {
-    off_t length = lseek(fd, 0, SEEK_END);
-
-    /* One byte more while several processes use the file (remote/sharing.py). */
-    return length == units->file_bytes || length == units->file_bytes + 1 ? length : ANY_LENGTH;
+    return length == units->file_bytes || length == units->file_bytes + 1;
 }
 
-int may_try_units(const struct checked_units *units, uint64_t offset, size_t size)
+/* A file that was cut never gets a valid length again, with one exception: a process that opens the entry
+ * may have looked at the length before the cut, and sets the other valid length after it.  So the length
+ * after a read must be the one from before the read.  That is the one that was seen after the last read:
+ * if the length has changed between the two reads, this one fails, and its units are compared again. */
+int keeps_length(struct checked_units *units, int fd)
 {
-    static unsigned char found[MAX_PAGES];
-    uint64_t start = offset & ~(uint64_t)(PAGE_BYTES - 1);
-    size_t bytes = (size_t)(offset - start) + size, at;
+    off_t before = units->seen_bytes;
 
-    /* A kernel with larger pages refuses most of these calls, and reports fewer pages. */
-    memset(found, 1, sizeof found);
-    if (units->address == NULL || bytes > sizeof found * PAGE_BYTES ||
-        mincore(units->address + start, bytes, found))
-        return 0;
-    for (at = 0; at * PAGE_BYTES < bytes; at++)
-        if ((found[at] & 1) == 0)
-            return 0;
-    return 1;
+    units->seen_bytes = lseek(fd, 0, SEEK_END);
+    return units->seen_bytes == before && is_uncut(units, before);
+}
+
+/* Returns whether this process alone uses the file, as far as the last look at the length shows. */
+static int is_alone(const struct checked_units *units)
+{
+    return units->seen_bytes == units->file_bytes;
+}
+
+/* Settles a unit, if its pages are written and valid.  A page that is not waiting to be written stays valid
+ * until it is written to or leaves the page cache.  Only a process that fetches the unit writes to it, which
+ * in this process makes the unit not ready (UnitStore), and another process would not be alone. */
+static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
+{
+    uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;
+
+    if (size > units->content_bytes - offset)
+        size = units->content_bytes - offset;
+    if (are_clean(fd, offset, size) && has_valid_pages(units->address, offset, size))
+        ((unsigned char *)units->ready.buf)[unit] = SETTLED;
+}
+
+/* Returns whether all pages of a range may be passed on by splice(2), which would read an invalid page from
+ * the disk.  A page becomes invalid if the kernel fails to write it. */
+static int may_splice_units(const struct checked_units *units, int fd, uint64_t offset, size_t size)
+{
+    static unsigned int reads;
+    const unsigned char *ready = units->ready.buf;
+    uint64_t unit = offset >> units->unit_bits, last = (offset + size - 1) >> units->unit_bits;
+
+    if (is_alone(units)) {
+        while (unit <= last && ready[unit] == SETTLED)
+            unit++;
+        if (unit > last)
+            return cached_pages(fd, offset, size) == PAGES_CACHED;
+        if (++reads % READS_PER_ATTEMPT == 0)
+            settle_unit(units, fd, unit);
+    }
+    return has_valid_pages(units->address, offset, size);
+}
+
+int may_try_units(const struct checked_units *units, int fd, uint64_t offset, size_t size)
+{
+    enum pages pages;
+
+    if (may_splice(size))
+        return may_splice_units(units, fd, offset, size);
+    pages = cached_pages(fd, offset, size);
+    return pages == PAGES_CACHED ||
+           (pages == PAGES_UNKNOWN && has_valid_pages(units->address, offset, size));
 }
 
 /* Returns whether the block at an offset is known to be all zeros. */

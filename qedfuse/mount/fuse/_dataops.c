@@ -83,7 +83,7 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "no read is being handled");
         return NULL;
     }
-    if (!splice_reply(read_request, fd, (off_t)offset, read_size, ANY_LENGTH))
+    if (!splice_reply(read_request, fd, (off_t)offset, read_size))
         Py_RETURN_FALSE;
     read_request = NULL;
     Py_RETURN_TRUE;

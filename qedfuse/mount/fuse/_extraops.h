@@ -47,19 +47,41 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused);
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
-/* The argument file_bytes of splice_reply() for a file whose length is not compared. */
-#define ANY_LENGTH (-1)
+/* Returns whether a read of a length may be answered with the pages of a file (_splice.c). */
+int may_splice(size_t size);
 
-/* Answers a read with the pages of a file, if the length of the read permits that, the page cache has
- * all pages, and the file's length is `file_bytes`; returns whether the read was answered.  The caller
- * must hold the GIL (_splice.c). */
-int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size, off_t file_bytes);
+/* Answers a read with the pages of a file, if the length of the read permits that, and the page cache has
+ * all pages; returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
+int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
-/* Lets splice_reply() answer reads of the session that begins (_splice.c). */
+/* Lets reads of the session that begins be answered with pages (_splice.c). */
 void begin_splicing(void);
 
-/* Lets splice_reply() answer no further read (_splice.c). */
+/* Lets no further read be answered with pages (_splice.c). */
 void end_splicing(void);
+
+/* What the page cache has of a range; PAGES_UNKNOWN if the kernel does not say. */
+enum pages { PAGES_MISSING, PAGES_CACHED, PAGES_UNKNOWN };
+
+/* Returns whether the page cache has a page for each byte of a range.  The pages may be invalid, because
+ * the kernel is reading them from the disk now, or has failed to write them.  A read with RWF_NOWAIT takes
+ * no such page, but splice(2) makes the kernel read it again (_pagecache.c). */
+enum pages cached_pages(int fd, uint64_t offset, size_t size);
+
+/* Returns whether no page of a range waits to be written to the disk, or is being written
+ * (_pagecache.c). */
+int are_clean(int fd, uint64_t offset, size_t size);
+
+/* Returns whether cached_pages() may know (_pagecache.c). */
+int can_count_pages(void);
+
+/* Returns whether the page cache has a valid page for each byte of a range of at most 1 MiB, of a file
+ * that is mapped at an address.  This takes longer than cached_pages().  Returns 0 if the address is NULL
+ * (_pagecache.c). */
+int has_valid_pages(char *address, uint64_t offset, size_t size);
+
+/* What became of an attempt to answer a read from the page cache. */
+enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* What became of a read that _cachedread.c has tried to answer. */
 enum cached_read { PASSED_ON, REPLIED, QUEUED };
@@ -102,18 +124,19 @@ PyObject *set_read_views(PyObject *module, PyObject *args);
 
 /* The parts of a file that may be read, as CheckedUnits describes them (hostio/pagesource.py). */
 struct checked_units {
-    Py_buffer ready;        /* for each unit whether it may be read; `obj` is NULL if the whole file may */
+    Py_buffer ready;        /* for each unit 0 if it may not be read; `obj` is NULL if the whole file may */
     Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
     off_t file_bytes;       /* length of the file while one process uses it */
     char *address;          /* address of a mapping of the file, for mincore(2) */
+    off_t seen_bytes;       /* length of the file when it was looked at last */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
 };
 
-/* Fills units, which are all zeros, from a CheckedUnits.  Returns 0, or -1 with an exception
+/* Fills units, which are all zeros, from a CheckedUnits of an open file.  Returns 0, or -1 with an exception
  * (_checkedunits.c). */
-int fill_units(struct checked_units *units, PyObject *source);
+int fill_units(struct checked_units *units, PyObject *source, int fd);
 
 /* Releases the references that units hold (_checkedunits.c). */
 void clear_units(struct checked_units *units);
@@ -121,14 +144,20 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns the length of the file that has the units; ANY_LENGTH if it was truncated
- * (_checkedunits.c). */
-off_t length_of_units(const struct checked_units *units, int fd);
+/* Returns whether the file that has the units was not cut since the last call, or since fill_units(); the
+ * caller has read from the file meanwhile, and uses the bytes only then (_checkedunits.c). */
+int keeps_length(struct checked_units *units, int fd);
 
 /* Returns whether a read of a range may be tried, because the page cache has the whole range.  So the
  * read returns nothing that the kernel has just read from the disk, and brings nothing into the page
  * cache that another process could read there (_checkedunits.c). */
-int may_try_units(const struct checked_units *units, uint64_t offset, size_t size);
+int may_try_units(const struct checked_units *units, int fd, uint64_t offset, size_t size);
+
+/* Answers a read with the pages of units that may be tried, if the length of the read permits that, and
+ * the file keeps its length.  Returns FAILED if it does not keep it, or if a page is missing; returns
+ * NOT_ALLOWED without having read from the file.  The caller must hold the GIL (_splice.c). */
+enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
+                          size_t size);
 
 /* Returns whether a range may be read by the extension (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);

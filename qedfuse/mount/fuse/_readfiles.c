@@ -65,7 +65,7 @@ static int fill_file(struct read_file *file, PyObject *source)
         return 0;
     if (!PyArg_ParseTuple(source, "OiOOi", &policy, &file->fd, &units, &runs, &file->flags))
         return -1;
-    if (units != Py_None && fill_units(&file->units, units))
+    if (units != Py_None && fill_units(&file->units, units, file->fd))
         return -1;
     if (runs != Py_None && fill_runs(&file->runs, runs))
         return -1;
