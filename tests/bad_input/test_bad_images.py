@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,9 +18,10 @@ import pytest
 import trio
 
 from qedfuse.disk.creation.create import create_image
-from tests.support import qemu
+from tests.support import programs, qemu
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
 
 DISK_BYTES: Final = 64 << 20
@@ -106,10 +105,8 @@ def digest(path: Path) -> str:
 
 def mount(*arguments: str | Path, limit: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the mount command in the foreground; it must end by itself."""
-    words = [sys.executable, "-m", "qedfuse", "-f", *map(str, arguments)]
-    if limit:
-        words = ["prlimit", f"--as={ADDRESS_SPACE_BYTES}", *words]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    patch = f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE_BYTES},) * 2)"
+    return programs.run("qedfuse", "-f", *arguments, timeout=60, patch=patch if limit else "")
 
 
 def refused(

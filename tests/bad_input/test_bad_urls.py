@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +16,15 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.support import qemu
+from tests.support import programs, qemu
 from tests.support.disks import build_image
-from tests.support.mounted import environment, front, is_mounted
+from tests.support.mounted import front, is_mounted
 from tests.support.nginx import make_certificate
+from tests.support.programs import environment
 from tests.support.webserver import WebServer, serving
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
 
 MIB: Final = 1 << 20
@@ -95,18 +95,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         yield Place(server, directory, server.url)
 
 
-def run(place: Place, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run(place: Place, program: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in its directory; it must end soon."""
     begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=place.directory,
-        env={**environment(), **place.variables},
-        timeout=120,
-        check=False,
+    done = programs.run(
+        program, *words, timeout=120, cwd=place.directory, variables=place.variables
     )
     assert time.monotonic() - begin < MAX_SECONDS
     return done
@@ -162,7 +155,7 @@ def refused(place: Place, code: int = 22) -> None:
 
     def convert() -> str:
         given = ("convert", "-O", "raw", *words, place.url, "copy.raw")
-        return line_of(run(place, "qedfuse.cli.qedimg", *given), code_of_qedimg)
+        return line_of(run(place, "qedimg", *given), code_of_qedimg)
 
     def mount() -> str:
         return line_of(run(place, "qedfuse", "-f", "-r", "-o", mounted, place.url, "mnt"), code)
@@ -439,7 +432,7 @@ def test_fault_while_reading(place: Place, fault: str, code: int) -> None:
     place.server.healthy = 3
     place.server.always = fault  # type: ignore[assignment]
     words = ("convert", "-O", "raw", f"--remote-timeout={TIMEOUT_SECONDS}", place.url, "copy.raw")
-    check(place, code, lambda: line_of(run(place, "qedfuse.cli.qedimg", *words), code))
+    check(place, code, lambda: line_of(run(place, "qedimg", *words), code))
     assert place.server.struck[fault]
 
 
@@ -491,7 +484,7 @@ def test_credentials_that_expire_in_a_mount(place: Place) -> None:
 def test_command_that_would_change_a_url(place: Place, words: tuple[str, ...]) -> None:
     """A command that writes refuses a URL before any request."""
     given = [place.url if word == "URL" else word for word in words]
-    check(place, 1, lambda: line_of(run(place, "qedfuse.cli.qedimg", *given), 1))
+    check(place, 1, lambda: line_of(run(place, "qedimg", *given), 1))
     assert not place.server.authorizations
 
 

@@ -33,8 +33,9 @@ from qedfuse.util import landlock
 from tests.support import qemu
 from tests.support.fakecommand import qedimg
 from tests.support.foreignchains import DISK_BYTES, draw_bottom, servers
-from tests.support.mounted import environment, front, mounted
+from tests.support.mounted import front, mounted
 from tests.support.mounted import qedfuse as command
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     import socket

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fuzz.model import SECTOR, Model
 from tests.fuzz.plan import CLUSTER_BYTES, DISK_BYTES, OPTIONS, draw_plan
-from tests.support.mounted import TREE, environment
+from tests.support.programs import TREE, environment
 
 _SEEDS: Final = (10, 11, 12, 13, 31, 45, 55, 78)
 """Cases that together draw every parameter; longer runs are made on demand.

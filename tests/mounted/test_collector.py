@@ -10,7 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from tests.support import qemu
-from tests.support.mounted import TIMEOUT, environment, front
+from tests.support.mounted import TIMEOUT, front
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,8 @@ from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import COMMAND, TIMEOUT, clean_up, environment, mounted, qedfuse
+from tests.support.mounted import COMMAND, TIMEOUT, clean_up, mounted, qedfuse
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

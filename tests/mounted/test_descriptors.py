@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import (
-    COMMAND,
-    TIMEOUT,
-    clean_up,
-    environment,
-    is_mounted,
-    without_notice,
-)
+from tests.support.mounted import COMMAND, TIMEOUT, clean_up, is_mounted, without_notice
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,14 +21,8 @@ from tests.support import qemu
 from tests.support.devices import file_system, loop_device, run
 from tests.support.disks import difference, header_of
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import (
-    COMMAND,
-    TIMEOUT,
-    WITHOUT_EXTENSION,
-    clean_up,
-    environment,
-    mounted,
-)
+from tests.support.mounted import COMMAND, TIMEOUT, WITHOUT_EXTENSION, clean_up, mounted
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

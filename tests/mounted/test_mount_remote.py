@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import qemu
-from tests.support.mounted import (
-    FrontMount,
-    clean_up,
-    environment,
-    front,
-    mounted,
-    qedfuse,
-    refused,
-)
+from tests.support import programs, qemu
+from tests.support.mounted import TIMEOUT, FrontMount, clean_up, front, mounted, qedfuse, refused
 from tests.support.openfiles import open_files
+from tests.support.programs import environment
 from tests.support.webserver import PATIENCE, WebServer, serving, wait_until
 
 if TYPE_CHECKING:
@@ -89,13 +82,7 @@ def write(path: Path, offset: int, data: bytes) -> None:
 
 def check(image: Path) -> None:
     """Assert that ``qedimg check`` finds nothing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qedfuse.cli.qedimg", "check", image],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
+    done = programs.run("qedimg", "check", image, timeout=TIMEOUT)
     assert done.returncode == 0, done
 
 

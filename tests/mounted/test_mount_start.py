@@ -24,7 +24,6 @@ from tests.support.mounted import (
     UNPROTECTED,
     FrontMount,
     clean_up,
-    environment,
     front,
     io_flusher_flags,
     is_locked,
@@ -34,6 +33,7 @@ from tests.support.mounted import (
     qedfuse,
     refused,
 )
+from tests.support.programs import environment
 from tests.support.sandbox import PROGRAMS
 from tests.support.users import AS_USER, DEVICE, USER_ID, as_user, user_directory
 

@@ -23,7 +23,8 @@ from qedfuse.mount.system.mountpointlock import (
 )
 from qedfuse.mount.system.mounttable import MountEntry, read_mounts
 from tests.support import qemu
-from tests.support.mounted import TIMEOUT, command_line, environment, is_locked, without_notice
+from tests.support.mounted import TIMEOUT, command_line, is_locked, without_notice
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from trio.testing import MockClock

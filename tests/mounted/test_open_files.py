@@ -10,7 +10,8 @@ import pytest
 
 from qedfuse.mount.process.openfiles import MAX_OTHER_FILES
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TIMEOUT, environment, without_notice
+from tests.support.mounted import COMMAND, TIMEOUT, without_notice
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

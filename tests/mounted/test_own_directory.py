@@ -15,7 +15,8 @@ from typing import Final
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import COMMAND, TREE
+from tests.support.mounted import COMMAND
+from tests.support.programs import TREE
 from tests.support.sandbox import run_in_sandbox
 
 DISK_BYTES: Final = 16 << 20

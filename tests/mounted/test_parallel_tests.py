@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support import qemu
-from tests.support.mounted import TIMEOUT, environment, is_mounted, mounted, qedfuse
+from tests.support.mounted import TIMEOUT, is_mounted, mounted, qedfuse
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

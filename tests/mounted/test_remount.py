@@ -11,7 +11,8 @@ import pytest
 
 from qedfuse.mount.optionparser import KERNEL_FLAGS
 from tests.support import qemu
-from tests.support.mounted import environment, mounted, qedfuse, refused, without_notice
+from tests.support.mounted import mounted, qedfuse, refused, without_notice
+from tests.support.programs import environment
 from tests.support.sandbox import ROOT, make_environment, run_in_sandbox
 
 if TYPE_CHECKING:

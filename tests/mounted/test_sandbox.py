@@ -18,16 +18,8 @@ import pytest
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.extensions import needs_extensions
-from tests.support.mounted import (
-    COMMAND,
-    TIMEOUT,
-    TREE,
-    environment,
-    front,
-    is_mounted,
-    qedfuse,
-    refused,
-)
+from tests.support.mounted import COMMAND, TIMEOUT, front, is_mounted, qedfuse, refused
+from tests.support.programs import TREE, environment
 from tests.support.users import USER_ID, as_user, user_directory
 
 pytestmark = [

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 import qedfuse
-from tests.support import qemu
-from tests.support.mounted import environment, mounted, refused
+from tests.support import programs, qemu
+from tests.support.mounted import mounted, refused
 from tests.support.nbdservers import serving_nbd, why_no_server
 from tests.support.nginx import serving_nginx, why_no_nginx
 
@@ -44,14 +42,7 @@ def golden(tmp_path: Path) -> Path:
 
 def qedimg(*words: str | Path, code: int = 0) -> str:
     """Run qedimg; return what it prints, on stderr if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qedfuse.cli.qedimg", *words],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=60,
-        check=False,
-    )
+    done = programs.run("qedimg", *words, timeout=60)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 

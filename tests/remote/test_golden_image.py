@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.support import qemu
+from tests.support import programs, qemu
 from tests.support.devices import file_system, loop_device, run
-from tests.support.mounted import COMMAND, environment, front, mounted, refused
+from tests.support.mounted import COMMAND, TIMEOUT, front, mounted, refused
 from tests.support.nginx import serving_front, why_no_nginx
 from tests.support.users import USER_ID, as_user, user_directory
 
@@ -59,13 +57,7 @@ class Golden(NamedTuple):
 
 def qedimg(*words: str | Path) -> str:
     """Run the toolbox, which must succeed without a message; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qedfuse.cli.qedimg", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
+    done = programs.run("qedimg", *words, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 

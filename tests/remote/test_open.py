@@ -14,7 +14,7 @@ import pytest
 import qedfuse
 from qedfuse.errors import RemoteError
 from tests.support import qemu
-from tests.support.mounted import environment
+from tests.support.programs import environment
 from tests.support.webserver import WebServer, serving, wait_until
 
 if TYPE_CHECKING:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shlex
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,8 +21,8 @@ from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.upload import Upload, _in_thread, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
-from tests.support import chains, qemu
-from tests.support.mounted import environment
+from tests.support import chains, programs, qemu
+from tests.support.mounted import qedfuse
 from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
@@ -136,10 +134,8 @@ def test_the_commands_that_are_printed(
     commands = capsys.readouterr().out.replace("/mnt/vm1", str(mountpoint)).splitlines()[1:]
     for command in commands:
         program, *words = shlex.split(command)
-        module = {"qedimg": "qedfuse.cli.qedimg", "qedfuse": "qedfuse"}[program]
-        subprocess.run(
-            [sys.executable, "-m", module, *words], check=True, env=environment(), timeout=60
-        )
+        done = programs.run(program, *words, timeout=60)
+        assert done.returncode == 0, done
     try:
         (disk,) = mountpoint.iterdir()
         expected = source.read_bytes() if kind == "raw" else qemu.content(source)
@@ -147,12 +143,8 @@ def test_the_commands_that_are_printed(
         with disk.open("r+b") as file:
             file.write(b"written")
     finally:
-        subprocess.run(
-            [sys.executable, "-m", "qedfuse", "umount", str(mountpoint)],
-            check=True,
-            env=environment(),
-            timeout=60,
-        )
+        done = qedfuse("umount", mountpoint)
+        assert done.returncode == 0, done
     assert content(store, f"golden/a,b/{tmp_path.name}%20{kind}") == source.read_bytes()
 
 

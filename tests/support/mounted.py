@@ -8,18 +8,19 @@ import select
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.system.mounttable import find_mount
 from tests.support import extensions
+from tests.support.programs import StrPath, code_of, run, start
 
 if TYPE_CHECKING:
     import signal
     from collections.abc import Iterator
 
-StrPath: TypeAlias = str | os.PathLike[str]
+    from tests.support.programs import Process
 
 WITHOUT_EXTENSION: Final = (
     "qedfuse: mounted without fallocate and lseek, so discards free no space: the "
@@ -34,11 +35,6 @@ def without_notice(text: str) -> str:
 
 
 COMMAND: Final = (sys.executable, "-m", "qedfuse")
-_RUN: Final = """
-import sys
-from qedfuse.cli.entrypoints import qedfuse_program
-sys.exit(qedfuse_program())
-"""
 KEEPS_NEED_CHECK: Final = """
 import trio
 from qedfuse.disk.state.needcheck import NeedCheck
@@ -51,19 +47,13 @@ NeedCheck.run = wait
 Otherwise it is cleared when no table has changed for 5 seconds, as may happen on a busy machine
 between two steps of a test.
 """
-TREE: Final = Path(__file__).parents[2]
 TIMEOUT: Final = 60.0
 """Seconds after which a command counts as hung."""
 
 
 def command_line(prelude: str) -> tuple[str, ...]:
     """Return the command line of qedfuse, which runs the Python code ``prelude`` first."""
-    return (sys.executable, "-c", f"{prelude}\n{_RUN}") if prelude else COMMAND
-
-
-def environment() -> dict[str, str]:
-    """Return an environment in which the command is that of this tree."""
-    return {**os.environ, "PYTHONPATH": str(TREE), "PYTHONWARNINGS": "error"}
+    return (sys.executable, "-c", f"{prelude}\n{code_of('qedfuse')}") if prelude else COMMAND
 
 
 def qedfuse(
@@ -75,17 +65,7 @@ def qedfuse(
 
     ``prelude`` is Python code that the process runs before the command.
     """
-    done = subprocess.run(
-        [*command_line(prelude), *(os.fspath(word) for word in words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="backslashreplace",
-        timeout=TIMEOUT,
-        env=environment(),
-        cwd=cwd,
-        check=False,
-    )
+    done = run("qedfuse", *words, timeout=TIMEOUT, prelude=prelude, cwd=cwd)
     done.stderr = without_notice(done.stderr)
     return done
 
@@ -187,7 +167,7 @@ class FrontMount:
             well.
     """
 
-    def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
+    def __init__(self, process: Process, mountpoint: Path) -> None:
         """Wrap a process that has mounted."""
         self.process = process
         self.mountpoint = mountpoint
@@ -239,7 +219,7 @@ class FrontMount:
         log = without_notice(self._received + log)
         self._received = ""
         lines = log.splitlines(keepends=True)
-        return self.process.returncode, "".join(x for x in lines if not self._is_about_machine(x))
+        return self.process.wait(), "".join(x for x in lines if not self._is_about_machine(x))
 
 
 @contextmanager
@@ -252,23 +232,13 @@ def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
     if not mountpoint.exists():
         mountpoint.mkdir()
     reading, writing = os.pipe()
-    process = subprocess.Popen(
+    process = start(
+        "qedfuse",
         # The pid file is a pipe: a line in it means that the disk is ready.
-        [
-            *command_line(prelude),
-            "-f",
-            "--pidfile",
-            f"/proc/self/fd/{writing}",
-            *(os.fspath(x) for x in words),
-        ],
-        stdin=subprocess.DEVNULL,
+        ["-f", "--pidfile", f"/proc/self/fd/{writing}", *words],
+        prelude=prelude,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
-        env=environment(),
         pass_fds=[writing],
-        bufsize=1,
     )
     os.close(writing)
     try:
@@ -277,8 +247,7 @@ def front(*words: StrPath, prelude: str = "") -> Iterator[FrontMount]:
         assert line == b"%d\n" % process.pid, (line, process.communicate(timeout=TIMEOUT))
         yield FrontMount(process, mountpoint)
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
         process.wait()
         if process.stderr is not None:
             process.stderr.close()

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
-from tests.support.mounted import TREE, clean_up, environment
+from tests.support.mounted import clean_up
+from tests.support.programs import TREE, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

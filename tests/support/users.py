@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.system.recorddirectory import record_directories
 from tests.support.directorylock import locked
-from tests.support.mounted import clean_up, environment, without_notice
+from tests.support.mounted import clean_up, without_notice
+from tests.support.programs import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from tests.support import qemu
+from tests.support import programs, qemu
 from tests.support.disks import get_entry, l2_entry_offset, put_entry
-from tests.support.fakecommand import finish, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +26,8 @@ MAX_MOMENTS: Final = 3
 """Interrupted runs of each command for each kind of moment, besides the first and last."""
 DONE, LEAKS, INTERRUPTED = 0, 3, 130
 
-_SCRIPT: Final = """
-import os, signal, sys
+_COUNTED: Final = """
+import atexit, os, signal, sys
 when, kind, total = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 del sys.argv[1:4]
 count = 0
@@ -61,11 +59,11 @@ else:
     ).split():
         setattr(os, name, counted(getattr(os, name)))
 
-from qedfuse.cli.qedimg.main import main
-code = main()
-with open(total, "w") as file:
-    file.write(str(count))
-sys.exit(code)
+def report():
+    with open(total, "w") as file:
+        file.write(str(count))
+
+atexit.register(report)
 """
 
 
@@ -181,8 +179,9 @@ CASES: Final = {
 def run(case: Case, directory: Path, when: int, kind: str) -> tuple[int, int]:
     """Run the command with a signal at a moment; return its exit code and its number of moments."""
     total = directory.parent / "total"
-    command = [sys.executable, "-c", _SCRIPT, str(when), kind, str(total), *case.words.split(" ")]
-    code, _output, complaint = finish(start(command, directory=directory))
+    words = [str(when), kind, str(total), *case.words.split(" ")]
+    done = programs.run("qedimg", *words, timeout=60, patch=_COUNTED, cwd=directory)
+    code, complaint = done.returncode, done.stderr
     if code == LEAKS and case.words.startswith("check -r all"):
         code = DONE
     assert "Traceback" not in complaint

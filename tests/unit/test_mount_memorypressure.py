@@ -12,13 +12,8 @@ from typing import Any, Final
 import pytest
 
 from qedfuse.mount.process.memorypressure import OOM_SCORE_ADJ
-from tests.support.mounted import (
-    IO_FLUSHER,
-    TIMEOUT,
-    UNPROTECTED,
-    environment,
-    may_be_io_flusher,
-)
+from tests.support.mounted import IO_FLUSHER, TIMEOUT, UNPROTECTED, may_be_io_flusher
+from tests.support.programs import environment
 
 _PROGRAM: Final = f"""
 import json, os, subprocess, sys, threading
