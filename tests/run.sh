@@ -2,7 +2,9 @@
 # Sets up all that the tests need, then runs the linters, the type checker and all tests.
 # All stages run, even if one fails, and the last lines say how each ended.  Exit code: 0 if all
 # passed, otherwise 1.
-# With arguments, which are passed to pytest, the tests run in one process, and only once:
+# Large tests do a fixed share; with --all, they do all:
+#   tests/run.sh --all
+# With other arguments, which are passed to pytest, the tests run in one process, and only once:
 #   tests/run.sh -k header
 set -eu
 # shellcheck source=tests/shared.sh
@@ -10,6 +12,16 @@ set -eu
 # shellcheck source=tests/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 cd "$root"
+
+if [ "${1-}" = --all ]; then
+    shift
+    # All seeds and states (tests/support/share.py), and no process of the program is forked from a
+    # fork server (tests/support/forkserver.py).
+    export QEDFUSE_TEST_SHARE=all QEDFUSE_TEST_START=new
+    share=()
+else
+    share=(-s)
+fi
 
 lint() {
     local flags includes
@@ -48,11 +60,11 @@ without_extensions() {
 }
 
 address_sanitizer() {
-    tests/sanitize.sh -s address
+    tests/sanitize.sh "${share[@]}" address
 }
 
 thread_sanitizer() {
-    tests/sanitize.sh -s thread
+    tests/sanitize.sh "${share[@]}" thread
 }
 
 install_for_tests

@@ -47,6 +47,7 @@ from tests.support.disks import (
 )
 from tests.support.eventloop import EventLoopThread, HeldContext
 from tests.support.hostfiles import MemoryFile
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -449,7 +450,7 @@ def _every_path_is_taken() -> Iterator[None]:
 
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = settings(
-    max_examples=100 if os.environ.get("CI") else 300,  # those of CI are always the same
+    max_examples=share(100, of=300),
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -15,6 +15,7 @@ import pytest
 
 from qedfuse.ondisk.header import Header
 from tests.support.hostfiles import MemoryFile
+from tests.support.share import share
 from tests.support.space import make_space
 
 CLUSTER: Final = 4096
@@ -143,7 +144,7 @@ class Image:
                 self.crash(keep=choice.choice((0, 0.5, 1)))
 
 
-@pytest.mark.parametrize("first_seed", range(0, 400, 50))
+@pytest.mark.parametrize("first_seed", range(0, share(150, of=400), 50))
 @pytest.mark.parametrize("small_blocks", [False, True])
 async def test_no_guest_and_no_crash_takes_the_file_past_its_bound(
     first_seed: int, monkeypatch: pytest.MonkeyPatch, *, small_blocks: bool

@@ -27,6 +27,7 @@ from qedfuse.ondisk.header import Header, build_header
 from qedfuse.tools.inspection.info import describe
 from qedfuse.tools.repair.imagecheck import repair
 from tests.support.disks import header_of, inspect_image, pattern
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,7 +198,7 @@ async def stored(path: Path, image: Image, cluster: int) -> bytes:
         return bytes(await disk.read(cluster * size, size))
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(share(6, of=16)))
 @pytest.mark.parametrize("draw", [pce, virtualbox])
 async def test_images_of_other_programs(
     tmp_path: Path,

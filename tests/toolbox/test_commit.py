@@ -18,6 +18,7 @@ from qedfuse.tools.editing.commit import commit
 from tests.support import qemu
 from tests.support.chains import assert_like_qemus, content, draw_chain, draw_image, failing, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,7 @@ def committed(top: bytes, base: bytes) -> bytes:
     return top + base[len(top) :]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(share(10, of=30)))
 def test_commit_into_the_base(seed: int, tmp_path: Path) -> None:
     """The base holds what the overlay showed, as with QEMU, and the overlay is empty."""
     chance = random.Random(seed)

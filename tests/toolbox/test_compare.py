@@ -15,6 +15,7 @@ from qedfuse.cli.qedimg.main import main
 from tests.support import qemu
 from tests.support.chains import content, draw_chain, draw_image, draw_raw, kind
 from tests.support.disks import build_image, l2_entry_offset, put_entry
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ def first_difference(one: bytes, other: bytes) -> int | None:
     return next((at for at in range(size) if one[at] != other[at]), None) if one != other else None
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(share(10, of=30)))
 def test_output_agrees_with_qemu(seed: int, tmp_path: Path, capsys: Captured) -> None:
     """Output and exit code are QEMU's, except that the offset is the byte's, not the sector's."""
     chance = random.Random(seed)

@@ -26,6 +26,7 @@ from tests.support import chains, qemu
 from tests.support.devices import loop_device
 from tests.support.disks import header_of, l2_entry_offset, put_entry
 from tests.support.fakecommand import finish, start
+from tests.support.share import share
 from tests.toolbox import memory
 
 
@@ -69,7 +70,7 @@ def stored(path: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(share(8, of=24)))
 def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
     """Any chain converts into a QED and a raw disk of the same content and of minimal length."""
     chance = random.Random(seed)
@@ -101,7 +102,7 @@ def test_a_chain_becomes_one_image(seed: int, tmp_path: Path) -> None:
     assert stored(raw) <= stored(theirs)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(share(6, of=16)))
 def test_an_overlay_holds_what_differs(seed: int, tmp_path: Path) -> None:
     """With -B the new image reads as the source and holds only what differs from the base."""
     chance = random.Random(f"overlay {seed}")

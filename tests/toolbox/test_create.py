@@ -14,6 +14,7 @@ from qedfuse.hostio import systemcalls, threadcalls
 from qedfuse.ondisk.constants import Feature
 from tests.support import qemu
 from tests.support.disks import header_of
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,7 @@ def names(directory: Path) -> set[str]:
     return set(os.listdir(directory))  # noqa: PTH208  names, not paths
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(share(8, of=20)))
 def test_the_same_file_as_qemu(seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """For any geometry, size and base the file is the same byte for byte as QEMU's."""
     chance = random.Random(seed)

@@ -27,6 +27,7 @@ from qedfuse.tools.source import runs
 from tests.support import extensions, qemu
 from tests.support.chains import draw_any_size, draw_chain, kind
 from tests.support.disks import build_image, get_entry, header_of, l2_entry_offset, put_entry
+from tests.support.share import share
 from tests.support.text import assert_same_lines
 from tests.toolbox import memory
 
@@ -86,7 +87,7 @@ def path_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         assert calls, "the fast map was not used"
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(share(8, of=24)))
 def test_output_agrees_with_qemu(
     seed: int,
     tmp_path: Path,
@@ -296,7 +297,7 @@ def damaged_image(path: Path, chance: random.Random) -> bool:
     return has_bad_table
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(share(10, of=25)))
 def test_damage_is_mapped_as_a_disk_reads_it(
     seed: int,
     tmp_path: Path,

@@ -34,13 +34,14 @@ from tests.support.disks import (
     put_entry,
 )
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Sync
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from qedfuse.disk.maintenance.datacompaction import MoveCounter
     from tests.support.hostfiles import Action
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(share(20, of=60)))
 async def test_the_file_becomes_as_short_as_it_can_be(seed: int) -> None:
     """Compaction of an image of any shape leaves no free cluster, and keeps its content."""
     used = await UsedImage.make(random.Random(seed))
