@@ -109,6 +109,8 @@ run_instrumented() {
         cd "$copy"
         export ASAN_OPTIONS="log_path=$reports/report:detect_leaks=0:detect_stack_use_after_return=1:handle_sigill=2"
         export TSAN_OPTIONS="log_path=$reports/report:ignore_noninstrumented_modules=1:history_size=7:die_after_fork=0"
+        # Memory and threads of a process are those of a new interpreter, as for users.
+        export QEDFUSE_TEST_START=new
         export PYTHONMALLOC=malloc # otherwise the sanitizers see one block in place of many objects
         exec "${fixed_addresses[@]}" .venv/bin/python -m pytest -q --timeout 600 -o faulthandler_timeout=500 "$@"
     ) || code=1

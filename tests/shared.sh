@@ -107,6 +107,10 @@ make_copy() {
 # run_tests [ARGUMENT...]: run tests of the tree in the working directory, with its .venv, in several
 # processes.  The arguments are passed to pytest.
 run_tests() {
+    # In a new checkout pytest compiles all tests, and Hypothesis reads all modules for constants.
+    # Without this run each of the processes would do that again.
+    compgen -G "tests/unit/__pycache__/*-pytest-*.pyc" >/dev/null ||
+        .venv/bin/python -m pytest --collect-only -qq "$@" >/dev/null || true
     # Half of the tests wait for programs, servers and disks, so there are more processes than
     # processors.  A process that has no test left takes some from the longest queue (worksteal).
     .venv/bin/python -m pytest --numprocesses "$((2 * $(nproc)))" --dist worksteal "$@"

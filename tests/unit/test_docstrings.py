@@ -18,7 +18,12 @@ PROSE: Final = re.compile(r'""".*?"""|#[^\n]*', re.DOTALL)
 """Docstrings and comments."""
 
 SOURCES: Final = {path: path.read_text("utf-8") for path in (ROOT / "qedfuse").rglob("*.py")}
-NODES: Final = {path: list(ast.walk(ast.parse(text))) for path, text in SOURCES.items()}
+
+
+@cache
+def syntax_nodes() -> dict[Path, list[ast.AST]]:
+    """Return the nodes of each source; not made on import, which each test process does."""
+    return {path: list(ast.walk(ast.parse(text))) for path, text in SOURCES.items()}
 
 
 def code_names() -> set[str]:
@@ -35,7 +40,7 @@ def class_members() -> dict[str, set[str]]:
     """Return the members of each class by its name, including those of its base classes."""
     own: dict[str, set[str]] = {}
     bases: dict[str, set[str]] = {}
-    for node in (node for nodes in NODES.values() for node in nodes):
+    for node in (node for nodes in syntax_nodes().values() for node in nodes):
         if isinstance(node, ast.ClassDef):
             found = own.setdefault(node.name, set())
             names = {ast.unparse(base).partition("[")[0].split(".")[-1] for base in node.bases}
@@ -87,7 +92,7 @@ def test_members_that_pages_name_exist() -> None:
 def test_documented_arguments_exist() -> None:
     """A section on arguments has only arguments of the function, in their order."""
     wrong, count = [], 0
-    for path, nodes in NODES.items():
+    for path, nodes in syntax_nodes().items():
         for node in nodes:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
