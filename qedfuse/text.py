@@ -23,7 +23,8 @@ _PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)
 def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
-    If all characters of the name are printable, the name is returned unchanged.  Otherwise
+    An empty name becomes two quotes, so that a reader sees it.  If all characters of the name are
+    printable, the name is returned unchanged.  Otherwise
     control characters become ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.
     Other unprintable characters and lone surrogates become ``\xNN``, ``\uNNNN`` or
     ``\UNNNNNNNN``, the shortest that can express them.  Each backslash is doubled.
@@ -31,7 +32,7 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
     raw = os.fspath(name)
     text = os.fsdecode(raw)
     if text.isprintable():
-        return text
+        return text or "''"
     out = []
     for char in text:
         code = ord(char)

@@ -1,14 +1,16 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
-Ctrl-C ends the process without a traceback, and a signal that asks for statistics has no effect.
+Ctrl-C ends the process without a traceback, SIGTERM with one line, and a signal that asks for
+statistics has no effect.
 
-This module imports only ``_signal``, which is built into the interpreter.  The module ``signal``
-would be read from a file, and Ctrl-C while it is read would print a traceback.
+This module imports only ``_signal`` and ``posix``, which are built into the interpreter.  The
+module ``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import posix
 
 
 def sigint_default() -> None:
@@ -31,6 +33,26 @@ def sigint_raises() -> None:
     """
     if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+
+
+def report_sigterm(program: str) -> None:
+    """Let SIGTERM print a line with the name of the program before it ends the process.
+
+    This is for the time in which the program does not handle the signal itself: while modules are
+    loaded, and during short commands.  The process still ends by the signal.  If SIGTERM is
+    ignored, nothing changes.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        _signal.signal(number, _signal.SIG_DFL)
+        try:  # noqa: SIM105  contextlib would be read from a file
+            posix.write(2, f"{program}: ended by SIGTERM\n".encode())
+        except OSError:
+            pass  # stderr is closed
+        posix.kill(posix.getpid(), number)
+
+    if _signal.getsignal(_signal.SIGTERM) == _signal.SIG_DFL:
+        _signal.signal(_signal.SIGTERM, end)
 
 
 def ignore_diagnostic_signals() -> None:

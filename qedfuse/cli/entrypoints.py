@@ -8,13 +8,17 @@ long, so after their modules are loaded they let the collector run as often as b
 
 from __future__ import annotations
 
-from qedfuse.cli.dispositions import ignore_diagnostic_signals, sigint_default
+from qedfuse.cli.dispositions import (
+    ignore_diagnostic_signals,
+    report_sigterm,
+    sigint_default,
+)
 
 
 def qedfuse_program() -> int:
     """Run ``qedfuse`` with the arguments of this process; return its exit code."""
     ignore_diagnostic_signals()
-    _prepare_to_load()
+    _prepare_to_load("qedfuse")
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 
     code = main()
@@ -26,15 +30,16 @@ def qedfuse_program() -> int:
 
 def qedimg_program() -> int:
     """Run ``qedimg`` with the arguments of this process; return its exit code."""
-    _prepare_to_load()
+    _prepare_to_load("qedimg")
     from qedfuse.cli.qedimg.main import main  # noqa: PLC0415  only after sigint_default()
 
     return main()  # `main` ignores SIGINT before it returns
 
 
-def _prepare_to_load() -> None:
+def _prepare_to_load(program: str) -> None:
     """Make loading modules interruptible, and let the collector of reference cycles run rarely."""
     sigint_default()
+    report_sigterm(program)
     from qedfuse.util.garbagecollector import collect_rarely  # noqa: PLC0415  after sigint_default()
 
     collect_rarely()

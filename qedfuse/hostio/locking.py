@@ -275,4 +275,4 @@ def _locks(table: str) -> Iterator[tuple[str, int, float]]:
 def _holder(pid: int) -> Holder:
     """Return a process with its command name, or with "a process" if the name cannot be read."""
     command = _read(Path(f"/proc/{pid}/comm")).removesuffix("\n")
-    return Holder(pid, printable(command) or "a process")
+    return Holder(pid, printable(command) if command else "a process")

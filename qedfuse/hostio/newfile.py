@@ -86,7 +86,7 @@ class NewFile:
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
-            raise cannot_open(self._final, error) from error
+            raise _cannot_create(self._final, error) from error
         self._exists = True
         return self
 
@@ -199,3 +199,15 @@ def _copy_attributes(old: int, new: str) -> None:
                 continue
             with suppress(OSError):
                 os.setxattr(new, name, os.getxattr(old, name))
+
+
+def _cannot_create(path: str, error: OSError) -> HostError:
+    """Return the error for a file that cannot be created, which names a directory that is missing.
+
+    The name of the file itself is often right, so "No such file or directory" would mislead.
+    """
+    directory = os.path.dirname(path)  # noqa: PTH120  a name, not a Path
+    if error.errno != errno.ENOENT or not directory or os.path.lexists(directory):
+        return cannot_open(path, error)
+    msg = f"{printable(path)}: cannot create: found no directory {printable(directory)}"
+    return HostError(msg, errno.ENOENT)

@@ -211,6 +211,7 @@ _FLAGS: Final[Mapping[str, Mapping[str, bool | str]]] = {
     "direct_io": {"direct_io": True},
     "force_share": {"force_share": True},
     "growable": {"growable": True},
+    "nonempty": {"nonempty": True},
     "discard": {"discard": True},
     "nodiscard": {"discard": False},
     "compact": {"compact": "full"},

@@ -37,6 +37,7 @@ class MountOptions:
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.
+        nonempty: The mountpoint may be a file that is an image.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
@@ -93,6 +94,7 @@ class MountOptions:
     direct_io: bool = False
     backing: BackingPolicy = BackingPolicy()  # noqa: RUF009  BackingPolicy is frozen
     force_share: bool = False
+    nonempty: bool = False
     growable: bool = False
     truncate: Literal["refuse", "zero"] = "refuse"
     commit_seconds: float = DEFAULT_COMMIT_SECONDS

@@ -36,6 +36,7 @@ from qedfuse.errors import HostError, QedError, UsageError
 from qedfuse.mount.fuse.attributes import file_mode
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.fuse.launderer import Launderer
+from qedfuse.mount.images.coveredimage import refuse_image_as_mountpoint
 from qedfuse.mount.images.naming import Source, find_sources, shown_source
 from qedfuse.mount.images.overlays import open_source
 from qedfuse.mount.images.roles import find_read_only
@@ -250,6 +251,8 @@ class _Session:
             from qedfuse.mount.process.memorylimit import limit_memory  # noqa: PLC0415  rarely needed
 
             limit_memory(options.memory_bytes)
+        if not options.nonempty:
+            refuse_image_as_mountpoint(request.mountpoint, request.sources)
         sources = find_sources(request.sources)
         if options.overlay is not None and len(sources) != 1:
             msg = f"option overlay: found {len(sources)} images, expected one"

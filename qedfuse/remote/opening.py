@@ -173,4 +173,5 @@ def _offline_entry(
 
 def _shown(version: Version) -> str:
     """Return a version for messages."""
-    return f"size {version.size} and {printable(version.validator) or 'no validator'}"
+    validator = printable(version.validator) if version.validator else "no validator"
+    return f"size {version.size} and {validator}"

@@ -9,29 +9,37 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# Use re.ASCII, because otherwise the Kelvin sign would match K.  Accept at most 30 digits,
+# Use re.ASCII, because otherwise the Kelvin sign would match K.  Accept a limited number of digits,
 # because for thousands of digits int() raises a ValueError.
 _PATTERN: Final = re.compile(
-    r"(?P<number>\d{1,30})(?:(?P<unit>[kmgtpe])i?)?b?", re.IGNORECASE | re.ASCII
+    r"(?P<number>\d{1,30})(?:\.(?P<fraction>\d{0,100}))?(?:(?P<unit>[kmgtpe])i?)?b?",
+    re.IGNORECASE | re.ASCII,
 )
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that a text such as ``512``, ``64K`` or ``64KiB`` means.
+    """Return the number of bytes that a text such as ``512``, ``64K``, ``1.5G`` or ``64KiB`` means.
 
-    The text is a whole number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
-    follow.  Case does not matter.
+    The text is a number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
+    follow.  Case does not matter.  As in QEMU, a fraction is rounded to the nearest byte, and
+    a fraction of bytes (``1.5``) is refused.
 
     Raises:
         UsageError: The text has another form.
     """
     match = _PATTERN.fullmatch(text.strip())
-    if match is None:
-        msg = f"size: found {text!r}, expected a number of bytes such as 512, 64K or 10G"
+    unit = match and match["unit"]
+    fraction = match and match["fraction"]
+    if match is None or (fraction and int(fraction) and not unit):
+        msg = f"size: found {text!r}, expected a number of bytes such as 512, 64K or 1.5G"
         raise UsageError(msg)
-    unit = match["unit"]
-    power = _UNITS.index(unit.upper()) + 1 if unit else 0
-    return int(match["number"]) << (10 * power)
+    shift = 10 * (_UNITS.index(unit.upper()) + 1) if unit else 0
+    size = int(match["number"]) << shift
+    if fraction:
+        # Half of a byte is rounded up.
+        denominator = 10 ** len(fraction)
+        size += ((int(fraction) << (shift + 1)) + denominator) // (2 * denominator)
+    return size
 
 
 def format_size(size: int) -> str:

@@ -289,6 +289,53 @@ def test_a_mountpoint_in_use_is_refused(image: Path, mnt: Path, tmp_path: Path) 
         assert f"qedfuse umount {mnt}" in refused(other, mnt, code=18)
 
 
+@pytest.mark.parametrize("kind", ["qed", "qcow2", "vmdk"])
+def test_a_forgotten_mountpoint(image: Path, tmp_path: Path, kind: str) -> None:
+    """An image as the last word is refused and unchanged; ``nonempty`` allows it."""
+    other = qemu.create(tmp_path / "other", DISK_BYTES, image_format=kind)
+    before = other.read_bytes()
+    line = refused(image, other, code=18)
+    shown = {"qed": "QED", "vmdk": "VMDK"}.get(kind, kind)
+    assert line.endswith(
+        f"mountpoint {other}: found a {shown} image, expected a directory or another file (the "
+        "last word is the mountpoint: qedfuse IMAGE... MOUNTPOINT; or add -o nonempty)"
+    )
+    with mounted(image, other, "-o", "nonempty") as disk:
+        assert disk.stat().st_size == DISK_BYTES
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["directory", "file"])
+def test_words_in_the_wrong_order(image: Path, tmp_path: Path, source: str) -> None:
+    """If the mountpoint comes first, the message has the right order."""
+    place = tmp_path / "place"
+    if source == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        (place / "notes.txt").write_text("no image")
+    line = refused(place, image, code=18)
+    assert line.endswith(f"(the image comes first: qedfuse {image} {place})")
+    assert not is_mounted(image)
+
+
+def test_an_image_under_its_own_disk(image: Path) -> None:
+    """An image may be the mountpoint of its own disk, as with QEMU."""
+    length = image.stat().st_size
+    with mounted(image, image) as disk:
+        assert disk.stat().st_size == DISK_BYTES != length
+    assert image.stat().st_size == length
+
+
+@pytest.mark.parametrize("words", [("{image}", ""), ("", "{mnt}"), ("umount", ""), ("stats", "")])
+def test_an_empty_name(image: Path, mnt: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """An empty name, as of a variable that is not set, does not stand for the current directory."""
+    line = refused(*(word.format(image=image, mnt=mnt) for word in words), code=1)
+    assert "found '', expected a path" in line
+    assert not is_mounted(mnt)
+    assert not is_mounted(tmp_path)
+
+
 def test_an_image_in_use_by_qemu_is_refused(image: Path, mnt: Path) -> None:
     """An image that QEMU writes is refused with its pid; sharing rules are those of QEMU."""
     with qemu.hold(image) as holder:

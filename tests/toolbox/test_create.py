@@ -61,7 +61,7 @@ USAGE: Final = {
     "no-size": ("IMAGE", "size: found none, expected a size, or a backing file"),
     "unsafe-no-size": ("-u -b gone -F qed IMAGE", "size: found none, expected a size\n"),
     "negative": ("IMAGE -5", "size: found '-5'"),
-    "fraction": ("IMAGE 1.5G", "size: found '1.5G'"),
+    "fraction": ("IMAGE 1.5", "size: found '1.5'"),
     "words": ("IMAGE big", "size: found 'big'"),
     "too-large": ("IMAGE 65T", "image size: found 71468255805440, expected 0 to 70368744177664"),
     "geometry": ("--cluster-size 4K --table-size 1 IMAGE 2G", "expected 0 to 1073741824 with"),
@@ -83,7 +83,7 @@ USAGE: Final = {
     "twice": ("-o cluster_size=4K --cluster-size 8K IMAGE 1M", "cluster_size: found two values"),
     "format": ("-o backing_file=base.qed,backing_fmt=qcow2 IMAGE 1M", "expected raw or qed"),
     "protocol": ("-u -F raw -b nbd:host:1 IMAGE 1M", "backing file nbd:host:1: expected a plain"),
-    "directory": ("gone/IMAGE 1M", "No such file or directory"),
+    "directory": ("gone/IMAGE 1M", "cannot create: found no directory gone"),
 }
 BASES: Final = {
     "missing": ("-b gone IMAGE", "backing file gone: cannot open: No such file"),

@@ -190,6 +190,22 @@ def test_interrupt_at_any_moment_of_the_start(program: str) -> None:
     assert -signal.SIGINT in codes
 
 
+@pytest.mark.parametrize("program", ["qedimg", "qedfuse"])
+def test_sigterm_before_the_program_is_loaded(program: str) -> None:
+    """SIGTERM while modules are loaded prints one line; the process ends by the signal."""
+    script = (
+        "import os, signal, sys; from importlib.abc import MetaPathFinder\n"
+        "class Finder(MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'qedfuse.cli.{program}.main': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"from qedfuse.cli.entrypoints import {program}_program; {program}_program()"
+    )
+    code, output, complaint = finish(start([sys.executable, "-c", script, "--help"]))
+    assert (code, output) == (-signal.SIGTERM, "")
+    assert complaint == f"{program}: ended by SIGTERM\n"
+
+
 def test_the_mount_can_be_interrupted_once_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own handler of SIGINT is active exactly while the command runs."""
     seen = []

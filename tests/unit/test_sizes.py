@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.errors import UsageError
 from qedfuse.util.sizes import format_size, parse_size
+from tests.support import qemu
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -25,6 +31,14 @@ from qedfuse.util.sizes import format_size, parse_size
         ("3T", 3 << 40),
         ("1P", 1 << 50),
         ("7e", 7 << 60),
+        ("1.5G", 3 << 29),
+        ("1.5GiB", 3 << 29),
+        ("0.1p", 112589990684262),
+        ("0.00048828125k", 1),
+        ("0.00048828124k", 0),
+        ("1.99999999999999999999E", 2 << 60),
+        ("1.0", 1),
+        ("2.b", 2),
     ],
 )
 def test_parse(text: str, expected: int) -> None:
@@ -35,9 +49,10 @@ def test_parse(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", " ", "K", "-1", "+1", "1.5G", "1 K", "1KK", "0x10", "1Z", "12ib", "1\n2"),
+        *("", " ", "K", "-1", "+1", "1 K", "1KK", "0x10", "1Z", "12ib", "1\n2"),
+        *("1.5", "1.5B", ".5K", "1..5K", "1,5K", "1.K5"),
         # What Unicode takes for a K or a digit, and more digits than int() reads.
-        *("1\u212a", "\u0663", "9" * 5000),
+        *("1\u212a", "\u0663", "9" * 5000, "1." + "9" * 5000 + "K"),
     ],
 )
 def test_parse_refuses(text: str) -> None:
@@ -64,6 +79,16 @@ def test_parse_refuses(text: str) -> None:
 def test_format(size: int, expected: str) -> None:
     """A size is shown in the largest unit that gives at least one."""
     assert format_size(size) == expected
+
+
+# What qemu-img creates: numbers whose double is not exact, and numbers that are rounded up.
+@pytest.mark.parametrize(
+    "text", ["1.5G", "1.3k", "0.1G", "12.345M", "0.9999999M", "1.7976931g", "1.1T", "4.35K", "1.K"]
+)
+def test_fractions_are_those_of_qemu(text: str, tmp_path: Path) -> None:
+    """A fraction means the same number of bytes as for qemu-img, which prints the number."""
+    done = qemu.run("qemu-img", "create", "-f", "raw", tmp_path / "x", text)
+    assert done.stdout.split()[-1] == f"size={parse_size(text)}"
 
 
 @given(st.integers(1, 1023), st.sampled_from(["", "K", "M", "G", "T", "P", "E"]))

@@ -206,10 +206,15 @@ def _getopt(
     """Return the options with their values, empty for a flag, and the operands.
 
     Raises:
-        UsageError: An option is unknown, lacks its value or must not have one.
+        UsageError: An option is unknown, lacks its value or must not have one; or an operand is
+            empty, which would stand for the working directory.
     """
     try:
-        return getopt.gnu_getopt(words, short, long)
+        given, operands = getopt.gnu_getopt(words, short, long)
     except getopt.GetoptError as error:
         msg = f"{printable(str(error))} (see: qedfuse --help)"
         raise UsageError(msg) from error
+    if "" in operands:
+        msg = f"operand {operands.index('') + 1}: found '', expected a path (see: qedfuse --help)"
+        raise UsageError(msg)
+    return given, operands

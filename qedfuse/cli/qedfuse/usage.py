@@ -31,6 +31,7 @@ Options of -o; the default and then other values are in parentheses:
   allow_root             allow access by root, but not by other users
   uid=N, gid=N           owner of the disk (the caller)
   umask=OCTAL            permissions removed from 0666 (077)
+  nonempty               mount also over a file that is a disk image
   partitions             show each partition as a file too: vm.raw.p1, vm.raw.p2, ...
   partition=N            show only partition N; the mountpoint may be a file
   growable               let truncate(1) and writes past the end enlarge the disk
