@@ -52,6 +52,8 @@ for _name in ("urllib3.connection", "urllib3.connectionpool"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _MAX_REDIRECTS: Final = 5
+_MAX_SHOWN_CHARACTERS: Final = 300
+"""How much of the target of a redirection is shown in a message."""
 _MAX_DRAINED_BYTES: Final = 1 << 16
 """Maximum rest of a body that is read so that the connection can be used again."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
@@ -244,8 +246,11 @@ class WebClient:
         is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
         if target.is_web and is_secure and is_allowed:
             return target
+        shown = target.shown
+        if len(shown) > _MAX_SHOWN_CHARACTERS:
+            shown = f"{shown[:_MAX_SHOWN_CHARACTERS]}..."
         msg = (
-            f"found a redirection to {target.shown}, expected one on the same host "
+            f"found a redirection to {shown}, expected one on the same host "
             f"(allow it with backing_url={target.scheme}://{target.host}/)"
         )
         raise UnusableError(msg)

@@ -101,6 +101,10 @@ def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
         if not part:
             msg = f"found {done} bytes, expected {length}"
             raise TruncatedError(msg)
+        if len(part) > length - done:
+            # The length of a chunk is negative, so the standard library returns what it has.
+            msg = f"found a chunk of an impossible length, expected {length} bytes"
+            raise AttemptError(msg)
         view[done : done + len(part)] = part
         done += len(part)
     # Without Content-Length, only a further read shows the end of the body.
