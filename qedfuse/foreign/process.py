@@ -158,13 +158,15 @@ class QemuNbd:
         return self._is_closed or self._process.poll() is not None
 
     def end_reason(self) -> str:
-        """Return why the program has ended, as one printable line."""
+        """Return why the program has ended or does not serve, as one printable line."""
         with self._lock:
             if self._is_closed:
                 return "closed"
             output = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0)
         status = self._process.poll()
-        if status is not None and status < 0:
+        if status is None:
+            return "found no answer of an NBD server, expected one"
+        if status < 0:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(-status).name}"
         lines = output.decode(errors="replace").split("\n")

@@ -155,6 +155,15 @@ def test_program_missing(image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         ("echo 'qemu-nbd: bad news' >&2; exit 1", "qemu-nbd: bad news"),
         ("printf 'a\\033[31mb\\n' >&2; exit 1", "qemu-nbd: a\\x1b[31mb"),
+        # Programs of other versions: without an option, and with another protocol.
+        (
+            "echo \"qemu-nbd: unrecognized option '--shared=0'\" >&2; exit 1",
+            "qemu-nbd: unrecognized option '--shared=0'",
+        ),
+        (
+            """exec /usr/bin/perl -e 'open(L, "+<&=3"); accept C,L; syswrite C,0 x 99; sleep 9'""",
+            "qemu-nbd: found no answer of an NBD server, expected one",
+        ),
         ("exit 3", "qemu-nbd: ended with status 3"),
         ("kill -9 $$", "qemu-nbd: ended by SIGKILL"),
         ("head -c 10000000 /dev/zero >&2; exit 1", "qemu-nbd: "),
