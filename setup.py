@@ -3,7 +3,8 @@
 They are here and not there because pkg-config has to be asked where libfuse is.  All
 are optional: without a compiler or libfuse's headers everything else is installed, the
 mount works without fallocate(2) and lseek(2), calls that may wait for the host's disk are made
-by trio's threads, a check and a map take longer, and the sandbox of a mount lacks Landlock.
+by trio's threads, a check and a map take longer, checksums of a cache take longer, and the
+sandbox of a mount lacks Landlock.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ setup(
         Extension(
             "qedfuse.mount.sandbox._threads",
             ["qedfuse/mount/sandbox/_threads.c"],
+            extra_compile_args=["-std=gnu11", "-O2"],
+            optional=True,
+        ),
+        Extension(
+            "qedfuse.remote._crc32",
+            ["qedfuse/remote/_crc32.c"],
             extra_compile_args=["-std=gnu11", "-O2"],
             optional=True,
         ),

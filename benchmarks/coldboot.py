@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.commands import BenchmarkError, run
-from benchmarks.fleetload import MIB, cost, file_reads, needed_requests
+from benchmarks.fleetload import MAX_AHEAD_BYTES, MIB, cost, file_reads, needed_requests
 from tests.support.nginx import serving_nginx
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace, directory: Path, nginx: Nginx) -> Non
     found = list(file_reads(content, reads))
     print("| unit KiB | ahead MiB | requests | MiB |\n| --- | --- | --- | --- |")
     for unit in _UNITS_BYTES:
-        for ahead in (0, 8 * MIB):
+        for ahead in (0, MAX_AHEAD_BYTES):
             requests = needed_requests(found, len(content), unit, ahead)
             computed = cost(requests, len(content), unit)
             line = f"| {unit >> 10} | {ahead >> 20} | {computed.requests} "

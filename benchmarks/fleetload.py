@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MIB: Final = 1 << 20
 UNIT_BYTES: Final = 1 << 18
 MAX_REQUEST_BYTES: Final = MIB
-MAX_AHEAD_BYTES: Final = 8 * MIB
+MAX_LONG_REQUEST_BYTES: Final = 4 * MIB
+LONG_WINDOW_BYTES: Final = 16 * MIB
+"""With this much to fetch ahead, a request may be long."""
+MAX_AHEAD_BYTES: Final = 16 * MIB
 _TABLE_SLICE_BYTES: Final = 1 << 16
 _LENGTHS_BYTES: Final = (4096, 4096, 8192, 16384, 32768, 65536, 131_072)
 _FILE_BYTES: Final = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 3 << 20)
@@ -117,7 +120,7 @@ def needed_requests(
     requests: list[range] = []
     readers = ReadAhead()
 
-    def fetch(first: int, last: int) -> None:
+    def fetch(first: int, last: int, most: int) -> None:
         unit = first
         while unit <= last:
             end = unit
@@ -130,12 +133,13 @@ def needed_requests(
 
     for offset, length in reads:
         first, last = offset // unit_bytes, (min(offset + length, size) - 1) // unit_bytes
-        fetch(first, last)
+        fetch(first, last, most)
         window = readers.record_read(first, last, max_ahead_bytes // unit_bytes)
         end = min(last + window, last_unit)
         ahead = next((unit for unit in range(last + 1, end + 1) if unit not in fetched), None)
         # What is fetched ahead is fetched half a window at a time.
         if ahead is not None and ahead - last <= 1 + window // 2:
             readers.set_marker(ahead, end)
-            fetch(ahead, end)
+            is_long = window * unit_bytes >= LONG_WINDOW_BYTES
+            fetch(ahead, end, MAX_LONG_REQUEST_BYTES // unit_bytes if is_long else most)
     return requests

@@ -185,7 +185,7 @@ test_wheel() {
             pip wheel -q --no-deps -w /wheels .
             pip wheel -q --no-deps -w /wheels "pyfuse3>=3.4"
             ls /wheels
-            test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 5'
+            test "$(python3 -m zipfile -l /wheels/qedfuse-*.whl | grep -c "\.so ")" = 6'
         rm -rf "$store/wheels/$system"
         mkdir -p "$store/wheels"
         cp -r "$target/wheels" "$store/wheels/$system"

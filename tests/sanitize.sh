@@ -82,7 +82,7 @@ make_instrumented() {
     fi
     make_copy "$copy" CFLAGS="$flags -O1 -g -fno-omit-frame-pointer" LDFLAGS="$flags"
     # An extension that could not be built would be left out without an error.
-    for file in mount/fuse/_extraops hostio/_iothreads check/_sweep tools/inspection/_maplines; do
+    for file in mount/fuse/_extraops hostio/_iothreads remote/_crc32 check/_sweep tools/inspection/_maplines; do
         nm -D "$copy/qedfuse/$file".*.so | grep -q -e __asan_load -e __asan_report -e __tsan_read ||
             die "the sanitizer's calls are missing in $file"
     done

@@ -14,7 +14,7 @@ from qedfuse.errors import QedError
 from qedfuse.remote.credentials import read_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Sequence
 
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
@@ -137,8 +137,23 @@ class Client(Protocol):
     def head(self) -> Version:
         """Ask the server for the object's present version; return the version."""
 
-    def get(self, offset: int, length: int, version: Version) -> Buffer:
-        """Return ``length`` bytes of a version of the object, all of which lie within the object.
+    def get(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        version: Version,
+        allocate: Callable[[int], Buffer] = bytearray,
+    ) -> Generator[Buffer]:
+        """Fetch adjacent parts of a version of the object with one request; yield each part.
+
+        Each part is yielded as soon as it has arrived.  The time limit of an attempt applies to
+        each part, if the library for the server permits it, and otherwise to all of them together.
+
+        Args:
+            offset: The offset of the first part in the object.
+            lengths: The length of each part in bytes; all parts lie within the object.
+            version: The version.
+            allocate: Returns a buffer of a given length for a part, if the client needs one.
 
         Raises:
             ChangedError: The server has another version.  Also raised if the server ignores the

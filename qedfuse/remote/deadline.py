@@ -10,6 +10,8 @@ from __future__ import annotations
 import http.client
 import io
 import math
+import socket
+import struct
 import time
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
@@ -23,9 +25,10 @@ from qedfuse.remote.connecting import connect
 from qedfuse.remote.tlssocket import tls_context
 
 if TYPE_CHECKING:
-    import socket
-
     from typing_extensions import Buffer
+
+_LONG_READ_BYTES: Final = 1 << 16
+_TIMEVAL: Final = struct.Struct("@ll")
 
 
 class _TimedSocket(io.RawIOBase):
@@ -34,8 +37,14 @@ class _TimedSocket(io.RawIOBase):
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
         self._sock = sock
         self._raw = raw
+        # A TLS socket returns one record at a time.
+        self._is_plain = type(sock) is socket.socket
         seconds = sock.gettimeout()
         self._end = time.monotonic() + (math.inf if seconds is None else seconds)
+
+    def restart(self, seconds: float) -> None:
+        """Limit all reads from now on together to ``seconds``."""
+        self._end = time.monotonic() + seconds
 
     def readable(self) -> bool:
         return True
@@ -45,32 +54,60 @@ class _TimedSocket(io.RawIOBase):
         if left <= 0:
             msg = "timed out"
             raise TimeoutError(msg)
+        if self._is_plain and len(memoryview(buffer)) >= _LONG_READ_BYTES and not math.isinf(left):
+            return self._read_all(buffer, left)
         self._sock.settimeout(None if math.isinf(left) else left)
         return self._raw.readinto(buffer)
+
+    def _read_all(self, buffer: Buffer, seconds: float) -> int:
+        """Fill ``buffer`` with one system call; return how many bytes were read.
+
+        The result is less than the length of the buffer only after the end of the response, or when
+        the time is over.  A call for each packet would take the GIL again each time.
+
+        Raises:
+            TimeoutError: No byte came within ``seconds``.
+        """
+        whole = int(seconds)
+        micros = max(1, int((seconds - whole) * 1e6))  # zero is no limit
+        # The kernel applies this timeout, to the call as a whole, only if the socket blocks.
+        self._sock.settimeout(None)
+        timeout = _TIMEVAL.pack(whole, micros)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        try:
+            return self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            msg = "timed out"
+            raise TimeoutError(msg) from error
 
     def close(self) -> None:
         self._raw.close()
         super().close()
 
 
-class _TimedResponse(http.client.HTTPResponse):
+class TimedResponse(http.client.HTTPResponse):
     """A response all of which is read within the timeout that the socket has at the beginning."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
+        """Read a response from ``sock``; see the base class."""
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
-        raw = self.fp.detach()
-        self.fp = io.BufferedReader(_TimedSocket(sock, raw))
+        self._timed = _TimedSocket(sock, self.fp.detach())
+        self.fp = io.BufferedReader(self._timed)
+
+    def restart_timeout(self, seconds: float) -> None:
+        """Let the rest of the response be read within ``seconds``."""
+        self._timed.restart(seconds)
 
 
 class _TimedHTTPConnection(HTTPConnection):
-    response_class = _TimedResponse
+    response_class = TimedResponse
 
     def _new_conn(self) -> socket.socket:
         return connect(self, self._dns_host)
 
 
 class _TimedHTTPSConnection(HTTPSConnection):
-    response_class = _TimedResponse
+    response_class = TimedResponse
 
     def connect(self) -> None:
         if self.ssl_context is None:

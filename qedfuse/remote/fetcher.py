@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import HostError, RemoteError
+from qedfuse.remote.bufferpool import BufferPool
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
 from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.readahead import ReadAhead
 from qedfuse.remote.recentfailures import RecentFailures
-from qedfuse.remote.unitfile import UNIT_BYTES, units_of
+from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of, units_of
 from qedfuse.remote.unitstore import UnitStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.object import RemoteObject
     from qedfuse.remote.unitfile import UnitFile
 
 
-_MAX_REQUEST_UNITS: Final = 4
-"""Maximum number of units in one request: 1 MiB."""
-_MAX_WINDOW_UNITS: Final = 32
-"""Maximum number of units that are fetched ahead of a sequential reader: 8 MiB."""
+_MAX_FLIGHT_UNITS: Final = 4
+"""Maximum number of units in one flight: 1 MiB."""
+_MAX_REQUEST_FLIGHTS: Final = 4
+"""Maximum number of flights in one request ahead of a long sequential reader: 4 MiB."""
+_MIN_LONG_WINDOW_UNITS: Final = 64
+"""With a window of this length, a request fetches several flights."""
+_MAX_WINDOW_UNITS: Final = 64
+"""Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
 """Maximum number of units that are fetched ahead if units cannot be stored in the cache: 2 MiB, so
 that the units of several readers fit into the memory for such units (`UnitStore.hold`)."""
@@ -73,7 +80,10 @@ class Fetcher:
         self.requests = self.awaited_requests = 0
         self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
         self._failures = RecentFailures()
-        self._threads = FetchThreads(self._name, self._look_up, self._fetch, self._finish)
+        self._buffers = BufferPool()
+        self._threads = FetchThreads(
+            *(self._name, self._look_up, self._fetch, self._finish, self._buffers.clear)
+        )
         self._lock = self._threads.lock
         # The lock protects the following attributes.
         self._flights: dict[int, Flight] = {}  # the flight of each unit that has one
@@ -182,10 +192,12 @@ class Fetcher:
         error.is_logged = True  # not worth a line: the file was closed on purpose
         return error
 
-    def _begin(self, first: int, last: int, *, is_wanted: bool) -> list[Flight]:
+    def _begin(
+        self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
+    ) -> list[Flight]:
         """Return the flights of the units that are not ready; start flights that are missing.
 
-        The caller holds the lock.
+        The caller holds the lock.  With ``is_long``, a request may fetch several of the flights.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -205,6 +217,7 @@ class Fetcher:
                 flight.end()
             elif flight is None:
                 flight = self._new_flight(unit, last)
+                flight.continues = is_long and len(found) % _MAX_REQUEST_FLIGHTS > 0
                 if is_wanted:
                     self._want(flight)
                     self._threads.add_lookup(flight)
@@ -230,7 +243,7 @@ class Fetcher:
         end = first + 1
         while (
             end <= last
-            and end - first < _MAX_REQUEST_UNITS
+            and end - first < _MAX_FLIGHT_UNITS
             and not self.ready[end]
             and end not in self._flights
             and self._store.held(end) is None
@@ -268,7 +281,7 @@ class Fetcher:
         # Fetching starts when half of the window is used up, so that the requests are long.
         if ahead <= end and ahead - last <= 1 + window // 2:
             self._markers.add(self._readers.set_marker(ahead, end))
-            self._begin(ahead, end, is_wanted=False)
+            self._begin(ahead, end, is_wanted=False, is_long=window >= _MIN_LONG_WINDOW_UNITS)
 
     def _look_up(self, flight: Flight) -> None:
         """Look up the units of a flight in the cache; queue the flight if a unit is missing."""
@@ -282,54 +295,99 @@ class Fetcher:
 
         Units that are intact in the cache are added to the flight's blocks.
         """
-        missing = []
-        for unit in range(flight.first, flight.last + 1):
-            if self.ready[unit] or unit in flight.blocks:
-                continue
+        units = range(flight.first, flight.last + 1)
+        missing = [unit for unit in units if not self.ready[unit] and unit not in flight.blocks]
+        if not missing or not self._store.has_any(missing[0], missing[-1]):
+            return missing
+        for unit in missing.copy():
             content = self._store.load(unit)
-            if content is None:
-                missing.append(unit)
-            else:
+            if content is not None:
                 flight.blocks[unit] = content
+                missing.remove(unit)
         return missing
 
-    def _fetch(self, flight: Flight) -> None:
-        """Fetch the units of a flight that are still missing, and end the flight."""
-        try:
-            missing = self._missing(flight)
-            if missing:
-                self._fetch_units(flight, missing[0], missing[-1])
-        except HostError as error:
-            self._finish(flight, error)
-        else:
-            self._finish(flight)
+    def _fetch(self, flights: deque[Flight]) -> None:
+        """Fetch the units of adjacent flights that are still missing.
 
-    def _fetch_units(self, flight: Flight, first: int, last: int) -> None:
-        """Fetch adjacent units with one request; store them, and add them to the flight's blocks.
+        Each flight is ended, and removed from ``flights``.
+        """
+        try:
+            while flights:
+                parts = self._next_parts(flights)
+                if parts:
+                    self._fetch_parts(flights, parts)
+                else:
+                    self._finish(flights.popleft())
+        except HostError as error:
+            while flights:
+                self._finish(flights.popleft(), error)
+
+    def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
+        """Return the units that one request must fetch for each of the first flights.
+
+        Returns an empty list if the first flight needs no request.
+        """
+        parts: list[range] = []
+        for flight in flights:
+            missing = self._missing(flight)
+            if not missing or (parts and missing[0] != parts[-1].stop):
+                break
+            parts.append(range(missing[0], missing[-1] + 1))
+        return parts
+
+    def _fetch_parts(self, flights: deque[Flight], parts: list[range]) -> None:
+        """Fetch adjacent units with one request: a part for each of the first flights.
+
+        A flight ends, and is removed from ``flights``, when its part has been stored.
 
         Raises:
             RemoteError: The server does not give the units.
         """
-        start = first * UNIT_BYTES
-        length = min((last + 1) * UNIT_BYTES, self._size) - start
+        start = parts[0].start * UNIT_BYTES
+        lengths = [
+            min(part.stop * UNIT_BYTES, self._size) - part.start * UNIT_BYTES for part in parts
+        ]
         sent = time.monotonic()
+        arriving = deque(parts)
+        is_awaited = False
+
+        def deliver(content: Buffer) -> None:
+            nonlocal is_awaited
+            self._outages.answered(sent)
+            flight = flights[0]
+            with self._lock:
+                self.fetched_bytes += len(memoryview(content))
+                self.requests += len(arriving) == len(parts)
+                self.awaited_requests += flight.is_wanted and not is_awaited
+                is_awaited = is_awaited or flight.is_wanted
+            self._keep(flight, arriving.popleft(), content)
+            self._finish(flights.popleft())
+
         try:
-            content = memoryview(self._source.get(start, length, is_brief=flight.is_brief))
+            self._source.get_parts(
+                *(start, lengths, deliver),
+                allocate=self._buffers.take,
+                is_brief=flights[0].is_brief,
+            )
         except RemoteError as error:
             if not self._threads.is_closed:
                 self._outages.failed(error)
             raise
-        self._outages.answered(sent)
-        with self._lock:
-            self.fetched_bytes += length
-            self.requests += 1
-            self.awaited_requests += flight.is_wanted
-        for unit in range(first, last + 1):
-            begin = (unit - first) * UNIT_BYTES
-            block = content[begin : begin + UNIT_BYTES]
-            if not self.ready[unit] and unit not in flight.blocks:
-                flight.blocks[unit] = block
-                if not self._store.store(unit, block):
+
+    def _keep(self, flight: Flight, units: range, content: Buffer) -> None:
+        """Store units that were fetched for a flight, and add them to the blocks of the flight."""
+        blocks = dict(blocks_of(units.start, content))
+        new = {
+            unit: block
+            for unit, block in blocks.items()
+            if not self.ready[unit] and unit not in flight.blocks
+        }
+        flight.blocks.update(blocks)
+        # Usually all units are new, and are written together.
+        pieces = {units.start: content} if len(new) == len(blocks) else new
+        for first, piece in pieces.items():
+            if not self._store.store(first, piece):
+                for unit, block in blocks_of(first, piece):
                     self._store.hold(unit, block)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:

@@ -11,7 +11,8 @@ import logging
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from qedfuse.errors import RemoteError
 
@@ -33,6 +34,10 @@ _IDLE_SECONDS = 10.0
 """A thread that has been idle for this time ends."""
 
 
+_Step: TypeAlias = "tuple[Callable[[], None], deque[Flight], int, int]"
+"""The arguments of `FetchThreads._run`."""
+
+
 class FetchThreads:
     """Runs the steps of flights: cache lookups, fetches for readers, and prefetches.
 
@@ -47,8 +52,9 @@ class FetchThreads:
         self,
         name: str,
         look_up: Callable[[Flight], None],
-        fetch: Callable[[Flight], None],
+        fetch: Callable[[deque[Flight]], None],
         fail: Callable[[Flight, HostError], None],
+        become_idle: Callable[[], object],
     ) -> None:
         """Start no thread yet.
 
@@ -56,9 +62,10 @@ class FetchThreads:
             name: The name of the object for messages.
             look_up: Looks for the units of a flight in the cache; then ends the flight if the cache
                 has all of the units, or queues the flight with `add_fetch`.
-            fetch: Fetches the units of a flight, and ends the flight.
+            fetch: Fetches the units of adjacent flights, and removes each flight that it ends.
             fail: Ends a flight with an error, unless the flight has ended; called if a step raises
                 an exception.
+            become_idle: Called when the last thread has ended.
         """
         self.lock = threading.Condition()
         self.is_closed = False
@@ -66,6 +73,7 @@ class FetchThreads:
         self._look_up = look_up
         self._fetch = fetch
         self._fail = fail
+        self._become_idle = become_idle
         self._lookups: deque[Flight] = deque()
         self._fetches: deque[Flight] = deque()
         self._ahead: deque[Flight] = deque()
@@ -89,7 +97,9 @@ class FetchThreads:
         """Queue a flight that no reader waits for, to look up and fetch its units."""
         with self.lock:
             self._ahead.append(flight)
-            self._start_thread()
+            # A flight that continues another one is taken by the thread that takes the other one.
+            if not flight.continues:
+                self._start_thread()
 
     def promote(self, flight: Flight) -> None:
         """Move a prefetch for which a reader now waits to the lookups, unless it has begun."""
@@ -136,54 +146,73 @@ class FetchThreads:
         """Run steps until none has come for `_IDLE_SECONDS`: the main function of a thread."""
         while True:
             with self.lock:
-                step = self._next()
-                while step is None:
-                    if self.is_closed:
-                        self._threads -= 1
-                        return
-                    self._idle += 1
-                    woken = self.lock.wait(_IDLE_SECONDS)
-                    self._idle -= 1
-                    step = self._next()
-                    if step is None and not woken:
-                        self._threads -= 1
-                        return
+                step = self._wait_for_step()
+                if step is None:
+                    self._threads -= 1
+                    if not self._threads:
+                        self._become_idle()
+                    return
             self._run(*step)
+            del step  # while the thread is idle, it must not keep the content of units
 
-    def _next(self) -> tuple[Callable[[Flight], None], Flight, int, int] | None:
+    def _wait_for_step(self) -> _Step | None:
+        """Return the next step; None if the thread must end.  The caller holds the lock."""
+        step = self._next()
+        while step is None:
+            if self.is_closed:
+                return None
+            self._idle += 1
+            woken = self.lock.wait(_IDLE_SECONDS)
+            self._idle -= 1
+            step = self._next()
+            if step is None and not woken:
+                return None
+        return step
+
+    def _next(self) -> _Step | None:
         """Take a step out of the queues, and count it; return the arguments of `_run`.
 
         Returns None if no step may begin now.
         """
         if self._lookups:
-            return self._look_up, self._lookups.popleft(), 0, 0
+            flight = self._lookups.popleft()
+            return partial(self._look_up, flight), deque([flight]), 0, 0
         if self._fetching >= _MAX_FETCH_THREADS:
             return None
         if self._fetches:
             self._fetching += 1
-            return self._fetch, self._fetches.popleft(), 1, 0
+            flights = deque([self._fetches.popleft()])
+            return partial(self._fetch, flights), flights, 1, 0
         if self._ahead and self._prefetching < _MAX_PREFETCHES:
             self._fetching += 1
             self._prefetching += 1
-            return self._fetch, self._ahead.popleft(), 1, 1
+            flights = deque([self._ahead.popleft()])
+            while self._ahead and self._ahead[0].is_next_of(flights[-1]):
+                flights.append(self._ahead.popleft())
+            return partial(self._fetch, flights), flights, 1, 1
         return None
 
     def _run(
-        self, step: Callable[[Flight], None], flight: Flight, fetching: int, prefetching: int
+        self,
+        step: Callable[[], None],
+        flights: deque[Flight],
+        fetching: int,
+        prefetching: int,
     ) -> None:
-        """Run one step of a flight; if the step raises any exception, end the flight with an error.
+        """Run one step of flights; if the step raises any exception, end them with an error.
 
         Args:
-            step: What to call with the flight.
-            flight: The flight.
+            step: The step.
+            flights: The flights, from which the step may remove those that have ended.
             fetching: 1 if the step counts as a fetch, otherwise 0.
             prefetching: 1 if the step counts as a prefetch, otherwise 0.
         """
         try:
-            step(flight)
+            step()
         except BaseException as failure:  # noqa: BLE001  see above
             _log.exception("%s: cannot be fetched", self._name)
-            self._fail(flight, RemoteError(f"{self._name}: {type(failure).__name__}"))
+            for flight in flights:
+                self._fail(flight, RemoteError(f"{self._name}: {type(failure).__name__}"))
         finally:
             with self.lock:
                 self._fetching -= fetching

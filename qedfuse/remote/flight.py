@@ -32,6 +32,7 @@ class Flight:
         blocks: The content of each unit that was read from the cache or fetched; complete when the
             flight has ended.
         is_wanted: Whether a reader waits for the flight.
+        continues: Whether one request may fetch the flight together with the one before it.
         is_brief: Whether attempts are repeated for a short time only, because a reader of one of
             the units has just waited for the server without success.
     """
@@ -63,6 +64,7 @@ class Flight:
         self.last = last
         self.blocks: dict[int, Buffer] = {}
         self.is_wanted = False
+        self.continues = False
         self.is_brief = is_brief
         self._name = name
         self._max_seconds = max_seconds
@@ -72,6 +74,10 @@ class Flight:
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
+
+    def is_next_of(self, flight: Flight) -> bool:
+        """Return whether one request may fetch ``flight`` and this flight."""
+        return self.continues and self.first == flight.last + 1
 
     def end(self, error: HostError | None = None) -> None:
         """End the flight, with an error if one is given; wake the readers that wait.

@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from qedfuse.errors import ObjectChangedError, RemoteError, UsageError
@@ -22,7 +23,7 @@ from qedfuse.remote.client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
@@ -50,7 +51,7 @@ class RemoteObject:
     Attributes:
         address: The address of the object.
         version: The version that is read.
-        max_seconds: Maximum duration of a call of `get`.
+        max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
         max_brief_seconds: The same for a brief call.
     """
 
@@ -69,23 +70,63 @@ class RemoteObject:
         self.max_brief_seconds = self._brief_seconds + 2 * deadlines.attempt_seconds
         self._closed = threading.Event()
 
-    def get(self, offset: int, length: int, *, is_brief: bool = False) -> Buffer:
-        """Return ``length`` bytes at an offset, all within the object; block the thread until then.
+    def get(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes at an offset; see `get_parts`."""
+        found: list[Buffer] = []
+        self.get_parts(offset, [length], found.append)
+        return found[0]
 
-        With ``is_brief``, attempts are repeated for half a second instead of the usual time.
+    def get_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        deliver: Callable[[Buffer], object],
+        *,
+        allocate: Callable[[int], Buffer] = bytearray,
+        is_brief: bool = False,
+    ) -> None:
+        """Fetch adjacent parts with one request; block the thread until all have arrived.
+
+        A failed attempt is repeated from the first part that has not arrived.
+
+        Args:
+            offset: The offset of the first part.
+            lengths: The length of each part in bytes; all parts lie within the object.
+            deliver: Called with each part in order, as soon as the part has arrived.
+            allocate: Returns a buffer of a given length for a part.
+            is_brief: Whether attempts for a part are repeated for half a second instead of the
+                usual time.
 
         Raises:
             ObjectChangedError: The server now has another version of the object, or no object.
             RemoteError: The server cannot be reached, or does not serve the range.
         """
+        done = 0
+
+        def attempt() -> None:
+            nonlocal done
+            begun = done
+            start = offset + sum(lengths[:begun])
+            parts = self._client.get(start, lengths[begun:], self.version, allocate)
+            try:
+                with closing(parts):
+                    for part in parts:
+                        done += 1
+                        deliver(part)
+            except (AttemptError, RefusedError):
+                if done == begun or self._closed.is_set():
+                    raise
+
         try:
-            return retry(
-                self.address,
-                lambda: self._client.get(offset, length, self.version),
-                self._client.renew,
-                self._brief_seconds if is_brief else self._total_seconds,
-                self._closed,
-            )
+            # The time for the attempts begins again after each part that has arrived.
+            while done < len(lengths):
+                retry(
+                    self.address,
+                    attempt,
+                    self._client.renew,
+                    self._brief_seconds if is_brief else self._total_seconds,
+                    self._closed,
+                )
         except RemoteError as error:
             if error.errno != errno.ENOENT:
                 raise

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 _MIN_WINDOW_UNITS: Final = 1
+_MAX_SHORT_WINDOW_UNITS: Final = 32
+"""Maximum window of a reader that has not read as many units in sequence yet: 8 MiB."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
@@ -19,12 +21,14 @@ class _Stream:
 
     Attributes:
         last: The last unit that the reader has read.
+        first: The first unit that the reader has read.
         window: Number of units that are fetched ahead of the reader.
         marker: The unit whose read asks for more units to be fetched ahead; -1 for none.
         end: The last unit that was fetched ahead; -1 for none.
     """
 
     last: int
+    first: int
     window: int = 0
     marker: int = -1
     end: int = -1
@@ -53,7 +57,8 @@ class ReadAhead:
         """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
         The window is the number of units to fetch after ``last``.  It doubles with each read of a
-        sequential reader that ends in a later unit, up to ``max_units``.
+        sequential reader that ends in a later unit, up to ``max_units``, and up to 8 MiB until the
+        reader has read 8 MiB.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:
@@ -63,8 +68,10 @@ class ReadAhead:
                 stream.window = max(2 * stream.window, _MIN_WINDOW_UNITS)
                 stream.last = last
         else:
-            stream = _Stream(last)
-        stream.window = min(stream.window, max_units)
+            stream = _Stream(last, first)
+        is_short = stream.last - stream.first < _MAX_SHORT_WINDOW_UNITS
+        most = min(max_units, _MAX_SHORT_WINDOW_UNITS) if is_short else max_units
+        stream.window = min(stream.window, most)
         self._streams.append(stream)
         if len(self._streams) > _MAX_STREAMS:
             del self._streams[0]

@@ -25,10 +25,11 @@ from qedfuse.remote.storeerrors import ERRORS, translated
 from qedfuse.remote.storesettings import make_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from obstore import GetOptions, GetResult, ObjectMeta
 
+    from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions
 
@@ -64,9 +65,15 @@ class StoreClient:
             # The response to a HEAD has no body, which would name what is missing or refused.
             return version_of(self._get({"range": (0, 1)}).meta), None
 
-    def get(self, offset: int, length: int, version: Version) -> memoryview:
-        """Return a range of a version of the object; see `Client.get`."""
-        options: GetOptions = {"range": (offset, offset + length)}
+    def get(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        version: Version,
+        allocate: Callable[[int], Buffer] = bytearray,  # noqa: ARG002  obstore allocates itself
+    ) -> Generator[Buffer]:
+        """Yield adjacent parts of a version of the object; see `Client.get`."""
+        options: GetOptions = {"range": (offset, offset + sum(lengths))}
         if version.etag:
             options["if_match"] = version.etag
         elif version.modified is not None:
@@ -75,12 +82,26 @@ class StoreClient:
         # The server may ignore the condition, so the version in the response is compared as well.
         if not version_of(result.meta).is_same(version):
             raise ChangedError
+        if len(lengths) > 1:
+            yield from _cut(self._blocks(result, lengths[0]), lengths)
+            return
         with translating(self._store.hint):
             content = result.bytes()
-        if len(content) != length:
-            msg = f"found {len(content)} bytes, expected {length}"
+        if len(content) != lengths[0]:
+            msg = f"found {len(content)} bytes, expected {lengths[0]}"
             raise AttemptError(msg)
-        return memoryview(content)
+        yield memoryview(content)
+
+    def _blocks(self, result: GetResult, min_bytes: int) -> Iterator[memoryview]:
+        """Yield the content of a response in blocks of at least ``min_bytes``, as they arrive."""
+        with translating(self._store.hint):
+            stream = iter(result.stream(min_chunk_size=min_bytes))
+        while True:
+            with translating(self._store.hint):
+                block = next(stream, None)
+            if block is None:
+                return
+            yield memoryview(block)
 
     def renew(self) -> None:
         """Configure the store again, with the present credentials.
@@ -96,6 +117,34 @@ class StoreClient:
             options["version"] = self._address.version
         with translating(self._store.hint):
             return obstore.get(self._store.handle, self._address.key, options=options)
+
+
+def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffer]:
+    """Cut the content of some blocks into parts of the given lengths; yield each part.
+
+    Raises:
+        AttemptError: The blocks are shorter or longer than the parts.
+    """
+    rest = memoryview(b"")
+    found = 0
+    for number, length in enumerate(lengths):
+        pieces: list[memoryview] = []
+        missing = length
+        while missing:
+            if not rest:
+                rest = next(blocks, rest)
+                found += len(rest)
+            if not rest:
+                break
+            pieces.append(rest[:missing])
+            missing -= len(pieces[-1])
+            rest = rest[len(pieces[-1]) :]
+        is_longer = number == len(lengths) - 1 and bool(rest or next(blocks, b""))
+        if missing or is_longer:
+            msg = f"found {'more than ' * is_longer}{found - len(rest)} bytes, "
+            msg += f"expected {sum(lengths)}"
+            raise AttemptError(msg)
+        yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import mmap
 import os
 import stat
 import struct
-import zlib
 from itertools import compress
 from typing import TYPE_CHECKING, Final, Self
 
@@ -29,9 +28,15 @@ from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
 from qedfuse.util.deferredclose import DeferredClose
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from qedfuse.hostio.hostfile import Buffer
+
+try:
+    from qedfuse.remote._crc32 import crc32
+except ImportError:  # not built, or another processor
+    from zlib import crc32
 
 UNIT_BYTES: Final = 1 << 18
 """Bytes in a unit.  If the first byte arrives after 20 ms and a connection carries 80 MiB/s, a
@@ -137,8 +142,8 @@ class UnitFile:
             self._use.leave()
         return None
 
-    def store(self, unit: int, content: Buffer) -> None:
-        """Store the content of a unit.
+    def store(self, first: int, content: Buffer) -> None:
+        """Store the content of adjacent units, of which ``first`` is the first one.
 
         Raises:
             OSError: The host refused, the files were closed (EBADF), or the data file was cut
@@ -147,11 +152,14 @@ class UnitFile:
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
-            _write(self.data_fd, content, unit * UNIT_BYTES)
+            _write(self.data_fd, content, first * UNIT_BYTES)
             if not has_length(os.lseek(self.data_fd, 0, os.SEEK_END), self.size):
                 raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
-            entry = _MAP_ENTRY.pack(_checksum(unit, content), _PRESENT)
-            _write(self._map_fd, entry, unit * _MAP_ENTRY.size)
+            entries = [
+                _MAP_ENTRY.pack(_checksum(unit, block), _PRESENT)
+                for unit, block in blocks_of(first, content)
+            ]
+            _write(self._map_fd, b"".join(entries), first * _MAP_ENTRY.size)
         finally:
             self._use.leave()
 
@@ -172,13 +180,31 @@ class UnitFile:
             for begin in range(first, end, _MAX_COMPARED_ENTRIES):
                 count = min(_MAX_COMPARED_ENTRIES, end - begin)
                 wanted = b"\1" * count if needed is None else needed[begin - first :][:count]
-                raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, begin * _MAP_ENTRY.size)
-                words = struct.unpack(f"<{len(raw) // _MAP_ENTRY.size * 2}I", raw[: len(raw) & ~7])
-                if list(compress(words[1::2], wanted)).count(_PRESENT) != wanted.count(1):
+                marks = self._marks(begin, count)
+                if list(compress(marks, wanted)).count(_PRESENT) != wanted.count(1):
                     return False
             return True
         finally:
             self._use.leave()
+
+    def has_any(self, first: int, last: int) -> bool:
+        """Return whether the map has an entry for one of the units ``first`` to ``last``.
+
+        Raises:
+            OSError: The host refused, or the files are closed (EBADF).
+        """
+        if not self._use.enter():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            return _PRESENT in self._marks(first, last + 1 - first)
+        finally:
+            self._use.leave()
+
+    def _marks(self, first: int, count: int) -> tuple[int, ...]:
+        """Return the marks of adjacent entries of the map; fewer if the map was cut."""
+        raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, first * _MAP_ENTRY.size)
+        entries = len(raw) // _MAP_ENTRY.size
+        return struct.unpack(f"<{2 * entries}I", raw[: entries * _MAP_ENTRY.size])[1::2]
 
     def is_in(self, directory: int) -> bool:
         """Return whether the data file in an open directory is that of this entry.
@@ -270,6 +296,13 @@ def units_of(size: int) -> int:
     return -(-size // UNIT_BYTES)
 
 
+def blocks_of(first: int, content: Buffer) -> Iterator[tuple[int, memoryview]]:
+    """Yield the number and the content of each unit of a range that begins with ``first``."""
+    view = memoryview(content)
+    for begin in range(0, len(view), UNIT_BYTES):
+        yield first + begin // UNIT_BYTES, view[begin : begin + UNIT_BYTES]
+
+
 def make_files(directory: str, size: int) -> None:
     """Make the two files of an empty entry in a new directory, for an object of ``size`` bytes.
 
@@ -321,7 +354,7 @@ def _require_file(fd: int, length: int | None = None) -> None:
 
 def _checksum(unit: int, content: Buffer) -> int:
     """Return the checksum of a unit, which depends on its number as well as on its content."""
-    return zlib.crc32(content, unit & 0xFFFFFFFF)
+    return crc32(content, unit & 0xFFFFFFFF)
 
 
 def _write(fd: int, content: Buffer, offset: int) -> None:

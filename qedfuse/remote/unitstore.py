@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.remote.cachemetadata import mark_usable_offline
 from qedfuse.remote.cachespace import CacheSpace
-from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of, units_of
 from qedfuse.remote.zeroblocks import ZeroBlocks
 
 if TYPE_CHECKING:
@@ -83,39 +83,50 @@ class UnitStore:
         if cache is None or content is None:
             return None
         self.zeros.record(unit, content)
-        self._set_ready(unit, cache, forgotten)
+        self._set_ready(unit, 1, cache, forgotten)
         return content
 
-    def store(self, unit: int, block: Buffer) -> bool:
-        """Store a unit in the cache and make it ready; return whether it was stored."""
+    def store(self, first: int, content: Buffer) -> bool:
+        """Store adjacent units in the cache and make them ready; return whether that succeeded."""
         cache = self._cache
         forgotten = self._forgotten
+        count = units_of(len(content))
         if cache is None:
             return False
         with self._lock:
-            self.ready[unit] = 0  # while its pages are written to, and if the write fails
+            # While the pages are written to, and if the write fails.
+            self.ready[first : first + count] = bytes(count)
         try:
-            with self._space.reserve(len(block)) if self._space else nullcontext("") as reason:
+            with self._space.reserve(len(content)) if self._space else nullcontext("") as reason:
                 if reason:
                     self._record_refusal(cache, reason)
                     return False
-                cache.store(unit, block)
+                cache.store(first, content)
         except OSError as error:
             if error.errno == errno.EBADMSG:
                 self.discard()
             else:
                 self._record_refusal(cache, os.strerror(error.errno or errno.EIO))
             return False
-        self.zeros.record(unit, block)
+        for unit, block in blocks_of(first, content):
+            self.zeros.record(unit, block)
         with self._lock:
             self._cannot_store = False
-        return self._set_ready(unit, cache, forgotten)
+        return self._set_ready(first, count, cache, forgotten)
 
     def is_stored(self, first: int, last: int) -> bool:
         """Return whether the map of the cache has all units ``first`` to ``last``."""
         cache = self._cache
         try:
             return cache is not None and cache.has_units(b"\1" * (last + 1 - first), first)
+        except OSError:
+            return False
+
+    def has_any(self, first: int, last: int) -> bool:
+        """Return whether the map of the cache has one of the units ``first`` to ``last``."""
+        cache = self._cache
+        try:
+            return cache is not None and cache.has_any(first, last)
         except OSError:
             return False
 
@@ -188,15 +199,16 @@ class UnitStore:
         if cache is not None:
             cache.close()
 
-    def _set_ready(self, unit: int, cache: UnitFile, forgotten: int) -> bool:
-        """Make a unit ready that was read or written; return False if ``cache`` was discarded.
+    def _set_ready(self, first: int, count: int, cache: UnitFile, forgotten: int) -> bool:
+        """Make units ready that were read or written; return False if ``cache`` was discarded.
 
-        The unit does not become ready if `forget` was called since the caller read ``forgotten``,
-        because that call may have been for this unit.
+        The units do not become ready if `forget` was called since the caller read ``forgotten``,
+        because that call may have been for these units.
         """
         with self._lock:
             is_used = self._cache is cache
-            self.ready[unit] = is_used and self._forgotten == forgotten
+            is_ready = is_used and self._forgotten == forgotten
+            self.ready[first : first + count] = bytes([is_ready]) * count
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:

@@ -33,17 +33,18 @@ from qedfuse.remote.webresponse import (
     TruncatedError,
     content_range,
     no_range_error,
-    read_body,
+    read_parts,
     seconds_since_change,
     translated,
     version_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from urllib3.response import BaseHTTPResponse
 
+    from qedfuse.hostio.hostfile import Buffer
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions, Version
 
@@ -107,13 +108,19 @@ class WebClient:
             if not is_valid or (found is not None and not size):
                 raise no_range_error(response)
             if size:
-                read_body(response, 1)
+                next(read_parts(response, [1], self._options.attempt_seconds))
             return version_of(response, size), seconds_since_change(response)
 
-    def get(self, offset: int, length: int, version: Version) -> bytearray:
-        """Return a range of a version of the object; see `Client.get`."""
+    def get(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        version: Version,
+        allocate: Callable[[int], Buffer] = bytearray,
+    ) -> Generator[Buffer]:
+        """Yield adjacent parts of a version of the object; see `Client.get`."""
         try:
-            return self._get(offset, length, version)
+            yield from self._get(offset, lengths, version, allocate)
         except TruncatedError as error:
             # A caching server sends the slices that it has of the old version, and ends the
             # response at a slice that it cannot fetch any more.  A retry would end in the same way.
@@ -122,8 +129,15 @@ class WebClient:
                     raise ChangedError from error
             raise
 
-    def _get(self, offset: int, length: int, version: Version) -> bytearray:
-        """Return a range of a version of the object, as `get` does without its last check."""
+    def _get(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        version: Version,
+        allocate: Callable[[int], Buffer] = bytearray,
+    ) -> Generator[Buffer]:
+        """Yield adjacent parts of a version of the object, as `get` does without its last check."""
+        length = sum(lengths)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:
             headers["If-Match"] = version.etag
@@ -141,7 +155,7 @@ class WebClient:
             if found[0] != range(offset, offset + length):
                 msg = f"found another range, expected {offset}-{offset + length - 1}"
                 raise AttemptError(msg)
-            return read_body(response, length)
+            yield from read_parts(response, lengths, self._options.attempt_seconds, allocate)
 
     def renew(self) -> None:
         """Read the credentials again, and forget the target of the last redirection.

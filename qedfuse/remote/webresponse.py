@@ -10,12 +10,12 @@ import ssl
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Final
 
 from urllib3.exceptions import (
     ConnectTimeoutError,
     NameResolutionError,
-    ProtocolError,
     ProxyError,
     SSLError,
 )
@@ -25,6 +25,7 @@ from urllib3.exceptions import (
 from urllib3.response import HTTPResponse
 
 from qedfuse.remote.client import AttemptError, UnreachableError, UnusableError, Version
+from qedfuse.remote.deadline import TimedResponse
 from qedfuse.text import printable
 
 if not hasattr(HTTPResponse, "read1"):
@@ -32,13 +33,16 @@ if not hasattr(HTTPResponse, "read1"):
     raise ImportError(msg)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
     from urllib3.response import BaseHTTPResponse
+
+    from qedfuse.hostio.hostfile import Buffer
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
 _ENTITY_TAG: Final = re.compile(r"[\x21-\x7e]+")
 """An entity tag, with or without quotes.  A tag with other characters is ignored, because it could
 break the header of a request."""
-_MAX_READ_BYTES: Final = 1 << 18
 
 
 class TruncatedError(AttemptError):
@@ -73,45 +77,84 @@ def seconds_since_change(response: BaseHTTPResponse) -> float | None:
     return None if modified is None or now is None else now - modified
 
 
-def read_body(response: BaseHTTPResponse, length: int) -> bytearray:
-    """Read the body of a response, which must have ``length`` bytes; return the body.
+def read_parts(
+    response: BaseHTTPResponse,
+    lengths: Sequence[int],
+    part_seconds: float,
+    allocate: Callable[[int], Buffer] = bytearray,
+) -> Generator[Buffer]:
+    """Read the body of a response, which must be as long as its parts; yield each part.
+
+    Args:
+        response: The response of a pool of `qedfuse.remote.deadline`.
+        lengths: The length in bytes of each part; at least one.
+        part_seconds: Maximum time for each part after the first one, which has the timeout of the
+            request.
+        allocate: Returns a buffer of a given length for a part.
 
     Raises:
         TruncatedError: The body is shorter.
-        AttemptError: The body is longer.
+        AttemptError: The body is longer, or did not arrive in time.
         UnusableError: The body is encoded.
+        TypeError: The response is of another pool.
     """
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         found = printable(encoding[:40])
         msg = f"found the content encoded as {found}, expected no encoding"
         raise UnusableError(msg)
+    length = sum(lengths)
     if response.length_remaining not in (None, length):
         msg = f"found {response.length_remaining} bytes, expected {length}"
         raise AttemptError(msg)
-    content = bytearray(length)
-    view = memoryview(content)
+    # urllib3 itself would copy the body twice.
+    body = getattr(response, "_original_response", None)
+    if not isinstance(body, TimedResponse):
+        msg = f"found a body of type {type(body).__name__}, expected one of TimedResponse"
+        raise TypeError(msg)
+    for number, part_length in enumerate(lengths):
+        if number:
+            body.restart_timeout(part_seconds)
+        part = allocate(part_length)
+        _read_into(body, memoryview(part))
+        if number == len(lengths) - 1:
+            # Without Content-Length, only a further read shows the end of the body.
+            if _read_some(body, memoryview(bytearray(1)), length):
+                msg = f"found more than {length} bytes, expected {length}"
+                raise AttemptError(msg)
+            if response.length_remaining is not None:
+                response.length_remaining = 0
+        yield part
+
+
+def _read_into(body: TimedResponse, view: memoryview) -> None:
+    """Fill ``view`` from the body of a response.
+
+    Raises:
+        TruncatedError: The body ends before the view is full.
+        OSError: The connection failed in another way.
+    """
     done = 0
-    while done < length:
-        try:
-            part = response.read1(min(_MAX_READ_BYTES, length - done), decode_content=False)
-        except ProtocolError as error:
-            msg = f"found an answer that breaks off, expected {length} bytes"
-            raise TruncatedError(msg) from error
-        if not part:
-            msg = f"found {done} bytes, expected {length}"
+    while done < len(view):
+        count = _read_some(body, view[done:], len(view))
+        if not count:
+            msg = f"found {done} bytes, expected {len(view)}"
             raise TruncatedError(msg)
-        if len(part) > length - done:
-            # The length of a chunk is negative, so the standard library returns what it has.
-            msg = f"found a chunk of an impossible length, expected {length} bytes"
-            raise AttemptError(msg)
-        view[done : done + len(part)] = part
-        done += len(part)
-    # Without Content-Length, only a further read shows the end of the body.
-    if response.read1(1, decode_content=False):
-        msg = f"found more than {length} bytes, expected {length}"
-        raise AttemptError(msg)
-    return content
+        done += count
+
+
+def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
+    """Read into ``view``; return how many bytes were read: 0 at the end of the body.
+
+    Raises:
+        TruncatedError: The response breaks off, of which ``expected`` bytes were expected.
+        OSError: The connection failed in another way.
+    """
+    try:
+        return body.readinto(view)
+    except (HTTPException, ConnectionError) as error:
+        msg = f"found an answer that breaks off, expected {expected} bytes"
+        raise TruncatedError(msg) from error
 
 
 def no_range_error(response: BaseHTTPResponse) -> UnusableError:

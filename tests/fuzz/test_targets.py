@@ -26,7 +26,7 @@ from tests.fuzz.targets.target import Target
 from tests.support.disks import build_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from urllib3.response import BaseHTTPResponse
 
@@ -91,9 +91,9 @@ def _open_any(path: str, *_policy: object) -> PosixFile:
     return PosixFile.open(path)
 
 
-def _unchecked_body(response: BaseHTTPResponse, _length: int) -> bytearray:
-    """Return the body of a response, whatever its length is."""
-    return bytearray(response.read())
+def _unchecked_body(response: BaseHTTPResponse, *_: object) -> Iterator[bytearray]:
+    """Yield the body of a response, whatever its length is."""
+    yield bytearray(response.read())
 
 
 def _fail(*_arguments: object) -> NoReturn:
@@ -125,7 +125,7 @@ _SABOTAGES: Final[Sequence[tuple[str, str, object]]] = [
     ("optionlist", "qedfuse.mount.optionsyntax.escape_value", str),
     ("mountrecord", "qedfuse.mount.system.mountrecord.asdict", lambda record: {"pid": record.pid}),
     ("cacheunits", "qedfuse.remote.unitfile._checksum", lambda *_: 0),
-    ("httpresponse", "qedfuse.remote.webclient.read_body", _unchecked_body),
+    ("httpresponse", "qedfuse.remote.webclient.read_parts", _unchecked_body),
     ("commandline", "qedfuse.cli.qedimg.parser.Parser.error", _fail),
 ]
 """The name of a target, the function that is broken for it, and the function that replaces it."""

@@ -261,7 +261,7 @@ def test_no_reader_waits_for_a_look_that_fails(
     """A look into the cache that raises fails its readers, and later reads work."""
     with fetching(tmp_path) as (_, _, file):
         with monkeypatch.context() as context:
-            context.setattr(UnitFile, "load", lambda *_: 1 / 0)
+            context.setattr(UnitFile, "has_any", lambda *_: 1 / 0)
             with pytest.raises(RemoteError, match="ZeroDivisionError"):
                 read(file, 0, 10)
         assert read(file, 0, 10) == CONTENT[:10]

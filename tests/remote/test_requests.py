@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
     from tests.support.webserver import WebServer
 
-UNITS = 96
+UNITS = 160
 CONTENT = some_bytes(UNITS)
 
 
@@ -38,15 +38,16 @@ def asked_units(server: WebServer) -> list[int]:
     for first, last in server.requests:
         assert first % UNIT_BYTES == 0
         assert (last + 1) % UNIT_BYTES == 0 or last + 1 == len(CONTENT)
-        assert last + 1 - first <= 1 << 20
+        assert last + 1 - first <= 4 << 20
         units += range(first // UNIT_BYTES, last // UNIT_BYTES + 1)
     return units
 
 
 @pytest.mark.parametrize("step", [4096, 1 << 16, 1 << 19, 1 << 21])
 def test_a_sequential_reader(tmp_path: Path, step: int) -> None:
-    """A sequential reader causes one request for each MiB, and a few more at its beginning.
+    """A reader that has read 8 MiB in sequence causes one request for 4 MiB, before that for 1 MiB.
 
+    A few requests more are made at its beginning.
     Reads of units that are ready do not reach the fetcher, as in a mount, whose extension answers
     them.
     """
@@ -57,7 +58,11 @@ def test_a_sequential_reader(tmp_path: Path, step: int) -> None:
             if ready.find(0, offset // UNIT_BYTES, last + 1) >= 0:
                 assert read(file, offset, step) == CONTENT[offset : offset + step]
         assert sorted(asked_units(server)) == list(range(UNITS))
-        assert len(server.requests) <= UNITS // 4 + 12
+        lengths = [last + 1 - first for first, last in sorted(server.requests)]
+        begin = next(at for at, length in enumerate(lengths) if length > 1 << 20)
+        assert sum(lengths[:begin]) >= 8 << 20
+        assert 4 << 20 in lengths
+        assert len(lengths) <= UNITS // 4
 
 
 def test_the_next_units_are_fetched_before_they_are_needed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ MODULES: Final = (
     "qedfuse.hostio._iothreads",
     "qedfuse.mount.fuse._extraops",
     "qedfuse.mount.sandbox._threads",
+    "qedfuse.remote._crc32",
     "qedfuse.tools.inspection._maplines",
 )
 """The C extensions."""

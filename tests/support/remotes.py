@@ -18,8 +18,10 @@ from qedfuse.remote.remotefile import RemoteFile
 from qedfuse.remote.unitfile import UNIT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from qedfuse.hostio.hostfile import Buffer
 
 DEADLINES: Final = Deadlines(connect_seconds=1.0, attempt_seconds=0.8, total_seconds=2.0)
 """Deadlines for servers with faults."""
@@ -104,13 +106,30 @@ class HeldObject:
         self.is_closed = self.ignores_close = False
         self._condition = threading.Condition()
 
-    def get(self, offset: int, length: int, *, is_brief: bool = False) -> bytes:
-        """Return a range, once no unit of it is held."""
-        units = set(range(offset // UNIT_BYTES, -(-(offset + length) // UNIT_BYTES)))
+    def get_parts(
+        self,
+        offset: int,
+        lengths: Sequence[int],
+        deliver: Callable[[Buffer], object],
+        *,
+        allocate: Callable[[int], Buffer] = bytearray,
+        is_brief: bool = False,
+    ) -> None:
+        """Deliver the parts of a range, each once no unit of it is held."""
         with self._condition:
-            self.requests.append((offset, length))
+            self.requests.append((offset, sum(lengths)))
             self.brief_requests += is_brief
             self._condition.notify_all()
+        for length in lengths:
+            self._wait(set(range(offset // UNIT_BYTES, -(-(offset + length) // UNIT_BYTES))))
+            part = memoryview(allocate(length))
+            part[:] = self.content[offset : offset + length]
+            deliver(part)
+            offset += length
+
+    def _wait(self, units: set[int]) -> None:
+        """Wait until no unit is held; raise the error that a test has given for one of them."""
+        with self._condition:
             while units & self.held and not self.is_closed:
                 self._condition.wait()
         if self.is_closed:
@@ -118,7 +137,6 @@ class HeldObject:
         for unit in units:
             if unit in self.errors:
                 raise self.errors.pop(unit)
-        return self.content[offset : offset + length]
 
     def units(self) -> list[list[int]]:
         """Return the units of each request that has begun."""

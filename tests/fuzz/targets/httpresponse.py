@@ -62,7 +62,7 @@ def check(data: bytes) -> None:
     manager = client._pools.pool_for(client._address)
     manager.pool_classes_by_scheme = {"http": _Pool}
     try:
-        content = _result(lambda: client._get(4, _LENGTH, version))
+        content = _result(lambda: next(client._get(4, [_LENGTH], version)))
         if content is not None:
             assert isinstance(content, bytearray)
             assert len(content) == _LENGTH

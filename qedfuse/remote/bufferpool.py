@@ -1,0 +1,52 @@
+"""Buffers for parts of an object, each of which is used again when nothing refers to it any more.
+
+Allocating a megabyte takes longer than receiving it: the kernel clears the pages, and Python clears
+them again, while it holds the GIL.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+BUFFER_BYTES: Final = 1 << 20
+_MAX_BUFFERS: Final = 8
+
+
+class BufferPool:
+    """Keeps at most 8 MiB of buffers.  Threads may use the object concurrently."""
+
+    def __init__(self) -> None:
+        """Begin without buffers."""
+        self._lock = threading.Lock()
+        self._buffers: list[bytearray] = []  # also those that are in use
+
+    def take(self, length: int) -> memoryview:
+        """Return a buffer of ``length`` bytes, with any content.
+
+        The buffer is used again when the view, and every view made from it, is no longer used.
+        """
+        with self._lock:
+            # The first one that is free was probably used last, so the processor caches it.
+            buffer = next(filter(_is_free, self._buffers), None)
+            if buffer is None and len(self._buffers) < _MAX_BUFFERS and length <= BUFFER_BYTES:
+                buffer = bytearray(BUFFER_BYTES)
+                self._buffers.append(buffer)
+            if buffer is not None and length <= BUFFER_BYTES:
+                return memoryview(buffer)[:length]
+        return memoryview(bytearray(length))
+
+    def clear(self) -> None:
+        """Release the memory of the buffers as soon as nothing refers to them."""
+        with self._lock:
+            self._buffers.clear()
+
+
+def _is_free(buffer: bytearray) -> bool:
+    """Return whether no view of a buffer is left."""
+    try:
+        buffer.append(0)  # Python refuses to change the length while there is a view
+    except BufferError:
+        return False
+    buffer.pop()
+    return True
