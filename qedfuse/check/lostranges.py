@@ -1,4 +1,4 @@
-"""The ranges of the disk whose data a repair cannot keep, for the report to the user."""
+"""The ranges of the disk whose data a repair loses, or cannot vouch for, for its report."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ covers all further ranges.  So the last range can also cover data that is not lo
 
 
 class LostRanges:
-    """The ranges that are lost so far.
+    """The ranges that are found to be lost or uncertain so far.
 
     Attributes:
-        ranges: The lost ranges, in the order in which they were found.
+        ranges: These ranges, in the order in which they were found.
         cleared_entries: Number of table entries that were cleared so far.
     """
 

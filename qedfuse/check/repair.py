@@ -4,9 +4,9 @@ What is done for each kind of damage, and why:
 
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
-- If two L1 entries point to tables that overlap in the file, the later table moves: it is copied to
-  the end of the file, and its L1 entry then points to the copy.  The later table stays if the
-  earlier table itself moves because it overlaps a third table.  If two L1 entries point to the same
+- If two L1 entries point to tables that overlap in the file, the one at the higher file offset
+  moves: it is copied to the end of the file, and its L1 entry then points to the copy.  But it
+  stays if the table at the lower offset moves, because that one overlaps a table before it.  If two L1 entries point to the same
   table, the entry with the higher guest offset gets a copy of the table.  After that, two tables
   refer to the same data clusters, so the clusters are copied as described in the first item.
 - If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
@@ -24,7 +24,7 @@ What is done for each kind of damage, and why:
   small disk could fill the host's file system.  An entry for such data is cleared if its cluster
   or its table would have to be copied.
 
-Ranges of the disk whose data is lost are reported.  Leaked clusters stay leaked.  The persistent
+Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.  The persistent
 free list is dropped whenever the repair changes the image, even if only NEED_CHECK is cleared.  An
 invalid list is always dropped.  The clusters of a dropped list count as leaked, until the image is
 opened for writing and its tables are scanned.
@@ -52,7 +52,7 @@ class RepairReport:
     """The result of a repair.
 
     Attributes:
-        lost: Ranges whose data is lost, in the order in which they were found.
+        lost: Ranges whose data is lost or possibly wrong, in the order in which they were found.
         copied: Number of data clusters that were copied.
         cleared: Number of table entries that were cleared.
         after: The check of the repaired image.
@@ -87,9 +87,9 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
             changed, NEED_CHECK is still set.  Only an error of the last step, which clears
             NEED_CHECK, may leave NEED_CHECK cleared.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.  Normally nothing has been changed.  But the repair also counts invalid L1
-            entries, and makes the file longer.  If the repair exceeds a limit for one of these two
-            reasons, NEED_CHECK has been set, and is still set.
+            memory.  Normally the check before the first write finds this, and nothing has been
+            changed.  Two limits can be exceeded later: the number of invalid L1 entries, and the
+            size of the file, which the repair makes longer.  In these cases NEED_CHECK stays set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

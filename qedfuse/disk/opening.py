@@ -41,8 +41,8 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The image, or its URL.  An image of another format is only read, by QEMU.  An export
-            of an NBD server may also be raw.
+        path: The image, or its URL.  An image of another format can only be opened for reading.
+            An export of an NBD server may also be raw.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -159,9 +159,9 @@ async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) 
     """Call the inspector if the tables of an image must not be trusted for writing.
 
     The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
-    multiple of the cluster size.  In the second case the partial cluster at the end of the
-    file will be cut off when the file grows, which loses data if a table entry refers to that
-    cluster.  In all other cases nothing is done.
+    multiple of the cluster size.  In the second case the file is cut to whole clusters before it
+    grows the next time (`FileLength.grow`), which loses data if a table entry refers to the
+    last, partial cluster.  In all other cases nothing is done.
 
     Raises:
         NeedsCheckError: The tables must not be trusted, and there is no inspector.

@@ -89,9 +89,9 @@ class ReadableFile(Protocol):
         Args:
             offset: File offset.
             view: The buffer.  The caller must not change it before the C function has returned.
-            take_answer: Called once, if the read is started; returns a capsule with the C
+            take_answer: Called once, just before the read is started; returns a capsule with the C
                 function, which the thread calls at the end of the read (see ``_iothreads.c``).
-            ended: Called once in the event loop, if ``take_answer`` has returned a capsule.  The
+            ended: Called once in the event loop, if the read was started.  The
                 argument is the number of bytes read, or a negative errno.  At the time of the call
                 the C function can still be running.
 

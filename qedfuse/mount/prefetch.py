@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
-"""Maximum number of requests of 1 MiB in flight.  One further request is left for reading ahead of
-sequential readers (`qedfuse.remote.fetchthreads`)."""
+"""Maximum number of requests of 1 MiB that the prefetch has in flight.  A file may have one more in
+flight (`qedfuse.remote.fetchthreads`), which stays free for readahead of sequential readers."""
 _QUIET_SECONDS: Final = 0.1
-"""Minimum time for which no reader has waited for a server before a request begins."""
+"""A request begins only when no reader has waited for a server during the last 0.1 s."""
 _PAUSE_SECONDS: Final = 30.0
 """Time between a failure of a server and the next attempt."""
 
@@ -49,7 +49,7 @@ class Prefetch:
         ]
 
     async def run(self) -> None:
-        """Fetch all that is needed, and log the end; return early if the files are closed.
+        """Fetch all that is needed, and log the end; return early if that is impossible.
 
         After a failure of a server the task waits for `_PAUSE_SECONDS` and goes on.
         """
@@ -76,7 +76,9 @@ class Prefetch:
             )
 
     async def _add_data(self, file: RemoteFile, units: NeededUnits) -> None:
-        """Add the data of a file, whose tables are in the cache; try again after a failure.
+        """Add the units that hold a file's data to ``units``; try again after a failure.
+
+        The file's tables must be in the cache.
 
         Raises:
             ObjectChangedError: The server has another version of the object.
@@ -125,7 +127,10 @@ class Prefetch:
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until no reader has waited for `_QUIET_SECONDS`; always a checkpoint."""
+        """Wait until readers have been quiet for `_QUIET_SECONDS`; always a checkpoint.
+
+        A reader is quiet if it does not wait for a server.
+        """
         await trio.lowlevel.checkpoint()
         while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time
             await trio.sleep(_QUIET_SECONDS - quiet)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.tablecache import SliceStore
 
 MIXED: Final = 0
-ZEROS: Final = 1
+ZEROS: Final = ZERO
+"""The cluster reads as zeros; equal to the table entry, so that entries need no conversion."""
 _DEPTH_BIAS: Final = 2
 """What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095
@@ -50,7 +51,8 @@ _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
 """Maximum number of entries of a base that are read for one slice of the top image.
 
 A base that has more entries for the slice, because its clusters are smaller, is not read.  The
-clusters that all bases above this base leave unallocated are then `MIXED`.
+clusters that all bases above this base leave unallocated are then `MIXED`, except those past the
+end of this base, which are zeros.
 """
 
 
@@ -76,7 +78,7 @@ class FlattenedBacking:
         self._store = store
         self.store_key = id(self)
         self._bits = top.geometry.cluster_bits
-        self._entries = top.tables.slice_entries
+        self._slice_entries = top.tables.slice_entries
         self._merges: SingleFlight[int] = SingleFlight()
 
     def cached(self, slice_number: int) -> array[int] | None:
@@ -110,8 +112,8 @@ class FlattenedBacking:
         result = []
         while start < end:
             cluster = start >> self._bits
-            codes = await self.codes(cluster // self._entries)
-            index = cluster % self._entries
+            codes = await self.codes(cluster // self._slice_entries)
+            index = cluster % self._slice_entries
             code = codes[index]
             if code == MIXED:
                 return None
@@ -133,9 +135,9 @@ class FlattenedBacking:
             HostError: A table of a backing file cannot be read.
         """
         size = 1 << self._bits
-        starts = np.arange(self._entries, dtype=np.uint64) * np.uint64(size)
-        starts += np.uint64(slice_number * self._entries * size)
-        codes = np.full(self._entries, _UNDECIDED)
+        starts = np.arange(self._slice_entries, dtype=np.uint64) * np.uint64(size)
+        starts += np.uint64(slice_number * self._slice_entries * size)
+        codes = np.full(self._slice_entries, _UNDECIDED)
         for depth, layer in enumerate(self._layers[1:], 1):
             is_undecided = codes == _UNDECIDED
             if not is_undecided.any():
@@ -191,10 +193,10 @@ async def _clusters_of_image(
     last = (int(starts[-1]) + size - 1) // own_size
     if last - first >= _MAX_ENTRIES_PER_SLICE:
         return np.full(len(starts), np.uint64(MIXED))
-    values = await _entries(layer, first, last - first + 1)
+    values = await _read_entries(layer, first, last - first + 1)
     if own_size >= size:  # each of the clusters lies within one cluster of the image
-        entries = starts // np.uint64(own_size) - np.uint64(first)
-        found: NDArray[np.uint64] = values[entries]
+        indices = starts // np.uint64(own_size) - np.uint64(first)
+        found: NDArray[np.uint64] = values[indices]
         inside = starts % np.uint64(own_size)
         found[_is_offset(found)] += inside[_is_offset(found)]
         return found
@@ -214,7 +216,7 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return is_offset
 
 
-async def _entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
+async def _read_entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
     """Return the L2 entries of an image for ``count`` clusters from index ``first`` on.
 
     Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters and

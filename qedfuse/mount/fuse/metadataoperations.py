@@ -116,7 +116,7 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     def may_grow(self, exported: ExportedDisk) -> bool:
-        """Return whether the options let a disk grow; False for a partition, as for a device."""
+        """Return whether a disk may grow; False for a partition, whose size is fixed."""
         return self.growable and not exported.is_partition
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
@@ -151,7 +151,7 @@ class MetadataOperations(pyfuse3.Operations):
         return self._attributes.for_reply(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing, because each inode exists as long as the mount."""
+        """Do nothing: a disk exists as long as the mount, and the table decides on partitions."""
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerNeeds:
-    """The files and addresses that a server needs.
+    """The files and addresses that the process needs that serves a mount.
 
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         directory: Whether the mountpoint is a directory.
-        modes: The permissions that the server may set on a file; empty for none.
+        modes: The modes that the process may pass to chmod(2); empty for none.  It sets a disk's
+            present mode again to correct the size that the kernel has (`SizeFixup`).
         writable: Whether the mount can be written to.
-        uses_servers: Whether a file of a chain is on a server.
-        addresses: The addresses of files on servers, and the prefixes that images may name.
+        uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
+        addresses: The addresses of such files, and the prefixes of the URLs that images may name as
+            backing files.
         variables: The variables of the environment and of a file with credentials.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which another program may replace.
@@ -55,7 +57,7 @@ def server_needs(
     uses_servers: bool,
     socket_directory: int | None,
 ) -> ServerNeeds:
-    """Return what a server needs.
+    """Return what the process needs that serves a mount.
 
     Args:
         mountpoint: The mountpoint, absolute and free of symbolic links.
@@ -64,7 +66,7 @@ def server_needs(
         directory: Whether the mountpoint is a directory.
         mode: The permissions of the disks.  A disk that is read-only in a writable mount has the
             same permissions without those for writing.
-        uses_servers: Whether a file of a chain is on a server.
+        uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.
 

@@ -46,7 +46,11 @@ class StatisticsSource:
         self._begin = time.monotonic()
 
     async def document(self) -> dict[str, Any]:
-        """Return the document; requests are served between two disks."""
+        """Return the document.
+
+        After each disk the event loop may serve requests, so the figures of two disks can be from
+        different moments.
+        """
         disks = []
         for exported in self._disks.first_files:
             handles = sum(file.handles for file in self._disks.files_of(exported.image))
