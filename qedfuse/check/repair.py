@@ -6,9 +6,10 @@ What is done for each kind of damage, and why:
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
 - If two L1 entries point to tables that overlap in the file, the one at the higher file offset
   moves: it is copied to the end of the file, and its L1 entry then points to the copy.  But it
-  stays if the table at the lower offset moves, because that one overlaps a table before it.  If two L1 entries point to the same
-  table, the entry with the higher guest offset gets a copy of the table.  After that, two tables
-  refer to the same data clusters, so the clusters are copied as described in the first item.
+  stays if the table at the lower offset moves, because that one overlaps a table before it.  If two
+  L1 entries point to the same table, the entry with the higher guest offset gets a copy of the
+  table.  After that, two tables refer to the same data clusters, so the clusters are copied as
+  described in the first item.
 - If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
   entry of the data or the L1 entry of the table is wrong, and the tables do not show which of the
   two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the entry of the data
@@ -24,10 +25,10 @@ What is done for each kind of damage, and why:
   small disk could fill the host's file system.  An entry for such data is cleared if its cluster
   or its table would have to be copied.
 
-Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.  The persistent
-free list is dropped whenever the repair changes the image, even if only NEED_CHECK is cleared.  An
-invalid list is always dropped.  The clusters of a dropped list count as leaked, until the image is
-opened for writing and its tables are scanned.
+Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.
+The persistent free list is dropped whenever the repair changes the image, even if only NEED_CHECK
+is cleared.  An invalid list is always dropped.  The clusters of a dropped list count as leaked,
+until the image is opened for writing and its tables are scanned.
 """
 
 from __future__ import annotations
