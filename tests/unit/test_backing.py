@@ -363,6 +363,16 @@ async def test_base_of_another_format(place: Directories, magic: bytes, what: st
     assert await read(place.image("foreign", raw=True)) == content
 
 
+async def test_only_the_named_base_may_be_foreign(place: Directories) -> None:
+    """That the user has named another base does not allow a base of a foreign format."""
+    (place.images / "foreign").write_bytes(b"QFI\xfb\0\0\0\3".ljust(SIZE, b"\0"))
+    path = place.image("foreign")
+    for name in ("base.img", "missing"):
+        for mode in ("confined", "any"):
+            policy = BackingPolicy(mode=mode, trusted=str(place.images / name))
+            await refused(path, "foreign", "foreign=qemu", policy=policy, error=BackingError)
+
+
 async def test_no_probe_is_honoured(place: Directories) -> None:
     """A QED header that a guest writes into its raw base is not followed."""
     inside = bytes(build_image(SIZE, {0: b"x"}, backing=b"/etc/passwd"))

@@ -2,8 +2,10 @@
 
 An untrusted image can name, as its backing file, any file that the user may read, and the guest
 would see the content of that file.  So a base must lie inside the directory of the image that names
-the base, unless the user allows other directories.  The policy is applied to the file that was
-opened and not to its name, so that symbolic links and renames cannot evade the policy.
+the base, unless the user allows other directories.  For a local base the policy is applied to the
+file that was opened and not to its name, so that symbolic links and renames cannot evade the
+policy.  A URL is allowed or refused by its name, before a connection is made, and ``backing=none``
+refuses every base by its name.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backingpath import MAX_CHAIN_DEPTH, backing_path
-from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
+from qedfuse.disk.lookup.basepolicy import checked_name, is_named, is_same_url, open_local_base
 from qedfuse.disk.lookup.foreignopening import foreign_driver, open_foreign
 from qedfuse.disk.lookup.imageopening import open_url
 from qedfuse.disk.lookup.layer import QedLayer, RawLayer
@@ -70,11 +72,10 @@ async def open_bases(
     *,
     name: str | None = None,
 ) -> list[Layer]:
-    """Open the bases of an image, read-only; return their layers, that of the first base first.
+    """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
-    The list is empty if the image has no base.  The versions of the bases are compared with those
-    that each image of the chain remembers (see `verify_bases`); if ``name`` is given, not with
-    those that the first image remembers.
+    The list is empty if the image has no base.  Each image of the chain is compared with the
+    versions that it remembers (`verify_bases`), except the first image if ``name`` is given.
 
     Args:
         path: Path of the image.
@@ -97,9 +98,9 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    # Each image whose base is open, with the name of the base that the image stores.  The name is
-    # empty if the caller has given another one.
-    stored_names = [] if name is None else [(file, "")]
+    # The images above the base that is opened next, each with the name of the base that it stores.
+    # The name is empty if the caller has given another one.
+    images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
     base: HostFile | None = None
@@ -108,12 +109,12 @@ async def open_bases(
             if name is None:
                 name = await read_backing_name(file, header)
             path = backing_path(path, name, options.backing.working_directory)
-            if len(stored_names) == len(layers):
-                stored_names.append((file, name))
-            base = await open_base(path, file, options, trusted, stored_names)
-            is_trusted = trusted is not None
+            if len(images) == len(layers):
+                images.append((file, name))
+            base = await open_base(path, file, options, trusted, images)
+            is_trusted = is_named(path, base, trusted)
             trusted = name = None
-            _record_base(base, file.name, seen)
+            _extend_chain(base, file.name, seen)
             with _prefixing_errors(file):
                 found = await _format_of(
                     base, file.name, header, options.backing, is_trusted=is_trusted
@@ -132,7 +133,7 @@ async def open_bases(
             layers.append(layer)
             file, base = base, None
         files = [layer.file for layer in layers]
-        verify_bases(stored_names, files, accept=options.backing.base_changed)
+        verify_bases(images, files, accept=options.backing.base_changed)
     except BaseException:
         if base is not None:
             base.close()
@@ -169,7 +170,7 @@ def _prefixing_errors(image: HostFile) -> Iterator[None]:
         raise error.prefixed(about) from error
 
 
-def _record_base(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
+def _extend_chain(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
     """Add the identity of a base to ``seen``, which has those of the image and of the bases above.
 
     ``image`` is the name of the image that names the base, for messages.
@@ -211,7 +212,8 @@ async def open_base(
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The cache for a URL cannot be used, or the host has no free descriptor.
+        HostError: The file is a URL, and its cache cannot be used, or the host has no free
+            descriptor.
         BackingRefusedError: The policy forbids the file.
     """
     if options.backing.mode == "none":
@@ -238,8 +240,7 @@ async def _open_url_base(
     """Open a backing file that is a URL, if the user allows it; see `open_base`."""
     try:
         address = parse_address(url)
-        is_trusted = trusted is not None and is_url(trusted) and parse_address(trusted) == address
-        if not is_trusted and not any(
+        if not is_same_url(address, trusted) and not any(
             is_below(address, prefix) for prefix in options.remote.allowed
         ):
             msg = (

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from qedfuse.disk.lookup.backingpath import has_protocol
 from qedfuse.errors import BackingError, BackingRefusedError, HostError, ImageError
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.remote.address import is_url, shown_name
+from qedfuse.remote.address import is_url, parse_address, shown_name
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.disk.options import BackingPolicy
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.remote.address import Address
 
 
 def checked_name(raw: bytes, image: str) -> str:
@@ -60,7 +61,7 @@ def open_local_base(
     except (HostError, ImageError) as error:
         msg = f"{image.name}: backing file {error}"
         raise BackingError(msg) from error
-    if policy.mode == "any" or (trusted is not None and _is_same_file(base, trusted)):
+    if policy.mode == "any" or is_named(path, base, trusted):
         return base
     directory = os.path.dirname(image.path) or "."  # noqa: PTH120
     allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
@@ -78,7 +79,31 @@ def open_local_base(
     raise BackingRefusedError(msg)
 
 
-def _is_same_file(file: PosixFile, path: str) -> bool:
+def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
+    """Return whether an open base is the one that the user has named.
+
+    Args:
+        path: The path or URL of the base.
+        base: The open base.
+        trusted: The path or URL that the user has named; None for none.
+    """
+    if trusted is None:
+        return False
+    if is_url(path):
+        return is_same_url(parse_address(path), trusted)
+    return _is_same_file(base, trusted)
+
+
+def is_same_url(address: Address, trusted: str | None) -> bool:
+    """Return whether ``trusted``, a path or URL that the user has named or None, is an address.
+
+    Raises:
+        UsageError: ``trusted`` is a URL that is not valid.
+    """
+    return trusted is not None and is_url(trusted) and parse_address(trusted) == address
+
+
+def _is_same_file(file: HostFile, path: str) -> bool:
     """Return whether a path leads to the open file; False if either cannot be examined."""
     try:
         return os.path.samestat(file.stat(), os.stat(path))  # noqa: PTH116
