@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from qedfuse.disk.components import Components
 from qedfuse.disk.guestchanges import GuestChanges
 from qedfuse.disk.lifecycle import Lifecycle
-from qedfuse.disk.lookup.rememberedbase import replace_base
+from qedfuse.disk.lookup.rememberedbase import replace_versions
 from qedfuse.disk.state.backingname import change_backing_name
 from qedfuse.disk.statistics import DiskStatistics, collect_statistics
 
@@ -261,7 +261,7 @@ class Disk(GuestChanges):
         await change_backing_name(
             self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
         )
-        replace_base(self._file, os.fsdecode(name), versions)
+        replace_versions(self._file, os.fsdecode(name), versions)
 
     def fstat(self) -> os.stat_result:
         """Return the attributes of the image file.

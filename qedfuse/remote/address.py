@@ -1,7 +1,8 @@
 """The address of an object: a URL of an object store, a web server or an NBD server, normalised.
 
 Equivalent spellings of a URL give equal addresses, as far as the equivalence can be decided without
-a request to the server.  So addresses can be compared, and can identify entries of the cache.
+a request to the server.  So addresses can be compared, and can identify entries of the cache.  The
+query for a web server is not normalised, because its meaning is that server's.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Address:
 
     @property
     def server(self) -> str:
-        """The prefix of the URLs of all objects of the server or bucket, for messages."""
+        """The URL that as a prefix (`parse_prefix`) covers the server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""
         return printable(f"{self.scheme}://{self.host}/{query}")
 
@@ -143,7 +144,10 @@ def is_nbd_url(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a file for messages; a URL loses its user and a query for a web server."""
+    """Return the name of a file for messages; a URL loses its user and a query for a web server.
+
+    A URL that is not valid loses any query.
+    """
     if not is_url(name):
         return printable(name)
     try:
@@ -179,7 +183,7 @@ def require_storable(name: str, hint: str = "") -> None:
         hint: The end of the message: what the user can do instead.
 
     Raises:
-        UsageError: The name is a URL with a query, or a URL that is not valid.
+        UsageError: The name is a URL of a web server with a query, or a URL that is not valid.
     """
     if is_url(name) and (address := parse_address(name)).may_have_secret:
         msg = (
@@ -244,7 +248,6 @@ def _parse(text: str) -> Address:
         raise invalid_url(text, "characters", "one that is not allowed", "%XX for it")
     try:
         parts = urlsplit(text)
-        port = parts.port
     except ValueError:
         raise invalid_url(text, "host", "no valid one", "a host name or an IP address") from None
     if "@" in parts.netloc:
@@ -252,9 +255,13 @@ def _parse(text: str) -> Address:
             text, "user", "one", "none (credentials come from a file or the environment)"
         )
     if scheme in UNIX_SCHEMES and parts.netloc:
-        raise invalid_url(text, "host", "one", "none, but ?socket=PATH (three slashes before it)")
+        raise invalid_url(text, "host", "one", f"none: write {scheme}:///EXPORT?socket=PATH")
     if scheme in STORES:
-        return _store_address(text, parts, port)
+        return _store_address(text, parts)
+    try:
+        port = parts.port
+    except ValueError:
+        raise invalid_url(text, "port", "no valid one", "a number up to 65535") from None
     host = "" if scheme in UNIX_SCHEMES else parse_host(text, parts.netloc, parts.hostname or "")
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
@@ -265,12 +272,12 @@ def _parse(text: str) -> Address:
     return Address(scheme, host, parse_path(text, parts.path), parts.query)
 
 
-def _store_address(text: str, parts: SplitResult, port: int | None) -> Address:
+def _store_address(text: str, parts: SplitResult) -> Address:
     """Return the address for a URL of an object store."""
-    bucket = parts.netloc.partition(":")[0]
+    bucket, _, port = parts.netloc.partition(":")
     if not re.fullmatch(_BUCKET, bucket):
         raise invalid_url(text, "host", bucket or "none", "the name of a bucket or container")
-    if port is not None:
-        raise invalid_url(text, "port", str(port), "none after the name of a bucket")
+    if port:
+        raise invalid_url(text, "port", "one", "none after the name of a bucket")
     path = parse_name(text, parts.path)
     return Address(parts.scheme, bucket, path, version=parse_version(text, parts.query))

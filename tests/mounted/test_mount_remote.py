@@ -388,8 +388,8 @@ def test_an_overlay_remembers_its_base(
     size = len(server.content)
     expected = (
         f'{overlay}: backing file {url}: found size {size} and etag "two", expected size {size} '
-        'and etag "one" as when the image was made over it (base_changed accepts it; the cache '
-        "lacks a part of the expected one)"
+        'and etag "one", which the image remembers; no cache has all of the expected version '
+        "(base_changed accepts the version found)"
     )
     for words in ((server.url, "-o", f"overlay={overlay}"), (overlay, "-o", prefix(server))):
         assert refused(*words, mnt, code=17) == expected

@@ -102,6 +102,27 @@ def test_other_objects_have_other_addresses(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://h:abc/x", "URL port: found no valid one, expected a number up to 65535"),
+        ("https://h:99999/x", "URL port: found no valid one, expected a number up to 65535"),
+        ("s3://b:abc/x", "URL port: found one, expected none after the name of a bucket"),
+        ("s3://b:80/x", "URL port: found one, expected none after the name of a bucket"),
+        ("https://[::1/x", "URL host: found no valid one, expected a host name or an IP address"),
+        (
+            "nbd+unix://h/x",
+            "URL host: found one, expected none: write nbd+unix:///EXPORT?socket=PATH",
+        ),
+    ],
+)
+def test_message_for_a_host_or_a_port(url: str, expected: str) -> None:
+    """The message names the part of the URL that is not valid."""
+    with pytest.raises(UsageError) as caught:
+        parse_address(url)
+    assert str(caught.value) == f"{url}: {expected}"
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "https://h/a/../b",

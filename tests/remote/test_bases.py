@@ -106,8 +106,8 @@ def is_refused(path: Path, server: WebServer, base: str | None = None) -> bool:
     assert line == again
     assert line.startswith(f"{path}: backing file {base or server.url}: found size {size} ")
     assert line.endswith(
-        " as when the image was made over it (base_changed accepts it; the cache lacks a part "
-        "of the expected one)"
+        ", which the image remembers; no cache has all of the expected version "
+        "(base_changed accepts the version found)"
     )
     return True
 

@@ -114,7 +114,7 @@ def test_a_version_that_is_not_in_the_cache(tmp_path: Path) -> None:
             with entry.open("r+b") as file:
                 file.write(bytes(8))
         assert main(["warm", "-q", server.url]) == 0
-        with pytest.raises(BackingError, match="the cache lacks a part of the expected one"):
+        with pytest.raises(BackingError, match="no cache has all of the expected version"):
             first_byte(old, server)
     with pytest.raises(RemoteError, match="attempts"):
         first_byte(old, server)

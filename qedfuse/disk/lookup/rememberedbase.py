@@ -1,19 +1,20 @@
 """The versions of the bases over which an overlay was made, remembered with the overlay.
 
 An overlay has only the differences from its base, so over another base it shows a disk that never
-existed.  So the versions of the bases are stored with the image (`baserecord`) when the image is
-created, converted or rebased.  If none are stored then, they are stored when the image is opened
-for writing.  A later open compares:
+existed.  So a record of the versions of the bases is stored with the image (`baserecord`), as an
+extended attribute if the file system has those, when the image is created, converted or rebased.
+If no record is stored then, it is stored when the image is opened for writing.  A later open
+compares:
 
-- Each base on a server, the first one or one below it, must have the size and the validator that
-  were remembered.
+- Each base on a server, at any depth of the chain, must have the size and the validator that were
+  remembered.
 - The first base, if it is a local file, should have the same size and time of modification.  A
   difference is only logged, because other programs change the time of a base that keeps its
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
 The record has a checksum that includes the name of the base.  So the record is ignored if a
 program has changed that name since.  The record of a local base is short, so that the attribute
-needs no block of its own on file systems that store short attributes in the inode.
+that holds it needs no block of its own on file systems that store short attributes in the inode.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def verify_bases(
         bases: The bases of the first image.
         accept: Whether to accept other versions.
     """
-    # The first image comes last: nothing is remembered with it if a lower one is refused.
+    # From the bottom up: if a base of a lower image is refused, nothing has been stored yet with
+    # the first image.
     for depth, (image, name) in reversed(list(enumerate(images))):
         if name:
             verify_base(image, name, bases[depth:], accept=accept)
@@ -91,15 +93,15 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that the image remembers, if any.
 
-    A difference of a local base is logged.  If the image is open for writing, the versions of the
-    bases are then remembered.  Without ``accept``, the version of a file on a server that was
-    remembered before stays.  If the host refuses to store the versions, this is logged.
+    Without ``accept``, another size or time of modification of a local base is logged.  If the
+    image is open for writing, the versions of the bases are then remembered.  If the host refuses
+    to store the versions, this is logged.
 
     Args:
         image: The image.
         name: The name of the first base in the image.
         bases: The first base and those below it.
-        accept: Whether to accept bases that differ.
+        accept: Whether to accept bases that differ, without a comparison.
 
     Raises:
         BackingError: A base is a file on a server and of another version.
@@ -111,8 +113,6 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
     old = _read(image, name, is_vital=bool(new.remote))
     if old is not None and not accept:
         _compare(image, bases, old, new)
-        kept = {url: old.remote.get(url, version) for url, version in new.remote.items()}
-        new = new._replace(remote=kept)
     if image.writable and old != new:
         _store(image.fileno(), image.path, image.name, name, new)
 
@@ -126,13 +126,15 @@ def _compare(
         BackingError: A base is a file on a server and of another version.
     """
     for base in bases:
-        url = url_checksum(base.path)
-        expected, found = old.remote.get(url), new.remote.get(url)
+        checksum = url_checksum(base.path)
+        expected, found = old.remote.get(checksum), new.remote.get(checksum)
         if expected is not None and found is not None and expected != found:
-            lacks = "" if is_nbd_url(base.path) else "; the cache lacks a part of the expected one"
+            # NBD servers have no cache.  Of other servers the expected version would have been
+            # opened if the cache had all of it; see `remembered_version`.
+            cache = "" if is_nbd_url(base.path) else "; no cache has all of the expected version"
             msg = (
-                f"{image.name}: backing file {base.name}: found {found}, expected {expected} as "
-                f"when the image was made over it (base_changed accepts it{lacks})"
+                f"{image.name}: backing file {base.name}: found {found}, expected {expected}, "
+                f"which the image remembers{cache} (base_changed accepts the version found)"
             )
             raise BackingError(msg)
     if old.local is not None and new.local is not None:
@@ -149,12 +151,12 @@ def _warn_if_changed(image: HostFile, base: HostFile, old: FileVersion, new: Fil
     if (old.size, old_time) != (new.size, new_time):
         _log.warning(
             "%s: backing file %s: found it %s since the image was last opened for writing, so the "
-            "disk may be corrupt (base_changed accepts it)",
+            "disk may be corrupt (base_changed omits this warning)",
             *(image.name, base.name, "modified" if old_inode == new_inode else "replaced"),
         )
 
 
-def replace_base(image: HostFile, name: str, versions: BaseVersions | None) -> None:
+def replace_versions(image: HostFile, name: str, versions: BaseVersions | None) -> None:
     """Store the versions of the new bases of an image, whatever was remembered before.
 
     Args:
@@ -170,7 +172,7 @@ def replace_base(image: HostFile, name: str, versions: BaseVersions | None) -> N
 
 
 def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
-    """Remember the new version of the local base of an image, to which the caller has committed.
+    """Remember the new version of an image's local base after a commit of the image to that base.
 
     Does nothing if no version is remembered.
 
@@ -189,8 +191,8 @@ class NewRecord:
     """Stores the versions of the bases of a new image, in two steps.
 
     If the record is an attribute, it is stored before the image gets its name, so that the image
-    never has its name without the record.  A file beside the image can be made only afterwards,
-    because the record's name depends on the name of the image.
+    never has its name without the record.  A file beside the image is made afterwards: its name is
+    derived from that of the image, and it is made only if the open image has that name.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:
@@ -214,8 +216,9 @@ class NewRecord:
     def finish(self, path: str) -> None:
         """Store the record of the image, which now has its name, in a file if that is necessary.
 
-        If no versions are stored, a file that an earlier image of this name has left behind is
-        removed.  If the host refuses, this is logged.
+        If the host refuses to store the record, this is logged.  If there are no versions to store,
+        a record file that an earlier image of this name has left behind is removed; if the host
+        refuses that, nothing is logged, because such a record is not used for another image.
         """
         if self._is_stored:
             return
