@@ -1,12 +1,12 @@
-"""The log of outages: one line when a server stops answering, and one when it answers again.
+"""The log of outages: one line when an object can no longer be read, and one when it can again.
 
-There are two kinds of outages: the server does not serve the object, or the server has another
-version of the object.
+There are two kinds of outages: the server does not serve the object, because it does not answer or
+because it refuses, or the server has another version of the object.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
-last logged outage of the same kind has begun less than a minute ago.  The errors of an outage that
-is not logged are not marked with `RemoteError.is_logged`, so the code that reports them logs them,
-at a limited rate.
+last logged outage of the same kind began less than a minute before.  Only the errors of a logged
+outage are marked with `RemoteError.is_logged`.  Any other error is logged, at a limited rate, by
+the code that answers the failed request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class OutageLog:
     def __init__(self, name: str, consequence: str) -> None:
         """Log outages of the server of the object ``name``.
 
-        ``consequence`` is the end of the line for the beginning of an outage: what cannot be read.
+        When an outage begins, the logged line ends with ``consequence``, which says what the outage
+        means for readers.
         """
         self._name = name
         self._consequence = consequence
@@ -39,20 +40,23 @@ class OutageLog:
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
         self._begun = 0.0  # when the present outage began
-        self._last_seconds: dict[type[RemoteError], float] = {}
+        self._last_logged: dict[type[RemoteError], float] = {}  # when it began, for each kind
 
     def failed(self, error: RemoteError) -> None:
-        """Log a failed request if it begins an outage; mark the error if the outage was logged."""
+        """Log a failed request if it begins an outage; mark the error if the outage was logged.
+
+        An outage that begins too soon after the last logged one of its kind is not logged.
+        """
         kind = ObjectChangedError if isinstance(error, ObjectChangedError) else RemoteError
         with self._lock:
             begins, self._kind = self._kind is not kind, kind
             must_log = False
             if begins:
                 now = self._begun = time.monotonic()
-                last = self._last_seconds.get(kind)
+                last = self._last_logged.get(kind)
                 must_log = self._is_logged = last is None or now - last >= _MIN_SECONDS_BETWEEN
                 if must_log:
-                    self._last_seconds[kind] = now
+                    self._last_logged[kind] = now
             error.is_logged = self._is_logged
         if must_log:
             _log.error("%s; %s", error, self._consequence)

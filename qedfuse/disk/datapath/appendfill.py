@@ -8,9 +8,10 @@ or the journal of a file system does, waits for 16 such flushes in each cluster 
 ext4 such a flush takes about 250 µs; a flush of blocks that the host has already allocated takes
 about 120 µs.
 
-So if a program that appends and flushes begins a cluster, all of the cluster is written with the
-first write.  Other programs would gain nothing: a program that does not flush never waits for such
-an allocation, and a program that writes at random does not soon write to the same cluster again.
+So if a program that appends and flushes begins a cluster of at most 64 KiB, all of the cluster is
+written with the first write.  Other programs would gain nothing: a program that does not flush
+never waits for such an allocation, and a program that writes at random does not soon write to the
+same cluster again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
 
 _MAX_BYTES: Final = 1 << 16
-"""Maximum length of a run that is written whole, so that one write does not take much longer."""
+"""Maximum length in bytes of a run that is filled for a program that appends.
+
+Filling a longer run would make its first write much slower than a write of the guest's data alone.
+"""
 
 
 class AppendFill:
@@ -39,11 +43,16 @@ class AppendFill:
         If the result is False, the caller must write all of the run.
 
         The rest of a run can stay a hole only if it reads as zeros already and needs no data of the
-        base.  For any other run the result is False.  If the rest can stay a hole, the result is
-        True, unless the write seems to be that of a program that appends and flushes: a flush has
-        begun since the last call for a run whose rest could stay a hole, this run begins with data
-        of the guest, and it has at most `_MAX_BYTES`.  The caller must call this method at most
-        once for each run.
+        base.  For any other run the result is False.
+
+        If the rest can stay a hole, the result is False only if all of the following hold, as for a
+        program that appends and flushes:
+
+        - A flush has begun since the previous call for a run whose rest could stay a hole.
+        - The guest's data begins at the start of the run.
+        - The run has at most `_MAX_BYTES`.
+
+        The caller must call this method at most once for each run.
 
         Args:
             run: The run of new clusters.

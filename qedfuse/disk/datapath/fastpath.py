@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from qedfuse.disk.writeback.metadata import MetadataWriteback
     from qedfuse.hostio.hostfile import Buffer, HostFile
 
-_MAX_REQUEST_BYTES: Final = 1 << 20
-"""Maximum bytes of one read on the fast path, and length of the buffer for reads.  Requests of the
-kernel are not longer."""
-_ZEROS: Final = memoryview(bytes(_MAX_REQUEST_BYTES))
+_MAX_READ_BYTES: Final = 1 << 20
+"""Maximum bytes of one read on the fast path.  Requests of the kernel are not longer.
+
+It is also the length of the buffer, in which writes assemble the content of new clusters as well.
+"""
+_ZEROS: Final = memoryview(bytes(_MAX_READ_BYTES))
 
 
 class FastPath:
@@ -68,7 +70,7 @@ class FastPath:
         self._try_write_file = layer.file.try_write
         # All requests share one buffer: to allocate a buffer for each request, filled with
         # zeros, would take as long as to read into it.
-        self._buffer = memoryview(bytearray(_MAX_REQUEST_BYTES))
+        self._buffer = memoryview(bytearray(_MAX_READ_BYTES))
         self._allocation = FastAllocation(
             *(chain, layer, space, needcheck, table_writer, write_path, append_fill),
             self._buffer,
@@ -82,11 +84,11 @@ class FastPath:
     def try_read(self, start: int, length: int) -> memoryview | None:
         """Read a guest range; return None if that would block or fails.
 
-        Returns None also if the range is empty, is longer than `_MAX_REQUEST_BYTES`, does not
+        Returns None also if the range is empty, is longer than `_MAX_READ_BYTES`, does not
         lie within one slice, or ends past the end of the disk.  The returned view is valid until
         the next call of any method.
         """
-        if length > _MAX_REQUEST_BYTES:
+        if length > _MAX_READ_BYTES:
             return None
         location = self.locate(start, length)
         if location is not None:

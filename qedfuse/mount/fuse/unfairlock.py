@@ -36,7 +36,7 @@ class UnfairLock:
     async def __aexit__(self, *_: object) -> None:
         """Release the lock and wake one waiter.
 
-        No waiter is woken while a waiter that was woken earlier has not run yet.
+        A further waiter is woken only after the one that was woken before has run.
         """
         self._held = False
         if self._waiting and not self._woken:

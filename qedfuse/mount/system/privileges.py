@@ -25,9 +25,10 @@ def find_fusermount() -> str | None:
 
 
 def can_gain_privileges() -> bool:
-    """Return whether programs that this process runs can have more privileges, as fusermount3 does.
+    """Return whether a program that this process starts can gain privileges, as fusermount3 does.
 
-    Also returns True if /proc is not mounted.
+    A program gains them by its set-user-ID bit or its file capabilities.  Also returns
+    True if /proc is not mounted.
     """
     try:
         return "\nNoNewPrivs:\t1\n" not in Path("/proc/self/status").read_text("ascii", "replace")
