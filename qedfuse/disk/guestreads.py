@@ -70,9 +70,9 @@ class GuestReads:
         """
         return self._fast_path.try_read(start, length)
 
-    def read_tables(self) -> ReadTables:
+    def tables_for_reads(self) -> ReadTables:
         """Return the objects with which the mount's extension answers reads by itself."""
-        return self._fast_path.read_tables(self._epochs)
+        return self._fast_path.tables_for_reads(self._epochs)
 
     @property
     def should_try_read(self) -> bool:

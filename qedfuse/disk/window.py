@@ -63,9 +63,11 @@ class DiskWindow:
             return None
         return self.disk.try_read(self.start + start, length)
 
-    def read_tables(self) -> ReadTables:
+    def tables_for_reads(self) -> ReadTables:
         """Return the objects with which the mount's extension answers reads by itself."""
-        return self.disk.read_tables()._replace(window_start=self.start, window_bytes=self.size)
+        return self.disk.tables_for_reads()._replace(
+            window_start=self.start, window_bytes=self.size
+        )
 
     def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
         """Return where a range is stored, without waiting; see `Disk.try_locate`."""

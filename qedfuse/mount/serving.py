@@ -131,7 +131,7 @@ class Server:
     def _share_files(self) -> None:
         """Let the extension answer reads of the present files, if it answers any."""
         if self._data_requests is not None:
-            tables = self._data_requests.read_tables()
+            tables = self._data_requests.tables_for_reads()
             extraops.share_files(tables, self._disks.shared_cells())
 
     async def run(

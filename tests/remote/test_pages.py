@@ -58,7 +58,7 @@ async def test_an_overlay_and_its_cached_base_are_answered(
             content[8 * MIB : 9 * MIB] = bytes([7]) * MIB
             await disk.write(8 * MIB, bytes([7]) * MIB)
             await disk.read(0, 4096)  # the tables of the base
-            session.show(*disk.read_tables())
+            session.show(*disk.tables_for_reads())
             fetched = len(server.requests)
             assert session.read(8 * MIB, 4096) == bytes([7]) * 4096
             assert session.read(4 * MIB, 4096) is None, "not fetched yet"

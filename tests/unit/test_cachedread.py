@@ -623,7 +623,7 @@ async def test_the_extension_and_the_disk_read_the_same(
     answered = passed = from_base = 0
     # A small budget of the table cache, so that slices are evicted.
     async with open_disk(path, OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
-        found = disk.read_tables()
+        found = disk.tables_for_reads()
         session.show(*found)
         assert found.files[0] is not None
         own_fd = found.files[0].fd

@@ -696,7 +696,7 @@ async def test_a_cluster_is_not_reused_while_it_is_read(
     async with open_disk(path, OpenOptions(writable=True)) as disk:
         await disk.write(0, b"old" * CLUSTER)
         await disk.flush()
-        found = disk.read_tables()
+        found = disk.tables_for_reads()
         assert found.files[0] is not None
         policy = found.files[0].policy
         assert policy.can_queue
@@ -727,7 +727,7 @@ async def test_queued_reads_return_what_the_disk_returns(
     await create_image(str(path), 256 * CLUSTER, cluster_size=CLUSTER, table_size=1)
     count = waited = 0
     async with open_disk(str(path), OpenOptions(writable=True, cache_bytes=1 << 16)) as disk:
-        found = disk.read_tables()
+        found = disk.tables_for_reads()
         assert found.files[0] is not None
         policy = found.files[0].policy
         session.show(*found)

@@ -48,7 +48,8 @@ class AppendFill:
         If the rest can stay a hole, the result is False only if all of the following hold, as for a
         program that appends and flushes:
 
-        - A flush has begun since the previous call for a run whose rest could stay a hole.
+        - A cycle of `MetadataWriteback` has begun since the previous call for a run whose
+          rest could stay a hole.
         - The guest's data begins at the start of the run.
         - The run has at most `_MAX_BYTES`.
 

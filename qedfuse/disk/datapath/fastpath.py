@@ -100,7 +100,7 @@ class FastPath:
             return view
         return self._gather(start, start + length)
 
-    def read_tables(self, epochs: Epochs) -> ReadTables:
+    def tables_for_reads(self, epochs: Epochs) -> ReadTables:
         """Return what ``_cachedread.c`` needs for reads; ``epochs`` counts the disk's requests."""
         return ReadTables(
             self._layer,

@@ -99,10 +99,10 @@ class DataRequests:
             read.ended(-1)
         return read.is_taken
 
-    def read_tables(self) -> dict[int, ReadTables]:
+    def tables_for_reads(self) -> dict[int, ReadTables]:
         """Return, by inode number, the objects with which the extension can answer reads itself."""
         disks = self._operations.fast.disks
-        return {inode: exported.disk.read_tables() for inode, exported in disks.items()}
+        return {inode: exported.disk.tables_for_reads() for inode, exported in disks.items()}
 
     async def drain(self) -> None:
         """Wait until the threads have ended all deferred reads.

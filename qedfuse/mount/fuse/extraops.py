@@ -82,7 +82,7 @@ def serve(
     _extension.set_counters(*counters)
     if data_requests is not None:
         _extension.set_data_handlers(data_requests.read, data_requests.write, data_requests.fsync)
-        share_files(data_requests.read_tables(), counters)
+        share_files(data_requests.tables_for_reads(), counters)
     return None
 
 
