@@ -202,7 +202,7 @@ test_wheel() {
             PATH=/venv/bin:$PATH
             python3 -c "
 import qedfuse.check._sweep, qedfuse.hostio._iothreads, qedfuse.mount.fuse._extraops
-import qedfuse.mount.sandbox._threads, qedfuse.tools.inspection._maplines"
+import qedfuse.mount.sandbox._threads, qedfuse.remote._crc32, qedfuse.tools.inspection._maplines"
             cd /tmp
             qedimg create -q vm.qed 64M
             mkdir mnt
