@@ -138,7 +138,7 @@ def _read_into(body: TimedResponse, view: memoryview) -> None:
     while done < len(view):
         count = _read_some(body, view[done:], len(view))
         if not count:
-            msg = f"found {done} bytes, expected {len(view)}"
+            msg = f"found an answer that breaks off, expected {len(view)} bytes"
             raise TruncatedError(msg)
         done += count
 
