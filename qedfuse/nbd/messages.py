@@ -122,4 +122,4 @@ def server_text(raw: bytes) -> str:
     text = raw.decode(errors="replace").strip()
     if len(text) > _MAX_SHOWN_CHARACTERS:
         text = text[:_MAX_SHOWN_CHARACTERS] + "..."
-    return printable(text)
+    return printable(text) if text else ""

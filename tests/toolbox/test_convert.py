@@ -403,7 +403,7 @@ MISTAKES: Final = {
     "linked": ("--force a.raw link", "link: target: found the source itself"),
     "base": ("--force top.qed base.qed", "base.qed: target: found a base of the source"),
     "into-base": ("-n top.qed base.qed", "base.qed: target: found a base of the source"),
-    "no-directory": ("a.raw gone/x", "gone/x: cannot open: No such file"),
+    "no-directory": ("a.raw gone/x", "gone/x: cannot create: found no directory gone"),
     "no-source": ("gone x", "gone: cannot open: No such file"),
     "directory": (". x", "found a directory"),
     "into-directory": ("--force a.raw .", "found a directory, expected a new file"),

@@ -96,7 +96,7 @@ def test_sizes(text: str, size: int) -> None:
     assert common.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "1.5G", "-1", "1Q"])
+@pytest.mark.parametrize("text", ["", "x", "-1", "1Q"])
 def test_bad_sizes(text: str) -> None:
     """A bad size is an error of the parser that says what was expected."""
     with pytest.raises(argparse.ArgumentTypeError, match="expected a number of bytes"):
