@@ -20,6 +20,11 @@ _PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)
 """The URLs whose queries are not secret."""
 
 
+def shortened(text: str, limit: int) -> str:
+    """Return ``text``, or if it is longer than ``limit`` characters, its beginning and dots."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 

@@ -10,7 +10,7 @@ import errno
 import struct
 from typing import Final
 
-from qedfuse.text import printable
+from qedfuse.text import printable, shortened
 
 INIT_MAGIC: Final = b"NBDMAGIC"
 OPTION_MAGIC: Final = b"IHAVEOPT"
@@ -120,6 +120,4 @@ def host_errno(error: int) -> int:
 def server_text(raw: bytes) -> str:
     """Return a server's message about an error as printable text, which may be empty."""
     text = raw.decode(errors="replace").strip()
-    if len(text) > _MAX_SHOWN_CHARACTERS:
-        text = text[:_MAX_SHOWN_CHARACTERS] + "..."
-    return printable(text) if text else ""
+    return printable(shortened(text, _MAX_SHOWN_CHARACTERS)) if text else ""

@@ -38,6 +38,7 @@ from qedfuse.remote.webresponse import (
     translated,
     version_of,
 )
+from qedfuse.text import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -260,9 +261,7 @@ class WebClient:
         is_allowed = any(is_below(target, prefix) for prefix in self._options.redirect_prefixes)
         if target.is_web and is_secure and is_allowed:
             return target
-        shown = target.shown
-        if len(shown) > _MAX_SHOWN_CHARACTERS:
-            shown = f"{shown[:_MAX_SHOWN_CHARACTERS]}..."
+        shown = shortened(target.shown, _MAX_SHOWN_CHARACTERS)
         msg = (
             f"found a redirection to {shown}, expected one on the same host "
             f"(allow it with backing_url={target.scheme}://{target.host}/)"

@@ -138,8 +138,7 @@ def _read_into(body: TimedResponse, view: memoryview) -> None:
     while done < len(view):
         count = _read_some(body, view[done:], len(view))
         if not count:
-            msg = f"found an answer that breaks off, expected {len(view)} bytes"
-            raise TruncatedError(msg)
+            raise _truncated_error(len(view))
         done += count
 
 
@@ -153,8 +152,12 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
     try:
         return body.readinto(view)
     except (HTTPException, ConnectionError) as error:
-        msg = f"found an answer that breaks off, expected {expected} bytes"
-        raise TruncatedError(msg) from error
+        raise _truncated_error(expected) from error
+
+
+def _truncated_error(expected: int) -> TruncatedError:
+    """Return the error for a response that breaks off before ``expected`` bytes."""
+    return TruncatedError(f"found an answer that breaks off, expected {expected} bytes")
 
 
 def no_range_error(response: BaseHTTPResponse) -> UnusableError:
