@@ -61,7 +61,7 @@ def test_fleet_behind_a_cache(nginx: Nginx, golden: Golden, tmp_path: Path) -> N
 
 def test_fleet_beyond_the_limit_of_a_server(golden: Golden, tmp_path: Path) -> None:
     """A server that refuses what is beyond its rate slows a fleet down, and causes no error."""
-    with serving_nginx(tmp_path / "limited", max_rate=100) as nginx:
+    with serving_nginx(tmp_path / "limited", max_rate=200) as nginx:
         outcome = measure(nginx_server(nginx, golden), golden, MACHINES)
         assert outcome.is_near, outcome
         statuses = [status for status, _ in nginx.requests(f"/{KEY}")]

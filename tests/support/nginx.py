@@ -68,7 +68,8 @@ def why_no_nginx() -> str:
 def serving_nginx(directory: Path, *, max_rate: int | None = None) -> Iterator[Nginx]:
     """Run a server in a new directory for the block.
 
-    Requests beyond ``max_rate`` a second get 503, as from a store.
+    A request gets 503 if it comes less than ``1 / max_rate`` seconds after the last one answered;
+    so requests that come together are refused however few a slow machine makes in a second.
     """
     files = directory / "files"
     files.mkdir(parents=True)
@@ -174,7 +175,7 @@ def _settings(directory: Path, https: int, http: int, max_rate: int | None) -> s
     zone, limit = "", ""
     if max_rate is not None:
         zone = f"limit_req_zone $server_name zone=all:1m rate={max_rate}r/s;"
-        limit = f"limit_req zone=all burst={max_rate // 10} nodelay;"
+        limit = "limit_req zone=all nodelay;"
     return _frame(
         directory,
         f"""
