@@ -24,14 +24,14 @@ else
 fi
 
 lint() {
-    local flags includes
+    local flags includes sources
     shellcheck --external-sources examples/*.sh benchmarks/*.sh packaging/*.sh tests/*.sh \
         tests/vm/*.sh tests/vm/init .ci/run
     "$venv/bin/ruff" check .
     read -r -a flags < <(pkg-config --cflags fuse3)
     includes=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-    gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" -I"$includes" \
-        qedfuse/{mount/fuse,mount/sandbox,check,tools/inspection,hostio}/*.c
+    mapfile -t sources < <(find qedfuse -name '*.c')
+    gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" -I"$includes" "${sources[@]}"
     gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror "${flags[@]}" benchmarks/passthrough.c
     "$venv/bin/ruff" format --check .
 }

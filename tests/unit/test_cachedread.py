@@ -633,14 +633,15 @@ async def test_the_extension_and_the_disk_read_the_same(
                 start = rng.randrange(disk.size)
                 size = min(rng.choice([1, 512, CLUSTER, 5 * CLUSTER]), disk.size - start)
                 location = disk.try_locate(start, size)
-                got = session.read(start, size)
-                assert (got is not None) == (location is not None)
-                if got is None:
+                if location is None:
                     passed += 1
+                    assert session.read(start, size) is None
                 else:
                     answered += 1
-                    from_base += location is not None and location[0] != own_fd
-                    assert got == await disk.read(start, size)
+                    from_base += location[0] != own_fd
+                    # Brings the range into the page cache, from which the kernel may have dropped it.
+                    expected = await disk.read(start, size)
+                    assert session.read(start, size) == expected
     assert answered > 100
     assert passed > 100
     assert (from_base > 50) == (bases > 0)

@@ -28,6 +28,10 @@
 /* Maximum bytes of a read, and length of the buffer; requests of the kernel are not longer. */
 #define MAX_READ_BYTES (1 << 20)
 
+/* The layout of codes (disk/lookup/flattenedbacking.py). */
+#define DEPTH_MASK ((uint64_t)4095)
+#define DEPTH_BIAS 2
+
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
  * clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an array of
@@ -129,8 +133,8 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 
 /* Returns the code of clusters that the top image has not allocated.  `first` and `last` are indices
  * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of the
- * offset of the first cluster in a backing file, which is a multiple of 4096, and the depth of that
- * file + 2.  Returns 0 if the clusters are not one run in one backing file, or if the codes of the
+ * offset of the first cluster in a backing file, which is a multiple of 4096, the depth of that file,
+ * and DEPTH_BIAS.  Returns 0 if the clusters are not one run in one backing file, or if the codes of the
  * slice (see ReadView) are not in memory; an exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
@@ -173,8 +177,8 @@ static int find_range(ReadView *self, uint64_t start, size_t length, uint64_t *o
         if (value == 0 && self->codes_key != Py_None) {
             code = backing_code(self, slice_number, first & mask, last & mask);
             is_found = code > 1;
-            *depth = (code & 4095) - 2;
-            value = code & ~(uint64_t)4095;
+            *depth = (code & DEPTH_MASK) - DEPTH_BIAS;
+            value = code & ~DEPTH_MASK;
         }
     }
     Py_XDECREF(slice_number);
