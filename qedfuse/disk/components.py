@@ -81,9 +81,10 @@ class Components:
 
         # Write-back, observed by the quarantine, and the guard before the first write
         #
-        # The maps of the quarantine and of the marking get the block borders of this template,
-        # which stays empty.  The template has the anchor of the allocator's map
-        # (`Allocator.anchor`), so the blocks of all maps have the same borders.
+        # A `FreeMap` divides the clusters of the file into blocks, from its anchor on.  The maps of
+        # the quarantine and of the marking are made like this empty one, which has the anchor of
+        # the allocator's map (`Allocator.anchor`).  So the blocks of all maps begin at the same
+        # clusters.
         map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, map_template)

@@ -41,8 +41,8 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The image, or its URL.  An image of another format can only be opened for reading.
-            An export of an NBD server may also be raw.
+        path: The QED image, or its URL.  An image in another format of QEMU can only be opened for
+            reading.  An export of an NBD server may also be raw, a local file may not.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -78,8 +78,8 @@ async def open_disk_in(
     """Open the image in an open file, and its chain, as `open_disk` does.
 
     Args:
-        file: The open file, locked and writable as ``options`` say.  It may be closed at the end of
-            the block.
+        file: The open file, locked and writable as ``options`` say.  The end of the block closes
+            it; if an error is raised before the block, it may still be open.
         path: The path or URL of the file.
         options: How to open the image.
         inspector: See `open_disk`.
@@ -129,7 +129,7 @@ async def _open_foreign_disk(
     """
     if options.writable:
         msg = (
-            f"{file.name}: found a {driver} image, which is only read, expected QED (a mount "
+            f"{file.name}: found a {driver} image, which can only be read, expected QED (a mount "
             "accepts the image with -r, -o snapshot or -o overlay=FILE)"
         )
         raise UsageError(msg)
@@ -159,9 +159,9 @@ async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) 
     """Call the inspector if the tables of an image must not be trusted for writing.
 
     The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
-    multiple of the cluster size.  In the second case the file is cut to whole clusters before it
-    grows the next time (`FileLength.grow`), which loses data if a table entry refers to the
-    last, partial cluster.  In all other cases nothing is done.
+    multiple of the cluster size.  The second case matters because `FileLength.grow` would later cut
+    off the partial cluster at the end, and with it data, if a table entry refers to it.  Otherwise
+    this function does nothing.
 
     Raises:
         NeedsCheckError: The tables must not be trusted, and there is no inspector.
@@ -172,7 +172,9 @@ async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) 
         return
     if inspector is None:
         found = (
-            "NEED_CHECK set" if header.need_check else f"{tail_bytes} bytes past the last cluster"
+            "NEED_CHECK set"
+            if header.need_check
+            else f"{tail_bytes} bytes past the last whole cluster"
         )
         msg = f"{file.name}: found {found}: the image must be checked before it is written to"
         raise NeedsCheckError(msg)

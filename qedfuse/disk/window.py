@@ -19,8 +19,8 @@ class DiskWindow:
     """A range of a disk.
 
     The methods are those of `Disk` by which a mount serves a disk, except those that change its
-    size.  Offsets count from the beginning of the range, and no method reaches past its ends.
-    Results and errors are those of `Disk`.
+    size.  Offsets count from the beginning of the range, and no method reads or changes bytes past
+    its end.  Results and errors are those of `Disk`.
 
     Attributes:
         disk: The disk, whose lifetime the caller manages.
@@ -76,7 +76,7 @@ class DiskWindow:
         return self.disk.try_locate(self.start + start, length)
 
     def count_read(self, file: HostFile, length: int) -> None:
-        """Count a read that the caller has made by `try_locate`; see `Disk.count_read`."""
+        """Count a read at a location from `try_locate`; see `Disk.count_read`."""
         self.disk.count_read(file, length)
 
     def try_start_read(
@@ -164,11 +164,11 @@ class DiskWindow:
         return min(await self.disk.next_hole(self.start + start) - self.start, self.size)
 
     def try_flush(self) -> bool:
-        """Make durable every write to the disk that has ended; see `Disk.try_flush`."""
+        """Make every write that has ended durable, or return False; see `Disk.try_flush`."""
         return self.disk.try_flush()
 
     async def flush(self) -> None:
-        """Return when every write to the disk that had ended before survives power loss.
+        """Return when every write to the disk that had ended before this call is durable.
 
         Raises:
             QedError: As in `Disk.flush`.

@@ -1,11 +1,12 @@
 """Storing a record with an image: the versions of the bases over which the image was made.
 
-The record is an extended attribute of the image.  If the file system of the image has no such
-attributes, a hidden file in the directory of the image holds the record and the inode number of the
-image, so that the record of an earlier image of the same name is not used.
+The record is an extended attribute of the image.  If the file system of the image has no place for
+it, a hidden file in the directory of the image holds the record and the inode number of the image,
+so that the record of an earlier image of the same name is not used.  On a file system that keeps no
+inode numbers (FAT) the number is 0, and only the content of the record can show that.
 
-This module replaces or removes only the hidden file, and only if its magic and its checksum show
-that it is a record.  Another file of the same name is left unchanged.
+A file that has the name of the hidden file is replaced or removed only if its magic and its
+checksum show that it is a record.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def read_record(fd: int, path: str) -> bytes | None:
 def set_attribute(fd: int, record: bytes) -> bool:
     """Store the record of an image as an attribute; return False if the host cannot hold it.
 
-    After False the image has no such attribute.
+    After False an older attribute was removed, if the host could do so.
 
     Raises:
         OSError: The host refused for another reason.
@@ -80,7 +81,7 @@ def set_attribute(fd: int, record: bytes) -> bool:
     return True
 
 
-def write_file(fd: int, path: str, record: bytes) -> None:
+def write_record_file(fd: int, path: str, record: bytes) -> None:
     """Store the record of an image in a file beside the image, durably.
 
     Raises:
@@ -116,15 +117,15 @@ def write_file(fd: int, path: str, record: bytes) -> None:
 def remove_record(fd: int, path: str) -> None:
     """Remove the record of an image, and that of an earlier image of the same name, if any.
 
-    An error of the host is ignored: the caller has changed the base or its name, so a record that
-    stays does not match any more.
+    An error of the host is ignored: a record that stays and does not match is found when the image
+    is opened the next time.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)
-    remove_file(path)
+    remove_record_file(path)
 
 
-def remove_file(path: str) -> None:
+def remove_record_file(path: str) -> None:
     """Remove the file with the record of an image of this name, if there is such a file.
 
     An error of the host is ignored, as by `remove_record`.

@@ -32,27 +32,29 @@ class MountOptions:
         allow_root: Besides the user who mounts, root may access the mount.
         uid: Owner of the disks and of their directory; None for the user who mounts.
         gid: Group of the disks and of their directory; None for the group of the user who mounts.
-        umask: Permission bits that are removed from 0666 for the disks and from 0555 for their
-            directory; None to remove all bits of group and others.
+        umask: Permission bits that are removed from 0666 (read-only disks: 0444) for the disks, and
+            from 0555 for their directory; None to remove all bits of group and others.
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.
-        nonempty: The mountpoint may be a file that is an image.
+        nonempty: The mountpoint may be a file that is an image, even one that is not mounted here.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
-        commit_seconds: Maximum time in seconds for which changed tables stay in memory only.
-        cache_bytes: Maximum memory in bytes for the tables of one disk, including the tables of
-            its backing files.
-        discard: Whether discards free clusters; if not, discards write zeros.
+        commit_seconds: Maximum time in seconds before changed tables begin to be flushed to the
+            file (`OpenOptions`).
+        cache_bytes: Memory in bytes for the tables of one disk, including the tables of its backing
+            files (`OpenOptions`).
+        discard: Whether a discard makes clusters free; if not, it writes zeros.
         detect_zeroes: How written zeros are stored (`OpenOptions`).
         free_list: Whether images keep a persistent free list (`OpenOptions`).
         compact: How far the image files are compacted when the mount ends (`OpenOptions`).
         compact_bytes: Maximum number of bytes that ``compact=auto`` moves in each image.
         compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
             images together.
-        poll_seconds: Maximum time in seconds for which the server polls for the next request; 0
-            to poll only once; None for the default of the machine.
+        poll_seconds: Maximum time in seconds for which the server polls for the next request before
+            it sleeps; 0 to look once; None for the default, which is 0 on a machine with one
+            processor.
         metrics: Where the metrics for Prometheus are served; None for nowhere.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
             read-ahead; None for the default of qedfuse (`qedfuse.mount.system.readahead`).
@@ -63,24 +65,26 @@ class MountOptions:
         backing_urls: Prefixes of the URLs that images may name as backing files.
         remote_cache_directory: Directory of the cache for remote files; None for the default
             directory of the user.
-        remote_cache_bytes: Maximum space in bytes of this cache; None for as much as leaves a part
-            of the file system free.
-        remote_seconds: Maximum time in seconds that a request to a server takes, with all attempts.
+        remote_cache_bytes: Maximum space in bytes of this cache; None for no maximum.  In both
+            cases a part of the file system stays free.
+        remote_seconds: Maximum time in seconds for which a request to a server is attempted again;
+            the last attempt may end later.
         remote_attempt_seconds: Maximum time in seconds of one attempt; at most ``remote_seconds``
             is used.
-        allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object for which the server states no validator, so that
-            only another size shows a change.
+        allow_http: Whether URLs with ``http://`` may name other machines than this one.
+        allow_unpinned: Whether to read an object for which the server sends neither a strong ETag
+            nor a time of modification.  A change of such an object is noticed only if its size
+            changes.
         credentials_file: A file with credentials for servers; None for no file.
         credentials: The content of ``credentials_file``, as `with_credentials` has read it.
-        prefetch: ``all`` if all data of remote files that the disks can need is fetched into the
-            cache while no reader waits for a server; ``off`` if not.
+        prefetch: ``all`` to fetch into the cache all data of remote files that belongs to the
+            disks, in times when no reader waits for a server; ``off`` to fetch only what is read.
         partitions: Whether the mount has a file for each partition of each disk as well.
         partition: The number of the partition that is the only file of the mount; None to show
             the whole disk.
-        sandbox: ``on`` if the server gives up access that it does not need, before the first
-            request and as far as the kernel can; ``strict`` if the mount is refused when the kernel
-            lacks a part of that; ``off`` for no sandbox.
+        sandbox: ``on`` to give up access that the server does not need, before the first request
+            and as far as the kernel can; ``strict`` to do the same, but to refuse the mount if the
+            kernel cannot do all of it; ``off`` for no sandbox.
         memory_bytes: Limit of the server's address space in bytes; None for no limit.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
@@ -146,7 +150,9 @@ class MountOptions:
 
         Raises:
             HostError: The file cannot be read.
-            UsageError: Others than its owner may read the file, or a line is not valid.
+            ImageError: The file is not a regular file.
+            UsageError: The file gives permissions to others than its owner, is too long, or has a
+                line that is not valid.
         """
         if self.credentials_file is None:
             return self

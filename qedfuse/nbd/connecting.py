@@ -49,28 +49,31 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time of the handshake, and after the handshake the maximum time for
-            which a server sends nothing although a reply is expected.
+        attempt_seconds: Maximum time in seconds of the handshake.  In the connection that is
+            returned, the maximum time for which a read waits without receiving a byte.
         closed: Event that ends the call when it is set.
 
     Raises:
-        BrokenError: The server cannot be reached, or does not keep to the protocol; or ``closed``
-            was set.
-        RefusedError: The server does not serve the export in a way that can be used.
-        trio.Cancelled: This is a thread of trio, and its task was cancelled.
+        BrokenError: The server cannot be reached, has a certificate that is not trusted, or does
+            not keep to the protocol; or ``closed`` was set.
+        RefusedError: The server does not serve the export in a way that can be used, or no
+            certificate can have the name of the host.
+        QedError: An error that ``connect`` has raised.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
-    end = time.monotonic() + attempt_seconds
     try:
         sock = _Connecting(connect).wait(closed)
         try:
-            wire, export = _shake_hands(PlainWire(sock), name, tls, _Deadline(end, closed))
+            # The time that connecting has taken does not count, because it has its own limit.
+            deadline = _Deadline(time.monotonic() + attempt_seconds, closed)
+            wire, export = _shake_hands(PlainWire(sock), name, tls, deadline)
         except BaseException:
             sock.close()
             raise
     except ssl.SSLCertVerificationError as error:
         msg = (
             f"TLS: certificate: found {error.verify_message}, expected one that is trusted "
-            "(SSL_CERT_FILE names a file with others)"
+            "(set SSL_CERT_FILE to a file with further ones)"
         )
         raise BrokenError(msg) from error
     except TimeoutError as error:
@@ -99,7 +102,7 @@ class _Connecting:
         try:
             threading.Thread(target=self._run, name="qedfuse connect", daemon=True).start()
         except (RuntimeError, MemoryError) as error:
-            msg = "found no thread to connect, expected one"
+            msg = "cannot start a thread that connects"
             raise OSError(msg) from error
 
     def wait(self, closed: threading.Event) -> socket.socket:
@@ -107,7 +110,7 @@ class _Connecting:
 
         Raises:
             BrokenError: ``closed`` was set.  A socket that comes later is closed.
-            trio.Cancelled: This is a thread of trio, and its task was cancelled.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         try:
             while not self._ended.wait(CANCEL_POLL_SECONDS):
@@ -155,7 +158,7 @@ class _Deadline:
 
         Raises:
             BrokenError: No byte has come in time, or `closed` was set.
-            trio.Cancelled: This is a thread of trio, and its task was cancelled.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         poll = select.poll()
         poll.register(wire.socket, select.POLLIN)
@@ -185,7 +188,7 @@ def _shake_hands(
         elif isinstance(step, Receive):
             data = _receive(wire, step.length, deadline)
         else:
-            assert tls is not None  # noqa: S101  otherwise there is no such step
+            assert tls is not None  # noqa: S101  without TLS there is no StartTls
             tls_wire = _tls_wire(wire.socket, tls.host)
             while not tls_wire.try_handshake():
                 deadline.wait(wire)
@@ -202,7 +205,7 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
     try:
         return TlsWire(sock, context, host)
     except (ValueError, TypeError) as error:  # an empty or long label, or a NUL
-        msg = f"TLS: found the host name '{printable(host)}', expected one that certificates have"
+        msg = f"TLS: host name: found '{printable(host)}', expected one that a certificate can have"
         raise RefusedError(msg, errno.EINVAL) from error
 
 

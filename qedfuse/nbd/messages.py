@@ -1,7 +1,8 @@
 """The messages of the NBD protocol as bytes: constants, requests, and the texts of errors.
 
-The specification is ``doc/proto.md`` of https://github.com/NetworkBlockDevice/nbd.  Names are those
-of the specification, without ``NBD_``.
+The specification is ``doc/proto.md`` of https://github.com/NetworkBlockDevice/nbd.  Most names are
+those of the specification without ``NBD_``, and in the names of replies also without ``TYPE_`` or
+``REPLY_``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Credentials for servers, in a file that only its owner may read.
 
-The file has lines ``NAME=VALUE``, as a file of environment variables (systemd.exec(5),
-``EnvironmentFile=``).  No message contains any content of the file, not even the name of a
-variable.
+The file has lines ``NAME=VALUE``, similar to a file of environment variables (systemd.exec(5),
+``EnvironmentFile=``), but without continued lines and escapes.  No message contains any content of
+the file, not even the name of a variable.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_credentials(path: str) -> tuple[tuple[str, str], ...]:
     finally:
         os.close(fd)
     if len(raw) > _MAX_BYTES:
-        msg = f"{shown}: credentials: found more than {_MAX_BYTES} bytes, expected fewer"
+        msg = f"{shown}: credentials: found more than {_MAX_BYTES} bytes, expected no more"
         raise UsageError(msg)
     variables = []
     for number, line in enumerate(raw.split(b"\n"), 1):

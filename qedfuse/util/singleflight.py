@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Hashable")
 
 _SHARED_ERRORS: Final = (RemoteError, ForeignError)
-"""Errors that all callers get that wait for the same fetch.  The fetch has waited for a server
-already, and each further fetch would wait for as long."""
+"""Errors that are raised in every caller that waits for the same fetch.  The fetch has usually
+waited for a server already, and each further fetch would wait for as long."""
 
 
 class _Flight:
@@ -23,7 +23,7 @@ class _Flight:
 
     Attributes:
         ended: Set when the fetch has ended.
-        error: The error of the server, if the fetch has ended with one; otherwise None.
+        error: The error that every caller gets, if the fetch has ended with one; otherwise None.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,9 @@ class SingleFlight(Generic[K]):
     The fetch must store its result in a cache, and the callers must look there when `run`
     returns.  A caller that has only waited may find no result there: the other caller's fetch
     may have failed or been cancelled, or the cache may have evicted the result since.  Such a
-    caller must call `run` again.  So no caller gets the error of another caller's fetch, except an
-    error of a server: otherwise the callers would wait for the server one after the other.
+    caller must call `run` again.  So a caller does not get the error of another caller's fetch.  An
+    error of a server is different: every caller gets it, because they would otherwise wait for the
+    failed server one after the other.
     """
 
     def __init__(self) -> None:

@@ -374,7 +374,7 @@ def test_writable_mount(image: Path, tmp_path: Path) -> None:
     """A writable mount is refused, with what to do instead."""
     done = command(image, tmp_path)
     assert done.returncode == 1
-    assert "which is only read" in done.stderr
+    assert "which can only be read" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -396,7 +396,7 @@ def test_name_in_header(image: Path, tmp_path: Path) -> None:
     for words in (("vm.qed",), ("-b", "image.qcow2", "vm.qed")):
         code, _output, complaint = qedimg("commit", "--foreign", "qemu", *words, directory=tmp_path)
         assert (code, complaint.count("\n")) == (1, 1)
-        assert "which is only read" in complaint
+        assert "which can only be read" in complaint
     qemu.io(path, "read -P 0x78 1024 512", "read -P 7 0 1024")
 
 

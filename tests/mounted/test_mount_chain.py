@@ -82,7 +82,7 @@ def test_a_named_base_is_refused_beside_its_overlay(images: Path, tmp_path: Path
     for words in ((golden, top), (top, golden)):
         line = refused(*words, mnt, code=16)
         assert line == (
-            f"{golden}: in use: found a backing file of {top}, and both would be writable "
+            f"{golden}: in use: it is a backing file of {top}, and all would be writable "
             "(name only the overlays, or mount all read-only with -r)"
         )
     for allowed in ((golden, top, mnt, "-r"), (images, mnt, "-r"), (top, mnt), (golden, mnt)):

@@ -166,7 +166,7 @@ def test_a_connection_that_cannot_be_made_is_an_error(server: FaultyServer, faul
 @pytest.mark.parametrize("host", ["", ".x", "a..b", "x" * 64 + ".org", "a\0b"])
 def test_a_host_name_that_no_certificate_has_is_refused(server: FaultyServer, host: str) -> None:
     """A name with an empty or long label, or a NUL, is an error of one line when TLS starts."""
-    with pytest.raises(RemoteError, match=r"^x: TLS: found the host name '[^\n\0]*', expected .*$"):
+    with pytest.raises(RemoteError, match=r"^x: TLS: host name: found '[^\n\0]*', expected .*$"):
         open_nbd(server.connect, "", "x", DEADLINES, tls=Tls(host))
 
 

@@ -18,7 +18,7 @@ from qedfuse.hostio.baserecord import (
     record_path,
     remove_record,
     set_attribute,
-    write_file,
+    write_record_file,
 )
 from qedfuse.hostio.newfile import NewFile
 
@@ -81,7 +81,7 @@ def read(path: Path) -> bytes | None:
 def write(path: Path, record: bytes) -> None:
     """Store a record of an image in a file."""
     with opened(path) as fd:
-        write_file(fd, str(path), record)
+        write_record_file(fd, str(path), record)
 
 
 def remove(path: Path) -> None:
@@ -217,7 +217,7 @@ def test_an_image_that_has_lost_its_name(image: Path) -> None:
         image.rename(image.with_name("moved.qed"))
         image.write_bytes(b"another image")
         with pytest.raises(HostError, match="found another file than the open image"):
-            write_file(fd, str(image), b"record")
+            write_record_file(fd, str(image), b"record")
     assert not os.path.lexists(record_path(str(image)))
 
 

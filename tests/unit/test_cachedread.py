@@ -639,7 +639,7 @@ async def test_the_extension_and_the_disk_read_the_same(
                 else:
                     answered += 1
                     from_base += location[0] != own_fd
-                    # Brings the range into the page cache, from which the kernel may have dropped it.
+                    # Reads the range into the page cache, which may have dropped it.
                     expected = await disk.read(start, size)
                     assert session.read(start, size) == expected
     assert answered > 100

@@ -265,7 +265,7 @@ async def test_odd_tail_and_need_check_call_the_inspector(tmp_path: Path) -> Non
     clean = build_image(4 * CLUSTER, {0: b"a"})
     options = OpenOptions(writable=True)
     for content, words in (
-        (clean + b"tail", "4 bytes past the last cluster"),
+        (clean + b"tail", "4 bytes past the last whole cluster"),
         (build_image(4 * CLUSTER, features=2), "NEED_CHECK set"),
     ):
         path.write_bytes(content)

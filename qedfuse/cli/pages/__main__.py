@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from qedfuse.cli.pages.tree import write
 
-write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/share"))
+parser = argparse.ArgumentParser(
+    prog="python -m qedfuse.cli.pages",
+    description="Write the man pages and the completions of all shells.",
+)
+parser.add_argument(
+    "directory",
+    metavar="DIRECTORY",
+    nargs="?",
+    type=Path,
+    default=Path("docs/share"),
+    help="where to write them (docs/share)",
+)
+write(parser.parse_args().directory)

@@ -35,11 +35,10 @@ def _disk_lines(disk: Mapping[str, Any], document: Mapping[str, Any]) -> Iterato
     )
     if disk["failure"] is not None:
         yield f"    failed       {disk['failure']}"
-    yield (
-        f"    {'':12} {'requests':>12} {'bytes':>12} {'errors':>8} {'ms':>8} {'p50':>8} {'p99':>8}"
-    )
+    times = "".join(f" {name:>8}" for name in ("avg ms", "p50 ms", "p99 ms"))
+    yield f"    {'':12} {'requests':>12} {'bytes':>12} {'errors':>8}{times}"
     for operation, counted in disk["requests"].items():
-        yield f"    {operation:12} {_requests_line(counted, document)}"
+        yield f"    {operation:12} {_request_columns(counted, document)}"
     rates = disk["hit_rates"]
     shown = ", ".join(f"{name.replace('_', ' ')} {percent(rates[name])}" for name in rates)
     yield f"    {'hits %':12} {shown}"
@@ -47,7 +46,7 @@ def _disk_lines(disk: Mapping[str, Any], document: Mapping[str, Any]) -> Iterato
     yield from _file_lines(disk)
 
 
-def _requests_line(counted: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+def _request_columns(counted: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     """Return the counters of an operation, with the average and quantiles of its times."""
     requests, histogram = counted["requests"], counted["histogram"]
     bounds = document["bucket_bounds_seconds"]

@@ -57,9 +57,9 @@ class HumanWriter:
         depths = batch.depths[data].tolist()
         lines = self._lines
         text = "".join([lines[depth] for depth in depths]) % tuple(columns.ravel().tolist())
-        # qemu-img prints a zero without "0x", as C's %#x does.  A QED image has its header at file
-        # offset 0, and a raw file has guest offset 0 there.  So only the line of guest offset 0
-        # can have a zero, and only a batch that begins with this line is searched.
+        # qemu-img prints a zero without "0x", as C's %#x does.  Only the line of guest offset 0 can
+        # have a zero: at file offset 0 a QED image has its header, not data, and a raw file has
+        # the data of guest offset 0.  So only a batch that begins with this line is searched.
         return _HEX_ZERO.sub("0  ", text) if len(columns) and not columns[0, 0] else text
 
     def tail(self, _start: int) -> str:
@@ -84,9 +84,9 @@ class JsonWriter:
         columns = np.stack((batch.starts, batch.lengths, batch.offsets), axis=1)
         wanted = np.ones(columns.shape, np.bool_)
         wanted[:, 2] = has_offset
-        keys = (batch.depths * _KINDS + batch.kinds).tolist()
+        keys = (batch.depths * _DEPTH_FACTOR + batch.kinds).tolist()
         for key in set(keys) - self._lines.keys():
-            depth, kind = divmod(key, _KINDS)
+            depth, kind = divmod(key, _DEPTH_FACTOR)
             self._lines[key] = _json_line(depth, kind, offset=depth not in self._unknown_depths)
         text = ",\n".join([self._lines[key] for key in keys]) % tuple(columns[wanted].tolist())
         separator = ",\n" if self._has_extents else ""
@@ -103,14 +103,14 @@ class JsonWriter:
         return f"{empty.replace('true', 'false')}]\n"
 
 
-_KINDS: Final = 8
-"""Greater than any kind of run, so that ``depth * _KINDS + kind`` stands for both."""
+_DEPTH_FACTOR: Final = 8
+"""Greater than any kind of run, so that ``depth * _DEPTH_FACTOR + kind`` stands for both."""
 
 
 def _json_line(depth: int, kind: int, *, offset: bool) -> str:
     """Return the format string of a line of JSON for extents of this depth and kind.
 
-    ``offset`` means that data of this depth has a file offset.
+    ``offset`` says whether the file offsets of this depth are printed.
     """
     words = {
         "present": kind != UNALLOCATED,

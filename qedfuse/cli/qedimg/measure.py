@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg measure --cluster-size 1M disk.raw"
 DESCRIPTION: Final = """\
-Compute two sizes: of the file that "qedimg convert" would make of SOURCE with the same
-options, and of the same file after the whole disk has been written to.  For a raw copy the
-first size counts the data only, not the holes.  SOURCE is read to find ranges of zeros.
+Compute two sizes of the file that "qedimg convert" would make from SOURCE with the same
+options: its size after the conversion, and its size after the whole disk has been written
+to.  For a raw copy the first size counts the data only, not the holes.  SOURCE is read to
+find ranges of zeros.
 With --size in place of SOURCE the sizes are those for a new, empty disk.
 
 SOURCE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
@@ -55,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=common.size,
         default=4096,
-        help="count a run of zeros as data if it is shorter than SIZE; 0: count all zeros as data "
-        "(4K)",
+        help="count a run of zeros as data if it is shorter than SIZE (4K); 0: count all zeros as "
+        "data",
     )
     common.add_output(parser)
     common.add_share(parser)

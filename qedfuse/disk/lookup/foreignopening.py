@@ -114,7 +114,8 @@ def refuse_foreign(layer: Layer) -> None:
     """
     driver = driver_of(layer.file)
     if driver is not None:
-        msg = f"{layer.file.name}: found a {driver} image, which is only read, expected QED or raw"
+        found = f"found a {driver} image, which can only be read"
+        msg = f"{layer.file.name}: {found}, expected QED or raw"
         raise UsageError(msg)
 
 

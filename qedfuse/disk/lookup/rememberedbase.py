@@ -34,10 +34,10 @@ from qedfuse.disk.lookup.baseversion import (
 from qedfuse.errors import BackingError, QedError
 from qedfuse.hostio.baserecord import (
     read_record,
-    remove_file,
     remove_record,
+    remove_record_file,
     set_attribute,
-    write_file,
+    write_record_file,
 )
 from qedfuse.remote.address import is_nbd_url
 from qedfuse.text import printable
@@ -223,7 +223,7 @@ class NewRecord:
         if self._is_stored:
             return
         if self._versions is None:
-            remove_file(path)
+            remove_record_file(path)
             return
         shown = printable(path)
         try:
@@ -247,7 +247,7 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
     try:
         if not set_attribute(fd, record):
             if versions.remote:
-                write_file(fd, path, record)
+                write_record_file(fd, path, record)
             else:
                 remove_record(fd, path)
     except (OSError, QedError) as error:

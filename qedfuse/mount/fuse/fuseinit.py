@@ -139,8 +139,8 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
         disks: Number of disks of the mount.
 
     Raises:
-        FuseError: The first request is no INIT request, or a message cannot be passed on.  The
-            descriptor is that of the device again, but the mount cannot be used.
+        FuseError: The first request is no INIT request, or a message cannot be passed on.  ``fd``
+            refers to the device again, as before the call, but the mount cannot be used.
     """
     device = os.dup(fd)
     proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -6,7 +6,7 @@ backing file is locked for writing.
 
 If a directory contains a golden image and its overlays, the user wants to write to the overlays,
 so the golden image becomes read-only.  If the user has named the golden image itself, a writable
-mount is refused, because the user may want to write to the golden image or to the overlays.
+mount is refused, because it is unknown which of the two the user wants to write to.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
     empty as well, because every source that has a backing file is refused when it is opened.
 
     Raises:
-        ImageInUseError: The backing file of a source is itself a source that the user named, or
-            two sources are the same file.
+        ImageInUseError: A backing file in the chain of a source is itself a source that the user
+            named, or two sources are the same file.
         UsageError: A source is a URL, and the mount would write to it.
     """
     if options.read_only or options.snapshot or options.overlay is not None:
@@ -66,7 +66,7 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
         shown_overlays = ", ".join(printable(overlay.path) for overlay in overlays_of_base)
         if base.is_named:
             msg = (
-                f"{shown}: in use: found a backing file of {shown_overlays}, and both would be "
+                f"{shown}: in use: it is a backing file of {shown_overlays}, and all would be "
                 "writable (name only the overlays, or mount all read-only with -r)"
             )
             raise ImageInUseError(msg)

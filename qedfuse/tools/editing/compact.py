@@ -48,7 +48,8 @@ async def compact(
         path: The image.
         options: How to open the image; ``compact`` and ``writable`` are ignored.  None for the
             defaults.
-        progress: Called with the bytes moved so far, and the bytes to move in all.
+        progress: Called with the bytes moved so far, and the bytes that will probably be moved in
+            all.
 
     Raises:
         CorruptImageError: The tables are damaged.
@@ -59,14 +60,14 @@ async def compact(
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
-        # The bound protects the host against guests, and no guest can start this compaction.
-        # Without the bound more tables can move, because the file may be longer than its bound
-        # for a moment.
+        # The bound on the length of the file protects the host against guests, and no guest can
+        # start this compaction.  So the file may exceed it for a moment, which lets more tables
+        # move: the data in their way first moves to the end of the file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (
-                f"{disk.name}: not compacted: found damaged tables; repair them first: qedimg "
-                f"check -r all {disk.name}"
+                f"{disk.name}: not fully compacted: found damaged tables; repair them first: "
+                f"qedimg check -r all {disk.name}"
             )
             raise CorruptImageError(msg)
         statistics = disk.statistics()

@@ -20,7 +20,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     If the image has no free cluster, no list is written, and programs without support for
     free lists can still open the image.  Once an image has a list, each writable mount with default
-    options writes a new list, if possible, when it closes the image.
+    options that has changed the tables writes a new list, if possible, when it closes the image.
 
     Args:
         path: The image.
@@ -28,12 +28,12 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
             the defaults.
 
     Returns:
-        The description of the list that the image has now; ``present`` is False if no list
-        was written.
+        The description of the list that the image has now; ``present`` is False if it has
+        none.
 
     Raises:
-        UsageError: The sector of the file in which the list would be described holds the backing
-            file name or unknown data (`refuse_occupied_descriptor`).
+        UsageError: The sector for the descriptor of the list already holds the backing file name or
+            unknown data (`refuse_occupied_descriptor`).
         QedError: The image cannot be opened for writing, or the host refused.
     """
     options = options or OpenOptions()

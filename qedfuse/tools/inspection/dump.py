@@ -100,7 +100,7 @@ class Dump:
     """
 
     def __init__(self, file: HostFile, header: RawHeader) -> None:
-        """Read a file that the caller has opened and closes."""
+        """Make a reader of an open file, which the caller must close later."""
         self._file = file
         self.name = file.name
         self.header = header

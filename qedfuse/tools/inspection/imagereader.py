@@ -46,7 +46,7 @@ class DescriptorReader:
     """Reads a local file by its descriptor."""
 
     def __init__(self, fd: int) -> None:
-        """Read a file that the caller has opened and closes.
+        """Make a reader of an open file, which the caller must close later.
 
         Raises:
             OSError: The host refused.
@@ -69,7 +69,7 @@ class FileReader:
     """Reads a file of a chain that has no descriptor, in a worker thread."""
 
     def __init__(self, file: ReadableFile) -> None:
-        """Read a file that the caller has opened and closes."""
+        """Make a reader of an open file, which the caller must close later."""
         self._file = file
         self.size = file.size()
         self.disk_usage = allocated_bytes(file.stat())

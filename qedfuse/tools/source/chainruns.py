@@ -87,7 +87,7 @@ class ChainRunReader:
     """
 
     def __init__(self, layers: list[Layer]) -> None:
-        """Read the runs of ``layers``; the caller has opened the layers and closes them.
+        """Make a reader of open layers, which the caller must close later.
 
         Args:
             layers: The chain, the image itself first.  The caller must have called `scan_l1`

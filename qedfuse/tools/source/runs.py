@@ -36,7 +36,7 @@ BAD: Final = 4
 """Kind of the range of an invalid table entry."""
 
 _MAX_TABLE_READ_BYTES: Final = 1 << 18
-"""Maximum number of bytes of a table in one read, and so in one array."""
+"""Maximum number of bytes of a table in one read."""
 _MAX_TABLE_READS_PER_CALL: Final = 4
 """Maximum number of reads of L2 tables in one call of `QedRunReader.read`."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
@@ -71,9 +71,10 @@ class QedRunReader:
     """
 
     def __init__(self, layer: QedLayer) -> None:
-        """Read the tables of an open layer.
+        """Make a reader of the tables of an open layer.
 
-        The caller must have called `scan_l1` of the layer, and closes the layer.
+        The caller must have called the layer's `scan_l1`, and must close the layer after the last
+        read.
         """
         self._layer = layer
         self._geometry = layer.geometry
@@ -113,10 +114,11 @@ class QedRunReader:
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs that one read of an L2 table describes.
 
-        If the entries begin with a hole of the file that is at least `_MAX_TABLE_READ_BYTES`
-        long, or covers all entries of the range, nothing is read.  The entries in the hole are
-        0, so they become an `UNALLOCATED` run.  Another program may cut the file meanwhile.
-        Entries past the end of the file count as 0, too.
+        Nothing is read if the first entry lies in a hole of the file, and the hole reaches past the
+        last entry, or is at least `_MAX_TABLE_READ_BYTES` long from the first entry on.  The
+        entries in the hole are 0, so they become an `UNALLOCATED` run.  Entries past the end of the
+        file count as 0, too: another program may truncate the file between the search for the hole
+        and the read.
 
         Args:
             table_offset: File offset of the table.
@@ -153,8 +155,8 @@ class QedRunReader:
             end: Guest offset where the runs end.
         """
         size = self._geometry.cluster_size
-        # The entries 0 and 1 have the values of their kinds, `UNALLOCATED` and `ZEROS`.  All
-        # higher entries are offsets, and their kind is `DATA` (2).
+        # An entry with the value 0 or 1 has the same number as its kind, `UNALLOCATED` or `ZEROS`.
+        # Every greater value is an offset, so its kind is `DATA` (2).
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)
@@ -185,7 +187,7 @@ class RawRunReader:
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Read a layer that the caller has opened and closes."""
+        """Make a reader of an open layer, which the caller must close after the last read."""
         self._file = layer.file
         # The size of a raw disk is the length of the file, rounded up to whole sectors, as in
         # QEMU.

@@ -98,7 +98,7 @@ class RawSource:
     format: ImageFormat = "raw"
 
     def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
-        """Read a file of ``size`` bytes that the caller has opened and closes."""
+        """Make a reader of an open file of ``size`` bytes; the caller must close it later."""
         self._file = file
         self.path = file.path
         self.name = file.name
