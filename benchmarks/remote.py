@@ -275,7 +275,7 @@ def main() -> None:
                     print(f"{title}: {reason}", file=sys.stderr)
                     continue
                 with ExitStack() as stop:
-                    source = _serve(title, raw, image, directory, stop)
+                    source = serve(title, raw, image, directory, stop)
                     bench = Bench(source, raw, directory, arguments.seconds)
                     lines = measure(bench, arguments.rounds, stop)
                 print(f"{title}:\n\n" + "\n".join(lines) + "\n", flush=True)
@@ -283,7 +283,7 @@ def main() -> None:
         sys.exit(f"remote: {error}")
 
 
-def _serve(title: str, raw: Path, image: Path, directory: Path, stop: ExitStack) -> Source:
+def serve(title: str, raw: Path, image: Path, directory: Path, stop: ExitStack) -> Source:
     """Start a server that has the objects; ``stop`` stops it."""
     if title == "nginx":
         nginx = stop.enter_context(serving_nginx(directory / "nginx"))
