@@ -45,7 +45,7 @@ class Published:
     Attributes:
         url: The URL of the object.
         size: Length of the object in bytes.
-        version: The version of the object in a store with versions; empty for none.
+        version: The version of the object; empty if the store has none, or did not report it.
         is_raw: Whether the object is a raw file and not an image.
     """
 
@@ -66,12 +66,14 @@ async def publish(
 ) -> Published:
     """Copy an image or a raw file to an object store as one object.
 
-    The object appears when it is complete, and is then compared with the file.  A cancelled or
-    failed call leaves no object, with two exceptions.  If the store stops answering at the end, the
-    object may exist, as the message says.  An object that has replaced another one is deleted only
-    if it differs from the file.  The file is locked for reading during the call.  An object that
-    another program stores while the last parts are being sent is replaced even without
-    ``overwrite``.
+    The file is locked for reading during the call.  The object appears when it is complete, and is
+    then compared with the file.  An object that another program stores while the last parts are
+    being sent is replaced even without ``overwrite``.
+
+    A failed or cancelled call leaves no object, with two exceptions.  If the store stops answering
+    at the end, the object may exist, and the message or the log says so.  With ``overwrite``, a
+    call that is cancelled when the object is complete leaves the object, because the object that
+    it has replaced cannot be restored.
 
     Args:
         path: The image or raw file.
@@ -83,9 +85,11 @@ async def publish(
             upload and the comparison each begin again at 0.
 
     Raises:
-        UsageError: The URL is not that of an object store, or the store has an object there that
-            may not be replaced; or the image needs a check, or has a backing file.
-        RemoteError: The store cannot be reached, refuses, or has other content afterwards.
+        UsageError: ``url`` is not that of an object in a store, or there is an object that may not
+            be replaced; or ``path`` is a URL without ``flatten``; or the image needs a check, or
+            has a backing file.
+        RemoteError: The store cannot be reached, refuses, or has other content afterwards, or the
+            library for stores is not installed.
         QedError: The image cannot be opened, locked or read, or has changed during the call.
     """
     options = options or OpenOptions()
@@ -94,7 +98,7 @@ async def publish(
         msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
         raise UsageError(msg)
     connection = client_options(options.remote)
-    # The first step, because it fails if the library is not installed.
+    # Before any other work, because this call fails if the library is not installed.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
 
@@ -126,7 +130,11 @@ class _Source:
     """The file that is published, which must not change during the upload."""
 
     def __init__(self, fd: int, path: str) -> None:
-        """Read an open file."""
+        """Take an open file; remember its length and time of modification.
+
+        Raises:
+            HostError: The host refused.
+        """
         self.fd = fd
         self.path = path
         self.name = printable(path)
@@ -176,8 +184,8 @@ def _require_publishable(file: _Source) -> bool:
     """Refuse an image that other machines could not use; return whether the file is an image.
 
     Raises:
-        UsageError: The image needs a check or a backing file.
-        ImageError: The file is an image that cannot be mounted, or is of a foreign format.
+        UsageError: The image needs a check, or has a backing file.
+        ImageError: The file is an image of a foreign format.
     """
     qed = describe_open(DescriptorReader(file.fd), file.path).qed
     if qed is None:
@@ -201,8 +209,9 @@ async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
     """Run an upload in a thread; return its result.
 
     If the task is cancelled, and the upload has sent anything, the task waits until the upload has
-    removed what it has stored.  If that takes too long, it is logged with ``shown``, the URL of the
-    object.  The files of ``stack`` stay open as long as the thread may read them.
+    removed what it has stored.  After `_STOP_SECONDS` the task stops waiting, and logs a warning
+    with ``shown``, the URL of the object.  The files of ``stack`` then stay open, because the
+    thread may still read them.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 

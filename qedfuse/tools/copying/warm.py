@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MAX_REQUESTS: Final = 8
-"""Maximum number of requests that are queued at a time.  A request that waits in the queue for more
-than the time limit of a read fails."""
+"""Maximum number of requests that are queued at a time.
+
+More requests would gain nothing, and one that waits in the queue for longer than the time limit of
+a read fails.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ async def warm(
             needed bytes of all files.
 
     Raises:
-        UsageError: A path was given, or the URL is not valid.
+        UsageError: ``url`` is a path, the URL of an NBD server, or not valid.
         CacheError: There is no cache, or the cache has not enough space.  If the limit of the cache
             is smaller than the needed bytes, no data clusters have been fetched.
         RemoteError: A server cannot be reached, or does not serve a file.
@@ -77,7 +80,10 @@ async def warm(
         raise UsageError(msg)
     address = parse_address(url)
     if address.is_nbd:
-        msg = f"{address.shown}: found an NBD server, expected another one (exports are not cached)"
+        msg = (
+            f"{address.shown}: found an NBD server, expected an object store or a web server "
+            "(exports of NBD servers are not cached)"
+        )
         raise UsageError(msg)
     options = options or OpenOptions()
     async with AsyncExitStack() as stack:
@@ -116,7 +122,7 @@ class _NeededFile:
     """One remote file of the chain, and its units that a mount can need."""
 
     def __init__(self, file: RemoteFile, layer: Layer) -> None:
-        """Begin without needed units of the open file ``file``, which is that of ``layer``."""
+        """Take the open file of ``layer``.  No unit is marked as needed yet."""
         self.units = NeededUnits(layer)
         self._file = file
 

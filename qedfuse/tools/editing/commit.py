@@ -121,8 +121,8 @@ async def commit(
             if not result.between:
                 await _accept_commit(path, base_file)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The overlay is opened without its base.  Otherwise the base would be locked for reading
-    # as long as the overlay is open, and could not be opened for writing.
+    # The overlay is opened without its base.  A base that is opened with the overlay is locked for
+    # reading as long as the overlay is open, and could not be opened for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False
@@ -184,9 +184,9 @@ async def _commit(
 
 
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
-    """Remember with an overlay that its base has been changed by the commit (`rememberedbase`).
+    """Record with an overlay the version that the commit has given the base (`rememberedbase`).
 
-    The caller holds the lock of the overlay.
+    Does nothing if no version of the base is recorded.  The caller holds the lock of the overlay.
 
     Raises:
         QedError: The overlay or the attributes of the base cannot be read.

@@ -160,6 +160,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
         UsageError: The base is a URL, or an image that QEMU serves.
         BackingError: The overlay has no base, or a base cannot be used.
         ImageInUseError: Another file has taken the overlay's name.
+        QedError: A file of the chain cannot be opened or read.
     """
     with open_image_file(overlay.path, None) as file:
         check_same(overlay.path, file.stat(), overlay.fstat())
@@ -185,8 +186,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
     Args:
         base_file: The base.
         options: How the overlay is opened.  The bases of the base are opened with the same
-            backing policy, but without its ``trusted`` path, because that path is only meant
-            for the overlay's own base.
+            backing policy, but without the policy's ``trusted`` path, which is meant only for
+            the overlay's own base.
 
     Raises:
         BackingError: The chain below the base cannot be used.

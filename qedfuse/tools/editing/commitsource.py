@@ -66,7 +66,7 @@ class OverlayAlone:
     """The data of one image, without its bases."""
 
     def __init__(self, disk: Disk) -> None:
-        """Commit the ranges that the image of ``disk`` stores itself."""
+        """Take the open image ``disk``, whose own ranges will be committed."""
         self._disk = disk
 
     @property
@@ -83,6 +83,7 @@ class OverlayAlone:
 
         Raises:
             CorruptImageError: A table entry is bad.
+            HostError: The host cannot read a table.
         """
         return await own_extents(self._disk, start)
 
@@ -99,7 +100,7 @@ class UpperImages:
     """
 
     def __init__(self, chain: Chain, file: PosixFile) -> None:
-        """Commit the ranges that at least one image of a chain stores.
+        """Take the images whose ranges will be committed.
 
         Args:
             chain: The images over the base, without the base.
@@ -123,6 +124,7 @@ class UpperImages:
 
         Raises:
             CorruptImageError: A table entry is bad.
+            HostError: The host cannot read a table.
         """
         length = min(self.batch_starts().step, self.size - start)
         extents = await self._chain.stored(start, length)

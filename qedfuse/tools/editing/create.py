@@ -92,10 +92,10 @@ def create(
             given format, or the image is among the files of its chain.
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
-            file has taken the name of the image meanwhile.
-        HostError: The host refused, or is full.  The complete image is left behind if only
-            making its name durable has failed.  An empty file may be left behind on a file
-            system without hard links.  Otherwise no new file is left behind.
+            file has taken the name of the image during the call.
+        HostError: The host refused, or is full.  The call leaves no new file, with two exceptions:
+            the complete image if only making its name durable has failed, and possibly an empty
+            file on a file system without hard links.
     """
     require_local(path)
     if backing == "":
@@ -127,7 +127,7 @@ def create(
 
 
 async def preallocate(path: str, progress: Progress | None = None) -> None:
-    """Allocate every cluster of a disk without a backing file, and reserve its space on the host.
+    """Allocate every cluster of an image without a backing file; reserve their space on the host.
 
     Args:
         path: The image, which must have no backing file.

@@ -1,4 +1,4 @@
-"""Rebasing an overlay: it gets another backing file, and its content stays the same.
+"""Rebasing an overlay: giving it another backing file without changing its content.
 
 Where the overlay stores nothing itself, it reads as its base.  So the content of the old base is
 first copied into the overlay, wherever the overlay stores nothing and the new base differs.
@@ -151,9 +151,10 @@ async def _new_chain(
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
     # The format in the options is replaced, because it applies to the present bases of the
-    # image.  The new base is opened as raw if the header above says so.  If not, its first
-    # bytes decide.
-    # A format that only QEMU reads is that of the last file of the chain, so it can be stated.
+    # image.  The new base is opened as raw if the header above says so.  If not, the first bytes
+    # of the base decide.
+    # The format of a policy applies to every base of a chain.  The policy can name a format that
+    # only QEMU reads, because a base of such a format has no further bases in the chain.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:

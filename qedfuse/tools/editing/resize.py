@@ -60,7 +60,7 @@ async def resize(
             called when the disk grows.
 
     Raises:
-        UsageError: The size is negative, no multiple of 512, or more than the tables can
+        UsageError: The size is negative, not a multiple of 512, or more than the tables can
             address.  Or the disk would become smaller without ``shrink``, or lose data
             without ``force``.
         CorruptImageError: A table entry for the removed or the added range is bad, or a check

@@ -5,7 +5,7 @@
  *
  * This module only handles valid entries.  If an entry of the slice may be invalid, `lines`
  * returns None and leaves the pending extent unchanged.  The caller must then map the rest of the
- * disk in another way, beginning at the start of that extent.
+ * disk without this module, beginning at the start of the pending extent.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -19,8 +19,8 @@
 
 /* A range of the disk, in bytes, of which all clusters are unallocated, or zero clusters, or data
  * at contiguous offsets of the file.  `value` is the table entry of the first cluster: 0 if
- * unallocated, 1 for a zero cluster, else the offset.  A length of 0 means that no extent has
- * begun. */
+ * unallocated, 1 for a zero cluster, the file offset for data.  A length of 0 means that no
+ * extent has begun. */
 struct extent {
     uint64_t start, length, value;
 };

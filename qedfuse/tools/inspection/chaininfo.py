@@ -60,8 +60,8 @@ async def describe_chain(
 ) -> list[ImageInfo]:
     """Return the descriptions of an image and of all its bases, the image itself first.
 
-    For a raw file, and for an image whose header is invalid, the list has only the description
-    of the file itself.
+    For a raw file, an image that QEMU serves, and an image whose header is invalid, the list has
+    only the description of the file itself.
 
     Args:
         path: The image.
@@ -79,8 +79,8 @@ async def describe_chain(
     options = options or OpenOptions()
     top = await describe_any(path, image_format, options)
     if top.qed is None or not top.qed.readable:
-        # The chain is not followed, because a raw file has no base, and the base that an
-        # invalid header names must not be opened.
+        # The chain is not followed: a raw file has no base, QEMU opens the bases of an image that
+        # it serves, and the base that an invalid header names must not be opened.
         return [top]
     async with open_image(path, options.read_lock, options.remote) as file:
         header = await read_header(file)

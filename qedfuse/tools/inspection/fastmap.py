@@ -68,7 +68,7 @@ class FastMap:
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:
-        """Map an open image.
+        """Prepare the map of an open image.
 
         Args:
             fd: Descriptor of the image.

@@ -41,7 +41,7 @@ class FileSystem:
 
 
 async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSystem | None:
-    """Return the file system in a range of a disk; None if blkid is missing or recognises none.
+    """Return the file system in a range of a disk; None if blkid fails, or recognises none.
 
     Args:
         read: Reads the disk.

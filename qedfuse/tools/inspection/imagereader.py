@@ -66,7 +66,7 @@ class DescriptorReader:
 
 
 class FileReader:
-    """Reads a file of a chain that has no descriptor, in a worker thread."""
+    """Reads a file of a chain that has no descriptor; must be used in a worker thread."""
 
     def __init__(self, file: ReadableFile) -> None:
         """Make a reader of an open file, which the caller must close later."""
@@ -81,5 +81,5 @@ class FileReader:
         return bytes(buffer[:count])
 
     def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
-        """Yield all slices, because only `ReadableFile.next_data` knows holes."""
+        """Yield all slices, because the file can be asked for holes only asynchronously."""
         return iter(range(table_offset, table_offset + max(0, length), SLICE_BYTES))

@@ -107,7 +107,7 @@ class QedInfo:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """The description of a QED or raw file; sizes in bytes.
+    """The description of a QED image, a raw file or an image that QEMU serves; sizes in bytes.
 
     Attributes:
         path: Path or URL by which the file was opened.
@@ -116,7 +116,7 @@ class ImageInfo:
             ``image_size``.  For a raw file, the length of the file, rounded up to whole sectors.
         file_size: Length of the file.
         disk_usage: Space that the file uses where it is stored.
-        qed: The description of a QED image; None for a raw file.
+        qed: The description of a QED image; None for all other files.
     """
 
     path: str

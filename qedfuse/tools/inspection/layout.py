@@ -2,7 +2,7 @@
 
 The file and the disk are each divided into cells of nearly equal length, and the clusters of each
 cell are counted.  All L2 tables are read, slice by slice, and numpy counts the entries of a slice
-in a few operations, so that a full disk of 1 TiB with 16.7 million entries takes about a second.
+in a few operations.  So a full disk of 1 TiB with 16.7 million entries takes about a second.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Layout:
             clusters, from 0 for the beginning of the disk to 1 for its end; for other cells 0.
         disk_data: For each cell of the disk the number of its clusters with data.
         disk_zeros: For each cell of the disk the number of its zero clusters.
-        runs: Number of runs of data.  In a run each cluster follows the one before, both on the
-            disk and in the file.
+        runs: Number of runs of data.  A run is a sequence of clusters that are adjacent and in the
+            same order on the disk and in the file.
         bad: Number of invalid entries of the L1 and L2 tables; the other attributes leave them out.
     """
 
@@ -85,7 +85,7 @@ class Layout:
 
 
 def _edges(total: int, cells: int) -> Counts:
-    """Return the number of the first cluster of each cell, and last the end, ``total``."""
+    """Return the index of the first cluster of each cell, followed by ``total``."""
     # A cluster c is in the cell c * cells // total.
     return -(-np.arange(cells + 1, dtype=np.int64) * total // cells)
 

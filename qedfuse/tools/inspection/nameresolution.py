@@ -36,9 +36,10 @@ class BackingName:
             by the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
         resolved: Absolute path of the backing file without ``.`` and ``..``, and without
-            symbolic links if ``escapes`` is False.  The name itself if it has a protocol or a
-            NUL byte, if it begins with ``file:`` and the working directory has been removed, or if
-            it is the path of a local file in an image that is a URL.
+            symbolic links if ``escapes`` is False; ``path`` if the image is a URL.  The name
+            itself if the name has a protocol or a NUL byte, if it begins with ``file:`` and the
+            working directory has been removed, or if it is the path of a local file in an image
+            that is a URL.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,
@@ -88,7 +89,7 @@ def resolve_name(stored: bytes, image: str, *, raw_format: bool) -> BackingName:
 
 
 def _resolve_in_url(name: str, image: str, *, raw_format: bool, absolute: bool) -> BackingName:
-    """Resolve a path in an image that is a URL, without any I/O."""
+    """Resolve a name without a protocol in an image that is a URL, without any I/O."""
     path = backing_path(image, name)
     if not is_url(path):
         return BackingName(
@@ -139,7 +140,7 @@ def _resolve(name: str, directory: str) -> tuple[str, bool]:
 
 
 def _link_target(path: str) -> str | None:
-    """Return what a symbolic link contains; None if the path is no link or cannot be read."""
+    """Return what a symbolic link contains; None if the path is not a link or cannot be read."""
     try:
         return os.readlink(path)  # noqa: PTH115  a name, not a Path
     except OSError:

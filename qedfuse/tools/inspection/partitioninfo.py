@@ -24,8 +24,8 @@ class PartitionInfo:
     Attributes:
         table: The partition table; None if the disk has none.
         file_systems: The file systems, by the number of the partition; without a partition table,
-            the file system of the whole disk by the number 0.  A partition in which blkid
-            recognises no file system is left out.
+            the file system of the whole disk by the number 0.  Extended partitions, and partitions
+            in which blkid recognises no file system, are left out.
     """
 
     table: PartitionTable | None

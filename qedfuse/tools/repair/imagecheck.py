@@ -186,7 +186,7 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
-        UsageError: The file is no backup, or is damaged or incomplete.  Nothing was restored.
+        UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was restored.
         QedError: The image or the backup cannot be opened, or the host refused.  The undo
             can be run again.
     """
@@ -218,8 +218,8 @@ def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport)
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
-    True if the check suggests that the header names the wrong offset or size of the tables.
-    But False with ``leaks`` if the image has errors, because nothing is then changed.
+    True if the check suggests that the header names the wrong offset or size of the tables, unless
+    nothing will be changed because ``level`` is ``leaks`` and the image has errors.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 

@@ -47,7 +47,7 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
-        UsageError: The file is no backup, or is damaged or incomplete.  Nothing was written.
+        UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was written.
         ImageError: The backup is not a regular file, or the header saved in it is invalid.
             Nothing was written.
         HostError: The host refused.  The undo can be run again.
@@ -62,8 +62,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Because of the order of the writes, the undo can be run again after a crash.  In the meantime,
-    no read through an entry returns a cluster that the repair has copied for another entry.
+    Because of the order of the writes, the undo can be run again after a crash, and at no moment a
+    read through an entry returns a cluster that the repair has copied for another entry.
     """
     count = 0
     for saved in backup.ranges():
@@ -163,10 +163,10 @@ class _BackupReader:
     def ranges(self) -> Iterator[SavedRange]:
         """Yield the saved ranges, the header first, and set `lengths` at the end.
 
-        Each call begins again with the first range.
+        Each call begins with the first range.
 
         Raises:
-            UsageError: The file is no backup, or is damaged or not complete.
+            UsageError: The file is not a backup, or is damaged or not complete.
             HostError: The host cannot read the file.
         """
         try:
@@ -178,7 +178,7 @@ class _BackupReader:
         """Yield the saved ranges; see `ranges`.
 
         Raises:
-            UsageError: The file is no backup, or is damaged or not complete.
+            UsageError: The file is not a backup, or is damaged or not complete.
             OSError: The host cannot read the file.
         """
         self._file.seek(0)

@@ -1,9 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if the extents show that it is zeros, on both disks if there are two.  The
-same is true of a range that both disks store as the same bytes of the same file.  Such ranges are
-left out of the chunks, unless they are too short to be worth a second chunk, or the caller wants
-all ranges (``include_zeros``).
+A range need not be read if the extents show that it is zeros, on both disks if there are two, or
+if both disks store it as the same bytes of the same file.  A range that need not be read is left
+out of the chunks, unless it is too short to be worth a second chunk, or the caller wants all
+ranges (``include_zeros``).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Chunker:
         base: Source | None = None,
         include_zeros: bool = False,
     ) -> None:
-        """Cut batches of ``source``; the caller must keep the files of both disks open.
+        """Prepare to cut batches of ``source``; the caller must keep the files of both disks open.
 
         Args:
             source: The disk.

@@ -23,7 +23,7 @@ class QedSource:
     format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Read a disk that the caller has opened, and must close."""
+        """Make a reader of an open disk, which the caller must close later."""
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path

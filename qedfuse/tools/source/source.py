@@ -37,7 +37,7 @@ _MAX_EXTENTS_PER_CALL: Final = 1 << 14
 
 
 class BlockingReader(Protocol):
-    """An open file for worker threads, which may wait: the part of `ReadableFile` for them."""
+    """An open file as worker threads use it: the part of `ReadableFile` that may block."""
 
     @property
     def identity(self) -> FileIdentity:
@@ -47,7 +47,7 @@ class BlockingReader(Protocol):
         """Fill ``view`` from a file offset; return how many bytes were read.
 
         The result is less than the length of the view only if the file ends earlier.  Several
-        threads may call it concurrently.
+        threads may call this method concurrently.
 
         Raises:
             HostError: The file cannot be read.
@@ -93,7 +93,7 @@ class Source(Protocol):
 
 
 class RawSource:
-    """A raw file, block device or URL, whose bytes are those of the disk."""
+    """A raw file, a block device, a raw URL, or an image that QEMU serves as a raw disk."""
 
     format: ImageFormat = "raw"
 
@@ -128,7 +128,7 @@ class RawSource:
 
 
 def _limited(found: int | None, end: int) -> int:
-    """Return an offset that was searched for, or ``end`` if it is None or lies past ``end``."""
+    """Return the offset ``found``, or ``end`` if ``found`` is None or lies past ``end``."""
     return end if found is None else min(found, end)
 
 
@@ -195,7 +195,7 @@ async def open_source(
 
 @asynccontextmanager
 async def _qed_source(file: HostFile, path: str, options: OpenOptions) -> AsyncIterator[QedSource]:
-    """Read the disk of the image in an open file; ``path`` is its path or URL.
+    """Open the disk of the image in an open file; ``path`` is the path or URL of the file.
 
     Raises:
         QedError: See `open_source`.

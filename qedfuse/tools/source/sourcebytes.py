@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 async def read_bytes(source: Source, start: int, length: int) -> bytes:
-    """Return ``length`` bytes of a disk at guest offset ``start``, all within the disk.
+    """Return ``length`` bytes of a disk at guest offset ``start``.
 
-    This is for small ranges: the whole result is in memory, and nothing is read ahead.
+    The caller must pass a range that lies within the disk.  The range should be small, because the
+    whole result is in memory, and nothing is read ahead.
 
     Raises:
         CorruptImageError: A table entry for part of the range is invalid.

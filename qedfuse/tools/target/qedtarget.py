@@ -68,10 +68,10 @@ class NewQedTarget(ParallelTarget):
     """
 
     def __init__(self, descriptor: int, header: Header, backing: bytes, name: str) -> None:
-        """Write to an open, empty file; write nothing if ``descriptor`` is negative.
+        """Prepare an image in an open, empty file.
 
         Args:
-            descriptor: The file.
+            descriptor: The file; negative to write nothing.
             header: The geometry and features; `finish` sets the image size.
             backing: Name of the backing file, as stored; empty if the image has none.
             name: Name of the file in messages.
@@ -84,8 +84,9 @@ class NewQedTarget(ParallelTarget):
         # Each chunk must lie within the range of one slice of an L2 table, because
         # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster has only
         # one entry.  A longer chunk crosses no multiple of `max_chunk_bytes`.  Both
-        # `max_chunk_bytes` and the range of a slice are powers of two, and `max_chunk_bytes` is
-        # not the larger one.  So a longer chunk crosses no end of a slice either.
+        # `max_chunk_bytes` and the length of the range of a slice are powers of two, and
+        # `max_chunk_bytes` is not the larger one.  So a longer chunk does not cross the end of the
+        # range of a slice.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -97,8 +98,8 @@ class NewQedTarget(ParallelTarget):
         """Assign offsets at the end of the file to the clusters of a chunk; return the writes.
 
         The entries are set in the table slices in memory.  If the chunk needs another slice of a
-        table than the chunks before it, the previous slice is complete, and its write comes first.
-        Then comes the write of the data, if the chunk has any.
+        table than the previous chunk, the previous slice is complete, and its write is the first of
+        the result.  The write of the data, if the chunk has any, is the last.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -184,7 +185,7 @@ class ExistingQedTarget(SequentialTarget):
     """
 
     def __init__(self, disk: Disk) -> None:
-        """Write to an open disk that is at least as large as the source."""
+        """Prepare to write to an open disk that is at least as large as the source."""
         self._disk = disk
         self.block_size = disk.header.cluster_size
         self._written_end = 0  # guest offset up to which the disk is written or discarded

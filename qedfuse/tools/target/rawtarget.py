@@ -32,10 +32,10 @@ class NewRawTarget(ParallelTarget):
     max_chunk_bytes = MAX_CHUNK_BYTES
 
     def __init__(self, descriptor: int, name: str, sparse_size: int = _BLOCK_BYTES) -> None:
-        """Write to an open, empty file; write nothing if ``descriptor`` is negative.
+        """Prepare to write to an open, empty file.
 
         Args:
-            descriptor: The file.
+            descriptor: The file; negative to write nothing.
             name: Name of the file in messages.
             sparse_size: Minimum length in bytes of a run of zeros that the caller leaves as a
                 hole.  Here the length only selects the block size: 512 bytes for a length
@@ -76,7 +76,7 @@ class StreamTarget(SequentialTarget):
     block_size = _BLOCK_BYTES
 
     def __init__(self, stream: Stream) -> None:
-        """Write to an open stream."""
+        """Prepare to write to an open stream."""
         self._stream = stream
         self._written_bytes = 0
 
@@ -107,7 +107,7 @@ class ExistingRawTarget(SequentialTarget):
     block_size = _BLOCK_BYTES
 
     def __init__(self, descriptor: int, name: str, *, durable: bool = True) -> None:
-        """Write to an open file that is at least as long as the disk.
+        """Prepare to write to an open file that is at least as long as the disk.
 
         Args:
             descriptor: The file.

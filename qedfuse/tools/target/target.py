@@ -47,7 +47,7 @@ class ParallelTarget(ABC):
         block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
             at all.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  But if a block is longer than that, each chunk is one block.
+            length.  But if a block is longer than this length, each chunk is one block.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -62,8 +62,8 @@ class ParallelTarget(ABC):
         """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
         The caller must call this for one chunk at a time, in the order of the disk, and may
-        call it in worker threads.  A range that is in no chunk reads as the base, or as zeros
-        if there is no base.  The same is true of a block in neither mask.
+        call it in worker threads.  A range that is in no chunk, and a block that is in neither
+        mask, read as the base, or as zeros if there is no base.
 
         Args:
             start: Guest offset of the chunk.
@@ -94,7 +94,7 @@ class SequentialTarget(ABC):
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  But if a block is longer than that, each chunk is one block.
+            length.  But if a block is longer than this length, each chunk is one block.
     """
 
     block_size: int
