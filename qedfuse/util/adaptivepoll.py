@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter.  A wait that is too long lowers the counter by 1, unless it is
-so long that it resets the counter.  So at most this number of such waits in a row disable
-polling."""
+"""Maximum of the confidence counter.  A wait that is too long lowers the counter by 1, or resets the
+counter if the wait is very long.  So polling is disabled after this number of waits in a row that
+are too long, or earlier."""
 _RESET_FACTOR: Final = 8
-"""Multiple of the maximum time to poll.  A wait longer than this multiple resets the confidence to
-0, because the earlier waits no longer predict the next wait."""
+"""Multiple of the maximum time to poll.  A wait longer than this multiple resets the counter to 0,
+because the earlier waits no longer predict the next wait."""
 _WAKE_FACTOR: Final = 2
 """Multiple of the maximum time to poll.  A wait in which the task slept still counts as short if it
 took at most this multiple, because a task that sleeps notices the event late."""
@@ -29,8 +29,8 @@ class AdaptivePoll:
 
         Args:
             seconds: Maximum time to poll for one event; 0 to never poll.
-            start_enabled: Whether to poll from the start.  Otherwise polling is enabled by
-                the first short wait.
+            start_enabled: Whether to poll from the start.  If False, the first short wait enables
+                polling.
         """
         self._max_seconds = seconds
         self._confidence = _MAX_CONFIDENCE if start_enabled else 0
@@ -44,7 +44,8 @@ class AdaptivePoll:
         """Record how long one wait took.
 
         Args:
-            seconds: How long the wait took; 0 if polling has found the event.
+            seconds: How long the wait took.  A caller that polls passes 0 if polling has found the
+                event.
             slept: Whether the task slept, or let other tasks run, instead of polling.
         """
         if seconds <= self._max_seconds * (_WAKE_FACTOR if slept else 1):

@@ -28,7 +28,7 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 
     trio wraps every error that leaves a nursery in an exception group, because several tasks
     may fail concurrently.  Callers of a function that uses a nursery internally do not expect
-    a group.  So only several errors are raised as a group.
+    a group.  So this function raises a group only if there are several errors.
     """
     try:
         async with trio.open_nursery() as nursery:

@@ -29,7 +29,7 @@ class DeferredClose:
         self._is_closed = False
 
     def enter(self) -> bool:
-        """Count a user, so that the files stay open; return False if `close` was called."""
+        """Count a user, which keeps the files open, and return True; False after `close`."""
         with self._lock:
             if self._is_closed:
                 return False

@@ -4,7 +4,7 @@ A *ruleset* lists what stays permitted.  A thread that restricts itself by a rul
 thread and process that it starts later, can do nothing else.  Nothing lifts the restriction.
 
 `qedfuse.foreign.sandbox` imports this module in a script that runs without the packages of the
-installation, so it imports only a few modules of Python.
+installation.  So this module imports only a few modules of the standard library.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class Ruleset:
 
         Args:
             version: The kernel's version of Landlock.
-            scopes: What is forbidden with processes outside of the sandbox, if the kernel's version
-                can forbid it.
+            scopes: What the processes in the sandbox must not do to processes outside of it:
+                `SCOPE_SIGNALS`, `SCOPE_ABSTRACT_SOCKETS` or both.  Ignored if the kernel's version
+                cannot forbid them.
 
         Raises:
             OSError: The kernel refused.
@@ -98,8 +99,8 @@ class Ruleset:
         Rights that the kernel's version does not know are left out.
 
         Raises:
-            OSError: The kernel refused, or ``fd`` is a file and ``rights`` has a right that only a
-                directory can have.
+            OSError: The kernel refused; ``fd`` is a file, and ``rights`` has a right that only a
+                directory can have; or ``rights`` has no right that the kernel's version knows.
         """
         rule = struct.pack("=Qi", rights & self._handled, fd)
         check_result(
@@ -115,7 +116,7 @@ class Ruleset:
             False if the path cannot be opened; then nothing is permitted.
 
         Raises:
-            OSError: The kernel refused the rule.
+            OSError: The kernel refused the rule, for example because no right is left.
         """
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)

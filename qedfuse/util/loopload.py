@@ -44,8 +44,9 @@ class LoopLoad:
 
         The reads are those that `fetched_reads` counts.
 
-        If so, the caller must not poll.  While a task polls, the event loop does not notice that
-        the thread has finished.  And an event loop that never sleeps starves the thread of the GIL.
+        If the result is True, the caller must not poll.  While a task polls, the event loop does
+        not notice that the thread has finished.  And an event loop that never sleeps starves the
+        thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0 or self.fetched_reads > 0
 

@@ -41,8 +41,8 @@ class LRU(Generic[K, V]):
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes that the values take together.  Only pinned values and
-                the value stored last can exceed it.
+            budget: Maximum number of bytes that the values take together.  The cache exceeds the
+                budget only if the pinned values and the value stored last exceed it together.
             weigh: Returns how many bytes a value takes.  The number must not change while the value
                 is in the cache.
             pinned: Returns whether a value must not be evicted now.

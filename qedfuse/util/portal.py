@@ -93,7 +93,7 @@ class Portal(Generic[T]):
         try:
             self.value = self._opened.result()
         except BaseException:
-            # Entering the manager has failed, or a KeyboardInterrupt has arrived meanwhile.
+            # Entering the manager has failed, or a KeyboardInterrupt has interrupted the wait.
             self.ask_to_close()
             self._thread.join()
             raise

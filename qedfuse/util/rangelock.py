@@ -32,9 +32,9 @@ class _Request:
 class RangeLock:
     """Exclusive ownership of half-open ranges ``[start, end)``, first come first served.
 
-    A request waits for every overlapping request that came earlier, even for one that is
-    waiting too, so no task starves.  A request that need not wait makes no checkpoint.  An
-    empty range overlaps no range.
+    A request waits for every overlapping request that came earlier, even for one that is itself
+    waiting.  So no task starves.  A request that need not wait makes no checkpoint.  An empty
+    range overlaps no range.
     """
 
     def __init__(self) -> None:

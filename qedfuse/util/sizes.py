@@ -9,8 +9,8 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# Use re.ASCII, because otherwise the Kelvin sign would match K.  Accept a limited number of digits,
-# because for thousands of digits int() raises a ValueError.
+# Use re.ASCII, because without it the Kelvin sign would match K.  Accept a limited number of
+# digits, because for thousands of digits int() raises a ValueError.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:\.(?P<fraction>\d{0,100}))?(?:(?P<unit>[kmgtpe])i?)?b?",
     re.IGNORECASE | re.ASCII,
