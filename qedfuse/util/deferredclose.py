@@ -29,7 +29,7 @@ class DeferredClose:
         self._is_closed = False
 
     def enter(self) -> bool:
-        """Count a user, which keeps the files open, and return True; False after `close`."""
+        """Count a user, which keeps the files open; after `close` count none and return False."""
         with self._lock:
             if self._is_closed:
                 return False

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _MAX_REQUESTS: Final = 8
 """Maximum number of requests that are queued at a time.
 
-More requests would gain nothing, and one that waits in the queue for longer than the time limit of
-a read fails.
+With more requests, each would wait in the queue for longer, and a request that waits for longer
+than the time limit of a read fails.
 """
 
 
@@ -59,8 +59,8 @@ async def warm(
     """Fetch into the cache all that a mount of an image can need of the image and its bases.
 
     A mount can need the tables and the allocated clusters of a QED image, and all bytes of a raw
-    file.  Units that are intact in the cache are not fetched again, so an interrupted call can be
-    repeated.
+    file.  Units (blocks of 256 KiB) that are intact in the cache are not fetched again, so an
+    interrupted call can be repeated.
 
     Args:
         url: The URL of the image.
@@ -127,7 +127,7 @@ class _NeededFile:
         self._file = file
 
     def require_cache(self) -> None:
-        """Raise CacheError if nothing of the file is stored in the cache."""
+        """Raise CacheError if the cache has no entry for the file, so that it can store nothing."""
         if not self._file.fetcher.has_cache:
             msg = (
                 f"{self._file.name}: found no cache to fetch it into, expected a directory of the "

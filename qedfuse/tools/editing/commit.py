@@ -3,8 +3,8 @@
 Because of the order of the steps, the overlay reads the same after an interruption at any
 moment:
 
-1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Past
-   the end of a shorter base the overlay reads as zeros too, so the overlay reads the same.
+1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Before
+   the base grew, the overlay read as zeros past the end of the base, so it still reads the same.
 2. The overlay's data is written into the base.  The base changes only where the overlay stores a
    range itself, and such a range is not read from the base.  So the overlay reads the same,
    whether none, some or all of the data is written.

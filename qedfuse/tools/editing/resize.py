@@ -23,7 +23,7 @@ class ResizeResult:
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
         free_clusters: Number of free clusters that the change has left in the file, for example
-            because the options limit the compaction.  0 also if the number is unknown.
+            because the options limit the compaction.  0 if the number is unknown.
     """
 
     size_before: int

@@ -144,8 +144,8 @@ class Dump:
         If the file ends within the table, the entries past that end are left out.
 
         Raises:
-            UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
-                offset lies at or past the end of the file.
+            UsageError: The L1 table has no entry ``l1_index``, or the value of the entry is 0, or
+                at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """
@@ -168,8 +168,8 @@ class Dump:
         The offset lies inside the file, but may break other rules, such as the alignment.
 
         Raises:
-            UsageError: The L1 table has no entry ``l1_index``, or the entry is 0, or the
-                offset lies at or past the end of the file.
+            UsageError: The L1 table has no entry ``l1_index``, or the value of the entry is 0, or
+                at or past the end of the file.
             ImageError: The header is too damaged to find the L1 table.
             HostError: The host cannot read the file.
         """

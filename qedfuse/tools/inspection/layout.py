@@ -124,7 +124,13 @@ class _Counter:
         )[: self.file_cells]
 
     def count_entries(self, first: int, values: Values, invalid: Mask) -> None:
-        """Count the entries of adjacent guest clusters, the first of which is ``first``."""
+        """Count the L2 entries of a slice.
+
+        Args:
+            first: Index of the guest cluster of the first entry.
+            values: The entries.
+            invalid: Mask of the invalid entries.
+        """
         cells = self.disk_cells
         self.bad += int(invalid.sum())
         zeros = np.flatnonzero(values == ZERO) + first

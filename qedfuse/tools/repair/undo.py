@@ -62,8 +62,9 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    Because of the order of the writes, the undo can be run again after a crash, and at no moment a
-    read through an entry returns a cluster that the repair has copied for another entry.
+    The order of the writes ensures that the undo can be run again after a crash, and that at no
+    moment a read through one entry returns the copy of a cluster that the repair has made for
+    another entry.
     """
     count = 0
     for saved in backup.ranges():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _MAX_EXTENTS_PER_CALL: Final = 1 << 14
-"""`RawSource.extents` stops when it has found at least this many extents."""
+"""`RawSource.extents` stops when it has found at least this number of extents, at most one more."""
 
 
 class BlockingReader(Protocol):
