@@ -41,8 +41,8 @@ class LRU(Generic[K, V]):
         """Start empty.
 
         Args:
-            budget: Maximum number of bytes that the values take together.  The cache exceeds the
-                budget only if the pinned values and the value stored last exceed it together.
+            budget: Maximum number of bytes that the values take together.  After a `put` the values
+                exceed the budget only if the pinned values and the new value exceed it together.
             weigh: Returns how many bytes a value takes.  The number must not change while the value
                 is in the cache.
             pinned: Returns whether a value must not be evicted now.

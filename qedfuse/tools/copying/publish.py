@@ -71,9 +71,9 @@ async def publish(
     being sent is replaced even without ``overwrite``.
 
     A failed or cancelled call leaves no object, with two exceptions.  If the store stops answering
-    at the end, the object may exist, and the message or the log says so.  With ``overwrite``, a
-    call that is cancelled when the object is complete leaves the object, because the object that
-    it has replaced cannot be restored.
+    at the end, the object may exist; the message of an error says so.  With ``overwrite``, a call
+    that is cancelled when the object is complete leaves the object, because the object that it has
+    replaced cannot be restored.
 
     Args:
         path: The image or raw file.

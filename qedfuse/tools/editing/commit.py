@@ -101,7 +101,7 @@ async def commit(
         progress: Called with the work done and the whole work, in any unit.
 
     Raises:
-        UsageError: The overlay or the base is a URL.
+        UsageError: The overlay or the base is a URL, or the base is an image that QEMU serves.
         BackingError: The overlay has no base, its chain has no file ``base``, or a base
             cannot be used.
         CorruptImageError: A table entry of one of the images is bad, or a check found damage.

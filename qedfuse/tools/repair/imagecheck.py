@@ -55,6 +55,7 @@ async def check(
         progress: Called with the number of tables read so far and in all.
 
     Raises:
+        NeedsCheckError: The image is too large to be checked.
         QedError: The image cannot be opened, locked or read.
     """
     lock = LockMode.to_read(share=share)
@@ -80,6 +81,8 @@ async def plan(
         progress: Called with the number of tables read so far and in all.
 
     Raises:
+        UsageError: The image is a URL.
+        NeedsCheckError: The image is too large to be checked.
         QedError: The image cannot be opened, locked or read.
     """
     async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
@@ -132,8 +135,11 @@ async def repair(
             while tables are repaired.
 
     Raises:
+        UsageError: The image is a URL.
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
+        NeedsCheckError: The image, possibly only after it was repaired, is too large to be
+            checked.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
         QedError: The image cannot be opened or locked, or the host refused.  The image is
@@ -186,7 +192,9 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
-        UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was restored.
+        UsageError: The image is a URL, or ``backup`` is not a backup, or is damaged or incomplete.
+            Nothing was restored.
+        NeedsCheckError: The image is restored, but too large to be checked.
         QedError: The image or the backup cannot be opened, or the host refused.  The undo
             can be run again.
     """
