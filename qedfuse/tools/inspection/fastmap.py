@@ -3,9 +3,9 @@
 `qedfuse.tools.inspection.mapping` needs numpy and trio, and loading them takes longer than
 reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) writes the
 lines up to the first slice that is unreadable or may hold an invalid entry.  `FastMap.reached`
-is the guest offset up to which lines were written.  If it is not the end of the disk, the caller
-must continue there with `mapping`.  The extension is optional.  If it was not built, the caller
-must use `mapping` for the whole map, which gives the same output.
+is the guest offset up to which lines were written.  If this offset is not the end of the disk, the
+caller must continue there with `mapping`.  The extension is optional.  If it was not built, the
+caller must use `mapping` for the whole map, which gives the same output.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class DescriptorReader:
 
 
 class FileReader:
-    """Reads a file of a chain that has no descriptor; must be used in a worker thread."""
+    """Reads a file of a chain that has no descriptor; the caller must be a worker thread."""
 
     def __init__(self, file: ReadableFile) -> None:
         """Make a reader of an open file, which the caller must close later."""

@@ -138,8 +138,8 @@ async def repair(
         UsageError: The image is a URL.
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
-        NeedsCheckError: The image, possibly only after it was repaired, is too large to be
-            checked.
+        NeedsCheckError: The image is too large to be checked, or has become too large by the
+            repair.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
         QedError: The image cannot be opened or locked, or the host refused.  The image is

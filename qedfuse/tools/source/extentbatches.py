@@ -64,8 +64,9 @@ async def extent_batches(
         base_extents: list[Extent] = []
         if base is not None and at < base.size:
             base_extents = await _read_batch(base, at, end, block_size)
-            # The extents of the other disk can end earlier because that disk ends, or because they
-            # are enough for a batch.  Only in the second case this batch must end there.
+            # The extents of the other disk may end before `end`, because the other disk ends or
+            # because they are enough for a batch.  Only in the second case must the batch end
+            # there too.
             if base_extents[-1].end < base.size:
                 end = min(end, base_extents[-1].end)
         bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]
