@@ -33,7 +33,7 @@ async def copy_stream(
         target: The target to write to.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
-        any_content: Accept a stream even if its first bytes are those of an image.
+        any_content: Accept a stream whatever its first bytes are.
         progress: Called with the number of bytes copied so far as both arguments, because the
             total is unknown.
 
@@ -41,8 +41,8 @@ async def copy_stream(
         The length of the stream in bytes, and how many of the bytes were copied as data.
 
     Raises:
-        UsageError: The first bytes are those of an image and ``any_content`` is False, or the
-            stream is longer than the target can be.
+        UsageError: ``any_content`` is False, and the first bytes are those of an image or of
+            content that is encrypted by LUKS.  Or the stream is longer than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """

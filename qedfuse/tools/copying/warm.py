@@ -69,7 +69,8 @@ async def warm(
             needed bytes of all files.
 
     Raises:
-        UsageError: ``url`` is a path, the URL of an NBD server, or not valid.
+        UsageError: ``url`` is a path, the URL of an NBD server, or not valid; or the object is an
+            image of a foreign format, or encrypted by LUKS.
         CacheError: There is no cache, or the cache has not enough space.  If the limit of the cache
             is smaller than the needed bytes, no data clusters have been fetched.
         RemoteError: A server cannot be reached, or does not serve a file.

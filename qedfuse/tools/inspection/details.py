@@ -67,7 +67,8 @@ async def read_details(
 ) -> Details:
     """Read the free list of an image, if there is one; on request, count the image's clusters.
 
-    The result is empty for a raw file and for an image whose header is invalid.
+    The result is empty for a file that is not a QED image, and for an image whose header is
+    invalid.
 
     Args:
         info: The description of the image.
