@@ -190,6 +190,21 @@ def test_image_that_is_not_fit(
     assert "top.qed" not in store.keys("golden")
 
 
+def test_image_that_no_machine_can_mount(
+    store: Swift, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image whose header is invalid is refused, as by a mount."""
+    whole = image.read_bytes()
+    for content_of_file, code, expected in (
+        (whole[:16] + b"\x10" + whole[17:], 14, "header field features: found unknown"),
+        (whole[:4] + b"\1" + whole[5:], 12, "header field cluster_size: found"),
+        (whole[:20], 12, "truncated header: found 20 bytes"),
+    ):
+        image.write_bytes(content_of_file)
+        assert expected in failed(capsys, image, "s3://golden/bad.qed", code=code)
+    assert "bad.qed" not in store.keys("golden")
+
+
 def test_flattened_chain(store: Swift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --flatten the object is one image with the content of the chain; no file is left."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))

@@ -42,6 +42,23 @@ def layout_of(image: Path, cells: int) -> Layout:
     return trio.run(read)
 
 
+def test_the_entries_past_the_end_of_an_empty_disk_are_not_counted(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    """A disk of 0 bytes has no data, even if a table has an entry."""
+    image = qemu.create(tmp_path / "empty.qed", CLUSTER)
+    qemu.io(image, f"write -P 1 0 {CLUSTER}")
+    with image.open("r+b") as file:
+        file.seek(48)
+        file.write(bytes(8))
+    layout = layout_of(image, 7)
+    assert layout.table_clusters > 0
+    assert layout.data_clusters == 0
+    for form in ("picture", "svg"):
+        assert main(["map", "--output", form, str(image)]) == 0
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_counts_are_those_of_other_commands(
     seed: int, tmp_path: Path, capsys: Captured

@@ -185,9 +185,13 @@ def _require_publishable(file: _Source) -> bool:
 
     Raises:
         UsageError: The image needs a check, or has a backing file.
-        ImageError: The file is an image of a foreign format.
+        ImageError: The file is an image of a foreign format, or the header is invalid.
+        HostError: The file cannot be read.
     """
-    qed = describe_open(DescriptorReader(file.fd), file.path).qed
+    try:
+        qed = describe_open(DescriptorReader(file.fd), file.path).qed
+    except OSError as error:
+        raise HostError.from_os(error, file.name, "read") from error
     if qed is None:
         return False
     if qed.need_check:
@@ -202,6 +206,8 @@ def _require_publishable(file: _Source) -> bool:
             "one image)"
         )
         raise UsageError(msg)
+    for error in qed.header.problems:
+        raise error
     return True
 
 

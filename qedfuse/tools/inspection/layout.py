@@ -193,7 +193,7 @@ async def read_layout(
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
         start = index * entries
         # Entries of clusters past the end of the disk are not used, and so not counted.
-        wanted = max(0, min(entries, disk_clusters - start)) * ENTRY_BYTES
+        wanted = max(0, min(entries, counter.disk_clusters - start)) * ENTRY_BYTES
         async for first, values in read_table(file, table, wanted):
             invalid = np.zeros(len(values), bool)
             for _code, mask in classifier.l2_errors(values):
