@@ -206,8 +206,8 @@ def _require_publishable(file: _Source) -> bool:
             "one image)"
         )
         raise UsageError(msg)
-    for error in qed.header.problems:
-        raise error
+    if qed.header.problems:
+        raise qed.header.problems[0]
     return True
 
 
