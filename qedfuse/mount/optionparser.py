@@ -67,9 +67,10 @@ values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size o
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
-    """Parse lists of options; a later option overrides an earlier one.
+    """Parse lists of options.
 
-    All values of ``backing_dir`` and ``backing_url``, and all mount flags for the kernel, are kept.
+    A later option overrides an earlier one.  But all values of ``backing_dir`` and ``backing_url``,
+    and all mount flags for the kernel, are kept.
 
     Args:
         lists: The arguments of all ``-o``, in order.

@@ -19,7 +19,7 @@ PATH_OPTIONS: Final[Mapping[str, Literal["file", "directory"]]] = {
 }
 """Options whose value is a path, each with what the path leads to."""
 _UNIX_OPTION: Final = "metrics=unix:"
-"""An option whose value is a path after this beginning."""
+"""The beginning of an option that names a Unix socket; a path follows."""
 
 
 def split_options(text: str) -> list[str]:

@@ -65,7 +65,7 @@ def parse_id(name: str, value: str) -> int:
 
 
 def parse_partition(name: str, value: str) -> int:
-    """Parse the number of a partition, as Linux numbers them."""
+    """Parse the number that Linux gives to a partition, from 1 to `_MAX_PARTITION`."""
     expected = f"the number of a partition, from 1 to {_MAX_PARTITION}"
     number = _number(name, value, 10, _MAX_PARTITION, expected)
     if not number:

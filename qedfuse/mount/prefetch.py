@@ -1,8 +1,8 @@
 """Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
 The task begins when the mount is ready.  The task fetches the tables of all files, then their data.
-It begins no request while a reader waits for a server, nor shortly after that, because the reader
-will probably need further data then.
+The task begins no request while a reader waits for a server, nor shortly after the reader has got
+its data, because the reader will probably need further data soon.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ class Prefetch:
         ]
 
     async def run(self) -> None:
-        """Fetch all that is needed, and log the end; return early if that is impossible.
+        """Fetch all that is needed, and log the end.
 
-        After a failure of a server the task waits for `_PAUSE_SECONDS` and goes on.
+        After a failure of a server the task waits for `_PAUSE_SECONDS` and goes on.  The task
+        returns early if a file was closed, a server has another version of an object, or the cache
+        fails.
         """
         try:
             for file, units in self._parts:
@@ -136,7 +138,7 @@ class Prefetch:
             await trio.sleep(_QUIET_SECONDS - quiet)
 
     def _quiet_seconds(self) -> float:
-        """Return for how many seconds no reader of a file has waited for its server."""
+        """Return for how many seconds no reader of any of the files has waited for a server."""
         return min((file.fetcher.quiet_seconds() for file, _ in self._parts), default=math.inf)
 
     def _is_closed(self) -> bool:

@@ -1,8 +1,9 @@
 """The disks that a mount exports as files, and the handles that are open on them.
 
-A file has the bytes of a disk, or of a partition of it.  Files that have bytes in common exclude
-each other, because the kernel caches the pages of each file on its own: while one is open for
-writing, the others cannot be open.  docs/concurrency.md argues why the files never disagree then.
+A file has the bytes of a disk or of a partition.  The kernel caches the pages of each file
+separately.  So files that have bytes in common exclude each other: while one of them is open for
+writing, the others cannot be open.  docs/concurrency.md argues that therefore the files never
+disagree.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ class ExportedDisk:
         read_only: Whether this disk is read-only in a writable mount, because its image is a
             backing file of another disk of the mount.  False in a read-only mount.
         overrun: Whether a write from the kernel's cache began before the end of the disk and went
-            past it, and no writer has got the error yet.
+            past the end, and no handle that may write has got the error ENOSPC yet.
         has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
             cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
         requests: Counts the requests to the file; those to a partition count for its disk.
-        is_stale: Whether pages of the file that the kernel may have cached may differ from the
-            disk, because another file with the same bytes was open for writing since.
+        is_stale: Whether pages that the kernel has cached of the file may differ from the disk,
+            because another file with the same bytes was opened for writing, or a write to this
+            file failed, after the kernel had cached the pages.
     """
 
     disk: Disk | DiskWindow
@@ -119,7 +121,7 @@ class ExportedDisks:
     def __init__(self, disks: Iterable[ExportedDisk], *, with_partitions: bool = False) -> None:
         """Export ``disks``; no disk has an open handle yet.
 
-        ``with_partitions`` says whether the caller adds the partitions (`set_partitions`).
+        ``with_partitions`` says whether the caller will add the partitions (`set_partitions`).
         """
         self.by_inode = {exported.inode: exported for exported in disks}
         self.by_name = {exported.name: exported for exported in self.by_inode.values()}
@@ -191,7 +193,7 @@ class ExportedDisks:
         return is_changed
 
     def shared_cells(self) -> SharedCells:
-        """Return the arrays in which the extension counts requests; removed files have some too."""
+        """Return the arrays in which the extension counts requests, those of removed files too."""
         return SharedCells(self._next_inode - len(self._cells), tuple(self._cells))
 
     @property
@@ -266,7 +268,7 @@ class ExportedDisks:
             self._writer_ended(exported)
 
     def _writer_ended(self, exported: ExportedDisk) -> None:
-        """Count a writer as ended; after the last one of a disk its partitions are outdated."""
+        """Count a writer as ended; after the last writer of a disk, its partitions are outdated."""
         exported.writers -= 1
         if not exported.writers and self._with_partitions and not exported.is_partition:
             self.outdated.add(exported)
@@ -297,9 +299,9 @@ class ExportedDisks:
         return self._all_closed
 
     def stop_fetching(self) -> None:
-        """Fail every read of a disk that waits for a server, now or later.
+        """Make all reads of the disks fail that wait for a server now, or would wait later.
 
-        The caller must ensure that no program waits for these reads any more.
+        The caller must ensure that no program waits for such a read any more.
         """
         for disk in self.images:
             disk.stop_fetching()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
     """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
-    mode of fallocate or the whence of lseek, the start of the range in bytes, and the length of
-    the range in bytes (without meaning for lseek)."""
+    mode of fallocate or the whence of lseek, the guest offset at which the range or the search
+    begins, and the length of the range in bytes (without meaning for lseek)."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -67,8 +67,8 @@ def serve(
     ``handler`` gets fallocate and lseek.  ``data_requests`` gets the reads, writes and fsyncs that
     the extension does not answer itself, and pyfuse3 gets those that ``data_requests`` does not
     answer either.  If ``data_requests`` is None, pyfuse3 gets all reads, writes and fsyncs.  The
-    extension counts the requests that it or ``data_requests`` answers in ``counters``, except the
-    deferred ones.
+    extension counts in ``counters`` the requests that it or ``data_requests`` answers, except the
+    reads that `defer_read` has taken.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -87,11 +87,10 @@ def serve(
 
 
 def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None:
-    """Let the extension answer reads of some files from now on, and count requests to them.
+    """Set the files whose reads the extension may answer itself, and the counters of all files.
 
-    The keys of ``tables`` are the inode numbers of these files.
-
-    Without the extension nothing is done.
+    The keys of ``tables`` are the inode numbers of the files.  Both arguments replace those of the
+    last call.  Without the extension nothing is done.
     """
     if _extension is not None:
         _extension.set_counters(*counters)
@@ -102,10 +101,10 @@ def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None
 def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled with the bytes at an offset of a descriptor.
 
-    Returns False, and has not answered, if the bytes are not all in the host's page cache, if
-    they are too few or too many, or if the kernel or libfuse cannot pass them on.  Like
-    `defer_read`, this must be called only while the extension calls the method ``read`` that
-    `serve` has set.
+    Returns False, and has not answered, if the bytes are not all in the host's page cache, if the
+    read is too short or too long for splice(2) (``_extraops.h``), or if the kernel or libfuse
+    cannot pass the bytes on.  Like `defer_read`, this function must be called only while the
+    extension calls the method ``read`` that `serve` has set.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
@@ -113,7 +112,8 @@ def reply_from_file(fd: int, offset: int) -> bool:
 def defer_read() -> Request:
     """Take the read that is being handled from pyfuse3; return the object that must answer it.
 
-    This must be called only while the extension calls the method ``read`` that `serve` has set.
+    This function must be called only while the extension calls the method ``read`` that `serve`
+    has set.
     """
     return _loaded().defer_read()  # type: ignore[no-any-return]
 
@@ -137,8 +137,8 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
     Args:
         answer_slowly: Answers a read that the queue could not make.
-        slow_seconds: If it takes longer to pass reads to the kernel, because the kernel waits, no
-            read is queued for the next second.  With 0 each time counts as longer.
+        slow_seconds: If passing reads to the kernel takes longer than this time, because the
+            kernel waits, no read is queued for the next second.  With 0, every time is longer.
 
     Returns:
         A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
@@ -169,7 +169,7 @@ take_burst_count: Final[Callable[[], int]] = (
 )
 """Returns how many requests the extension itself has taken since the last call.
 
-After a request that pyfuse3 has taken, the extension takes a few more if they are there
+After a request that pyfuse3 has taken, the extension takes a few more if the kernel has more
 (`_burst.c`)."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads

@@ -147,8 +147,9 @@ class FallocateLseek:
         Raises:
             FUSEError: EOPNOTSUPP, the mode is not supported, or would allocate clusters past the
                 end of a growable disk and keep its size.  EROFS, the disk is read-only.  ENOSPC,
-                the range goes past the end of a disk that must not grow; a discard that keeps the
-                size gets no such error.  EFBIG, the tables cannot address the end of the range.
+                the range goes past the end of a disk that cannot grow, and the mode is not a
+                discard that keeps the size.  EFBIG, the tables cannot address the end of the
+                range.
             QedError: The disk could not be changed.  Part of the range may be changed, and the
                 disk may have grown.
         """
@@ -269,10 +270,11 @@ async def _find_gap(disk: Disk | DiskWindow, whence: int, start: int) -> tuple[i
     """Return the gap that SEEK_HOLE would report as a hole, or that SEEK_DATA would skip.
 
     Returns:
-        The guest offsets at which the gap starts and ends.  The gap ends at the next data; None
-        if no data follows.  For SEEK_HOLE the gap starts at the first hole at or past ``start``;
-        the end of the disk counts as a hole.  For SEEK_DATA, or if ``start`` is not before the
-        end of the disk, the gap starts at ``start``, and is empty if there is data at ``start``.
+        The guest offsets at which the gap starts and ends.  The gap ends at the next data; if no
+        data follows, the second offset is None.  For SEEK_HOLE the gap starts at the first hole at
+        or past ``start``; the end of the disk counts as a hole.  For SEEK_DATA, or if ``start`` is
+        not before the end of the disk, the gap starts at ``start``, and is empty if there is data
+        at ``start``.
     """
     hole = start
     if whence == os.SEEK_HOLE and start < disk.size:

@@ -41,8 +41,8 @@ class FastRequests:
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
         """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.
 
-        Returns None also for a read that is empty or goes past the end of the disk.  The next
-        call of a method may overwrite the returned view.
+        Also returns None for a read that is empty or goes past the end of the disk.  The next
+        call of any method may overwrite the bytes of the returned view.
         """
         exported = self.disk_of(handle)
         return None if exported is None else exported.disk.try_read(offset, size)
@@ -59,7 +59,7 @@ class FastRequests:
     def fsync(self, handle: int) -> bool:
         """Make durable all writes that have ended; return False if that would wait or fails.
 
-        Returns False also if the disk has lost writes, so that an error must be reported.
+        Also returns False if the disk has lost writes; the slow path then reports the error.
         """
         exported = self.disks.get(handle & ~HANDLE_FLAGS)
         return (

@@ -151,14 +151,18 @@ class MetadataOperations(pyfuse3.Operations):
         return self._attributes.for_reply(exported)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing: a disk exists as long as the mount, and the table decides on partitions."""
+        """Do nothing, because the kernel does not decide how long a file of the mount exists.
+
+        A disk exists as long as the mount, and the partition table decides on partitions.
+        """
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Return the attributes of the directory or of a disk.
 
         Raises:
-            FUSEError: ENOENT, no file has the inode; EACCES, as in `admit`.
+            FUSEError: ENOENT, no file has the inode; ESTALE, as in `disk_of`; EACCES, as in
+                `admit`.
         """
         self.admit(ctx.uid)
         if self._is_root(inode):
@@ -182,8 +186,8 @@ class MetadataOperations(pyfuse3.Operations):
         Raises:
             FileInUseError: The size would change, and another file with the same bytes is open.
             FUSEError: EPERM, the inode is that of the directory, or the request would change the
-                owner or the permissions of a disk; ENOENT, no file has the inode; EACCES, as in
-                `admit`; or an error of `Truncation.set_size`.
+                owner or the permissions of a disk; ENOENT, no file has the inode; ESTALE, as in
+                `disk_of`; EACCES, as in `admit`; or an error of `Truncation.set_size`.
         """
         self.admit(ctx.uid)
         if self._is_root(inode):

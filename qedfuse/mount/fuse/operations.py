@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Operations(MetadataOperations):
     """The handlers of all requests for one mount, except fallocate and lseek.
 
-    pyfuse3 calls them for each request that it gets.  `DataRequests` answers some reads, writes
-    and fsyncs before pyfuse3 gets them.  pyfuse3 cannot receive fallocate and lseek, so
-    `qedfuse.mount.fuse.fallocate` answers them.
+    pyfuse3 calls a handler for each request that pyfuse3 gets.  `DataRequests` answers some reads,
+    writes and fsyncs before pyfuse3 gets them.  pyfuse3 cannot receive fallocate and lseek, so
+    `qedfuse.mount.fuse.fallocate` answers these requests.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Operations(MetadataOperations):
         super().__init__(
             disks, options, truncation, size_fixup, partition_files, directory=directory
         )
-        # The write-back cache is off if the mountpoint is a file, because the kernel starts
-        # with the size 0 for that file, and with the write-back cache it would never replace
-        # this size.  `qedfuse.mount.fuse.truncation` explains why the write-back cache is off
-        # with truncate=zero.
+        # If the mountpoint is a file, the kernel starts with the size 0 for that file.  With the
+        # write-back cache the kernel would never replace this size, so the cache is off.
+        # `qedfuse.mount.fuse.truncation` explains why the write-back cache is off with
+        # truncate=zero.
         self.enable_writeback_cache = (
             directory
             and not (options.read_only or options.direct_io)
@@ -73,8 +73,8 @@ class Operations(MetadataOperations):
         """Open a disk and return its file handle.
 
         The kernel keeps the pages that it has cached of the disk, unless another program can
-        change the image (``force_share``), the page cache is off (``direct_io``), or another file
-        with the same bytes was open for writing.
+        change the image (``force_share``), the page cache is off (``direct_io``), or the pages may
+        be stale (`ExportedDisk.is_stale`).
 
         Raises:
             FileInUseError: Another file with the same bytes is open.
@@ -292,7 +292,7 @@ def _lost_data(
     """Record that a write from the kernel's cache has failed; return the error for the log.
 
     write(2) has reported success, and the kernel does not repeat the write.  So the loss is logged
-    also if the outage of the server was logged already.
+    even if the outage of the server, or the end of qemu-nbd, has been logged already.
     """
     exported.has_lost_data = True
     lost = error.prefixed(

@@ -1,8 +1,8 @@
 """Keeping the files of partitions in step with the partition tables of their disks.
 
-A program can write another table through the file of a disk, so the tables are read again after
-the last writer of the disk has closed it.  While a partition is open, the disk has no writer
-(`ExportedDisks`), so an open partition keeps its start and its size.
+A program can write a different partition table through the file of a disk.  So the table is read
+again after the last writer of the disk has closed that file.  While a partition is open, the disk
+has no writer (`ExportedDisks`), so an open partition keeps its start and its size.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class PartitionFiles:
     async def refresh(self) -> None:
         """Return when the files of all partitions agree with the tables of their disks.
 
-        Between the last step and the return, no other task runs.
+        Between the last check of the tables and the return, no other task runs.
         """
-        # The loop does not test whether the lock is held.  A task that releases the lock hands it
-        # over to a waiter, so two tasks would hand the lock to each other forever.
+        # The loop tests `_is_reading` and not whether the lock is held.  A task that releases the
+        # lock hands it over to a waiter.  So if the loop tested the lock, two tasks would hand the
+        # lock to each other forever.
         while self._disks.outdated or self._is_reading:
             async with self._lock:
                 self._is_reading = True
@@ -70,12 +71,12 @@ class PartitionFiles:
     async def drop_stale_pages(self, exported: ExportedDisk) -> bool:
         """Make the kernel drop the pages of a file if they may differ from the disk.
 
-        The caller has counted a handle of the file, so no other file with the same bytes can be
-        written to meanwhile.
+        The caller must have counted a handle of the file, so that no other file with the same
+        bytes can be written to during the call.
 
         Returns:
-            True if the kernel has no page that differs.  False if it may have one, so that the
-            open must make it drop all pages.
+            True if the kernel has no page that differs.  False if the kernel may have such a page;
+            the reply to the open must then make the kernel drop all pages.
         """
         if not exported.is_stale:
             return True

@@ -1,11 +1,11 @@
 """Reads in a queue of the kernel (io_uring), from the side of the event loop.
 
 A short read whose data is not in the host's page cache waits in this queue, if its tables are in
-memory (``_queuedread.c``).  The event loop learns that reads have ended while it polls
-(`Scheduler`), or because a task of this module waits for a descriptor.
+memory (``_queuedread.c``).  There are two ways to notice that reads have ended: `Scheduler` looks
+for ended reads while it polls, and a task of this module waits for a descriptor.
 
 Before Linux 6.1, without the extension, and where io_uring is not permitted, there is no queue, and
-native threads make these reads.
+threads make these reads.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SLOW_SECONDS: Final = 8e-3
-"""If it takes longer to pass reads to the kernel, the kernel has waited for the host's disk, and so
-has the event loop.  After that, native threads make the reads of the next second."""
+"""If passing reads to the kernel takes longer than this time, the kernel has waited for the host's
+disk, and so has the event loop.  Then threads make the reads of the next second."""
 
 
 @asynccontextmanager
 async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
     """Let reads wait in a queue of the kernel in the block, if that is possible.
 
-    At its end the block waits until the kernel has made all queued reads, also if the task is
+    The end of the block waits until the kernel has made all queued reads, even if the task is
     cancelled, because the kernel uses the descriptors of the disks.  The caller must ensure that
-    no request arrives meanwhile.  ``answer_slowly`` answers a read that the queue could not make.
+    no request arrives during this wait.  ``answer_slowly`` answers a read that the queue could
+    not make.
     """
     fd = _open(answer_slowly)
     if fd is None:
@@ -55,7 +56,10 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
 
 
 def _open(answer_slowly: SlowAnswer) -> int | None:
-    """Make the queue; return the descriptor that shows the end of reads, None without a queue."""
+    """Make the queue; return a descriptor that is readable when reads have ended.
+
+    Returns None if no queue is wanted or possible.
+    """
     if os.environ.get(HOST_CALLS_VARIABLE) in (THREADS, NATIVE):
         return None
     try:
@@ -80,8 +84,9 @@ class _Ends:
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
-                # `end_queued_reads` empties the descriptor only if a read is in the queue.  The
-                # kernel may write to the descriptor for a read that was answered meanwhile.
+                # The descriptor must be emptied, or it would stay readable.  `end_queued_reads`
+                # empties the descriptor only if a read is in the queue.  But the kernel may write
+                # to the descriptor for a read that `Scheduler` has already answered.
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._fd)
                 extraops.end_queued_reads()

@@ -1,12 +1,13 @@
 """Counters of the requests to one disk: how many, how many bytes, how many failed, how long.
 
-The extension and this process's Python code count in the same array: the extension counts the
-requests that it answers itself (``_counters.c``), and `Operations`, `FallocateLseek` and
-`DataRequests` count all others.  So no request is counted twice, and without the extension the
-counters have the same meaning.
+The extension and the Python code count in the same array.  The extension counts the requests that
+it answers itself (``_counters.c``), and `Operations`, `FallocateLseek` and `DataRequests` count all
+others.  So no request is counted twice, and without the extension the counters have the same
+meaning.
 
-A request takes the time from its receipt until its answer.  Of the requests that are answered in
-one step, the extension times only one in 16, and its time counts for the following 15 as well.
+The time of a request is the time from its receipt until its answer.  Of the requests that the
+extension counts and that are answered in one step, the extension times only one in 16, and the time
+of that request counts for the following 15 requests as well.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ FLUSH: Final = 2
 DISCARD: Final = 3
 
 BUCKETS: Final = 27
-"""Number of buckets of a histogram.  Bucket n counts the times below 2**n microseconds that the
-bucket before it does not count; the last bucket counts all longer times."""
+"""Number of buckets of a histogram.  Bucket 0 counts the times below 1 microsecond, and bucket n
+the times from 2**(n-1) microseconds to below 2**n; the last bucket counts all longer times too."""
 
 # The cells of one operation; ``_counters.c`` has the same numbers.
 _REQUESTS: Final = 0
@@ -106,9 +107,9 @@ class RequestCounters:
         self.cells[at + _HISTOGRAM + min(bucket, BUCKETS - 1)] += 1
 
     def counted(self, operation: int, size: int = 0) -> CountedRequest:
-        """Return a context manager that counts a request; an exception in its block is a failure.
+        """Return a context manager that counts a request; an exception in its block is an error.
 
-        The request begins now.
+        The request begins now.  The arguments are those of `count`; the block may set ``size``.
         """
         return CountedRequest(self, operation, size)
 
@@ -150,7 +151,10 @@ class CountedRequest:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Count the request; one whose task was cancelled gets no answer and is not counted."""
+        """Count the request.
+
+        A request whose task was cancelled gets no answer and is not counted.
+        """
         if kind is None:
             self._counters.count(self._operation, self.size, self._start)
         elif isinstance(error, Exception):
@@ -158,11 +162,11 @@ class CountedRequest:
 
 
 class SharedCells(NamedTuple):
-    """The arrays of all disks of a mount, for the extension.
+    """The arrays of all files of a mount, for the extension.
 
     Attributes:
-        first_inode: The inode number of the first disk; those of the others follow.
-        cells: The array of each disk.
+        first_inode: The inode number of the first file; the other files have the next numbers.
+        cells: The array of each file, in the order of the inode numbers.
     """
 
     first_inode: int

@@ -73,8 +73,8 @@ MAX_BURST_BESIDE_OTHERS: Final = 8
 other work."""
 
 MAX_BURST_BESIDE_READS: Final = 16
-"""Maximum number of requests in a row after which the descriptor is polled before other tasks run,
-while reads are in the queue of the kernel.  After more requests, all other tasks run as soon as the
+"""While reads are in the queue of the kernel, the descriptor is polled before other tasks run only
+after fewer requests in a row than this.  After this number, all other tasks run as soon as the
 kernel has no request."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
@@ -201,6 +201,9 @@ class Scheduler:
 
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
+
+        Returns False without polling if no read is in the queue or `MAX_BURST_BESIDE_READS` is
+        reached.
 
         Args:
             since: The time of the clock, in seconds, when the wait for the request began.

@@ -8,9 +8,9 @@ cases the kernel takes over a size only from the reply to a truncation.  So the 
 disk's file in the mount, as a user's program would, to the size that the disk has.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
-``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over
-the size from the reply to any change of attributes.  So the server sets the permissions of
-the disk's file in the mount to the permissions that the file already has.
+``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  In this mode the kernel takes over the size
+from the reply to any change of attributes.  So the server sets the permissions of the disk's file
+in the mount to the permissions that the file already has.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class SizeFixup:
     def __init__(self, mountpoint: str, *, directory: bool) -> None:
         """Correct the sizes of the files of a mount, once `run` is called.
 
-        ``directory`` says whether the mountpoint is a directory; otherwise it is the only file.
+        ``directory`` says whether the mountpoint is a directory; if not, the mountpoint is the
+        file of the only disk.
         """
         self._mountpoint = mountpoint
         self._directory = directory
@@ -98,8 +99,8 @@ class SizeFixup:
         Raises:
             OSError: The file is not accessible, or its size or permissions cannot be set.
         """
-        # The file is opened with O_PATH, because the close of an ordinary descriptor would take
-        # the error of a failed writeback, which the writer must get.
+        # The file is opened with O_PATH.  The close of an ordinary descriptor would report the
+        # error of a failed writeback to this server, and the writer would never get the error.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             status = os.fstat(fd)
@@ -117,8 +118,8 @@ class SizeFixup:
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
             # The truncation makes the kernel drop dirty pages past the end.  Without an attempt
-            # to write them back, their writer would never get an error.  So the attempt is made
-            # first, and fails.
+            # to write these pages back, their writer would never get an error.  So the attempt is
+            # made first, although it fails.
             with contextlib.suppress(OSError):
                 sync_mount(self._mountpoint)
             os.truncate(f"/proc/self/fd/{fd}", size)

@@ -4,9 +4,9 @@ For an open with O_TRUNC the kernel sends an open request without O_TRUNC, and t
 request with the size 0, because `qedfuse.mount.fuse.fuseinit` removes the feature
 FUSE_ATOMIC_O_TRUNC.  For truncate(2) the kernel sends a SETATTR request with the new size.
 
-A SETATTR request with a larger size grows the disk if the option ``growable`` is set, and is
-refused otherwise.  A disk has whole sectors, so the size is rounded up, as for a write or an
-fallocate(2) past the end.  The reply gives the rounded size.
+A SETATTR request with a larger size grows the disk if the option ``growable`` is set.  Without
+this option, and for a partition, the request is refused.  A disk has whole sectors, so the size is
+rounded up, as for a write or an fallocate(2) past the end.  The reply gives the rounded size.
 
 By default a request with a smaller size is refused.  A program that copies into an empty file need
 not write zeros.  So if the request succeeded and did nothing, old bytes would remain on the disk.
@@ -18,7 +18,7 @@ ends in a hole, cp(1) also truncates the disk to the size of the source.
 
 After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
 while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no
-dirty page (FUSE_NOWRITE in fs/fuse).  It cannot drop a dirty page that it has not sent.
+dirty page (FUSE_NOWRITE in fs/fuse).  The kernel cannot drop a dirty page that it has not sent.
 Therefore with ``truncate=zero`` the write-back cache is off, so that only a shared memory map
 can make pages dirty.  Two cases remain:
 
@@ -100,8 +100,8 @@ class Truncation:
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        Nothing is done if the disk is that large already.  Another request may have grown the disk
-        while the caller waited.
+        Nothing is done if the disk is that large already, because another request may have grown
+        the disk while the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow, or the file is a partition; EFBIG,

@@ -1,4 +1,4 @@
-"""Refusing a mountpoint that is an image, because a word was forgotten, or two were swapped."""
+"""Refusing a mountpoint that is an image: probably an argument is missing, or two are swapped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
     """Refuse a mountpoint that is an image, unless it is one of the sources.
 
     ``qedfuse a.qed b.qed`` would hide ``b.qed`` below the disk of ``a.qed``, although the user
-    probably wanted to mount both.  An image under its own disk is meant, as with QEMU.
+    probably wanted to mount both.  A user who names the same image twice wants to mount the disk
+    over its own image, which QEMU permits as well.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

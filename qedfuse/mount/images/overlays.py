@@ -49,7 +49,7 @@ def disk_options(options: MountOptions) -> OpenOptions:
 
 
 def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
-    """Open the disk for the image at ``path``; the end of the block closes the disk.
+    """Return a context manager that opens the disk for the image at ``path``, and closes the disk.
 
     Returns:
         A context manager for the disk of a temporary overlay of the image (``snapshot``), of the
@@ -109,7 +109,8 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
     overlay = os.path.join(temporary, "snapshot.qed")  # noqa: PTH118
     try:
         await _make_overlay(overlay, path, options)
-        # The overlay is not compacted at its close, because the close frees its whole file.
+        # The overlay is not compacted at its close, because the kernel frees the whole file of
+        # the overlay after the close.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
             # The file is unlinked now, so that the kernel frees its space when this process ends,
@@ -162,8 +163,8 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
         files = [layer.file for layer in disk.chain.layers]
-        # If the source is no QED image, `open_disk` puts an empty image in memory over it.  That
-        # image must not become a base.
+        # If the source is no QED image, `open_disk` puts an empty image in memory over the source.
+        # The image in memory must not become a base.
         is_wrapped = isinstance(files[0], EmptyImage)
         await create_image(
             overlay,

@@ -28,10 +28,11 @@ def partition_name(name: bytes, number: int) -> bytes:
 async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     """Return the partitions of a disk by the names of their files, in the order of their numbers.
 
-    A file has the name of the disk's file, ``.p``, and the number by which Linux names the
-    partition.  An extended partition has no file, because it only contains others.  If the table
-    cannot be read, the disk has no partitions.  The failure is logged in one line, and so are the
-    problems of a table that can be read.
+    The name of a partition's file consists of the name of the disk's file, ``.p``, and the number
+    by which Linux names the partition.  An extended partition has no file, because it only contains
+    other partitions.  A partition whose file name would be too long is left out, and one line is
+    logged.  If the table cannot be read, the result is empty.  The failure is logged in one line,
+    and so are the problems of a table that can be read.
 
     Args:
         disk: The disk.
@@ -56,7 +57,7 @@ async def open_window(disk: Disk, number: int) -> DiskWindow:
     """Return one partition of a disk.
 
     Raises:
-        UsageError: The disk has no such partition; the message names those that it has.
+        UsageError: The disk has no partition ``number``; the message names the existing ones.
         QedError: The partition table cannot be read.
     """
     windows = await _read_table(disk)

@@ -51,7 +51,7 @@ class Announcement:
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
             pidfile: The path of the pid file; None to write no pid file.
-            ready: Called when the disks can be used.
+            ready: Called by the method `ready`, when the disks can be used.
 
         Raises:
             HostError: The pid file is refused, as in `PidFile`.
@@ -76,10 +76,8 @@ class Announcement:
     def write_record(self, device: str) -> None:
         """Write the mount record, with the present time as that of the mount; log a failure.
 
-        The mount works without a record.
-
-        If the constructor could not open a directory for the record, nothing is written, and
-        nothing is logged again.
+        The mount works without a record.  If the constructor could not open a directory for the
+        record, it has logged the reason, and this method does nothing.
 
         Args:
             device: The device number of the mount, ``MAJOR:MINOR``.
@@ -112,7 +110,7 @@ class Announcement:
             return None
 
     def write_pidfile(self) -> None:
-        """Write the pid file, if there is one; the caller then calls `ready`.
+        """Write the pid file, if the user wants one; the caller must call `ready` afterwards.
 
         Raises:
             HostError: The pid file cannot be written.

@@ -171,8 +171,8 @@ def _wait(child: int, reading: int) -> int:
         # disk is mounted and stays.
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         return 0
-    # After waitpid another process may get the pid of the child.  Signals are blocked from here
-    # on, so that no signal is forwarded to that other process.
+    # After waitpid(2) has returned, another process may get the pid of the child.  Signals are
+    # blocked before the call, so that no signal is forwarded to that process.
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
     _pid, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

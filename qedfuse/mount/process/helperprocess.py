@@ -46,9 +46,10 @@ class HelperProcess:
         that the thread held would stay locked in the helper forever.
 
         Args:
-            serve: Called in the helper with its end of the socket pair; when it returns, the helper
-                ends.
-            kept: Descriptors that stay open in the helper; it closes all others.
+            serve: Called in the helper with the helper's end of the socket pair.  When ``serve``
+                returns, the helper ends.
+            kept: Descriptors that stay open in the helper, besides the standard streams and its end
+                of the socket pair.  The helper closes all other descriptors.
 
         Raises:
             OSError: The host refuses a socket pair or a process.

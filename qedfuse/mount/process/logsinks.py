@@ -81,7 +81,8 @@ class DroppingHandler(logging.Handler):
         """Format and send a message without waiting.
 
         Returns:
-            False if sending would wait or has failed.  A part of the message may have been sent.
+            True if the whole message was sent.  False if sending would wait or has failed; a part
+            of the message may have been sent then.
         """
 
 
@@ -141,8 +142,8 @@ class SystemLogHandler(DroppingHandler):
         """Send to a socket; the first message connects to it.
 
         Args:
-            directory: A descriptor of its directory, which the handler owns.
-            name: Its name.
+            directory: A descriptor of the directory of the socket; `close` closes the descriptor.
+            name: The name of the socket in the directory.
         """
         super().__init__()
         self.directory = directory
@@ -160,7 +161,7 @@ class SystemLogHandler(DroppingHandler):
             self.directory = -1
 
     def connect_through(self, connect: Callable[[], socket.socket]) -> None:
-        """Get connections from a function from now on, because the sandbox forbids `connect` here.
+        """Get connections from a function from now on; the sandbox forbids this process `connect`.
 
         Args:
             connect: Returns what `connect` returns, and raises what it raises.
@@ -168,7 +169,7 @@ class SystemLogHandler(DroppingHandler):
         self._connect = connect
 
     def connect(self) -> socket.socket:
-        """Return a new connection to the log daemon, which does not block.
+        """Return a new non-blocking connection to the log daemon.
 
         Raises:
             OSError: The socket cannot be connected now, for example because no daemon listens.
@@ -215,7 +216,7 @@ class SystemLogHandler(DroppingHandler):
 def _connect(path: str) -> socket.socket:
     """Return a non-blocking connection to the socket of a log daemon.
 
-    If the socket is not a datagram socket, it must be a stream socket.
+    The socket of the daemon may be a datagram socket or a stream socket.
 
     Raises:
         OSError: The socket cannot be connected now, for example because no daemon listens.

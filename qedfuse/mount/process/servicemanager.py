@@ -70,9 +70,10 @@ class ServiceManager:
 
 
 def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line and close the connection, after the thread ``earlier`` has ended if there is one.
+    """Send a line and close the connection; first wait for the end of the thread ``earlier``.
 
-    This function may wait without a limit.  A failure is ignored.
+    ``earlier`` is None if there is no such thread.  This function may wait without a limit.  A
+    failure is ignored.
     """
     if earlier is not None:
         earlier.join()

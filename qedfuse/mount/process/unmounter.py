@@ -1,13 +1,14 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
 A process under Landlock can neither mount nor unmount.  fusermount3, which unmounts for ordinary
-users, gets no privilege from a process that has given up new privileges (no_new_privs).  So a
-server in a sandbox asks a process that was forked before.  The unmounter unmounts only what is
-mounted on one path.  It knows this path from the beginning, and no message changes the path.
+users, gets no privilege if the process that starts it has no_new_privs set, as in the sandbox.  So
+a server in a sandbox asks the unmounter, which was forked before the server entered the sandbox.
+The unmounter unmounts only what is mounted on one path.  It knows this path from the beginning, and
+no message changes the path.
 
 The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
-server could connect itself, it could connect to every socket of the host by its path, because
-neither Landlock nor seccomp can permit single paths.
+sandbox allowed the server to connect, the server could connect to the socket at any path of the
+host, because neither Landlock nor seccomp can permit single paths of sockets.
 
 Each request has a process of its own, because an ordinary unmount may wait until the server has
 answered the kernel's requests, and a forced unmount must not wait for the ordinary one.
@@ -49,7 +50,7 @@ class Unmounter(Protocol):
     def connect_system_log(self) -> None:
         """Let the handler of the system log connect in a way that works in a sandbox.
 
-        The server calls this when it has entered its sandbox.
+        The server must call this method when it has entered its sandbox.
         """
 
     def unmount(self, *, lazy: bool = False) -> None:
@@ -59,8 +60,8 @@ class Unmounter(Protocol):
             lazy: Whether to detach a mount that is in use instead of raising.
 
         Raises:
-            QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`;
-                or a `HostError`, the helper process has ended.
+            QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`.
+            HostError: The helper process has ended.
         """
 
     def describe_visible_mounts(self, device: str) -> str | None:
@@ -166,8 +167,9 @@ def _answer(
 ) -> None:
     """Carry out a request, send the reply, and exit; the call never returns.
 
-    A reply has the name of the class of an error, or null, and a text or null.  The reply to
-    `_CONNECT` has a descriptor as well.
+    A reply is a JSON list of two items: the name of the class of the error, or null after a
+    success; and the message of the error, or the result of `_DESCRIBE`, or null.  The reply to
+    `_CONNECT` also carries a descriptor.
     """
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # fusermount3 is waited for

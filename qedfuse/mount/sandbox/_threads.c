@@ -1,8 +1,9 @@
 /* Gives up rights in all threads of the process.
  *
- * Landlock, no_new_privs and capabilities belong to a thread.  A thread can change only its own, so
- * each thread gets a signal, whose handler changes those of its thread, as the C library does for
- * setuid(2).  The handler makes system calls only, so it may interrupt any code.
+ * Landlock, no_new_privs and capabilities belong to a thread, and a thread can restrict only itself.
+ * So each thread gets a signal, and the handler of the signal restricts the thread in which it runs.
+ * The C library does the same for setuid(2).  The handler makes system calls only, so it can safely
+ * interrupt any code.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -24,10 +25,11 @@
 #define SYS_landlock_restrict_self 446
 #endif
 
-#define PAUSE_NANOSECONDS 200000L /* between two looks whether the threads have run the handler */
+#define PAUSE_NANOSECONDS 200000L /* between two checks whether all threads have run the handler */
 #define MAX_PAUSES 25000          /* five seconds */
 
-/* What the threads give up.  Set before the first signal. */
+/* A descriptor of the Landlock ruleset that restricts the threads, or -1; and the capabilities that
+ * the threads keep, one bit each.  Set before the first signal. */
 static int ruleset = -1;
 static uint64_t kept;
 /* The errno of the first thread that has failed. */
@@ -130,10 +132,11 @@ static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 
 PyDoc_STRVAR(restrict_doc,
              "restrict_threads(ruleset, kept_capabilities, signal)\n--\n\n"
-             "Restrict all threads by a Landlock ruleset, and drop their other capabilities.\n\n"
+             "Restrict all threads by a Landlock ruleset, and drop all their capabilities\n"
+             "except those in kept_capabilities, a bit mask.\n\n"
              "Return the number of threads.  The ruleset is a descriptor, or -1 for none.  The\n"
              "signal must be unused, and no thread may block it.  After an OSError some threads\n"
-             "may be restricted.");
+             "may be restricted, and some not.");
 
 static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
 {
