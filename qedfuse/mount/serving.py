@@ -155,8 +155,8 @@ class Server:
 
         Returns:
             An error if a forced unmount may have lost data, or if writes were lost because the rest
-            of their clusters could not be read from a server or by QEMU; otherwise None.  In each
-            case the caller must close the disks to make the last changes durable.
+            of their clusters could not be read from a server or by QEMU; otherwise None.  Whatever
+            the result is, the caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -258,10 +258,10 @@ class Server:
                 # If a signal arrived before `handle_with`, the signal has cancelled this task.
                 # The cancellation must be raised here, before the mount is announced.
                 await trio.lowlevel.checkpoint_if_cancelled()
-                # The pid file is written before the sandbox is entered.  Afterwards the server
-                # would need the right to make files in its directory, often /run, and would keep
-                # that right.  A program that reads the file and then opens the disk waits, because
-                # requests are answered only in the sandbox.
+                # The pid file is written before the sandbox is entered.  If the file were written
+                # later, the sandbox would have to keep the right to make files in the directory of
+                # the pid file, often /run.  A program that reads the pid file and then opens a disk
+                # waits until the sandbox is entered, because no request is answered before that.
                 announcement.write_pidfile()
                 # The queue is made before the sandbox is entered, because the sandbox forbids to
                 # make a queue.
@@ -289,7 +289,7 @@ class Server:
     async def _start_statistics(
         self, nursery: trio.Nursery, statistics_socket: socket.socket | None
     ) -> None:
-        """Start the tasks that show what the disks do: statistics, metrics, and lines for signals.
+        """Start the tasks that serve statistics and metrics, and log statistics after signals.
 
         Args:
             nursery: Where the tasks run until the mount ends.
@@ -303,7 +303,7 @@ class Server:
         await nursery.start(log_on_signals, source)
 
     def _loss(self) -> QedError | None:
-        """Return an error if writes from the kernel's cache were lost; None if none was lost."""
+        """Return an error if `ExportedDisk.has_lost_data` is set for any disk, otherwise None."""
         names = self._disks.with_lost_data
         if not names:
             return None
@@ -359,8 +359,8 @@ async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
     """Call ``action`` when the kernel has ended the connection, while requests may still run.
 
     `pyfuse3.main` waits until all requests have been answered, although no program waits for the
-    answers any more.  The kernel wakes this task's epoll for every request, so a mount without a
-    server has no such task.
+    answers any more.  The kernel wakes this task's epoll for every request, which costs time.  So a
+    mount without files on servers has no such task.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

@@ -107,8 +107,8 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     function has returned or raised, the process ignores signals.
 
     The caller must not have a second thread.  A second thread would not be protected from memory
-    pressure.  A lock that the thread held during the fork of the launderer, a helper process,
-    would stay locked in the launderer.
+    pressure.  And a lock that the thread held during the fork of a helper process would stay locked
+    in the helper.
 
     Args:
         request: The arguments of the mount.
@@ -336,11 +336,12 @@ class _Session:
                 raise HostError(msg)
             _log.warning("%s", msg)
             return None
-        # Imported late, because libseccomp and ctypes are needed only for a sandbox; but before the
-        # mount exists, because no module may be imported while it is served.
+        # Imported late, because libseccomp and ctypes are needed only for a sandbox.  But they are
+        # imported before the mount exists, because no module may be imported while it is served.
         from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 
+        # The sandbox forbids to start programs, so QEMU's programs run now.
         for disk in disks.images:
             start_maps(disk.chain.layers)
         needs = server_needs(

@@ -89,7 +89,7 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
         is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         if is_open or options.read_only or not is_forbidden:
             raise
-        msg = f"{error} (for reading and writing; -o ro needs to read only)"
+        msg = f"{error} (for reading and writing; with -o ro, permission to read is enough)"
         raise HostError(msg, error.errno) from error
 
 

@@ -44,7 +44,7 @@ _NAMES_OF_HOSTS: Final = (
     *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
 )
 """What getaddrinfo(3) reads.  If /etc/resolv.conf is a link, it leads to a file in one of the
-directories, and that file is replaced when the network changes."""
+directories.  That file is replaced when the network changes, so the whole directory may be read."""
 _CERTIFICATES: Final = (
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
@@ -77,7 +77,9 @@ def _site_packages() -> list[str]:
 
 
 def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, int]]:
-    """Yield what a server may open besides if it reads remote files, as `system_files` does.
+    """Yield what a server that reads remote files may open in addition to `system_files`.
+
+    The items have the same form as those of `system_files`.
 
     Args:
         variables: The variables of the environment and of a file with credentials.

@@ -1,4 +1,4 @@
-"""The files and addresses that the server of a mount needs, from the options of the mount."""
+"""Which files and addresses the server of a mount needs, as the options of the mount determine."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerNeeds:
-    """The files and addresses that the process needs that serves a mount.
+    """The files and addresses that the server of a mount, a process, needs.
 
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         directory: Whether the mountpoint is a directory.
-        modes: The modes that the process may pass to chmod(2); empty for none.  It sets a disk's
-            present mode again to correct the size that the kernel has (`SizeFixup`).
+        modes: The modes that the process may pass to chmod(2); empty for none.  The process sets
+            the present mode of a disk's file again, to correct the size that the kernel has cached
+            (`SizeFixup`).
         writable: Whether the mount can be written to.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
-        addresses: The addresses of such files, and the prefixes of the URLs that images may name as
-            backing files.
+        addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that
+            images may name as backing files; empty if ``uses_servers`` is False.
         variables: The variables of the environment and of a file with credentials.
         cache_directory: The directory of the cache for remote files; None for no cache.
         credentials_file: A file with credentials, which another program may replace.
@@ -57,7 +58,7 @@ def server_needs(
     uses_servers: bool,
     socket_directory: int | None,
 ) -> ServerNeeds:
-    """Return what the process needs that serves a mount.
+    """Return what the server of a mount needs.
 
     Args:
         mountpoint: The mountpoint, absolute and free of symbolic links.

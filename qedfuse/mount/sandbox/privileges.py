@@ -43,14 +43,14 @@ def make_undumpable() -> None:
 
 
 def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
-    """Return a function that restricts all threads by a ruleset, and drops their capabilities.
+    """Return a function that restricts all threads by a ruleset, and drops most capabilities.
 
     The first argument of the function is the ruleset, which says what stays permitted; None for no
     ruleset.  The second argument is the set of the capabilities to keep, with bit n for capability
     n.  The function raises OSError if the kernel refuses; some threads may be restricted then.
 
-    The caller must call this before the mount exists, because the extension is loaded here, and no
-    module may be loaded later.
+    The caller must call `thread_restrictor` before the mount exists, because it loads an extension,
+    and no module may be loaded while the mount is served.
 
     Raises:
         ImportError: The extension was not built.

@@ -1,11 +1,11 @@
 """The sandbox of a server: what the server cannot do any more when it answers requests.
 
 Before the first request the images are open, and the process needs few other files, few system
-calls and hardly any capability.  If a hostile image made the server run code, that code would be
-restricted in the same way.
+calls and hardly any capability.  The sandbox forbids all others.  If a hostile image made the
+server run code of an attacker, the sandbox would restrict that code as well.
 
-The rules are prepared before the mount exists, because a path of the system may lead through the
-mount later, and the server would wait for its own reply.
+The rules are prepared before the mount exists.  If the server resolved the paths in the rules
+later, and a path led through the mount, the server would wait forever for its own reply.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Sandbox:
             self._lacks("seccomp", str(error.strerror))
 
     def _make_rules(self, version: int) -> Ruleset:
-        """Return the rules without those that `enter` adds: for the mount, and for open files.
+        """Return the ruleset, to which `enter` later adds the mount and some open files.
 
         Raises:
             OSError: The kernel refused.
@@ -204,8 +204,8 @@ class Sandbox:
         """Return the set of the capabilities that root needs to serve this mount.
 
         The mountpoint and the pid file may lie in another user's directory.  If the mount can be
-        written to, the server truncates its files and sets their permissions to correct their
-        size (`qedfuse.mount.fuse.sizefixup`), and these files may have another owner.
+        written to, the server truncates files of the mount, or sets their permissions, to correct
+        their sizes (`qedfuse.mount.fuse.sizefixup`), and these files may have another owner.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:

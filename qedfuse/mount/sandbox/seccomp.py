@@ -1,8 +1,8 @@
 """The filter of system calls (seccomp), which libseccomp makes.
 
-A call that is not permitted fails with EPERM.  It does not end the process, because a server that
-is killed loses the changes of tables that are not durable yet; an attacker gains nothing by the
-error.
+A call that is not permitted fails with EPERM, except `systemcalls.NOT_IMPLEMENTED`.  Such a call
+does not end the process, because a server that is killed loses the changes of tables that are not
+durable yet.  An attacker gains nothing from the error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CallNeeds:
 
     Attributes:
         network: Sockets for servers.
-        host: Sockets for servers on this host, which have a path.
+        host: Unix sockets, for servers on this host.
         kill: Signals to qemu-nbd.
         modes: The permissions that chmod(2) may set; empty for none.
         log: Whether the kernel logs refused calls (audit).
@@ -142,7 +142,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     for command in systemcalls.IOCTLS.values():
         yield "ioctl", _ALLOW, [_Comparison(_SECOND, _EQUAL, command, 0)]
     yield from _socket_rules(needs)
-    # These calls can act on other processes of the same user as well.
+    # Without a condition, these calls could act on other processes of the same user.
     own = os.getpid()
     yield "tgkill", _ALLOW, [_Comparison(_FIRST, _EQUAL, own, 0)]
     for pid in (0, own):

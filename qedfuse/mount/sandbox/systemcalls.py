@@ -1,7 +1,7 @@
 """The system calls that a server in a sandbox may make.
 
-The names are those of libseccomp.  A name that an architecture or an older libseccomp does not know
-is left out, so there are old and new names of the same call.
+The names are those of libseccomp.  `CallFilter` ignores a name that libseccomp does not know, or
+that the architecture lacks.  So the lists can contain both old and new names of a call.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ IOCTLS: Final = {
 tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
-"""Calls with the address of a socket.  Without files on servers none is permitted, so that the
-server of a mount cannot make services of the host act for it."""
+"""Calls with the address of a socket.  They are permitted only if a file is on a server or is
+served by qemu-nbd; otherwise an attacker could make services of the host act for the server of the
+mount.  Only sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  The C library then starts threads by clone(2), whose flags a filter
