@@ -41,7 +41,7 @@ class Prefetch:
     def __init__(self, disks: Iterable[Disk], mountpoint: str) -> None:
         """Fetch for ``disks``; log with the name of ``mountpoint``."""
         self._shown = printable(mountpoint)
-        self._parts = [
+        self._files = [
             (layer.file, NeededUnits(layer))
             for disk in disks
             for layer in disk.chain.layers
@@ -56,21 +56,21 @@ class Prefetch:
         fails.
         """
         try:
-            for file, units in self._parts:
+            for file, units in self._files:
                 units.add_tables()
                 await self._fill(file, units)
-            for file, units in self._parts:
+            for file, units in self._files:
                 await self._add_data(file, units)
                 await self._fill(file, units)
         except (CacheError, HostError) as error:
             if not self._is_closed():
                 _log.warning("%s: prefetch ended: %s", self._shown, error)
             return
-        for file, units in self._parts:
+        for file, units in self._files:
             await mark_usable_offline(file, units.mask)
-        if self._parts:
-            needed = sum(units.total_bytes for _, units in self._parts)
-            fetched = sum(file.fetcher.fetched_bytes for file, _ in self._parts)
+        if self._files:
+            needed = sum(units.total_bytes for _, units in self._files)
+            fetched = sum(file.fetcher.fetched_bytes for file, _ in self._files)
             _log.info(
                 "%s: prefetch ended: all %d bytes that the disks can need are in the cache "
                 "(fetched since the mount began: %d)",
@@ -139,8 +139,8 @@ class Prefetch:
 
     def _quiet_seconds(self) -> float:
         """Return for how many seconds no reader of any of the files has waited for a server."""
-        return min((file.fetcher.quiet_seconds() for file, _ in self._parts), default=math.inf)
+        return min((file.fetcher.quiet_seconds() for file, _ in self._files), default=math.inf)
 
     def _is_closed(self) -> bool:
         """Return whether a file was closed, because the mount ends."""
-        return any(file.fetcher.is_closed for file, _ in self._parts)
+        return any(file.fetcher.is_closed for file, _ in self._files)

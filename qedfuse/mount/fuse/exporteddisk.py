@@ -90,8 +90,9 @@ class ExportedDisk:
         """Return the ``st_blocks`` of the file, if its image file has ``image_blocks``.
 
         To count the clusters of a partition, all its tables would have to be read.  So a partition
-        has the share of the blocks that its size is of the disk, but at most the blocks of its
-        size.  The share is rounded up, because programs treat a file without blocks as one hole.
+        gets a share of the disk's blocks in proportion to its size, but at most the blocks that
+        cover its size.  The share is rounded up, because programs treat a file without blocks as
+        one hole.
         """
         if not self.is_partition:
             return image_blocks

@@ -74,8 +74,8 @@ class Laundering:
         Args:
             exported: The disk.
             start: Guest offset of the range.
-            end: Guest offset of the end of the range, more than ``start``; None for the last
-                page that the kernel has cached, which can lie past the end of the disk.
+            end: Guest offset of the end of the range, more than ``start``; None for the end of
+                the last page that the kernel has cached, which can lie past the end of the disk.
 
         Returns:
             True if all data that the kernel had cached for the range has reached the disk.

@@ -77,7 +77,7 @@ class MetadataOperations(pyfuse3.Operations):
         self.debug = _log.isEnabledFor(logging.DEBUG)
         self.errors = RequestErrors(disks.by_inode)
         self.growable = options.growable
-        self._exported = disks
+        self._exported_disks = disks
         self._truncation = truncation
         self._size_fixup = size_fixup
         self._partition_files = partition_files
@@ -111,7 +111,7 @@ class MetadataOperations(pyfuse3.Operations):
         if exported is None:
             if self._is_root(inode):
                 raise FUSEError(errno.EISDIR)
-            is_removed = self._exported.was_removed(inode & ~HANDLE_FLAGS)
+            is_removed = self._exported_disks.was_removed(inode & ~HANDLE_FLAGS)
             raise FUSEError(errno.ESTALE if is_removed else errno.ENOENT)
         return exported
 
@@ -143,9 +143,9 @@ class MetadataOperations(pyfuse3.Operations):
         if not self._is_root(parent_inode):
             raise FUSEError(errno.ENOTDIR)
         if name in (b".", b".."):
-            return self._attributes.of_root(self._exported)
+            return self._attributes.of_root(self._exported_disks)
         await self._partition_files.refresh()
-        exported = self._exported.by_name.get(name)
+        exported = self._exported_disks.by_name.get(name)
         if exported is None:
             raise FUSEError(errno.ENOENT)
         return self._attributes.for_reply(exported)
@@ -166,7 +166,7 @@ class MetadataOperations(pyfuse3.Operations):
         """
         self.admit(ctx.uid)
         if self._is_root(inode):
-            return self._attributes.of_root(self._exported)
+            return self._attributes.of_root(self._exported_disks)
         return self._attributes.for_reply(self.disk_of(inode))
 
     @answered
@@ -202,7 +202,7 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.EPERM)
         reply_with_real_size = True
         if fields.update_size and attr.st_size != exported.disk.size:
-            with self._exported.changing(exported):
+            with self._exported_disks.changing(exported):
                 reply_with_real_size = await self._truncation.set_size(exported, attr.st_size)
         if fields.update_atime or fields.update_mtime:
             await set_times(
@@ -246,7 +246,7 @@ class MetadataOperations(pyfuse3.Operations):
         The disks have the order in which the user named them; their partitions follow.
         """
         sent = []
-        for next_id, exported in enumerate(list(self._exported)[start_id:], start_id + 1):
+        for next_id, exported in enumerate(list(self._exported_disks)[start_id:], start_id + 1):
             attributes = self._attributes.of_disk(exported)
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
@@ -270,7 +270,7 @@ class MetadataOperations(pyfuse3.Operations):
         Raises:
             FUSEError: A disk could not be made durable; the disks after it were not flushed.
         """
-        for exported in self._exported:
+        for exported in self._exported_disks:
             await exported.disk.flush()
 
     @answered
@@ -282,7 +282,7 @@ class MetadataOperations(pyfuse3.Operations):
 
         The file system is the one that stores the image of the first disk.
         """
-        host = next(iter(self._exported)).disk.statvfs()
+        host = next(iter(self._exported_disks)).disk.statvfs()
         reply = pyfuse3.StatvfsData()
         for name in (
             "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail",

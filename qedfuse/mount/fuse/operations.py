@@ -88,11 +88,11 @@ class Operations(MetadataOperations):
         writer = flags & os.O_ACCMODE != os.O_RDONLY
         if writer and (self._read_only or exported.read_only):
             raise FUSEError(errno.EROFS)
-        self._exported.handle_opened(exported, writer=writer)
+        self._exported_disks.handle_opened(exported, writer=writer)
         try:
             is_current = await self._partition_files.drop_stale_pages(exported)
         except BaseException:
-            self._exported.handle_closed(exported, writer=writer)
+            self._exported_disks.handle_closed(exported, writer=writer)
             raise
         direct = self._direct_io
         # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
@@ -173,9 +173,10 @@ class Operations(MetadataOperations):
 
         Raises:
             FUSEError: ENOSPC, the write starts at or past the end of a disk that cannot grow.  On a
-                handle with `HANDLE_DIRECT`, a write that only ends past the end gets ENOSPC too,
-                after the part before the end has been written.  EFBIG, the tables cannot address
-                a disk of the necessary size.  Any other errno is that of an error of the disk.
+                handle with `HANDLE_DIRECT`, a write that starts before the end and ends past it
+                also gets ENOSPC, after the part before the end has been written.  EFBIG, the
+                tables cannot address a disk of the necessary size.  Any other errno is that of an
+                error of the disk.
         """
         exported = self.disk_of(fh)
         with exported.requests.counted(WRITE, len(buf)):
@@ -196,9 +197,9 @@ class Operations(MetadataOperations):
                 raise  # the program gets the error
             raise _lost_data(exported, error) from error
         except Exception:
-            # The kernel may keep a page with bytes that the disk has not got.  If another
-            # file shows the same range, the two files would differ.
-            exported.is_stale = exported.is_stale or self._exported.is_shared(exported)
+            # The kernel may keep a page with bytes that the disk does not have.  If another file
+            # shows the same range of the disk, the two files would differ.
+            exported.is_stale = exported.is_stale or self._exported_disks.is_shared(exported)
             raise
         finally:
             exported.slow_writes -= 1
@@ -218,9 +219,9 @@ class Operations(MetadataOperations):
         the server then requests a correction of the cached size.  If the write starts at or past
         the end, the reply is an error, and the kernel reports the error to the writer.  If the
         write starts before the end, the reply says that fewer bytes were written, but the kernel
-        ignores this.  So ``overrun`` is set, and the next flush or fsync of a handle that may
-        write reports the error.  For a write that does not come from the write-back cache, nothing
-        is noted, because the program gets the reply itself.
+        ignores this number.  So ``overrun`` is set, and the next flush or fsync of a handle that
+        may write reports the error.  For a write that does not come from the write-back cache,
+        nothing is noted, because the program gets the reply itself.
 
         Args:
             exported: The disk.
@@ -283,7 +284,7 @@ class Operations(MetadataOperations):
     @answered
     async def release(self, fh: int) -> None:
         """Count a handle as closed, because its last descriptor was closed."""
-        self._exported.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))
+        self._exported_disks.handle_closed(self.disk_of(fh), writer=bool(fh & HANDLE_WRITER))
 
 
 def _lost_data(

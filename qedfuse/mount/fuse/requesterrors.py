@@ -53,7 +53,7 @@ class RequestErrors:
         self._logged: dict[int, set[str]] = {inode: set() for inode in disks}
         self._dropped: dict[int, int] = {}
         self._last: dict[int, str] = {}
-        self._new = trio.Event()
+        self._error_dropped = trio.Event()
 
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
@@ -111,7 +111,7 @@ class RequestErrors:
             return True
         self._dropped[inode] = self._dropped.get(inode, 0) + 1
         self._last[inode] = message
-        self._new.set()
+        self._error_dropped.set()
         return False
 
     async def log_summaries(self) -> None:
@@ -122,7 +122,7 @@ class RequestErrors:
         """
         try:
             while True:
-                await self._new.wait()
+                await self._error_dropped.wait()
                 await trio.sleep(_SUMMARY_SECONDS)
                 self._summarize()
         finally:
@@ -133,7 +133,7 @@ class RequestErrors:
 
         For a disk without such an error, nothing is logged.
         """
-        self._new = trio.Event()
+        self._error_dropped = trio.Event()
         for inode, count in self._dropped.items():
             exported = self._disks.get(inode)
             name = "mount" if exported is None else exported.disk.name

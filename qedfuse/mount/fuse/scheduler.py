@@ -73,9 +73,9 @@ MAX_BURST_BESIDE_OTHERS: Final = 8
 other work."""
 
 MAX_BURST_BESIDE_READS: Final = 16
-"""While reads are in the queue of the kernel, the descriptor is polled before other tasks run only
-after fewer requests in a row than this.  After this number, all other tasks run as soon as the
-kernel has no request."""
+"""While reads are in the queue of the kernel, the descriptor is polled before other tasks run, but
+only until this number of requests in a row has been taken.  After that, all other tasks run as soon
+as the kernel has no request."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""

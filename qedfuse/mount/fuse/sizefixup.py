@@ -81,8 +81,8 @@ class SizeFixup:
                     )
                 except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
-                # After a cancellation, the next line is not reached.  The thread may then still
-                # truncate the file, so ``fixup_size`` must keep its value.  Otherwise
+                # After a cancellation, the next line is not reached, and the thread may still
+                # truncate the file.  So ``fixup_size`` must keep its value.  If it were -1,
                 # `Truncation` would regard the truncation as a user's request.
                 exported.fixup_size = -1
 

@@ -100,8 +100,8 @@ class Truncation:
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        Nothing is done if the disk is that large already, because another request may have grown
-        the disk while the caller waited.
+        Nothing is done if the disk is that large already, for example because another request has
+        grown the disk while the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow, or the file is a partition; EFBIG,

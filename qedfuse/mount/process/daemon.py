@@ -76,7 +76,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         with _forwarded_signals(child, mask):
             return _wait(child, reading)
     except KeyboardInterrupt:
-        # The parent waits until the child has ended, so that the child's messages precede the
+        # The parent waits until the child has ended, because the child's messages must precede the
         # prompt of the shell.  The wait ends earlier only if the child has just become ready.
         _read_report(reading)
         return _INTERRUPTED_EXIT_CODE

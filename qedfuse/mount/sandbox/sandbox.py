@@ -50,14 +50,14 @@ class Sandbox:
     Attributes:
         mode: The value of the option.
         in_force: The parts that are in force, in words for users; empty before `enter`.
-        missing: The parts that the kernel or a library lacks, each with the reason.
+        missing: The parts that cannot be put into force, each with the reason.
     """
 
     def __init__(self, mode: SandboxMode, needs: ServerNeeds) -> None:
         """Make the rules; nothing is in force yet.
 
         Raises:
-            HostError: The mode is ``strict``, and the kernel or a library lacks something.
+            HostError: The mode is ``strict``, and a part of the sandbox is not available.
         """
         self.mode = mode
         self.in_force: list[str] = []
