@@ -67,8 +67,8 @@ _MIN_TASKS: Final = 16
 tasks for requests, and starting a task costs as much as answering several requests."""
 _MAX_TASKS: Final = 2 * MAX_BACKGROUND_REQUESTS_OF_SEVERAL_DISKS
 """Maximum number of tasks of pyfuse3, each of which handles one request at a time.  If a host file
-does not answer, the tasks of all background requests may wait for it, and as many tasks again are
-left for all other requests.  pyfuse3's default is 99."""
+does not answer, all background requests may wait for the file, one task for each.  The same number
+of tasks remains for all other requests.  pyfuse3's default is 99."""
 
 
 class Server:
@@ -129,7 +129,7 @@ class Server:
             self._prefetch = Prefetch(disks.images, mountpoint).run
 
     def _share_files(self) -> None:
-        """Let the extension answer reads of the present files, if it answers any."""
+        """Let the extension answer reads of the present files, unless pyfuse3 gets all reads."""
         if self._data_requests is not None:
             tables = self._data_requests.tables_for_reads()
             extraops.share_files(tables, self._disks.shared_cells())

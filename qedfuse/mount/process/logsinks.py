@@ -161,7 +161,7 @@ class SystemLogHandler(DroppingHandler):
             self.directory = -1
 
     def connect_through(self, connect: Callable[[], socket.socket]) -> None:
-        """Get connections from a function from now on; the sandbox forbids this process `connect`.
+        """Get connections from a function from now on, because the sandbox forbids connect(2).
 
         Args:
             connect: Returns what `connect` returns, and raises what it raises.

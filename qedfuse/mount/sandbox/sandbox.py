@@ -154,8 +154,8 @@ class Sandbox:
             self._lacks("not dumpable", str(error.strerror))
         if self._rules is not None:
             try:
-                # The needs say whether the mountpoint is a directory, because fstat(2) would wait
-                # for this server itself.
+                # fstat(2) cannot be used to find out whether the mountpoint is a directory, because
+                # the call would wait for this server itself.
                 rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
                 mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
                 try:

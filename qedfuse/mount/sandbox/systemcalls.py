@@ -65,8 +65,8 @@ tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket.  They are permitted only if a file is on a server or is
-served by qemu-nbd; otherwise an attacker could make services of the host act for the server of the
-mount.  Only sendto(2) without an address is always permitted."""
+served by qemu-nbd, because with them an attacker could make services of the host act for the server
+of the mount.  But sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  The C library then starts threads by clone(2), whose flags a filter
