@@ -1,4 +1,4 @@
-"""Unmounting when signals arrive: the first unmounts when the mount is idle, the second by force.
+"""Unmounting on signals: the first signal unmounts when the mount is idle, the second by force.
 
 After the first signal, the server unmounts if the mount is idle.  While a loop device or a program
 has a disk open, the kernel refuses to unmount, and a forced unmount would cause I/O errors in the
@@ -8,8 +8,9 @@ open.
 
 Each of the two signals starts a task in the nursery of the mount.  The caller must cancel the
 nursery and wait for its end before the caller closes the connection and the disks, for two reasons.
-A task may call `pyfuse3.terminate`, which uses the session of libfuse without a check whether this
-session still exists.  And no other task may flush a disk that is being closed.
+First, these tasks call `pyfuse3.terminate`, which uses the session of libfuse without a check
+whether this session still exists.  Second, these tasks flush disks, and a disk that is being closed
+must not be flushed by a second task.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Maximum time between two attempts to unmount while the mount is in use.  A last close starts an
-attempt earlier.  The attempts without a last close are needed because the kernel does not report
-when a process leaves a working directory in the mount."""
+"""Maximum time between two attempts to unmount while the mount is in use.  When the last open
+handle is closed, the next attempt starts earlier.  Attempts without such a close are needed because
+the kernel does not report when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until the disks are durable.  If a write-back cycle
 is running at the end of this time, the unmount also waits for the end of the cycle."""
@@ -98,7 +99,7 @@ class Shutdown:
             self._nursery.start_soon(self._force)
 
     def _is_mounted(self) -> bool:
-        """Return whether the mountpoint shows this mount, and not another mount or none."""
+        """Return whether the topmost mount on the mountpoint is this mount."""
         entry = find_mount(self._mountpoint)
         return entry is not None and entry.device == self._device
 
@@ -212,7 +213,7 @@ class Shutdown:
         """Make all disks durable, detach the mount even if it is in use, and end `pyfuse3.main`.
 
         If not all data could be made durable within `_FORCED_SYNC_SECONDS`, ``failure`` is set, and
-        the mount is detached as well.
+        the mount is detached nevertheless.
         """
         if self._disks.open_handles:
             _log.warning(
@@ -237,6 +238,6 @@ class Shutdown:
         self._terminate()
 
     def _terminate(self) -> None:
-        """Fail every read that waits for a server, then end `pyfuse3.main`."""
+        """Fail every read that waits for a remote server, then end `pyfuse3.main`."""
         self._disks.stop_fetching()
         pyfuse3.terminate()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _MAX_REQUEST_BYTES: Final = 1 << 20
 """Maximum length of one read request."""
-_STATUS_BYTES: Final = 1 << 30
+_MAX_STATUS_BYTES: Final = 1 << 30
 """Maximum length of the range of one request for extents."""
 
 
@@ -58,6 +58,6 @@ class AlignedRead:
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for the extents of a range that has the byte at ``offset``."""
+    """Return a request for the extents from ``offset`` on, rounded down to a block."""
     first = offset // export.min_block_bytes * export.min_block_bytes
-    return BlockStatus(first, min(_STATUS_BYTES, export.size - first))
+    return BlockStatus(first, min(_MAX_STATUS_BYTES, export.size - first))

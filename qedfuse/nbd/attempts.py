@@ -42,7 +42,11 @@ class Attempts:
         self._count = self._protocol_errors = 0
 
     def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
-        """Return how many seconds to wait before the next attempt.
+        """Return how many seconds to wait before the next attempt, after one has failed.
+
+        Args:
+            error: Why the attempt failed.
+            is_closed: Whether the file was closed; then no further attempt is made.
 
         Raises:
             RemoteError: No further attempt is made.
@@ -67,7 +71,7 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the server has closed the connection, because it was idle.
+            # Most likely the server has closed an idle connection, so a new one needs no pause.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds

@@ -230,7 +230,7 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """End all requests with ``failure``, unless another failure has; return ``failure``."""
+        """End all requests with ``failure``, unless the connection broke before; return it."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure

@@ -36,9 +36,12 @@ class Slot:
         connection: Connection | None,
         closed: threading.Event,
     ) -> None:
-        """Make connections with ``make``, which blocks; ``connection`` is used while it works.
+        """Begin with ``connection``; None for a slot without a connection.
 
-        ``closed`` is the event of the pool.
+        Args:
+            make: Function that makes a connection, and blocks the thread meanwhile.
+            connection: The first connection.
+            closed: The event that is set when the pool is closed.
         """
         self._make = make
         self._closed = closed
@@ -69,7 +72,9 @@ class Slot:
 
         Raises:
             BrokenError: The connection cannot be made, or the pool was closed.
-            trio.Cancelled: This is a thread of trio, and its task was cancelled.
+            RefusedError: The server does not serve the export in a way that can be used.
+            QedError: An error of the function that connects the socket.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         check_wanted(self._closed)
         while not self._lock.acquire(timeout=CANCEL_POLL_SECONDS):
@@ -93,9 +98,9 @@ class Slot:
         return connection
 
     def close(self) -> None:
-        """Close the connection, after the event of the pool was set.
+        """Close the connection; the caller must have set the event of the pool before.
 
-        A thread that is making a connection sees the event, and closes the connection.
+        A thread that is making a connection sees the event, and closes the new connection.
         """
         connection = self._connection
         if connection is not None:
@@ -112,9 +117,13 @@ class ConnectionPool:
     def __init__(
         self, make: Callable[[], Connection], first: Connection, closed: threading.Event
     ) -> None:
-        """Use ``first``, and connections that ``make`` returns if the server allows several.
+        """Begin with the connection ``first``.
 
-        ``make`` ends when ``closed`` is set.
+        Args:
+            make: Function that makes a connection: a further one, if the server allows several, or
+                one in place of a broken one.  The function ends when ``closed`` is set.
+            first: The first connection.
+            closed: Event that `close` sets.
         """
         self.closed = closed
         count = MAX_CONNECTIONS if first.export.can_multi_conn else 1
@@ -132,7 +141,9 @@ class ConnectionPool:
         """Return the connection for the next request of a task.
 
         Raises:
-            BrokenError: No connection can be made.
+            BrokenError: No connection can be made, or the pool was closed.
+            RefusedError: The server does not serve the export in a way that can be used.
+            QedError: An error of the function that connects the socket.
         """
         while True:
             # One connection is enough for tasks: one thread runs all tasks, and so receives all of
@@ -158,7 +169,10 @@ class ConnectionPool:
         """Return the connection for the next request of a thread.
 
         Raises:
-            BrokenError: No connection can be made.
+            BrokenError: No connection can be made, or the pool was closed.
+            RefusedError: The server does not serve the export in a way that can be used.
+            QedError: An error of the function that connects the socket.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         while True:
             slot = self._choose()
@@ -180,6 +194,8 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
+        Slots in their backoff time count only if no slot is connected.
+
         Raises:
             BrokenError: The pool was closed.
         """
@@ -193,8 +209,8 @@ class ConnectionPool:
     def _try_back_off(self, slot: Slot) -> bool:
         """Start the backoff time of a slot in which no connection could be made.
 
-        Returns False, and does nothing, if no other slot is connected.  The server may allow fewer
-        connections than `MAX_CONNECTIONS`.
+        The server may allow fewer connections than `MAX_CONNECTIONS`.  If no other slot is
+        connected, the method returns False and does nothing.
         """
         if not any(other.ready for other in self._slots):
             return False

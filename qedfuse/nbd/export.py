@@ -1,4 +1,4 @@
-"""Opening the export of an NBD server that a URL names."""
+"""Opening an export of an NBD server by its URL."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ _PORT: Final = 10809
 
 
 def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
-    """Open an export; the caller closes the file.  The call blocks until the server answers.
+    """Open an export; the caller must close the file.
+
+    The call blocks until the server answers or the time is over.
 
     Args:
-        address: A URL of an NBD server.
+        address: The address of the export, for which `Address.is_nbd` is True.
         deadlines: How long to wait for the server.
 
     Raises:

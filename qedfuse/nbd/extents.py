@@ -74,13 +74,13 @@ class SmallSteps:
     """
 
     def __init__(self, max_seconds: float) -> None:
-        """Permit small steps for ``max_seconds`` in a search from the beginning to the end."""
+        """Permit the small steps of one search to take ``max_seconds`` together."""
         self._max_seconds = max_seconds
         self._seconds = 0.0
 
     def is_too_slow(self, request: BlockStatus, seconds: float) -> bool:
         """Count a reply that took ``seconds``; return whether small steps have taken too long."""
-        if not request.offset:  # a new search
+        if not request.offset:  # a search from the beginning of the export is a new one
             self._seconds = 0.0
         step = sum(length for length, _ in request.extents)
         if step < min(_MIN_STEP_BYTES, request.length):

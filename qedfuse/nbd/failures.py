@@ -30,8 +30,8 @@ class ReplyError(Exception):
     """The server has answered a request with an error.
 
     Attributes:
-        errno: The error number of this host for the error.
-        text: The message of the server; may be empty.
+        errno: The error, as an error number of this host.
+        text: The message of the server; empty if the server has sent none.
     """
 
     def __init__(self, errno: int, text: str) -> None:

@@ -79,7 +79,7 @@ Steps: TypeAlias = "Generator[Step, bytes, Export]"
 
 
 def handshake(name: str, *, use_tls: bool) -> Steps:
-    """Choose an export of a server; return its description.
+    """Choose the export ``name`` of a server; return the properties of the export.
 
     Args:
         name: The name of the export; empty for the default export of the server.
@@ -178,7 +178,7 @@ def _go(name: str, *, is_structured: bool, context: int | None) -> Steps:
         elif info == messages.INFO_BLOCK_SIZE:
             min_block, max_payload = _parse_blocks(data)
         if size is not None and size % min_block:
-            msg = f"found a size of {size} bytes, expected a multiple of its block of {min_block}"
+            msg = f"found a size of {size} bytes, expected a multiple of its block size {min_block}"
             raise RefusedError(msg, errno.EINVAL)
     raise ProtocolError(_too_many("GO"))
 

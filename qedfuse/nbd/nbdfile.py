@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.options import Deadlines
 
 _UNIT_BYTES = 1 << 18
-"""The unit of `RecentFailures`: the kernel reads ahead up to half of it."""
+"""Length of the units for which `RecentFailures` remembers that a read has failed."""
 
 
 class NbdFile(ReadOnlyFile):
@@ -43,10 +43,10 @@ class NbdFile(ReadOnlyFile):
         connections: ConnectionPool,
         deadlines: Deadlines,
     ) -> None:
-        """Read an export; `qedfuse.nbd.opening.open_nbd` makes the arguments.
+        """Prepare to read an export; `qedfuse.nbd.opening.open_nbd` makes the arguments.
 
         Args:
-            path: The URL.
+            path: The URL, or another name of the export.
             name: The name in messages.
             export: The export.
             connections: The connections, which the file closes.
@@ -126,7 +126,7 @@ class NbdFile(ReadOnlyFile):
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        A range counts as data unless the server reports in time that it reads as zeros.
+        A range counts as data unless the server reports in time that the range reads as zeros.
 
         Raises:
             RemoteError: The server does not answer.
@@ -134,9 +134,9 @@ class NbdFile(ReadOnlyFile):
         return await self._find(offset, is_zero=False)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
+        """Return where the first hole at or past ``offset`` begins; the end counts as a hole.
 
-        Returns None if ``offset`` is at or past the end.
+        Returns None if ``offset`` is at or past the end of the file.
 
         Raises:
             RemoteError: The server does not answer.
@@ -165,7 +165,7 @@ class NbdFile(ReadOnlyFile):
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Return the attempts of a read, which are brief if a read there has just failed."""
+        """Return the attempts of a read, which are brief if a read of its units has just failed."""
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 
@@ -188,9 +188,9 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return the offset of the first zeros, or the first data, at or past ``offset``.
+        """Return the offset of the first zeros, or of the first data, at or past ``offset``.
 
-        Returns None if none follow.
+        ``is_zero`` chooses zeros.  Returns None if no zeros, or no data, follow.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
@@ -201,7 +201,8 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # Data is always a correct answer; the next search must find the same.
+                # The time is over.  To report data is always correct.  The data is recorded in
+                # the extents, because the next search must have the same result.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -233,7 +234,8 @@ class NbdFile(ReadOnlyFile):
                 if request.failure is None:
                     self._extents.replace(request.offset, request.extents)
                 is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
-                if is_too_slow or self._extents.find(offset) is None:  # the reply was an error
+                # After an error, and after a reply that ends before ``offset``, find() is None.
+                if is_too_slow or self._extents.find(offset) is None:
                     self._extents.set_all_data()
                 return
 

@@ -29,13 +29,15 @@ def open_nbd(
     path: str | None = None,
     tls: Tls | None = None,
 ) -> NbdFile:
-    """Open an export; the caller closes the file.  The call blocks until the server answers.
+    """Open an export; the caller must close the file.
+
+    The call blocks until the server answers or the time is over.
 
     Args:
         connect: Function that returns a connected stream socket within a limited time.  The
-            function is called again, also in other threads, after a connection broke, and if the
-            server allows several.  If the function raises OSError, a read calls it again until the
-            time of the read is over; a `QedError` ends the read.
+            function is called again, also in other threads, when a connection has broken, and for
+            further connections if the server allows several.  If the function raises OSError, a
+            read calls it again until the time of the read is over; a `QedError` ends the read.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.
@@ -45,6 +47,7 @@ def open_nbd(
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
+        QedError: An error that ``connect`` has raised.
     """
     size: int | None = None
     closed = threading.Event()

@@ -1,7 +1,8 @@
 """Parsing the replies of an NBD server, without any I/O.
 
 Every field of a reply is checked.  `ProtocolError` is raised for a reply to no request, and for a
-byte that lies outside its request, comes twice or is missing.  Then the connection cannot be used.
+byte that lies outside its request, comes twice or is missing.  After `ProtocolError` the connection
+must be closed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Replies:
         self._is_structured = is_structured
         self._cookie = 0
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._start = self._end = 0  # of the bytes in the scratch buffer that are not parsed yet
+        self._start = self._end = 0  # the range of the scratch buffer that is not parsed yet
         self._chunk: _Chunk | None = None  # the chunk whose payload is being received
         self._is_direct = False  # whether the last `buffer` was the view of a reader
 
@@ -212,8 +213,8 @@ class _Chunk:
         request: The request.
         kind: The type of the chunk.
         payload: Buffer for the payload; None for data, which goes into the view of the reader.
-        at: Offset of the next byte, in the payload or in the range of the request.
-        left: Number of bytes that are missing.
+        at: Offset of the next byte in ``payload``; if that is None, in the range of the request.
+        left: Number of bytes of the payload that are missing.
         is_last: Whether the chunk is the last of the reply.
     """
 

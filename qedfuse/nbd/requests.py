@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from qedfuse.nbd.failures import BrokenError, ReplyError
 
 CONTEXT_BYTES: Final = 4
-"""Length of the number of the metadata context, with which a chunk of extents begins."""
+"""Length of the number of the metadata context at the beginning of a chunk of extents."""
 EXTENT_BYTES: Final = 8
+"""Length of one extent in such a chunk."""
 MAX_KEPT_EXTENTS: Final = 1 << 16
 """Maximum number of extents that are kept of a reply, to limit time and memory."""
 
@@ -74,7 +75,7 @@ class Read(Request):
     command = messages.CMD_READ
 
     def __init__(self, offset: int, view: memoryview) -> None:
-        """Read into ``view``, which is not empty."""
+        """Describe a read into ``view``, which is not empty."""
         super().__init__(offset, len(view))
         self.view: memoryview | None = view
         self._chunks_left += len(view) // _MIN_CHUNK_BYTES
@@ -85,7 +86,8 @@ class Read(Request):
         """Record that a range was received.
 
         Raises:
-            ProtocolError: The range is empty, not inside the request, or overlaps another one.
+            ProtocolError: The range is empty, is not inside the range of the request, or overlaps
+                a range that was received before.
         """
         end = offset + length
         if length <= 0 or offset < self.offset or end > self.offset + self.length:
@@ -131,7 +133,7 @@ class BlockStatus(Request):
     command = messages.CMD_BLOCK_STATUS
 
     def __init__(self, offset: int, length: int) -> None:
-        """Ask for the extents of a range of less than 4 GiB."""
+        """Describe a request for the extents of a range of less than 4 GiB."""
         super().__init__(offset, length)
         self.extents: list[tuple[int, int]] = []
 

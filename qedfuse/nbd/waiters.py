@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""Interval at which a waiting thread checks whether its task was cancelled."""
+"""Interval at which a waiting thread checks whether its task was cancelled, and a waiting task or
+thread whether the file was closed."""
 
 
 class Waiter(Protocol):
@@ -76,7 +77,7 @@ class WaitingThread:
 
 
 def are_done(requests: Sequence[Request]) -> bool:
-    """Return whether all replies are complete."""
+    """Return whether all requests have ended: by a complete reply, or by a failure."""
     return all(request.is_done for request in requests)
 
 

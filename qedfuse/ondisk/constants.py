@@ -62,7 +62,7 @@ class Feature(IntFlag):
 KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
-"""The incompatible feature bits that this program supports.  It refuses an image with any other."""
+"""The incompatible feature bits that this program supports.  Images with other ones are refused."""
 
 KNOWN_AUTOCLEAR: Final = 0
 """The autoclear feature bits that this program preserves: none, because QED defines none.  So all

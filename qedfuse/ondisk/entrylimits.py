@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
-"""Mask of the low bits of an entry that are zero in every offset, whatever the cluster size."""
+"""Mask of the low bits that are zero in every valid offset, whatever the cluster size."""
 
 
 class EntryLimits(NamedTuple):

@@ -29,7 +29,7 @@ NO_TABLES: Final[NDArray[np.uint64]] = np.empty(0, np.uint64)
 
 
 class Violation(enum.Enum):
-    """Why an entry is invalid; if an entry breaks several rules, the rule listed first."""
+    """Why an entry is invalid; if an entry breaks several rules, the one listed first counts."""
 
     RESERVED_BITS = enum.auto()
     """A bit is set that must be 0 in every offset, whatever the cluster size."""

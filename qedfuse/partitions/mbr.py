@@ -143,14 +143,16 @@ async def read_mbr(read: ReadDisk, size: int) -> PartitionTable | None:
 def _partition(
     number: int, entry: Entry, start: int, sectors: int, problems: list[str]
 ) -> Partition | None:
-    """Return the partition of an entry, cut at the end of the disk; None if it begins outside.
+    """Return the partition of an entry, cut at the end of the disk.
+
+    Returns None if the partition begins outside of the disk, or at sector 0.
 
     Args:
         number: The number of the partition.
         entry: The entry.
         start: The first sector of the partition, counted from the beginning of the disk.
         sectors: Number of sectors of the disk.
-        problems: Gets a clause if the partition begins outside of the disk, or was cut.
+        problems: Gets a clause if the result is None, or if the partition was cut.
     """
     if start >= sectors or not start:
         problems.append(f"partition {number}: begins outside of the disk, at sector {start}")

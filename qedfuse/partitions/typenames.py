@@ -56,5 +56,5 @@ _GPT: Final[Mapping[str, str]] = {
 
 
 def type_name(scheme: Scheme, code: str) -> str:
-    """Return the name of the type ``code`` (`Partition.type`); ``unknown`` if no table has it."""
+    """Return the name of the type ``code`` (`Partition.type`); ``unknown`` if it is not listed."""
     return (_DOS if scheme == "dos" else _GPT).get(code, "unknown")

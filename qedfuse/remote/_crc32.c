@@ -20,7 +20,7 @@
 #define RELEASE_BYTES 4096 /* a shorter input is not worth the time for releasing the GIL */
 #define POLYNOMIAL UINT32_C(0xedb88320) /* reflected */
 
-/* Return the state after the bits of one byte at a time. */
+/* Return the state after `length` bytes, computed bit by bit. */
 static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
 {
     while (length--) {

@@ -2,7 +2,7 @@
 
 Equivalent spellings of a URL give equal addresses, as far as the equivalence can be decided without
 a request to the server.  So addresses can be compared, and can identify entries of the cache.  The
-query for a web server is not normalised, because its meaning is that server's.
+query for a web server is not normalised, because only that server knows what the query means.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Address:
 
     @property
     def server(self) -> str:
-        """The URL that as a prefix (`parse_prefix`) covers the server or bucket, for messages."""
+        """The prefix (`parse_prefix`) that covers the whole server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""
         return printable(f"{self.scheme}://{self.host}/{query}")
 
@@ -130,7 +130,7 @@ class Address:
 
 
 def is_url(text: str) -> bool:
-    """Return whether ``text`` begins with a scheme and ``://``, so that it is not a path.
+    """Return whether ``text`` begins with a scheme and ``://``, and therefore is not a path.
 
     ``file://`` does not count, because a path follows ``file:``, as in QEMU.
     """

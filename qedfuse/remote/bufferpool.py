@@ -1,4 +1,4 @@
-"""Buffers for parts of an object, each of which is used again when nothing refers to it any more.
+"""Buffers for parts of an object; a buffer is used again when nothing refers to it any more.
 
 Allocating a megabyte takes longer than receiving it: the kernel clears the pages, and Python clears
 them again, while it holds the GIL.
@@ -22,9 +22,9 @@ class BufferPool:
         self._buffers: list[bytearray] = []  # also those that are in use
 
     def take(self, length: int) -> memoryview:
-        """Return a buffer of ``length`` bytes, with any content.
+        """Return a view of ``length`` bytes, with any content.
 
-        The buffer is used again when the view, and every view made from it, is no longer used.
+        The buffer of the view is used again when this view and every view made from it are gone.
         """
         with self._lock:
             # The first one that is free was probably used last, so the processor caches it.
@@ -37,7 +37,7 @@ class BufferPool:
         return memoryview(bytearray(length))
 
     def clear(self) -> None:
-        """Release the memory of the buffers as soon as nothing refers to them."""
+        """Forget all buffers; Python frees each buffer as soon as nothing refers to it."""
         with self._lock:
             self._buffers.clear()
 

@@ -85,7 +85,7 @@ class CacheDirectory:
     def waits_for_server(self) -> bool:
         """Return whether calls on files of the cache may wait for a server (NFS, FUSE).
 
-        Returns True also if the host does not show that.
+        Returns True also if the file system of the directory cannot be determined.
         """
         try:
             return directory_waits_for_server(self._path)
@@ -98,7 +98,8 @@ class CacheDirectory:
         A damaged entry is replaced by a new one.
 
         Raises:
-            CacheError: The host refused, or a file that is not an entry has the name of the entry.
+            CacheError: The host refused, a file that is not an entry has the name of the entry, or
+                other processes made or removed the entry during all attempts.
         """
         number = 1
         while True:
@@ -139,9 +140,9 @@ class CacheDirectory:
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Yield the entries of an object that can be used without a server, opened.
 
-        These are the entries with all units, or with all that `mark_usable_offline` has recorded.
-        The most recently used entry comes first.  The caller closes each entry.  Entries
-        that cannot be read are skipped.
+        These entries have all units, or all those units that `mark_usable_offline` has recorded.
+        The most recently used entry comes first.  The caller must close each entry.  Entries that
+        cannot be read are skipped.
         """
         parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):
@@ -182,6 +183,9 @@ class CacheDirectory:
 
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes.
+
+        An entry that is being made or removed is kept for `_MAX_CREATION_SECONDS`, whatever the
+        cache takes up.
 
         Raises:
             OSError: The host refused.

@@ -121,7 +121,7 @@ def remove_entry(path: str) -> bool:
     """Remove an entry that no process has open; return whether it was removed.
 
     An entry with files that are not the cache's is kept.  If the host refuses, a part of the entry
-    may be left, under another name.
+    may be left, under another name.  The directory of the object is removed too if it is empty.
     """
     fd = -1
     try:
@@ -144,7 +144,7 @@ def remove_entry(path: str) -> bool:
 
 
 def _directories(path: str, name: re.Pattern[str]) -> Iterator[os.DirEntry[str]]:
-    """Yield the subdirectories of a directory that have a name of the cache."""
+    """Yield the subdirectories of the directory ``path`` whose names match ``name``."""
     with os.scandir(path) as found:
         for entry in found:
             if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):

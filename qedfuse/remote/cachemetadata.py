@@ -29,8 +29,8 @@ class EntryMetadata(NamedTuple):
 
     Attributes:
         version: The version of the object.
-        needed: 1 for each unit that the entry must have to be used without a server, and 0 for the
-            others.  None if it must have all units.
+        needed: A byte for each unit: 1 if the entry must have the unit to be used without a server,
+            and 0 otherwise.  None if the entry must have all units.
     """
 
     version: Version
@@ -72,13 +72,13 @@ def read_metadata(path: str) -> EntryMetadata:
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> bool:
     """Record that an entry has all units that readers need; return whether that succeeded.
 
-    Nothing is recorded if the entry lacks one of the units.  If it loses one later, it cannot be
-    used without a server until it has that unit again.  If the entry was removed from the cache,
-    nothing is recorded, even if another entry has its name now.
+    Nothing is recorded if the entry lacks one of the units.  If the entry loses one later, the
+    entry cannot be used without a server until it has that unit again.  If the entry was removed
+    from the cache, nothing is recorded, even if another entry has its name now.
 
     Args:
         entry: The entry.
-        needed: 1 for each unit that readers need, and 0 for the others.
+        needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
     """
     try:
         if not entry.has_units(needed):
@@ -120,7 +120,8 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     try:
         found = about["version"]
         modified = found["modified"]
-        # Checked here, because the name of an entry depends on the time only without an entity tag.
+        # The name of the entry, which is compared below, depends on the time only if there is no
+        # entity tag.  So the time is checked here.
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)

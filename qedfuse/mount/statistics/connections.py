@@ -1,7 +1,7 @@
 """Serving short connections beside the requests of a mount, so that no client can stop the mount.
 
-Each connection is served by a task of its own for a limited time, and only a limited number of
-them at a time; further ones are closed without an answer.
+Each connection is served by a task of its own for a limited time.  While the maximum number of
+connections is being served, new connections are closed without an answer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ _MAX_CONNECTIONS: Final = 8
 _MAX_SECONDS: Final = 5.0
 """Maximum time for which a connection is served."""
 _PAUSE_SECONDS: Final = 0.5
-"""Time until the next connection is accepted after the host has refused one, as without a free
-descriptor."""
+"""Pause after a failed accept(2), for example because no descriptor is free."""
 
 
 async def serve_connections(
     listening: socket.socket, serve: Callable[[trio.SocketStream], Awaitable[None]]
 ) -> None:
-    """Serve the connections of a listening socket until cancelled, and close the socket then.
+    """Serve the connections of a listening socket until the task is cancelled; close the socket.
 
     Args:
         listening: The socket, which does not block.

@@ -27,10 +27,11 @@ _MEBIBYTE: Final = 1 << 20
 async def log_on_signals(
     source: StatisticsSource, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Log a summary after each SIGUSR1, and the state of all tasks after each SIGUSR2.
+    """Log a summary after each SIGUSR1 and SIGUSR2, and after SIGUSR2 also a line for each task.
 
-    When the caller cancels this task, the signals get the dispositions that they had before.  These
-    must be to ignore the signals, because by default the signals would end the process.
+    Before the call, the process must ignore both signals.  When the caller cancels this task, trio
+    restores the earlier dispositions, and with the default ones the next signal would end the
+    process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()
@@ -64,13 +65,16 @@ def summary(document: Mapping[str, Any]) -> str:
 
 
 def describe_tasks() -> Iterator[str]:
-    """Yield a line for each task: its name, and where it waits, the outermost frame first."""
+    """Yield a line for each task: its name, and where it waits, the outermost frame first.
+
+    At most `_MAX_TASKS` tasks get a line.  The last line is the number of all tasks.
+    """
     root = trio.lowlevel.current_root_task()
-    waiting = [] if root is None else [root]
+    unvisited = [] if root is None else [root]
     count = 0
-    while waiting:
-        task = waiting.pop()
-        waiting += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+    while unvisited:
+        task = unvisited.pop()
+        unvisited += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
         count += 1
         if count <= _MAX_TASKS:
             yield f"task {task.name}: {' > '.join(_frames(task.coro)) or 'running'}"

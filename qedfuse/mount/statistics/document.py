@@ -36,9 +36,9 @@ class StatisticsSource:
     def __init__(
         self, disks: ExportedDisks, mountpoint: str, sandbox: Sandbox | None = None
     ) -> None:
-        """Describe the disks of the mount on ``mountpoint``, which begins now.
+        """Describe the disks of the mount on ``mountpoint``; its uptime counts from this call.
 
-        ``sandbox`` is that of the server; None if there is none.
+        ``sandbox`` is the sandbox of the server; None if the server has none.
         """
         self._disks = disks
         self._mountpoint = mountpoint
@@ -111,7 +111,7 @@ def _describe_disk(exported: ExportedDisk, handles: int) -> dict[str, Any]:
 
 
 def _describe_requests(exported: ExportedDisk, operation: int) -> dict[str, Any]:
-    """Return what was counted of an operation of a disk."""
+    """Return the counters of one operation of a disk; ``operation`` is an index in `OPERATIONS`."""
     counted = exported.requests.statistics(operation)
     return {
         "requests": counted.requests,

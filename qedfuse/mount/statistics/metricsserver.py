@@ -1,7 +1,7 @@
 """The metrics of a mount over HTTP, for ``-o metrics=ADDRESS``: ``GET /metrics``.
 
-This is as much of HTTP/1.0 as Prometheus and curl need: one request for each connection, whose
-headers are read and ignored.
+The module implements only what Prometheus and curl need of HTTP/1.0: one request for each
+connection, whose headers are read and ignored.
 """
 
 from __future__ import annotations

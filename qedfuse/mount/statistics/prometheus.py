@@ -80,7 +80,7 @@ def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, floa
     yield "resident_memory_bytes", "gauge", "Memory that the server takes.", resident
     handles = document["open_handles"]
     yield "open_handles", "gauge", "Open handles of all disks of the mount.", handles
-    # The server may be that of an earlier version, which does not report the sandbox.
+    # A server of an earlier version does not report the sandbox.
     if (sandbox := document.get("sandbox")) is not None:
         is_complete = sandbox["mode"] != "off" and not sandbox["missing"]
         meaning = "1 if the server is in a sandbox that lacks no part."
@@ -88,7 +88,7 @@ def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, floa
 
 
 def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
-    """Yield name, type, meaning and value of the metrics of a disk without further labels."""
+    """Yield name, type, meaning and value of the metrics that a disk has once."""
     tables, space, scan = disk["table_cache"], disk["space"], disk["scan"]
     cluster, free = space["cluster_bytes"], space["free_clusters"]
     yield "disk_size_bytes", "gauge", "Size of the disk.", disk["size_bytes"]
@@ -123,7 +123,7 @@ def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | N
     yield (
         "image_bound_bytes",
         "gauge",
-        "The length that the file never exceeds.",
+        "The length up to which a guest can make the file grow.",
         (space["bound_bytes"]),
     )
     yield (
@@ -179,12 +179,12 @@ def _add_requests(
             families.add(name, "counter", meaning, counted[key], of_operation)
         family = "qedfuse_request_duration_seconds"
         meaning = "Time from the receipt of a request until its answer."
-        sum_so_far = 0
+        cumulative = 0
         for bound, count in zip([*bounds, float("inf")], counted["histogram"], strict=True):
-            sum_so_far += count
+            cumulative += count
             bucket = {**of_operation, "le": "+Inf" if bound == float("inf") else repr(bound)}
-            families.add_to(*(family, "histogram", meaning, f"{family}_bucket", sum_so_far, bucket))
-        for suffix, value in (("sum", counted["seconds"]), ("count", sum_so_far)):
+            families.add_to(*(family, "histogram", meaning, f"{family}_bucket", cumulative, bucket))
+        for suffix, value in (("sum", counted["seconds"]), ("count", cumulative)):
             families.add_to(
                 *(family, "histogram", meaning, f"{family}_{suffix}", value, of_operation)
             )
@@ -217,10 +217,10 @@ def _add_files(
 
 
 def _number(value: float) -> str:
-    """Return a value of a sample."""
+    """Return the value of a sample as text."""
     return str(int(value)) if isinstance(value, int) else repr(value)
 
 
 def _escaped(value: object) -> str:
-    """Return the value of a label between its quotes."""
+    """Return the value of a label as text, escaped for use between quotes."""
     return str(value).translate(_ESCAPES)

@@ -15,12 +15,12 @@ ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
 
 
 def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the hit rates of a disk, from 0 to 1; None for a rate without a request or read.
+    """Return the hit rates of a disk, from 0 to 1; None for a rate of no requests or reads.
 
-    - ``fast_path``: requests that were answered in one step, without waiting.
-    - ``table_cache``: requests that have not made the server load a slice of a table.
+    - ``fast_path``: reads, writes and flushes that were answered in one step, without waiting.
+    - ``table_cache``: reads, writes and discards that made the server load no slice of a table.
     - ``host_cache``: reads of local files, tables included, whose data the host's page cache had.
-    - ``remote_cache``: reads of files on servers that have not waited for a server.
+    - ``remote_cache``: reads of remote files for which no reader waited for a remote server.
     """
     requests, files = disk["requests"], disk["files"]
     loads = disk["table_cache"]["loads"]

@@ -63,6 +63,7 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
         RuntimeError: The child has ended without a result, because the child was killed or
             interrupted, or because the result or the exception cannot be pickled.
         HostError: /proc is not mounted.
+        OSError: No pipe or no child process can be made.
     """
     deadline = Deadline(seconds)
     reading, writing = os.pipe()

@@ -22,8 +22,8 @@ _LOOPBACK: Final = re.compile(
 _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
 _MAX_NAME_BYTES: Final = 107 - len("/proc/self/fd/2147483647/")
-"""Maximum length of a socket's name.  The address of a socket has at most 107 bytes.  It names the
-directory by a descriptor, so the length of the user's path does not matter."""
+"""Maximum length of a socket's file name.  The address of a socket has at most 107 bytes.  The
+address names the directory by a descriptor, so the length of the user's path does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is no address or is too long, or other machines can reach the
-                address.
+            UsageError: The value is not a valid address, the file name of the socket is too long,
+                or other machines could reach the address.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
@@ -66,7 +66,7 @@ class ListenAddress:
         return cls("127.0.0.1" if host == "localhost" else host, int(found[2]))
 
     def absolute(self) -> ListenAddress:
-        """Return the address with an absolute path."""
+        """Return the address with its path made absolute; a TCP address is unchanged."""
         return replace(self, path=os.path.abspath(self.path)) if self.path else self  # noqa: PTH100
 
     def __str__(self) -> str:
@@ -84,13 +84,14 @@ class Listener:
     """
 
     def __init__(self, address: ListenAddress) -> None:
-        """Listen on an address.
+        """Listen on an address, whose path must be absolute if it has one.
 
-        The caller must call this before the mount exists, because later the path may lead through
-        the mount.  A socket that a killed process has left at the path is replaced.
+        The caller must construct the object before the mount exists, because later the path may
+        lead through the mount.  A socket that a killed process has left at the path is replaced.
 
         Raises:
-            HostError: The host refused, or another process uses the address.
+            HostError: The host refused, another process uses the address, or a file at the path
+                is not a socket.
         """
         self._directory = -1
         self._name = os.path.basename(address.path)  # noqa: PTH119
@@ -105,8 +106,8 @@ class Listener:
         """Listen at a path; only this user and root can connect.
 
         Raises:
-            OSError: The host refused, a process listens at the path, or a file is there that is no
-                socket.
+            OSError: The host refused, a process listens at the path, or a file at the path is not
+                a socket.
         """
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
@@ -129,7 +130,7 @@ class Listener:
         """Close the socket, and remove it from the file system."""
         self.socket.close()
         if self._directory >= 0:
-            with suppress(OSError):  # its directory is gone, or the socket was removed
+            with suppress(OSError):  # the directory is gone, or the socket was removed
                 os.unlink(self._name, dir_fd=self._directory)
         self._close_directory()
 

@@ -99,8 +99,8 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
         FuseError: The mount table has no such mount.
         HostError: /proc is not mounted.
     """
-    # The kernel gives the id of a mount that has ended to a new one.  So an id that the table had
-    # before can be that of the new mount, if the old one was on another path.
+    # The kernel reuses the id of a mount that has ended.  So the new mount can have an id that
+    # another mount, on another path, had before.  Therefore the paths are compared as well.
     old = {(entry.mount_id, entry.path) for entry in before}
     device = _device(connection)
     new_mount = None

@@ -27,7 +27,7 @@ class MountEntry:
         parent_id: The ``mount_id`` of the mount on which this mount lies.
         device: The device number of the file system, ``MAJOR:MINOR``, unique as long as the file
             system exists.
-        path: The mountpoint, from the root directory of the process that sees the mount.
+        path: The mountpoint, as an absolute path for the process that sees the mount.
         fstype: The type of the file system; `FUSE_TYPE` for a mount of qedfuse.
         source: What is mounted, the column SOURCE of findmnt(8).
         owner: The uid of the user who mounted a FUSE file system; 0 for any other file system.
@@ -132,7 +132,9 @@ def find_qedfuse_mount(mountpoint: str) -> MountEntry:
 
 
 def find_own_mount(mountpoint: str, action: str) -> MountEntry:
-    """Return the mount of qedfuse on a path, as `find_qedfuse_mount`, if the user may use it.
+    """Return the mount of qedfuse on a path; refuse if the caller is neither its owner nor root.
+
+    If several mounts lie on the path, the topmost counts.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

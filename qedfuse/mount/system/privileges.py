@@ -27,8 +27,8 @@ def find_fusermount() -> str | None:
 def can_gain_privileges() -> bool:
     """Return whether a program that this process starts can gain privileges, as fusermount3 does.
 
-    A program gains them by its set-user-ID bit or its file capabilities.  Also returns
-    True if /proc is not mounted.
+    A program gains them by its set-user-ID bit or its file capabilities.  The result is also True
+    if /proc is not mounted.
     """
     try:
         return "\nNoNewPrivs:\t1\n" not in Path("/proc/self/status").read_text("ascii", "replace")
@@ -83,7 +83,8 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
 def _is_allow_other_permitted() -> bool:
     """Return whether fuse.conf has the line ``user_allow_other``.
 
-    As for fusermount3, the line may be indented, and a file that cannot be read has no such line.
+    Like fusermount3, this function ignores the indentation of the line.  A file that cannot be read
+    counts as a file without the line.
     """
     try:
         with Path(FUSE_CONF).open(encoding="utf-8", errors="replace") as conf:

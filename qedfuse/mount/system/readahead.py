@@ -34,7 +34,7 @@ The kernel copies spliced bytes once.  With a longer read-ahead, reads would not
 their bytes would be copied twice.  With a shorter one the kernel would send more requests."""
 
 _BDI: Final = Path("/sys/class/bdi")
-"""The directory in which the kernel has a directory for each mount (backing device)."""
+"""The directory in which the kernel has a directory for each backing device, such as a mount."""
 _KIB: Final = 1024
 
 
@@ -57,7 +57,7 @@ def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | Non
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
         option: The value of the option ``readahead``.
-        bdi: The directory in which the kernel has a directory for each mount.
+        bdi: The directory in which the kernel has a directory for each backing device.
 
     Returns:
         None if the mount has the wanted read-ahead now, or if the kernel must keep its own

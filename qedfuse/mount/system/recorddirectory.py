@@ -18,12 +18,12 @@ other error there may be a record that cannot be read."""
 
 
 STATISTICS_SUFFIX: Final = ".stats"
-"""The end of the name of the socket beside a record, after the name of the record; it is made by
-`qedfuse.mount.system.statisticssocket`."""
+"""What follows the name of a record in the name of the socket for the mount's statistics.  The
+socket lies beside the record; `qedfuse.mount.system.statisticssocket` makes it."""
 
 
 def remove_socket(directory: int, record: str) -> None:
-    """Remove the socket beside the record of this name; do nothing if that is not possible."""
+    """Remove the socket beside the record of this name; ignore a failure."""
     with contextlib.suppress(OSError):
         os.unlink(record + STATISTICS_SUFFIX, dir_fd=directory)
 

@@ -61,13 +61,17 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     if failure is not None and not records:
         raise failure
     # The kernel reuses device numbers, so there may be records of earlier mounts with the same
-    # number.  The time at which a server started does not decide: a server that waits for another
-    # machine before it mounts may have started long before a mount that is gone already.
+    # number.  The start time of the server decides only if no mount time was recorded: a server
+    # that waits for another machine before it mounts may have started before the server of a mount
+    # that is gone already.
     return max(records, key=_mount_time, default=None)
 
 
 def _mount_time(found: FoundRecord) -> tuple[int, int]:
-    """Return the key that sorts records by the times of their mounts, if these were recorded."""
+    """Return the key that sorts records by the times of their mounts.
+
+    Records without this time come first, sorted by the start times of their servers.
+    """
     return found.record.mounted, found.record.started
 
 
@@ -138,7 +142,7 @@ def _take(path: Path, user: int) -> MountRecord | None:
             # The file is removed through the descriptor of its directory.  If root used the path
             # of the file, ``user`` could put a link in place of a directory in the path, and so
             # make root remove a file in another directory.
-            remove_socket(fd, path.name)  # of a server that was killed
+            remove_socket(fd, path.name)  # a server that was killed leaves its socket
             with contextlib.suppress(OSError):
                 os.unlink(path.name, dir_fd=fd)
         return record

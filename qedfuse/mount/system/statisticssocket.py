@@ -32,16 +32,16 @@ def listen(directory: int, name: str) -> socket.socket:
     """Make a listening socket that only this user and root can connect to.
 
     Args:
-        directory: A descriptor of its directory.
-        name: Its name in the directory.  An old socket of this name is removed.
+        directory: A descriptor of the socket's directory.
+        name: The name of the socket in the directory.  An old file of this name is removed.
 
     Raises:
         OSError: The host refused.
     """
 
     def prepare(made: socket.socket) -> None:
-        # The socket in the file system gets the mode of the descriptor, so no other user can
-        # connect meanwhile (unix_bind in net/unix/af_unix.c).
+        # bind(2) makes the file with the mode of the descriptor (unix_bind in net/unix/af_unix.c),
+        # so there is no moment at which another user can connect.
         os.fchmod(made.fileno(), 0o600)
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
@@ -57,8 +57,8 @@ def listen_at(
     """Make a listening stream socket that does not block.
 
     Args:
-        family: Its address family.
-        address: Its address (`socket.socket.bind`).
+        family: The address family of the socket.
+        address: The address of the socket (`socket.socket.bind`).
         prepare: Called with the socket before it is bound.
 
     Raises:
@@ -82,15 +82,15 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
     Args:
         directory: A descriptor of the socket's directory.
         name: The name of the socket.
-        users: The server must run as one of these users.  Otherwise another user may have put a
-            link in place of the socket.
+        users: The server must run as one of these users.  A server of another user is refused,
+            because that user may have put a link in place of the socket.
 
     Returns:
-        The document; only its beginning if the server ends meanwhile.  None if the server runs as
-        another user, or if the document is too long.
+        The document; only its beginning if the server ends before it has sent everything.  None if
+        the server runs as another user, or if the document is too long.
 
     Raises:
-        OSError: There is no socket, or no process listens on it.
+        OSError: There is no socket, no process listens on it, or the connection broke.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(_path(directory, name))
@@ -105,7 +105,9 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
 
 
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
-    """Return the uid that the peer of a connection had when it connected.
+    """Return the uid of the peer of a connection.
+
+    The uid is the one that a client had when it connected, and a server when it began to listen.
 
     Raises:
         OSError: The connection has ended.
@@ -116,5 +118,5 @@ def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
 
 
 def _path(directory: int, name: str) -> str:
-    """Return a path of a file in a directory that is short enough for the address of a socket."""
+    """Return a path of a file in a directory, short enough for the address of a socket."""
     return f"/proc/self/fd/{directory}/{name}"

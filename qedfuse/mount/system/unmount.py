@@ -34,7 +34,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         lazy: Whether to detach a mount that is in use (MNT_DETACH) instead of raising.
 
     Raises:
-        BusyError: The mount is in use; not with ``lazy``.
+        BusyError: The mount is in use, and ``lazy`` is False.
         PrivilegeError: The caller lacks the privilege to unmount, for example because root has no
             CAP_SYS_ADMIN, or fusermount3 is missing.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
@@ -103,8 +103,8 @@ def sync_mount(mountpoint: str) -> None:
     call this function in a worker thread, like `unmount`.
 
     Raises:
-        OSError: The mountpoint cannot be opened, the server of the mount has ended, or the
-            writeback of a page has failed already.
+        OSError: The mountpoint cannot be opened, the server of the mount has ended, or an earlier
+            writeback of a page has failed.
     """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_CLOEXEC)
     try:
