@@ -52,8 +52,8 @@ class Shutdown:
     """Unmounts one mount when signals arrive.
 
     Attributes:
-        failure: Why not all data was made durable before a forced unmount; None if all data was
-            made durable or the unmount was not forced.
+        failure: The error if a forced unmount ended before all data was durable; None if all data
+            was durable, or if the unmount was not forced.
     """
 
     def __init__(

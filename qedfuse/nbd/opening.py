@@ -41,8 +41,8 @@ def open_nbd(
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.
-        path: The name by which the user or an image gave the file, such as a URL; None for
-            ``shown_name``.
+        path: The name of the file as the user or an image gives it, such as a URL; None if that
+            is ``shown_name``.
         tls: How to use TLS; None to use none.
 
     Raises:

@@ -85,7 +85,7 @@ def pause_blocking(closed: threading.Event, seconds: float) -> None:
     """Wait in a thread for ``seconds``, or until ``closed`` is set.
 
     Raises:
-        trio.Cancelled: This is a thread of trio, and its task was cancelled.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     end = time.monotonic() + seconds
     while not closed.wait(min(seconds, CANCEL_POLL_SECONDS)):
@@ -108,7 +108,7 @@ def check_wanted(closed: threading.Event) -> None:
 
     Raises:
         BrokenError: ``closed`` is set.
-        trio.Cancelled: This is a thread of trio, and its task was cancelled.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     if closed.is_set():
         msg = "closed"
@@ -117,6 +117,6 @@ def check_wanted(closed: threading.Event) -> None:
 
 
 def check_cancelled() -> None:
-    """Raise trio.Cancelled if this is a thread of trio whose task was cancelled."""
+    """Raise trio.Cancelled if the calling thread is one of trio and its task was cancelled."""
     with suppress(RuntimeError):  # not a thread of trio
         trio.from_thread.check_cancelled()

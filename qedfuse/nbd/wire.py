@@ -24,7 +24,7 @@ class Wire(Protocol):
     socket: socket.socket
 
     def send(self, data: bytes) -> None:
-        """Send ``data``; a later call sends the bytes that the socket does not take now.
+        """Send ``data``; a later call, also of `receive_into`, sends what the socket refuses now.
 
         Raises:
             OSError: The connection is broken.

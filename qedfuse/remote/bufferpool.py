@@ -27,7 +27,7 @@ class BufferPool:
         The buffer of the view is used again when this view and every view made from it are gone.
         """
         with self._lock:
-            # The first one that is free was probably used last, so the processor caches it.
+            # The first free buffer is the one that is used most often, so the processor caches it.
             buffer = next(filter(_is_free, self._buffers), None)
             if buffer is None and len(self._buffers) < _MAX_BUFFERS and length <= BUFFER_BYTES:
                 buffer = bytearray(BUFFER_BYTES)

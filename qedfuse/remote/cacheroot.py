@@ -82,7 +82,7 @@ def directory_waits_for_server(path: str) -> bool:
     """Return whether access to a directory may wait for a server (NFS, FUSE).
 
     Raises:
-        OSError: The directory cannot be opened, or its file system cannot be determined.
+        OSError: The directory cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -88,7 +88,7 @@ def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, floa
 
 
 def _of_disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
-    """Yield name, type, meaning and value of the metrics that a disk has once."""
+    """Yield name, type, meaning and value of each metric that has one value for a disk."""
     tables, space, scan = disk["table_cache"], disk["space"], disk["scan"]
     cluster, free = space["cluster_bytes"], space["free_clusters"]
     yield "disk_size_bytes", "gauge", "Size of the disk.", disk["size_bytes"]

@@ -48,8 +48,8 @@ class Deadline:
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The caller must not have a second thread.  The child would not have this thread, and would wait
-    forever for a lock that the thread held during the fork.
+    The calling process must have only one thread.  The child would not have the other threads, and
+    would wait forever for a lock that one of them held during the fork.
 
     Args:
         function: The function.  Its result and its exceptions must be plain data that can be

@@ -30,7 +30,7 @@ class VisibleMount:
         path: The mountpoint, as the process sees it.
         pid: The pid of the process; None for the caller itself.
         command: The name of the process (proc_pid_comm(5)); ``ended`` if the process has ended
-            meanwhile; empty for the caller itself.
+            during the search; empty for the caller itself.
     """
 
     path: str
@@ -59,8 +59,8 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
         device: The device number of the file system, ``MAJOR:MINOR``.
         original: A mount of the file system, as the mount table showed it earlier.  If the file
             system has ended since, the kernel may have given its device number to another file
-            system.  So mounts with another source or owner are left out.  With None, sources
-            and owners are not compared.
+            system.  So mounts whose source or owner differs from that of ``original`` are left
+            out.  If ``original`` is None, sources and owners are not compared.
 
     Raises:
         HostError: /proc is not mounted.
@@ -105,7 +105,7 @@ def _reached_groups(own: Iterable[MountEntry], others: Iterable[MountEntry]) -> 
 
 
 def describe_visible_mounts(device: str, original: MountEntry | None = None) -> str | None:
-    """Describe where a file system is mounted, on one line; None if no mount of it is visible.
+    """Describe on one line where a file system is mounted; None if no mount of it is visible.
 
     At most `_MAX_LISTED_MOUNTS` mounts are listed.  If there are more, the line ends with the
     number of the others.  The arguments and the errors are those of `find_visible_mounts`.
