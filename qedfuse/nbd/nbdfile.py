@@ -74,7 +74,8 @@ class NbdFile(ReadOnlyFile):
         The result is less than the length of the view only if the file ends earlier.
 
         Raises:
-            RemoteError: The server cannot be reached, or answers with an error.
+            RemoteError: The server cannot be reached, answers with an error, or does not serve the
+                same export any more; or the file was closed.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -99,7 +100,8 @@ class NbdFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: The server cannot be reached, or answers with an error.
+            RemoteError: See `pread_into`.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -129,7 +131,8 @@ class NbdFile(ReadOnlyFile):
         A range counts as data unless the server reports in time that the range reads as zeros.
 
         Raises:
-            RemoteError: The server does not answer.
+            RemoteError: The server cannot be reached, or does not serve the same export any more;
+                or the file was closed.
         """
         return await self._find(offset, is_zero=False)
 
@@ -139,7 +142,7 @@ class NbdFile(ReadOnlyFile):
         Returns None if ``offset`` is at or past the end of the file.
 
         Raises:
-            RemoteError: The server does not answer.
+            RemoteError: See `next_data`.
         """
         found = await self._find(offset, is_zero=True)
         return self._size if found is None and offset < self._size else found

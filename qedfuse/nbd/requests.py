@@ -24,7 +24,7 @@ _SPARE_CHUNKS: Final = 16
 
 
 class Request:
-    """A request that has been sent.
+    """A request for a range of an export, and what has become of it.
 
     Attributes:
         command: The command.

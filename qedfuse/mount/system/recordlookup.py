@@ -62,8 +62,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         raise failure
     # The kernel reuses device numbers, so there may be records of earlier mounts with the same
     # number.  The start time of the server decides only if no mount time was recorded: a server
-    # that waits for another machine before it mounts may have started before the server of a mount
-    # that is gone already.
+    # that waits for another machine before it mounts can have started earlier than the server of
+    # an older mount.
     return max(records, key=_mount_time, default=None)
 
 
