@@ -28,7 +28,7 @@ _PAUSE_SECONDS: Final = 0.5
 async def serve_connections(
     listening: socket.socket, serve: Callable[[trio.SocketStream], Awaitable[None]]
 ) -> None:
-    """Serve the connections of a listening socket until the task is cancelled; close the socket.
+    """Serve the connections of a listening socket until cancelled, and then close the socket.
 
     Args:
         listening: The socket, which does not block.
