@@ -12,7 +12,7 @@ Each public name is imported at its first use, so that ``import qedfuse`` loads 
 from __future__ import annotations
 
 # Type checkers treat a variable of this name as true.  The variable is not imported from typing,
-# because that large module takes long to load, and Ctrl-C would print a traceback meanwhile.
+# because typing takes long to load, and Ctrl-C during the load would print a traceback.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:

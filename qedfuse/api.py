@@ -48,16 +48,16 @@ def open(  # noqa: A001  a module's open, like gzip.open
     """Open the disk in an image as an unbuffered binary file.
 
     With the default options, the image is locked until the file is closed, with the locks that QEMU
-    takes.  The locks exclude only programs that lock images too.  With ``rb`` such a program cannot
-    write to the image.  With ``r+b`` such a program can only read the image, and only with
-    ``force_share``.
+    takes.  The locks affect only programs that lock images as well.  With ``rb`` these programs can
+    open the image for reading, but not for writing.  With ``r+b`` they can open the image only for
+    reading, and only with ``force_share``.
 
     With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
     multiple of its cluster size.  The image is refused if the check finds an error in the tables.
     Leaked space is not an error.
 
     Args:
-        path: The image, or its URL, which can only be read.
+        path: The path of the image; or its URL, for which ``mode`` must be ``rb``.
         mode: ``rb`` to read, ``r+b`` to read and write.
         options: Backing file policy, locks, cache sizes, how URLs are read, and more; None for
             the defaults.  The option ``writable`` is ignored, because ``mode`` decides.
@@ -84,7 +84,7 @@ def open(  # noqa: A001  a module's open, like gzip.open
 class DiskFile(io.RawIOBase):
     """A disk as a seekable binary file, as `qedfuse.open` returns it.
 
-    Reads and writes are short only at the end of the disk.  A write that begins at or past
+    Reads and writes are short only at the end of the disk.  A write of data that begins at or past
     the end raises `NoSpaceError`.  Failures of the image or the host raise a `QedError`
     with ``errno`` set.  Misuse raises the same exceptions as other file objects: `ValueError`
     if the file is closed, and `io.UnsupportedOperation` for a write to a file opened with
@@ -250,7 +250,7 @@ class DiskFile(io.RawIOBase):
             done = 0
             # `Disk.write` raises for a range that begins at or past the end, and cuts off a range
             # that crosses the end.  So once bytes have been written, the loop ends at the end of
-            # the disk, and the caller gets their number instead of an error.
+            # the disk, and the caller gets the number of bytes written instead of an error.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)
@@ -311,9 +311,9 @@ class DiskFile(io.RawIOBase):
         that operation fails.
 
         Raises:
-            HostError: Something could not be made durable.  The file is closed in this case
-                too.  If the image could not be marked as clean, it will be checked when it is
-                next opened for writing.
+            HostError: Something could not be made durable.  Even then the file is closed.  If the
+                image could not be marked as clean, it will be checked when it is next opened for
+                writing.
         """
         # Another thread may hold the lock while it waits for a server.
         self._portal.call_soon(self._disk.stop_fetching)

@@ -2,14 +2,15 @@
  *
  * A full image of 1 TiB has 16.8 million entries.  Reading all of them here takes less time than
  * loading numpy and trio for the full check.  The sweep ends without a result at the first entry
- * that may be invalid.  It does the same at an entry that refers to clusters although the range of
- * the disk that the entry describes lies past the disk's end.  The caller then runs the full check.
+ * that may be invalid, and at the first entry that refers to clusters although it describes a range
+ * past the end of the disk.  The caller then runs the full check.
  *
  * The caller passes the limits that qedfuse/ondisk/entrylimits.py computes: the end of the header,
- * the place of the L1 table, and the length of the file.  An L1 entry refers to the clusters of an
- * L2 table, and an L2 entry to one data cluster.  Such an entry is valid if its offset is aligned,
- * and if all these clusters lie wholly in the file and have no owner yet.  The clusters of the
- * header and of the tables get their owners before the data clusters.
+ * the offset and length of the L1 table, and the length of the file.  An L1 entry refers to the
+ * clusters of an L2 table, and an L2 entry to one data cluster.  The owner of a cluster is the
+ * header, the table or the L2 entry that uses it.  An entry is valid if the file offset that it
+ * holds is aligned, and if all clusters to which it refers lie wholly in the file and have no owner
+ * yet.  The clusters of the header and of the tables get their owners before the data clusters.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -21,17 +22,18 @@
 #define READ_BYTES 65536u /* maximum for one read of an L2 table */
 #define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
 #define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum in the file: an owner bitmap of 32 MiB */
-#define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* maximum for all L2 tables, holes included */
+#define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* total length of all L2 tables, holes included */
 
 struct image {
     int fd;
     unsigned cluster_bits;
     uint64_t clusters;   /* number of whole clusters in the file */
-    uint64_t table_bytes;
+    uint64_t table_bytes; /* length of the L1 table, and of each L2 table */
     uint64_t owned;      /* number of clusters with an owner */
     uint64_t data;       /* number of data clusters */
     uint64_t fragments;  /* number of data clusters that do not directly follow, in the file, the
-                          * previous data cluster of their table */
+                          * previous data cluster of their table; the first data cluster of a table
+                          * does not count */
     uint8_t *owners;     /* bitmap: the clusters with an owner */
 };
 
@@ -84,10 +86,11 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one L2 table an owner.  The first in_use entries of the table describe
- * clusters of the disk, and all others clusters past the disk's end.  The result is UNKNOWN if an
- * entry may be invalid, if an entry past the disk's end refers to a cluster, or if a read fails. */
-static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t in_use)
+/* Give the data clusters of one L2 table an owner.  From this table on the disk has clusters_left
+ * clusters, so an entry whose index is not less describes a range past the disk's end.  The result
+ * is UNKNOWN if an entry may be invalid, if an entry past the disk's end refers to a cluster, or if
+ * a read fails. */
+static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t clusters_left)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
     uint64_t size = UINT64_C(1) << image->cluster_bits, last = 0, index = 0;
@@ -103,9 +106,9 @@ static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint
              * entry is prefetched.  `ahead` may be invalid, or left over from an earlier read, but
              * even a prefetch of an invalid address does no harm. */
             __builtin_prefetch(image->owners + (ahead >> image->cluster_bits >> 3), 1);
-            if (value <= 1)
+            if (value <= 1) /* unallocated, or a zero cluster */
                 continue;
-            if (index >= in_use || !claim(image, value))
+            if (index >= clusters_left || !claim(image, value))
                 return UNKNOWN;
             image->data++;
             image->fragments += last && last + size != value;
@@ -179,10 +182,10 @@ static PyMethodDef methods[] = {
     {"sweep", sweep, METH_VARARGS,
      "sweep(fd, cluster_bits, header_end, l1_table, table_bytes, file_bytes, disk_clusters)\n"
      "Return the number of clusters with an owner, of data clusters, and of fragments; None if\n"
-     "the caller must run the full check.  header_end and l1_table are file offsets, and\n"
-     "disk_clusters is the size of the disk in clusters.\n\n"
+     "the caller must run the full check.  header_end and l1_table are file offsets, table_bytes is\n"
+     "the length of each table, and disk_clusters is the size of the disk in clusters.\n\n"
      "A fragment is a data cluster that does not directly follow, in the file, the previous\n"
-     "data cluster of its L2 table."},
+     "data cluster of its L2 table.  The first data cluster of a table does not count."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MAX_PLAUSIBLE_LEAKS: Final = 16
-"""A note says that the header may be wrong if the number of leaked clusters exceeds this, and also
-exceeds twice the number of allocated clusters."""
+"""If the number of leaked clusters exceeds this constant, and also twice the number of allocated
+clusters, a note says that the header may be wrong."""
 
 _MAX_RUNS_SHOWN: Final = 3
 """Maximum number of runs of leaked clusters that the message about leaked clusters lists."""
 
 _RUNS_PER_STEP: Final = 1 << 12
-"""Maximum number of runs of the free list that are marked before other tasks run."""
+"""Maximum number of runs of the free list that are marked as owned before other tasks run."""
 
 _MAX_BATCHED_RUN_CLUSTERS: Final = 64
-"""Maximum length in clusters of a run that is marked in one array together with other runs.  Each
-longer run of the free list is marked as a range."""
+"""Maximum length in clusters of a run of the free list whose cluster numbers are listed, with those
+of other runs, in one array.  Each longer run is marked as a range."""
 
 
 async def check_image(
@@ -56,7 +56,7 @@ async def check_image(
         file: The image.
         header: The header of the image.
         progress: Called before each L2 table is read, with the number of L2 tables that were
-            read so far, and the number of L2 tables to read.
+            read so far, and the number of all L2 tables that the check reads.
 
     Raises:
         HostError: The host cannot read the file.
@@ -88,7 +88,8 @@ class _Checker:
         # disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
-        # The number of clusters of the free list if they are not marked in `_owners`; otherwise 0.
+        # The number of clusters of the free list that count as owned, but are not marked in
+        # `_owners`.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
         for note in header_notes(header, size, file.name):
@@ -163,7 +164,8 @@ class _Checker:
         if self._free_list is None:
             return
         if self._owners.is_limited:
-            # The free list might exceed the limit, so its clusters are counted and not marked.
+            # The clusters of the free list might exceed the limit of `OwnerBitmap`, so they are
+            # counted and not marked.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
@@ -205,7 +207,7 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the entries whose cluster does not directly follow that of the entry before.
+        """Count the entries whose cluster does not directly follow, in the file, the previous one.
 
         Args:
             values: Those entries of a slice that hold an offset, valid or not; at least one.
@@ -242,10 +244,10 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Report how many entries of a table describe guest offsets past the end of the disk.
+        """Report how many of the given entries describe guest offsets past the end of the disk.
 
         Nothing is reported if the whole table is past the end, because `read_l1` has reported
-        its L1 entry.
+        the L1 entry that points to the table.
 
         Args:
             l1_index: The L1 index of the table.

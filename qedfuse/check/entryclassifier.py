@@ -45,7 +45,7 @@ class EntryClassifier:
     """
 
     def __init__(self, header: Header, file_size: int, tables: Values = NO_TABLES) -> None:
-        """Classify the entries of an image; the arguments are the attributes."""
+        """Prepare to classify the entries of an image; the arguments are the attributes."""
         self.header = header
         self.file_size = file_size
         self.tables = tables
@@ -53,7 +53,7 @@ class EntryClassifier:
         self._l2_rules = EntryRules(EntryLimits.for_l2(header, file_size), tables)
 
     def with_tables(self, tables: Values) -> EntryClassifier:
-        """Return a classifier for the same file in which data must not overlap ``tables``."""
+        """Return a classifier for the same file whose attribute `tables` is ``tables``."""
         return EntryClassifier(self.header, self.file_size, tables)
 
     def l1_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:

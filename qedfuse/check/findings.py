@@ -192,13 +192,13 @@ class LostRange:
     """A range of the disk whose data is lost or possibly wrong.
 
     The range reads as zeros after the repair, with two exceptions.  If a table overlapped the data
-    of the range (`Code.L2_OVER_METADATA`), the range may read as before.  If more ranges are lost
+    of the range (`Code.L2_OVER_METADATA`), the range may read as before.  If there are more ranges
     than `LostRanges` records separately, the last range can also cover data that is not lost.
 
     Attributes:
         start: Guest offset in bytes.
         length: Length in bytes.
-        code: The error because of which the data is lost.
+        code: The error because of which the data is lost or possibly wrong.
     """
 
     start: int
@@ -211,7 +211,7 @@ class RepairPlan:
     """The changes that a repair would make.
 
     Attributes:
-        lost: Ranges whose data would be lost.
+        lost: Ranges whose data would be lost or possibly wrong.
         copied: Number of data clusters that would be copied.
         cleared: Number of entries that would be cleared.
         written: Approximate number of bytes that would be written.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]:
     """Yield a note for each value of a header field that is valid, but unusual.
 
-    QEMU accepts such a value, but an image that QEMU has created and closed has none.  If the
-    length of the file is not a multiple of the cluster size, one more note says so.
+    QEMU accepts such values, but never leaves one in an image that it has created and closed.  If
+    the length of the file is not a multiple of the cluster size, one more note says so.
 
     Args:
         header: The header.

@@ -17,14 +17,15 @@ _log = logging.getLogger(__name__)
 async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
-    The image has NEED_CHECK set, or its length is not a multiple of the cluster size; the messages
-    say which.  Leaked clusters cost only space, so they are only logged.  Errors of the free list
-    are ignored.
+    The caller must pass only an image that has NEED_CHECK set, or whose length is not a multiple of
+    the cluster size.  The messages say which of the two is the case.  Leaked clusters cost only
+    space, so they are only logged.  Errors of the free list are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.
         HostError: The host cannot read the file.
-        NeedsCheckError: The image is too large to be checked in bounded memory.
+        NeedsCheckError: The image is too large, or has too many tables, to be checked in bounded
+            memory.
     """
     # Imported late, because the checker takes long to load and most images need no check.
     from qedfuse.check.checker import check_image  # noqa: PLC0415

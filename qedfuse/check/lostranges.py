@@ -1,4 +1,4 @@
-"""The ranges of the disk whose data a repair loses, or cannot vouch for, for its report."""
+"""The ranges of the disk that a repair reports, because their data is lost or possibly wrong."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
 MAX_LOST_RANGES: Final = 100_000
-"""Maximum number of ranges that are recorded separately.  The last range is extended until it
-covers all further ranges.  So the last range can also cover data that is not lost."""
+"""Maximum number of ranges that are recorded separately.  If there are more, the last range is
+extended until it covers all further ranges.  So it can also cover data that is not lost, and data
+that is lost because of another error than its code."""
 
 
 class LostRanges:
-    """The ranges that are found to be lost or uncertain so far.
+    """The ranges of the disk whose data is lost or possibly wrong, as found so far.
 
     Attributes:
-        ranges: These ranges, in the order in which they were found.
+        ranges: The ranges, in the order in which they were found.
         cleared_entries: Number of table entries that were cleared so far.
     """
 
@@ -29,16 +30,15 @@ class LostRanges:
         self.cleared_entries = 0
 
     def add(self, start: int, length: int, code: Code, cleared_entries: int = 1) -> None:
-        """Record a lost range of the disk.
+        """Record a range of the disk whose data is lost or possibly wrong.
 
-        The range is joined with the range recorded before, if both have the same code and the
-        new range begins where the other one ends.  The part of the range past the end of the
-        disk is not recorded.
+        The part of the range past the end of the disk is not recorded.  If the range begins where
+        the last recorded range ends, and both have the same code, the last one is extended.
 
         Args:
             start: Guest offset in bytes.
             length: Length in bytes.
-            code: The error because of which the data is lost.
+            code: The error because of which the data is lost or possibly wrong.
             cleared_entries: Number of table entries that are cleared because of this error.
         """
         self.cleared_entries += cleared_entries

@@ -66,7 +66,7 @@ class OutOfFileEntries:
             classifier: Classifies the entries by the file's length before the repair, rounded up
                 to a whole cluster.
             rewriter: Writes to the image.
-            lost_ranges: Gets the ranges of the disk that are lost.
+            lost_ranges: Records the ranges of the disk whose data is lost.
         """
         self._file = file
         self._classifier = classifier
@@ -75,23 +75,28 @@ class OutOfFileEntries:
         self._lost_ranges = lost_ranges
 
     async def clear_all(
-        self, l1_entries: dict[int, int], tables: Iterable[tuple[int, int, bool]], empty: int
+        self,
+        l1_entries: dict[int, int],
+        tables: Iterable[tuple[int, int, bool]],
+        cleared_value: int,
     ) -> None:
-        """Clear the entries that point past the end, durably; record the lost L2 entries.
+        """Clear the entries that point past the end of the file, durably; record lost L2 entries.
 
-        The entries of tables that will be copied are not cleared.  The repair does not allocate
-        the clusters to which these entries point.
+        The entries of tables that will be copied are not cleared.  Instead the repair will not
+        allocate the clusters to which these entries point.
 
         Args:
-            l1_entries: The new values of the L1 entries that point past the end, by index.  The
-                caller has recorded the ranges that are lost because of these L1 entries.
+            l1_entries: The new values, by index, of the L1 entries that point past the end of the
+                file.  The caller must already have recorded the ranges that are lost because of
+                these L1 entries.
             tables: For each table its L1 index, its file offset, and whether the table must not
                 be written to because it will be copied.
-            empty: The new value of cleared L2 entries.
+            cleared_value: The new value of cleared L2 entries.
         """
-        # If two L1 entries point to the same table, at most one keeps the table, and the other gets
-        # a copy.  An L2 entry in the table is lost for both, and must be recorded for both before
-        # it is cleared.  So the tables that will be copied are read before any entry is cleared.
+        # If several L1 entries point to the same table, at most one keeps the table.  An L2 entry
+        # of the table that points past the end is lost in the range of each of these L1 entries,
+        # and must be recorded for each before the L2 entry is cleared.  So the tables that will be
+        # copied are read before any entry is cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -104,13 +109,15 @@ class OutOfFileEntries:
         for index, table in in_place:
             async for first, values in read_table(self._file, table, length):
                 lost = self._record_lost(index, first, values)
-                await self._write_changed(table, first, values, np.where(lost, empty, values))
+                await self._write_changed(
+                    table, first, values, np.where(lost, cleared_value, values)
+                )
         avoided += await self._clear_l1_entries(l1_entries)
         self._rewriter.set_avoided(np.unique(np.concatenate(avoided)))
         await self._rewriter.sync_pending()
 
     def _record_lost(self, l1_index: int, first: int, values: Values) -> Mask:
-        """Record the L2 entries of a slice that point past the end; return a mask of them.
+        """Record the L2 entries of a slice that point past the file's end; return a mask of them.
 
         Args:
             l1_index: The L1 index of the table.
@@ -129,11 +136,12 @@ class OutOfFileEntries:
         return lost
 
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
-        """Overwrite entries of the L1 table; return the old values of those that are poisoned.
+        """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must not let a table be allocated at one of the returned offsets.  Otherwise
-        an L1 entry could have the same value before and after the repair.  The backup of the
-        changed bytes would not contain such an entry, although the repair writes to it.
+        The caller must prevent that a table is allocated at one of the returned offsets.  Otherwise
+        an L1 entry could get such a table, and have the same value before and after the repair.
+        The backup of the changed bytes would then not contain the entry, although the entry is
+        `POISON_ENTRY` until the end of the repair.
         """
         poisoned: list[Values] = []
         if not l1_entries:

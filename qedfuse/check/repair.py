@@ -4,12 +4,12 @@ What is done for each kind of damage, and why:
 
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
-- If two L1 entries point to tables that overlap in the file, the one at the higher file offset
-  moves: it is copied to the end of the file, and its L1 entry then points to the copy.  But it
-  stays if the table at the lower offset moves, because that one overlaps a table before it.  If two
-  L1 entries point to the same table, the entry with the higher guest offset gets a copy of the
-  table.  After that, two tables refer to the same data clusters, so the clusters are copied as
-  described in the first item.
+- If two L2 tables overlap in the file, the table at the higher file offset moves: it is copied to
+  the end of the file, and its L1 entry then points to the copy.  A table that moves for this reason
+  makes no other table move, so a table stays if it overlaps only such tables.  If two L1 entries
+  point to the same table, the entry with the higher guest offset gets a copy of the table.  After
+  that, two tables refer to the same data clusters, so the clusters are copied as described in the
+  first item.
 - If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
   entry of the data or the L1 entry of the table is wrong, and the tables do not show which of the
   two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the entry of the data
@@ -20,7 +20,8 @@ What is done for each kind of damage, and why:
 - An entry that points outside the file, is unaligned, or points to the header or the L1 table is
   cleared, because it refers to no data of the guest.
 - In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
-  zero clusters.  Otherwise the guest would read old data of the backing file as if it were valid.
+  zero clusters.  If these entries became unallocated, the guest would read old data of the backing
+  file as if it were valid.
 - Data past the end of the disk is never copied, because the copies for a manipulated image of a
   small disk could fill the host's file system.  An entry for such data is cleared if its cluster
   or its table would have to be copied.
@@ -70,14 +71,14 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     The image can be repaired again after a crash at any time, because of the order of the writes.
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
-    cleared before the file grows (`qedfuse.check.outoffile`).  Copies are durable before the
-    entries that point to them.  A second repair does not report the data that the end of the file
-    had cut short, if the first repair had already made the file longer.
+    cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
+    durable before the entries that point to them.  If the first repair had already made the file
+    longer, the second repair does not report the data that the end of the file had cut short.
 
-    If the tables have no error, they are not changed.  In this case, if NEED_CHECK is set or the
-    free list is invalid, NEED_CHECK is cleared and the list is dropped.  If the tables still have
-    an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup,
-    the caller must first call `plan_repair` with ``save``.
+    If the tables have no error, they are not changed.  But if NEED_CHECK is set or the free list is
+    invalid, NEED_CHECK is cleared, and the list, valid or not, is dropped.  If the tables still
+    have an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a
+    backup, the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
@@ -85,8 +86,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set.  Only an error of the last step, which clears
-            NEED_CHECK, may leave NEED_CHECK cleared.
+            changed, NEED_CHECK is still set, unless the failed access belongs to the last step,
+            which clears NEED_CHECK.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
             memory.  Normally the check before the first write finds this, and nothing has been
             changed.  Two limits can be exceeded later: the number of invalid L1 entries, and the

@@ -36,7 +36,8 @@ class Rewriter:
 
     Attributes:
         end: The lowest file offset in bytes at which the next copy or table can be appended, a
-            multiple of the cluster size.  At first it is the length of the file, rounded up.
+            multiple of the cluster size.  At first it is the length of the file, rounded up to a
+            whole cluster.
         changes_file: Whether the methods write to the file; False in a `DryRunRewriter`.
     """
 
@@ -58,8 +59,9 @@ class Rewriter:
         """Make all earlier writes durable; then set or clear NEED_CHECK, durably.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
-        repair does not update the list.  If there was a list, `erase_descriptor` also overwrites
-        the bytes that describe the list with zeros.  These zeros are not durable yet.
+        repair does not update the list.  If there was a list, `erase_descriptor` overwrites the
+        bytes that describe the list with zeros, unless the backing file name overlaps these bytes.
+        The zeros are not durable yet.
         """
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
@@ -122,8 +124,8 @@ class Rewriter:
     async def fill(self, start: int, count: int, value: int) -> None:
         """Set the ``count`` entries that begin at the file offset ``start`` to ``value``.
 
-        For the value 0 nothing is written, so the entries must be 0 already.  `sync_pending`
-        makes the entries durable.
+        For the value 0 nothing is written, so the caller must then pass only entries that are 0
+        already or lie past the end of the file.  `sync_pending` makes the entries durable.
         """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES
         data = value.to_bytes(ENTRY_BYTES, "little") * min(entries_per_write, count)
@@ -134,7 +136,7 @@ class Rewriter:
             count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the entries from the first to the last that differs, if any differs.
+        """Write the entries from the first to the last that differs; nothing if none differs.
 
         All earlier writes are made durable first, so everything to which the entries point is
         durable.  The entries themselves are not durable yet.

@@ -29,7 +29,7 @@ class TableRepair:
 
     Attributes:
         rewriter: Writes to the image, or only counts the writes in a dry run.
-        lost_ranges: The ranges of the disk whose data is lost, as found so far.
+        lost_ranges: The ranges of the disk whose data is lost or possibly wrong, as found so far.
         copied: Number of data clusters that were copied so far.
     """
 
@@ -59,7 +59,7 @@ class TableRepair:
         self._l1_changes: dict[int, int] = {}
         # The new value of a lost L2 entry.  In an overlay the entry must be a zero cluster,
         # because the guest reads the backing file where an entry is unallocated.
-        self._empty = ZERO if header.has_backing else UNALLOCATED
+        self._cleared_value = ZERO if header.has_backing else UNALLOCATED
         self.lost_ranges = LostRanges(header.image_size)
         self.copied = 0
 
@@ -81,7 +81,9 @@ class TableRepair:
             self._file, self._classifier, self.rewriter, self.lost_ranges
         )
         table_moves = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
-        await out_of_file.clear_all(self._out_of_file_l1_entries, sorted(table_moves), self._empty)
+        await out_of_file.clear_all(
+            self._out_of_file_l1_entries, sorted(table_moves), self._cleared_value
+        )
         await self._complete_tables(indices, tables)
         await self.rewriter.extend(self._rounded_size)
         await self._separate_tables(indices, tables, move)
@@ -128,7 +130,7 @@ class TableRepair:
             self._bad_l1_indices.append(index := first + at)
             if code is Code.L1_OUT_OF_FILE:
                 # An entry that will point to a new table stays invalid until the table is durable.
-                needs_table = self._empty != UNALLOCATED and not self._is_past_end(index)
+                needs_table = self._cleared_value != UNALLOCATED and not self._is_past_end(index)
                 self._out_of_file_l1_entries[index] = POISON_ENTRY if needs_table else UNALLOCATED
             self.lost_ranges.add(index * span, span, code)
 
@@ -154,25 +156,27 @@ class TableRepair:
             )
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
-            # Overwrite the part of the entry that is in the file.  `fill` cannot do this, because
-            # it does not write the value 0.  Also, the dry run that makes the backup of a repair
-            # saves only old bytes that `overwrite` replaces.
+            # Overwrite the part of the entry that is in the file.  `fill` cannot do this for two
+            # reasons: it does not write the value 0, and the dry run that makes the backup of a
+            # repair saves only old bytes that `overwrite` replaces.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
-            new = self._empty.to_bytes(ENTRY_BYTES, "little")[: len(old)]
+            new = self._cleared_value.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)
             # The new bytes must be durable before the file becomes longer.  Otherwise a power
             # failure could leave an entry that consists of the old bytes and of zeros.  Such an
             # entry may be the offset of other data.
             await self.rewriter.sync_pending()
-        await self.rewriter.fill(entries_end, (end - entries_end) // ENTRY_BYTES, self._empty)
+        await self.rewriter.fill(
+            entries_end, (end - entries_end) // ENTRY_BYTES, self._cleared_value
+        )
         await self.rewriter.sync_pending()
         await self.rewriter.extend(end)
 
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.
 
-        The earlier of two tables that overlap each other does not move for this reason.  If both
-        are at the same file offset, the one with the lower L1 index counts as the earlier one.
+        If two tables overlap each other, the overlap makes only the later one move.  If both are at
+        the same file offset, the one with the lower L1 index counts as the earlier one.
 
         `_tables_over_data` gets the offsets of the tables that move because of data.
         `_classifier` gets all tables except those that overlap an earlier table.
@@ -236,13 +240,13 @@ class TableRepair:
         geometry = self._geometry
         for index in self._bad_l1_indices:
             self._l1_changes[index] = UNALLOCATED
-            if self._empty != UNALLOCATED and not self._is_past_end(index):
+            if self._cleared_value != UNALLOCATED and not self._is_past_end(index):
                 length = self._header.image_size - index * geometry.table_span
                 count = geometry.clusters(min(length, geometry.table_span))
-                self._l1_changes[index] = await self.rewriter.new_table(self._empty, count)
+                self._l1_changes[index] = await self.rewriter.new_table(self._cleared_value, count)
 
     async def _claim_metadata(self) -> None:
-        """Mark the header, the L1 table and the tables that do not move as owned."""
+        """Mark the header, the L1 table and the L2 tables that do not move as owned."""
         bits = self._geometry.cluster_bits
         self._owners.claim_range(0, self._header.header_end >> bits)
         l1_table = (self._header.l1_table_offset, self._header.l1_end)
@@ -252,9 +256,9 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
 
-        Invalid entries get the value `_empty`.  An entry past the end of the disk whose cluster has
-        another owner becomes unallocated, without a copy.  The ranges of the disk whose data is
-        lost or uncertain are recorded.
+        Invalid entries get the value `_cleared_value`.  If an entry past the end of the disk refers
+        to a cluster that has another owner, the entry becomes unallocated, without a copy.  The
+        ranges of the disk whose data is lost or possibly wrong are recorded.
 
         Args:
             l1_index: The L1 index of the table.
@@ -267,7 +271,7 @@ class TableRepair:
         valid = values > ZERO
         for code, mask in self._classifier.l2_errors(values):
             valid &= ~mask
-            fixed[mask] = self._empty
+            fixed[mask] = self._cleared_value
             # `OutOfFileEntries` has already recorded entries that point past the file's end.
             if code is not Code.L2_OUT_OF_FILE:
                 for at in np.flatnonzero(mask).tolist():
