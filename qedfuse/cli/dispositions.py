@@ -38,9 +38,9 @@ def sigint_raises() -> None:
 def report_sigterm(program: str) -> None:
     """Let SIGTERM print a line with the name of the program before it ends the process.
 
-    This is for the time in which the program does not handle the signal itself: while modules are
-    loaded, and during short commands.  The process still ends by the signal.  If SIGTERM is
-    ignored, nothing changes.
+    The line is for the time in which the program does not handle the signal itself: while modules
+    are loaded, and during short commands.  The process still ends by the signal.  If SIGTERM is
+    ignored or has a handler already, nothing changes.
     """
 
     def end(number: int, _frame: object) -> None:
@@ -59,8 +59,8 @@ def ignore_diagnostic_signals() -> None:
     """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
 
     The server of a mount logs statistics after these signals, but only while it serves
-    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know whether the server serves already
-    or still, so at other times the signals have no effect.
+    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know exactly when the server begins and
+    stops serving, so before and after that time the signals must not end the process.
     """
     for number in (_signal.SIGUSR1, _signal.SIGUSR2):
         _signal.signal(number, _signal.SIG_IGN)

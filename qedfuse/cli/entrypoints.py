@@ -1,9 +1,10 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
-Before an entry point loads the program, it restores the default action of SIGINT.  So while modules
-are loaded, Ctrl-C ends the process without a traceback.  While modules are loaded, the collector of
-reference cycles runs rarely.  The server of a mount and a subcommand of ``qedimg`` can run for
-long, so after their modules are loaded they let the collector run as often as by default.
+Before an entry point loads the program, it restores the default action of SIGINT, and makes the
+collector of reference cycles run rarely.  So while modules are loaded, Ctrl-C ends the process
+without a traceback, and the collector costs little time.  The server of a mount and a subcommand of
+``qedimg`` can run for long, so after their modules are loaded they let the collector run as often
+as by default.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ _PROGRAM_mount_options() {
 }
 
 _PROGRAM_value() {
-    # $1: an entry of the tables: -f (files), -d (directories), mount-options, candidates, -f and
-    # candidates (files as well), or nothing.  $2: the typed beginning of the value.
+    # $1: an entry of the tables: -f (files), -d (directories), mount-options, candidates, -f with
+    # candidates after it (both files and candidates), or nothing (no completion).
+    # $2: the typed beginning of the value.
     case $1 in
         '') ;;
         -f | -d) _PROGRAM_names "$1" "$2" ;;

@@ -40,10 +40,10 @@ class Value:
 
     @classmethod
     def named(cls, name: str, words: tuple[str, ...] = ()) -> Value:
-        """Return a value with its kind.
+        """Return a value whose kind follows from ``words`` and ``name``.
 
-        The kind is "words" if there are ``words``.  Otherwise the name decides.  A value whose
-        name is in neither `_FILES` nor `_DIRECTORIES` is "free".
+        The kind is "words" if there are ``words``.  Without words the name decides: "file" for a
+        name in `_FILES`, "directory" for a name in `_DIRECTORIES`, and "free" for any other name.
         """
         if words:
             return cls(name, "words", words)

@@ -71,8 +71,8 @@ def qedfuse() -> Program:
 def mount_option_help() -> list[tuple[str, str]]:
     """Return the entries about ``-o`` in qedfuse's help, each as its options and their meaning.
 
-    An entry can describe several options, such as ``ro, rw``.  The title, and the last line about
-    options of mount(8), give no meaning and are left out.
+    An entry can describe several options, such as ``ro, rw``.  Two lines contain no meaning and are
+    left out: the title, and the last line, which lists options of mount(8).
     """
     found: list[tuple[str, str]] = []
     for line in _paragraphs()[4].splitlines():  # "Options of -o"

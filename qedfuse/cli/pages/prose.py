@@ -31,7 +31,7 @@ QEDIMG_BACKING: Final = """\
 The name of the base is stored in the image, so an untrusted image can name any of your
 files.  Therefore, by default, a base is used only if it is in the directory of the image
 that names it or in a directory below.  `--backing any` and `--backing-dir` allow more.
-`info` opens a base only with `--backing-chain`.  `check` never opens a base.
+`info` opens a base only with `--backing-chain` or `--partitions`.  `check` never opens a base.
 """
 
 QEDIMG_SIGNALS: Final = """\
@@ -89,7 +89,7 @@ fstab(5) accept the types `qedfuse` and `fuse.qedfuse`:
     /srv/images/vm.qed  /mnt/vm    fuse.qedfuse  noauto  0  0
     /mnt/vm/vm.raw      /mnt/root  ext4  noauto,loop,offset=1048576  0  0
 
-With the option `user` or `users` an ordinary user mounts and unmounts the disk.
+With the option `user` or `users` an ordinary user can mount and unmount the disk.
 mount(8) does not read `x-systemd.requires=`: for a line that needs a service such as
 `qedfuse@vm.service`, use `systemctl start` with the unit of the mountpoint.
 
@@ -101,13 +101,13 @@ unknown options.
 QEDFUSE_SIGNALS: Final = """\
 After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
 unmounts.  If a program has the disk open, the process serves the disk until the last
-close.  After a second signal the process does not wait for the last close: the mount ends
-after at most 10 seconds.  If changes are being written to the image at that time, the mount
-ends when they are written.  If the mount ends before everything is durable, the log says so
-and the exit code is 2.
+close.  After a second signal the process does not wait for the last close, but tries for at
+most 10 seconds to make everything durable.  If changes are being written to the image at the
+end of this time, the mount ends when they are written, and otherwise immediately.  If the
+mount ends before everything is durable, the log says so and the exit code is 2.
 
-After `SIGUSR1` the process logs a summary of its statistics in one line, and after `SIGUSR2` also
-what each of its tasks waits for, for a bug report.
+After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also
+logs what each of its tasks waits for, which helps in a bug report.
 """
 
 QEDFUSE_EXAMPLES: Final = """\

@@ -103,7 +103,8 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
             sloppy; otherwise ``-f`` means foreground, and ``-s`` is ignored.
 
     Raises:
-        UsageError: An option is unknown, lacks its value or must not have one.
+        UsageError: An option is unknown, lacks its value or must not have one, or an operand is
+            empty.
     """
     given, paths = _getopt(
         words,
@@ -131,11 +132,12 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
 def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
     """Parse the words after ``qedfuse umount``.
 
-    If ``--help`` is given, neither the operands nor the values of later options are checked.
+    If ``--help`` is given, neither the number of operands nor the values of later options are
+    checked.
 
     Raises:
         UsageError: An option is unknown, lacks its value or must not have one, the timeout is
-            invalid, or the number of mountpoints is not one.
+            invalid, the number of mountpoints is not one, or an operand is empty.
     """
     given, paths = _getopt(words, "h", ["timeout=", "help"])
     timeout_seconds: float | None = None
@@ -152,11 +154,13 @@ def parse_umount_arguments(words: Sequence[str]) -> UmountArguments:
 def parse_stats_arguments(words: Sequence[str]) -> StatsArguments:
     """Parse the words after ``qedfuse stats``.
 
-    If ``--help`` is given, neither the operands nor the values of later options are checked.
+    If ``--help`` is given, neither the number of operands nor the values of later options are
+    checked.
 
     Raises:
         UsageError: An option is unknown, lacks its value, must not have one, or has a value that is
-            not permitted; two options exclude each other, or there is more than one mountpoint.
+            not permitted; two options exclude each other; there is more than one mountpoint; or an
+            operand is empty.
     """
     given, paths = _getopt(words, "h", ["output=", "watch", "help"])
     output, watch = "human", False
@@ -203,7 +207,7 @@ def _parse_timeout(value: str) -> float:
 def _getopt(
     words: Sequence[str], short: str, long: list[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the options with their values, empty for a flag, and the operands.
+    """Return the options, each with its value (empty for an option without one), and the operands.
 
     Raises:
         UsageError: An option is unknown, lacks its value or must not have one; or an operand is

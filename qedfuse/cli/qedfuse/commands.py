@@ -1,4 +1,4 @@
-"""The actions of ``qedfuse``: mount in the background or the foreground, remount, unmount."""
+"""The actions of ``qedfuse``: mount, remount and unmount, and print the statistics of mounts."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def mount(arguments: Arguments) -> int:
         stderr.
         """
         # Without this variable OpenBLAS, which numpy loads, starts a thread per core as soon as it
-        # is loaded.  A value of the user is replaced, because `run_session` must be called before
-        # there is a second thread.  The variable takes precedence over OMP_NUM_THREADS and
-        # GOTO_NUM_THREADS.  Other libraries that numpy can load in place of OpenBLAS (MKL, BLIS)
-        # start no thread before the first long calculation.
+        # is loaded.  A value that the user has set is replaced, because `run_session` must be
+        # called before there is a second thread.  The variable takes precedence over
+        # OMP_NUM_THREADS and GOTO_NUM_THREADS.  Other libraries that numpy can load in place of
+        # OpenBLAS (MKL, BLIS) start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
         def session() -> int:
@@ -184,14 +184,16 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
 def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
     """Print the statistics of one mount or of all mounts; return the exit code.
 
+    With ``--watch`` the function does not return: an error or Ctrl-C ends it.
+
     Args:
         arguments: The command line.
         report: Called with the error of each mount whose statistics cannot be read, if the
             statistics of several mounts are printed.
 
     Raises:
-        QedError: The statistics of the mount, if it is the only one, cannot be read; or there is
-            no mount.
+        QedError: There is no mount; or there is only one, or one was given, and its statistics
+            cannot be read.
         BrokenPipeError: The reader of stdout has gone.
     """
     from qedfuse.cli.qedfuse.stats import print_statistics, watch_statistics  # noqa: PLC0415  imported late: load only what the action needs

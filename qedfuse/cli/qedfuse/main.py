@@ -112,8 +112,8 @@ def _print(text: str) -> int:
 def _print_message(message: str) -> None:
     """Print a line to stderr; if stderr cannot be written to, do nothing.
 
-    Messages repeat arguments, so the queries of URLs are left out.  The line may be lost, because
-    the exit code reports the outcome too.
+    Messages repeat arguments, so the queries of URLs, which can contain secrets, are left out.  A
+    lost line is acceptable, because the exit code reports the outcome as well.
     """
     try:
         sys.stderr.write(f"qedfuse: {without_queries(message)}\n")

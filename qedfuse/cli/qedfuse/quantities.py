@@ -29,21 +29,21 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent, without the sign."""
+    """Return a share in percent, without the percent sign."""
     return NONE if share is None else f"{share * 100:.1f}"
 
 
 def quantile(histogram: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
-    """Return an upper bound, in seconds, of a quantile of the times in a histogram.
+    """Return an estimate, in seconds, of a quantile of the durations in a histogram.
 
     Args:
-        histogram: The number of times in each bucket.
-        bounds: The upper bound of each bucket but the last.
+        histogram: How many durations are in each bucket.
+        bounds: The upper bound of each bucket but the last, which has no upper bound.
         share: The quantile, from 0 to 1.
 
     Returns:
-        The upper bound of the bucket that has the quantile, at most the last bound; None if the
-        histogram is empty.
+        The upper bound of the bucket that has the quantile; for the last bucket its lower bound;
+        None if the histogram is empty.
     """
     wanted, so_far = share * sum(histogram), 0
     if not wanted:

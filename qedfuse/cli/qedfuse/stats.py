@@ -53,10 +53,12 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
-    """Print statistics every second, first those since the mounts began; end with an exception.
+    """Print statistics every second until an exception ends the loop; never return.
 
-    With ``json`` each line of output has the documents of all mounts.  The arguments and the errors
-    are those of `print_statistics`.  The end of the last mount is such an error.
+    The table shows first the activity since the mounts began, and then that of each second.  With
+    ``json`` each line of output has the documents of all mounts, whose counters always count from
+    the beginning of the mount.  The arguments and the errors are those of `print_statistics`.  The
+    end of the last mount causes such an error.
     """
     if output == "json":
         for documents, _code in _every_second(path, report):
@@ -68,7 +70,10 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
-    """Show a table every second, on a terminal in place of the last one, otherwise below it."""
+    """Show a table every second.
+
+    On a terminal each table replaces the one before; elsewhere it is printed below the one before.
+    """
     # rich is slow to load.
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
@@ -78,7 +83,8 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     before: dict[str, Mapping[str, Any]] = {}
-    # rich starts no thread that refreshes the table, because `read_statistics` forks.
+    # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
+    # in a process with several threads.
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for documents, _code in _every_second(path, report):
             table = render(

@@ -56,14 +56,14 @@ Options of -o; the default and then other values are in parentheses:
   foreign=qemu           let QEMU read backing files in other formats than QED and raw (off)
   backing_url=PREFIX     allow backing files whose URL begins with PREFIX (may be repeated)
   base_changed           accept a backing file that has changed since the image was made
-                         over it, and remember the new one
+                         over it, and remember its new version
   cache_dir=DIR          where files on servers are cached ($XDG_CACHE_HOME/qedfuse)
   remote_cache_size=SIZE  how large that cache may become (default: 5 % of the file
                          system stay free)
   prefetch=all           fetch all that the disk can need of files on servers, while no
                          reader waits for a server (off)
-  remote_timeout=SECONDS  how long a request to a server may take, with all attempts (60)
-  remote_attempt_timeout=SECONDS  how long one attempt may take (10)
+  remote_timeout=SECONDS  how long a failed request to a server is repeated (60)
+  remote_attempt_timeout=SECONDS  how long one attempt of a request may take (10)
   credentials=FILE       read variables, such as AWS_ACCESS_KEY_ID, from lines NAME=VALUE;
                          only the owner of FILE may have access to it (the environment)
   allow_http             allow http:// to other machines
@@ -76,7 +76,7 @@ Options of -o; the default and then other values are in parentheses:
   commit=SECONDS         maximum time for which changed tables are only in memory (5)
   poll=MICROSECONDS      how long to poll for the next request before sleeping (100; off)
   metrics=ADDRESS        serve metrics for Prometheus on a port of loopback, or unix:PATH
-  cache_size=SIZE        memory for the tables of each image (32M)
+  cache_size=SIZE        memory for the tables of each disk and its backing files (32M)
   memory_limit=SIZE      limit of the address space of the mount's process
   sandbox=on|off|strict  give up access that the mount does not need, as far as the
                          kernel can; strict: refuse the mount if a part is missing (on)

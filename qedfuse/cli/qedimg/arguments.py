@@ -89,8 +89,8 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_prefix,
-        help="allow backing files whose URLs begin with PREFIX, and redirections to there (may be "
-        "repeated)",
+        help="allow backing files whose URLs begin with PREFIX, and redirections to such URLs "
+        "(may be repeated)",
     )
     parser.add_argument(
         "--base-changed",
@@ -105,27 +105,27 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir",
         metavar="DIR",
-        help="keep what was read from URLs in DIR (~/.cache/qedfuse)",
+        help="keep what was read from URLs in DIR ($XDG_CACHE_HOME/qedfuse or ~/.cache/qedfuse)",
     )
     parser.add_argument(
         "--remote-cache-size",
         metavar="SIZE",
         type=_cache_size,
-        help="how large this cache may become (default: 5 %% of the file system stay free)",
+        help="how large the cache may become (default: 5 %% of the file system stay free)",
     )
     parser.add_argument(
         "--remote-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=60.0,
-        help="give up if a server does not answer for this long (60)",
+        help="how long a failed request to a server is repeated (60)",
     )
     parser.add_argument(
         "--remote-attempt-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=10.0,
-        help="how long one attempt may take (10)",
+        help="how long one attempt of a request may take (10)",
     )
     parser.add_argument(
         "--allow-http", action="store_true", help="allow http:// to other machines, without TLS"

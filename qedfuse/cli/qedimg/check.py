@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _try_fast_check(arguments: argparse.Namespace) -> CheckResult | None:
     """Return the result of the fast check, or None if the full check is needed.
 
-    The full check is needed to repair, to undo, and if the fast check gives up.
+    The full check is needed to repair, to undo, for a URL, and if the fast check gives up.
     """
     if arguments.repair is not None or arguments.undo is not None or is_url(arguments.image):
         return None

@@ -91,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace, on_progress: Progress) -> Comparison | str:
-    """Compare the disks; return an error message if both can be opened but one cannot be read.
+    """Compare the disks, and return the result.
+
+    If both disks can be opened but one cannot be read, return an error message instead.
 
     Raises:
         QedError: A disk cannot be opened.

@@ -152,7 +152,7 @@ async def _show(
     location: dict[str, Any],
     ranges: AsyncGenerator[EntryRange, None],
 ) -> None:
-    """Print ranges of entries as they arrive; ``location`` has further keys for the JSON."""
+    """Print ranges of entries as they arrive; the JSON begins with the pairs in ``location``."""
     as_json = arguments.output == "json"
     if as_json:
         head = json.dumps({"filename": without_secrets(arguments.image), **location})

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show, write or drop the list; describe the list that the image has afterwards; return 0.
+    """Write or drop the list if the action is not "show"; print the list's description; return 0.
 
     Raises:
         UsageError: -U was given with an action that changes the image.
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Show, write or drop the list; describe the list that the image has afterwards."""
+    """Write or drop the list if the action is not "show"; describe the list that the image has."""
     from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.remote.address import require_local  # noqa: PLC0415
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415
@@ -75,7 +75,7 @@ async def _work(arguments: argparse.Namespace) -> FreeListInfo:
 
 
 def _describe(info: FreeListInfo) -> str:
-    """Describe the list in a line."""
+    """Return the description of the list in a line."""
     if not info.present:
         return "no list of free clusters"
     if not info.valid:

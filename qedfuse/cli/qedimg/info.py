@@ -31,9 +31,9 @@ Describe an image: format, sizes, geometry, features, free list, backing file.  
 command also describes images that cannot be mounted, and reports what is wrong with
 them.
 
-Backing files are opened only with --backing-chain, as far as --backing and --backing-dir
-allow.  The JSON has qemu-img's keys, and in "safety" the facts by which a service can
-decide whether to accept an untrusted image.
+Backing files are opened only with --backing-chain or --partitions, as far as --backing
+and --backing-dir allow.  The JSON has qemu-img's keys, and in "safety" the facts by which
+a service can decide whether to accept an untrusted image.
 
 --allocation reads all tables, and counts the clusters of data and of zeros.
 

@@ -12,7 +12,10 @@ _OUTAGES: Final = "qedfuse.remote.outagelog"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return False for the outage of a server: if the command fails by it, `main` prints it."""
+    """Return False for the outage of a server.
+
+    If the outage makes the command fail, `main` prints the error.
+    """
     return record.name != _OUTAGES
 
 

@@ -244,9 +244,9 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error``; from an exception group, return one of its errors.
+    """Return ``error`` itself, or if it is an exception group, one of the group's errors.
 
-    That is the first `QedError`, or the first error if the group has no `QedError`.
+    Of a group the first `QedError` is returned, or the first error if there is no `QedError`.
     """
     while isinstance(error, BaseExceptionGroup):
         preferred = error.subgroup(QedError) or error
