@@ -93,7 +93,9 @@ class DiskFile(io.RawIOBase):
     Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
     threads can share a file, because its operations are serialised.  For many small reads, wrap the
     file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate` raise
-    `RuntimeError`, and `flush` and `close` have no effect on the image.
+    `RuntimeError`, and `flush` and `close` have no effect on the image.  If the event loop of the
+    file fails, reads, writes, `truncate` and `flush` raise `RuntimeError` from then on, and `close`
+    raises the cause.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
@@ -183,7 +185,7 @@ class DiskFile(io.RawIOBase):
         Raises:
             ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host cannot read a file.
+            HostError: A file cannot be read from the host or from a server.
         """
         with self._lock:
             self._check_open()
@@ -207,7 +209,7 @@ class DiskFile(io.RawIOBase):
         Raises:
             ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host cannot read a file.
+            HostError: A file cannot be read from the host or from a server.
         """
         with self._lock, memoryview(buffer).cast("B") as view:
             self._check_open()

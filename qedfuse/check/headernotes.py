@@ -54,7 +54,7 @@ def header_notes(header: Header, file_size: int, name: str) -> Iterator[Finding]
             header.need_check,
             Code.NEED_CHECK_SET,
             "features",
-            "NEED_CHECK (bit 1), left by a crash",
+            "NEED_CHECK (bit 1), left by a crash or by a program that has the image open",
             "an image that was closed cleanly",
         ),
         (

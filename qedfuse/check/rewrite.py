@@ -53,7 +53,7 @@ class Rewriter:
         self._header = header
         self.end = self._checked_end(header.geometry.ceil(file.size()))
         self._avoided = np.empty(0, np.uint64)
-        self._has_pending = False  # whether written entries may not be durable
+        self._has_pending = False  # whether entries were written that may still be lost in a crash
 
     async def write_need_check(self, *, need_check: bool) -> None:
         """Make all earlier writes durable; then set or clear NEED_CHECK, durably.

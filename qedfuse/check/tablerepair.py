@@ -66,9 +66,9 @@ class TableRepair:
     async def run(self) -> None:
         """Set NEED_CHECK and repair the tables; NEED_CHECK stays set.
 
-        Entries that point past the end of the file are cleared before the file grows.  After that,
-        copies and new tables become durable before the L2 entries change, and the L2 entries
-        become durable before the L1 entries change.
+        Entries that point past the end of the file are cleared or made harmless before the file
+        grows (`OutOfFileEntries`).  After that, copies and new tables become durable before the L2
+        entries change, and the L2 entries become durable before the L1 entries change.
 
         Raises:
             HostError: The host refused an access, or the file would become too long.
@@ -191,7 +191,7 @@ class TableRepair:
         return overlaps_earlier | overlaps_data[positions]
 
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
-        """Copy the tables that must move, so that each L1 entry has a table of its own.
+        """Copy the tables that must move, so that no table overlaps another table or data.
 
         If an L1 entry past the end of the disk has a table that must move, the L1 entry is cleared
         instead.  Afterwards `_classifier` has only the tables that do not move.

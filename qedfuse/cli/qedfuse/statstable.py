@@ -30,7 +30,7 @@ _STATE: Final = (
     *("file", "%bound", "free", "quarantine", "alloc/s", "dirty", "cycles/s", "scan"),
     *("state", "reads by file (%)"),
 )
-"""The columns of the second table after the name of the disk."""
+"""The columns of the second table after the name of the disk; docs/stats.md explains them."""
 
 
 def render(mounts: Iterable[tuple[Mapping[str, Any], Sequence[Interval]]]) -> RenderableType:

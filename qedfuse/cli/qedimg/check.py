@@ -172,7 +172,7 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "check-errors": 0,
         **{key: number for key, number in optional.items() if number},
     }
-    # The values below are from the check before the repair, and show what was repaired.
+    # The values of these keys are from the check before the repair, and show what was repaired.
     found = result.before.as_json()
     value |= {key.replace("_", "-"): found[key] for key in _ADDED_KEYS}
     if arguments.repair:

@@ -44,8 +44,8 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_is_shown)
     logging.basicConfig(format="qedimg: %(message)s", level=level, handlers=[handler])
-    # If stderr cannot be written to, `logging` must not print a traceback, because the exit code
-    # reports the failure.
+    # If stderr cannot be written to, `logging` drops messages and prints no traceback.  The exit
+    # code still reports whether the command has failed.
     logging.raiseExceptions = False
     _recorder.errors.clear()
     _recorder.addFilter(_is_shown)
