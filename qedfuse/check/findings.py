@@ -128,7 +128,7 @@ class CheckReport:
         listed_clusters: Number of clusters in the persistent free list; they do not count as
             leaked.  None if the image has no valid list.
         fragmented_clusters: Number of L2 entries whose cluster does not directly follow, in the
-            file, the cluster of the entry before in the same table.  Entries without an offset
+            file, the cluster of the previous entry of the same table.  Entries without an offset
             are skipped, and the first entry with an offset does not count.
     """
 

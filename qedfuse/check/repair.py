@@ -69,7 +69,7 @@ class RepairReport:
 async def repair_image(file: HostFile, header: Header) -> RepairReport:
     """Repair the tables of an image that is open for writing and locked.
 
-    The image can be repaired again after a crash at any time, because of the order of the writes.
+    After a crash at any time the image can be repaired again, because of the order of the writes.
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
     cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
     durable before the entries that point to them.  If the first repair had already made the file

@@ -58,7 +58,7 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
     The table shows first the activity since the mounts began, and then that of each second.  With
     ``json`` each line of output has the documents of all mounts, whose counters always count from
     the beginning of the mount.  The arguments and the errors are those of `print_statistics`.  The
-    end of the last mount causes such an error.
+    end of the last mount also raises a `QedError`.
     """
     if output == "json":
         for documents, _code in _every_second(path, report):

@@ -151,8 +151,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    Without ``argv`` the arguments are those of this process, and its standard streams are
-    set up.  In this case signals are ignored after the return, so the caller must exit.
+    Without ``argv`` the function takes the arguments of this process, sets up the standard streams,
+    and leaves signals ignored when it returns, so the caller must then exit.
 
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
