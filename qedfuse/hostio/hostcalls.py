@@ -44,7 +44,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether calls cost so much that reads should be retried in the page cache first."""
+        """Whether a call costs so much that a read should first be retried in the page cache."""
 
     @property
     def can_start_reads(self) -> bool:
@@ -60,8 +60,8 @@ class HostCalls(Protocol):
     def deliver(self) -> None:
         """Resume the tasks whose calls are finished.
 
-        A task that keeps the event loop from sleeping should call this.  If no task calls this, the
-        tasks are resumed at the latest before the event loop sleeps.
+        A task that keeps the event loop from sleeping should call this method.  Without such a
+        call, the tasks are resumed at the latest before the event loop sleeps.
         """
 
     def start_read(
@@ -108,8 +108,8 @@ class HostCalls(Protocol):
         """Fill ``view`` from a file offset, as far as the file reaches.
 
         Returns:
-            The number of bytes, fewer than asked for only where the file ends; and the seconds that
-            the system call took.
+            The number of bytes read, which is less than the length of ``view`` only if the file
+            ends earlier; and the seconds that the system call took.
         """
 
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
@@ -132,7 +132,11 @@ _calls: Final = trio.lowlevel.RunVar[HostCalls]("host_calls")
 
 
 def host_calls() -> HostCalls:
-    """Return the object that makes the calls of the current event loop."""
+    """Return the object that makes the calls of the current event loop.
+
+    Raises:
+        OSError: The host refused an eventfd, which the first call in an event loop needs.
+    """
     try:
         return _calls.get()
     except LookupError:
@@ -147,6 +151,10 @@ def host_calls() -> HostCalls:
 
 
 def make_host_calls(choice: str | None) -> HostCalls:
-    """Return calls of trio's threads if ``choice`` is `THREADS`, otherwise the best available."""
+    """Return `NativeCalls`; or `ThreadCalls` if ``choice`` is `THREADS` or there is no extension.
+
+    Raises:
+        OSError: The host refused an eventfd.
+    """
     threads = None if choice == THREADS else make_io_threads()
     return ThreadCalls() if threads is None else NativeCalls(threads)

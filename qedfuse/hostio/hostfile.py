@@ -41,14 +41,14 @@ class ReadableFile(Protocol):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """The policy that decides whether `try_read` tries a read; None if every read is tried."""
+        """The policy that decides whether `try_read` tries a read; None if there is no policy."""
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the file; None if it must not read the file."""
+        """What the mount's C extension needs for reads of the file; None if it must not read it."""
 
     def fileno(self) -> int:
-        """Return the descriptor of the file; -1 if the file is not one of the operating system."""
+        """Return the descriptor of the file; -1 if no descriptor gives access to its bytes."""
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at a file offset; fewer only where the file ends."""
@@ -81,10 +81,10 @@ class ReadableFile(Protocol):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that then answers a request; return whether it was started.
+        """Start a read in a thread that then answers a request; return whether it could be started.
 
         The thread answers by a C function, without the event loop.  The read is started only if
-        `try_read` has not found the data in memory, or would not look there.
+        `try_read` has not found the data in memory, or would not look for the data in memory.
 
         Args:
             offset: File offset.
@@ -103,7 +103,7 @@ class ReadableFile(Protocol):
         """Return where the first data at or past ``offset`` begins; None if no data follows."""
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
+        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
         Returns None if ``offset`` is at or past the end of the file.
         """
@@ -126,7 +126,7 @@ class ReadableFile(Protocol):
         """
 
     def stop_fetching(self) -> None:
-        """Fail every read that waits for a server, now or later; other reads go on."""
+        """Fail all present and later reads that would wait for a server; other reads go on."""
 
     def close(self) -> None:
         """Close the file, which also releases every lock taken through it.
@@ -140,11 +140,12 @@ class HostFile(ReadableFile, Protocol):
 
     If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
     (`NoSpaceError` for a full file system), unless its docstring says otherwise.
-    Nothing is certain to be durable before `datasync` has returned.
+    Nothing is certain to be durable before `datasync` has returned, or `try_datasync` True.
 
     Attributes:
         writable: Whether the file is open for writing.
-        can_punch: True until `punch` has found that the host cannot punch holes.
+        can_punch: Whether `punch` tries to punch holes.  False if the file cannot be changed, or
+            once `punch` has found that the host cannot punch holes.
     """
 
     writable: bool

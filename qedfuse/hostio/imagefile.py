@@ -1,4 +1,4 @@
-"""Opening the file of an image, locked, and reading its header."""
+"""Opening and locking the file of an image, and reading its header."""
 
 from __future__ import annotations
 

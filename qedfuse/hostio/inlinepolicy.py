@@ -2,7 +2,7 @@
 
 A round trip to a worker thread takes longer than a copy of some 100 KiB into the page cache,
 and longer than a datasync on a fast disk.  But a call that blocks the event loop stops all
-requests.
+requests.  So the event loop makes a call itself only if the call is expected to be fast.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _INLINE_SECONDS: Final = 1e-3
 For a datasync in a thread the maximum is twice as long, because its time includes the round trip.
 `AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
 _THROTTLED_SECONDS: Final = 8e-3
-"""Maximum time of a write of at most `INLINE_WRITE_BYTES` that is not slow.  The kernel may have
-throttled a slower write: the shortest pause of a throttled writer is 10 ms."""
+"""A write of at most `INLINE_WRITE_BYTES` counts as slow if it takes longer than this.  The kernel
+may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
 """The event loop makes a datasync itself only if at most this number of bytes was written since the
 last datasync began."""
@@ -67,7 +67,8 @@ class InlinePolicy:
         """Record how long a write of ``length`` bytes took, inline or in a thread.
 
         After a slow write of at most `INLINE_WRITE_BYTES`, `InodeLock` may begin to assume
-        throttling.  A write of any length that is not slow ends this assumption.
+        throttling.  A write of any length that takes at most `_THROTTLED_SECONDS` ends this
+        assumption.
         """
         self._unsynced_bytes += length
         if length > INLINE_WRITE_BYTES:
@@ -88,9 +89,9 @@ class InlinePolicy:
         """Return whether the event loop can make a datasync itself now.
 
         Returns True if the last datasyncs were fast (`_INLINE_SECONDS`), at most
-        `_MAX_INLINE_DATASYNC_BYTES` must be written back, there is no contention for the
-        inode's lock, and no request waits for the event loop.  Returns False until the first
-        datasync was recorded.
+        `_MAX_INLINE_DATASYNC_BYTES` were written since the last datasync began, there is no
+        contention for the inode's lock, and no request waits for the event loop.  Returns False
+        until the first datasync has been recorded.
         """
         return (
             self._datasyncs.seconds > 0

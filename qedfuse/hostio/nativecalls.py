@@ -41,8 +41,8 @@ def _load() -> ModuleType | None:
         return None
 
 
-# Loaded when this module is loaded, because a mount can cover the files of this program later.  A
-# server that opened such a file would wait for itself.
+# The extension is loaded together with this module, because a mount can later cover the files of
+# this program.  A server that opened such a file would wait for itself.
 _extension = _load()
 
 
@@ -119,8 +119,8 @@ class NativeCalls:
         self._threads.submit_export_read(fd, offset, view, ended, answer)
 
     # The methods below are protected from a KeyboardInterrupt between the submission of a call and
-    # the sleep of its task.  Otherwise the end of the call would wake the task from another, later
-    # sleep.
+    # the sleep of its task.  After such an interrupt the end of the call would wake the task from a
+    # later sleep, in which the task waits for something else.
 
     @trio.lowlevel.enable_ki_protection
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:

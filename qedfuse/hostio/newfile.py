@@ -52,10 +52,11 @@ class NewFile:
             mode: Permissions of the file if there is no ``old``; the umask is subtracted.
             old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
                 to replace no file.  The caller must keep the descriptor open until the end of
-                the block.  The new file gets the owner, permissions and extended attributes
-                of the old one, except `CONTENT_ATTRIBUTE_PREFIX`.
-            overwrite: Whether the user has agreed to replace a file.  This only chooses the
-                error that is raised for a file other than ``old``.
+                the block.  The new file gets the permissions of the old one, and, as far as the
+                host permits, its owner, group and extended attributes, except those with
+                `CONTENT_ATTRIBUTE_PREFIX`.
+            overwrite: Whether the user has agreed to replace a file.  A file other than ``old`` is
+                not replaced in any case; this argument chooses the error that is raised.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -108,11 +109,11 @@ class NewFile:
         soon after the call may lose all or part of the file.
 
         Raises:
-            UsageError: Another file of the final name has appeared meanwhile, and the user
-                has not agreed to replace a file.
-            ImageInUseError: Another file of the final name has appeared meanwhile, and the
-                user has agreed to replace a file.  The caller has not locked the file that
-                has appeared, so that file may be in use.
+            UsageError: A file other than ``old`` has the final name now, and the user has not
+                agreed to replace a file.
+            ImageInUseError: A file other than ``old`` has the final name now, and the user has
+                agreed to replace a file.  The caller has not locked that file, so it may be in
+                use.
             HostError: The host refused.  If only the last step failed, which makes the name
                 durable, the file has its final name.
         """
@@ -149,8 +150,8 @@ class NewFile:
         """Return the error for a file of the final name that must not be replaced."""
         if self._overwrite:
             return ImageInUseError(
-                f"{self._name}: found a file that another process has created meanwhile, "
-                "expected the old file or no file: not replaced"
+                f"{self._name}: not replaced: another process has meanwhile created a file of this "
+                "name"
             )
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
@@ -202,9 +203,10 @@ def _copy_attributes(old: int, new: str) -> None:
 
 
 def _cannot_create(path: str, error: OSError) -> HostError:
-    """Return the error for a file that cannot be created, which names a directory that is missing.
+    """Return the error for a file that cannot be created.
 
-    The name of the file itself is often right, so "No such file or directory" would mislead.
+    If the directory is missing, the message names the directory.  The name of the file itself is
+    often right, so "No such file or directory" would mislead.
     """
     directory = os.path.dirname(path)  # noqa: PTH120  a name, not a Path
     if error.errno != errno.ENOENT or not directory or os.path.lexists(directory):

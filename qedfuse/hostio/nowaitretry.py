@@ -5,10 +5,10 @@ reads go to native threads without a retry.
 
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch the
 pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after about 100
-microseconds.  A round trip to a worker thread takes as long.  So the read is retried each time all
-other tasks have run.  If retries have failed lately, or if a worker thread is running, the read is
-not retried.  A read that is not retried, or whose retries do not succeed in time, goes to a worker
-thread.
+microseconds.  A round trip to a worker thread takes as long.  So the read is retried in each pass
+of the event loop, while the other tasks go on.  If retries have failed lately, or if a worker
+thread is running, the read is not retried.  A read that is not retried, or whose retries do not
+succeed in time, goes to a worker thread.
 
 Only the task of the oldest read retries.  While the data of this read is missing, the
 later reads are not tried, and their tasks sleep.
@@ -155,8 +155,8 @@ class NowaitRetry:
 
         Args:
             attempt: Tries the read; returns whether the read has ended.  Must not raise.
-            read_in_thread: Reads in a worker thread, if nothing is retried or the retries
-                are given up.  Its error is raised.
+            read_in_thread: Reads in a worker thread.  Called if nothing is retried, or if the
+                retries are given up; an error of this call is raised.
         """
         since = self._clock()
         queue = _retry_queue()

@@ -12,26 +12,29 @@ if TYPE_CHECKING:
 
 
 class CheckedUnits(NamedTuple):
-    """The parts of a file in the cache for remote files that the extension may read.
+    """Which parts of a file of the cache for remote files the extension may read.
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
-    The result of a read may be used only if all of its bytes were in the page cache, and if none of
-    its blocks is all zeros and may be a hole; `qedfuse.remote.localdata` says why.
+    The result of a read may be used only if all of its bytes were in the page cache, and if every
+    block of zeros in it is known to be all zeros (``zero_blocks``), because any other block of
+    zeros may be a hole; `qedfuse.remote.localdata` says why.
 
     Attributes:
-        ready: For each unit a byte: 0 if the unit may not be read, 1 if it may, and 2 if it may,
-            and the extension has found all its pages written and valid.  The extension keeps a view
-            of the bytes, looks at them before each read, and changes 1 to 2.
+        ready: For each unit a byte: 0 if the extension must not read the unit; 1 if it may; 2 if it
+            may, and has found all pages of the unit valid and none of them waiting to be written.
+            The extension keeps a view of the bytes, looks at them before each read, and changes 1
+            to 2.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  The numbers of the last units may be missing, and
             then count as 0.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Offset at which the readable part of the file ends.
-        file_bytes: Length of the file while one process uses it; one byte less than its length
-            while several processes use it.  If the file has any other length after a read, the file
+        file_bytes: Length of the file while one process uses it.  While several processes use it,
+            the file is one byte longer.  If the file has any other length after a read, the file
             was truncated, and the bytes that were read are not used.
         address: Address at which the file is mapped.  A read is tried only if the page cache has
-            the whole range, which mincore(2) reports where cachestat(2) does not, or not enough.
+            the whole range.  The extension asks mincore(2), which needs this address, if the kernel
+            has no cachestat(2), or if the pages must also be known to be valid.
         forget: Called with the numbers of the first and the last unit of a read that failed; makes
             these units not ready.
     """
@@ -53,7 +56,7 @@ class PageSource(NamedTuple):
         fd: The descriptor.
         units: Which parts of the file may be read; None if the whole file may be read.
         runs: Which other files store the bytes of this file, and where; None if the file that is
-            open as ``fd`` stores them.  With runs the extension uses neither ``policy`` nor ``fd``.
+            open as ``fd`` stores the bytes.  With runs, ``policy`` and ``fd`` are not used.
         flags: Flags of preadv2(2) for the reads, from `inline_flags`.
     """
 

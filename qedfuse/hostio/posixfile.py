@@ -158,7 +158,7 @@ class PosixFile(PosixReader):
         """Make all earlier writes and the file's length durable, if that takes little time.
 
         Returns:
-            False if the caller must call `datasync` instead; nothing has been done in this case.
+            False, and has done nothing, if the caller must call `datasync` instead.
 
         Raises:
             HostError: The host refused.
@@ -244,7 +244,7 @@ class PosixFile(PosixReader):
         return await self._seek(offset, os.SEEK_DATA)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the file ends with a hole.
+        """Return where the first hole at or past ``offset`` begins; the file's end counts as one.
 
         Returns None if ``offset`` is at or past the end of the file.
         """
@@ -254,8 +254,8 @@ class PosixFile(PosixReader):
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
         While there is contention for the inode's lock, a thread of trio makes the call, because
-        some file systems take the lock in lseek(2).  A file system that asks a server always has
-        contention.
+        some file systems take the lock in lseek(2).  If the file system asks a server, there is
+        always contention.
         """
         if offset > MAX_OFFSET:
             return None

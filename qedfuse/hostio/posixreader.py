@@ -226,9 +226,9 @@ class PosixReader:
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a native thread, which answers itself: see `ReadableFile.try_start_read`.
+        """Start a read in a native thread, which answers it: see `ReadableFile.try_start_read`.
 
-        Returns False also if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
+        Also returns False if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
         file already wait in threads.
         """
         calls = host_calls()

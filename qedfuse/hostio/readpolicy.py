@@ -3,9 +3,9 @@
 The event loop can read what is in the host's page cache (``RWF_NOWAIT``).  If such a read misses
 the cache, the kernel starts to fetch the data, and then the read fails.  Such a miss takes the
 event loop longer than a read that finds everything, and gains nothing.  Therefore, after some
-misses in a row, the event loop tries no reads.  Each read goes directly to a thread, or to a queue
-of the kernel (``_queuedread.c``).  After some reads in a row that were answered from the page
-cache there, the event loop tries reads again.
+misses in a row, the event loop tries no reads.  Each read then goes directly to a thread, or to a
+queue of the kernel (``_queuedread.c``).  After the thread or the queue has found the data of some
+reads in a row in the page cache, the event loop tries reads again.
 
 A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
 """
@@ -42,7 +42,7 @@ class ReadPolicy:
     """
 
     def __init__(self, *, can_queue: bool = False) -> None:
-        """Start with reads that are tried inline; ``can_queue`` is the attribute."""
+        """Start with reads that are tried inline; ``can_queue`` sets the attribute."""
         self.can_queue = can_queue
         self.is_inline = True
         self.misses = 0
@@ -63,7 +63,10 @@ class ReadPolicy:
         self.record_cached(seconds <= _CACHED_SECONDS + length * _CACHED_SECONDS_PER_BYTE)
 
     def record_cached(self, is_cached: bool) -> None:  # noqa: FBT001  the extension calls it
-        """Record whether a read that was not tried has found all its data in the page cache."""
+        """Record whether a read that was not tried inline has found all its data in the page cache.
+
+        The read was made by a thread or by a queue of the kernel.
+        """
         if not is_cached:
             self.uncached += 1
             self._hits = 0
@@ -74,5 +77,5 @@ class ReadPolicy:
             self.misses = 0
 
     def disable_inline(self) -> None:
-        """Permit no inline read any more; for a file system that does not support such reads."""
+        """Permit no inline and no queued read any more: the file system does not support them."""
         self.is_inline = self._is_supported = self.can_queue = False

@@ -50,7 +50,8 @@ class Residency:
     def has_range(self, offset: int, length: int) -> bool:
         """Return whether the page cache has all pages of a range, which must not be empty.
 
-        A page of a hole that no program has read is not in the page cache.
+        A page of a hole that no program has read is not in the page cache.  Also returns False if
+        mincore(2) fails, or after `close`.
         """
         start = offset & -mmap.PAGESIZE
         size = offset + length - start

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP}
-"""Errors of lseek(2) with SEEK_DATA or SEEK_HOLE for a file whose holes are not recorded."""
+"""Errors of lseek(2) with SEEK_DATA or SEEK_HOLE if the file system does not record holes, or if
+the file is a block device."""
 
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
@@ -46,7 +47,7 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
 
 
 def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:
-    """Yield the file offset of each slice of a table that holds data; skip the holes.
+    """Yield the file offsets of those slices of a table that hold data; skip the holes.
 
     `qedfuse.hostio.tablewalk.DataSlices` does the same for asynchronous code.
 

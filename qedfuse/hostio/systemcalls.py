@@ -78,15 +78,16 @@ if _statx is not None:
 def size_and_blocks(fd: int) -> tuple[int, int]:
     """Return the length in bytes, and the ``st_blocks`` in units of 512 bytes, of an open file.
 
-    This is statx(2) without the times, and asks no server on a network.
+    The values come from statx(2) without the times, and without a request to a server on a network.
+    If statx(2) cannot be called, they come from fstat(2).
 
     Reading the times would make later writes slower.  Since Linux 6.13 the next change of a file
     whose times were read gets a time stamp of a fine granularity.  From then on no file on the
     machine gets an older time stamp.  If the times of an image were read at each flush, the next
     write would therefore change the times of the image, and the next fdatasync(2) would have to
     write the inode.  In a file system on the exported disk, the next write would change the times
-    of the written file, which the next fsync(2) would have to commit.  If no times are read, both
-    happen at most once per tick of the kernel's clock.
+    of the written file, which the next fsync(2) would have to commit.  If no times are read, the
+    times of each of these files change at most once per tick of the kernel's clock.
 
     Raises:
         OSError: The host refused.
@@ -114,9 +115,9 @@ def waits_for_server(fd: int) -> bool:
 def inline_flags(fd: int) -> int:
     """Return the flags of preadv2(2) with which the event loop reads an open file without waiting.
 
-    The flag is RWF_NOWAIT, with which a read fails if it would wait for a disk.  tmpfs refuses the
-    flag (EOPNOTSUPP), and needs none, because its files are in memory.  A page that was swapped out
-    makes such a read wait, just as an access to memory of this process that was swapped out.
+    The result is RWF_NOWAIT, with which a read fails if it would wait for a disk; or 0 for tmpfs
+    and ramfs.  tmpfs refuses the flag (EOPNOTSUPP), and its files are in memory.  A read of a page
+    of tmpfs that was swapped out waits, just as an access to swapped-out memory of this process.
     """
     return 0 if _file_system_magic(fd) in _MEMORY_MAGICS else os.RWF_NOWAIT
 
@@ -153,7 +154,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
     """Write a range of a file from the page cache to the disk (sync_file_range(2)).
 
-    ``flags`` is `SYNC_START` or `SYNC_AND_WAIT`.  This makes nothing durable.
+    ``flags`` is `SYNC_START`, to return without waiting for the end, or `SYNC_AND_WAIT`.  Neither
+    makes anything durable.
 
     Raises:
         OSError: The kernel refused, or an earlier write of these pages has failed.

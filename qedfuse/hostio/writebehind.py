@@ -21,7 +21,7 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""With ``waits=False``: minimum number of bytes sent per second spent in sync_file_range(2).
+"""Minimum number of bytes sent per second spent in sync_file_range(2), with ``waits=False``.
 
 The call only starts the writing, and takes long only if the disk's request queue is full.  So if
 fewer bytes are sent per second, the disk is slow, and the rest of the work is left to the kernel.
@@ -34,7 +34,7 @@ _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIP
 class WriteBehind:
     """Sends written ranges of a file to the host's disk; any number of threads can use it.
 
-    This makes nothing durable: the caller must still call fsync(2).
+    Sent data is not yet durable: the caller must still call fsync(2).
     """
 
     def __init__(self, descriptor: int, name: str, *, waits: bool = True) -> None:
@@ -58,12 +58,13 @@ class WriteBehind:
         self._usable = True
 
     def wrote(self, offset: int, length: int) -> None:
-        """Start to write a range to the disk, and drop the oldest ranges from the page cache.
+        """Start to write a range to the disk, and drop older ranges from the page cache.
 
         If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits until the oldest
-        ranges are on the disk, and then drops their pages.  With ``waits=False`` it does not
-        wait, and drops only pages that are on the disk already.  Does nothing if the file does
-        not support sync_file_range(2), or if the disk has proved too slow with ``waits=False``.
+        ranges are on the disk, and then drops their pages.  With ``waits=False`` the method does
+        not wait, and drops only those of their pages that are on the disk already.  Does nothing if
+        the file does not support sync_file_range(2), or if the disk has proved too slow with
+        ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.
