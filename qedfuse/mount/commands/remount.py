@@ -98,8 +98,8 @@ def remount(
     if fake:
         return
     if "noatime" not in flags:
-        # If no flag about times of access is passed, the kernel keeps the present ones.  So a
-        # ``noatime`` or ``nodiratime`` that is missing in ``lists`` would not be cleared.
+        # If no flag about times of access is passed, the kernel keeps those that the mount has.  So
+        # a ``noatime`` or ``nodiratime`` that is missing in ``lists`` would not be cleared.
         # ``relatime`` is the kernel's default for a new mount.
         flags.add("relatime")
     bits = ctypes.c_ulong(_MS_REMOUNT | sum(_FLAGS[flag] for flag in flags))

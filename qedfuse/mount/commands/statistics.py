@@ -30,7 +30,11 @@ _MAX_SECONDS: Final = 5.0
 
 
 class NoStatisticsError(QedError):
-    """The process that serves a mount does not answer, has ended, or cannot be found."""
+    """A mount has no statistics to show.
+
+    The process that serves the mount does not answer, has ended, cannot be found, or has sent
+    something that is not a document of this version.
+    """
 
 
 class _Answer(NamedTuple):
@@ -67,14 +71,15 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
     Args:
         path: The mountpoint, or a symbolic link to it.
-        seconds: Maximum time to wait.  If a file system on the way to the mountpoint, or that of an
-            image, does not answer, the lookup of the path or the server may not answer either.
+        seconds: Maximum time to wait.  The lookup of the path may wait for a file system on the way
+            to the mountpoint, and the server may wait for the file system of an image.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
         PrivilegeError: The mount belongs to another user.
-        NoStatisticsError: The server does not answer in time, has ended, or cannot be found.
-        HostError: A directory cannot be read.
+        NoStatisticsError: The server does not answer in time, has ended, cannot be found, or has
+            sent something that is not a document of this version.
+        HostError: A directory or a record cannot be read, or /proc is not mounted.
     """
     try:
         answer = call_in_child(partial(_ask, path), seconds)
@@ -111,7 +116,7 @@ def _ask(path: str) -> _Answer:
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
         PrivilegeError: The mount belongs to another user.
-        HostError: A directory cannot be read.
+        HostError: A directory or a record cannot be read, or /proc is not mounted.
     """
     mountpoint = resolve_mounted(path)
     entry = find_own_mount(mountpoint, "read its statistics")
@@ -143,10 +148,10 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
 
 
 def mountpoints(path: str | None) -> Sequence[str]:
-    """Return the paths of the mounts to ask: only ``path``, or all mounts of this user for None.
+    """Return the paths of the mounts to ask: ``path``, or for None all that this user may ask.
 
     Raises:
-        MountpointError: ``path`` is None, and the user has no mount.
+        MountpointError: ``path`` is None, and there is no mount that this user may ask.
         HostError: /proc is not mounted.
     """
     if path is not None:

@@ -89,7 +89,8 @@ def unmount_and_wait(
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
             # The mount may have hidden its record from `_find`, so search again.  If there is no
-            # record now, the process has normally ended without a failure, and has removed it.
+            # record now, the process has normally ended without a failure, and has removed its
+            # record.
             with _host_errors_explained(
                 f"{shown}: unmounted, but the process may still be writing"
             ):
@@ -198,7 +199,7 @@ def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
 
     Raises:
         UnmountFailedError: There is a record, or the record cannot be read.  A process that ends
-            without a failure removes its own record, so this one has failed or was killed.
+            without a failure removes its own record, so this process has failed or was killed.
     """
     with _host_errors_explained(
         f"{shown}: unmounted, but the process that served the mount may have failed"

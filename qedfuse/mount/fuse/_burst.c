@@ -6,9 +6,9 @@
  * takes the next one here, from within pyfuse3's call of fuse_session_process_buf().
  *
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
- * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no task
- * of the event loop runs meanwhile.  To let other tasks run in time, the scheduler adds the number
- * of these requests to its own count of requests (take_burst_count()).
+ * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no other
+ * task of the event loop runs during a burst.  To let other tasks run in time, the scheduler adds the
+ * number of requests of the bursts to its own count of requests (take_burst_count()).
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
@@ -98,7 +98,7 @@ void take_more(void)
     device.fd = fuse_session_fd(session);
     in_burst = 1;
     for (count = 0; count < MAX_REQUESTS; count++) {
-        /* Whatever prevents taking a request, pyfuse3's loop meets it too, and handles it. */
+        /* If an error prevents taking a request, pyfuse3's loop meets the same error, and handles it. */
         if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
             break;
         if (receive(session, &buffer) <= 0)

@@ -35,8 +35,8 @@
 /*
  * What locates the data of one disk.  A slice of the top image has an entry for each of its
  * clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an array of
- * codes, which say for each cluster where a backing file holds it.  The table cache keeps these
- * codes like another slice.  Their key is the pair of `codes_key` and the slice's number.
+ * codes, which say for each cluster where a backing file holds it.  The table cache keeps such an
+ * array as it keeps a slice.  The key of the array is the pair of `codes_key` and the slice's number.
  */
 typedef struct {
     PyObject_HEAD
@@ -52,7 +52,7 @@ typedef struct {
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
     uint64_t window_start;     /* guest offset of the range that reads see as the file */
-    long long window_bytes;    /* length of that range, which is within the disk; -1: the disk */
+    long long window_bytes;    /* length of that range, which is within the disk; -1: all of it */
 } ReadView;
 
 static PyTypeObject *view_type;
@@ -200,9 +200,9 @@ static void reset_misses(PyObject *policy)
     Py_XDECREF(zero);
 }
 
-/* Reads from the page cache into the buffer, and answers with the buffer if all of the data was there.
- * From a file with checked units, does so only if the range cannot have a hole, and if the file still
- * has its length. */
+/* Reads from the page cache into the buffer, and answers with the buffer if the page cache had all of
+ * the data.  If the file has checked units, also demands that the range cannot have a hole, and that
+ * the file still has its length. */
 static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t request, uint64_t offset,
                                        size_t size)
 {

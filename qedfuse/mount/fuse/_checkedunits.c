@@ -19,11 +19,12 @@
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
-/* The value of a unit that may be read, and whose pages are known to be written and valid (CheckedUnits). */
+/* The value in `ready` of a settled unit: it may be read, and its pages are known to be valid and not waiting
+ * to be written (CheckedUnits). */
 #define SETTLED 2
 
-/* A unit is settled at one of this number of reads that would gain by it, because the attempt costs more
- * than they do, and fails until the kernel has written the pages. */
+/* Of the reads that a settled unit would make faster, only one in this number tries to settle the unit.  An
+ * attempt costs more than such a read, and fails until the kernel has written the pages. */
 #define READS_PER_ATTEMPT 8
 
 int fill_units(struct checked_units *units, PyObject *source, int fd)
@@ -76,8 +77,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
     return are_ready(units, last + 1, ahead);
 }
 
-/* Returns whether a file of a length was not cut.  It has one byte more while several processes use it
- * (remote/sharing.py). */
+/* Returns whether a length is one of the two that the file has if it was not cut.  The file has one byte
+ * more while several processes use it (remote/sharing.py). */
 static int is_uncut(const struct checked_units *units, off_t length)
 {
     return length == units->file_bytes || length == units->file_bytes + 1;
@@ -85,8 +86,9 @@ static int is_uncut(const struct checked_units *units, off_t length)
 
 /* A file that was cut never gets a valid length again, with one exception: a process that opens the entry
  * may have looked at the length before the cut, and sets the other valid length after it.  So the length
- * after a read must be the one from before the read.  That is the one that was seen after the last read:
- * if the length has changed between the two reads, this one fails, and its units are compared again. */
+ * after a read must equal the length before the read.  The latter is not looked up: the length that was seen
+ * after the last read replaces it.  If the length has changed between the two reads, the second read fails,
+ * and its units are compared again. */
 int keeps_length(struct checked_units *units, int fd)
 {
     off_t before = units->seen_bytes;
@@ -101,9 +103,10 @@ static int is_alone(const struct checked_units *units)
     return units->seen_bytes == units->file_bytes;
 }
 
-/* Settles a unit, if its pages are written and valid.  A page that is not waiting to be written stays valid
- * until it is written to or leaves the page cache.  Only a process that fetches the unit writes to it, which
- * in this process makes the unit not ready (UnitStore), and another process would not be alone. */
+/* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid until a
+ * process changes it or it leaves the page cache.  Only a process that fetches the unit changes it.  If this
+ * process does so, the unit is not ready any more (UnitStore).  If another process does so, this process does
+ * not use the file alone, and settled units are not relied on. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
     uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;
@@ -158,7 +161,7 @@ int may_have_holes(const struct checked_units *units, const char *data, uint64_t
 {
     size_t at = 0, length;
 
-    /* The kernel answers from a hole without reading from the disk. */
+    /* The kernel answers a read of a hole with zeros, without reading from the disk. */
     for (; at < size; at += length) {
         length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
         if (length > size - at)

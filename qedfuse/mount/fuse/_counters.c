@@ -3,8 +3,8 @@
  * (RequestCounters in requestcounters.py, which describes the cells).
  *
  * Reading the clock twice costs almost a percent of a short request.  So of the requests that are
- * answered in one step only one in SAMPLING is timed, and its time counts for the ones that follow it
- * as well.  A request that waits for the host's disk is always timed.
+ * answered in one step only one in SAMPLING is timed, and its time also counts for the requests that
+ * follow it.  A request that waits for the host's disk is always timed.
  *
  * Everything happens in the thread of the event loop, with the GIL held.
  */

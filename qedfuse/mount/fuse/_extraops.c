@@ -64,8 +64,8 @@ int intern_names(const struct interned_name *names, size_t count)
  * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
  * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
  * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
- * Request, and the event loop must answer.  Both know the result of the read, and so which of the two
- * answers.  Hence only one thread at a time uses `request`.
+ * Request, and the event loop must answer.  The thread and the event loop both know the result of the
+ * read, and so which of the two answers.  Hence only one of them at a time uses `request`.
  */
 typedef struct {
     PyObject_HEAD
@@ -383,7 +383,7 @@ static PyMethodDef module_methods[] = {
     {"set_read_views", set_read_views, METH_VARARGS,
      "Set the ReadViews by inode number, and the mask that is applied to each handle."},
     {"set_counters", set_counters, METH_VARARGS,
-     "Set the first inode number, and the arrays in which requests to it and the next ones count."},
+     "Set the first inode number, and the arrays that count the requests to it and to the next ones."},
     {"stop_blocking", stop_blocking, METH_NOARGS,
      "Make reads of the session's device non-blocking; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,
@@ -391,8 +391,8 @@ static PyMethodDef module_methods[] = {
     {"open_read_queue", open_read_queue, METH_VARARGS,
      "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"
      "The first argument is called with each read that has failed: request, handle, offset, size.\n"
-     "After a submission that took more than the second argument in seconds, because the kernel has\n"
-     "waited, no read is queued for a second.  With 0 each submission counts."},
+     "The second argument is a time in seconds.  After a submission that took longer because the\n"
+     "kernel has waited, no read is queued for a second.  With 0 every submission has this effect."},
     {"close_read_queue", close_read_queue, METH_NOARGS, "Remove the queue, which must be empty."},
     {"end_queued_reads", py_end_queued_reads, METH_NOARGS,
      "Answer the queued reads that have ended."},

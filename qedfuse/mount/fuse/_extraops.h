@@ -72,7 +72,8 @@ enum pages cached_pages(int fd, uint64_t offset, size_t size);
  * (_pagecache.c). */
 int are_clean(int fd, uint64_t offset, size_t size);
 
-/* Returns whether cached_pages() may know (_pagecache.c). */
+/* Returns whether cached_pages() can have a result other than PAGES_UNKNOWN: false once the kernel has
+ * proved to lack cachestat(2) (_pagecache.c). */
 int can_count_pages(void);
 
 /* Returns whether the page cache has a valid page for each byte of a range of at most 1 MiB, of a file
@@ -80,7 +81,9 @@ int can_count_pages(void);
  * (_pagecache.c). */
 int has_valid_pages(char *address, uint64_t offset, size_t size);
 
-/* What became of an attempt to answer a read from the page cache. */
+/* What became of an attempt to answer a read from the page cache.  NOT_ALLOWED: nothing was read.
+ * NOT_CACHED: a part of the data is missing there, or cannot be used.  FAILED: there was an error, or a
+ * file with checked units was cut, or lost a page from the page cache. */
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* What became of a read that _cachedread.c has tried to answer. */
@@ -125,7 +128,7 @@ PyObject *set_read_views(PyObject *module, PyObject *args);
 /* The parts of a file that may be read, as CheckedUnits describes them (hostio/pagesource.py). */
 struct checked_units {
     Py_buffer ready;        /* for each unit 0 if it may not be read; `obj` is NULL if the whole file may */
-    Py_buffer zero_blocks;  /* for each unit the blocks that are known to be all zeros; may be shorter */
+    Py_buffer zero_blocks;  /* for each unit the blocks known to be all zeros; may lack the last units */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
     off_t file_bytes;       /* length of the file while one process uses it */
@@ -144,18 +147,20 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns whether the file that has the units was not cut since the last call, or since fill_units(); the
- * caller has read from the file meanwhile, and uses the bytes only then (_checkedunits.c). */
+/* Returns whether the file that has the units was not cut since the last call, or since fill_units().  The
+ * caller has read from the file before this call, and may use the bytes only if the file was not cut
+ * (_checkedunits.c). */
 int keeps_length(struct checked_units *units, int fd);
 
-/* Returns whether a read of a range may be tried, because the page cache has the whole range.  So the
- * read returns nothing that the kernel has just read from the disk, and brings nothing into the page
- * cache that another process could read there (_checkedunits.c). */
+/* Returns whether a read of a range may be tried: only if the page cache has the whole range.  Then the
+ * read returns nothing that the kernel has just read from the disk, and brings no unchecked bytes into the
+ * page cache, where another process could read them (_checkedunits.c). */
 int may_try_units(const struct checked_units *units, int fd, uint64_t offset, size_t size);
 
-/* Answers a read with the pages of units that may be tried, if the length of the read permits that, and
- * the file keeps its length.  Returns FAILED if it does not keep it, or if a page is missing; returns
- * NOT_ALLOWED without having read from the file.  The caller must hold the GIL (_splice.c). */
+/* Answers a read with the pages of units for which may_try_units() has returned true.  Returns NOT_ALLOWED,
+ * without having read from the file, if the length of the read does not permit that or there is no pipe.
+ * Returns FAILED if the file does not keep its length, or if a page is missing.  The caller must hold the
+ * GIL (_splice.c). */
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
@@ -223,7 +228,7 @@ int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t star
  * GIL (_queuedread.c). */
 void end_queued_reads(void);
 
-/* Prepares reads for the queue; returns -1 with an exception (_queuedread.c). */
+/* Prepares queue_read() and end_queued_reads().  Returns 0, or -1 with an exception (_queuedread.c). */
 int init_queued_reads(void);
 
 /* Makes the queue, and returns the eventfd that becomes readable when reads have ended
@@ -267,8 +272,9 @@ void *ring_take_back(void);
 /* Returns whether there may be work for ring_run() (_ring.c). */
 int ring_has_work(void);
 
-/* Lets the kernel end the reads whose data has arrived, and calls ring_unnotify(); returns its result,
- * or 0 if the calling thread may not do this (_ring.c). */
+/* Lets the kernel end the reads whose data has arrived, and calls ring_unnotify().  Returns the result of
+ * ring_unnotify(); or 0 if the kernel refuses, as it does for a thread that has not called ring_open()
+ * (_ring.c). */
 int ring_run(void);
 
 /* Empties the eventfd; returns whether it was readable.  If it was, there may be work that has made it
@@ -291,7 +297,7 @@ struct interned_name {
 /* Sets the variables of `count` names.  Returns 0, or -1 with an exception (_extraops.c). */
 int intern_names(const struct interned_name *names, size_t count);
 
-/* Gives a function the name of a function of libfuse, so that callers find it in place of that one. */
+/* Gives a function the name of a function of libfuse, so that callers find it instead. */
 #define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
 
 /* Returns libfuse's own function of a name that this module defines too; NULL if not found

@@ -16,7 +16,7 @@
 #define SYS_cachestat 451
 #endif
 
-/* The smallest page size, and the maximum number of such pages in a read, which can begin within one. */
+/* The smallest page size, and the maximum number of such pages in a read, which can begin within a page. */
 #define PAGE_BYTES 4096
 #define MAX_PAGES ((1 << 20) / PAGE_BYTES + 1)
 
@@ -28,7 +28,7 @@ struct page_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-static int has_no_cachestat; /* whether the kernel is older than Linux 6.5 */
+static int has_no_cachestat; /* whether the kernel has proved to lack it, as before Linux 6.5 */
 
 int can_count_pages(void)
 {

@@ -60,7 +60,7 @@ struct queued_read {
 static struct queued_read *unused;
 static unsigned int reads;       /* number of queued reads */
 static int64_t slow_nanoseconds; /* a submission that waits longer is followed by a pause */
-static int64_t paused_until;     /* in nanoseconds; 0 if reads are queued */
+static int64_t paused_until;     /* end of a pause, by monotonic_time(); 0 if there is no pause */
 static int is_ending;            /* whether end_queued_reads() is running */
 static PyObject *answer_slowly;  /* gets the reads that have failed */
 static PyObject *name_can_queue, *name_enter, *name_leave, *name_record_cached,
@@ -167,7 +167,7 @@ static void end(struct queued_read *read, int result, int was_cached)
 {
     struct read_place place = read->place;
     int is_whole = result >= 0 && (size_t)result == read->size;
-    int can_answer = read->session == current_session(); /* libfuse frees the requests with it */
+    int can_answer = read->session == current_session(); /* libfuse frees its requests */
 
     if (is_whole && can_answer) {
         fuse_reply_buf(read->request, read->data, read->size);
@@ -216,12 +216,13 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* A thread that was slow only because other programs have used the processor must go on: native
-     * threads would need even more of the processor's time. */
+    /* A submission that was slow only because other programs have used the processor causes no pause:
+     * native threads would need even more of the processor's time. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
-    /* No work is done in ring_submit(), so what it has reported was in the page cache. */
+    /* ring_submit() does no work (_ring.c), so reads that have ended by now found their data in the page
+     * cache. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)
@@ -237,10 +238,11 @@ void end_queued_reads(void)
     is_ending = 1;
     if (ring_unsubmitted())
         submit();
-    /* One ring_run() need not do all work, and the flag may be set without any work.  So the loop ends
-     * when the flag is clear, or when IDLE_RUNS have had no effect: all work that had come before
-     * them is done then.  Work that comes later makes the eventfd readable.  If ring_run() empties
-     * the eventfd after that, the flag is set already, and the loop begins to count anew. */
+    /* One ring_run() need not do all work, and the flag that ring_has_work() reads may be set without any
+     * work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run() have had no
+     * effect.  By then all work is done that had come before these calls.  Work that comes later sets the
+     * flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that, the flag
+     * is set already, and the loop begins to count anew. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)

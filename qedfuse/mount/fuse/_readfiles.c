@@ -3,7 +3,8 @@
  *
  * A disk that qemu-nbd serves has no descriptor of its own.  Where the image that QEMU reads, or a
  * file below it, has bytes of the disk unchanged, a run says which file and where (RunMap in
- * foreign/runmap.py).  Python adds runs while this module searches them, each with the GIL held.
+ * foreign/runmap.py).  A search holds the GIL.  If another thread is adding a run in Python at that
+ * time, the search finds the new run as a whole or not at all, as RunMap describes.
  *
  * The functions that other files call are described in _extraops.h.
  */
@@ -13,7 +14,8 @@
 /* The layout of the cells (RunMap). */
 enum { COUNT, END, FIRST_START };
 
-/* The bits of a target that have the number of the file, and what is added to the number. */
+/* A target has in its lowest FILE_BITS bits the number of a file plus FILE_BIAS, and in the other bits the
+ * offset in that file; or it is 0 or 1, and has no file (RunMap). */
 #define FILE_BITS 8
 #define FILE_BIAS 2
 

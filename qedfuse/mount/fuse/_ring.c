@@ -9,12 +9,12 @@
  * If the data is not in the page cache, the kernel asks the disk for it, and returns.  When the
  * data has arrived, the kernel notes that there is *work*: copying the data and reporting the end.
  * That work is done only during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN), so
- * no signal or interrupt disturbs that thread, and a report never appears at another time.  A
- * flag in the shared memory says that there is work; and an eventfd becomes readable, which wakes
- * an event loop that sleeps.  For each piece of work the kernel takes three steps: it adds the work to
- * a list, sets the flag, and writes to the eventfd; the last two only if the list was empty.  If
- * ring_run() comes after the first step, the flag may be set for work that is done, and stay set.
- * So no caller may wait until the flag is clear.
+ * no signal or interrupt disturbs that thread, and the end of such a read is never reported at
+ * another time.  A flag in the shared memory says that there is work; and an eventfd becomes
+ * readable, which wakes an event loop that sleeps.  For each piece of work the kernel takes three
+ * steps: it adds the work to a list, sets the flag, and writes to the eventfd; the last two only if
+ * the list was empty.  If ring_run() comes after the first step, the flag may be set for work that
+ * is done, and stay set.  So a caller must not wait until the flag is clear.
  *
  * All functions must be called by the thread that has called ring_open(), as the kernel demands
  * (IORING_SETUP_SINGLE_ISSUER).  The caller must not have more than RING_ENTRIES reads between
@@ -94,7 +94,7 @@ static int map_queues(const struct io_uring_params *made)
     size_t second = made->cq_off.cqes + made->cq_entries * sizeof *ring.completions;
     unsigned int *order, at;
 
-    if (!(made->features & IORING_FEAT_SINGLE_MMAP)) { /* both queues are in one piece */
+    if (!(made->features & IORING_FEAT_SINGLE_MMAP)) { /* one mapping must have both queues */
         errno = ENOSYS;
         return -1;
     }
@@ -148,7 +148,7 @@ int ring_open(void)
     ring.eventfd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (ring.eventfd >= 0 && map_queues(&parameters) == 0 &&
         syscall(SYS_io_uring_register, ring.fd, IORING_REGISTER_EVENTFD, &ring.eventfd, 1) == 0) {
-        /* One for each read, so that the reads of a slow file never wait for those of another. */
+        /* One thread for each read, so that no read waits for a thread that reads a slow file. */
         syscall(SYS_io_uring_register, ring.fd, REGISTER_MAX_WORKERS, workers, 2);
         if (restrict_and_enable() == 0)
             return ring.eventfd;

@@ -3,7 +3,7 @@
  * it copies the data once instead of twice.
  *
  * The pages of a file with checked units are put into a pipe of this module first, and the length of the
- * file is compared before libfuse passes the pages of the pipe on.
+ * file is checked (keeps_length()) before libfuse passes the pages of the pipe on.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.

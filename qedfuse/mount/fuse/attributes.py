@@ -79,8 +79,8 @@ class Attributes:
         """Return the attributes of a disk for a reply, and note that the kernel may cache them.
 
         The caller must send the attributes next, and must not wait or raise an error before that.
-        Otherwise ``exported.blocks`` would be a value that the kernel does not have, and
-        the server would not invalidate a wrong value that the kernel has cached.
+        If the attributes were not sent, ``exported.blocks`` would be a value that the kernel does
+        not have, and the server would not invalidate a wrong value that the kernel has cached.
         """
         attributes = self.of_disk(exported)
         exported.blocks = attributes.st_blocks
@@ -140,12 +140,16 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
     """Set the times of the image file to the times that the kernel has for the disk.
 
     Nothing is done if the image is open read-only, or if both times differ from the times of the
-    image file by less than a second.  A refusal of the host is logged and not raised.
+    image file by less than a second.  If the host refuses to set the times, the refusal is logged
+    and not raised.
 
     Args:
         exported: The disk.
         atime_ns: Time of the last access, in nanoseconds since 1970.
         mtime_ns: Time of the last change, in nanoseconds since 1970.
+
+    Raises:
+        HostError: The host refused to return the times that the image file has.
     """
     if not exported.disk.writable:
         return

@@ -2,10 +2,10 @@
 
 The extension is the one that `qedfuse.mount.fuse.extraops` loads.
 
-A long read whose data is in the host's page cache is answered from there, without a copy into
-this process.  A read that must wait for the host's disk is *deferred*: a native thread reads the
-data and answers the kernel, without the event loop and without a task of pyfuse3.  All other
-requests that must wait, and those that fail, are left to pyfuse3 and `Operations`.
+A long read whose data is in the host's page cache is answered with the pages of the cache, without
+a copy into this process.  A read that must wait for the host's disk is *deferred*: a native thread
+reads the data and answers the kernel, without the event loop and without a task of pyfuse3.  All
+other requests that must wait, and those that fail, are left to pyfuse3 and `Operations`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class DataRequests:
                 a descriptor, and returns True.  Returns False, and has not answered, if that would
                 wait or is not possible.
             defer_read: Returns an object that answers the read which is being handled.
-            nursery: Runs the tasks that answer the deferred reads that threads have not answered.
+            nursery: Runs the tasks that answer the reads that neither a thread nor the queue of the
+                kernel has answered.
         """
         self._disk_of = operations.fast.disk_of
         self._operations = operations
