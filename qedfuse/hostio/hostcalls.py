@@ -36,7 +36,8 @@ class HostCalls(Protocol):
     """Makes calls on open descriptors of regular files, for the tasks of one event loop.
 
     Each async method returns when the call has ended, even if the task is cancelled during the
-    call.  A task that was cancelled before makes no call.  Offsets, lengths and sizes are in bytes.
+    call.  A task that was cancelled before the call does not make it.  Offsets, lengths and sizes
+    are in bytes.
 
     Raises:
         OSError: The kernel refused, or there is no thread that could make the call.
@@ -122,7 +123,7 @@ class HostCalls(Protocol):
         """Call ftruncate(2)."""
 
     async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
-        """Change how ranges of a file are stored (fallocate(2)), up to the first error.
+        """Change how ranges of a file are stored (fallocate(2)); stop at the first error.
 
         Each range is an offset and a length.
         """

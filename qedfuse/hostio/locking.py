@@ -62,7 +62,7 @@ class _Permissions(NamedTuple):
 class LockMode(enum.Enum):
     """What an opener does with a file, and what other openers can do with the file meanwhile.
 
-    The numbers are the file offsets of the bytes that an opener locks in the mode.
+    The numbers in parentheses are the file offsets of the bytes that an opener in the mode locks.
     """
 
     WRITE = "write"
@@ -184,7 +184,7 @@ def _release(fd: int, mode: LockMode) -> None:
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
-    """Drop the locks of a mode, and raise an error that names the processes in conflict with it.
+    """Drop the locks of a mode, and raise an error that names the processes with conflicting locks.
 
     ``byte`` is the byte that these processes have locked.  ``pid`` is one of them if it is
     positive; otherwise they are searched for in /proc.

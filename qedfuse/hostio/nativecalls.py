@@ -1,8 +1,9 @@
 """Calls on the host's files that may block, made by native threads without the GIL.
 
 The threads belong to a C extension (`_iothreads.c`).  A call by one of them costs less than
-half as much as by a thread of trio.  The threads neither wait for the GIL nor take it from the
-event loop.  The extension is optional; without it `qedfuse.hostio.threadcalls` makes the calls.
+half of what a call by a thread of trio costs.  The threads neither wait for the GIL nor take it
+from the event loop.  The extension is optional; without it `qedfuse.hostio.threadcalls` makes the
+calls.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def server_reads(self) -> ServerReads | None:
-        """Counters of the fetches from a server; None if the file has none."""
+        """Counters of the fetches from a server; None if no server has the file."""
         return None
 
     @property

@@ -142,7 +142,7 @@ static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t fi
     PyObject *codes = key == NULL ? NULL : valid_entries(self, key);
     uint64_t code = 0;
 
-    /* The codes of contiguous clusters of one file differ like entries of a table. */
+    /* The codes of contiguous clusters of one file differ by the cluster size, as entries of a table do. */
     if (codes != NULL && !read_run(codes, first, last, self->cluster_bits, &code))
         code = 0;
     Py_XDECREF(key);

@@ -68,7 +68,7 @@ static PyObject *name_can_queue, *name_enter, *name_leave, *name_record_cached,
 
 /* Calls a method with one argument, or with no argument if `argument` is NULL.  Reports an exception of
  * the method, because no caller could handle it. */
-static void notify(PyObject *object, PyObject *name, PyObject *argument)
+static void call_method(PyObject *object, PyObject *name, PyObject *argument)
 {
     PyObject *result = argument == NULL ? PyObject_CallMethodNoArgs(object, name)
                                         : PyObject_CallMethodOneArg(object, name, argument);
@@ -140,7 +140,7 @@ int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t star
     reads++;
     ring_add(read, place.file->fd, place.offset, read->data, size);
     if (was_tried)
-        notify(place.file->policy, name_record_inline_miss, NULL);
+        call_method(place.file->policy, name_record_inline_miss, NULL);
     return 1;
 }
 
@@ -176,9 +176,9 @@ static void end(struct queued_read *read, int result, int was_cached)
     }
     place.file->queued--;
     reads--;
-    notify(place.epochs, name_leave, read->epoch);
+    call_method(place.epochs, name_leave, read->epoch);
     if (is_whole && !read->was_tried)
-        notify(place.file->policy, name_record_cached, was_cached ? Py_True : Py_False);
+        call_method(place.file->policy, name_record_cached, was_cached ? Py_True : Py_False);
     if (!is_whole && can_answer)
         pass_on(read);
     Py_DECREF(read->epoch);
