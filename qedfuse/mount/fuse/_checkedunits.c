@@ -104,9 +104,9 @@ static int is_alone(const struct checked_units *units)
 }
 
 /* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid until a
- * process changes it or it leaves the page cache.  Only a process that fetches the unit changes it.  If this
- * process does so, the unit is not ready any more (UnitStore).  If another process does so, this process does
- * not use the file alone, and settled units are not relied on. */
+ * process writes to the page or the page leaves the page cache.  Only a process that fetches the unit writes
+ * to it.  If this process fetches the unit, the unit is not ready any more (UnitStore).  If another process
+ * does, is_alone() is false, and then may_splice_units() does not rely on settled units. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
     uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;

@@ -83,7 +83,7 @@ int has_valid_pages(char *address, uint64_t offset, size_t size);
 
 /* What became of an attempt to answer a read from the page cache.  NOT_ALLOWED: nothing was read.
  * NOT_CACHED: a part of the data is missing there, or cannot be used.  FAILED: there was an error, or a
- * file with checked units was cut, or lost a page from the page cache. */
+ * file with checked units has changed its length or lost a page from the page cache. */
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* What became of a read that _cachedread.c has tried to answer. */
@@ -147,9 +147,9 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns whether the file that has the units was not cut since the last call, or since fill_units().  The
- * caller has read from the file before this call, and may use the bytes only if the file was not cut
- * (_checkedunits.c). */
+/* Returns whether the file that has the units has the same valid length as at the last call, or as in
+ * fill_units().  The caller has read from the file before this call, and may use the bytes only if the result
+ * is true, because another length can mean that the file was cut (_checkedunits.c). */
 int keeps_length(struct checked_units *units, int fd);
 
 /* Returns whether a read of a range may be tried: only if the page cache has the whole range.  Then the

@@ -241,8 +241,8 @@ void end_queued_reads(void)
     /* One ring_run() need not do all work, and the flag that ring_has_work() reads may be set without any
      * work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run() have had no
      * effect.  By then all work is done that had come before these calls.  Work that comes later sets the
-     * flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that, the flag
-     * is set already, and the loop begins to count anew. */
+     * flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that, the loop
+     * begins to count anew, and finds the flag set. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)
