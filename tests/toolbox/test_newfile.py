@@ -86,7 +86,7 @@ def test_force_replaces_only_what_was_there_at_the_start(
             trio.run, partial(convert, str(raw), str(path), overwrite=True, progress=meanwhile)
         ),
     }
-    with pytest.raises(ImageInUseError, match="qed: found a file that another process") as caught:
+    with pytest.raises(ImageInUseError, match="qed: not replaced: another process has") as caught:
         make[command]()
     assert "\n" not in str(caught.value)
     assert moves
