@@ -97,9 +97,14 @@ class NewFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the temporary file if it was not committed."""
+        """Remove the temporary file if it was not committed.
+
+        Raises nothing, because an error of the block, or a cancellation, would be lost.  If the
+        host refuses to remove the file, it stays.
+        """
         if self._exists:
-            os.unlink(self.path)  # noqa: PTH108
+            with suppress(OSError):
+                os.unlink(self.path)  # noqa: PTH108
 
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, give the file its final name, and make the name durable.
@@ -136,6 +141,9 @@ class NewFile:
         except FileExistsError as error:
             raise self._taken() from error
         except OSError as error:
+            if error.errno == errno.ENOENT and not os.path.lexists(self.path):
+                msg = f"{self._name}: cannot make: another program has removed the temporary file"
+                raise HostError(msg, errno.ENOENT) from error
             raise HostError.from_os(error, self._name, "cannot make") from error
 
     def _is_at_name(self, old: int) -> bool:
@@ -175,7 +183,8 @@ class NewFile:
             os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.replace(self.path, self._final)  # noqa: PTH105
         else:
-            os.unlink(self.path)  # noqa: PTH108
+            with suppress(FileNotFoundError):  # the file has its final name already
+                os.unlink(self.path)  # noqa: PTH108
 
 
 def _copy_attributes(old: int, new: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.errors import ImageInUseError, UsageError
+from qedfuse.errors import HostError, ImageInUseError, UsageError
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.replacedfile import lock_replaced_file
 from qedfuse.tools.copying.convert import convert
@@ -92,6 +92,71 @@ def test_force_replaces_only_what_was_there_at_the_start(
     assert moves
     assert target.read_bytes() == b"theirs"
     assert names(tmp_path) == {"raw", "a.qed", target.name}
+
+
+@pytest.mark.parametrize("command", ["create", "convert"])
+def test_a_temporary_file_that_another_program_removes(command: str, tmp_path: Path) -> None:
+    """If the temporary file is removed meanwhile, the error says so, and no file is left."""
+    raw, path = tmp_path / "raw", tmp_path / "a.qed"
+    raw.write_bytes(b"x" * 512)
+
+    def meanwhile(*_: object) -> None:
+        for part in tmp_path.glob(".*.part"):
+            part.unlink()
+
+    make: dict[str, Callable[[], object]] = {
+        "create": partial(create, str(path), 1 << 20, fill=meanwhile),
+        "convert": partial(trio.run, partial(convert, str(raw), str(path), progress=meanwhile)),
+    }
+    with pytest.raises(HostError) as caught:
+        make[command]()
+    assert str(caught.value) == (
+        f"{path}: cannot make: another program has removed the temporary file"
+    )
+    assert names(tmp_path) == {"raw"}
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, UsageError, trio.Cancelled])
+def test_the_error_of_the_block_is_not_replaced(kind: type[BaseException], tmp_path: Path) -> None:
+    """An interrupt, an error or a cancellation is kept if the temporary file cannot be removed."""
+    ended = False
+
+    async def cancelled() -> None:
+        with trio.CancelScope() as scope, NewFile(str(tmp_path / "a")) as new:
+            os.unlink(new.path)  # noqa: PTH108  a name, not a Path
+            scope.cancel()
+            await trio.sleep_forever()
+        nonlocal ended
+        ended = scope.cancelled_caught
+
+    def failing() -> None:
+        with NewFile(str(tmp_path / "a")) as new:
+            os.unlink(new.path)  # noqa: PTH108  a name, not a Path
+            raise kind
+
+    if kind is trio.Cancelled:
+        trio.run(cancelled)
+        assert ended
+    else:
+        with pytest.raises(kind):
+            failing()
+    assert names(tmp_path) == set()
+
+
+def test_a_temporary_name_that_is_removed_after_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that has its final name is complete, even if its temporary name is gone."""
+    link = os.link
+
+    def link_and_remove(old: str, new: str) -> None:
+        link(old, new)
+        os.unlink(old)  # noqa: PTH108  a name, not a Path
+
+    monkeypatch.setattr(os, "link", link_and_remove)
+    with NewFile(str(tmp_path / "a")) as new:
+        new.commit()
+    assert names(tmp_path) == {"a"}
 
 
 def test_force_where_the_old_file_is_removed_meanwhile(tmp_path: Path) -> None:
