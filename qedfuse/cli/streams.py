@@ -18,7 +18,7 @@ def open_streams() -> None:
     The caller must call this function before it opens any file.  If descriptor 1 is closed,
     a later open(2) can return the number 1.  If the opened file were an image, each ``print``
     would overwrite the image.  Therefore /dev/null takes the place of each closed descriptor.
-    In place of standard input it is opened only for writing, and in place of standard output
+    In place of standard input /dev/null is opened only for writing, and in place of standard output
     only for reading.  So reading standard input and writing to standard output still fail, and
     lost data is noticed.  In place of standard error, /dev/null drops the messages, because the
     exit code reports a failure too.

@@ -6,8 +6,8 @@ moved into free ones; the option `OpenOptions.compact` decides whether.  With ``
 options `compact_seconds` and `compact_bytes` limit the moves, and the number of free clusters
 that are left is logged.  With ``full`` there are no such limits.
 
-Compaction does not run while the disk is in use, because no request may run at the same time.
-A write in place takes no lock, and would be lost if it changed a cluster that is being copied.
+Compaction does not run while the disk is in use, because a write could be lost: a write in place
+takes no lock, and could change a cluster whose old content a move has already copied.
 Besides, a guest could make the host copy its clusters again and again.
 """
 
@@ -40,12 +40,13 @@ class AutoCompaction:
         """Compact as the options say, and make the result durable.
 
         Does nothing if compaction is not due (`_is_due`).  Also does nothing if an earlier run has
-        ended without an error and no table has changed since, because the limits are for all runs
-        together.  The caller must ensure that no request is running.
+        ended without an error and no table has changed since: one run may move as much as the
+        limits allow, and a second run would move more.  The caller must ensure that no request is
+        running.
 
-        A `QedError` ends the run.  It is logged as a warning and not raised; the file may then
-        stay longer than necessary.  If the error has made the disk read-only, nothing is logged,
-        because the close raises that error.  See `Compaction.run` for ``within_bound``.
+        A `QedError` ends the run, and is logged as a warning and not raised; the file may then keep
+        free clusters.  If the error has made the disk read-only, nothing is logged, because the
+        close raises that error.  See `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():

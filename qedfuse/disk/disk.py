@@ -74,7 +74,9 @@ class Disk(GuestChanges):
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
                 where its descriptor must be.
             HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).  In both cases the files are closed.
+                durable at the close (D7).
+
+        After any error the files are closed.
         """
         return self._lifecycle.serving()
 
@@ -195,7 +197,8 @@ class Disk(GuestChanges):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old
                 size, and a part of the range to be removed may read as zeros.
-            HostError: The host refused; the disk has its old size or the new one.
+            HostError: The host refused; the disk has its old size, and a part of the range to be
+                removed may read as zeros, or it has the new size.
         """
         self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")
@@ -215,8 +218,9 @@ class Disk(GuestChanges):
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: An L1 entry for part of the range is bad.
-            HostError: The host refused.  After this error, and after CorruptImageError, some
-                clusters may be zero clusters now.
+            HostError: The host refused.
+
+        After an error some clusters may be zero clusters now.
         """
         geometry = self.header.geometry
         await self._first_write_guard.prepare_write()

@@ -51,7 +51,7 @@ class GuestChanges(GuestReads):
     def writable(self) -> bool:
         """Whether the image may be modified.
 
-        False if it is open read-only, or if an error has made it read-only (D7).
+        False if the image is open read-only, or if an error has made the disk read-only (D7).
         """
         return self._file.writable and self._writeback.failure is None
 
@@ -77,7 +77,7 @@ class GuestChanges(GuestReads):
         )
 
     async def write(self, start: int, data: Buffer) -> int:
-        """Write bytes; return how many were written, fewer than given only if the disk ends.
+        """Write bytes; return how many were written: all that lie within the disk.
 
         Returns 0 if ``data`` is empty.  Until `flush`, the bytes may be only in memory.
 
@@ -89,7 +89,8 @@ class GuestChanges(GuestReads):
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host refused.
 
-        After HostError, NoSpaceError or CorruptImageError a part may have been written.
+        After NoSpaceError, ReadOnlyError, CorruptImageError or HostError a part may have been
+        written.
         """
         view = memoryview(data).cast("B")
         if not len(view):
@@ -119,8 +120,9 @@ class GuestChanges(GuestReads):
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After this error, and after CorruptImageError, parts
-                of the range may read as zeros.
+            HostError: The host refused.
+
+        After ReadOnlyError, CorruptImageError or HostError parts of the range may read as zeros.
         """
         if start >= self.size:
             return
@@ -142,12 +144,14 @@ class GuestChanges(GuestReads):
         The range reads as before.  The part of the range past the end of the disk is ignored.
 
         Raises:
-            NoSpaceError: The host is full; parts of the range may be allocated now.
+            NoSpaceError: The host is full.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
-            CorruptImageError: A table entry for part of the range is bad; other parts may be
-                allocated now.
-            HostError: The host refused; parts of the range may be allocated now.
+            CorruptImageError: A table entry for part of the range is bad.
+            HostError: The host refused.
+
+        After NoSpaceError, ReadOnlyError, CorruptImageError or HostError parts of the range may be
+        allocated now.
         """
         end = min(start + length, self.size)
         if start < end:
@@ -181,6 +185,7 @@ class GuestChanges(GuestReads):
         Raises:
             HostError: The host refused.  Once an error has made the disk read-only, each later
                 call raises that error again (see `failure`).
+            ReadOnlyError: An error has made the disk read-only during this call.
         """
         await self._flusher.flush()
 

@@ -40,7 +40,9 @@ class Lifecycle:
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
                 where its descriptor must be.
             HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).  In both cases the files are closed.
+                durable at the close (D7).
+
+        After any error the files are closed.
         """
         succeeded = False
         try:

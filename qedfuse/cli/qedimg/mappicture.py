@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.layout import Layout
 
 ROWS: Final = 12
-"""Rows of each part of a picture for a terminal."""
+"""Maximum number of rows of each part of a picture for a terminal."""
 _DEFAULT_COLUMNS: Final = 80
 SVG_COLUMNS: Final = 128
 SVG_ROWS: Final = 32
@@ -53,7 +53,7 @@ def uses_colors(*, is_terminal: bool) -> bool:
 
 
 def summary(layout: Layout) -> str:
-    """Return one line about the fragmentation."""
+    """Return one line about the fragmentation of an image, and its free clusters."""
     data = layout.data_clusters
     mean = format_size(data * layout.cluster_size // layout.runs) if layout.runs else "0 B"
     text = f"{data} clusters of data in {layout.runs} runs, on average {mean}"
@@ -63,7 +63,7 @@ def summary(layout: Layout) -> str:
 
 
 def _parts(layout: Layout) -> Iterator[tuple[str, list[Cell]]]:
-    """Yield the title and the cells of each part of a picture."""
+    """Yield the title and the cells of both parts of a picture: the disk, then the file."""
     disk = format_size(layout.disk_clusters * layout.cluster_size)
     file = format_size(layout.file_clusters * layout.cluster_size)
     yield f"disk, {disk}:", disk_cells(layout)
@@ -146,7 +146,7 @@ def _grid(cells: Sequence[Cell], y: int) -> str:
     for row in range(0, len(cells), SVG_COLUMNS):
         x = 0
         for color, run in groupby(
-            cells[row : row + SVG_COLUMNS], key=lambda cell: _code(cell.color)
+            cells[row : row + SVG_COLUMNS], key=lambda cell: _hex_color(cell.color)
         ):
             width = len(list(run))
             lines.setdefault(color, []).append(f"M{x} {row // SVG_COLUMNS}h{width}")
@@ -157,7 +157,7 @@ def _grid(cells: Sequence[Cell], y: int) -> str:
     return "\n".join([f'<g transform="{move}" shape-rendering="crispEdges">', *paths, "</g>"])
 
 
-def _code(color: Color) -> str:
+def _hex_color(color: Color) -> str:
     """Return a colour as ``#RGB``, which keeps the document short."""
     red, green, blue = (round(part / 17) for part in color)
     return f"#{red:x}{green:x}{blue:x}"
@@ -166,7 +166,7 @@ def _code(color: Color) -> str:
 def _rectangle(x: int, y: int, width: int, height: int, color: Color) -> str:
     outline = ' stroke="#999"' if color == TABLES else ""
     size = f'x="{x}" y="{y}" width="{width}" height="{height}"'
-    return f'<rect {size} fill="{_code(color)}"{outline}/>'
+    return f'<rect {size} fill="{_hex_color(color)}"{outline}/>'
 
 
 def _text(y: int, text: str, *, x: int = 0, bold: bool = False) -> str:

@@ -25,7 +25,7 @@ def print_line(arguments: argparse.Namespace, text: str) -> None:
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
-    """Print a value as JSON in qemu-img's layout, in ASCII; also if ``-q`` was given.
+    """Print a value as JSON in qemu-img's layout, in ASCII, even if ``-q`` was given.
 
     Bytes of file names that are not valid UTF-8 are escaped as lone surrogates.
     """
@@ -54,8 +54,8 @@ def table(rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str
 def print_error(message: str) -> None:
     """Print an error message to stderr; if stderr cannot be written to, discard further output.
 
-    Messages repeat arguments, so the queries of URLs are left out.
-    The exit code reports the failure in any case.
+    A message can repeat a URL, whose query may be a secret, so queries are left out.  The exit code
+    reports the failure even if no message can be printed.
     """
     try:
         sys.stderr.write(f"qedimg: {without_queries(printable(message))}\n")

@@ -168,7 +168,7 @@ def progress(
 
     Args:
         arguments: The parsed command line.  With ``-q`` only SIGUSR1 prints anything.  ``-p``
-            shows the bar before the work begins, or prints lines if stderr is no terminal.
+            shows the bar before the work begins, or prints lines if stderr is not a terminal.
         label: The name of the work, printed in front of the bar or the percentage.
         bar: Whether a bar can be shown if stderr is a terminal.
     """

@@ -31,7 +31,7 @@ _SIGN: Final = re.compile(r"[+-]")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options and operands."""
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("size", metavar="[+|-]SIZE", type=_change)
+    parser.add_argument("size", metavar="[+|-]SIZE", type=_size_or_change)
     common.add_qed_format(parser)
     parser.add_argument("--shrink", action="store_true", help="let the disk become smaller")
     parser.add_argument(
@@ -43,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_progress(parser)
 
 
-def _change(text: str) -> tuple[int, bool]:
+def _size_or_change(text: str) -> tuple[int, bool]:
     """Return the operand in bytes, negative for ``-SIZE``, and whether the operand has a sign.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no size.
+        argparse.ArgumentTypeError: The text is not a size.
     """
     sign = _SIGN.match(text)
     value = common.size(text[1:] if sign else text)

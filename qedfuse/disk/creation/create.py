@@ -64,9 +64,9 @@ async def create_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name meanwhile.
-        HostError: The host refused.  No new file is left behind and an existing file is
-            unchanged, unless only making the final name durable has failed.  An empty new
-            file may be left behind on a file system without hard links (`NewFile`).
+        HostError: The host refused.  If only making the final name durable has failed, the new
+            file has its final name.  Otherwise an existing file is unchanged, and no new file is
+            left behind; but a file system without hard links may keep an empty one (`NewFile`).
     """
     import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
@@ -108,10 +108,10 @@ def make_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name meanwhile.
-        HostError: The host refused, or its file system is full.  No new file is left behind
-            and an existing file is unchanged, unless only making the final name durable has
-            failed.  An empty new file may be left behind on a file system without hard links
-            (`NewFile`).
+        HostError: The host refused, or its file system is full.  If only making the final name
+            durable has failed, the new file has its final name.  Otherwise an existing file is
+            unchanged, and no new file is left behind; but a file system without hard links may
+            keep an empty one (`NewFile`).
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:

@@ -59,8 +59,7 @@ def new_header(
             probed.  Has no effect without a backing file.
 
     Raises:
-        UsageError: A size is out of its range, or the name is too long or neither a plain path
-            nor a URL.
+        UsageError: A size is out of its range, or `backing_name` refuses the name.
     """
     for field, value in (("cluster_size", cluster_size), ("table_size", table_size)):
         expected = expected_size(field, value)

@@ -45,11 +45,12 @@ class AppendFill:
         The rest of a run can stay a hole only if it reads as zeros already and needs no data of the
         base.  For any other run the result is False.
 
-        If the rest can stay a hole, the result is False only if all of the following hold, as for a
-        program that appends and flushes:
+        If the rest can stay a hole, the result is False if all of the following hold, as for a
+        program that appends and flushes, and True otherwise:
 
         - A cycle of `MetadataWriteback` has begun since the previous call for a run whose
           rest could stay a hole.
+        - The guest writes data, and does not only allocate clusters.
         - The guest's data begins at the start of the run.
         - The run has at most `_MAX_BYTES`.
 

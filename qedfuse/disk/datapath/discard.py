@@ -75,8 +75,10 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After either error parts of the range may read as
-                zeros.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
+
+        After an error parts of the range may read as zeros.
         """
         geometry = self._layer.geometry
         first = geometry.ceil(start)
@@ -108,8 +110,10 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After either error some clusters may have been
-                deallocated.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
+
+        After an error some clusters may have been deallocated.
         """
         if start < end:
             await self._deallocate(start, end, data=True, hide=False, progress=progress)
@@ -124,7 +128,10 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After either error some clusters may be unallocated.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
+
+        After an error some clusters may be unallocated.
         """
         if start < end:
             await self._deallocate(start, end, data=True, hide=False, clear=True, progress=progress)
@@ -140,7 +147,10 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After either error parts may have been written.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
+
+        After an error parts may have been written.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):
@@ -185,7 +195,10 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.  After either error some entries may have changed.
+            HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
+
+        After an error some entries may have changed.
         """
         geometry = self._layer.geometry
         slice_bytes = self._layer.tables.slice_entries << geometry.cluster_bits

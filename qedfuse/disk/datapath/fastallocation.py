@@ -8,7 +8,7 @@ below are met, which is usual:
 - NEED_CHECK is set.
 - No other task holds the range lock of the clusters.
 - No table must be written back first (`TableWriter.limit_dirty`).
-- No cluster should be reclaimed before the file grows.
+- A cluster is free, or `DirectReclaim.should_reclaim` returns False, so the file may grow now.
 - Reading the base, growing the file and writing the data would not block.
 
 Otherwise the slow path must carry out the write.

@@ -1,6 +1,8 @@
 """Changing tables: creating missing L2 tables, and reserving host space for changed slices.
 
 Entries change only in memory; `MetadataWriteback` writes the changes to the file.
+
+D4 is a rule in docs/durability.md.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class TableWriter:
         return self._layer.tables.dirty_bytes <= self._dirty_budget
 
     async def limit_dirty(self) -> None:
-        """Flush if the dirty slices exceed the budget; do nothing otherwise (D4).
+        """Flush if the dirty slices exceed the budget; do nothing if they fit (D4).
 
         A request awaits this before it allocates or deallocates clusters.  So the memory for
         dirty slices stays bounded, and if the tables cannot be written back, the request fails

@@ -4,8 +4,8 @@ An untrusted image can name, as its backing file, any file that the user may rea
 would see the content of that file.  So a base must lie inside the directory of the image that names
 the base, unless the user allows other directories.  For a local base the policy is applied to the
 file that was opened and not to its name, so that symbolic links and renames cannot evade the
-policy.  A URL is allowed or refused by its name, before a connection is made, and ``backing=none``
-refuses every base by its name.
+policy.  A URL is allowed or refused by its name, before a connection is made.  ``backing=none``
+refuses every base before it is opened.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ async def open_bases(
         file: The image's open file.
         header: The image's header.
         options: The policy for bases, and whether to lock the bases.  Its ``backing.trusted`` is a
-            path or URL that is allowed as the first base wherever it is.
+            path or URL that is allowed as the first base, whatever its directory or server is.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 
@@ -93,7 +93,8 @@ async def open_bases(
         RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base cannot be opened by this version, or is corrupt.
         ImageInUseError: A base is locked by another process.
-        HostError: The host cannot read or lock a base.
+        HostError: The host cannot read or lock a base, the cache cannot be used, or QEMU cannot
+            serve a base in another format.
 
     After any error all bases are closed.
     """
@@ -204,13 +205,14 @@ async def open_base(
         path: The path or URL of the backing file.
         image: The image that names it.
         options: The policy, and how to read a URL.
-        trusted: A path or URL that is allowed wherever it is, unless the mode is ``none``; None for
-            no such path.
-        images: The images above the backing file; see `verify_bases`.  The version of a URL that
-            they remember is read from the cache if the server has another one.
+        trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
+            is ``none``; None for no such path.
+        images: The images above the backing file; see `verify_bases`.  If they remember a
+            version of a URL other than the server's, the remembered version is read from the cache.
 
     Raises:
-        BackingError: The file is missing, is not a regular file, or cannot be opened.
+        BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
+            is a URL that is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
         HostError: The file is a URL, and its cache cannot be used, or the host has no free
             descriptor.
@@ -271,7 +273,7 @@ async def _format_of(
     Args:
         base: The base.
         image: The name of the image that names the base, for messages.
-        header: The header of this image.
+        header: The header of the image that names the base.
         policy: The policy for bases.
         is_trusted: Whether the user has named the base.
 

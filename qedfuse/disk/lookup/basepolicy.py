@@ -49,7 +49,7 @@ def open_local_base(
         path: The path of the backing file.
         image: The image that names it.
         policy: What is allowed.
-        trusted: A path that is allowed in any directory; None for none.
+        trusted: A path that is allowed in any directory; None if there is no such path.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.
@@ -85,7 +85,10 @@ def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
     Args:
         path: The path or URL of the base.
         base: The open base.
-        trusted: The path or URL that the user has named; None for none.
+        trusted: The path or URL that the user has named; None if the user has named no base.
+
+    Raises:
+        UsageError: ``path`` is a URL, and ``trusted`` is a URL that is not valid.
     """
     if trusted is None:
         return False
@@ -95,7 +98,9 @@ def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
 
 
 def is_same_url(address: Address, trusted: str | None) -> bool:
-    """Return whether ``trusted``, a path or URL that the user has named or None, is an address.
+    """Return whether ``trusted`` is a URL with the address ``address``.
+
+    ``trusted`` is a path or URL that the user has named, or None.
 
     Raises:
         UsageError: ``trusted`` is a URL that is not valid.

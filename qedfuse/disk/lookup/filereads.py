@@ -1,7 +1,7 @@
-"""How often, and how many bytes, requests have read of each file of a chain.
+"""For each file of a chain: how often requests have read from it, and how many bytes.
 
 The mount's extension counts the reads that it answers itself in the same array
-(``_cachedread.c``).  Tables are not counted.
+(``_cachedread.c``).  Reads of tables are not counted.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns None if the slice is not in memory.  Also returns None if the slice of the L1 table
-        that refers to the L2 table is not in memory, or has any bad entry.  Returns
-        `TableCache.empty_slice` if there is no L2 table.
+        Returns None if the slice is not in memory.  If the slice's key is not in `slice_keys`, also
+        returns None if the slice of the L1 table that refers to the L2 table is not in memory, or
+        has any bad entry.  Returns `TableCache.empty_slice` if there is no L2 table.
         """
         key = self.slice_keys.get(number)
         if key is None:

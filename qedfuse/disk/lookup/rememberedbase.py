@@ -3,7 +3,7 @@
 An overlay has only the differences from its base, so over another base it shows a disk that never
 existed.  So a record of the versions of the bases is stored with the image (`baserecord`), as an
 extended attribute if the file system has those, when the image is created, converted or rebased.
-If no record is stored then, it is stored when the image is opened for writing.  A later open
+If the image has no record, one is stored when the image is opened for writing.  A later open
 compares:
 
 - Each base on a server, at any depth of the chain, must have the size and the validator that were
@@ -93,9 +93,9 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that the image remembers, if any.
 
-    Without ``accept``, another size or time of modification of a local base is logged.  If the
-    image is open for writing, the versions of the bases are then remembered.  If the host refuses
-    to store the versions, this is logged.
+    Without ``accept``, another size or time of modification of a local base is logged.  After the
+    comparison, an image that is open for writing remembers the present versions of its bases.  If
+    the host refuses to store the versions, this is logged.
 
     Args:
         image: The image.
@@ -104,7 +104,7 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
         accept: Whether to accept bases that differ, without a comparison.
 
     Raises:
-        BackingError: A base is a file on a server and of another version.
+        BackingError: A base is a file on a server and of another version, and ``accept`` is False.
         HostError: The attributes of a local base cannot be read.
     """
     if image.fileno() < 0:
@@ -190,9 +190,10 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
 class NewRecord:
     """Stores the versions of the bases of a new image, in two steps.
 
-    If the record is an attribute, it is stored before the image gets its name, so that the image
-    never has its name without the record.  A file beside the image is made afterwards: its name is
-    derived from that of the image, and it is made only if the open image has that name.
+    If the record is an attribute, it is stored before the image gets its final name, so that the
+    image never has that name without the record.  If the record is a file beside the image, it is
+    made afterwards: its name is derived from that of the image, and it is made only if the open
+    image has that name.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:
@@ -208,7 +209,7 @@ class NewRecord:
         self._is_stored = False
 
     def store(self, fd: int) -> None:
-        """Store the record in the open image, if possible; the image has no name yet."""
+        """Store the record in the open image, if possible, before the image has its final name."""
         if self._versions is not None:
             with suppress(OSError):
                 self._is_stored = set_attribute(fd, self._versions.encode(self._name))
@@ -240,8 +241,8 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no attributes, a file beside the image is made only for versions of files
-    on servers.  The version of a local base alone is then not remembered.
+    If the file system has no attributes, a file beside the image is made if a base is on a server.
+    If no base is on a server, nothing is remembered, and an earlier record is removed.
     """
     record = versions.encode(name)
     try:

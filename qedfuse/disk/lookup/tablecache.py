@@ -37,8 +37,9 @@ SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
 def make_store(budget: int) -> SliceStore:
     """Make the store that all images of a chain share for their slices.
 
-    ``budget`` is the maximum number of bytes of memory that the slices take.  Only dirty and
-    pinned slices, which are never evicted, may exceed the maximum.
+    ``budget`` is the maximum number of bytes of memory that the slices take.  Only three kinds of
+    slices can exceed the maximum: dirty and pinned slices, which are never evicted, and the slice
+    that was stored last.
     """
     return LRU(
         budget,
@@ -73,11 +74,11 @@ class TableCache:
         """Number of entries in each slice."""
         self.loads = 0
         """How many slices have been read from the file so far."""
-        self._loads: SingleFlight[int] = SingleFlight()
+        self._reads_under_way: SingleFlight[int] = SingleFlight()
         self.get = store.get
         """Return a slice by its `key`; None if it is not in memory."""
         self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
-        """Stands for every slice of a table that does not exist; must not be changed."""
+        """Stands for every slice of a table that does not exist; no caller may change it."""
         # The dirty slices, by file offset; and the file offsets of the slices for which
         # `reserve` has reserved host space.
         self._dirty: dict[int, Slice] = {}
@@ -105,7 +106,7 @@ class TableCache:
         found = self.cached(table_offset, index)
         while found is None:
             offset = table_offset + index // self.slice_entries * self._slice_bytes
-            await self._loads.run(offset, lambda: self._fetch(offset, level))  # noqa: B023  awaited here
+            await self._reads_under_way.run(offset, lambda: self._fetch(offset, level))  # noqa: B023  awaited here
             found = self.cached(table_offset, index)
         return found
 
@@ -133,7 +134,7 @@ class TableCache:
         return self._known_bad[offset] if is_known else self._find_bad(level, entries)
 
     async def reserve(self, pinned: Slice) -> None:
-        """Reserve host space for the write-back of a pinned slice, unless it is reserved already.
+        """Reserve host space for the write-back of a pinned slice, if none is reserved yet.
 
         The slice may lie in a hole of the file.  So without the reservation the host could
         run out of space at the flush, after the guest's write has been accepted.

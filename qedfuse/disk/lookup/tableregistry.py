@@ -148,7 +148,10 @@ class TableRegistry:
         return None if bad is None else bad.tobytes()
 
     def _find_bad(self, level: int, values: Values) -> Mask | None:
-        """Return for each entry whether it is bad, and set ``damaged``; None if none is bad."""
+        """Return for each entry whether it is bad; None if none is.
+
+        Sets ``damaged`` if an entry is bad.
+        """
         bad = self.entry_rules(level).invalid_mask(values)
         if bad is not None:
             self.damaged = True
@@ -156,8 +159,9 @@ class TableRegistry:
 
     def entry_rules(self, level: int) -> EntryRules:
         """Return the rules for the entries of a level."""
-        # If this program has the image open for reading only, another program may let the file
-        # grow meanwhile.  So entries are then compared with the present end of the file.
+        # While this program has the image open for reading only, another program may make the
+        # file longer.  So the entries of such an image are compared with the present end of the
+        # file.
         end = self._end_at_open if self._file.writable else self._file.size()
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))

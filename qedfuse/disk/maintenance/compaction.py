@@ -51,8 +51,8 @@ class Limits(NamedTuple):
 
     Attributes:
         bytes: Maximum number of bytes that may be moved.
-        seconds: Maximum time that the compaction may take.  A system call or a flush that is
-            running at the end of this time is still completed.
+        seconds: Maximum time that the compaction may take after its first flush.  A system call or
+            a flush that is running at the end of this time is still completed.
     """
 
     bytes: int
@@ -107,6 +107,7 @@ class Compaction:
 
         Raises:
             HostError: The host refused; the image is sound, but not fully compacted.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         if not self._allocator.scan_complete or self._layer.damaged:
             log.warning(

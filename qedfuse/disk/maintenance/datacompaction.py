@@ -98,12 +98,14 @@ class DataCompaction:
                 before ``last`` move, to free clusters at or past ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
                 been found for each used cluster from ``first`` on.  If so, no table should lie
-                there: no L2 entry refers to the clusters of a table, so all tables would be read.
+                there: no L2 entry refers to the clusters of a table, so the reading would not find
+                the expected number of entries, and would go on to the last table.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
                 cluster has two owners.  This call has moved no cluster.
             HostError: The host refused.  Clusters that have been moved stay moved.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         end = self._allocator.end if last is None else last << self._bits
         count = self.count_used_from(first)

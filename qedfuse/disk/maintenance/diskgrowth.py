@@ -60,6 +60,7 @@ class DiskGrowth:
             CorruptImageError: A table entry for the added range is bad, or refers to data and
                 ``force`` is False; the disk has its old size.
             HostError: The host refused; the disk has its old size.
+            ReadOnlyError: The disk has become read-only during the call; it has its old size.
         """
         async with self._disk_size.lock:
             if size <= self._layer.size:

@@ -110,8 +110,8 @@ class DiskShrinking:
     async def shrink(self, size: int, progress: Progress | None = None) -> None:
         """Shrink the disk to ``size`` bytes, durably, and drop the data past the new end.
 
-        The caller must have passed ``size`` to `DiskSize.check`.  Unless data may be lost,
-        the caller must also have called `refuse_data`.
+        The caller must have passed ``size`` to `DiskSize.check`.  If the user has not allowed the
+        loss of data, the caller must also have called `refuse_data`.
 
         Args:
             size: The new size in bytes.
@@ -122,15 +122,17 @@ class DiskShrinking:
                 its old size, and a part of the range may read as zeros.
             HostError: The host refused.  The disk has its new size, or it has its old size and
                 a part of the range to be cut off may read as zeros.
+            ReadOnlyError: The disk has become read-only during the call.  The state of the disk is
+                as after HostError.
         """
         geometry = self._layer.geometry
         async with self._disk_size.lock:
             old = self._layer.size
             # Zero the bytes past the new end in the new last cluster, because another program
             # might later grow the disk without zeroing these bytes, and show them again.
-            last = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
-            if last is not None:
-                await self._write_path.zero_range(last.start, last.end)
+            rest = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
+            if rest is not None:
+                await self._write_path.zero_range(rest.start, rest.end)
             await self._discard.drop(geometry.ceil(size), geometry.ceil(old), _first_half(progress))
             async with periodic_progress(self._report_second_half(progress)):
                 await self._writeback.barrier()
@@ -151,6 +153,8 @@ class DiskShrinking:
         Raises:
             CorruptImageError: A table entry is bad; a part of the disk may be unallocated.
             HostError: The host refused; a part of the disk, or all, may be unallocated.
+            ReadOnlyError: The disk has become read-only during the call; a part of the disk, or
+                all, may be unallocated.
         """
         async with self._disk_size.lock:
             end = self._layer.geometry.ceil(self._layer.size)

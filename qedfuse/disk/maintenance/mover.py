@@ -3,7 +3,7 @@
 Each move is an ordinary change: the copy is written, a write-back cycle makes first the
 copy durable and then the entry that points to the copy, and the old cluster goes through the
 quarantine.  So the image is sound at any moment.  The caller must ensure that no request runs
-meanwhile, because a write in place does not check whether its cluster is being moved.
+during a move, because a write in place does not check whether its cluster is being moved.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Mover:
         Raises:
             HostError: The host refused.  If only making the move durable has failed, the
                 table has moved; otherwise the new clusters are free again.
+            ReadOnlyError: The disk has become read-only during the call; the table has moved.
         """
         layer = self._layer
         old, new, length = table << self._bits, slot << self._bits, layer.geometry.table_bytes
