@@ -112,8 +112,8 @@ class Disk(GuestChanges):
         error is logged, and the compaction ends early.  See `Compaction.run`.
 
         Args:
-            progress: Called with the number of bytes moved so far, and with the number of bytes
-                to move in all.
+            progress: Called with the number of bytes that have been moved, and with the number
+                that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound.  If so,
                 some clusters may stay free.
 

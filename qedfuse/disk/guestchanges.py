@@ -167,8 +167,8 @@ class GuestChanges(GuestReads):
         """
         if self._lacks_base:
             msg = (
-                f"{self.name}: {operation}: found the image opened without its base, expected "
-                "both open"
+                f"{self.name}: {operation}: needs the base, but the image was opened without its "
+                "base"
             )
             raise BackingError(msg)
 

@@ -1,4 +1,7 @@
-"""Starting a disk whose files are open, and closing the disk cleanly, with its files."""
+"""Starting a disk whose files are open, and closing the disk cleanly, with its files.
+
+D7 is a rule in docs/durability.md.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Lifecycle:
     """Starts the components of one disk, and stops them.
 
     Attributes:
-        autocompaction: Makes the file shorter before it is closed.
+        autocompaction: Moves clusters down, to make the file shorter, before the file is closed.
     """
 
     def __init__(self, components: Components) -> None:

@@ -474,7 +474,7 @@ async def test_a_disk_opened_without_its_base_is_read_only(
         with pytest.raises(BackingError, match="read at guest offset 0: needs the base"):
             await disk.read(0, 512)
         assert not disk.try_write(CLUSTER, b"x")
-        with pytest.raises(BackingError, match="found the image opened without its base"):
+        with pytest.raises(BackingError, match="the image was opened without its base"):
             await change(disk)
         await disk.compact()
     assert top.read_bytes() == content

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _OPERAND_MARK: Final = "\ufdd0"
-"""The mark in front of an operand that begins with a dash, a noncharacter of Unicode."""
+"""The mark in front of an operand that begins with a dash.  It is a noncharacter of Unicode."""
 _NEGATIVE: Final = re.compile(r"-\d")
 """The beginning of a size such as ``-1G``; no option begins with a digit."""
 

@@ -4,8 +4,8 @@ Most requests find tables and data in memory.  The slow path works with extents 
 several times as long as the access to the host's file.
 
 On the fast path no other task runs between the lookup and the read or write.  So the fast path
-needs no lock.  It also needs no epoch (`Epochs`): an epoch keeps the clusters that a request uses
-from being reused while the request waits.
+needs no lock.  It also needs no epoch (`Epochs`), which would keep the clusters that a request uses
+from being reused while the request waits: on the fast path no request waits.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
 up.  The caller then starts the request again on the slow path, which waits, or reports the
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 _MAX_READ_BYTES: Final = 1 << 20
 """Maximum bytes of one read on the fast path.  Requests of the kernel are not longer.
 
-It is also the length of the buffer, in which writes assemble the content of new clusters as well.
+It is also the length of the buffer of the fast path: reads return their data in it, and writes
+assemble the content of new clusters in it.
 """
 _ZEROS: Final = memoryview(bytes(_MAX_READ_BYTES))
 

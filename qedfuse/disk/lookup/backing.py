@@ -208,7 +208,8 @@ async def open_base(
         trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
             is ``none``; None for no such path.
         images: The images above the backing file; see `verify_bases`.  If they remember a
-            version of a URL other than the server's, the remembered version is read from the cache.
+            version of a URL other than the server's, and the cache has all of the remembered
+            version, that one is read from the cache.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
@@ -265,10 +266,10 @@ async def _format_of(
 ) -> str:
     """Return the format of a base as QEMU calls it.
 
-    If the user has given a format, the format decides.  Otherwise the base is raw if the header of
-    the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  In all other cases the
-    base's magic decides.  Headers can forbid probing because a guest that writes to a raw disk can
-    put any magic there.
+    If the user has given a format for all bases, that format is returned.  If not, the base is raw
+    if the header of the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  In all
+    other cases the base's magic decides.  Headers can forbid probing because a guest that writes to
+    a raw disk can put any magic there.
 
     Args:
         base: The base.

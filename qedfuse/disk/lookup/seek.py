@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
 """Maximum length of the first lookup of a search; the maximum doubles with each further lookup.
 
-The result is mostly near the start of the search.  There a short lookup finds the result, and
-returns few extents.
+The result is mostly near the start of the search.  So the first lookup, which is short and returns
+few extents, mostly finds the result.
 """
 
 
@@ -65,9 +65,8 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # Limit the lookup to the slices of L2 entries, of all layers, in which ``start`` lies.
-            # So it returns thousands of extents and not millions, even if all clusters are
-            # scattered.
+            # End the lookup at the first end of a slice of L2 entries in any layer.  So the lookup
+            # returns thousands of extents and not millions, even if all clusters are scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
