@@ -113,8 +113,8 @@ class AutoCompaction:
     def report(self) -> None:
         """Log how many free clusters a compaction within limits has left.
 
-        Logs nothing if none is left or no such compaction has run.  The caller must call this
-        method after the file has got its final length.
+        Logs nothing if no free cluster is left, or if no such compaction has run.  The caller must
+        call this method after the file has got its final length.
         """
         components = self._components
         left = components.allocator.free.count

@@ -131,9 +131,9 @@ class GuestChanges(GuestReads):
         async with AsyncExitStack() as stack:
             if start + length >= self.size and self._layer.geometry.in_cluster(self.size):
                 # The last cluster is deallocated together with its bytes past the end of the
-                # disk.  If the disk grew meanwhile, the guest could write to these bytes, and
-                # the deallocation would drop what it wrote.  So this task holds the lock that
-                # a change of the size needs.
+                # disk.  If the disk grew before that, the guest could write to these bytes, and
+                # the deallocation would drop what the guest wrote.  So this task holds the lock
+                # that a change of the size needs.
                 await stack.enter_async_context(self._components.disk_size.lock)
             end = min(start + length, self.size)
             await self._discard.discard(start, end, free=self._options.discard)

@@ -63,7 +63,7 @@ async def create_image(
             or the file exists and ``overwrite`` is False.
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
-            image, or has created another file of that name meanwhile.
+            image, or has created another file of that name during the call.
         HostError: The host refused.  If only making the final name durable has failed, the new
             file has its final name.  Otherwise an existing file is unchanged, and no new file is
             left behind; but a file system without hard links may keep an empty one (`NewFile`).
@@ -107,7 +107,7 @@ def make_image(
         UsageError: The file exists and ``overwrite`` is False.
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
-            image, or has created another file of that name meanwhile.
+            image, or has created another file of that name during the call.
         HostError: The host refused, or its file system is full.  If only making the final name
             durable has failed, the new file has its final name.  Otherwise an existing file is
             unchanged, and no new file is left behind; but a file system without hard links may

@@ -55,7 +55,7 @@ def new_header(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file; None or empty for no backing file.
-        backing_is_raw: Whether the backing file is raw, so that its format must not be
+        backing_is_raw: Whether the backing file is raw.  If so, its format must not be
             probed.  Has no effect without a backing file.
 
     Raises:

@@ -1,6 +1,6 @@
 """Opening the backing files of an image, as far as the policy for them allows.
 
-An untrusted image can name, as its backing file, any file that the user may read, and the guest
+An untrusted image can name, as its backing file, any file that the user can read, and the guest
 would see the content of that file.  So a base must lie inside the directory of the image that names
 the base, unless the user allows other directories.  For a local base the policy is applied to the
 file that was opened and not to its name, so that symbolic links and renames cannot evade the

@@ -1,7 +1,7 @@
 """For each file of a chain: how often requests have read from it, and how many bytes.
 
-The mount's extension counts the reads that it answers itself in the same array
-(``_cachedread.c``).  Reads of tables are not counted.
+The mount's extension (``_cachedread.c``) adds the reads that it answers itself to
+`FileReads.cells`.  Reads of tables are not counted.
 """
 
 from __future__ import annotations

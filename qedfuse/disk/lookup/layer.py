@@ -105,7 +105,7 @@ class QedLayer:
 
     @property
     def damaged(self) -> bool:
-        """Whether damage was found since the image was opened; then NEED_CHECK stays set."""
+        """Whether damage was found since the image was opened; if so, NEED_CHECK is not cleared."""
         return self.registry.damaged
 
     def mark_damaged(self) -> None:

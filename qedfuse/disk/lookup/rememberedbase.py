@@ -1,10 +1,10 @@
 """The versions of the bases over which an overlay was made, remembered with the overlay.
 
 An overlay has only the differences from its base, so over another base it shows a disk that never
-existed.  So a record of the versions of the bases is stored with the image (`baserecord`), as an
-extended attribute if the file system has those, when the image is created, converted or rebased.
-If the image has no record, one is stored when the image is opened for writing.  A later open
-compares:
+existed.  So a record of the versions of the bases is stored with the image (`baserecord`) when the
+image is created, converted or rebased.  If the image has no record, one is stored when the image is
+opened for writing.  The record is an extended attribute.  If the file system has no place for the
+attribute and a base is on a server, the record is a file beside the image.  A later open compares:
 
 - Each base on a server, at any depth of the chain, must have the size and the validator that were
   remembered.
@@ -13,8 +13,8 @@ compares:
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
 The record has a checksum that includes the name of the base.  So the record is ignored if a
-program has changed that name since.  The record of a local base is short, so that the attribute
-that holds it needs no block of its own on file systems that store short attributes in the inode.
+program has changed that name since.  The record of a local base is kept short, so that the
+attribute needs no block of its own on file systems that store short attributes in the inode.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def verify_bases(
 ) -> None:
     """Compare the bases of each image of a chain with the versions that the image remembers.
 
-    See `verify_base`, which also says what is remembered, and which errors are raised.
+    See `verify_base` for what is remembered, and for the errors.
 
     Args:
         images: Each image that has a base, with the name of the base that the image stores.  The

@@ -5,7 +5,7 @@ There are as many clusters in use past the target as free ones before the target
 data cluster past the target can move to a free one before the target.  Tables move first,
 because a table needs adjacent free clusters.
 
-A compaction may be limited to a number of moves.  Then the target is raised, if necessary, until
+A compaction can be limited to a number of moves.  Then the target is raised, if necessary, until
 at most this number of clusters is in use past the target.
 
 The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
@@ -155,7 +155,7 @@ class Compaction:
         """Move the highest clusters, until no cluster is free or a pass has moved none.
 
         Each pass of the loop has a target past which at most `_MAX_MOVES_PER_PASS` clusters
-        are in use, and no more than may still move within ``limits``.
+        are in use, and no more than ``limits`` still allow to move.
         """
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))
