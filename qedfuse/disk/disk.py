@@ -114,8 +114,8 @@ class Disk(GuestChanges):
         Args:
             progress: Called with the number of bytes that have been moved, and with the number
                 that will probably be moved in all.
-            within_bound: Whether the file must never become longer than its bound.  If so,
-                some clusters may stay free.
+            within_bound: Whether the file must never become longer than its bound
+                (`Geometry.bound`).  If so, some clusters may stay free.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.

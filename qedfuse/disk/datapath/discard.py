@@ -2,8 +2,8 @@
 
 A guest cluster that is deallocated becomes unallocated, or a zero cluster where the base would
 show through (S1 in docs/space.md); only `Discard.clear` lets the base show.  The cluster of the
-file that held the data goes into quarantine.  If a discard covers only a part of a cluster, zeros
-are written to that part, so the whole range reads as zeros.
+file that held the data goes into quarantine (`Quarantine`).  If a discard covers only a part of a
+cluster, zeros are written to that part, so the whole range reads as zeros.
 """
 
 from __future__ import annotations
