@@ -7,21 +7,44 @@ The exit code is 1 if a byte was wrong.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import random
 import select
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import RemoteError
 from qedfuse.remote.unitfile import UNIT_BYTES
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 UNITS: Final = 5.5
 """How many units the object has."""
+
+
+@contextmanager
+def disk_lock(cache: str | Path, operation: int) -> Iterator[None]:
+    """Hold a lock beside a cache: shared by readers (LOCK_SH), or exclusive (LOCK_EX).
+
+    While the disk loses data, no process is between a check of what it reads and the read itself.
+    LocalData (remote/localdata.py) says what may happen in this short time.  Who waits for the
+    lock holds the gate, so readers that come later do not overtake.
+    """
+    path = Path(cache)
+    with (
+        path.with_name("gate").open("ab") as gate,
+        path.with_name("disk-lock").open("ab") as lock,
+    ):
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(lock, operation)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 def read_all(url: str, cache: str, number: int) -> int:
@@ -49,13 +72,14 @@ def follow(url: str, cache: str, number: int) -> int:
                 offset = chance.randrange(len(units)) * UNIT_BYTES
                 expected = units[offset // UNIT_BYTES]
                 part = view[: len(expected)]
-                if file.try_read(offset, part):
-                    if part != expected:
-                        return 1
-                elif chance.random() < 0.5:
-                    with suppress(RemoteError):
-                        if read(file, offset, len(part)) != expected:
+                with disk_lock(cache, fcntl.LOCK_SH):
+                    if file.try_read(offset, part):
+                        if part != expected:
                             return 1
+                    elif chance.random() < 0.5:
+                        with suppress(RemoteError):
+                            if read(file, offset, len(part)) != expected:
+                                return 1
     return 0
 
 

@@ -9,6 +9,7 @@ disaster the server is well again, and then all bytes must be right, without an 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import random
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Final, get_args
 from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.unitfile import UNIT_BYTES
-from tests.remote.roundreaders import UNITS
+from tests.remote.roundreaders import UNITS, disk_lock
 from tests.support.cachedisasters import MountedTmpfs, write_to_disk
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
 from tests.support.webserver import Fault, WebServer, serving
@@ -169,7 +170,8 @@ class Rounds:
                 assert process.stdout is not None
                 process.stdout.readline()
             for _ in range(20):
-                self._rot()
+                with disk_lock(self._cache, fcntl.LOCK_EX):
+                    self._rot()
                 self._server.faults = ["status 503"] * self._random.randrange(3)
                 time.sleep(self._random.random() / 50)
             self._server.faults = []
