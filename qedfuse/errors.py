@@ -2,7 +2,7 @@
 
     QedError                      EIO      32  any other failure
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
-    ├── ReadOnlyError             EROFS     1  a write to a disk that is open read-only
+    ├── ReadOnlyError             EROFS     1  a write to a disk that is read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk

@@ -31,13 +31,13 @@ class BackingPolicy:
         directories: Further directories that a base may lie in.
         format: The format of every base, with the name that QEMU has for it; None to decide for
             each base by the header of the image that names it and by the magic of the base.
-        foreign: Whether images may name bases in formats other than QED and raw, which QEMU then
-            serves (``qemu``), or not (``off``).  A base that the user has named, or whose format
-            the user has given, may have any of these formats.
+        foreign: ``qemu`` allows images to name bases in formats other than QED and raw, which
+            QEMU then serves; ``off`` forbids it.  A base that the user has named, or whose format
+            the user has given, may have any of these formats in both cases.
         trusted: A path or URL that is allowed as the first base because the user has named it;
             None if there is none.  Ignored if the mode is ``none``.
-        base_changed: Whether to accept bases that are not of the version that the image remembers,
-            and to remember the new version if the image is opened for writing.
+        base_changed: Whether to accept a base of another version than the one that the image
+            remembers, and to remember the new version if the image is opened for writing.
         working_directory: The directory to which the path in a backing file name of the form
             ``file:PATH`` is relative; empty for the working directory of the process at the
             time of opening.

@@ -30,7 +30,7 @@ class FileStatistics:
         name: The name of the file, for messages.
         is_qed: Whether the file is a QED image.
         reads: How often requests have read data of the file, and how many bytes.  Reads of tables
-            do not count, and neither do reads that the kernel of the mount answers from its cache.
+            do not count, nor do reads of a mounted disk that the kernel answers by itself.
         uncached_reads: How many reads, including those of tables, have waited because the host's
             page cache did not have the data; None if this is not counted for the file.
         server: What was fetched from the server of the file; None if that is not counted.
@@ -89,7 +89,8 @@ def collect_statistics(components: Components) -> DiskStatistics:
     loads = sum(layer.tables.loads for layer in chain.layers if isinstance(layer, QedLayer))
     return DiskStatistics(
         tables=components.store.statistics(),
-        # The walk may have waited for a slice that a request has loaded.
+        # The walk also counts a slice for which it waited while a request loaded it.  The cache
+        # counts such a load once, so the difference can be too small, and even negative.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,
         dirty_table_bytes=components.layer.tables.dirty_bytes,

@@ -51,8 +51,8 @@ def spawn_confined(
         command: The program's absolute path and its arguments.
         graph: The files that the program may read.
         output: Where the program's standard output goes, as for `subprocess.Popen`.
-        errors: Where the program's messages go.
-        listener: Descriptor of a listening socket for the program; None for none.
+        errors: Where the program's standard error goes, as for `subprocess.Popen`.
+        listener: Descriptor of a listening socket for the program; None if it needs no socket.
         cpu_seconds: Maximum processor time of the program; None for no limit.
 
     Raises:
@@ -61,7 +61,8 @@ def spawn_confined(
     files = [file.fd for file in graph.files]
     extents = [file.fd for file in graph.extents]
     passed = () if listener is None else (listener,)
-    # No Python code runs between fork and exec, because another thread may hold a lock then.
+    # No Python code may run between fork and exec (so there is no ``preexec_fn``): a lock that
+    # another thread holds at the fork would stay locked in the new process.
     return subprocess.Popen(  # noqa: S603  no shell, and no name from an image
         launch_command(list(command), files, listener, extents, cpu_seconds),
         stdin=subprocess.DEVNULL,

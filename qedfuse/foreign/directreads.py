@@ -22,15 +22,16 @@ _log = logging.getLogger(__name__)
 _MAX_CONNECTIONS: Final = 16
 """Maximum number of reads in flight, one on each connection; further reads take the slow path."""
 _MAX_READ_BYTES: Final = 32 << 20
-"""Maximum length of a read; MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
+"""Maximum length of a read; the same as MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
 
 
 class DirectReads:
     """Connections to qemu-nbd, each of which at most one native thread uses at a time.
 
     The first read that finds no connection starts a thread that makes all connections.  If a read
-    fails, its connection is closed, and the caller repeats the read on the slow path.  When no
-    connection is left, the next read starts the thread again.
+    fails, its connection is closed, and the caller repeats the read on the slow path.  If this was
+    the last connection, the next read starts the thread again.  If the thread can make no
+    connection at all, it is not started again, and all reads take the slow path.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -39,7 +40,7 @@ class DirectReads:
         Args:
             server: The process; the constructor makes no connection.
             size: The size of the export in bytes.
-            seconds: Maximum time for which a read waits for the next bytes.
+            seconds: Maximum time in seconds for which a read waits for its next bytes.
         """
         self._server = server
         self._size = size
@@ -93,7 +94,10 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections; again only if all connections were lost."""
+        """Start the thread that makes connections, unless it was started before.
+
+        After all connections have been lost, the thread is started once more.
+        """
         with self._lock:
             may_connect, self._may_connect = self._may_connect, False
         if may_connect:
@@ -125,7 +129,7 @@ class DirectReads:
         result: int,
         _nanoseconds: int,
     ) -> None:
-        """Take back the connection of a read that has ended."""
+        """Take back the connection of a read that has ended; close it if the read has failed."""
         with self._lock:
             if result == length and not self._is_closed:
                 # The connection that was used last is used next, so that a load with few reads in

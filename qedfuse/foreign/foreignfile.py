@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time of a read: qemu-nbd waits for the host's disk, which may be slow."""
+"""Maximum time for which a read waits for qemu-nbd, which waits for the host's disk."""
 
 
 class ForeignFile(ReadOnlyFile):
@@ -50,7 +50,7 @@ class ForeignFile(ReadOnlyFile):
         graph: Graph,
         local: LocalReads,
     ) -> None:
-        """Read ``disk``; `close` closes all arguments and ends the program.
+        """Make the file of ``disk``; its `close` closes all other arguments, and ends qemu-nbd.
 
         Args:
             image: The file of the image.
@@ -58,7 +58,7 @@ class ForeignFile(ReadOnlyFile):
             disk: The disk, read from ``server``.
             server: The process of qemu-nbd.
             graph: The files that the process has open.
-            local: Reads these files where they have the bytes of the disk.
+            local: Reads the files of ``graph`` directly, where they have the bytes of the disk.
         """
         super().__init__(image.name)
         self.path = image.path
@@ -115,11 +115,11 @@ class ForeignFile(ReadOnlyFile):
         return length
 
     def start_map(self) -> None:
-        """Run the program that makes the map of the disk now; see `LocalReads.start_map`."""
+        """Start the program that makes the map of the disk; see `LocalReads.start_map`."""
         self._local.start_map()
 
     def _pieces(self, offset: int, length: int) -> list[Piece]:
-        """Return the parts of a range, each of which one program or file reads."""
+        """Return the parts of a range: each is in one file, zeros, or read by qemu-nbd."""
         return self._local.pieces(offset, length) or [Piece(UNKNOWN, 0, offset, length)]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -133,7 +133,10 @@ class ForeignFile(ReadOnlyFile):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that answers; see `ReadableFile.try_start_read`."""
+        """Start a read in a thread that then answers a request; return whether it was started.
+
+        See `ReadableFile.try_start_read`.
+        """
         is_started = self._local.try_start(offset, view, take_answer, ended)
         if is_started is None:
             return self._direct.try_start(offset, view, take_answer, ended)
@@ -166,9 +169,9 @@ class ForeignFile(ReadOnlyFile):
         return self.image.statvfs()
 
     def stop_fetching(self) -> None:
-        """Kill qemu-nbd, so that all reads fail: those that wait, and later ones."""
+        """Kill qemu-nbd, so that all reads that need it fail: those that wait, and later ones."""
         self._is_stopped = True
-        # A thread may also wait in a handshake, which only the end of the program ends.
+        # Kill the program first: a thread may wait in a handshake, which nothing else ends.
         self._server.kill()
         self._direct.close()
         self._disk.stop_fetching()
@@ -191,7 +194,7 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """If qemu-nbd has ended, replace the error of a read by the reason; log the reason once."""
+        """If a read fails because qemu-nbd has ended, raise the reason instead; log it once."""
         try:
             yield
         except HostError as error:

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
     Opener: TypeAlias = Callable[[bytes, "PosixFile"], "PosixFile"]
-    """Opens the file of a name that is stored in an image; raises BackingError to refuse it."""
+    """Opens a file that an image names; the arguments are the name and the file of the image.
+    Raises BackingError to refuse the file."""
 
     Options: TypeAlias = dict[str, object]
     """Options of a block node of QEMU, as for its option ``--blockdev``."""
 
 _MAX_FILES: Final = 64
-"""Maximum number of files in a chain, without the extents of VMDK images."""
+"""Maximum number of files in a chain, not counting the extents of VMDK images."""
 _MAX_EXTENTS: Final = 512
 """Maximum number of extents in a chain: 1 TiB if VMware splits a disk into files of 2 GiB."""
 
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
-"""Names that images have for the format of a raw backing file."""
+"""Names of formats by which images state that their backing file is raw."""
 _DRIVERS: Final = ("raw", "qed", *DRIVERS.values())
 
 
@@ -42,7 +43,8 @@ class Limits:
 
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
-        any_file: Whether images may name any file, so that they are read without Landlock too.
+        any_file: Whether images may name any file.  If not, images that name files are refused when
+            the kernel has no Landlock.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """
@@ -59,12 +61,12 @@ class Graph:
 
     Attributes:
         options: The options of the block node of the image.
-        files: The files that QEMU gets as descriptors: that of the image first.
-        extents: The files that QEMU opens under their names.
-        data_files: For each image, from the first one down, the file that has its data; None if
-            several files have it.
-        opened: The files that `close` closes: all but that of the image.
-        read: Each image, its format, and the links that were read of it.
+        files: The files that QEMU gets as descriptors, the image itself first.
+        extents: The extents of VMDK images, which QEMU opens by their names.
+        data_files: For each image, from the top one down, the file that has its data; None if
+            several files have the data.
+        opened: The files that `close` closes: all except the image itself.
+        read: For each image its file, its format, and the links that were read from its header.
     """
 
     options: Options = field(default_factory=dict)
@@ -78,11 +80,13 @@ class Graph:
         """Refuse the chain if an image names other files than when the graph was made.
 
         QEMU reads the names later than `open_graph`.  So a program that changes an image in between
-        could make QEMU open files that were never checked, where no Landlock confines QEMU.  The
-        caller calls this when QEMU has opened all images.
+        could make QEMU open files that were never checked, if no Landlock confines QEMU.  The
+        caller must call this method after QEMU has opened all images.
 
         Raises:
-            ForeignError: An image names other files, or cannot be read any more.
+            ForeignError: An image names other files, or its header or an extent cannot be used any
+                more.
+            ImageError: The header of a QED image is not valid any more.
             HostError: A file cannot be read.
         """
         for image, driver, links in self.read:
@@ -102,18 +106,19 @@ class Graph:
 
 
 def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
-    """Open all files that an image names; the caller closes the graph.
+    """Open all files that an image and its bases name; the caller must close the graph.
 
     Args:
-        file: The open file of the image, which the caller closes.
+        file: The open file of the image, which the graph does not close.
         driver: The format of the image as QEMU calls it.
         limits: Which files the images may name.
 
     Raises:
-        BackingError: A file is missing or refused, or the chain is a loop or too long.
-        ForeignError: An image is encrypted, has a header that cannot be used, or names a file while
-            the kernel has no Landlock.
-        ImageError: A header of a QED image is not valid.
+        BackingError: A file is missing or refused, an image states an unknown format of its backing
+            file, or the chain is a loop or too long.
+        ForeignError: An image is encrypted, has a header or descriptor that cannot be used, has too
+            many extents, or names a file while the kernel has no Landlock (`Limits.any_file`).
+        ImageError: The header of a QED image is not valid.
         HostError: A file cannot be read.
     """
     graph = Graph()
@@ -137,7 +142,8 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
             "because this kernel has no Landlock to confine QEMU (backing=any allows it)"
         )
         raise ForeignError(msg)
-    # QEMU opens the extents of a VMDK image by names that are relative to the path of the image.
+    # The names of the extents of a VMDK image are relative to the path of the image.  So QEMU must
+    # open such an image by its path, and not as an inherited descriptor.
     path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
@@ -162,12 +168,12 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
 
 
 def _inherited_path(graph: Graph) -> str:
-    """Return the path by which QEMU opens the last file: that of an inherited descriptor."""
+    """Return the path of the descriptor by which QEMU inherits the last of ``graph.files``."""
     return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
 
 
 def _image_options(driver: str, file: Options, limits: Limits) -> Options:
-    """Return the options of an image without its backing file."""
+    """Return the options of the block node of an image, except those for its backing file."""
     share: Options = {"force-share": True} if limits.share else {}
     return {"driver": driver, "read-only": True, "file": file, **share}
 
@@ -183,7 +189,7 @@ def _file_options(path: str, limits: Limits) -> Options:
 
 
 def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
-    """Open a file that an image names, as a file of the graph.
+    """Open a file that an image names; `Graph.close` closes the file.
 
     Raises:
         BackingError: The file is missing or refused, or the chain is a loop or too long.

@@ -32,7 +32,7 @@ _EXTENSION_END: Final = 0
 _EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 _EXTENSION_DATA_FILE: Final = 0x44415441
 _QCOW2_EXTERNAL_DATA: Final = 1 << 2
-"""The incompatible feature of an image whose data is in another file."""
+"""The incompatible feature bit of an image whose data is in a file of its own."""
 _MAX_EXTENSIONS: Final = 32
 
 _MAX_NAME_BYTES: Final = 1023
@@ -48,7 +48,8 @@ class Links:
 
     Attributes:
         backing: Name of the backing file; empty if there is none.
-        backing_driver: Format of the backing file as QEMU calls it; None if the image does not say.
+        backing_driver: Format of the backing file, by the name that the image states; None if the
+            image states none.
         data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
         extents: Names of the files that make up a VMDK image.
     """
@@ -204,4 +205,4 @@ _READERS: Final[dict[str, Callable[[int, str], Links]]] = {
     "vmdk": _vmdk,
     "vpc": _vpc,
 }
-"""Functions that read the names, by format; other formats name no file that QEMU opens."""
+"""For each format the function that reads the names.  In other formats QEMU opens no named file."""

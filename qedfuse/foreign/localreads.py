@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READS_BEFORE_MAP: Final = 16
-"""Number of reads through QEMU after which the map is made.  A command that reads only the
-partition table does not need it."""
+"""Number of lookups of ranges that only QEMU can read, after which the map is made.
+
+One read looks up its range up to three times.  A command that reads only the partition table does
+not need the map.
+"""
 _START_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.start_map` waits for the start of the program."""
 _JOIN_SECONDS: Final = 5.0
@@ -38,16 +41,17 @@ class LocalReads:
 
     The map is valid as long as no program changes the files.  So all files are locked first, as
     qemu-nbd locks them, and the locks last as long as the files are open, even if qemu-nbd ends.
-    Without locks, and if a file cannot be locked, there is no map.
+    If locking is off, there is no map; if a file cannot be locked, the map stays empty.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
-        """Read the files of a graph; nothing is read or started yet.
+        """Prepare to read the files of a graph; the constructor reads and starts nothing.
 
         Args:
-            graph: The files; the caller closes them after `close`.
+            graph: The files; the caller must close them after `close`.
             name: The name of the image in messages.
-            is_locked: Whether the files may be locked, and no other program may change them.
+            is_locked: Whether the files are locked, so that no other program changes them; if
+                not, no map is made.
         """
         self._graph = graph
         self._name = name
@@ -57,19 +61,22 @@ class LocalReads:
         self._map: RunMap | None = None
         self._lock = threading.Lock()
         """Held while the state is changed, never while a thread waits."""
-        self._reads_before = READS_BEFORE_MAP
+        self._lookups_before_map = READS_BEFORE_MAP
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._has_started = threading.Event()
-        """Set when the program runs, or will not run."""
+        """Set when the program has been started, or will not be started."""
         if is_locked and 0 < len(self._files) <= MAX_FILES:
             with suppress(OSError):
                 self._map = RunMap()
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read where the map has files; None without a map."""
+        """What the mount's extension needs to read the ranges that the map finds in files.
+
+        None if there is no map.
+        """
         if self._map is None:
             return None
         sources = tuple(file.page_source for file in self._files)
@@ -77,18 +84,22 @@ class LocalReads:
         return sources[0]._replace(runs=runs)
 
     def pieces(self, offset: int, length: int) -> list[Piece] | None:
-        """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map."""
+        """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map.
+
+        If all are `UNKNOWN`, counts the lookup; after `READS_BEFORE_MAP` such lookups, begins to
+        make the map.
+        """
         if self._map is None:
             return None
         found = list(self._map.pieces(offset, length))
         if all(piece.file == UNKNOWN for piece in found):
-            if self._reads_before:
-                self._count_read()
+            if self._lookups_before_map:
+                self._count_lookup()
             return None
         return found
 
     def file_of(self, piece: Piece) -> PosixFile:
-        """Return the file that has the bytes of a part."""
+        """Return the file that has the bytes of a part, which must be in a file."""
         return self._files[piece.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -110,8 +121,8 @@ class LocalReads:
     ) -> bool | None:
         """Start a read in a native thread, if one file has the range as one run.
 
-        Returns None if the map does not know the range; otherwise whether a read was started, as
-        `ReadableFile.try_start_read` does.
+        Returns whether the read was started: see `ReadableFile.try_start_read`.  Returns None if
+        only QEMU can read the range.
         """
         found = self.pieces(offset, len(view))
         if found is None:
@@ -122,7 +133,7 @@ class LocalReads:
         return file.try_start_read(found[0].offset, view, take_answer, ended)
 
     def require_whole(self, piece: Piece, count: int) -> None:
-        """Raise if a read of a part has returned fewer bytes than it has.
+        """Raise if a read of a part has returned fewer bytes than the part has.
 
         Raises:
             HostError: A file has become shorter while it was open.
@@ -135,7 +146,7 @@ class LocalReads:
             raise HostError(msg)
 
     def close(self) -> None:
-        """Stop making the map; the caller may close the files afterwards."""
+        """Stop making the map; afterwards the caller can close the files."""
         with self._lock:
             self._is_closed = True
             process, thread = self._process, self._thread
@@ -145,22 +156,23 @@ class LocalReads:
             thread.join(_JOIN_SECONDS)
 
     def start_map(self) -> None:
-        """Begin to make the map, if that has not begun; return when the program runs.
+        """Begin to make the map, if that has not begun; return when the program was started.
 
-        A process that will later be forbidden to run programs calls this before.
+        A process that gives up the right to run programs must call this method first.  The call
+        waits at most `_START_SECONDS`.
         """
         with self._lock:
-            self._reads_before = 0
+            self._lookups_before_map = 0
             self._start_thread()
             is_started = self._thread is not None
         if is_started:
             self._has_started.wait(_START_SECONDS)
 
-    def _count_read(self) -> None:
-        """Count a read of which the map knows nothing; start the thread after enough of them."""
+    def _count_lookup(self) -> None:
+        """Count a lookup of a range that only QEMU can read; start the thread after enough."""
         with self._lock:
-            self._reads_before = max(0, self._reads_before - 1)
-            if not self._reads_before:
+            self._lookups_before_map = max(0, self._lookups_before_map - 1)
+            if not self._lookups_before_map:
                 self._start_thread()
 
     def _start_thread(self) -> None:
@@ -172,7 +184,7 @@ class LocalReads:
             self._thread.start()
 
     def _make_map(self, run_map: RunMap) -> None:
-        """Make the map; without one, QEMU makes all reads."""
+        """Make the map; if that fails, only log the error: QEMU reads what the map lacks."""
         try:
             for file in self._graph.files:
                 lock_image(file.fd, LockMode.READ, file.name)
@@ -187,7 +199,7 @@ class LocalReads:
         """Run the program, and add what it prints to the map.
 
         Raises:
-            ForeignError: The program is missing, or has printed something else.
+            ForeignError: The program is missing, or its output is not a map.
             OSError: The host refused.
         """
         numbers = {id(file): number for number, file in enumerate(self._files)}
@@ -210,6 +222,7 @@ class LocalReads:
                     fill_map(run_map, pipe, files)
                 finally:
                     with self._lock:
-                        # A process that has been waited for must not be killed.
+                        # `close` must not kill a process that has been waited for, because
+                        # another process may have its number then.
                         self._process = None
                     process.kill()

@@ -1,7 +1,7 @@
 """Finding out from QEMU where the files of a chain have the bytes of the disk.
 
-``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one object of JSON a line.  What
-it prints is not trusted: the ranges must follow each other, and the data must lie within the file.
+``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one JSON object per line.  Its
+output is not trusted: the ranges must follow each other, and the data must lie within the file.
 So a hostile image that takes over the program gains nothing: it can only name other ranges of the
 files of its own chain, which qemu-nbd could also serve as the disk.
 """
@@ -26,12 +26,14 @@ _PROGRAM: Final = "qemu-img"
 _MAX_CPU_SECONDS: Final = 60
 """Maximum processor time of the program."""
 _CHUNK_BYTES: Final = 1 << 16
-"""Number of bytes that are read of the program's output, and maximum length of a line."""
+"""Maximum number of bytes of the program's output that one call reads.  The output is refused if
+more bytes than this follow the last complete line."""
 
 
 def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
-    """Start the program, which prints to the descriptor ``output``; the caller waits for it.
+    """Start the program, which prints to the descriptor ``output``.
 
+    The caller must wait for the end of the process that this function returns.
     The kernel kills the program when the calling thread ends.
 
     Raises:
@@ -51,11 +53,11 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
     Args:
         run_map: The map, which has no runs.
         output: The program's output.
-        files: For each image of the chain, from the first one down, the number and the length of
-            the file that has its data; None if only QEMU can read it.
+        files: For each image of the chain, from the top one down, the number, and the length in
+            bytes, of the file that has the image's data; None if only QEMU can read the data.
 
     Raises:
-        ForeignError: The program has printed something else.
+        ForeignError: The output is not a map of a disk.
         OSError: The host refused.
     """
     try:
@@ -98,7 +100,8 @@ def _add(run_map: RunMap, found: dict[str, Any], files: Sequence[tuple[int, int]
     if found["data"] is not True or found.get("compressed") or offset is None or file is None:
         return run_map.add(length, UNKNOWN)
     number, size = file
-    # QEMU reads zeros past the end of a file, and a program may still change the length.
+    # The part past the end of the file reads as zeros.  Leave this part to QEMU, because another
+    # program could still make the file longer.
     present = min(length, max(0, size - offset))
     if offset < 0 or not present:
         return run_map.add(length, UNKNOWN)

@@ -29,7 +29,8 @@ class ForeignOpening:
         The calling thread must not end before the file is closed; see `QemuNbd`.
 
         Args:
-            image: The file of the image, which this object closes.
+            image: The file of the image.  If the constructor fails, it closes the file.  Otherwise
+                the file is closed by `abandon`, or by the close of the file that `finish` returns.
             driver: The format of the image as QEMU calls it.
             limits: Which files the images of the chain may name.
 
@@ -42,7 +43,7 @@ class ForeignOpening:
         self._driver = driver
         self._is_locked = limits.lock and not limits.share
         self._lock = threading.Lock()
-        """Held to decide which of the two closes: `abandon`, or the caller of `finish`."""
+        """Held while it is decided who closes the files: `abandon`, or the caller of `finish`."""
         self._is_abandoned = False
         self._file: ForeignFile | None = None
         try:
@@ -57,13 +58,15 @@ class ForeignOpening:
             raise
 
     def finish(self) -> ForeignFile:
-        """Wait until qemu-nbd serves the image; return its disk, which the caller closes.
+        """Wait until qemu-nbd serves the image; return its disk, which the caller must close.
 
-        The call blocks; another thread may call `abandon` during the call, which then fails.
+        The call blocks.  Another thread can call `abandon` during the call; then the call fails.
+        If the call fails for another reason, the caller must call `abandon`.
 
         Raises:
             ForeignError: qemu-nbd refuses the image, has ended, or does not answer; an image was
-                changed meanwhile; or the opening was abandoned.
+                changed during the opening; or the opening was abandoned.
+            ImageError: The header of a QED image of the chain is not valid any more.
             ImageInUseError: Another program holds a lock that excludes reading.
             HostError: The host refused.
         """

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "qemu-nbd"
 
 READY_SECONDS: Final = 30.0
-"""Maximum time from the start of the program to its answer, when it has opened the image."""
+"""Maximum time for which a new connection waits for each answer of the program, which answers only
+after it has opened the image."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
 """Maximum times until the program has ended: after its last client has disconnected, after SIGTERM,
 and after SIGKILL."""
@@ -37,7 +38,8 @@ _EXPORT_REPLY_BYTES: Final = 10
 
 _OPTIONS_BEFORE_REASON: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
-"""A message of QEMU has the options of the block node between these texts, then the reason."""
+"""In a message of QEMU about a failure the options of the block node stand between these two texts,
+and the reason follows the second text."""
 _LOCK_MESSAGE: Final = "Failed to get "
 """Part of QEMU's message about a lock that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -58,8 +60,8 @@ class QemuNbd:
     def __init__(self, graph: Graph, name: str) -> None:
         """Start the program; `wait_ready` waits until it serves.
 
-        The program is killed when the calling thread ends.  So the thread must not end before
-        `close`; the thread of an event loop meets this condition.
+        The kernel kills the program when the calling thread ends.  So the thread must not end
+        before `close`; the thread of an event loop meets this condition.
 
         Raises:
             ForeignError: The program is not installed.
@@ -119,7 +121,7 @@ class QemuNbd:
         return client
 
     def connect_negotiated(self) -> socket.socket:
-        """Return a new connection after the negotiation; the program sends simple replies on it.
+        """Return a new connection on which the negotiation has ended; replies on it are simple.
 
         The call blocks.
 
@@ -180,9 +182,10 @@ class QemuNbd:
         self._send(signal.SIGKILL)
 
     def close(self) -> None:
-        """Disconnect, and end the program if it does not end by itself; a second call does nothing.
+        """Disconnect, and end the program if it does not end by itself; a later call does nothing.
 
-        The call returns after at most the sum of `_END_SECONDS`; a second call waits for the first.
+        The call returns after at most the sum of `_END_SECONDS`.  A concurrent call waits until the
+        first one has returned.
         """
         with self._closing:
             if not self._is_closed:
@@ -222,7 +225,7 @@ class QemuNbd:
         return line
 
     def _failure(self) -> ForeignError | ImageInUseError:
-        """Return the error for a program that closed the connection before it served."""
+        """Return the error for a program that closed a connection during the negotiation."""
         self._wait(_END_SECONDS[0])
         reason = self.end_reason()
         if _LOCK_MESSAGE in reason:

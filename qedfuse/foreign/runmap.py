@@ -19,15 +19,17 @@ ZEROS: Final = -2
 """In place of the number of a file: the range reads as zeros."""
 
 MAX_FILES: Final = 254
-"""Maximum number of files, because a run has 8 bits for a file."""
+"""Maximum number of files: a run has 8 bits for the file, and two values have other meanings."""
 MAX_RUN_OFFSET: Final = 1 << 55
-"""Maximum file offset of a run."""
+"""Maximum disk offset at which a run ends."""
 MAX_RUNS: Final = 1 << 20
-"""Maximum number of runs of a map, which takes 16 bytes of memory for each run that it has."""
+"""Maximum number of runs of a map; each run that the map has takes 16 bytes of memory."""
 
 _COUNT, _END = 0, 1
+"""Indices in `RunMap.cells` of the number of runs, and of the disk offset at which they end."""
 _FIRST_START: Final = 2
-"""Index of the first element of the array of starts; the array of targets follows it."""
+"""Index in `RunMap.cells` of the first element of the array of starts; the array of targets follows
+the array of starts."""
 _FILE_BIAS: Final = 2
 _FILE_BITS: Final = 8
 _UNKNOWN_TARGET: Final = 0
@@ -59,7 +61,7 @@ class RunMap:
 
     One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
     at all: a run is written first, then the count, then the end, and `pieces` reads them in the
-    reverse order.  The mount's extension holds the GIL during a search.
+    reverse order.  The mount's extension holds the GIL during a search, so no run is added then.
 
     Attributes:
         cells: The numbers; see `qedfuse.hostio.pagesource.StoredRuns`.
@@ -116,7 +118,7 @@ class RunMap:
         return target + (start - self.cells[_FIRST_START + index] << _FILE_BITS)
 
     def pieces(self, start: int, length: int) -> Iterator[Piece]:
-        """Yield the parts of a range of the disk, in order; what the map lacks is `UNKNOWN`."""
+        """Yield the parts of a range of the disk, in order; `UNKNOWN` where the map has no run."""
         cells = self.cells
         # `add` changes the end after the count, so the end is read before the count.  In the other
         # order, a run that is added between the two reads would seem to belong to the run before.
@@ -139,7 +141,7 @@ class RunMap:
 def without_zeros(
     pieces: Iterable[Piece], offset: int, view: memoryview
 ) -> Iterator[tuple[Piece, memoryview]]:
-    """Fill what reads as zeros in a view; yield all other pieces, each with its part of the view.
+    """Fill the parts of a view that read as zeros; yield the other pieces with their parts.
 
     Args:
         pieces: The parts of the range that the view is for.

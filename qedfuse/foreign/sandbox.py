@@ -43,10 +43,10 @@ FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
 _FIRST_TEMPORARY_DESCRIPTOR = 300
-"""First number for temporary copies of descriptors, which then get their final numbers."""
+"""Lowest number of the temporary copies from which the descriptors get their final numbers."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
-"""Maximum length of a file that the program writes: only its messages go to a file."""
+"""Maximum length of a file that the program writes: it writes only its messages to a file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,21 +58,23 @@ def launch_command(
     named: Sequence[int] = (),
     cpu_seconds: int | None = None,
 ) -> list[str]:
-    """Return the command that starts ``program`` with the right to read only ``files``.
+    """Return the command that starts ``program`` with the right to read only the given files.
 
-    The kernel kills the program when the thread that has started the command ends.
+    The kernel kills the program when the thread that has started the command ends.  If the kernel
+    has no Landlock, the program may read all files of the user.
 
     Args:
         program: The program's absolute path and its arguments.
-        files: Descriptors of the files that may be opened for reading, which must be inherited; in
-            the program they have the numbers from `FIRST_FILE_DESCRIPTOR` on.
+        files: Descriptors of the files that the program may open for reading.  The command must
+            inherit the descriptors.  In the program they have the numbers from
+            `FIRST_FILE_DESCRIPTOR` on.
         listener: Descriptor of a listening socket, which the program gets as systemd would pass it;
-            None for none.
-        named: Descriptors of further files that may be opened, which must be inherited; the program
-            opens them under their names and does not get the descriptors.
+            None if the program needs no socket.
+        named: Descriptors of further files that the program may open, by their names.  The command
+            must inherit the descriptors; the program does not get them.
         cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
     """
-    order = {
+    parameters = {
         "parent": os.getpid(),
         "program": program,
         "files": files,
@@ -81,7 +83,7 @@ def launch_command(
         "cpu_seconds": cpu_seconds,
     }
     # The options: no Python variables of the environment, no site packages, no bytecode files.
-    return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(order)]
+    return [sys.executable, "-I", "-S", "-B", __file__, json.dumps(parameters)]
 
 
 def _raise_descriptor_limit() -> None:
@@ -123,26 +125,28 @@ def _main(text: str) -> None:
     Raises:
         OSError: The kernel refused, or there is no such program.
     """
-    order = json.loads(text)
-    program = order["program"]
+    parameters = json.loads(text)
+    program = parameters["program"]
     landlock.check_result(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
-    if os.getppid() != order["parent"]:
+    if os.getppid() != parameters["parent"]:
         return  # the parent ended before prctl, so no signal would come
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_MESSAGE_BYTES, _MAX_MESSAGE_BYTES))
-    if order["cpu_seconds"] is not None:
-        resource.setrlimit(resource.RLIMIT_CPU, (order["cpu_seconds"], order["cpu_seconds"]))
+    if parameters["cpu_seconds"] is not None:
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (parameters["cpu_seconds"], parameters["cpu_seconds"])
+        )
     landlock.check_result(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     _raise_descriptor_limit()
-    listeners = [] if order["listener"] is None else [order["listener"]]
-    given = (*order["files"], *order["named"], *listeners)
+    listeners = [] if parameters["listener"] is None else [parameters["listener"]]
+    given = (*parameters["files"], *parameters["named"], *listeners)
     opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given]
     for fd in given:
         os.set_inheritable(fd, False)  # noqa: FBT003  those that closerange leaves open
     os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
     if listeners:
         os.dup2(opened.pop(), 3)
-    files = opened[: len(order["files"])]
+    files = opened[: len(parameters["files"])]
     for number, fd in enumerate(files, FIRST_FILE_DESCRIPTOR):
         os.dup2(fd, number)
     version = landlock.landlock_version()

@@ -1,8 +1,8 @@
 """The descriptor of a VMDK image: its parent, and the extents that QEMU opens under their names.
 
-QEMU itself searches the descriptor for names of extents, and skips each line that it does not
-understand.  So a descriptor is refused unless every line has one of the forms below, which QEMU
-and this module read alike.
+If the descriptor is a file of its own, QEMU itself searches it for names of extents, and skips each
+line that it does not understand.  So such a descriptor is refused unless every line has one of the
+forms below, which QEMU and this module read alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qedfuse.text import printable
 DESCRIPTOR_START: Final = b"# Disk DescriptorFile"
 """The first bytes of a descriptor that is a file of its own."""
 _IMAGE_STARTS: Final = (b"KDMV", b"COWD")
-"""The first bytes of an extent that has data."""
+"""The first bytes of an extent with a binary header."""
 
 _SECTOR_BYTES: Final = 512
 _EMBEDDED_BYTES: Final = 20 * _SECTOR_BYTES
@@ -68,8 +68,9 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: A line has none of the forms that QEMU and this module read alike, the
-            descriptor is too long, or has no extent.
+        ForeignError: A line has none of the forms that QEMU and this module read alike, or an
+            extent follows an empty line; or the descriptor is too long, has no extent, or has the
+            identifier of a parent, but no name of one.
         OSError: The host cannot read the file.
     """
     text = _read(fd, _MAX_BYTES + 1, 0)
@@ -79,8 +80,8 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
     extents: dict[bytes, None] = {}
     is_after_empty = False
     # QEMU fills the last sector with zeros when it writes a descriptor.
-    for number, whole in enumerate(text.rstrip(b"\0").split(b"\n"), 1):
-        line = whole.removesuffix(b"\r")
+    for number, raw_line in enumerate(text.rstrip(b"\0").split(b"\n"), 1):
+        line = raw_line.removesuffix(b"\r")
         extent = _EXTENT.fullmatch(line)
         if extent and is_after_empty:
             msg = (
@@ -106,7 +107,7 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
 
 
 def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
-    """Return the name of the parent in a file that is descriptor and extent; empty if none.
+    """Return the name of the parent in a file with both extent and descriptor; empty if none.
 
     Args:
         fd: The open file.
@@ -114,7 +115,8 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: The file has no header of VMDK, or QEMU would read it as a descriptor.
+        ForeignError: The file has no VMDK header, QEMU would read the file as a list of further
+            extents, or the descriptor has the identifier of a parent, but no name of one.
         OSError: The host cannot read the file.
     """
     if not start.startswith(_IMAGE_STARTS):

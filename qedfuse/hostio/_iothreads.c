@@ -63,7 +63,7 @@
 #define MAX_IDLE_SECONDS 1e6     /* maximum of the argument idle_seconds */
 #define MAX_PARTS 1024           /* maximum number of buffers in one system call: IOV_MAX */
 
-#define MAX_EXPORT_READ_BYTES (32u << 20) /* what an NBD server allows if it states no maximum */
+#define MAX_EXPORT_READ_BYTES (32u << 20) /* longest read that an NBD server allows by default */
 
 #define NANOSECONDS INT64_C(1000000000) /* in a second */
 
@@ -74,11 +74,11 @@ struct job {
     enum kind kind;
     int fd;
     int mode;              /* of fallocate(2) */
-    int64_t offset;        /* in the file; of a truncate: the new size */
+    int64_t offset;        /* in the file or the export; of a truncate: the new size */
     int64_t length;        /* of fallocate(2) */
-    struct iovec *parts;   /* what is left to read or write; the array follows the buffers */
+    struct iovec *parts;   /* what is left to read or write; the array lies behind `buffers` */
     size_t part_count;
-    PyObject *tag;
+    PyObject *tag;         /* what the submitter has given to recognise the call */
     PyObject *capsule;     /* holds the answer; NULL without one */
     struct answer *answer; /* NULL without one */
     int64_t result;        /* the system call's result, or -errno */
@@ -94,9 +94,9 @@ struct list {
     Py_ssize_t length;
 };
 
-/* A thread that waits for a job; lives on the thread's stack. */
+/* A thread that waits for a job; the struct lies on the thread's stack. */
 struct sleeper {
-    struct sleeper *below;
+    struct sleeper *below; /* the thread that fell asleep before this one */
     struct job *job;     /* what the thread must run; NULL if it must end */
     atomic_int is_woken; /* set after `job`; the thread waits for this with futex(2) */
 };
@@ -104,7 +104,7 @@ struct sleeper {
 struct pool {
     pthread_mutex_t mutex;
     int references;            /* the Python object, and each thread */
-    int is_closed;             /* the Python object has been freed */
+    int is_closed;             /* the Python object has been freed, or is being freed */
     int eventfd;               /* -1 once it is closed */
     int notifiers;             /* threads that are writing to the eventfd */
     int is_notified;           /* a write to the eventfd has begun since the last collection */
@@ -351,8 +351,8 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, put the job on the list of finished calls, call its answer if it
- * has one, and notify the collector.  The caller must not hold the mutex, and holds it
- * afterwards. */
+ * has one, and notify the collector.  The caller must not hold the mutex; run() returns with the
+ * mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -370,7 +370,7 @@ static void run(struct pool *pool, struct job *job)
     atomic_fetch_add(&pool->done_count, 1);
     if (answer != NULL) {
         /* Answer before writing to the eventfd, because the kernel waits for the answer.  If the
-         * event loop collects all finished calls meanwhile, nothing is written. */
+         * event loop collects all finished calls during the answer, notify() writes nothing. */
         pthread_mutex_unlock(&pool->mutex);
         answer->call(answer, data, (long long)result);
         pthread_mutex_lock(&pool->mutex);
@@ -414,10 +414,10 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job to the thread that fell asleep last, or NULL to end that thread.  The caches of this
- * thread are the warmest.  And because the last one is woken first, a thread that is not needed
- * stays asleep for the whole idle time, and ends.  The caller must hold the mutex, and a thread
- * must be asleep.  Return the address that the caller must pass to wake(). */
+/* Give a job to the thread that fell asleep last, or NULL to end that thread.  Its caches are the
+ * warmest.  And the other threads stay asleep, so that those that are not needed end after the idle
+ * time.  The caller must hold the mutex, and a thread must be asleep.  Return the address that the
+ * caller must pass to wake(). */
 static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;
@@ -428,9 +428,9 @@ static atomic_int *hand_over(struct pool *pool, struct job *job)
     return &top->is_woken;
 }
 
-/* Wake the thread that waits at an address.  That thread may have seen `is_woken` without being
- * woken, and have returned from sleep_idle().  Then the address may belong to something else by
- * now, and another thread may wake without a reason, which sleep_idle() expects. */
+/* Wake the thread that waits at an address.  That thread may have seen `is_woken` without this
+ * call, and have returned from sleep_idle().  In this case another sleeper may lie at the
+ * address by now.  Its thread then wakes without a reason, and goes on waiting. */
 static void wake(atomic_int *address)
 {
     syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
@@ -479,8 +479,8 @@ static int create_thread(struct pool *pool)
     return failed;
 }
 
-/* Take a job out of the queue, because there is no thread and none could be created.  The caller
- * must hold the mutex. */
+/* Take a job out of the queue, because no thread exists and none could be created.  The caller must
+ * hold the mutex. */
 static void withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
@@ -954,8 +954,8 @@ static void free_object(PyObject *object)
     struct list queued, done, garbage;
     struct job *job;
 
-    /* In a forked process the pool is left alone, because its mutex may have been locked by a
-     * thread that does not exist here. */
+    /* Leave the pool alone in a forked process, because a thread that does not exist in this
+     * process may have locked the mutex at the fork. */
     if (self->forks == forks) {
         pthread_mutex_lock(&pool->mutex);
         pool->is_closed = 1;
@@ -989,7 +989,8 @@ static PyMethodDef methods[] = {
     {"submit_read", FAST(submit_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from a file offset, or from the position of the descriptor if the offset is\n"
-     "-1.  The result is the number of bytes; it is too small only at the end of the file."},
+     "-1.  The result is the number of bytes, less than the buffer has only at the end of the\n"
+     "file."},
     {"submit_export_read", FAST(submit_export_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_export_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from an offset of an NBD export, by one request on a connection with simple\n"
@@ -1008,8 +1009,8 @@ static PyMethodDef methods[] = {
     {"has_finished", has_finished, METH_NOARGS,
      "Return whether there are finished calls that have not been collected."},
     {"finished", finished, METH_NOARGS,
-     "Collect the finished calls: a list of (tag, result or -errno, nanoseconds)."},
-    {"threads", get_threads, METH_NOARGS, "Return how many threads there are."},
+     "Collect the finished calls; return a list of (tag, result or -errno, nanoseconds)."},
+    {"threads", get_threads, METH_NOARGS, "Return how many threads the pool has now."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -2,8 +2,8 @@
 
 The format does not record which entry refers to a cluster, so all tables may have to be read.
 If the caller knows how many entries to expect, the reading ends when all have been found.
-The range is mostly at the end of the file, and the tables that refer to late clusters mostly lie
-there too.  So the tables are read from the end of the file backwards, to find the entries early.
+In most cases the range is at the end of the file, and the tables that refer to clusters there also
+lie near the end.  So the last table is read first, and the first table last.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ async def build_reverse_map(
         high: File offset just past the last cluster.
         expected: How many such entries a sound image has; the reading ends after the table
             in which the last of them was found.  With None all entries of the image are read
-            and validated: an invalid one marks the image as damaged, even outside the range.
+            and validated: an invalid one marks the image as damaged, even one that refers to an
+            offset outside the range.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries
@@ -65,11 +66,11 @@ async def build_reverse_map(
     length = layer.geometry.table_bytes
     step = min(_READ_BYTES if expected is not None else SLICE_BYTES, length)
     tables = layer.l2_tables
-    held = await holding_data(layer.file, tables, length)
+    with_data = await holding_data(layer.file, tables, length)
     clusters: list[NDArray[np.uint64]] = []
     entries: list[NDArray[np.uint64]] = []
     count = 0
-    for table in tables[held][::-1].tolist():
+    for table in tables[with_data][::-1].tolist():
         if expected is not None and count >= expected:
             break
         # `DataSlices` makes a checkpoint before each slice, so that other tasks can run and a
@@ -89,8 +90,8 @@ async def _read(
 ) -> NDArray[np.uint64]:
     """Read ``length`` bytes of entries of a table, beginning at the file offset ``offset``.
 
-    With ``validated`` the entries are read through the table cache, which marks the image as
-    damaged if an entry is invalid.
+    With ``validated`` the entries must be one slice.  They are read through the table cache,
+    which marks the image as damaged if an entry is invalid.
 
     Raises:
         HostError: The host cannot read the table, or the file ends within it.

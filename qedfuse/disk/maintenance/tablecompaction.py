@@ -73,7 +73,8 @@ class TableCompaction:
         `qedfuse.disk.maintenance.compaction`.
 
         Args:
-            pass_moves: Maximum number of clusters in use past the target.
+            pass_moves: How many clusters this pass may move.  The target is chosen such that at
+                most this number of clusters is in use past the target.
             max_moves: How many clusters the whole compaction may move; None for no limit.
             counter: Counts the moves.
             within_bound: See `Compaction.run`.
@@ -129,13 +130,13 @@ class TableCompaction:
     ) -> None:
         """Move all tables next to each other, directly after the L1 table.
 
-        This helps if no run of free clusters before the target is long enough for a table.
-        The data clusters that are in the way move up first, which can make the file longer
-        until the end of the compaction.
+        This is necessary if no run of free clusters before the target is long enough for a
+        table.  The data clusters that are in the way move up first, which can make the file
+        longer until the end of the compaction.
 
-        Moves nothing if the tables would reach past the target of a compaction without limits,
-        if ``within_bound`` is True and the file could become longer than its bound, or if
-        ``max_moves`` could be exceeded.
+        Moves nothing in three cases: if the tables would reach past the target of a compaction
+        without limits, if ``within_bound`` is True and the file could become longer than its
+        bound, or if more than ``max_moves`` clusters could have to move.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()

@@ -108,7 +108,7 @@ class Allocator:
         self._record_change = marking.record_change
         self.end = end
         # The maximum of `end` and `_written_end` is the highest value of `end` since the file was
-        # opened or last cut.  Clusters from there on read as zeros, because nothing has been
+        # opened or last cut.  Clusters past this maximum read as zeros, because nothing has been
         # written to them.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
@@ -127,7 +127,7 @@ class Allocator:
     # Choosing and handing out
 
     def choose(self, clusters: int) -> tuple[int, int] | None:
-        """Choose a run of at most ``clusters`` clusters for data, leaving slots for all tables.
+        """Choose a run of at most ``clusters`` clusters for data; leave slots for missing tables.
 
         Returns:
             The first cluster of the run and the number of clusters.  None if every cluster
@@ -141,16 +141,17 @@ class Allocator:
         if self.free.count:
             if spare > 0:
                 return self.free.take(limit)
-            outside_slots = self.free.take_outside_slots()
-            if outside_slots is not None:
-                return outside_slots, 1
+            cluster = self.free.take_outside_slots()
+            if cluster is not None:
+                return cluster, 1
         # Past `end`, a slot begins only at a cluster n for which n + alignment is a multiple of
         # the length of a table (`_slots_past`).  So a new cluster below the next such n costs no
         # slot.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too
-        # few for a table.  The skipped clusters below become free, and stay reserved for tables.
+        # few for a table.  The clusters from `end` up to this part are skipped: they become free,
+        # and stay reserved for tables.
         top = max(end, bound - (bound + self.free.alignment) % self.free.table_clusters)
         if top < bound:
             self._skip_to(top)
@@ -173,7 +174,8 @@ class Allocator:
         """Choose the clusters of a new table.
 
         Returns:
-            The first of the clusters; None if no run up to the bound is long enough.
+            The first of the clusters; None if no run of free or new clusters up to the bound is
+            long enough.
         """
         found = self.free.take_slot()
         if found is not None:
@@ -252,16 +254,17 @@ class Allocator:
         self._record_change(first, count)
 
     def free_block(self, block: int, bits: int) -> None:
-        """Free the clusters of a block whose bits are set in ``bits``; they leave the quarantine.
+        """Free the clusters of a block whose bits are set in ``bits``.
 
-        Neither an entry nor a request may refer to the clusters.  The scan must have ended,
-        because this method does not record the change in `Marking`.
+        The clusters come from the quarantine, so neither an entry nor a request may refer to
+        them.  The scan must have ended, because this method does not record the change in
+        `Marking`.
         """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
 
     def lower_end(self) -> None:
-        """Lower `end` to the end of the last cluster that is not free, if that is lower."""
+        """Lower `end` past the free clusters directly below it, if there are any."""
         end = self.end >> self._bits
         count = self.free.count_below(end)
         if count:
@@ -290,7 +293,7 @@ class Allocator:
         self.tail_is_free = True
 
     def note_tail_cut(self, length: int) -> None:
-        """Note that the file was cut to ``length`` bytes, so it reads as zeros where it grows."""
+        """Note that the file was cut to ``length`` bytes, so clusters past it read as zeros."""
         self._written_end = length
 
     # Results of the scan
@@ -305,10 +308,10 @@ class Allocator:
         self.maybe_holes.add_block(block, bits & ~holes)
 
     def finish_scan(self, *, all_holes: bool = False) -> None:
-        """Note that the scan has ended, and so has added all free clusters that it found.
+        """Note that the scan has ended, after it has added all free clusters that it found.
 
-        If ``all_holes`` is True, the scan assumes that all of them are holes of the host's
-        file, so `Reclaim` does not punch them.
+        If ``all_holes`` is True, the scan assumes that all these clusters are holes of the
+        host's file, so `Reclaim` does not punch them.
         """
         if all_holes:
             self.maybe_holes = self.free.empty_like()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
-"""A write-back before the file grows is worth it if more bytes are in quarantine than the
+"""A write-back before the file grows is worthwhile if more bytes are in quarantine than the
 length of the file divided by ``_WORTH_DIVISOR``; the two other values limit that quotient."""
 
 
@@ -55,7 +55,7 @@ class DirectReclaim:
 
     @property
     def _worth_bytes(self) -> int:
-        """The number of bytes in quarantine above which a write-back is worth it."""
+        """The number of bytes in quarantine above which a write-back is worthwhile."""
         share = self._allocator.end // _WORTH_DIVISOR
         return max(_MIN_WORTH_BYTES, min(_MAX_WORTH_BYTES, share))
 

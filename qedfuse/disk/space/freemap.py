@@ -6,7 +6,8 @@ without a free cluster takes no memory.  Finding, taking or adding a run within 
 a few operations on its integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  For slots, a run that crosses the border of a block counts as two runs.
+tables fit into it.  For slots, a run that crosses the border of a block counts as one run in each
+block.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class FreeMap:
         return self._blocks.get(block, 0)
 
     def remove(self, first: int, count: int) -> None:
-        """Remove a run of clusters from the map; some of them may not be free."""
+        """Remove a run of clusters from the map; those that are not free do not matter."""
         for block, mask in self._split(first, count):
             old = self._blocks.get(block, 0)
             if old & mask:
@@ -208,7 +209,7 @@ class FreeMap:
         return first, count
 
     def take_outside_slots(self) -> int | None:
-        """Remove and return the lowest cluster whose removal costs no slot; None without one."""
+        """Remove and return the lowest cluster whose removal costs no slot; None if none is."""
         for first, count in self._block_runs():
             if count % self.table_clusters:
                 self.remove(first, 1)

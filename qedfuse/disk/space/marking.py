@@ -45,7 +45,9 @@ class Marking:
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
         self._marked_duplicates = 0  # found since `restart`
-        self._dropped_twice = 0  # references that will not be found again
+        # Lost references to clusters that had lost another reference before.  A walk that is
+        # restarted does not find them, so `restart` does not reset this number.
+        self._dropped_twice = 0
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0
@@ -78,8 +80,8 @@ class Marking:
 
         The caller must mark the slices in ascending order of their file offsets.
         """
-        # Ignore clusters past the end that the file had when the scan began: they were
-        # added since, and the scan looks only for clusters that were free then.
+        # Ignore clusters past the end that the file had when the scan began.  They were added
+        # since, and the scan looks only for clusters that were free when it began.
         clusters = clusters[clusters < self.owners.clusters]
         # A cluster that had an owner when the scan began is not handed out again before the
         # scan ends.  So a second reference to it means that two owners claim the cluster.
@@ -96,8 +98,9 @@ class Marking:
 
         ``dropped_by`` is the file offset of the slice that held the references.  If the walk
         has not marked that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead.  If a cluster had been marked before, it has two
-        owners, and counts as a duplicate.  So does a cluster that had lost another reference.
+        method marks the clusters instead.  A cluster that was marked already has two owners, and
+        counts as a duplicate.  A cluster that had already lost another reference since `begin`
+        also counts as a duplicate.
         """
         if not self.active:
             return

@@ -31,8 +31,9 @@ MAX_LISTED_CLUSTERS: Final = 1 << 24
 and as much again while they are sorted."""
 
 _FULL_BYTE: Final = 0xFF
-_CHUNK_BYTES: Final = 1 << 16
-"""Maximum bytes of the bitmap, or numbers of an array, that are examined in one step."""
+_ITEMS_PER_STEP: Final = 1 << 16
+"""Maximum number of items that are examined in one step: bytes of the bitmap, or numbers of a
+sorted array."""
 
 
 class OwnerBitmap:
@@ -95,7 +96,7 @@ class OwnerBitmap:
         bits = len(clusters).bit_length()
         if self.clusters.bit_length() + bits > 64:  # noqa: PLR2004  bits of an entry
             return np.argsort(clusters, kind="stable")
-        # Cluster and index in one word: sorting words is three times as fast as argsort.
+        # Sort words that consist of cluster and index, which is three times as fast as argsort.
         words = clusters << np.uint64(bits) | np.arange(len(clusters), dtype=np.uint64)
         words.sort()
         return (words & np.uint64((1 << bits) - 1)).astype(np.intp)
@@ -159,8 +160,8 @@ class OwnerBitmap:
         if begin * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
-        for start in range(begin, end, _CHUNK_BYTES):
-            part = self._map[start : min(end, start + _CHUNK_BYTES)]
+        for start in range(begin, end, _ITEMS_PER_STEP):
+            part = self._map[start : min(end, start + _ITEMS_PER_STEP)]
             if part.any():
                 self.count -= int(np.unpackbits(part).sum())
         self._map[begin:end] = _FULL_BYTE
@@ -209,8 +210,8 @@ class OwnerBitmap:
         """Return the number of the last cluster with an owner, plus 1; 0 if none has an owner."""
         if self._map is None:
             return max((int(owned[-1]) + 1 for owned in self._sorted), default=0)
-        for start in range(len(self._map) - 1 & -_CHUNK_BYTES, -1, -_CHUNK_BYTES):
-            owned = np.flatnonzero(self._map[start : start + _CHUNK_BYTES])
+        for start in range(len(self._map) - 1 & -_ITEMS_PER_STEP, -1, -_ITEMS_PER_STEP):
+            owned = np.flatnonzero(self._map[start : start + _ITEMS_PER_STEP])
             if len(owned):
                 last = start + int(owned[-1])
                 return 8 * last + int(self._map[last]).bit_length()
@@ -221,8 +222,8 @@ class OwnerBitmap:
         if self._map is None:
             yield from self._gaps(end)
             return
-        for start in range(0, -(-end // 8), _CHUNK_BYTES):
-            part = self._map[start : start + _CHUNK_BYTES]
+        for start in range(0, -(-end // 8), _ITEMS_PER_STEP):
+            part = self._map[start : start + _ITEMS_PER_STEP]
             length = min(8 * len(part), end - 8 * start)
             if not part.any():
                 yield 8 * start, length
@@ -239,8 +240,8 @@ class OwnerBitmap:
         owned = owned[: int(np.searchsorted(owned, np.uint64(end))) + 1]
         if owned[0]:
             yield 0, int(owned[0])
-        for start in range(0, len(owned), _CHUNK_BYTES):
-            part = owned[start : start + _CHUNK_BYTES + 1]
+        for start in range(0, len(owned), _ITEMS_PER_STEP):
+            part = owned[start : start + _ITEMS_PER_STEP + 1]
             for index in np.flatnonzero(np.diff(part) > 1).tolist():
                 first = int(part[index]) + 1
                 yield first, int(part[index + 1]) - first

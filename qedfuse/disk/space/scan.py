@@ -61,10 +61,11 @@ class ScanStatistics:
     """How far the scan is.
 
     Attributes:
-        state: ``postponed`` until a table is about to change; ``waiting`` or ``running``;
-            ``complete`` if all free clusters are known, or ``failed`` if they will never be known.
+        state: ``postponed`` until a table is about to change; ``waiting`` before the walk begins;
+            ``running`` during the walk; ``complete`` if the walk has read all tables, whether or
+            not it found damage; or ``failed`` if it could not read them.
         tables: Number of L2 tables to scan.
-        scanned_tables: Number of those that the walk has passed.
+        scanned_tables: Number of those that the walk has passed or skipped as holes.
         loaded_slices: Number of slices of tables that the walk has loaded into memory.
     """
 
@@ -78,8 +79,8 @@ class Scan:
     """The one scan of an open image.
 
     Attributes:
-        finished: Set when the scan has ended: the free clusters are known, or, if the tables
-            cannot be read or the image is damaged, will never be known.
+        finished: Set when the scan has ended.  Then the free clusters are known or, if the tables
+            could not be read or the image is damaged, will not become known.
     """
 
     def __init__(

@@ -55,8 +55,9 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.
 
-        Returns None also if the chosen run has fewer clusters, even if a longer run is free.
-        After None, nothing has been handed out.
+        Returns None also if the file would grow although clusters are worth reclaiming first,
+        and if the chosen run has fewer clusters, even if a longer run is free.  After None,
+        nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -122,10 +123,13 @@ class SpaceManager:
         )
 
     async def allocate_lowest(self, clusters: int) -> Run | None:
-        """Hand out the lowest free run of up to ``clusters`` clusters; None if nothing is free.
+        """Hand out the lowest free run, or only its first ``clusters`` clusters.
+
+        Returns:
+            The run; None if no cluster is free.
 
         Raises:
-            HostError: The host refused to grow the file.
+            HostError: The host refused to grow the file, or is full (NoSpaceError).
         """
         found = self._free.take(clusters)
         return found and await self._hand_out_and_grow(*found)

@@ -2,7 +2,7 @@
 
 At any moment the header must name the old base or the new one, in full.  A disk writes a
 sector whole or not at all, so the name changes when the sector with the header is written.
-Everything that the header points to in other sectors must be durable before that.
+Everything that the header points to in other sectors must be durable before that write.
 
 A short name lies directly behind the header, in the same sector, so one write changes the
 header and the name.  If the old name began at the same offset and was longer, its remaining
@@ -35,7 +35,7 @@ MAX_SHORT_NAME_BYTES: Final = SECTOR - HEADER_BYTES
 """Maximum length in bytes of a name that fits into the sector of the header."""
 
 LONG_NAME_OFFSETS: Final = (512, 1536, 2560)
-"""File offsets of the slots for longer names, of at most 1023 bytes: 1024 bytes apart."""
+"""File offsets of the slots for longer names.  A name has at most 1023 bytes, and a slot 1024."""
 
 _NAME_FEATURES: Final = int(Feature.BACKING_FILE | Feature.BACKING_FORMAT_NO_PROBE)
 
@@ -55,13 +55,13 @@ async def change_backing_name(
     forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
-        HostError: The host refused.  The image still names the old base, with this exception:
-            if the host refused the new header or its datasync, the old header is written again.
-            The image may name the new base nevertheless: if this second write fails as well, or
-            if the power fails before the next datasync.
+        HostError: The host refused.  In most cases the image still names the old base.  But if
+            the host refused the new header or its datasync, the file may have the new header, so
+            the old header is written again.  If this second write fails as well, or the power
+            fails before the next datasync, the image may name the new base.
     """
-    # The caller has written the content that the image needs with its new base.  That content
-    # must be durable before the name is.
+    # The caller has written the content that the image needs with its new base.  This content
+    # must be durable before the header names the new base.
     await flusher.flush()
     old = header_store.value
     offset, trailer = (HEADER_BYTES, name) if name else (0, b"")
@@ -88,7 +88,7 @@ async def change_backing_name(
 
 
 def _unused_slot(header: Header) -> int:
-    """Return the file offset of the first slot that the present backing file name leaves free."""
+    """Return the file offset of the first slot that the present backing file name leaves unused."""
     if not header.has_backing:
         return LONG_NAME_OFFSETS[0]
     start = header.backing_filename_offset

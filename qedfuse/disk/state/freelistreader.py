@@ -112,8 +112,9 @@ class _Reader:
             HostError: The host cannot read the file.
         """
         if self._header.need_check:
-            # A list is written only while NEED_CHECK is clear.  So a program has changed the
-            # image after the list was written, and clusters in the list may be in use now.
+            # A list is written only while NEED_CHECK is clear.  So a program has set the bit
+            # after the list was written.  It may have changed the tables, and clusters in the
+            # list may be in use now.
             refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
         if backing_name_covers_descriptor(self._header):
             refuse("descriptor", "the backing file name in its bytes", "no overlap")
@@ -184,7 +185,7 @@ class _Reader:
     def _check_offset(self, offset: int, previous_offset: int) -> None:
         """Validate the file offset of a list cluster.
 
-        ``previous_offset`` is that of the previous list cluster, 0 for the first one.
+        ``previous_offset`` is the offset of the previous list cluster, 0 for the first one.
 
         Raises:
             BadListError: The offset is not a cluster boundary, lies outside the file or inside

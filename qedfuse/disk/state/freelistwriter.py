@@ -68,8 +68,8 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if the sector of the descriptor holds anything but a descriptor or zeros.
 
-    If the header's bit says that the image has a list, the bytes in the sector are not examined,
-    and only the backing file name is refused.
+    If the header's bit says that the image has a list, the bytes in the sector are not examined:
+    then this function only refuses a backing file name that lies in the sector.
 
     Raises:
         UsageError: The backing file name or unknown bytes lie in the sector.
@@ -93,13 +93,12 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
 async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     """Write a list and its descriptor.
 
-    The caller must set the header's bit for the list only after a datasync that covers all these
-    writes.  The order among these writes does not matter, because no program reads the list while
-    the bit is clear.
+    The caller must set the header's bit for the list only after a datasync that covers all writes
+    of this function.  The order of these writes does not matter, because no program reads the list
+    while the bit is clear.
 
-    The list does not make the file longer, because it lies in the lowest free clusters.  There
-    are always enough free clusters: each run has at least one, and a list cluster holds many
-    runs.
+    The list does not make the file longer, because it lies in the lowest free clusters.  They
+    are always enough: each run has at least one cluster, and a list cluster holds many runs.
 
     Args:
         file: The image, which must end where its last cluster in use ends.
@@ -136,9 +135,9 @@ def _lowest(runs: Runs, count: int) -> NDArray[np.uint64]:
 async def erase_descriptor(file: HostFile, header: Header) -> None:
     """Overwrite the descriptor of an invalid list with zeros, as an additional safeguard.
 
-    A crash may lose this write.  Even then the old descriptor is never used again, provided
-    that all programs set the header's bit only after a datasync that covers a new descriptor.
-    The function does nothing if the backing file name overlaps the descriptor.
+    A crash may lose this write.  The old descriptor is not used again even then, provided that
+    all programs set the header's bit only after a datasync that covers a new descriptor.
+    Does nothing if the backing file name overlaps the descriptor.
 
     Raises:
         HostError: The host refused.

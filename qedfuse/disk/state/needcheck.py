@@ -100,8 +100,8 @@ class NeedCheck:
     async def clear(self) -> bool:
         """Make everything durable, then clear the bit; return whether the bit is clear now.
 
-        The bit stays set if the image is damaged, or if tables are changed before the bit
-        could be cleared.  The cleared bit has been written but is not durable: the next flush
+        The bit stays set if the image is damaged, or if a table is being changed or was changed
+        during the call.  The cleared bit has been written but is not durable: the next flush
         makes it durable.
 
         Raises:
@@ -141,9 +141,9 @@ class NeedCheck:
     async def run(self) -> None:
         """Clear the bit when the tables have not changed for ``delay`` seconds; a background task.
 
-        Ends when the image is found damaged or the disk has become read-only.  An error is
-        not raised but logged, and the clearing is tried again after the delay.  An error that
-        equals the previous one is not logged again.
+        Ends when damage is found while the bit is set, or when the disk has become read-only.
+        An error is not raised but logged, and the clearing is tried again after the delay.  An
+        error that equals the previous one is not logged again.
         """
         last_logged = ""
         while True:

@@ -97,7 +97,8 @@ class PersistentFreeList:
 
         Raises:
             UsageError: A list is requested, but the bytes for its descriptor are in use.
-            HostError: The host refused to read those bytes, or to make the list invalid.
+            HostError: The host refused to read the bytes for the descriptor, or to make the list
+                invalid.
         """
         header = self._header_store.value
         if self._option == "on":
@@ -138,27 +139,27 @@ class PersistentFreeList:
         Nothing is written if no list is wanted, if the list in the file is still valid, or if the
         state of the image does not allow a list (`_at_rest`).  If tables have changed, a new list
         is necessary (`_free_runs`).  It is not written if not all free clusters are known, if no
-        cluster is free, or if there are too many.  If the list cannot be written, a warning is
-        logged; the image is sound without a list, and the next open scans.
+        cluster is free, or if there are too many free clusters or runs.  If writing fails, a
+        warning is logged; the image is sound without a list, and the next open scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.
         """
         if not self.wanted or self._eraser.has_descriptor or not self._at_rest():
             return
-        unchanged = self._found if self._scan.is_postponed else None
-        runs = None if unchanged else self._free_runs()
-        if not unchanged and runs is None:
+        unchanged_list = self._found if self._scan.is_postponed else None
+        runs = None if unchanged_list else self._free_runs()
+        if not unchanged_list and runs is None:
             return
         await self._guard.prepare_write()
         try:
             await refuse_occupied_descriptor(self._file, self._header_store.value)
-            if unchanged:
+            if unchanged_list:
                 # Only the descriptor was erased, so the clusters that hold the list still
                 # have their content, and the old descriptor suffices.  A new list cannot be
                 # written, because without a scan the allocator does not know the free
                 # clusters.
-                await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged.descriptor)
+                await self._file.pwrite(DESCRIPTOR_OFFSET, unchanged_list.descriptor)
             elif runs is not None:
                 await write_list(self._file, self._header_store.value, runs)
         except QedError as error:
@@ -188,9 +189,10 @@ class PersistentFreeList:
         )
 
     def _free_runs(self) -> Runs | None:
-        """Return all runs of free clusters, if all are known and there are not too many.
+        """Return all runs of free clusters.
 
-        Returns None in all other cases, for example if no cluster is free.
+        Returns None if not all free clusters are known, if no cluster is free, or if there are
+        too many free clusters or runs.
         """
         allocator = self._allocator
         if (
