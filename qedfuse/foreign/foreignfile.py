@@ -50,7 +50,7 @@ class ForeignFile(ReadOnlyFile):
         graph: Graph,
         local: LocalReads,
     ) -> None:
-        """Make the file of ``disk``; its `close` closes all other arguments, and ends qemu-nbd.
+        """Make the file; its `close` closes the objects that are passed, and ends qemu-nbd.
 
         Args:
             image: The file of the image.

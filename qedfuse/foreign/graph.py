@@ -168,7 +168,7 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
 
 
 def _inherited_path(graph: Graph) -> str:
-    """Return the path of the descriptor by which QEMU inherits the last of ``graph.files``."""
+    """Return the path by which QEMU opens the last of ``graph.files``, an inherited descriptor."""
     return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
 
 

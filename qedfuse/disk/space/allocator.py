@@ -77,7 +77,7 @@ class Allocator:
         free: Clusters below ``end`` that may be handed out.
         unpunched: Free clusters that may take up space on the host, because they were in
             use in this session, or were skipped when `end` rose.  `Reclaim` punches them
-            without asking the host.
+            without asking the host whether they are holes already.
         maybe_holes: Free clusters that the scan found, except those that it assumes to be
             holes of the host's file (`adopt_block`, `finish_scan`).  Many of the others are
             holes, too, so `Reclaim` asks the host before it punches them.

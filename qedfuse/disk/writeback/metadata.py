@@ -92,7 +92,8 @@ class MetadataWriteback:
         # `_durable_changes` of them are known to be durable.
         self._changes = 0
         self._durable_changes = 0
-        # `_waiting` is the cycle that begins next, which callers may still join.
+        # `_running` is the cycle that runs now; `_waiting` is the next one, which callers can still
+        # join.
         self._running: _Cycle | None = None
         self._waiting: _Cycle | None = None
         self._activity = trio.Event()
@@ -101,7 +102,7 @@ class MetadataWriteback:
         self.failure: HostError | None = None
 
     def note_write(self) -> None:
-        """Note that the file, or a table in memory, was changed, so that a cycle has to run."""
+        """Note that the file, or a table in memory, was changed, and that a cycle must follow."""
         self._changes += 1
         self._activity.set()
 
@@ -154,8 +155,9 @@ class MetadataWriteback:
 
         Returns True if one datasync in the event loop suffices and succeeds, or if nothing was
         written since the last successful cycle began.  Returns False if a table must be written,
-        if a cycle is running, if the datasync might take long, or if the host refuses.  After
-        False the caller must use `write_back`, which raises the host's error.
+        if a cycle is running or waiting, if the datasync might take long, or if the host refuses,
+        which makes the disk read-only.  After False the caller must use `write_back`, which raises
+        the host's error.
         """
         if (
             self.failure is not None
@@ -166,8 +168,8 @@ class MetadataWriteback:
             return False
         if self._changes == self._durable_changes:
             return True
-        # The rest of this method is a cycle without tables (see `_cycle`).  It awaits nothing, so
-        # the counter and what the observer notes describe the same moment.
+        # The rest of this method is a cycle without tables.  It awaits nothing, so the counter and
+        # what the observer notes describe the same moment: see `_cycle`.
         try:
             if not self._file.try_datasync():
                 return False
