@@ -16,7 +16,7 @@
     │   ├── UnsupportedError      ENOTSUP  14  unknown incompatible feature bits
     │   ├── CorruptImageError     EIO      13  the tables contradict themselves or the file
     │   └── NeedsCheckError       EIO      15  the image must be checked first, and was not
-    ├── ImageInUseError           EBUSY    16  the image is in use, or was replaced meanwhile
+    ├── ImageInUseError           EBUSY    16  the image is in use, or another process replaced it
     ├── BackingError              ENOENT   17  a backing file cannot be used
     │   └── BackingRefusedError   EPERM    17  ... because its name or the policy forbids it
     ├── MountpointError           EBUSY    18  the mountpoint is missing, busy, stale or ambiguous
@@ -131,7 +131,8 @@ class RemoteError(HostError):
     """A server cannot be reached, refuses, or does not serve a file in the way that is needed.
 
     Attributes:
-        is_logged: Whether the log has the cause, so that the request that fails need not log it.
+        is_logged: Whether a request that fails with this error need not log it.  In most cases the
+            log has the cause already.
     """
 
     exit_code = 22
@@ -152,7 +153,8 @@ class ForeignError(HostError):
     """An image in another of QEMU's formats cannot be served, because QEMU is missing or fails.
 
     Attributes:
-        is_logged: Whether the log has the cause, so that the request that fails need not log it.
+        is_logged: Whether the log has the cause already, so that a request that fails with this
+            error need not log it.
     """
 
     exit_code = 25
@@ -224,7 +226,7 @@ class ImageInUseError(QedError):
 
 
 class BackingError(QedError):
-    """A backing file is missing, not open or of the wrong kind, or the chain is invalid.
+    """A backing file is missing, not open, of the wrong kind or changed, or the chain is invalid.
 
     A chain is invalid if it is a loop, is too long, or lacks a file that the user named.
     """

@@ -23,7 +23,7 @@ BackingFormat: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class BackingPolicy:
-    """Which backing files an image may use; docs/security.md explains why this is limited.
+    """Which backing files an image may use; docs/security.md explains why not all.
 
     Attributes:
         mode: ``confined`` allows bases inside the directory of the image that names them, or

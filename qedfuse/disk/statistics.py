@@ -33,7 +33,8 @@ class FileStatistics:
             do not count, nor do reads of a mounted disk that the kernel answers by itself.
         uncached_reads: How many reads, including those of tables, have waited because the host's
             page cache did not have the data; None if this is not counted for the file.
-        server: What was fetched from the server of the file; None if that is not counted.
+        server: What was fetched from the server of the file; None if the file has no server, or if
+            the fetches are not counted.
     """
 
     name: str

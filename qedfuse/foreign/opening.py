@@ -101,7 +101,7 @@ class ForeignOpening:
         """Return a new connection to the program.
 
         Raises:
-            ForeignError: The program has ended, so that no later attempt can succeed.
+            ForeignError: The program has ended, so no later attempt can succeed.
             OSError: The host refused.
         """
         if self._server.has_ended():

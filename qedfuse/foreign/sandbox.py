@@ -61,7 +61,7 @@ def launch_command(
     """Return the command that starts ``program`` with the right to read only the given files.
 
     The kernel kills the program when the thread that has started the command ends.  If the kernel
-    has no Landlock, the program may read all files of the user.
+    has no Landlock, the program can read all files of the user.
 
     Args:
         program: The program's absolute path and its arguments.

@@ -45,7 +45,7 @@ class TableCompaction:
         """Return a dictionary from the first cluster of each L2 table to its L1 index.
 
         The caller must ensure that no slice is dirty, because the entries of a dirty slice
-        would be missed if the file still has a hole there.
+        would be missed if the file still has a hole in place of the slice.
 
         Raises:
             HostError: The host refused.

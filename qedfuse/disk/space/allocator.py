@@ -5,8 +5,8 @@ The file never needs to be longer than its *bound*: header, L1 table, as many L2
 size of the disk requires, and one cluster for each cluster of the disk.
 
 It is not enough that data leaves as many free clusters as the missing tables need, because a table
-needs neighbouring clusters.  A guest could leave only single free clusters, so that a new table
-goes to the end of the file.  If a crash loses the table, and the guest fills the clusters of the
+needs neighbouring clusters.  A guest could leave only single free clusters.  Then a new table goes
+to the end of the file.  If a crash loses the table, and the guest fills the clusters of the
 lost table with data, the next table goes to the end again, and so on.  Therefore data must leave
 enough *table slots* (runs of free clusters as long as a table: `FreeMap`) for all missing tables
 (proof in docs/space.md):
@@ -70,8 +70,8 @@ class Allocator:
             crosses a border.
         bound: File offset that `end` does not exceed, with four exceptions.  The image had more
             clusters in use at opening than its disk can need.  Another program has scattered
-            the image's free clusters.  The scan has failed or found damage, so that clusters
-            that lose their reference may never become free.  Compaction moves tables.
+            the image's free clusters.  The scan has failed or found damage, so some clusters
+            that lose their reference never become free.  Compaction moves tables.
         end: File offset at or past which no cluster is in use or in `free`; new clusters begin
             here.
         free: Clusters below ``end`` that may be handed out.
@@ -248,7 +248,7 @@ class Allocator:
         self.lower_end()
 
     def free_run(self, first: int, count: int) -> None:
-        """Make a run of clusters free; neither an entry nor a request may refer to them."""
+        """Make a run of clusters free, to which neither an entry nor a request refers."""
         self.free.add(first, count)
         self.unpunched.add(first, count)
         self._record_change(first, count)
@@ -256,9 +256,8 @@ class Allocator:
     def free_block(self, block: int, bits: int) -> None:
         """Free the clusters of a block whose bits are set in ``bits``.
 
-        The clusters come from the quarantine, so neither an entry nor a request may refer to
-        them.  The scan must have ended, because this method does not record the change in
-        `Marking`.
+        The clusters come from the quarantine, so neither an entry nor a request refers to them.
+        The scan must have ended, because this method does not record the change in `Marking`.
         """
         self.free.add_block(block, bits)
         self.unpunched.add_block(block, bits)
@@ -275,7 +274,7 @@ class Allocator:
     def shrink(self, end: int) -> None:
         """Lower `end` to a file offset, unless it is lower already.
 
-        Past the new `end` no cluster may be in use or in `free`.
+        The caller must ensure that no cluster past the new `end` is in use or in `free`.
         """
         if end < self.end:
             self._written_end = max(self._written_end, self.end)
@@ -301,8 +300,9 @@ class Allocator:
     def adopt_block(self, block: int, bits: int, holes: int = 0) -> None:
         """Free the clusters of a block whose bits are set in ``bits``; the scan has found them.
 
-        No entry may refer to the clusters.  `Reclaim` does not punch the clusters with a bit
-        set in ``holes``, because the scan assumes that they are holes of the host's file.
+        The caller must ensure that no entry refers to the clusters.  `Reclaim` does not punch
+        the clusters with a bit set in ``holes``, because the scan assumes that they are holes
+        of the host's file.
         """
         self.free.add_block(block, bits)
         self.maybe_holes.add_block(block, bits & ~holes)

@@ -108,8 +108,8 @@ class DirectReclaim:
         requests of the epoch have ended, and the caller would wait for itself.
 
         Returns:
-            Whether clusters may have become free, so that the caller should try again; other
-            tasks may have taken them already.  False if waiting longer frees nothing.
+            True if clusters may have become free.  Then the caller should try again, even though
+            other tasks may have taken these clusters.  False if waiting longer frees nothing.
 
         Raises:
             HostError: The tables could not be written back.

@@ -302,7 +302,8 @@ class FreeMap:
         A run ends at the border of a block.
 
         Returns:
-            The first cluster and the number of removed clusters; None if none is free there.
+            The first cluster and the number of removed clusters; None if no cluster at or past
+            ``start`` is free.
         """
         block, bit = divmod(start + self.alignment, BLOCK_CLUSTERS)
         for candidate in sorted(number for number in self._blocks if number >= block):

@@ -178,7 +178,7 @@ class Reclaim:
 
     @property
     def has_untrusted(self) -> bool:
-        """Whether `distrust_below` was called, so that some clusters are never freed."""
+        """Whether `distrust_below` was called, which keeps some clusters from being freed."""
         return self._untrusted_end > 0
 
     def wake_if_pending(self) -> None:
@@ -196,9 +196,9 @@ class Reclaim:
     async def run(self, max_runs: int | None = MAX_RUNS_PER_FLUSH) -> None:
         """Free clusters of the quarantine, cut off the file's free end, and punch free clusters.
 
-        Frees only clusters that may be used again by now.  Punches at most ``max_runs`` runs,
-        or all if ``max_runs`` is None.  Does nothing before the scan has ended, or if the scan
-        could not read the tables.
+        Frees only clusters that need not stay in quarantine any longer.  Punches at most
+        ``max_runs`` runs, or all if ``max_runs`` is None.  Does nothing before the scan has
+        ended, or if the scan could not read the tables.
 
         If the host refuses to cut or to punch, the file takes up more space than necessary,
         and nothing else is wrong.  So a HostError is logged, only the first time, and not
@@ -207,8 +207,8 @@ class Reclaim:
         Raises:
             ReadOnlyError: Space could be returned to the host, but the disk has become read-only.
         """
-        # Until the scan has ended, a cluster that lost one reference may have a second one, so
-        # it must not be freed.
+        # Until the scan has ended, a cluster that lost one reference could have a second one, so
+        # no cluster must be freed.
         if not self._allocator.scan_complete:
             return
         async with self._lock:
@@ -231,7 +231,7 @@ class Reclaim:
                     log.warning("%s (while returning space to the host)", error)
 
     def _trusted_bits(self, block: int) -> int:
-        """Return which clusters of a block of a `FreeMap` `run` may free, as a mask of bits.
+        """Return a mask of the clusters of a block that `run` is allowed to free.
 
         The mask is a negative number: all bits from the first trusted cluster on are set.
         """

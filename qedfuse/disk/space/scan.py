@@ -126,7 +126,7 @@ class Scan:
 
     @property
     def is_short(self) -> bool:
-        """Whether the scan takes only some milliseconds, so that a write may wait for it."""
+        """Whether the scan takes only some milliseconds, short enough for a write to wait."""
         return len(self._layer.l2_tables) * self._layer.geometry.table_bytes <= _SHORT_SCAN_BYTES
 
     @property

@@ -137,8 +137,8 @@ class SpaceManager:
     async def allocate_from(self, first: int, clusters: int) -> Run:
         """Hand out a run of at most ``clusters`` clusters at or past the cluster ``first``.
 
-        The run is the lowest free one there.  If no cluster is free there, the run lies at the
-        end of the file, even past the file's bound.
+        The run is the lowest free one.  If no cluster at or past ``first`` is free, the run lies
+        at the end of the file, even past the file's bound.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -166,8 +166,8 @@ class SpaceManager:
         # same clusters.
         self._hand_out(run)
         try:
-            # The file may have to grow for clusters from the free map, too: a run for which the
-            # file could not grow has become free, and lies past the end of the file.
+            # The file may have to grow even for clusters that were free: after an attempt to grow
+            # has failed, the clusters for which it was made are free, and lie past the file's end.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)

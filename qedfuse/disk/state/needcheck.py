@@ -120,7 +120,7 @@ class NeedCheck:
             return not self._header_store.value.need_check
         # No change is under way, so no request is allocating, and the file can be cut off past
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
-        # clusters there are only leaked.
+        # clusters past the last one in use are only leaked.
         await self._length.truncate_tail()
         # During the cut tables may have changed, or damage may have been found, so `only_if` checks
         # both.  No other task runs between this check and the beginning of the header write.
