@@ -35,7 +35,7 @@ class DirectReads:
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
-        """Read from the export of ``server``, which has ``size`` bytes.
+        """Prepare to read from the export of ``server``.
 
         Args:
             server: The process; the constructor makes no connection.
@@ -50,7 +50,7 @@ class DirectReads:
         self._free: deque[socket.socket] = deque()
         self._all: set[socket.socket] = set()
         self._is_closed = False
-        self._may_connect = True
+        self._should_connect = True  # when a read finds no connection
 
     def try_start(
         self,
@@ -99,8 +99,8 @@ class DirectReads:
         After all connections have been lost, the thread is started once more.
         """
         with self._lock:
-            may_connect, self._may_connect = self._may_connect, False
-        if may_connect:
+            should_connect, self._should_connect = self._should_connect, False
+        if should_connect:
             threading.Thread(target=self._make_connections, name="qedfuse nbd", daemon=True).start()
 
     def _make_connections(self) -> None:
@@ -137,7 +137,7 @@ class DirectReads:
                 self._free.appendleft(connection)
             else:
                 self._drop(connection)
-                self._may_connect = not self._all and not self._is_closed
+                self._should_connect = not self._all and not self._is_closed
         ended(result)
 
     def _drop(self, connection: socket.socket) -> None:

@@ -106,7 +106,7 @@ class Scan:
         self.finished = trio.Event()
 
     def begin(self) -> None:
-        """Note which tables and clusters the image has, and start recording its changes."""
+        """Note which tables the image has and where its file ends; start recording its changes."""
         self._tables = self._layer.l2_tables
         self._has_bad_entries = self._layer.damaged
         self._end_at_begin = self._allocator.end
