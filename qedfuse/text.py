@@ -8,7 +8,7 @@ from typing import Final
 
 _UNDECODABLE: Final = range(0xDC80, 0xDD00)
 """The surrogates by which `os.fsdecode` represents bytes that are not valid UTF-8 (PEP 383)."""
-# Compiled when first used, because every program loads this module.
+# The expressions are compiled when first used, because every program loads this module.
 _USER: Final = r"(?<=://)[^\s/?]*@"
 """The user and the password in a URL."""
 _QUERY: Final = (
@@ -29,10 +29,10 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
     An empty name becomes two quotes, so that a reader sees it.  If all characters of the name are
-    printable, the name is returned unchanged.  Otherwise
-    control characters become ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.
-    Other unprintable characters and lone surrogates become ``\xNN``, ``\uNNNN`` or
-    ``\UNNNNNNNN``, the shortest that can express them.  Each backslash is doubled.
+    printable, the name is returned unchanged.  In any other name, control characters become
+    ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.  Other unprintable characters and
+    lone surrogates become ``\xNN``, ``\uNNNN`` or ``\UNNNNNNNN``, the shortest that can express
+    them, and each backslash is doubled.
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)
@@ -53,8 +53,8 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 def without_queries(message: str) -> str:
     """Return a message with ``...`` for the user and the query of each URL in it.
 
-    Either can be a secret.  Two queries are kept, because they are not secret: the version of an
-    object, and the query for an NBD server.
+    A user (with the password) and a query can be secrets.  Two kinds of queries are kept, because
+    they are not secret: the version of an object, and the query for an NBD server.
     """
     if "://" not in message:
         return message

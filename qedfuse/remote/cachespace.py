@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""After an eviction that has freed too little, the next one begins when reservations of this number
-of bytes in total were refused."""
+"""After an eviction that has freed too little, reservations are refused without another eviction,
+until the refused ones have this number of bytes in total."""
 _MAX_WAIT_SECONDS: Final = 2.0
-"""Maximum time that reservations wait for an eviction.  The removal of large entries can take more
-time, and a reader waits until its unit is stored."""
+"""For how long after the start of an eviction reservations wait for its end.  A reader waits until
+its unit is stored or refused, and the removal of large entries can take more time."""
 
 
 class CacheSpace:
@@ -37,7 +37,9 @@ class CacheSpace:
         self._free = 0  # bytes that may be reserved
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
-        self._refused = _RETRY_BYTES  # bytes that were refused since the last eviction
+        # Bytes that were refused since the last eviction; `_RETRY_BYTES` if none were refused, so
+        # that the next reservation without space starts an eviction.
+        self._refused = _RETRY_BYTES
         self._is_evicting = False
         self._wait_end = 0.0  # until when (time.monotonic) reservations wait
 

@@ -23,6 +23,7 @@ _STRONG_SECONDS: Final = 2.0
 """Minimum age of a Last-Modified time that identifies a version: a later change has a later time
 (RFC 9110, 8.8.2.2)."""
 _MAX_QUERIES: Final = 5
+"""Maximum number of further queries for a version whose validator does not identify it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,8 @@ class ClientOptions:
         redirect_prefixes: Prefixes to which a web server may redirect, besides its own host.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read, and are read again when a
-            server refuses them; None for no file.
+        credentials_file: The file from which ``credentials`` were read; it is read again when a
+            server refuses them.  None for no file.
     """
 
     connect_seconds: float = 5.0
@@ -147,7 +148,8 @@ class Client(Protocol):
         """Fetch adjacent parts of a version of the object with one request; yield each part.
 
         Each part is yielded as soon as it has arrived.  The time limit of an attempt applies to
-        each part, if the library for the server permits it, and otherwise to all of them together.
+        each part separately if the library for the server permits that.  With other libraries, the
+        limit applies to all parts together.
 
         Args:
             offset: The offset of the first part in the object.
@@ -169,8 +171,8 @@ def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Versio
 
     The time of the last change has a resolution of one second.  So if an object without a strong
     entity tag has just changed, it could change again within the same second, and the time would
-    stay the same.  In this case the version is queried again until the object has been unchanged
-    for two seconds.
+    stay the same.  The version of such an object is queried again until the object has been
+    unchanged for two seconds.
 
     Args:
         query: Asks the server; returns the version, and for how many seconds the object has been

@@ -22,9 +22,10 @@ def connect(connection: HTTPConnection, host: str) -> socket.socket:
     """Connect to ``host`` within the timeout of a connection of urllib3; return the socket.
 
     Raises:
-        NameResolutionError: The host has no address.
+        NameResolutionError: The lookup of the host found no address.
         ConnectTimeoutError: The name servers or all addresses did not answer in time.
-        NewConnectionError: No address accepts a connection.
+        NewConnectionError: No address accepts a connection, or no thread for the lookup can be
+            started.
     """
     seconds = float(connection.timeout or 0)
     end = time.monotonic() + seconds

@@ -28,16 +28,20 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _LONG_READ_BYTES: Final = 1 << 16
+"""Reads of at least this length from a plain socket fill their buffer with one system call."""
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
 class _TimedSocket(io.RawIOBase):
-    """The reading end of a socket, whose timeout at the beginning limits all reads together."""
+    """The reading end of a socket.
+
+    The timeout that the socket has at the beginning limits all reads together.
+    """
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
         self._sock = sock
         self._raw = raw
-        # A TLS socket returns one record at a time.
+        # A TLS socket returns one record at a time, so one call cannot fill a long buffer.
         self._is_plain = type(sock) is socket.socket
         seconds = sock.gettimeout()
         self._end = time.monotonic() + (math.inf if seconds is None else seconds)
@@ -62,14 +66,14 @@ class _TimedSocket(io.RawIOBase):
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
         """Fill ``buffer`` with one system call; return how many bytes were read.
 
-        The result is less than the length of the buffer only after the end of the response, or when
-        the time is over.  A call for each packet would take the GIL again each time.
+        The result is less than the length of the buffer only at the end of the response, or when
+        the time is over.  Calls that each return one packet would each have to take the GIL again.
 
         Raises:
             TimeoutError: No byte came within ``seconds``.
         """
         whole = int(seconds)
-        micros = max(1, int((seconds - whole) * 1e6))  # zero is no limit
+        micros = max(1, int((seconds - whole) * 1e6))  # zero would mean no limit
         # The kernel applies this timeout, to the call as a whole, only if the socket blocks.
         self._sock.settimeout(None)
         timeout = _TIMEVAL.pack(whole, micros)

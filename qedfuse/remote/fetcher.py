@@ -34,7 +34,8 @@ _MAX_FLIGHT_UNITS: Final = 4
 _MAX_REQUEST_FLIGHTS: Final = 4
 """Maximum number of flights in one request ahead of a long sequential reader: 4 MiB."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""With a window of this length, a request fetches several flights."""
+"""If the window (`ReadAhead`) has at least this number of units, a request may fetch several
+flights."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
@@ -51,7 +52,8 @@ class Fetcher:
         ready: See `UnitStore.ready`.
         zeros: See `UnitStore.zeros`.
         fetched_bytes: Number of bytes of the object that the server has sent.
-        requests: Number of requests that the server has answered with a range.
+        requests: Number of requests that the server has answered with a range.  A request that is
+            repeated for the rest of its units counts once.
         awaited_requests: Number of these requests for whose units a reader waited.
     """
 
@@ -61,7 +63,7 @@ class Fetcher:
         cache: UnitFile | None,
         evict: Callable[[int], int] | None = None,
     ) -> None:
-        """Fetch from ``source``; no thread is started yet.
+        """Make a fetcher for the object ``source``; no thread is started yet.
 
         Args:
             source: The object, which the fetcher closes.
@@ -88,7 +90,7 @@ class Fetcher:
         # The lock protects the following attributes.
         self._flights: dict[int, Flight] = {}  # the flight of each unit that has one
         self._wanted: set[Flight] = set()  # flights for which readers wait
-        self._last_wanted = -math.inf  # when the last of these flights has ended
+        self._last_wanted = -math.inf  # when a flight in `_wanted` has last ended
         self._readers = ReadAhead()
         self._markers: set[int] = set()  # the markers of `ReadAhead` that are being fetched
         self._held_back: set[int] = set()  # markers that were fetched, and made not ready
@@ -96,8 +98,9 @@ class Fetcher:
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
-        The caller must wait for the flights.  Then each unit is in the blocks of its flight, or is
-        ready.  If the reader is sequential, the fetch of what it will read next starts as well.
+        The caller must wait for the flights.  When they have ended, each unit is in the blocks of
+        its flight, or is ready.  If the reader is sequential, the fetch of what it will read next
+        starts as well.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -124,7 +127,10 @@ class Fetcher:
         return self._threads.is_closed
 
     def quiet_seconds(self) -> float:
-        """Return for how many seconds no reader has waited for a fetch; 0 if a reader waits now."""
+        """Return for how many seconds no reader has waited for a fetch.
+
+        The result is 0 if a reader waits now, and infinite if no reader has waited yet.
+        """
         with self._lock:
             return 0.0 if self._wanted else time.monotonic() - self._last_wanted
 
@@ -172,7 +178,7 @@ class Fetcher:
         self._store.discard()
 
     def close(self) -> None:
-        """End the threads, and all flights with an error; a second call does nothing.
+        """End the threads, and end all flights with an error; a second call does nothing.
 
         The call does not wait for a thread that waits for the server: the thread ends at its
         deadline.
@@ -323,9 +329,10 @@ class Fetcher:
                 self._finish(flights.popleft(), error)
 
     def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
-        """Return the units that one request must fetch for each of the first flights.
+        """Return the units that the next request must fetch: a range for each of its flights.
 
-        Returns an empty list if the first flight needs no request.
+        The request takes flights from the first one on, as long as their missing units are
+        adjacent.  Returns an empty list if the first flight needs no request.
         """
         parts: list[range] = []
         for flight in flights:
@@ -393,7 +400,7 @@ class Fetcher:
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
         """Remove a flight from the table of flights, and end it, with an error if one is given.
 
-        Markers that no reader waits for are made not ready.
+        Markers that no reader waits for are made not ready; see `ReadAhead.set_marker`.
         """
         with self._lock:
             for unit in range(flight.first, flight.last + 1):

@@ -1,8 +1,8 @@
 """The threads that fetch, and the queues of their work.
 
-These threads are not trio's, whose number is limited, so a slow server does not delay reads of
-local files.  At most 16 of the 20 threads fetch; the others only look up units in the cache, so
-cached units can be read while the server does not answer.
+They are separate from trio's threads, whose number is limited, so a slow server does not delay
+reads of local files.  At most 16 of at most 20 threads fetch at a time; the others only look up
+units in the cache, so cached units can be read while the server does not answer.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FetchThreads:
         fail: Callable[[Flight, HostError], None],
         become_idle: Callable[[], object],
     ) -> None:
-        """Start no thread yet.
+        """Begin without threads and with empty queues.
 
         Args:
             name: The name of the object for messages.
@@ -65,7 +65,7 @@ class FetchThreads:
             fetch: Fetches the units of adjacent flights, and removes each flight that it ends.
             fail: Ends a flight with an error, unless the flight has ended; called if a step raises
                 an exception.
-            become_idle: Called when the last thread has ended.
+            become_idle: Called by the last thread before it ends, with ``lock`` held.
         """
         self.lock = threading.Condition()
         self.is_closed = False
@@ -97,7 +97,7 @@ class FetchThreads:
         """Queue a flight that no reader waits for, to look up and fetch its units."""
         with self.lock:
             self._ahead.append(flight)
-            # A flight that continues another one is taken by the thread that takes the other one.
+            # The thread that takes a flight also takes the flights that continue it.
             if not flight.continues:
                 self._start_thread()
 
@@ -108,7 +108,7 @@ class FetchThreads:
             self.add_lookup(flight)
 
     def ensure_thread(self) -> None:
-        """Start a thread if flights are queued for which the host could not start one."""
+        """Wake or start a thread if flights are queued, in case an earlier start has failed."""
         with self.lock:
             if self._lookups or self._fetches or self._ahead:
                 self._start_thread()
@@ -199,7 +199,7 @@ class FetchThreads:
         fetching: int,
         prefetching: int,
     ) -> None:
-        """Run one step of flights; if the step raises any exception, end them with an error.
+        """Run one step of flights; if the step raises any exception, end the flights with an error.
 
         Args:
             step: The step.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 MAX_RUN_UNITS: Final = 4
-"""Number of adjacent units that one request fetches: 1 MiB."""
+"""Maximum number of adjacent units that one request fetches: 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
 """Pause between two attempts to store a unit while entries of the cache are being removed."""
 
@@ -39,13 +39,14 @@ async def fill(
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-        verify: Whether to compare units that the cache has with their checksums, and to fetch
-            damaged ones.  Readers compare units as well.
+        verify: Whether to compare also the units that are in the cache with their checksums, and
+            to fetch damaged units again.  If false, readers compare these units when they need
+            them.
         wait_turn: Called and awaited before each run; it must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:
-        CacheError: The cache has not kept a unit.
+        CacheError: The cache has no space for a unit.
         RemoteError: The server does not give a unit, or the file was closed.
     """
     fetcher = file.fetcher
@@ -66,9 +67,9 @@ async def fill(
 async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
     """Record that the cache has all that readers of a file need; return whether that succeeded.
 
-    ``needed`` has 1 for each unit that they need, and 0 for the others.  A thread makes the record,
-    because calls on the cache's file system may block.  A task that is cancelled does not wait for
-    the thread.
+    ``needed`` has 1 for each unit that readers need, and 0 for the others.  A thread makes the
+    record, because calls on the cache's file system may block.  A task that is cancelled does not
+    wait for the thread.
     """
     record = file.fetcher.mark_usable_offline
     return await trio.to_thread.run_sync(record, needed, abandon_on_cancel=True)
@@ -78,7 +79,7 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
     """Wait until a run is in the cache; return its length in bytes.
 
     Raises:
-        CacheError: The cache has not kept a unit of the run.
+        CacheError: The cache has no space for a unit of the run.
         RemoteError: The server does not give a unit, or the file was closed.
     """
     fetcher = file.fetcher

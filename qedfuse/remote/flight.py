@@ -55,7 +55,7 @@ class Flight:
             last: The last unit.
             name: The name of the object.
             max_seconds: How long a reader waits at most, also if no thread takes the flight.
-            max_brief_seconds: The same limit for a brief flight.
+            max_brief_seconds: The same limit for a brief flight (`is_brief`).
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
             is_brief: Whether the flight is brief from the beginning; see the attribute.
@@ -99,7 +99,7 @@ class Flight:
         """Block the thread until the flight has ended.
 
         Raises:
-            HostError: The fetch failed, or did not end within ``max_seconds``.
+            HostError: The fetch failed, or did not end within the time limit of the flight.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
         seconds = self._max_wait()
@@ -114,7 +114,7 @@ class Flight:
         """Wait in a task until the flight has ended.
 
         Raises:
-            HostError: The fetch failed, or did not end within ``max_seconds``.
+            HostError: The fetch failed, or did not end within the time limit of the flight.
         """
         event = trio.Event()
         token = trio.lowlevel.current_trio_token()

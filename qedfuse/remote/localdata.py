@@ -7,26 +7,30 @@ never used without a comparison, even if bits have flipped on the disk or a writ
 A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
 - A read that misses the page cache can make the kernel read from the disk.  If the disk answers
-  before the kernel looks for the bytes again, the same call returns them; otherwise the next read
-  does.  So a read is tried only if the kernel reports that the page cache has all of its bytes, a
-  miss makes the units of the range not ready (`RemoteFile`), and the kernel's readahead is off
-  (`UnitFile`).
+  before the kernel looks for the bytes again, the same call returns the bytes; if not, the next
+  read returns them.  Three rules follow.  A read is tried only if the kernel reports that the page
+  cache has all of its bytes.  A miss makes the units of the range not ready (`RemoteFile`).  The
+  kernel's readahead is off (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless a comparison has shown that the
   object has zeros there (`ZeroBlocks`).
-- The file was cut, and a later write has made it longer.  So its length is checked after the read.
+- The file may have been cut, and made longer by a later write.  So its length is checked before and
+  after the read.
 
-Therefore a miss in one process brings no unchecked bytes into the page cache, where another process
-that uses the same entry could read them.
+By these rules a miss in one process brings no unchecked bytes into the page cache, where another
+process that uses the same entry could read them.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
-It compares the length with that after its last read, and it prefers cachestat(2) to mincore(2).
-cachestat(2) also counts pages that are not valid, because a write has failed or because they are
-being read.  A read with ``RWF_NOWAIT`` takes no such page.  splice(2) would read the page from the
-disk, so it needs mincore(2), unless all pages were found valid when none waited to be written.
+It compares the length after a read with the length after the read before, and it prefers
+cachestat(2) to mincore(2).  cachestat(2) also counts pages that are not valid, because a write has
+failed or because they are being read.  A read with ``RWF_NOWAIT`` takes no such page, but splice(2)
+would read the page from the disk.  So the extension calls mincore(2) before splice(2), unless it
+has found all pages of the unit valid while none of them waited to be written, and no other process
+has the entry open.
 
-Two cases remain: another program has read a block from a damaged disk into the page cache, or tries
-to; or the kernel drops a block and reads it again between the check of the page cache and the read.
+Unchecked bytes can still be returned in two cases: another program has read a block from a damaged
+disk into the page cache, or is reading it; or the kernel drops a block and reads it again between
+the check of the page cache and the read.
 """
 
 from __future__ import annotations
@@ -54,8 +58,8 @@ class LocalData:
     """The data file of an entry of the cache, open for reading.
 
     The object has a duplicate of the entry's descriptor, because the fetcher closes an entry that
-    is damaged.  Threads may read concurrently; the duplicate is closed when the last read has
-    returned.
+    is damaged.  Threads may read concurrently.  After `close`, the duplicate is closed when the
+    last read has returned.
 
     Attributes:
         is_readable: Whether the page cache is read.  False if calls may wait for a server (NFS,
@@ -64,10 +68,10 @@ class LocalData:
     """
 
     def __init__(self, entry: UnitFile) -> None:
-        """Read the data of ``entry``, which must be open.
+        """Duplicate the descriptor of ``entry``, which must be open, and map the data file.
 
         Raises:
-            OSError: The host has no free descriptor, or refused.
+            OSError: The host has no free descriptor, or refused the mapping.
         """
         self._fd = os.dup(entry.data_fd)
         self._flags = inline_flags(self._fd)
@@ -89,10 +93,10 @@ class LocalData:
         content_bytes: int,
         forget: Callable[[int, int], object],
     ) -> PageSource | None:
-        """Return what the mount's extension needs to read the file; None if not `is_readable`.
+        """Return what the mount's extension needs to read the file; None unless `is_readable`.
 
         Args:
-            ready: 1 for each unit that may be read, 0 for the others.
+            ready: Which units may be read; see `UnitStore.ready`.
             zeros: The blocks of the object that are known to be zeros.
             content_bytes: The length of the object in bytes.
             forget: Called with the first and the last unit of a read that failed.
@@ -142,10 +146,10 @@ class LocalData:
         )
 
     def is_whole(self) -> bool:
-        """Return False if the file was cut, also if it has become longer again since then.
+        """Return False if the file was cut, even if it has become longer again since then.
 
         A file that was cut never gets a valid length again (`qedfuse.remote.sharing`).  Returns
-        True if the file is closed, or if calls may wait for a server.
+        True if this object is closed or not `is_readable`, and False if the host refuses.
         """
         if not self.is_readable:
             return True  # the length cannot be read without a call that may wait

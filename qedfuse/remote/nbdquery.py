@@ -33,7 +33,8 @@ def nbd_query(text: str, scheme: str, query: str) -> str:
         query: The query of the URL, without ``?``.
 
     Raises:
-        UsageError: A parameter is unknown or not valid, or the path of a socket is missing.
+        UsageError: A parameter is unknown, given twice or not valid, or the path of the socket is
+            missing or not absolute.
     """
     allowed = _PARAMETERS[scheme]
     values: dict[str, str] = {}

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_SIZE: Final = 16 << 40
-"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes one byte of memory,
-64 MiB for the largest object, up to eight bytes more if it has blocks of zeros (`ZeroBlocks`), and
-eight bytes in the map of the cache."""
+"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes one byte of memory
+(64 MiB for the largest object), up to eight bytes more if the unit has blocks of zeros
+(`ZeroBlocks`), and eight bytes in the map of the cache."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
-"""For how long attempts of a brief call are repeated.  With one attempt, a program that repeats
-failed reads could make many requests a second."""
+"""For how long attempts of a brief call are repeated.  If a brief call failed after one attempt, a
+program that repeats failed reads could make many requests a second."""
 
 
 class RemoteObject:
@@ -58,7 +58,7 @@ class RemoteObject:
     def __init__(
         self, address: Address, client: Client, version: Version, deadlines: Deadlines
     ) -> None:
-        """Read ``version`` with ``client``; see `open_object`."""
+        """Make an object that reads ``version`` with ``client``; see `open_object`."""
         self.address = address
         self.version = version
         self._client = client
@@ -99,7 +99,8 @@ class RemoteObject:
 
         Raises:
             ObjectChangedError: The server now has another version of the object, or no object.
-            RemoteError: The server cannot be reached, or does not serve the range.
+            RemoteError: The server cannot be reached, refuses, or does not serve the range, or
+                `close` was called before an attempt succeeded.
         """
         done = 0
 
@@ -145,7 +146,8 @@ def make_client(address: Address, options: ClientOptions) -> Client:
     Raises:
         RemoteError: The library for the scheme is not installed, or the credentials or the
             environment are not valid.
-        UsageError: The server is another machine without TLS, which the options do not allow.
+        UsageError: The address leads to another machine without TLS, and the options do not allow
+            that.
     """
     if address.scheme == "http" and not (address.is_loopback or options.allow_http):
         msg = (
@@ -230,15 +232,15 @@ def retry(
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
             end of this time.
         closed: Ends the attempts when it is set.
-        unreachable_seconds: The same limit for attempts that make no connection.  A shorter time
-            reports a wrong name of a server sooner.
+        unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
+            a wrong name of a server is reported sooner.
 
     Raises:
         ObjectChangedError: The server has another version of the object.
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None until the credentials are read again; then why that failed, or empty.
+    # None until the credentials are read again; then the reason if that failed, otherwise empty.
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1
@@ -255,7 +257,8 @@ def retry(
             msg = f"{address.shown}: {error}"
             raise RemoteError(msg) from error
         except RefusedError as error:
-            # Temporary credentials expire, and the file may have been replaced since the last read.
+            # Temporary credentials expire, and the credentials file may have been replaced since
+            # the last read.
             if renewal is not None:
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error

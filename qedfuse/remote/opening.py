@@ -39,8 +39,8 @@ def open_remote(
 
     The call blocks until the server answers.  If the server cannot be reached, fails or refuses the
     credentials, and the cache has an entry with all that readers need (see `offline_entries`),
-    that entry is used, which is logged.  If there is such an entry, attempts are repeated only for
-    the time limit of a connection.
+    that entry is used, which is logged.  If there is such an entry, failed attempts are repeated
+    for no longer than `Deadlines.connect_seconds`.
 
     Args:
         address: The address.
@@ -52,8 +52,10 @@ def open_remote(
     Raises:
         RemoteError: The object is missing or cannot be read.
         CacheError: The directory that ``options`` name cannot be used.
-        HostError: The host has no free descriptor.
-        UsageError: The server is another machine without TLS, which the options do not allow.
+        HostError: The data file of the cache cannot be opened a second time, for example because
+            the host has no free descriptor.
+        UsageError: The address leads to another machine without TLS, and the options do not allow
+            that.
     """
     client = make_client(address, client_options(options))
     directory = _open_directory(options)
@@ -111,8 +113,8 @@ def client_options(options: RemoteOptions) -> ClientOptions:
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
     """Return the directory of the cache.
 
-    Returns None if the default directory cannot be used, and logs this.  A default directory on a
-    file system that waits for a server (NFS, FUSE) is not used, because a server that does not
+    If the default directory cannot be used, logs the reason and returns None.  A default directory
+    on a file system that waits for a server (NFS, FUSE) is not used, because a server that does not
     answer would block the readers.
 
     Raises:

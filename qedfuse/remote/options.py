@@ -42,19 +42,20 @@ class RemoteOptions:
     """How remote files are read.
 
     Attributes:
-        cache_directory: The directory of the cache; None for the default directory of the user, or
-            for no cache if the default directory cannot be used.
+        cache_directory: The directory of the cache; None for the default directory of the user.  If
+            the default directory cannot be used, there is no cache.
         cache_bytes: Maximum disk space of the cache; None for no maximum.  In both cases the cache
             leaves a part of the file system free.
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object of which only the size shows a change.
+        allow_unpinned: Whether to read an object without a validator, of which only a change of the
+            size would be noticed.
         allowed: The addresses that images may name as backing files, and to which web servers may
             redirect; each includes all addresses below it.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read, and are read again when a
-            server refuses them; None for no file.
+        credentials_file: The file from which ``credentials`` were read; it is read again when a
+            server refuses them.  None for no file.
     """
 
     cache_directory: str | None = None

@@ -1,7 +1,7 @@
 """The log of outages: one line when an object can no longer be read, and one when it can again.
 
-There are two kinds of outages: the server does not serve the object, because it does not answer or
-because it refuses, or the server has another version of the object.
+There are two kinds of outages.  In the first kind, the server does not serve the object: it does
+not answer, or it refuses.  In the second kind, the server has another version of the object.
 
 A server that often fails for a short time would fill the log.  So an outage is not logged if the
 last logged outage of the same kind began less than a minute before.  Only the errors of a logged
@@ -40,7 +40,8 @@ class OutageLog:
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
         self._begun = 0.0  # when the present outage began
-        self._last_logged: dict[type[RemoteError], float] = {}  # when it began, for each kind
+        # For each kind, when the last outage that was logged began.
+        self._last_logged: dict[type[RemoteError], float] = {}
 
     def failed(self, error: RemoteError) -> None:
         """Log a failed request if it begins an outage; mark the error if the outage was logged.
@@ -66,7 +67,8 @@ class OutageLog:
 
         Args:
             sent: The time (`time.monotonic`) at which the request was sent.  The answer to a
-                request that was sent before the outage began does not end the outage.
+                request that was sent before the outage began does not end the outage.  With the
+                default, the answer always ends the outage.
         """
         with self._lock:
             if self._kind is not None and sent <= self._begun:

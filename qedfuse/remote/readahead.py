@@ -7,12 +7,12 @@ from typing import Final
 
 _MIN_WINDOW_UNITS: Final = 1
 _MAX_SHORT_WINDOW_UNITS: Final = 32
-"""Maximum window of a reader that has not read as many units in sequence yet: 8 MiB."""
+"""Maximum window of a reader, until it has read more units than this in sequence: 8 MiB."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
-"""Maximum distance of two sequential reads: the kernel sends several reads concurrently, and they
-arrive in any order."""
+"""Maximum distance between two reads that count as sequential.  They need not be adjacent, because
+the kernel sends several reads concurrently, and these arrive in any order."""
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class ReadAhead:
     A read is sequential if it begins near the unit where an earlier read has ended.  Most reads of
     ready units are not recorded, because the mount's extension answers them from the page cache.
     So a read is also sequential if it needs the marker, which is one of the units that were fetched
-    ahead, or if it begins behind the last of these units.
+    ahead, or if it begins directly after the last of these units.
     """
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class ReadAhead:
     def record_read(self, first: int, last: int, max_units: int) -> int:
         """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
-        The window is the number of units to fetch after ``last``.  It doubles with each read of a
-        sequential reader that ends in a later unit, up to ``max_units``, and up to 8 MiB until the
-        reader has read 8 MiB.
+        The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
+        and 1 for the second.  It doubles with each further read of the reader that ends in a later
+        unit, up to ``max_units``, and up to 8 MiB until the reader has read more than 8 MiB.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:
@@ -80,8 +80,9 @@ class ReadAhead:
     def set_marker(self, first: int, last: int) -> int:
         """Record that the units up to ``last`` are fetched ahead of the last recorded reader.
 
-        Returns the marker: a unit between ``first`` and ``last`` that must not become ready until a
-        reader needs it.  So the read of the marker is recorded, half a window before ``last``.
+        Returns the marker: a unit between ``first`` and ``last``, usually half a window before
+        ``last``.  The caller must not let the marker become ready until a reader needs it.  Then
+        the extension cannot answer the read of the marker, and so this read is recorded.
         """
         stream = self._streams[-1]
         stream.marker = max(first, last - stream.window // 2)

@@ -1,4 +1,4 @@
-"""The units that could not be fetched within the last second.
+"""The units whose fetch has failed within the last second.
 
 After a failed read-ahead, the kernel sends another read for the page itself, and a file system on a
 loop device sends one more.  These reads must not each wait for the whole time limit.
@@ -13,8 +13,9 @@ from typing import Final
 _RECENT_SECONDS: Final = 1.0
 """For how many seconds a failure is remembered."""
 _MAX_REPEATED_SECONDS: Final = 3.0
-"""For how many seconds a unit is remembered if it fails again and again.  After that, a reader
-waits for the whole time limit; otherwise readers that never pause would get only early errors."""
+"""For how many seconds after its first failure a unit that fails again and again is remembered.
+Without this limit, readers that never pause would get only early errors, and no reader would wait
+for the whole time limit any more."""
 
 
 class RecentFailures:

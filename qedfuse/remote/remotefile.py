@@ -33,11 +33,11 @@ class RemoteFile(ReadOnlyFile):
     """
 
     def __init__(self, source: RemoteObject, fetcher: Fetcher, local: LocalData | None) -> None:
-        """Read an object; `qedfuse.remote.opening.open_remote` makes the arguments.
+        """Make a file of an object; `qedfuse.remote.opening.open_remote` makes the arguments.
 
         Args:
             source: The object.
-            fetcher: Fetches from ``source``; the file closes it.
+            fetcher: Fetches from ``source``; the file closes the fetcher.
             local: The data file of the fetcher's cache, which the file closes; None for no cache.
         """
         super().__init__(source.address.shown)
@@ -51,7 +51,10 @@ class RemoteFile(ReadOnlyFile):
 
     @property
     def page_source(self) -> PageSource | None:
-        """The data file of the cache, for reads of ready units; None if it cannot be read."""
+        """The data file of the cache, for reads of ready units.
+
+        None without a cache, and if the data file is not read (`LocalData.is_readable`).
+        """
         if self._local is None:
             return None
         return self._local.page_source(
@@ -134,7 +137,7 @@ class RemoteFile(ReadOnlyFile):
         return self._size
 
     def stat(self) -> os.stat_result:
-        """Return the attributes of a local file of this user that is read-only."""
+        """Return attributes like those of a read-only local file of this user."""
         modified = self._opened if self._version.modified is None else self._version.modified
         return self._status(modified)
 
@@ -208,13 +211,14 @@ class RemoteFile(ReadOnlyFile):
     def _read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
-        If the read fails, the units of the range are made not ready.
+        If the read of ready units fails, they are made not ready.  If it fails because the data
+        file was cut, the cache is not used any more.
         """
         first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
         local = self._local
         if local is None or not self._is_ready(first, last):
             return False
-        # Another thread may make the units not ready during the read; then the bytes do not count.
+        # If another thread makes the units not ready during the read, the bytes do not count.
         if local.try_read(offset, view, self.fetcher.zeros) and self._is_ready(first, last):
             return True
         if local.is_whole():

@@ -1,8 +1,8 @@
 """Looking up the addresses of a host, and connecting to one of them, in bounded time.
 
 getaddrinfo(3) has no deadline: if no name server answers, the function blocks for tens of seconds.
-So it is called in a separate thread, which goes on when the caller's time is over.  Concurrent
-lookups of the same name share a thread, so at most one thread waits for each name.
+So getaddrinfo(3) is called in a separate thread, which goes on when the caller's time is over.
+Concurrent lookups of the same host and port share a thread, so at most one thread waits for each.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class _Lookup:
     """A lookup of one host, and its result.
 
     Attributes:
-        ended: Set when the result is there.
+        ended: Set when the lookup has ended; the other attributes are then final.
         addresses: The addresses; empty before the end and after an error.
-        error: The error of the lookup; None for success.
+        error: The error of the lookup; None before the end and for success.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -60,7 +60,8 @@ class Resolver:
 
         Raises:
             TimeoutError: The name servers did not answer within ``seconds``.
-            OSError: There is no such host, or no thread can be started.
+            OSError: The lookup failed, for example because there is no such host, or no thread can
+                be started.
         """
         host = host.strip("[]")
         with suppress(OSError, UnicodeError):
@@ -111,7 +112,8 @@ def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.soc
         end: The deadline, as a value of ``time.monotonic()``.
 
     Raises:
-        OSError: No address accepts; the error is that of the last address that was tried.
+        OSError: No address accepts; the error is that of the last address that was tried, or
+            TimeoutError if the time was over before the first one.
     """
     failure: OSError = TimeoutError()
     for number, (family, kind, protocol, _, address) in enumerate(addresses):

@@ -4,8 +4,9 @@ The data file is longer than the object by one byte while one opener uses the en
 bytes while several may use it.  One lseek(2) shows whether there are other openers.  No write
 reaches the added bytes, so if the file was cut, no write restores one of the two lengths.
 
-Each opener holds a read lock on the first byte of the data file, by which the next opener finds it.
-The lock belongs to the open file description (``F_OFD_SETLK``), like that of flock(2).
+An *opener* is an open `UnitFile`.  Each opener holds a read lock on the first byte of the data
+file.  The next opener finds this lock, and so knows that it is not alone.  The lock belongs to the
+open file description (``F_OFD_SETLK``), like that of flock(2).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
         size: The size of the object in bytes.
 
     Raises:
-        OSError: The file was cut (EBADMSG), or another opener holds the lock (EWOULDBLOCK).
+        OSError: The file was cut (EBADMSG), another opener holds the lock (EWOULDBLOCK), or the
+            host refused.
     """
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:

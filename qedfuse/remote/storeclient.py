@@ -38,7 +38,7 @@ class StoreClient:
     """Reads one object of an object store."""
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
-        """Read the object at ``address``; no connection is made yet.
+        """Make a client for the object at ``address``; no connection is made yet.
 
         Raises:
             UnusableError: The environment or the credentials configure no usable store.
@@ -62,7 +62,8 @@ class StoreClient:
         try:
             return version_of(self._get(options).meta), None
         except (MissingError, RefusedError, UnusableError):
-            # The response to a HEAD has no body, which would name what is missing or refused.
+            # The response to a HEAD has no body.  That to a GET has one, which names what is
+            # missing or refused.
             return version_of(self._get({"range": (0, 1)}).meta), None
 
     def get(
@@ -152,7 +153,7 @@ def translating(hint: str) -> Iterator[None]:
     """Replace obstore's exceptions in the ``with`` block by those of `qedfuse.remote.client`.
 
     Args:
-        hint: How to give credentials; empty if the user has given credentials.
+        hint: See `Store.hint`.
     """
     try:
         yield
@@ -163,6 +164,6 @@ def translating(hint: str) -> Iterator[None]:
 def version_of(meta: ObjectMeta) -> Version:
     """Return the version of an object that its metadata describe."""
     etag = meta["e_tag"] or ""
-    if etag.startswith("W/"):  # a weak tag is equal for contents that differ
+    if etag.startswith("W/"):  # a weak tag can be equal for contents that differ
         etag = ""
     return Version(meta["size"], etag, meta["last_modified"].timestamp())

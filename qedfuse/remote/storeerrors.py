@@ -57,7 +57,7 @@ def translated(error: Exception, hint: str = "") -> Exception:
 
     Args:
         error: An instance of one of `ERRORS`.
-        hint: How to give credentials; empty if the user has given credentials.
+        hint: How to give credentials; empty if requests have credentials.
     """
     text, _, details = str(error).partition("\n\nDebug source")
     for kind, failure in (

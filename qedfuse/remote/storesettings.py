@@ -1,9 +1,12 @@
 """The endpoint of an object store, and its credentials from variables, files and the machine.
 
-obstore itself reads the environment.  This module changes four things: credentials in a file are
-never combined with others in the environment; without credentials, requests are anonymous, where
-obstore would wait for an instance metadata service, which only machines of a cloud have; an
-endpoint without TLS must be allowed; and the credentials file of Amazon's command line is read.
+obstore itself reads the environment.  This module changes four things:
+
+- Credentials in a file are never combined with others in the environment.
+- Without credentials, requests are anonymous.  obstore would wait for an instance metadata service,
+  which only machines of a cloud have.
+- The user must allow an endpoint without TLS.
+- The credentials file of Amazon's command line is read.
 """
 
 from __future__ import annotations
@@ -79,8 +82,9 @@ _CLOUD_MACHINES: Final = {
     "gs": ("product_name", "Google Compute Engine"),
     "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
 }
-"""A file of the firmware's identification, and its content on a machine of each cloud."""
+"""For each cloud a file in `_DMI`, and the content of the file on a machine of this cloud."""
 _DMI: Final = "/sys/class/dmi/id"
+"""The directory in which the kernel shows the identification that the firmware gives."""
 _HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
@@ -94,7 +98,7 @@ class Store:
 
     Attributes:
         handle: obstore's object.
-        hint: How to give credentials; empty if the user has given credentials.
+        hint: How to give credentials, for messages; empty if requests have credentials.
         store_id: The values of `_STORE_VARIABLES`: the endpoint or account that has the bucket.
     """
 
@@ -107,6 +111,9 @@ class _Variables:
     """The variables of a credentials file, and those of the environment that the file does not set.
 
     A variable with an empty value counts as not set.
+
+    Attributes:
+        own: The variables of the file.
     """
 
     def __init__(self, own: dict[str, str]) -> None:
@@ -189,7 +196,7 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
 
 
 def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:
-    """Add to the settings how requests are signed; return False if they are anonymous.
+    """Add to the settings how requests are signed; return False if requests are anonymous.
 
     Raises:
         UnusableError: One half of a key is missing, or a credentials file cannot be read.
@@ -217,7 +224,8 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
         "token": token or None,
         "expires_at": None,
     }
-    # A function, because obstore would mix settings with variables of the environment.
+    # A function gives the credentials, because obstore would combine credentials that are given as
+    # settings with variables of the environment.
     settings["credential_provider"] = lambda: credential
     return True
 
@@ -225,10 +233,10 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
 def _add_identity(
     scheme: str, variables: _Variables, names: tuple[str, ...], settings: dict[str, Any]
 ) -> bool:
-    """Make requests anonymous if no credentials are found; return whether credentials are found.
+    """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
     Raises:
-        UnusableError: The file and the environment both have credentials, of different kinds.
+        UnusableError: The file sets some variables of ``names``, and the environment sets others.
     """
     if any(variables.own.get(name) for name in names):
         # obstore would add the credentials in the environment, and choose one of them.
@@ -236,7 +244,7 @@ def _add_identity(
             if os.environ.get(name) and not variables.own.get(name):
                 msg = (
                     f"credentials: found {name} in the environment beside others in the file, "
-                    "expected only those"
+                    "expected only those in the file"
                 )
                 raise UnusableError(msg)
         return True
@@ -249,7 +257,7 @@ def _add_identity(
 
 
 def _expand_home(path: str) -> Path:
-    """Return a path with the home directory for ``~``; unchanged if the user has none."""
+    """Return a path with the home directory for ``~``; unchanged if the user has no home."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 
@@ -273,7 +281,8 @@ def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
     Returns empty texts if there are none.
 
     Raises:
-        UnusableError: The file or the profile that a variable names cannot be used.
+        UnusableError: The file cannot be read although a variable names the file or the profile,
+            the content of the file is not valid, or the file has no profile of the given name.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))
@@ -307,8 +316,8 @@ def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
     """Return the URL of the endpoint of the S3 store; None for Amazon's own.
 
     Raises:
-        UnusableError: The endpoint is not the URL of a web server, or is another machine without
-            TLS, which the options do not allow.
+        UnusableError: The endpoint is not the URL of a web server, or it is on another machine,
+            without TLS, and the options do not allow that.
     """
     text = variables.first(_ENDPOINT_VARIABLES)
     if text is None:

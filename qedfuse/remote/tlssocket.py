@@ -1,8 +1,8 @@
 """TLS sockets that are closed if the peer has gone before the handshake.
 
-Python's own class asks for the address of the peer first.  If the connection has been reset,
-it either raises an exception and leaves its socket to the garbage collector, or it gives a socket
-without TLS, to which a request would be written in clear.
+Before the handshake, Python's own class asks for the address of the peer.  If the connection has
+been reset, the class either raises an exception and leaves its socket to the garbage collector, or
+returns a socket without TLS, to which a request would be written without encryption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _ClosingSocket(ssl.SSLSocket):
             if self.version() is not None:
                 raise
             self.close()
-            # Not ENOTCONN, because Python would go on with the socket then.
+            # Not ENOTCONN, because after this error Python would go on without TLS.
             code = errno.ECONNRESET if error.errno == errno.ENOTCONN else error.errno
             raise OSError(code, os.strerror(code or 0)) from error
 

@@ -43,6 +43,7 @@ UNIT_BYTES: Final = 1 << 18
 request of 4 KiB takes 20 ms, and a request of 256 KiB takes 23 ms."""
 
 _MAP_ENTRY: Final = struct.Struct("<II")
+"""An entry of the map: the checksum of a unit, and a mark, which is `_PRESENT` in a used entry."""
 _PRESENT: Final = 0x51454455
 """Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
 
@@ -88,8 +89,8 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, is being removed (EWOULDBLOCK), or is damaged or one for
-                another size (EBADMSG).
+            OSError: The entry is missing, another process removes or opens it (EWOULDBLOCK), or it
+                is damaged or for an object of another size (EBADMSG).
         """
         directory = open_directory(path)
         try:
@@ -121,7 +122,7 @@ class UnitFile:
             raise
 
     def load(self, unit: int) -> bytes | None:
-        """Return the content of a unit; None if the unit is missing or damaged.
+        """Return the content of a unit; None if the unit is missing, damaged or cannot be read.
 
         A damaged unit is dropped from the page cache, because other processes could read it there.
         """
@@ -164,7 +165,7 @@ class UnitFile:
             self._use.leave()
 
     def has_units(self, needed: bytes | None = None, first: int = 0) -> bool:
-        """Return whether the map has an entry for each of some adjacent units that are needed.
+        """Return whether the map has an entry for each needed unit of a range.
 
         Args:
             needed: 1 for each unit that is needed, and 0 for the others; None for all units.
@@ -209,6 +210,8 @@ class UnitFile:
     def is_in(self, directory: int) -> bool:
         """Return whether the data file in an open directory is that of this entry.
 
+        Returns False if the files are closed.
+
         Raises:
             OSError: The host refused, or the directory has no data file.
         """
@@ -221,7 +224,10 @@ class UnitFile:
             self._use.leave()
 
     def unlinked_bytes(self) -> int:
-        """Return the disk space in bytes of the data file if it was removed, otherwise 0."""
+        """Return the disk space in bytes of the data file if it was removed; 0 if it was not.
+
+        Also returns 0 if the files are closed, or if the host refuses.
+        """
         if not self._use.enter():
             return 0
         try:

@@ -38,14 +38,15 @@ class UnitStore:
         ready: For each unit a byte, which is not 0 if the unit may be read from the page cache; see
             `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
             compared with its checksum.  It becomes not ready when one of its bytes was not in the
-            page cache, and when it is written.  The attribute always refers to the same bytearray.
+            page cache, when it is written, and when the cache is discarded.  The fetcher also makes
+            markers not ready.  The attribute always refers to the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
     def __init__(
         self, units: int, cache: UnitFile | None, evict: Callable[[int], int] | None
     ) -> None:
-        """Keep units in ``cache``.
+        """Make a store that keeps units in ``cache``; no unit is ready yet.
 
         Args:
             units: Number of units of the object.
@@ -59,7 +60,8 @@ class UnitStore:
         if cache is not None and evict is not None:
             self._space = CacheSpace(lambda: evict(cache.unlinked_bytes()))
         self._lock = threading.Lock()
-        # The lock protects the following attributes, and changes of `ready` and `_cache`.
+        # The lock protects the following attributes, and this object's changes of `ready` and
+        # `_cache`.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
         self._cannot_store = False
         self._is_closed = False
@@ -72,7 +74,7 @@ class UnitStore:
 
     @property
     def can_store(self) -> bool:
-        """Whether the last unit was stored in the cache."""
+        """Whether there is a cache, and the last attempt to store units in it has not failed."""
         return self._cache is not None and not self._cannot_store
 
     def load(self, unit: int) -> bytes | None:
@@ -87,14 +89,17 @@ class UnitStore:
         return content
 
     def store(self, first: int, content: Buffer) -> bool:
-        """Store adjacent units in the cache and make them ready; return whether that succeeded."""
+        """Store adjacent units in the cache, and make them ready; return whether they are stored.
+
+        Stored units do not become ready if `forget` was called during the call.
+        """
         cache = self._cache
         forgotten = self._forgotten
         count = units_of(len(content))
         if cache is None:
             return False
         with self._lock:
-            # While the pages are written to, and if the write fails.
+            # Units are not ready while their pages are written to, and if that fails.
             self.ready[first : first + count] = bytes(count)
         try:
             with self._space.reserve(len(content)) if self._space else nullcontext("") as reason:
@@ -212,7 +217,7 @@ class UnitStore:
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
-        """Log why a unit cannot be stored, if it is the first one since one could be stored."""
+        """Log why units cannot be stored, if this is the first refusal since the last success."""
         with self._lock:
             is_first = not self._cannot_store and not self._is_closed
             self._cannot_store = True

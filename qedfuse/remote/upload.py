@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions
 
 _MIN_PART_BYTES: Final = 8 << 20
-_MAX_PART_BYTES: Final = 64 << 20
+_LONG_PART_BYTES: Final = 64 << 20
+"""Parts get longer than this only if `_MAX_PARTS` of this length do not suffice."""
 _MAX_PARTS_EVERYWHERE: Final = 1_000
 """Maximum number of parts that every store accepts: the limit of Swift.  Most stores accept
 `_MAX_PARTS`."""
@@ -67,7 +68,7 @@ class Uploaded:
 
 
 class Upload:
-    """One upload.  `run` may be called once; another thread may call `stop` at any time."""
+    """One upload.  `run` must be called only once; another thread may call `stop` at any time."""
 
     def __init__(
         self,
@@ -87,8 +88,9 @@ class Upload:
             size: Length of the content in bytes.
             options: How to connect.
             overwrite: Whether to replace an object that exists.
-            progress: Called with the number of bytes that are done, and the size: first for the
-                upload, then for the comparison if that must read the object.
+            progress: Called with the number of bytes that were uploaded, and ``size``.  If the
+                comparison after the upload must read the object, called again from the beginning
+                with the number of bytes that were compared.
         """
         self._address = address
         self._content = content
@@ -116,11 +118,11 @@ class Upload:
         return self._has_begun
 
     def stop(self) -> None:
-        """Make `run` remove what it has stored, and raise StoppedError soon."""
+        """Make `run` raise StoppedError soon; `StoppedError` says what `run` removes first."""
         self._stopped.set()
 
     def run(self) -> Uploaded:
-        """Store the content, and compare the object in the store with it; block the thread.
+        """Store the content, then compare the stored object with the content; block the thread.
 
         Raises:
             UsageError: There is an object, which may not be replaced.
@@ -154,8 +156,8 @@ class Upload:
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
             UsageError: ``error``.
-            StoppedError: `stop` was called; an object with the content is deleted unless it may
-                have replaced another one.
+            StoppedError: `stop` was called.  If the upload must not replace an object, an object
+                with the content is deleted first.
         """
         try:
             self._check.compare("")
@@ -172,12 +174,12 @@ class Upload:
             raise RemoteError(msg, error.errno) from failure
 
     def _compare_or_delete(self, store: Store, etag: str) -> None:
-        """Compare the object that was stored with the content; delete it if it differs.
+        """Compare the stored object with the content; delete the object if it differs.
 
         Raises:
             RemoteError: The object differs, or the store does not answer.
-            StoppedError: `stop` was called; the object is deleted unless it may have replaced
-                another one.
+            StoppedError: `stop` was called.  If the upload must not replace an object, the stored
+                object is deleted first.
         """
         try:
             self._check.compare(etag)
@@ -195,9 +197,10 @@ class Upload:
             raise RemoteError(msg, error.errno) from error
 
     def _put(self, store: Store) -> Any:  # noqa: ANN401  obstore's PutResult cannot be imported
-        """Store content that is one part with one request, and longer content in parts.
+        """Store content of one part with one request, and longer content in several parts.
 
-        One request can have the condition that there is no object; parts cannot.
+        A single request can have the condition that there is no object yet; an upload in several
+        parts cannot.
         """
         # Set before the check: another thread calls `stop`, and then reads `has_begun`.
         self._has_begun = True
@@ -229,16 +232,17 @@ class Upload:
             )
 
     def _put_short(self, store: Store, block: bytes | bytearray, mode: Any) -> Any:  # noqa: ANN401
-        """Store content that is one part; ``mode`` is that of obstore."""
+        """Store content of one part with one request; ``mode`` is that of ``obstore.put``."""
         return obstore.put(
             store.handle, self._address.key, bytes(block), mode=mode, use_multipart=False
         )
 
     def _parts(self) -> Iterator[bytearray]:
-        """Yield the content in parts, as `_read_parts` does; wait before an exception is raised.
+        """Yield the content in parts, as `_read_parts` does; wait before passing on an exception.
 
-        After the exception, obstore aborts the running parts, and removes the parts that the store
-        has.  Without the wait, the store could keep a part that arrives after that.
+        After an exception, obstore aborts the running parts, and removes the parts that the store
+        has.  Without the wait, a running part could arrive after the removal, and stay in the
+        store.
         """
         try:
             yield from self._read_parts()
@@ -248,15 +252,15 @@ class Upload:
             raise
 
     def _drain(self) -> None:
-        """Wait until most running parts have ended.  No part begins during the wait."""
+        """Give running parts some time to end.  No part begins during this time."""
         time.sleep(_DRAIN_SECONDS)
 
     def _read_parts(self) -> Iterator[bytearray]:
         """Yield the content in parts; record the checksum of each part.
 
-        The store makes the object when it has the last part.  Another program may have stored an
-        object since the upload began, so the store is asked for an object before the last part
-        ends.
+        The store makes the object only after this function has ended.  Another program may have
+        stored an object since the upload began, so after the last part the store is asked again
+        whether there is an object.
 
         Raises:
             UsageError: There is an object, which may not be replaced.
@@ -281,7 +285,7 @@ class Upload:
         self._is_read_to_end = True
 
     def _refuse_existing(self) -> None:
-        """Ask the store for an object, unless it may be replaced.
+        """Ask the store whether there is an object, unless the upload may replace it.
 
         Raises:
             UsageError: There is an object.
@@ -303,10 +307,10 @@ class Upload:
         )
 
     def _delete(self, store: Store, etag: str) -> None:
-        """Delete the object with the entity tag ``etag``.
+        """Delete the object if its entity tag is ``etag``.
 
-        Does nothing if the object has another tag, because another program has stored it, if
-        ``etag`` is empty, or if the store does not answer.
+        Another tag means that another program has stored the object.  Does nothing if ``etag`` is
+        empty, or if the store does not answer.
         """
         try:
             if etag and self._check.open().version.etag == etag:
@@ -315,7 +319,7 @@ class Upload:
             pass
 
     def _delete_equal(self, store: Store) -> None:
-        """Delete the object if it has the content of the upload; no matter if `stop` was called.
+        """Delete the object if it has the content of the upload, even after `stop`.
 
         Without the response of the store, only a comparison shows that this upload has stored the
         object.  Does nothing if the store does not answer.
@@ -327,9 +331,10 @@ class Upload:
         self._delete(store, etag)
 
     def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
-        """Call a function once; raise the errors of `retry` instead of the exceptions of a client.
+        """Call a function; raise the errors of `retry` instead of the exceptions of a client.
 
-        The function is called again if the store refuses the credentials.
+        If the store refuses the credentials, the function is called a second time.  No other
+        failure is retried.
         """
         return retry(self._address, call, lambda: None, 0, threading.Event())
 
@@ -357,6 +362,6 @@ def _in_thread(call: Callable[[], object]) -> None:
 
 def part_bytes(size: int) -> int:
     """Return the length in bytes of the parts, except the last, for content of ``size`` bytes."""
-    few = min(-(-size // _MAX_PARTS_EVERYWHERE), _MAX_PART_BYTES)
-    part = max(_MIN_PART_BYTES, few, -(-size // _MAX_PARTS))
+    for_all_stores = min(-(-size // _MAX_PARTS_EVERYWHERE), _LONG_PART_BYTES)
+    part = max(_MIN_PART_BYTES, for_all_stores, -(-size // _MAX_PARTS))
     return -(-part // _MIN_PART_BYTES) * _MIN_PART_BYTES

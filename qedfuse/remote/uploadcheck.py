@@ -44,7 +44,7 @@ class UploadCheck:
         progress: Callable[[int, int], object],
         stopped: threading.Event,
     ) -> None:
-        """Compare the object at ``address`` with content of ``size`` bytes.
+        """Prepare to compare the object at ``address`` with content of ``size`` bytes.
 
         Args:
             address: An address of a store.
@@ -65,15 +65,15 @@ class UploadCheck:
         self._stopped = stopped
 
     def open(self) -> RemoteObject:
-        """Return the object that the store has now; see `open_object`, also for the errors."""
+        """Return the object that the store has now; raise the errors of `open_object`."""
         client = make_client(self._address, self._options)
         return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
 
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
 
-        The entity tag of most stores is a checksum of the object.  If it is not, the object is
-        read.
+        The entity tag of most stores is a checksum of the object.  If the tag is not the expected
+        checksum, the object is read.
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
@@ -99,7 +99,7 @@ class UploadCheck:
         return found.etag
 
     def _expected_etags(self) -> tuple[str, str]:
-        """Return the entity tags that S3 may give the content: stored in parts, and stored whole.
+        """Return the possible entity tags of S3 for the content: stored in parts, and stored whole.
 
         The tag for an object in parts is the MD5 checksum of the checksums of its parts, with the
         number of parts.

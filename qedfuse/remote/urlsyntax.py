@@ -11,11 +11,11 @@ from urllib.parse import quote, unquote_to_bytes
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
 
-# Compiled when first used, because every mount loads this module, and few have URLs.
+# The expressions are compiled when first used: every mount loads this module, but few have URLs.
 _HOST: Final = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 _FORBIDDEN: Final = rb"[\x00-\x1f\x7f/\\]"
 _MAX_NAME_BYTES: Final = 4096
-"""Maximum length of the name of an NBD export; the keys of object stores are shorter."""
+"""Maximum length of the name of an NBD export.  Object stores allow only shorter names."""
 _SAFE_IN_SEGMENT: Final = "!$&'()*+,;=:@-._~"
 """Characters that a segment of a path may have unescaped (RFC 3986, ``pchar``)."""
 
@@ -106,6 +106,7 @@ def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
 
 def hide_secrets(text: str) -> str:
     """Return a URL, which need not be valid, for messages: without its user and its query."""
-    # A password that is not escaped may contain any character, so the end of the user is unknown.
+    # A password that is not escaped may contain any character, so the end of the password is
+    # unknown.  Therefore all of a URL with a user is hidden, except its scheme.
     shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
     return printable(shown)

@@ -63,14 +63,14 @@ _RETRIED_STATUS: Final = (408, 409, 425, 429)
 """Statuses below 500 after which another attempt can succeed.  Swift answers 409 for an object
 whose parts it cannot read at the moment."""
 _PERMANENT_STATUS: Final = (501, 505)
-"""Statuses from 500 for requests that the server does not support, so that retries do not help."""
+"""Statuses above 500 for requests that the server does not support, so retries do not help."""
 
 
 class WebClient:
     """Reads one object of a web server."""
 
     def __init__(self, address: Address, options: ClientOptions) -> None:
-        """Read the object at ``address``; the first connection is made by the first call.
+        """Make a client for the object at ``address``; the first request makes a connection.
 
         Raises:
             UnusableError: The environment names a proxy that cannot be used, or the credentials
@@ -124,7 +124,8 @@ class WebClient:
             yield from self._get(offset, lengths, version, allocate)
         except TruncatedError as error:
             # A caching server sends the slices that it has of the old version, and ends the
-            # response at a slice that it cannot fetch any more.  A retry would end in the same way.
+            # response at a slice that it cannot fetch any more.  A retry would end at the same
+            # slice, so the version is queried.
             with suppress(AttemptError, RefusedError, UnusableError):
                 if not self._query()[0].is_same(version):
                     raise ChangedError from error
@@ -137,7 +138,7 @@ class WebClient:
         version: Version,
         allocate: Callable[[int], Buffer] = bytearray,
     ) -> Generator[Buffer]:
-        """Yield adjacent parts of a version of the object, as `get` does without its last check."""
+        """Yield adjacent parts of a version of the object; a truncated response is not examined."""
         length = sum(lengths)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:
@@ -191,6 +192,8 @@ class WebClient:
         except BaseException as error:
             # After any failure, the next attempt follows the redirections from the beginning.
             self._target = self._address
+            # An error of the remembered target is not final, because the target may be a signed
+            # URL that has expired.
             is_final = isinstance(error, (MissingError, UnusableError))
             if is_final and target is remembered is not self._address:
                 msg = f"{target.shown}: {str(error) or 'found no such object'}"
@@ -244,7 +247,7 @@ class WebClient:
         """Return the target of a redirection.
 
         Raises:
-            UnusableError: The target is not allowed.
+            UnusableError: The target is not a usable URL, or is not allowed.
         """
         try:
             target = parse_address(urldefrag(urljoin(source.url, location)).url)

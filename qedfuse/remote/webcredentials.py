@@ -59,8 +59,8 @@ class WebCredentials:
     def headers_for(self, target: Address) -> dict[str, str]:
         """Return the headers for a request to ``target``.
 
-        The result is empty if ``target`` is on another host than the credentials, or is another
-        machine without TLS.
+        The result is empty if there are no credentials, if ``target`` is not on the host of the
+        credentials, or if the request would reach another machine without TLS.
         """
         is_secure = target.scheme == "https" or target.is_loopback
         if self._header and target.host == self._host and is_secure:
@@ -75,7 +75,7 @@ def _parse_host(text: str) -> str:
         UnusableError: The value is missing or not valid.
     """
     if not text:
-        raise _invalid(_HOST, "none", "the host to which the others are sent")
+        raise _invalid(_HOST, "none", "the host to which the credentials are sent")
     address = None
     with suppress(UsageError):
         address = parse_prefix(text if "://" in text else f"https://{text}")

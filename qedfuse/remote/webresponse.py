@@ -65,7 +65,7 @@ def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None
 def version_of(response: BaseHTTPResponse, size: int) -> Version:
     """Return the version of an object of ``size`` bytes that the headers of a response describe."""
     etag = response.headers.get("ETag", "")
-    # A weak tag is equal for contents that differ.
+    # A weak tag can be equal for contents that differ.
     if etag.startswith("W/") or not _ENTITY_TAG.fullmatch(etag):
         etag = ""
     return Version(size, etag, _time(response, "Last-Modified"))
@@ -88,13 +88,14 @@ def read_parts(
     Args:
         response: The response of a pool of `qedfuse.remote.deadline`.
         lengths: The length in bytes of each part; at least one.
-        part_seconds: Maximum time for each part after the first one, which has the timeout of the
-            request.
+        part_seconds: Maximum time for each part after the first one.  The timeout of the request
+            applies to the first part.
         allocate: Returns a buffer of a given length for a part.
 
     Raises:
         TruncatedError: The body is shorter.
-        AttemptError: The body is longer, or did not arrive in time.
+        AttemptError: The body is longer, or the header gives another length.
+        OSError: The body did not arrive in time, or the connection failed.
         UnusableError: The body is encoded.
         TypeError: The response is of another pool.
     """
@@ -146,7 +147,8 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
     """Read into ``view``; return how many bytes were read: 0 at the end of the body.
 
     Raises:
-        TruncatedError: The response breaks off, of which ``expected`` bytes were expected.
+        TruncatedError: The response breaks off; ``expected`` is the number of bytes for the
+            message.
         OSError: The connection failed in another way.
     """
     try:
@@ -193,8 +195,8 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
     if isinstance(cause, ssl.SSLCertVerificationError):
         found = printable(str(cause.verify_message).rstrip("."))
         return UnusableError(
-            f"{about}TLS: certificate: found {found}, expected one that is trusted (SSL_CERT_FILE "
-            "names a file with others)"
+            f"{about}TLS: certificate: found {found}, expected one that is trusted (set "
+            "SSL_CERT_FILE to a file with further ones)"
         )
     return UnreachableError(f"{about}TLS: {_reason(error)}")
 

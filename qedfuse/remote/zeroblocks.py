@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 BLOCK_BYTES: Final = UNIT_BYTES // 64
-"""The smallest hole that is recognised: 4096 bytes."""
+"""Size of a block, and so of the smallest hole that is recognised: 4096 bytes."""
 _ZEROS: Final = bytes(BLOCK_BYTES)
 
 
@@ -47,7 +47,7 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a block of a read has only zeros, which the object may not have there.
+        """Return whether a block of a read has only zeros, but is not known to be zeros.
 
         Args:
             offset: The offset of the read in the object.

@@ -52,9 +52,9 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 
 
 def foreign_driver_of(path: str) -> str | None:
-    """Return the format of a regular file as QEMU calls it; None for other formats.
+    """Return QEMU's name for the foreign format of a file; None if the format is raw or QED.
 
-    None also means that the path is a URL or no regular file, or that the file cannot be read.
+    Also returns None if the path is a URL or not a regular file, or if the file cannot be read.
     """
     if is_url(path):
         return None

@@ -41,8 +41,8 @@ class NewBase(NamedTuple):
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, or in whose chain the image is.
 
-    The chain is followed by the names in the headers, as `chain_paths` does.  Whether the files
-    of the chain can be used as backing files is not tested.
+    `chain_paths` follows the chain by the names in the headers.  Whether the files of the chain
+    can be used as backing files is not tested.
 
     Args:
         image: The file that will name the backing file; this file need not exist.
@@ -50,7 +50,7 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
         directory: The working directory, as for `backing_path`.
 
     Raises:
-        BackingError: The image is the backing file, or is among the files of its chain.
+        BackingError: The image is the backing file, or a file of the backing file's chain.
     """
     about = f"{printable(image)}: backing file"
     path = backing_path(image, backing, directory)
@@ -112,8 +112,8 @@ async def examine_url(
     Raises:
         RemoteError: The server cannot be reached, or does not serve the file.
         HostError: The cache or a further descriptor cannot be opened.
-        BackingError: The URL is not valid, the file is not QED although only QED is accepted, or
-            its header is invalid.
+        BackingError: The URL is not valid or not allowed, the file is not QED although only QED is
+            accepted, or its header is invalid.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above

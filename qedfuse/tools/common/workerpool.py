@@ -70,10 +70,10 @@ class WorkerPool(Generic[T]):
         raised as a group.
         """
         for first in items:
-            # The loop takes the first item to find out whether there is one.  Without an item no
-            # thread is started.  This saves time, because callers call this method for each part
-            # of a disk, and many parts of a large disk have no items.  The threads process the
-            # first item and take all others, so this block runs at most once.
+            # The `for` statement takes the first item only to find out whether there is one.
+            # Without an item no thread is started.  This saves time, because callers call this
+            # method for each part of a disk, and many parts of a large disk have no items.  The
+            # threads process the first item and take all others, so this block runs at most once.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:

@@ -186,8 +186,8 @@ class Conversion:
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
-                        # Read before the copy, because the copy depends on these versions of the
-                        # bases.
+                        # The versions are read before the copy, because the copy depends on these
+                        # versions of the bases.
                         record = NewRecord(spec.backing or "", versions_of(base.readers()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
-"""Minimum length in bytes of a run of zeros that is not written as data."""
+"""Default of `ImageSpec.sparse_size`."""
 
 
 @dataclass(frozen=True, slots=True)
