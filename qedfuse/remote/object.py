@@ -228,7 +228,8 @@ def retry(
     Args:
         address: The address of the object.
         attempt: Makes one attempt; raises the exceptions of a client.
-        renew: Called once if the server refuses the credentials; see `Client.renew`.
+        renew: Called when the server refuses the credentials for the first time; see
+            `Client.renew`.  The next refusal is an error.
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
             end of this time.
         closed: Ends the attempts when it is set.

@@ -78,7 +78,8 @@ class RemoteFile(ReadOnlyFile):
         The result is less than the length of the view only if the file ends earlier.
 
         Raises:
-            RemoteError: The server does not give a unit that the cache does not have.
+            RemoteError: A unit is not in the cache, and the server does not give it; or the file
+                is closed.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -96,7 +97,8 @@ class RemoteFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: The server does not give a unit that the cache does not have.
+            RemoteError: A unit is not in the cache, and the server does not give it; or the file
+                is closed.
         """
         length = max(0, min(len(view), self._size - offset))
         at = 0
@@ -110,8 +112,8 @@ class RemoteFile(ReadOnlyFile):
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from a file offset without blocking; return whether that succeeded.
 
-        Returns False if a byte is not ready or not in the page cache, or if the file ends before
-        the view is full.  The content of ``view`` is undefined then.
+        Returns False if a unit is not ready, if a byte is not in the page cache, or if the file
+        ends before the view is full.  The content of ``view`` is undefined then.
         """
         end = offset + len(view)
         first, last = offset // UNIT_BYTES, (end - 1) // UNIT_BYTES

@@ -156,11 +156,11 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
     """
     variables = _Variables(dict(options.credentials))
     prefix = _PREFIXES[address.scheme]
-    decided = (*_KEY_VARIABLES, *_ENDPOINT_VARIABLES, *_REGION_VARIABLES, *_UNKNOWN_TO_OBSTORE)
+    handled_here = (*_KEY_VARIABLES, *_ENDPOINT_VARIABLES, *_REGION_VARIABLES, *_UNKNOWN_TO_OBSTORE)
     config: Any = {
         name.lower(): value
         for name, value in variables.own.items()
-        if name.startswith(prefix) and name not in decided and value
+        if name.startswith(prefix) and name not in handled_here and value
     }
     common: dict[str, Any] = {
         "client_options": {

@@ -6,8 +6,8 @@ of the unit have left the page cache, the unit is compared again (`qedfuse.remot
 the cache needs no order of writes, no datasync and no journal: a unit that a crash, a full disk, a
 failed write or another program has damaged differs from its checksum, and is fetched again.
 
-If several processes use an entry, no process may bring bytes from the disk into the page cache that
-it has not compared, because another process may read them there (`qedfuse.remote.sharing` and
+If several processes use an entry, no process may bring bytes that it has not compared from the disk
+into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
 `qedfuse.remote.localdata`).  So a unit is first read with ``O_DIRECT``, around the page cache.
 """
 

@@ -333,8 +333,8 @@ class Upload:
     def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
         """Call a function; raise the errors of `retry` instead of the exceptions of a client.
 
-        If the store refuses the credentials, the function is called a second time.  No other
-        failure is retried.
+        If the store refuses the credentials, the function is called a second time.  After any
+        other failure it is not called again.
         """
         return retry(self._address, call, lambda: None, 0, threading.Event())
 

@@ -79,7 +79,8 @@ def _segment(text: str, segment: str) -> str:
     if raw in (b".", b".."):
         raise invalid_url(text, "path", printable(segment), "no . or .. in it")
     if re.search(_FORBIDDEN, raw):
-        raise invalid_url(text, "path", printable(segment), "no escaped slash or control character")
+        expected = "no escaped slash, backslash or control character"
+        raise invalid_url(text, "path", printable(segment), expected)
     return quote(raw, safe=_SAFE_IN_SEGMENT)
 
 

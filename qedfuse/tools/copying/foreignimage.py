@@ -102,8 +102,8 @@ async def _try_options(
 ) -> None:
     """Create and remove a small image, so that a bad option fails before the copy, not after it.
 
-    Success depends on the exit status of qemu-img and on the files in the directory.  The
-    messages of qemu-img are quoted but not interpreted, because they differ between versions.
+    Success depends on the exit status of qemu-img and on the files in the directory of ``image``.
+    The messages of qemu-img are quoted but not interpreted, because they differ between versions.
     No trial image is made if an option names a data file.
 
     Args:
