@@ -100,11 +100,11 @@ class AttemptError(Exception):
 
 
 class UnreachableError(AttemptError):
-    """No connection to the server was made: the name is unknown, or no address answers."""
+    """No connection to the server was made: for example, its name is unknown, or TLS fails."""
 
 
 class RefusedError(AttemptError):
-    """The server refuses the credentials, which may have expired."""
+    """The server refuses the credentials, which may have expired, or the lack of credentials."""
 
 
 class MissingError(Exception):

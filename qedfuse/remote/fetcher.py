@@ -1,7 +1,7 @@
 """Fetching the units of an object: each once, adjacent ones together, ahead of sequential readers.
 
-Threads look up a unit in the cache, and then fetch the unit if it is missing.  Only the readers of
-the unit wait for the thread.
+A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  Threads look up a unit in the cache,
+and then fetch the unit if it is missing.  Only the readers of the unit wait for the thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A flight: the fetch of some adjacent units, for which any number of readers wait."""
+"""A flight: the fetch of adjacent units (`UNIT_BYTES`), for which any number of readers wait."""
 
 from __future__ import annotations
 

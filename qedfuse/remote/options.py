@@ -48,8 +48,9 @@ class RemoteOptions:
             leaves a part of the file system free.
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
-        allow_unpinned: Whether to read an object without a validator, of which only a change of the
-            size would be noticed.
+        allow_unpinned: Whether to read an object for which the server reports neither a strong
+            entity tag nor the time of the last change, so that only a change of the size is
+            noticed.
         allowed: The addresses that images may name as backing files, and to which web servers may
             redirect; each includes all addresses below it.
         credentials: Name and value of each variable in the credentials file.  The variables take

@@ -1,4 +1,4 @@
-"""How much to fetch ahead: nothing for random reads, more with each sequential read."""
+"""How many units (`UNIT_BYTES`) to fetch ahead: none for random reads, more for sequential ones."""
 
 from __future__ import annotations
 

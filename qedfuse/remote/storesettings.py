@@ -179,17 +179,17 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
                 common["aws_endpoint_url_s3"] = endpoint
                 common["client_options"]["allow_http"] = endpoint.startswith("http://")
             common["region"] = variables.first(_REGION_VARIABLES) or "us-east-1"
-            is_known = _add_s3_identity(variables, common, is_amazon=endpoint is None)
+            has_credentials = _add_s3_identity(variables, common, is_amazon=endpoint is None)
             handle: ObjectStore = S3Store(address.host, config=config, **common)
         elif address.scheme == "gs":
-            is_known = _add_identity("gs", variables, _GOOGLE_VARIABLES, common)
+            has_credentials = _add_identity("gs", variables, _GOOGLE_VARIABLES, common)
             handle = GCSStore(address.host, config=config, **common)
         else:
-            is_known = _add_identity("az", variables, _AZURE_VARIABLES, common)
+            has_credentials = _add_identity("az", variables, _AZURE_VARIABLES, common)
             handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
-    hint = "" if is_known else _HINTS[address.scheme]
+    hint = "" if has_credentials else _HINTS[address.scheme]
     return Store(
         handle, hint, " ".join(variables.first(n) or "-" for n in _STORE_VARIABLES[address.scheme])
     )

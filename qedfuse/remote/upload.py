@@ -39,6 +39,7 @@ _MAX_PART_SECONDS: Final = 600.0
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
 _MAX_RETRIES: Final = 4
+"""How often obstore itself repeats a failed request."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
 """The error code of a store that does not support conditional puts."""
 

@@ -60,8 +60,8 @@ async def convert(
         durable: Make a new file durable before it gets its name, and an existing file or
             device before this function returns.  An existing image is always made durable,
             and a pipe never.
-        streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Has an
-            effect only if the source is no pipe and the target is a new file.
+        streams: Maximum number of chunks that are copied at the same time, 1 to 16.  Ignored if
+            the source or the target is a pipe, and with ``into_existing``.
         options: How to open the source, the backing file and an existing target; None for the
             defaults.  With ``lock`` False only a file that is replaced is locked.
             ``force_share`` applies to the source and the backing file only.
