@@ -23,6 +23,7 @@ class _ClosingSocket(ssl.SSLSocket):
 
         Raises:
             ConnectionResetError: The peer has gone before the handshake.
+            OSError: The peer has gone later, or the host refused.
         """
         try:
             return super().getpeername()

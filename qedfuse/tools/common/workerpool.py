@@ -36,7 +36,7 @@ class Ticket:
     def wait(self) -> None:
         """Block the thread until the previous ticket is finished.
 
-        This cannot deadlock, because a thread has already taken the previous item, and each
+        The wait cannot deadlock, because a thread has already taken the previous item, and each
         thread finishes the ticket of its item even if the worker raises.
         """
         if self._previous is not None:

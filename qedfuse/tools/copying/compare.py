@@ -131,7 +131,7 @@ class _Search:
     """The search for the first difference, in several threads.
 
     Attributes:
-        lowest_difference: Guest offset of the lowest difference found so far; None if none was.
+        lowest_difference: Guest offset of the lowest difference found so far; None for none.
         progress_offset: Guest offset up to which the disks count as compared in reports of
             progress: the start of the chunk that was begun last, or the end of the last batch.
     """
