@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,12 +17,13 @@ import pytest
 
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.mount.commands.statistics import NoStatisticsError, read_statistics
+from qedfuse.mount.system import statisticssocket
 from qedfuse.mount.system.mounttable import find_mount
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
 from qedfuse.mount.system.recordlookup import find_record
 from tests.support import extensions, qemu
 from tests.support.mounted import KEEPS_NEED_CHECK, front, mounted, qedfuse
-from tests.support.users import as_user, user_directory
+from tests.support.users import USER_ID, as_user, user_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,6 +213,76 @@ def test_the_next_mount_removes_the_socket_of_a_killed_server(image: Path, tmp_p
     with mounted(other, tmp_path / "other"):
         assert not path.exists()
         assert socket_of(tmp_path / "other").exists()
+
+
+@contextmanager
+def in_place_of_the_server(path: Path, user: int) -> Iterator[socket.socket]:
+    """Listen as a user on a socket in place of that of a server."""
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        own = os.geteuid()
+        os.seteuid(user)
+        try:
+            listener.listen()
+        finally:
+            os.seteuid(own)
+        yield listener
+
+
+@pytest.mark.parametrize(
+    ("user", "found"),
+    [
+        pytest.param(
+            USER_ID,
+            f": found a server of user {USER_ID} at its socket, expected one of user 0",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs another user"),
+        ),
+        (os.geteuid(), ", has closed the connection without an answer"),
+    ],
+    ids=["another-user", "silent"],
+)
+def test_why_the_server_has_no_answer(user: int, found: str, image: Path, tmp_path: Path) -> None:
+    """A socket of another user and a server that sends nothing have messages of their own."""
+    with (
+        front(image, tmp_path / "mnt") as mount,
+        in_place_of_the_server(socket_of(mount.mountpoint), user) as listener,
+    ):
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "qedfuse", "stats", mount.mountpoint],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        listener.accept()[0].close()
+        _out, error = asking.communicate(timeout=60)
+        assert asking.returncode == 32
+        assert error == (
+            f"qedfuse: {mount.mountpoint}: no statistics: process {mount.process.pid}, which "
+            f"serves the mount{found}\n"
+        )
+
+
+def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client reads no more than the maximum, and names it."""
+    monkeypatch.setattr(statisticssocket, "_MAX_DOCUMENT_BYTES", 1000)
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with statisticssocket.listen(directory, "stats") as listener, ThreadPoolExecutor() as pool:
+            listener.setblocking(True)  # noqa: FBT003  its only parameter
+            for length in (1000, 1001):
+                user = (os.geteuid(),)
+                answer = pool.submit(statisticssocket.receive, directory, "stats", user)
+                with listener.accept()[0] as server:
+                    server.sendall(b"x" * length)
+                if length == 1000:
+                    assert len(answer.result()) == 1000
+                else:
+                    with pytest.raises(
+                        statisticssocket.UnusableServerError,
+                        match="found a document of more than 1000 bytes",
+                    ):
+                        answer.result()
+    finally:
+        os.close(directory)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")

@@ -19,7 +19,7 @@ from qedfuse.mount.system.mounttable import (
 )
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX, open_directory
 from qedfuse.mount.system.recordlookup import find_record
-from qedfuse.mount.system.statisticssocket import receive
+from qedfuse.mount.system.statisticssocket import UnusableServerError, receive
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -129,20 +129,22 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
     if found is None:
         reason = "found no record of the process that serves the mount"
         return _Answer(mountpoint, None, reason)
-    process = f"process {found.record.pid}, which serves the mount,"
     directory = open_directory(found.path.parent, entry.owner, make=False)
+    document, reason = b"", ", has closed the connection without an answer"
     try:
         document = receive(directory, found.path.name + STATISTICS_SUFFIX, (entry.owner,))
     except FileNotFoundError:
-        return _Answer(mountpoint, None, f"{process} has no socket for statistics")
+        reason = ", has no socket for statistics"
     except ConnectionRefusedError:
-        return _Answer(mountpoint, None, f"{process} has ended")
+        reason = ", has ended"
+    except UnusableServerError as error:
+        reason = f": {error}"
     except OSError as error:
-        return _Answer(mountpoint, None, f"{process}: {error.strerror}")
+        reason = f": {error.strerror}"
     finally:
         os.close(directory)
     if not document:
-        reason = f"{process} has closed the connection without an answer"
+        reason = f"process {found.record.pid}, which serves the mount{reason}"
         return _Answer(mountpoint, None, reason)
     return _Answer(mountpoint, document)
 

@@ -28,6 +28,10 @@ _MAX_DOCUMENT_BYTES: Final = 1 << 28
 _RECEIVE_BYTES: Final = 1 << 16
 
 
+class UnusableServerError(Exception):
+    """The server of a socket is not trusted, or sends too much; the text says which."""
+
+
 def listen(directory: int, name: str) -> socket.socket:
     """Make a listening socket that only this user and root can connect to.
 
@@ -76,7 +80,7 @@ def listen_at(
     return made
 
 
-def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
+def receive(directory: int, name: str, users: Collection[int]) -> bytes:
     """Return the document of the server that listens on a socket.
 
     Args:
@@ -86,21 +90,25 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes | None:
             because that user may have put a link in place of the socket.
 
     Returns:
-        The document; only its beginning if the server ends before it has sent everything.  None if
-        the server runs as another user, or if the document is too long.
+        The document; only its beginning if the server ends before it has sent everything.
 
     Raises:
+        UnusableServerError: The server runs as another user, or the document is too long.
         OSError: There is no socket, no process listens on it, or the connection broke.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(_path(directory, name))
-        if peer_user(connection) not in users:
-            return None
+        user = peer_user(connection)
+        if user not in users:
+            expected = " or ".join(str(one) for one in users)
+            msg = f"found a server of user {user} at its socket, expected one of user {expected}"
+            raise UnusableServerError(msg)
         received = bytearray()
         while part := connection.recv(_RECEIVE_BYTES):
             received += part
             if len(received) > _MAX_DOCUMENT_BYTES:
-                return None
+                msg = f"found a document of more than {_MAX_DOCUMENT_BYTES} bytes"
+                raise UnusableServerError(msg)
     return bytes(received)
 
 
