@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
+from qedfuse.mount.commands import statistics
 from qedfuse.mount.commands.statistics import NoStatisticsError, read_statistics
 from qedfuse.mount.system import statisticssocket
 from qedfuse.mount.system.mounttable import find_mount
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
-from qedfuse.mount.system.recordlookup import find_record
+from qedfuse.mount.system.recordlookup import FoundRecord, find_record
 from tests.support import extensions, qemu
 from tests.support.mounted import KEEPS_NEED_CHECK, front, mounted, qedfuse
 from tests.support.users import USER_ID, as_user, user_directory
@@ -259,6 +262,41 @@ def test_why_the_server_has_no_answer(user: int, found: str, image: Path, tmp_pa
             f"qedfuse: {mount.mountpoint}: no statistics: process {mount.process.pid}, which "
             f"serves the mount{found}\n"
         )
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("vanishes", "no statistics: found no record of the process that serves the mount"),
+        (
+            "is open to others",
+            "no statistics: found no record of the process that serves the mount",
+        ),
+        ("is unreadable", "cannot read the mount record: Too many open files"),
+    ],
+)
+def test_a_directory_that_changes_after_the_lookup(
+    moment: str, message: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the directory of records changes between lookup and use, the error is one line."""
+    directory = tmp_path / "records"
+
+    def find_and_change(device: str, user: int) -> FoundRecord:
+        """Find the record, and return it as one in a directory that changes right after."""
+        found = find_record(device, user)
+        assert found is not None
+        if moment == "is open to others":
+            directory.mkdir()
+            directory.chmod(0o777)
+        elif moment == "is unreadable":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # in the child that asks
+        return FoundRecord(directory / found.path.name, found.record)
+
+    monkeypatch.setattr(statistics, "find_record", find_and_change)
+    with front(image, tmp_path / "mnt") as mount:
+        with pytest.raises((NoStatisticsError, HostError), match=message) as caught:
+            read_statistics(str(mount.mountpoint))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from qedfuse.mount.system.mounttable import (
     find_own_mount,
     read_mounts,
 )
-from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX, open_directory
-from qedfuse.mount.system.recordlookup import find_record
+from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
+from qedfuse.mount.system.recordlookup import find_record, open_record_directory
 from qedfuse.mount.system.statisticssocket import UnusableServerError, receive
 from qedfuse.text import printable
 
@@ -126,10 +126,10 @@ def _ask(path: str) -> _Answer:
 def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
     """Return the answer of the server of the mount ``entry``; the errors are those of `_ask`."""
     found = find_record(entry.device, entry.owner)
-    if found is None:
+    directory = None if found is None else open_record_directory(found.path, entry.owner)
+    if found is None or directory is None:
         reason = "found no record of the process that serves the mount"
         return _Answer(mountpoint, None, reason)
-    directory = open_directory(found.path.parent, entry.owner, make=False)
     document, reason = b"", ", has closed the connection without an answer"
     try:
         document = receive(directory, found.path.name + STATISTICS_SUFFIX, (entry.owner,))

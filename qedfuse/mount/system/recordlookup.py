@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from qedfuse.errors import HostError, PrivilegeError
 from qedfuse.mount.system.mountrecord import MountRecord, read_record
@@ -17,8 +18,10 @@ from qedfuse.mount.system.recorddirectory import (
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+T = TypeVar("T")
 
 _CANNOT_READ: Final = "cannot read the mount record"
 
@@ -118,8 +121,37 @@ def take_record(path: Path, user: int) -> MountRecord | None:
     Raises:
         HostError: The directory or the file cannot be read.
     """
+    return _unless_gone(partial(_take, path, user), path)
+
+
+def open_record_directory(path: Path, user: int) -> int | None:
+    """Open the directory of a record that `find_record` has found.
+
+    Args:
+        path: The path of the record's file.
+        user: The user who has mounted.
+
+    Returns:
+        A descriptor of the directory.  None if the directory is gone, or if others than ``user``
+        can write to it.
+
+    Raises:
+        HostError: The directory cannot be opened.
+    """
+    return _unless_gone(partial(open_directory, path.parent, user, make=False), path)
+
+
+def _unless_gone(function: Callable[[], T], path: Path) -> T | None:
+    """Return the result of a function that uses the directory of a record.
+
+    Returns None if the directory or the record at ``path`` is gone, or if others than the user who
+    has mounted can write to the directory.
+
+    Raises:
+        HostError: The host refused.
+    """
     try:
-        return _take(path, user)
+        return function()
     except PrivilegeError:
         return None
     except OSError as error:
