@@ -21,12 +21,13 @@ from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fall
 from qedfuse.mount.commands import statistics
 from qedfuse.mount.commands.statistics import NoStatisticsError, read_statistics
 from qedfuse.mount.system import statisticssocket
-from qedfuse.mount.system.mounttable import find_mount
+from qedfuse.mount.system.mounttable import FUSE_TYPE, find_mount
 from qedfuse.mount.system.recorddirectory import STATISTICS_SUFFIX
 from qedfuse.mount.system.recordlookup import FoundRecord, find_record
 from tests.support import extensions, qemu
-from tests.support.mounted import KEEPS_NEED_CHECK, front, mounted, qedfuse
-from tests.support.users import USER_ID, as_user, user_directory
+from tests.support.mounted import KEEPS_NEED_CHECK, front, mounted, qedfuse, without_notice
+from tests.support.programs import environment
+from tests.support.users import AS_USER, USER_ID, as_user, user_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -350,6 +351,23 @@ def test_a_path_without_a_mount_is_refused(tmp_path: Path) -> None:
     done = qedfuse("stats", tmp_path)
     assert done.returncode == 18
     assert done.stderr == (f"qedfuse: {tmp_path}: found no mount, expected a mount of qedfuse\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a mount namespace and another user")
+@pytest.mark.parametrize("user", [0, USER_ID])
+def test_no_mount_at_all(user: int) -> None:
+    """Without a mount, the message names the user whose mounts count; root may ask all."""
+    detach = f"umount --all --lazy --types {FUSE_TYPE}"
+    command = [*AS_USER] if user else []
+    command += [sys.executable, "-m", "qedfuse", "stats"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{detach}; exec "$@"', "sh", *command],
+        capture_output=True, text=True, timeout=60, check=False, cwd="/", env=environment(),
+    )  # fmt: skip
+    whose = f" of user {user}" if user else ""
+    assert (done.returncode, without_notice(done.stderr)) == (
+        18, f"qedfuse: stats: found no mount of qedfuse{whose}, expected at least one\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ class _Answer(NamedTuple):
 def find_mountpoints() -> list[str]:
     """Return the mountpoints of qedfuse whose statistics this user may read, oldest mount first.
 
+    Root may read those of all users.
+
     Raises:
         HostError: /proc is not mounted.
     """
@@ -160,6 +162,7 @@ def mountpoints(path: str | None) -> Sequence[str]:
         return [path]
     found = find_mountpoints()
     if not found:
-        msg = "stats: found no mount of qedfuse of this user, expected at least one"
+        whose = f" of user {user}" if (user := os.geteuid()) else ""  # root may ask all
+        msg = f"stats: found no mount of qedfuse{whose}, expected at least one"
         raise MountpointError(msg)
     return found
