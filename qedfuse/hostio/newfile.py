@@ -123,10 +123,15 @@ class NewFile:
                 durable, the file has its final name.
         """
         try:
-            if self._old is not None:
-                _copy_attributes(self._old, self.path)
-            if durable:
-                fsync_path(self.path)
+            # The file is opened first, because its new mode may forbid the owner to open it.
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if self._old is not None:
+                    _copy_attributes(self._old, fd)
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
             if self._old is not None and self._is_at_name(self._old):
                 os.replace(self.path, self._final)  # noqa: PTH105
             else:
@@ -187,28 +192,31 @@ class NewFile:
                 os.unlink(self.path)  # noqa: PTH108
 
 
-def _copy_attributes(old: int, new: str) -> None:
+def _copy_attributes(old: int, new: int) -> None:
     """Copy owner, mode and extended attributes of the replaced file to the new one.
 
-    Extended attributes include access control lists; attributes with `CONTENT_ATTRIBUTE_PREFIX` are
-    not copied.  An owner or an attribute that the host refuses to set is skipped (only root can
-    change the owner).
+    Both files are open; the new one has mode 0600.  Extended attributes include access control
+    lists; attributes with `CONTENT_ATTRIBUTE_PREFIX` are not copied.  An owner or an attribute that
+    the host refuses to set is skipped (only root can change the owner).
 
     Raises:
         OSError: The host refused to set the mode.
     """
     status = os.fstat(old)
     with suppress(OSError):
-        os.chown(new, -1, status.st_gid)
+        os.fchown(new, -1, status.st_gid)
     with suppress(OSError):
-        os.chown(new, status.st_uid, -1)
-    os.chmod(new, status.st_mode & 0o7777)  # noqa: PTH101
+        os.fchown(new, status.st_uid, -1)
+    # A user can set attributes ("user.") only on a file that the user may write to, so the mode and
+    # access control lists ("system.") come last.
+    names: list[str] = []
     with suppress(OSError):
-        for name in os.listxattr(old):
-            if name.startswith(CONTENT_ATTRIBUTE_PREFIX):
-                continue
+        names = sorted(os.listxattr(old), key=lambda name: name.startswith("system."))
+    for name in names:
+        if not name.startswith(CONTENT_ATTRIBUTE_PREFIX):
             with suppress(OSError):
                 os.setxattr(new, name, os.getxattr(old, name))
+    os.fchmod(new, status.st_mode & 0o7777)
 
 
 def _cannot_create(path: str, error: OSError) -> HostError:

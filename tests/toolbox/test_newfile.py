@@ -9,6 +9,8 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,13 +20,14 @@ from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError, ImageInUseError, UsageError
 from qedfuse.hostio.newfile import NewFile
 from qedfuse.hostio.replacedfile import lock_replaced_file
+from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.tools.copying.convert import convert
 from qedfuse.tools.editing.create import create
 from tests.support import qemu
+from tests.support.users import USER_ID
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 def names(directory: Path) -> set[str]:
@@ -214,6 +217,48 @@ def test_owner_and_mode_of_the_replaced_file_are_kept(tmp_path: Path) -> None:
     assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1234, 2345, 0o640)
     assert os.getxattr(path, "user.comment") == b"mine"
     assert path.read_bytes() == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize(
+    ("owner", "mode"), [(1234, 0o040), (USER_ID, 0o440)], ids=["through-the-group", "read-only"]
+)
+def test_a_mode_that_permits_less_than_the_work_on_the_file(owner: int, mode: int) -> None:
+    """A user's new file gets mode and attributes, although the mode forbids reads or writes."""
+    with TemporaryDirectory(dir="/var/tmp") as name:  # the user may not search tmp_path
+        path = Path(name) / "a.qed"
+        path.write_bytes(b"old")
+        os.setxattr(path, "user.comment", b"mine")
+        os.chown(name, USER_ID, USER_ID)
+        os.chown(path, owner, USER_ID)
+        path.chmod(mode)
+
+        def create_as_user() -> bool:
+            os.setgroups([])
+            os.setresgid(USER_ID, USER_ID, USER_ID)
+            os.setresuid(USER_ID, USER_ID, USER_ID)  # drops all capabilities
+            create(str(path), 1 << 20, overwrite=True)
+            return os.access(path, os.R_OK)
+
+        assert call_in_child(create_as_user, 60) is (mode != 0o040)
+        status = path.stat()
+        assert (status.st_uid, status.st_gid) == (USER_ID, USER_ID)
+        assert stat.S_IMODE(status.st_mode) == mode
+        assert os.getxattr(path, "user.comment") == b"mine"
+        assert names(Path(name)) == {"a.qed"}
+        assert qemu.check(path).code == 0
+
+
+def test_access_control_lists_of_the_replaced_file_are_kept(tmp_path: Path) -> None:
+    """The list, and the mode that includes its mask, are those of the replaced file."""
+    path = tmp_path / "a.qed"
+    path.write_bytes(b"old")
+    path.chmod(0o2750)
+    subprocess.run(["setfacl", "-m", "u:1234:rw,m::rx", path], check=True)
+    before = os.getxattr(path, "system.posix_acl_access"), path.stat().st_mode
+    create(str(path), 1 << 20, overwrite=True)
+    assert path.stat().st_size > len(b"old")
+    assert (os.getxattr(path, "system.posix_acl_access"), path.stat().st_mode) == before
 
 
 @pytest.mark.parametrize("command", ["create", "convert"])
