@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
+import pytest
+
+from qedfuse.errors import HostError
 from qedfuse.mount.system.boundedcall import call_in_child
 from qedfuse.util.descriptors import open_descriptors
 
@@ -18,3 +22,22 @@ def test_the_child_keeps_nothing_of_its_caller_open() -> None:
     assert call_in_child(lambda: str(Path("/proc/self/fd/1").readlink()), 30) == "/dev/null"
     os.close(reading)
     os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("refused", "number"), [("pipe", errno.EMFILE), ("fork", errno.EAGAIN)], ids=["pipe", "fork"]
+)
+def test_a_child_that_cannot_be_made_is_an_error_of_the_host(
+    refused: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a pipe or a process, the error is one line, and no descriptor stays open."""
+
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = open_descriptors()
+    monkeypatch.setattr(os, refused, refuse)
+    with pytest.raises(HostError) as caught:
+        call_in_child(os.getpid, 30)
+    assert str(caught.value) == f"child process: cannot start: {os.strerror(number)}"
+    assert open_descriptors() == before

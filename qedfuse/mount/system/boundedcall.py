@@ -16,6 +16,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
+from qedfuse.errors import HostError
 from qedfuse.util.descriptors import (
     STANDARD,
     close_descriptors,
@@ -62,12 +63,10 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
         Exception: The exception that the function raised, without its traceback.
         RuntimeError: The child has ended without a result, because the child was killed or
             interrupted, or because the result or the exception cannot be pickled.
-        HostError: /proc is not mounted.
-        OSError: No pipe or no child process can be made.
+        HostError: /proc is not mounted, or no pipe or no child process can be made.
     """
     deadline = Deadline(seconds)
-    reading, writing = os.pipe()
-    child = os.fork()
+    reading, writing, child = _fork()
     if child == 0:
         _run(function, writing)
     os.close(writing)
@@ -94,6 +93,27 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     error = error_class.__new__(error_class, *value)
     error.__dict__.update(attributes)
     raise error
+
+
+def _fork() -> tuple[int, int, int]:
+    """Make a pipe and a child process.
+
+    Returns:
+        The ends of the pipe for reading and for writing, and the pid of the child, 0 in the child.
+
+    Raises:
+        HostError: No pipe or no child process can be made.
+    """
+    try:
+        reading, writing = os.pipe()
+        try:
+            return reading, writing, os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
+    except OSError as error:
+        raise HostError.from_os(error, "child process", "cannot start") from error
 
 
 def _run(function: Callable[[], object], writing: int) -> NoReturn:
