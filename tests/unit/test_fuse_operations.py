@@ -16,6 +16,7 @@ from pyfuse3 import FUSEError
 
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.window import DiskWindow
 from qedfuse.errors import (
     CorruptImageError,
     ForeignError,
@@ -563,3 +564,40 @@ async def test_a_write_that_the_program_sees_fail_is_not_lost(
     with pytest.raises(FUSEError):
         await operations(disks, options).write(handle, 0, b"data")
     assert not disks.with_lost_data
+
+
+@pytest.mark.expect_log("server")
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("kind", [RemoteError, ForeignError, CorruptImageError])
+async def test_a_failed_write_makes_its_file_stale_if_another_has_its_bytes(
+    kind: type[Exception],
+    is_fast: bool,  # noqa: FBT001  a parameter of pytest
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next open of the file makes the kernel drop the page whose write has failed."""
+    dropped: list[int] = []
+
+    async def drop(exported: ExportedDisk) -> bool:
+        dropped.append(exported.inode)
+        return True
+
+    error = kind("server")
+    disk = Broken(error)
+    disks = export(disk, Broken(error))
+    whole, alone = disks
+    disks.set_partitions(whole, {b"vm.raw.p1": DiskWindow(cast("Disk", disk), 0, 512, "p1")})
+    handlers = operations(disks)
+    files = PartitionFiles(disks, drop, lambda: None)
+    if is_fast:
+
+        def fail(*_arguments: object) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(handlers.fast, "write", fail)
+    for inode in (whole.inode, alone.inode):
+        with pytest.raises(FUSEError):
+            await handlers.write(inode, 0, b"data")
+    assert [item.name for item in disks if item.is_stale] == [b"vm.raw"]
+    for exported in disks:
+        assert await files.drop_stale_pages(exported)
+    assert dropped == [whole.inode]

@@ -243,9 +243,13 @@ class ExportedDisks:
         for other in others:
             other.is_stale = other.is_stale or writer
 
-    def is_shared(self, exported: ExportedDisk) -> bool:
-        """Return whether another file has bytes of this file."""
-        return bool(self._sharing_bytes(exported))
+    def write_failed(self, exported: ExportedDisk) -> None:
+        """Mark a file as stale after a failed write, if another file has bytes in common with it.
+
+        The kernel may keep a page with bytes that the disk does not have, so the page would differ
+        from that of the other file.
+        """
+        exported.is_stale = exported.is_stale or bool(self._sharing_bytes(exported))
 
     def _sharing_bytes(self, exported: ExportedDisk) -> list[ExportedDisk]:
         """Return the other files that have bytes of a file."""

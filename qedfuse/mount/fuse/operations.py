@@ -147,7 +147,9 @@ class Operations(MetadataOperations):
             try:
                 is_written = self.fast.write(fh, off, buf)
             except Exception as error:
-                self.disk_of(fh).requests.count_error(WRITE, start)
+                exported = self.disk_of(fh)
+                self._exported_disks.write_failed(exported)
+                exported.requests.count_error(WRITE, start)
                 raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "write", error)) from error
             if is_written:
                 self.disk_of(fh).requests.count(WRITE, len(buf), start, is_fast=True)
@@ -193,13 +195,12 @@ class Operations(MetadataOperations):
             if fh & HANDLE_SYNC:
                 await exported.disk.flush()
         except (RemoteError, ForeignError) as error:
+            self._exported_disks.write_failed(exported)
             if not self.enable_writeback_cache or fh & HANDLE_DIRECT:
                 raise  # the program gets the error
             raise _lost_data(exported, error) from error
         except Exception:
-            # The kernel may keep a page with bytes that the disk does not have.  If another file
-            # shows the same range of the disk, the two files would differ.
-            exported.is_stale = exported.is_stale or self._exported_disks.is_shared(exported)
+            self._exported_disks.write_failed(exported)
             raise
         finally:
             exported.slow_writes -= 1
