@@ -37,7 +37,8 @@ class _Stream:
         """Return whether a read of the units ``first`` to ``last`` probably is of this reader."""
         gap = min(self.window, _MAX_GAP_UNITS)
         is_near = self.last - gap <= first <= self.last + 1 + gap
-        return is_near or first <= self.marker <= last or first == self.end + 1
+        is_after_end = self.end >= 0 and first == self.end + 1
+        return is_near or first <= self.marker <= last or is_after_end
 
 
 class ReadAhead:

@@ -159,6 +159,14 @@ def test_reads_of_a_sequential_reader_in_another_order() -> None:
     assert readers.record_read(32, 32, 32) == 32
 
 
+def test_window_of_a_reader_at_the_start_after_a_random_read() -> None:
+    """A read of unit 0 begins a reader of its own: nothing was fetched ahead of the other one."""
+    readers = ReadAhead()
+    assert readers.record_read(100, 100, 32) == 0
+    assert [readers.record_read(unit, unit, 32) for unit in (0, 1, 2, 3)] == [0, 1, 2, 4]
+    assert readers.record_read(101, 101, 32) == 1
+
+
 def test_no_window_for_random_reads() -> None:
     """Reads in no order have no window."""
     readers = ReadAhead()
