@@ -181,7 +181,7 @@ class WebClient:
         end = time.monotonic() + self._options.attempt_seconds
         remembered = target = self._target
         try:
-            for _ in range(_MAX_REDIRECTS):
+            for _ in range(_MAX_REDIRECTS + 1):
                 with self._request(target, headers, end) as response:
                     if response.status not in _REDIRECTS:
                         self._refuse(response, target)

@@ -300,6 +300,24 @@ def test_strange_redirections(location: str, tmp_path: Path) -> None:
         assert server.struck["redirect elsewhere"] >= 1
 
 
+@pytest.mark.parametrize("count", [5, 6])
+def test_number_of_redirections(count: int, tmp_path: Path) -> None:
+    """Five redirections in a row are followed, and six are refused."""
+    with serving(CONTENT) as server:
+        server.elsewhere = server.url
+        server.faults += ["redirect elsewhere"] * count
+        if count == 5:
+            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+                assert read(file, 0, 100) == CONTENT[:100]
+        else:
+            with (
+                pytest.raises(RemoteError, match="found more than 5 redirections"),
+                opened(server.url, tmp_path, deadlines=DEADLINES),
+            ):
+                pass
+        assert server.struck["redirect elsewhere"] == count
+
+
 @logs_outage
 @pytest.mark.parametrize("obeys", [True, False])
 def test_content_replaced(obeys: bool, tmp_path: Path) -> None:  # noqa: FBT001
