@@ -18,6 +18,7 @@ import trio
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.errors import HostError, NoSpaceError
+from qedfuse.tools.common.pipe import open_stream
 from qedfuse.tools.copying import conversion, diskcopy
 from qedfuse.tools.copying.compare import verify_copy
 from qedfuse.tools.copying.convert import convert
@@ -232,6 +233,21 @@ def test_a_pipe_reports_the_same_data_as_a_file(tmp_path: Path, form: str, lengt
     copied = trio.run(convert, str(raw), str(tmp_path / "c"), layout)
     assert piped.data_bytes == copied.data_bytes
     assert piped.data_bytes == length
+
+
+async def test_the_name_of_a_fifo_is_printable(tmp_path: Path) -> None:
+    """A read of a FIFO that fails has a message of one line, also if the name has two."""
+    fifo = tmp_path / "a\nb"
+    os.mkfifo(fifo)
+    descriptor = os.open(fifo, os.O_RDWR)
+    stream = await open_stream(str(fifo), os.O_WRONLY)
+    try:
+        with pytest.raises(HostError) as caught:
+            await stream.read(memoryview(bytearray(1)))
+    finally:
+        stream.close()
+        os.close(descriptor)
+    assert str(caught.value) == f"{tmp_path}/a\\nb: read: Bad file descriptor"
 
 
 @pytest.mark.parametrize("words", ["fifo new", "-O raw a.raw fifo"])

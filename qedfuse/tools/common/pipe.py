@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.errors import HostError, cannot_open
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ class Stream:
     """An open stream, read or written at its current position.
 
     Attributes:
-        name: Name of the stream in messages.
+        name: Name of the stream in messages, as printable text.
     """
 
     def __init__(self, descriptor: int, name: str, *, blocking: bool) -> None:
@@ -139,7 +140,7 @@ async def open_stream(path: str, access: int) -> Stream:
     except OSError as error:
         raise cannot_open(path, error) from error
     os.set_blocking(fd, False)
-    return Stream(fd, path, blocking=False)
+    return Stream(fd, printable(path), blocking=False)
 
 
 def _standard(access: int) -> Stream:
