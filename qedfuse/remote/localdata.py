@@ -163,8 +163,19 @@ class LocalData:
             self._use.leave()
 
     def statvfs(self) -> os.statvfs_result:
-        """Return the attributes of the file system of the cache, without waiting for a server."""
-        return self._space if self._waits_for_server else os.fstatvfs(self._fd)
+        """Return the attributes of the file system of the cache, without waiting for a server.
+
+        If calls may wait for a server, or after `close`, the attributes are those at the start.
+
+        Raises:
+            OSError: The host refused.
+        """
+        if self._waits_for_server or not self._use.enter():
+            return self._space
+        try:
+            return os.fstatvfs(self._fd)
+        finally:
+            self._use.leave()
 
     def close(self) -> None:
         """Close the file when the running reads have returned, without waiting for them.

@@ -944,3 +944,24 @@ def test_descriptor_stays_open_during_a_read(
         os.fstat(descriptors[0])
     assert not local.try_read(0, memoryview(buffer), ZeroBlocks(1))
     assert len(descriptors) == 1
+
+
+def test_space_of_a_cache_after_a_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a close, the attributes are those at the start, and no descriptor is used."""
+    make_files(str(tmp_path), UNIT_BYTES)
+    with UnitFile.open(str(tmp_path), UNIT_BYTES) as entry:
+        local = LocalData(entry)
+    descriptors: list[int] = []
+    fstatvfs = os.fstatvfs
+
+    def recorded(fd: int) -> os.statvfs_result:
+        local.close()
+        descriptors.append(fd)
+        return fstatvfs(fd)  # the close waits for this call
+
+    monkeypatch.setattr(os, "fstatvfs", recorded)
+    assert local.statvfs().f_blocks
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
+    assert local.statvfs().f_blocks
+    assert len(descriptors) == 1
