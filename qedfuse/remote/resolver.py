@@ -7,6 +7,8 @@ Concurrent lookups of the same host and port share a thread, so at most one thre
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -46,6 +48,8 @@ class _Lookup:
             self.error = error
         except UnicodeError:  # a label that is empty or too long
             self.error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        except MemoryError:
+            self.error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 class Resolver:
@@ -85,10 +89,12 @@ class Resolver:
         lookup = _Lookup(host, port)
 
         def run() -> None:
-            lookup.run()
-            with self._lock:
-                del self._running[host, port]
-            lookup.ended.set()
+            try:
+                lookup.run()
+            finally:
+                with self._lock:
+                    del self._running[host, port]
+                lookup.ended.set()
 
         try:
             threading.Thread(target=run, name="qedfuse-resolve", daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gc
 import os
 import select
@@ -216,6 +217,25 @@ def test_lookups_of_a_name_share_a_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == [found[0]] * 4
     assert found[0][0][4] == ("127.0.0.1", 80)
     assert 1 <= len(lookups) <= 4
+
+
+def test_lookup_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup that finds no memory fails without a wait, and so does not hinder the next one."""
+    failures: list[Exception] = [MemoryError()]
+
+    def lookup(_host: str, port: int, flags: int) -> list[Any]:
+        if flags:
+            raise socket.gaierror
+        if failures:
+            raise failures.pop()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(resolver, "_lookup", lookup)
+    names = Resolver()
+    with pytest.raises(OSError, match="Cannot allocate memory") as caught:
+        names.resolve("images.example", 80, 60)
+    assert caught.value.errno == errno.ENOMEM
+    assert names.resolve("images.example", 80, 60)[0][4] == ("127.0.0.1", 80)
 
 
 def test_the_second_address_of_a_host_is_tried(
