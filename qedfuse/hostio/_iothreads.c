@@ -479,22 +479,30 @@ static int create_thread(struct pool *pool)
     return failed;
 }
 
-/* Take a job out of the queue, because no thread exists and none could be created.  The caller must
- * hold the mutex. */
-static void withdraw(struct pool *pool, struct job *job)
+/* Remove a job from the queue, because no thread exists and none could be created.  Return whether
+ * the job was in the queue.  If it was not, a thread that has ended since has made its call, and the
+ * job belongs to the collector.  The caller must hold the mutex. */
+static int withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
     struct job *other;
+    int is_found = 0;
 
-    while ((other = take_first(&all)) != NULL)
-        if (other != job)
+    while ((other = take_first(&all)) != NULL) {
+        if (other == job)
+            is_found = 1;
+        else
             append(&pool->queue, other);
-    atomic_fetch_sub(&pool->pending, 1);
+    }
+    if (is_found)
+        atomic_fetch_sub(&pool->pending, 1);
+    return is_found;
 }
 
 /* Queue a job.  Wake or create a thread, unless a coming thread will take the job or max_threads
- * threads are busy.  Return 0.  If there is no thread and none can be created, do not queue the
- * job, and return an errno.  In both cases the caller must release the jobs in *garbage. */
+ * threads are busy.  Return 0; the job then belongs to the pool.  If there is no thread to take the
+ * job and none can be created, do not queue the job, and return an errno.  In both cases the caller
+ * must release the jobs in *garbage. */
 static int queue(struct pool *pool, struct job *job, struct list *garbage)
 {
     int failed, needs_thread = 0;
@@ -526,10 +534,10 @@ static int queue(struct pool *pool, struct job *job, struct list *garbage)
     pool->threads--;
     pool->references--;
     pool->coming--;
-    if (pool->threads)
-        failed = 0; /* one of the other threads takes the job when it is done with its own */
-    else
-        withdraw(pool, job);
+    /* If another thread runs, it takes the job when it is done with its own.  Or it has taken the
+     * job already, and may even have ended. */
+    if (pool->threads || !withdraw(pool, job))
+        failed = 0;
     pthread_mutex_unlock(&pool->mutex);
     return failed;
 }

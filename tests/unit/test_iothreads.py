@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support.descriptors import opened, pipe
+from tests.support.refusedcalls import CLONE3, run_with_late_refusal, run_without
 
 iothreads = pytest.importorskip("qedfuse.hostio._iothreads", reason="the extension was not built")
 
@@ -111,10 +112,10 @@ def is_held(buffer: bytearray) -> bool:
     return False
 
 
-def pool_threads() -> dict[str, dict[str, str]]:
-    """Return the status of each thread of the pools of this process, by its number."""
+def pool_threads(tasks: Path = Path("/proc/self/task")) -> dict[str, dict[str, str]]:
+    """Return the status of each thread of the pools of a process, by its number."""
     found = {}
-    for path in Path("/proc/self/task").iterdir():
+    for path in tasks.iterdir():
         try:
             lines = (path / "status").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
@@ -683,6 +684,59 @@ def test_a_forked_child_may_free_the_pool_but_not_use_it() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         os.write(writer, b"x")
         assert collect(threads) == [(None, 1)]
+
+
+def test_no_thread_can_be_created() -> None:
+    """If no thread runs, a call is refused and holds nothing; the next call creates a thread."""
+    threads = make()
+    tag, buffer = object(), bytearray(1)
+    references = sys.getrefcount(tag)
+
+    def submit() -> None:
+        threads.submit_read(reader, -1, buffer, tag)
+
+    with pipe() as (reader, writer):
+        with pytest.raises(PermissionError):
+            run_without(CLONE3, submit)
+        assert (threads.pending(), threads.threads()) == (0, 0)
+        assert not is_held(buffer)
+        assert sys.getrefcount(tag) == references
+        submit()
+        os.write(writer, b"x")
+        assert collect(threads) == [(tag, 1)]
+
+
+def test_no_second_thread_can_be_created(tmp_path: Path) -> None:
+    """If a thread is busy and no other can be created, the busy thread makes the call later."""
+    threads = make()
+    with pipe() as (reader, writer), opened(tmp_path / "file", b"0123") as fd:
+        threads.submit_read(reader, -1, bytearray(1), "first")
+        run_without(CLONE3, lambda: threads.submit_read(fd, 0, bytearray(4), "second"))
+        assert threads.threads() == 1
+        os.write(writer, b"x")
+        assert collect(threads, 2) == [("first", 1), ("second", 4)]
+
+
+def test_the_call_is_made_while_no_thread_can_be_created(tmp_path: Path) -> None:
+    """If the busy thread makes the call and ends before the creation fails, the call counts."""
+    threads = make(idle_seconds=0)
+    buffer = bytearray(4)
+    with pipe() as (reader, writer), opened(tmp_path / "file", b"0123") as fd:
+        threads.submit_read(reader, -1, bytearray(1), "first")
+        tasks = Path(f"/proc/{os.getpid()}/task")
+
+        def end_the_busy_thread() -> None:
+            os.write(writer, b"x")
+            wait_until(lambda: not pool_threads(tasks))
+
+        run_with_late_refusal(
+            CLONE3, end_the_busy_thread, lambda: threads.submit_read(fd, 0, buffer, "second")
+        )
+        assert threads.threads() == 0
+        assert is_held(buffer)
+        assert collect(threads, 2) == [("first", 1), ("second", 4)]
+        assert (bytes(buffer), threads.pending()) == (b"0123", 0)
+        assert not is_held(buffer)
 
 
 @pytest.mark.parametrize("seed", range(4))
