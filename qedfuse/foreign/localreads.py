@@ -13,6 +13,7 @@ from qedfuse.foreign.mapping import fill_map, start_mapping
 from qedfuse.foreign.runmap import MAX_FILES, UNKNOWN, RunMap, without_zeros
 from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.pagesource import PageSource, StoredRuns
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     import subprocess
@@ -159,7 +160,7 @@ class LocalReads:
         """Begin to make the map, if that has not begun; return when the program was started.
 
         A process that gives up the right to run programs must call this method first.  The call
-        waits at most `_START_SECONDS`.
+        waits at most `_START_SECONDS`.  It returns without a map if the host cannot start a thread.
         """
         with self._lock:
             self._lookups_before_map = 0
@@ -176,12 +177,17 @@ class LocalReads:
                 self._start_thread()
 
     def _start_thread(self) -> None:
-        """Start the thread that makes the map, once; the caller holds the lock."""
+        """Start the thread that makes the map, once; the caller holds the lock.
+
+        If the host cannot start a thread, the next `READS_BEFORE_MAP` lookups are counted before
+        the thread is started again, and QEMU makes their reads.
+        """
         if self._map is not None and self._thread is None and not self._is_closed:
-            self._thread = threading.Thread(
-                target=self._make_map, args=(self._map,), name="qedfuse map", daemon=True
-            )
-            self._thread.start()
+            try:
+                self._thread = start_thread(self._make_map, self._map, name="qedfuse map")
+            except OSError as error:
+                self._lookups_before_map = READS_BEFORE_MAP
+                _log.debug("%s: no map yet: %s", self._name, error.strerror)
 
     def _make_map(self, run_map: RunMap) -> None:
         """Make the map; if that fails, only log the error: QEMU reads what the map lacks."""

@@ -16,11 +16,13 @@ from qedfuse.disk.lookup.foreignopening import open_foreign
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign import localreads, mapping
+from qedfuse.foreign.foreignfile import ForeignFile
 from qedfuse.foreign.localreads import READS_BEFORE_MAP
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 from tests.support.foreignchains import DISK_BYTES, FORMATS, draw_chain, draw_disk, servers
 from tests.support.mounted import front
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -243,6 +245,38 @@ async def test_closed_while_mapping(compressed: Path, monkeypatch: pytest.Monkey
     assert started.wait(60)
     disk.close()
     assert "qedfuse map" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("is_started_early", [False, True])
+async def test_no_thread_for_the_map(compressed: Path, *, is_started_early: bool) -> None:
+    """Without a thread for the map QEMU makes the reads, and the close ends qemu-nbd."""
+    disk = await open_foreign(PosixFile.open(str(compressed)), "qcow2", OpenOptions())
+    assert isinstance(disk, ForeignFile)
+    try:
+        if is_started_early:
+            run_without(CLONE3, disk.start_map)
+        for _ in range(2 * READS_BEFORE_MAP):
+            assert not run_without(CLONE3, lambda: disk.try_read(0, memoryview(bytearray(512))))
+        assert disk.page_source is not None
+        assert disk.page_source.runs is not None
+        assert disk.page_source.runs.cells[0] == 0
+    finally:
+        disk.close()
+    assert servers(compressed.parent) == []
+
+
+async def test_thread_for_the_map_later(compressed: Path) -> None:
+    """If the host could not start a thread for the map, later reads make the map."""
+    disk = await open_foreign(PosixFile.open(str(compressed)), "qcow2", OpenOptions())
+    assert isinstance(disk, ForeignFile)
+    try:
+        run_without(CLONE3, disk.start_map)
+        for _ in range(READS_BEFORE_MAP):
+            assert not disk.try_read(0, memoryview(bytearray(512)))
+        wait_for_map()
+        assert disk.try_read(0, memoryview(bytearray(512)))
+    finally:
+        disk.close()
 
 
 _SHOW_THE_END: Final = """
