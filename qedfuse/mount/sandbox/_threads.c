@@ -15,6 +15,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -27,6 +28,16 @@
 
 #define PAUSE_NANOSECONDS 200000L /* between two checks whether all threads have run the handler */
 #define MAX_PAUSES 25000          /* five seconds */
+#define PAUSES_PER_SEARCH 50      /* ten milliseconds between two searches for threads that ended */
+
+enum state { PENDING, DONE, ENDED };
+
+/* A thread that got the signal. */
+struct signalled {
+    pid_t thread;
+    atomic_int state; /* PENDING until the handler has finished, or the thread has ended */
+    struct signalled *next;
+};
 
 /* A descriptor of the Landlock ruleset that restricts the threads, or -1; and the capabilities that
  * the threads keep, one bit each.  Set before the first signal. */
@@ -34,8 +45,9 @@ static int ruleset = -1;
 static uint64_t kept;
 /* The errno of the first thread that has failed. */
 static atomic_int failure;
-/* The number of signals whose handler has not returned. */
-static atomic_int waiting;
+/* The threads that got the signal, the latest first.  A thread is added before its signal is sent,
+ * and none is removed while a handler may run, so a handler can walk the list. */
+static struct signalled *_Atomic signalled_threads;
 
 /* Give up the rights of the calling thread; return 0, or an errno. */
 static int restrict_thread(void)
@@ -57,49 +69,113 @@ static int restrict_thread(void)
     return syscall(SYS_capset, &header, sets) != 0 ? errno : 0;
 }
 
-static void on_signal(int signal_number)
+static void on_signal(int signal_number, siginfo_t *information, void *context)
 {
-    int before = errno, failed = restrict_thread(), none = 0;
+    int before = errno, failed, none = 0;
+    pid_t own = (pid_t)syscall(SYS_gettid);
+    struct signalled *item;
 
     (void)signal_number;
+    (void)context;
+    /* Another process may send the signal too.  Such a signal does not count, because the signal
+     * of this process may still follow. */
+    if (information->si_code != SI_TKILL || information->si_pid != getpid())
+        return;
+    failed = restrict_thread();
     if (failed)
         atomic_compare_exchange_strong(&failure, &none, failed);
-    atomic_fetch_sub(&waiting, 1);
+    for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
+        if (item->thread == own && atomic_load(&item->state) == PENDING) {
+            atomic_store(&item->state, DONE);
+            break; /* the list may vanish now */
+        }
     errno = before;
 }
 
-/* Returns whether a thread is among those that have got the signal. */
-static int is_done(const pid_t *done, size_t count, pid_t thread)
+/* Returns whether a thread has ended, or is so far in its end that it runs no handler.
+ *
+ * A main thread that has ended remains until the process ends, and the kernel accepts signals to it.
+ * But it has no current directory. */
+static int has_ended(DIR *tasks, pid_t thread)
 {
-    for (size_t at = 0; at < count; at++)
-        if (done[at] == thread)
+    char link[32], target[1];
+
+    snprintf(link, sizeof link, "%d/cwd", (int)thread);
+    return readlinkat(dirfd(tasks), link, target, sizeof target) < 0 && errno == ENOENT;
+}
+
+/* Returns whether a thread is among those that got the signal. */
+static int is_signalled(pid_t thread)
+{
+    const struct signalled *item;
+
+    for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
+        if (item->thread == thread && atomic_load(&item->state) != ENDED)
+            return 1; /* the number of a thread that has ended may be used again */
+    return 0;
+}
+
+/* Returns whether the handler of a thread has not finished. */
+static int has_pending(void)
+{
+    struct signalled *item;
+
+    for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
+        if (atomic_load(&item->state) == PENDING)
             return 1;
     return 0;
 }
 
-/* Wait until all handlers have returned; return 0, the errno of the first thread that has failed, or
- * ETIMEDOUT. */
-static int wait_for_handlers(void)
+/* Wait until all handlers have finished, or their threads have ended; return 0, the errno of the
+ * first thread that has failed, or ETIMEDOUT. */
+static int wait_for_handlers(DIR *tasks)
 {
     const struct timespec pause = {.tv_nsec = PAUSE_NANOSECONDS};
+    struct signalled *item;
 
-    for (int pauses = 0; atomic_load(&waiting) > 0; pauses++) {
+    for (int pauses = 1; has_pending(); pauses++) {
         if (pauses == MAX_PAUSES)
             return ETIMEDOUT;
         nanosleep(&pause, NULL);
+        if (pauses % PAUSES_PER_SEARCH != 0)
+            continue;
+        for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
+            if (atomic_load(&item->state) == PENDING && has_ended(tasks, item->thread))
+                atomic_store(&item->state, ENDED);
     }
     return atomic_load(&failure);
 }
 
+/* Send the signal to a thread, unless the thread has ended; return 0, or an errno. */
+static int send_signal(DIR *tasks, pid_t thread, int signal_number)
+{
+    struct signalled *item;
+    int failed;
+
+    if (has_ended(tasks, thread))
+        return 0;
+    item = calloc(1, sizeof *item);
+    if (item == NULL)
+        return ENOMEM;
+    item->thread = thread;
+    item->next = atomic_load(&signalled_threads);
+    atomic_store(&signalled_threads, item);
+    if (syscall(SYS_tgkill, getpid(), thread, signal_number) == 0)
+        return 0;
+    failed = errno;
+    atomic_store(&item->state, ENDED);
+    return failed == ESRCH ? 0 : failed; /* the thread may have ended */
+}
+
 /* Send the signal to all other threads, and list the threads again until the list has no new one.
  * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
- * one. */
+ * one.  After an error too, the handlers have finished, unless `has_pending`. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
-    pid_t own = (pid_t)syscall(SYS_gettid), *done = NULL, *larger;
+    pid_t own = (pid_t)syscall(SYS_gettid);
     size_t count = 0, before;
     struct dirent *entry;
-    int failed = 0;
+    int failed = 0, waited;
 
     do {
         before = count;
@@ -107,27 +183,28 @@ static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
         while (!failed && (entry = readdir(tasks)) != NULL) {
             pid_t thread = (pid_t)atoi(entry->d_name); /* 0 for "." and ".." */
 
-            if (thread <= 0 || thread == own || is_done(done, count, thread))
+            if (thread <= 0 || thread == own || is_signalled(thread))
                 continue;
-            larger = realloc(done, (count + 1) * sizeof *done);
-            if (larger == NULL) {
-                failed = ENOMEM;
-                break;
-            }
-            done = larger;
-            done[count++] = thread;
-            atomic_fetch_add(&waiting, 1);
-            if (syscall(SYS_tgkill, getpid(), thread, signal_number) != 0) {
-                atomic_fetch_sub(&waiting, 1);
-                failed = errno == ESRCH ? 0 : errno; /* the thread may have ended */
-            }
+            failed = send_signal(tasks, thread, signal_number);
+            count += is_signalled(thread);
         }
+        waited = wait_for_handlers(tasks);
         if (!failed)
-            failed = wait_for_handlers();
+            failed = waited;
     } while (!failed && count > before);
-    free(done);
     *threads = count + 1;
     return failed;
+}
+
+/* Forget the threads that got the signal; no handler may run any more. */
+static void forget_threads(void)
+{
+    struct signalled *item, *next;
+
+    for (item = atomic_exchange(&signalled_threads, NULL); item != NULL; item = next) {
+        next = item->next;
+        free(item);
+    }
 }
 
 PyDoc_STRVAR(restrict_doc,
@@ -136,13 +213,15 @@ PyDoc_STRVAR(restrict_doc,
              "except those in kept_capabilities, a bit mask.\n\n"
              "Return the number of threads.  The ruleset is a descriptor, or -1 for none.  The\n"
              "signal must be unused, and no thread may block it.  After an OSError some threads\n"
-             "may be restricted, and some not.");
+             "may be restricted, and some not.  Its errno is EAGAIN if too many signals are\n"
+             "pending, and ETIMEDOUT if a thread has not reacted to the signal.  After such a\n"
+             "timeout a thread may still be restricted later, so further calls fail with EBUSY.");
 
 static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
 {
     int descriptor, signal_number, failed;
     unsigned long long capabilities;
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, old;
+    struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_RESTART | SA_SIGINFO}, old;
     size_t threads = 0;
     DIR *tasks;
 
@@ -150,6 +229,10 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "iKi:restrict_threads", &descriptor, &capabilities,
                           &signal_number))
         return NULL;
+    if (atomic_load(&signalled_threads) != NULL) {
+        errno = EBUSY;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
     tasks = opendir("/proc/self/task");
     if (tasks == NULL)
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -161,7 +244,6 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
     ruleset = descriptor;
     kept = capabilities;
     atomic_store(&failure, 0);
-    atomic_store(&waiting, 0);
     /* This thread is the first one, so a thread that it starts is restricted from its beginning. */
     failed = restrict_thread();
     Py_BEGIN_ALLOW_THREADS;
@@ -170,8 +252,10 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
     Py_END_ALLOW_THREADS;
     closedir(tasks);
     /* A signal that comes too late must not end the process. */
-    if (failed != ETIMEDOUT)
+    if (!has_pending()) {
         sigaction(signal_number, &old, NULL);
+        forget_threads();
+    }
     if (failed) {
         errno = failed;
         return PyErr_SetFromErrno(PyExc_OSError);
