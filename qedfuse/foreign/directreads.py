@@ -6,11 +6,13 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.hostio.hostcalls import host_calls
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,10 @@ _MAX_CONNECTIONS: Final = 16
 """Maximum number of reads in flight, one on each connection; further reads take the slow path."""
 _MAX_READ_BYTES: Final = 32 << 20
 """Maximum length of a read; the same as MAX_EXPORT_READ_BYTES in ``hostio/_iothreads.c``."""
+_MIN_PAUSE_SECONDS: Final = 1.0
+_MAX_PAUSE_SECONDS: Final = 60.0
+"""Pause after an attempt that has made no connection; each further failure doubles the pause, up to
+the maximum."""
 
 
 class DirectReads:
@@ -31,7 +37,8 @@ class DirectReads:
     The first read that finds no connection starts a thread that makes all connections.  If a read
     fails, its connection is closed, and the caller repeats the read on the slow path.  If this was
     the last connection, the next read starts the thread again.  If the thread can make no
-    connection at all, it is not started again, and all reads take the slow path.
+    connection at all, or the host cannot start the thread, all reads take the slow path until a
+    read after a pause tries again.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -50,7 +57,9 @@ class DirectReads:
         self._free: deque[socket.socket] = deque()
         self._all: set[socket.socket] = set()
         self._is_closed = False
-        self._should_connect = True  # when a read finds no connection
+        self._is_connecting = False  # whether the thread that makes connections runs
+        self._pause_seconds = _MIN_PAUSE_SECONDS  # after the next failure
+        self._pause_end = 0.0  # by `time.monotonic`; until then the thread is not started
 
     def try_start(
         self,
@@ -94,32 +103,60 @@ class DirectReads:
                 self._drop(self._free.popleft())
 
     def _start_connecting(self) -> None:
-        """Start the thread that makes connections, unless it was started before.
+        """Start the thread that makes connections, unless it runs, or there are connections.
 
-        After all connections have been lost, the thread is started once more.
+        Does nothing during the pause after a failure.
         """
         with self._lock:
-            should_connect, self._should_connect = self._should_connect, False
-        if should_connect:
-            threading.Thread(target=self._make_connections, name="qedfuse nbd", daemon=True).start()
+            if self._is_connecting or self._all or self._is_closed:
+                return
+            if time.monotonic() < self._pause_end:
+                return
+            self._is_connecting = True
+        try:
+            start_thread(self._make_connections, name="qedfuse nbd")
+        except OSError as error:
+            _log.debug("%s: no connection: %s", self._server.name, error.strerror)
+            self._end_connecting(made=0)
 
     def _make_connections(self) -> None:
         """Make the connections; stop at the first error, because fewer connections suffice."""
-        for _ in range(_MAX_CONNECTIONS):
-            try:
-                connection = self._server.connect_negotiated()
-            except OSError as error:
-                _log.debug("%s: no further connection: %s", self._server.name, error)
-                return
-            connection.settimeout(None)
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                connection.setsockopt(socket.SOL_SOCKET, option, self._timeout)
-            with self._lock:
-                self._all.add(connection)
-                if self._is_closed or len(self._all) > _MAX_CONNECTIONS:
-                    self._drop(connection)
-                    return
-                self._free.append(connection)
+        made = 0
+        try:
+            while made < _MAX_CONNECTIONS and self._make_connection():
+                made += 1
+        except OSError as error:
+            _log.debug("%s: no further connection: %s", self._server.name, error)
+        finally:
+            self._end_connecting(made)
+
+    def _make_connection(self) -> bool:
+        """Make a connection; return False if `close` was called.
+
+        Raises:
+            OSError: See `QemuNbd.connect_negotiated`.
+        """
+        connection = self._server.connect_negotiated()
+        connection.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            connection.setsockopt(socket.SOL_SOCKET, option, self._timeout)
+        with self._lock:
+            if self._is_closed:
+                connection.close()
+                return False
+            self._all.add(connection)
+            self._free.append(connection)
+        return True
+
+    def _end_connecting(self, made: int) -> None:
+        """Let later reads make connections: after a pause if no connection was made."""
+        with self._lock:
+            self._is_connecting = False
+            if made:
+                self._pause_seconds = _MIN_PAUSE_SECONDS
+            else:
+                self._pause_end = time.monotonic() + self._pause_seconds
+                self._pause_seconds = min(2 * self._pause_seconds, _MAX_PAUSE_SECONDS)
 
     def _finish(
         self,
@@ -137,7 +174,6 @@ class DirectReads:
                 self._free.appendleft(connection)
             else:
                 self._drop(connection)
-                self._should_connect = not self._all and not self._is_closed
         ended(result)
 
     def _drop(self, connection: socket.socket) -> None:

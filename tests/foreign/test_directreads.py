@@ -15,9 +15,10 @@ import pytest
 from qedfuse.foreign import directreads
 from qedfuse.hostio.nativecalls import make_io_threads
 from tests.support import extensions
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio._iothreads import IoThreads
@@ -105,43 +106,113 @@ def test_lengths() -> None:
     ours.close()
 
 
-def test_connections_after_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After as many failed reads as there are connections, new connections are made."""
-    made: list[socket.socket] = []
-    are_made = threading.Event()
+class Connections:
+    """Direct reads of a server whose reads all fail, and which may refuse connections.
 
-    def connect() -> socket.socket:
+    Attributes:
+        made: The server's ends of the connections.
+        attempts: How often a connection was requested.
+        accepted: How many more connections the server accepts.
+        now: The time in seconds.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make the reads; no connection is made yet."""
+        self.made: list[socket.socket] = []
+        self.attempts = 0
+        self.accepted = 1 << 10
+        self.now = 1000.0
+        self._ended = ended = threading.Event()
+
+        class Connecting(threading.Thread):
+            def run(self) -> None:
+                super().run()
+                if self.name == "qedfuse nbd":
+                    ended.set()
+
+        calls = SimpleNamespace(can_start_reads=True, start_export_read=self._fail)
+        monkeypatch.setattr(directreads, "host_calls", lambda: calls)
+        monkeypatch.setattr(directreads, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("qedfuse.util.threads.threading.Thread", Connecting)
+        server = cast("QemuNbd", SimpleNamespace(connect_negotiated=self._connect, name="x"))
+        self.reads = directreads.DirectReads(server, 1 << 20, 1)
+        self.results: list[int] = []
+
+    def start(self) -> bool:
+        """Start a read; return whether there was a connection."""
+        return self.reads.try_start(0, memoryview(bytearray(4096)), object, self.results.append)
+
+    def start_and_wait(self) -> None:
+        """Start a read that finds no connection, and wait for the thread that makes connections."""
+        assert not self.start()
+        assert self._ended.wait(20)
+        self._ended.clear()
+
+    def close(self) -> None:
+        """Close both ends of all connections."""
+        self.reads.close()
+        for connection in self.made:
+            connection.close()
+
+    def _connect(self) -> socket.socket:
+        self.attempts += 1
+        if not self.accepted:
+            raise TimeoutError
+        self.accepted -= 1
         ours, theirs = socket.socketpair()
-        made.append(theirs)
+        self.made.append(theirs)
         return ours
 
-    def fail(
+    @staticmethod
+    def _fail(
         _fd: int, _at: int, _view: memoryview, _tag: object, ended: Callable[..., object]
     ) -> None:
         ended(-errno.EIO, 0)
 
-    class Connecting(threading.Thread):
-        def run(self) -> None:
-            super().run()
-            are_made.set()
 
-    calls = SimpleNamespace(can_start_reads=True, start_export_read=fail)
-    monkeypatch.setattr(directreads, "host_calls", lambda: calls)
-    monkeypatch.setattr("qedfuse.foreign.directreads.threading.Thread", Connecting)
-    server = cast("QemuNbd", SimpleNamespace(connect_negotiated=connect, name="x"))
-    reads = directreads.DirectReads(server, 1 << 20, 1)
-    results: list[int] = []
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connections]:
+    """Give direct reads of a server, and close them afterwards."""
+    found = Connections(monkeypatch)
+    yield found
+    found.close()
 
-    def start() -> bool:
-        return reads.try_start(0, memoryview(bytearray(4096)), object, results.append)
 
+def test_connections_after_failures(connections: Connections) -> None:
+    """After as many failed reads as there are connections, new connections are made."""
     for number in (1, 2):
-        assert not start()
-        assert are_made.wait(20)
-        are_made.clear()
-        assert len(made) == 16 * number
-        assert [start() for _ in range(16)] == [True] * 16
-        assert results == [-errno.EIO] * 16 * number
-    reads.close()
-    for connection in made:
-        connection.close()
+        connections.start_and_wait()
+        assert len(connections.made) == 16 * number
+        assert [connections.start() for _ in range(16)] == [True] * 16
+        assert connections.results == [-errno.EIO] * 16 * number
+
+
+def test_pauses_after_no_connection(connections: Connections) -> None:
+    """If no connection can be made, reads try again after pauses that grow up to a minute."""
+    connections.accepted = 0
+    pauses = (1, 2, 4, 8, 16, 32, 60, 60)
+    for number, pause in enumerate(pauses, start=1):
+        connections.start_and_wait()
+        connections.now += pause - 0.5
+        assert not connections.start()
+        assert connections.attempts == number
+        connections.now += 0.5
+    connections.accepted = 3
+    connections.start_and_wait()
+    assert [connections.start() for _ in range(3)] == [True] * 3
+    # The connections are lost, and the pause is short again.
+    connections.start_and_wait()
+    connections.now += 1
+    connections.accepted = 1
+    connections.start_and_wait()
+    assert connections.start()
+
+
+def test_no_thread_that_connects(connections: Connections) -> None:
+    """If the host cannot start a thread, a read takes the slow path, and later ones try again."""
+    assert not run_without(CLONE3, connections.start)
+    assert not connections.start()
+    assert connections.attempts == 0
+    connections.now += 1
+    connections.start_and_wait()
+    assert connections.start()
