@@ -95,6 +95,7 @@ class _Checker:
         for note in header_notes(header, size, file.name):
             self._findings.add(note)
         self._allocated_clusters = 0
+        self._past_end_clusters = 0
         self._fragmented_clusters = 0
 
     async def read_l1(self) -> None:
@@ -244,7 +245,7 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Report how many of the given entries describe guest offsets past the end of the disk.
+        """Count the given entries that describe guest offsets past the end of the disk, and report.
 
         Nothing is reported if the whole table is past the end, because `read_l1` has reported
         the L1 entry that points to the table.
@@ -255,9 +256,10 @@ class _Checker:
         """
         geometry = self._geometry
         bytes_inside = self._header.image_size - l1_index * geometry.table_span
-        if 0 < bytes_inside < geometry.table_span:
-            past_end = int((indices >= geometry.clusters(bytes_inside)).sum())
-            if past_end:
+        if bytes_inside < geometry.table_span:
+            past_end = int((indices >= geometry.clusters(max(0, bytes_inside))).sum())
+            self._past_end_clusters += past_end
+            if past_end and bytes_inside > 0:
                 text = (
                     f"{self._file.name}: L1 entry {l1_index}: found {past_end} L2 entries past the "
                     "disk's end"
@@ -337,4 +339,6 @@ class _Checker:
             file_clusters=self._clusters,
             listed_clusters=None if self._free_list is None else self._free_list.clusters,
             fragmented_clusters=self._fragmented_clusters,
+            past_end_clusters=self._past_end_clusters,
+            hidden_findings=self._findings.hidden,
         )

@@ -127,6 +127,9 @@ class CheckReport:
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list; they do not count as
             leaked.  None if the image has no valid list.
+        past_end_clusters: Number of those L2 entries in ``allocated_clusters`` that describe guest
+            offsets past the end of the disk.
+        hidden_findings: Number of findings that were counted, but that no kept finding describes.
         fragmented_clusters: Number of L2 entries whose cluster does not directly follow, in the
             file, the cluster of the previous entry of the same table.  Entries without an offset
             are skipped, and the first entry with an offset does not count.
@@ -138,6 +141,8 @@ class CheckReport:
     file_clusters: int
     listed_clusters: int | None = None
     fragmented_clusters: int = 0
+    past_end_clusters: int = 0
+    hidden_findings: int = 0
 
     @property
     def errors(self) -> int:
@@ -232,26 +237,32 @@ class FindingCollector:
     Attributes:
         findings: The findings that are kept, at most `MAX_FINDINGS_PER_CODE` of each code.
         counts: Number of all findings of each code.
+        hidden: Number of findings that were counted, but that no kept finding describes.
     """
 
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[Code] = field(default_factory=Counter)
+    hidden: int = 0
+    _kept: Counter[Code] = field(default_factory=Counter)
 
     def remaining(self, code: Code) -> int:
         """Return how many further findings of a code would be kept; 0 if the limit is reached."""
-        return max(0, MAX_FINDINGS_PER_CODE - self.counts[code])
+        return max(0, MAX_FINDINGS_PER_CODE - self._kept[code])
 
     def add(self, finding: Finding, count: int = 1) -> None:
         """Count ``count`` findings, and keep ``finding``, whose message describes all of them.
 
         The finding is not kept if `remaining` is 0 for its code.
         """
-        if self.remaining(finding.code):
-            self.findings.append(finding)
-        if count:
-            self.counts[finding.code] += count
+        if not self.remaining(finding.code):
+            self.count_only(finding.code, count)
+            return
+        self.findings.append(finding)
+        self._kept[finding.code] += 1
+        self.counts[finding.code] += count
 
     def count_only(self, code: Code, count: int) -> None:
         """Count ``count`` findings of a code, and keep none of them."""
         if count:
             self.counts[code] += count
+            self.hidden += count

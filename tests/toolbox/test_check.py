@@ -163,6 +163,36 @@ def test_findings_and_repairs_agree_with_qemu(
     assert (clean.code, clean.errors, clean.leaks) == (0, 0, 0)
 
 
+def test_one_note_stands_for_many_entries_past_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note on many entries hides no finding, and the entries are no part of the disk."""
+    tables, entries_of_table = 60, CLUSTER_BYTES // 8
+    past_end = [*range(2, 161), *range(entries_of_table, (tables + 1) * entries_of_table, 512)]
+    path = tmp_path / "vm.qed"
+    clusters = dict.fromkeys([0, *past_end], b"x")
+    path.write_bytes(build_image(2 * CLUSTER_BYTES, clusters))
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: data-past-image-size: {path}: L1 table: found 60 entries past the disk's end",
+        f"note: data-past-image-size: {path}: L1 entry 0: found 159 L2 entries past the disk's end",
+        f"{path}: sound: errors: 0, leaked clusters: 0, notes: 219",
+        "1/2 = 50.00% allocated, 0.00% fragmented",
+    ]
+    assert check(path, capsys=capsys)[1]["allocated-clusters"] == 1 + 159 + 60
+
+
+def test_hidden_findings_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only 50 findings of a kind are shown, and the number of all others is printed."""
+    path = tmp_path / "vm.qed"
+    bad = dict.fromkeys(range(70), 1 << 40)
+    path.write_bytes(build_image(80 * CLUSTER_BYTES, {**bad, 75: b"x"}))
+    assert main(["check", str(path)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("l2-out-of-file" in line for line in lines) == 50
+    assert f"{path}: 20 more findings of these kinds are not shown" in lines
+
+
 @needs_extensions
 @pytest.mark.parametrize("seed", range(6))
 def test_the_fast_check_agrees_with_the_check(

@@ -161,8 +161,8 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
         "corruptions-fixed": result.errors_fixed if repaired else 0,
         "leaks-fixed": result.leaks_fixed if repaired else 0,
         "total-clusters": result.total_clusters,
-        # As in qemu-img, this number includes L2 entries with an invalid offset.  The number in
-        # the text does not.
+        # As in qemu-img, this number includes L2 entries with an invalid offset, and those past the
+        # end of the disk.  The number in the text does not.
         "allocated-clusters": after.referenced_clusters,
         "fragmented-clusters": after.fragmented_clusters,
     }
@@ -210,13 +210,8 @@ def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
     for finding in sorted(before.findings, key=lambda item: -item.severity):
         line = f"{finding.severity.name.lower()}: {finding.code.value}: {finding.message}"
         print_line(arguments, line)
-    # Only the first findings of each code are kept, but `counts` counts all.  Leaked clusters are
-    # left out of `counted` and `shown`, because one finding stands for all leaked clusters.
-    counted = sum(before.counts.values()) - before.leaks
-    shown = sum(item.code.value != "leaked-clusters" for item in before.findings)
-    hidden = counted - shown
-    name = shown_name(arguments.image)
-    if hidden > 0:
+    name, hidden = shown_name(arguments.image), before.hidden_findings
+    if hidden:
         print_line(arguments, f"{name}: {hidden} more findings of these kinds are not shown")
     if arguments.repair:
         _print_repair(arguments, result)
@@ -286,8 +281,8 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
     # Unlike "allocated-clusters" in the JSON, this number leaves out L2 entries with an invalid
-    # offset.
-    used = after.allocated_clusters
+    # offset, and those past the end of the disk, because it is a part of the disk's clusters.
+    used = after.allocated_clusters - after.past_end_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters
     print_line(
@@ -297,7 +292,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
         + ("" if listed is None else f", free clusters in the list: {listed}"),
     )
     if total:
-        fragmented = after.fragmented_clusters / used if used else 0.0
+        fragmented = after.fragmented_clusters / max(1, after.referenced_clusters)
         print_line(
             arguments,
             f"{used}/{total} = {used / total:.2%} allocated, {fragmented:.2%} fragmented",
