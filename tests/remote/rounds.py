@@ -9,7 +9,6 @@ disaster the server is well again, and then all bytes must be right, without an 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
 import random
@@ -19,20 +18,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
 from qedfuse.errors import CacheError, HostError, ObjectChangedError, RemoteError
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.remote.unitfile import UNIT_BYTES
-from tests.remote.roundreaders import UNITS, disk_lock
+from tests.remote.roundreaders import UNITS
 from tests.support.cachedisasters import MountedTmpfs, write_to_disk
 from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
 from tests.support.webserver import Fault, WebServer, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from qedfuse.remote.remotefile import RemoteFile
 
@@ -170,7 +169,7 @@ class Rounds:
                 assert process.stdout is not None
                 process.stdout.readline()
             for _ in range(20):
-                with disk_lock(self._cache, fcntl.LOCK_EX):
+                with _paused(processes):
                     self._rot()
                 self._server.faults = ["status 503"] * self._random.randrange(3)
                 time.sleep(self._random.random() / 50)
@@ -357,6 +356,31 @@ class Rounds:
             msg = f"round {self._number}: wrong bytes at {offset}, {len(expected)} bytes"
             raise WrongBytesError(msg)
         self.happened["reads that succeeded"] += 1
+
+
+@contextmanager
+def _paused(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Let processes that follow pause during the block.
+
+    So no process is between a check of what it reads and the read itself when the disk loses data.
+    LocalData (remote/localdata.py) says what may happen in this short time.
+    """
+    for process in processes:
+        _pass_byte(process)
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    yield
+    for process in processes:
+        _pass_byte(process)
+
+
+def _pass_byte(process: subprocess.Popen[bytes]) -> None:
+    """Write a byte to a process; one that has ended is found by its exit code later."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(b".")
+        process.stdin.flush()
 
 
 def main() -> int:
