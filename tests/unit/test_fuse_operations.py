@@ -601,3 +601,66 @@ async def test_a_failed_write_makes_its_file_stale_if_another_has_its_bytes(
     for exported in disks:
         assert await files.drop_stale_pages(exported)
     assert dropped == [whole.inode]
+
+
+class Outage:
+    """A disk with a partition whose reads fail on demand."""
+
+    size = 1 << 20
+    name = "vm.qed"
+
+    def __init__(self) -> None:
+        """Fail until ``error`` is None."""
+        self.error: Exception | None = RemoteError("no answer")
+        self.reads = 0
+        entry = struct.pack("<4xB3xII", 0x83, 8, 16)
+        self._content = (bytes(446) + entry).ljust(510, b"\0") + b"\x55\xaa"
+
+    async def read(self, start: int, length: int) -> bytes:
+        """Fail, or return some bytes."""
+        self.reads += 1
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        return self._content.ljust(self.size, b"\0")[start : start + length]
+
+
+@pytest.mark.expect_log("cannot read the partition table")
+async def test_a_partition_table_is_read_again_after_an_outage(
+    mock_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of partitions appear when the disk can be read again; attempts are five seconds apart.
+
+    The log has one line for each outage, however many attempts fail.
+    """
+    disk = Outage()
+    whole = ExportedDisk(cast("Disk", disk), b"vm.raw", 2)
+    changes: list[None] = []
+    disks = ExportedDisks([whole], with_partitions=True)
+    files = PartitionFiles(disks, drop_pages, lambda: changes.append(None))
+
+    async def refresh() -> int:
+        """Refresh from two tasks; return the number of reads."""
+        before = disk.reads
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(files.refresh)
+            nursery.start_soon(files.refresh)
+        return disk.reads - before
+
+    for _ in range(3):
+        assert await refresh() == 1
+        mock_clock.jump(4.9)
+        assert await refresh() == 0
+        mock_clock.jump(0.2)
+    assert (list(disks.by_name), len(caplog.messages)) == ([b"vm.raw"], 1)
+    disk.error = None
+    assert await refresh() > 1
+    assert (list(disks.by_name), len(changes)) == ([b"vm.raw", b"vm.raw.p1"], 1)
+    mock_clock.jump(1000)
+    assert await refresh() == 0
+    # The next outage removes the file, and is logged again.
+    disk.error = RemoteError("no answer")
+    disks.handle_opened(whole, writer=True)
+    disks.handle_closed(whole, writer=True)
+    assert await refresh() == 1
+    assert (list(disks.by_name), len(caplog.messages)) == ([b"vm.raw"], 2)

@@ -3,18 +3,30 @@
 A program can write a different partition table through the file of a disk.  So the table is read
 again after the last writer of the disk has closed that file.  While a partition is open, the disk
 has no writer (`ExportedDisks`), so an open partition keeps its start and its size.
+
+While a table cannot be read, for example during an outage of a server, its disk has no files of
+partitions.  The table is read again some seconds later.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import math
+from typing import TYPE_CHECKING, Final
 
 import trio
+
+from qedfuse.errors import QedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
+
+_log = logging.getLogger(__name__)
+
+_RETRY_SECONDS: Final = 5.0
+"""The least time between a failed attempt to read a table and the next attempt."""
 
 
 class PartitionFiles:
@@ -39,12 +51,20 @@ class PartitionFiles:
         self._files_changed = files_changed
         self._lock = trio.Lock()
         self._is_reading = False
+        # The disks whose tables could not be read, and the time of the next attempt; infinity
+        # while an attempt is due or under way.
+        self._unread: dict[ExportedDisk, float] = {}
 
     async def refresh(self) -> None:
         """Return when the files of all partitions agree with the tables of their disks.
 
+        A disk whose table cannot be read has no files of partitions.  Its table is read again by
+        the first call that is at least `_RETRY_SECONDS` later.
+
         Between the last check of the tables and the return, no other task runs.
         """
+        if self._unread:
+            self._retry_unread()
         # The loop tests `_is_reading` and not whether the lock is held.  A task that releases the
         # lock hands it over to a waiter.  So if the loop tested the lock, two tasks would hand the
         # lock to each other forever.
@@ -56,6 +76,14 @@ class PartitionFiles:
                 finally:
                     self._is_reading = False
 
+    def _retry_unread(self) -> None:
+        """Mark the disks as outdated whose tables could not be read and may be tried again now."""
+        now = trio.current_time()
+        for whole, retry_time in self._unread.items():
+            if retry_time <= now:
+                self._unread[whole] = math.inf
+                self._disks.outdated.add(whole)
+
     async def _read_outdated(self) -> None:
         """Read the tables of all disks that are outdated; the caller holds the lock."""
         # Imported late, because only few mounts need the parsers of partition tables.
@@ -64,7 +92,16 @@ class PartitionFiles:
         while self._disks.outdated:
             # A writer that ends while the table is read adds the disk again.
             whole = self._disks.outdated.pop()
-            windows = await read_windows(whole.image, whole.name)
+            try:
+                windows = await read_windows(whole.image, whole.name)
+            except QedError as error:
+                windows = {}
+                if whole not in self._unread:
+                    name = whole.image.name
+                    _log.warning("%s: cannot read the partition table: %s", name, error)
+                self._unread[whole] = trio.current_time() + _RETRY_SECONDS
+            else:
+                self._unread.pop(whole, None)
             if self._disks.set_partitions(whole, windows):
                 self._files_changed()
 

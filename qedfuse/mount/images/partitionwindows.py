@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.window import DiskWindow
-from qedfuse.errors import QedError, UsageError
+from qedfuse.errors import UsageError
 from qedfuse.mount.images.naming import MAX_NAME_BYTES
 from qedfuse.partitions.table import read_table
 
@@ -31,18 +31,16 @@ async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     The name of a partition's file consists of the name of the disk's file, ``.p``, and the number
     by which Linux names the partition.  An extended partition has no file, because it only contains
     other partitions.  A partition whose file name would be too long is left out, and one line is
-    logged.  If the table cannot be read, the result is empty.  The failure is logged in one line,
-    and so are the problems of a table that can be read.
+    logged.  The problems of the table are logged in another line.
 
     Args:
         disk: The disk.
         name: The name of the file of the disk.
+
+    Raises:
+        QedError: The table cannot be read.
     """
-    try:
-        table = await _read_table(disk)
-    except QedError as error:
-        _log.warning("%s: cannot read the partition table: %s", disk.name, error)
-        return {}
+    table = await _read_table(disk)
     windows = {partition_name(name, number): window for number, window in table.items()}
     if any(len(file_name) > MAX_NAME_BYTES for file_name in windows):
         _log.warning("%s: the names of partitions would be longer than 255 bytes", disk.name)
