@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import configparser
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,8 @@ from qedfuse.remote.storeerrors import translated
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from obstore.store import ObjectStore, S3Credential
 
     from qedfuse.remote.address import Address
@@ -143,13 +146,17 @@ class _Variables:
         return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
 
 
-def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0) -> Store:
+def make_store(
+    address: Address, options: ClientOptions, *, max_retries: int = 0, read_keys_again: bool = False
+) -> Store:
     """Return the bucket or container of an address; no connection is made yet.
 
     Args:
         address: The address of an object.
         options: How to connect, and the variables of a credentials file.
         max_retries: How often obstore itself repeats a failed request.
+        read_keys_again: Whether the key of an S3 store is read again for each request, so that a
+            long upload goes on with the next key when a temporary one expires.
 
     Raises:
         UnusableError: The variables configure no usable store.
@@ -179,7 +186,12 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
                 common["aws_endpoint_url_s3"] = endpoint
                 common["client_options"]["allow_http"] = endpoint.startswith("http://")
             common["region"] = variables.first(_REGION_VARIABLES) or "us-east-1"
-            has_credentials = _add_s3_identity(variables, common, is_amazon=endpoint is None)
+            has_credentials = _add_s3_identity(
+                variables,
+                common,
+                is_amazon=endpoint is None,
+                renewed=options.renewed if read_keys_again else None,
+            )
             handle: ObjectStore = S3Store(address.host, config=config, **common)
         elif address.scheme == "gs":
             has_credentials = _add_identity("gs", variables, _GOOGLE_VARIABLES, common)
@@ -195,11 +207,59 @@ def make_store(address: Address, options: ClientOptions, *, max_retries: int = 0
     )
 
 
-def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amazon: bool) -> bool:
+def _add_s3_identity(
+    variables: _Variables,
+    settings: dict[str, Any],
+    *,
+    is_amazon: bool,
+    renewed: Callable[[], ClientOptions] | None,
+) -> bool:
     """Add to the settings how requests are signed; return False if requests are anonymous.
+
+    Args:
+        variables: The variables of the credentials file and of the environment.
+        settings: The settings of the store.
+        is_amazon: Whether the store is Amazon's own.
+        renewed: Reads the credentials file again, for each request; None keeps the first key.
 
     Raises:
         UnusableError: One half of a key is missing, or a credentials file cannot be read.
+    """
+    credential = _s3_credential(variables)
+    if credential is None:
+        if not variables.is_true("AWS_SKIP_SIGNATURE") and (
+            variables.first((*_WEB_IDENTITY_VARIABLES, *_CONTAINER_VARIABLES))
+            or (is_amazon and _has_metadata_service("s3", variables))
+        ):
+            return True
+        settings["skip_signature"] = True
+        return False
+
+    last: S3Credential = credential
+
+    def provide() -> S3Credential:
+        nonlocal last
+        if renewed is None:
+            return last
+        # A file that cannot be used may be in the middle of a change: the last key remains.
+        with suppress(UnusableError):
+            last = _s3_credential(_Variables(dict(renewed().credentials))) or last
+        # A credential that has expired makes obstore call this function for the next request.
+        return {**last, "expires_at": datetime.now(UTC)}
+
+    # A function gives the credentials, because obstore would combine credentials that are given as
+    # settings with variables of the environment.
+    settings["credential_provider"] = provide
+    return True
+
+
+def _s3_credential(variables: _Variables) -> S3Credential | None:
+    """Return the key in the variables, or else in the credentials file of Amazon's tools.
+
+    Returns None if there is none, or if the variables say that other credentials are used.
+
+    Raises:
+        UnusableError: One half of a key is missing, or the file cannot be used.
     """
     key, secret, token = variables.values_of_group(_KEY_VARIABLES)
     if bool(key) != bool(secret):
@@ -207,27 +267,17 @@ def _add_s3_identity(variables: _Variables, settings: dict[str, Any], *, is_amaz
         found = key_name if key else secret_name
         msg = f"credentials: found {found} alone, expected {key_name} and {secret_name}"
         raise UnusableError(msg)
-    if not key and not variables.is_true("AWS_SKIP_SIGNATURE"):
-        if variables.first(_WEB_IDENTITY_VARIABLES):
-            return True
+    is_other = variables.is_true("AWS_SKIP_SIGNATURE") or variables.first(_WEB_IDENTITY_VARIABLES)
+    if not key and not is_other:
         key, secret, token = _shared_credentials(variables)
-        if not key and variables.first(_CONTAINER_VARIABLES):
-            return True
-        if not key and is_amazon and _has_metadata_service("s3", variables):
-            return True
     if not key:
-        settings["skip_signature"] = True
-        return False
-    credential: S3Credential = {
+        return None
+    return {
         "access_key_id": key,
         "secret_access_key": secret,
         "token": token or None,
         "expires_at": None,
     }
-    # A function gives the credentials, because obstore would combine credentials that are given as
-    # settings with variables of the environment.
-    settings["credential_provider"] = lambda: credential
-    return True
 
 
 def _add_identity(

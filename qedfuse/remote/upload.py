@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions
+
+_log = logging.getLogger(__name__)
 
 _MIN_PART_BYTES: Final = 8 << 20
 _LONG_PART_BYTES: Final = 64 << 20
@@ -134,12 +137,15 @@ class Upload:
             StoppedError: `stop` was called.
         """
         self._refuse_existing()
-        slow = replace(self._options, attempt_seconds=_MAX_PART_SECONDS)
-        store: Store = self._call_store(
-            lambda: make_store(self._address, slow, max_retries=_MAX_RETRIES)
-        )
+        store: Store = self._call_store(lambda: self._make_store(self._options))
+
+        def renew() -> None:
+            nonlocal store
+            self._warn_of_new_begin()
+            store = self._make_store(self._options.renewed())
+
         try:
-            result = self._call_store(lambda: self._put(store))
+            result = self._call_store(lambda: self._put(store), renew)
         except (RemoteError, UsageError) as error:
             if not self._is_read_to_end:
                 raise
@@ -147,6 +153,25 @@ class Upload:
             return Uploaded(self._size, "")
         self._compare_or_delete(store, result["e_tag"] or "")
         return Uploaded(self._size, result["version"] or "")
+
+    def _make_store(self, options: ClientOptions) -> Store:
+        """Return the store for an upload with the credentials of ``options``.
+
+        Raises:
+            UnusableError: The variables configure no usable store.
+        """
+        slow = replace(options, attempt_seconds=_MAX_PART_SECONDS)
+        return make_store(self._address, slow, max_retries=_MAX_RETRIES, read_keys_again=True)
+
+    def _warn_of_new_begin(self) -> None:
+        """Log that the credentials were refused, if parts were sent before."""
+        if self._size > self._part_bytes and self._digests:
+            # With refused credentials obstore cannot remove the parts, and reports no failure.
+            _log.warning(
+                "%s: the store refused the credentials during the upload, which begins again; "
+                "parts of the first upload may be left in the store",
+                self._address.shown,
+            )
 
     def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
@@ -331,13 +356,17 @@ class Upload:
             return
         self._delete(store, etag)
 
-    def _call_store(self, call: Callable[[], Any]) -> Any:  # noqa: ANN401  what the call returns
+    def _call_store(
+        self,
+        call: Callable[[], Any],
+        renew: Callable[[], object] = lambda: None,
+    ) -> Any:  # noqa: ANN401  what the call returns
         """Call a function; raise the errors of `retry` instead of the exceptions of a client.
 
-        If the store refuses the credentials, the function is called a second time.  After any
-        other failure it is not called again.
+        If the store refuses the credentials, ``renew`` reads them again, and the function is called
+        a second time.  After any other failure it is not called again.
         """
-        return retry(self._address, call, lambda: None, 0, threading.Event())
+        return retry(self._address, call, renew, 0, threading.Event())
 
 
 def _in_thread(call: Callable[[], object]) -> None:

@@ -218,3 +218,108 @@ def test_stopped_after_a_lost_answer(
     assert not google.lost
     assert (KEY in google.objects) is (overwrite or is_other)
     assert not google.uploads
+
+
+class Keys:
+    """A file of credentials, and what happens to its keys during an upload to an S3 store."""
+
+    def __init__(self, store: GoogleStore, path: Path) -> None:
+        self.store = store
+        self.path = path
+        self.use("first")
+
+    def use(self, key: str) -> None:
+        """Replace the file by one with another key."""
+        new = self.path.with_name("new")
+        new.touch(mode=0o600)
+        new.write_text(
+            f"AWS_ACCESS_KEY_ID={key}\nAWS_SECRET_ACCESS_KEY=secret\nGOOGLE_BEARER_TOKEN={key}\n"
+        )
+        new.rename(self.path)
+
+    def expire(self, name: str) -> None:
+        """Let the first key expire when the store has all parts of the first upload."""
+        sent = {number for parts in self.store.uploads.values() for number in parts}
+        if name.startswith("part ") and sent == {1, 2, 3}:
+            self.store.expired.add("first")
+
+
+@pytest.fixture
+def keys(
+    google: GoogleStore, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Keys:
+    """Let the environment name the store, also as one of S3, and make a file of credentials."""
+    monkeypatch.delenv("GOOGLE_SERVICE_ACCOUNT_KEY")
+    monkeypatch.setenv("GOOGLE_BASE_URL", f"https://localhost:{google.port}")
+    for name, value in google.s3_variables(certificate).items():
+        monkeypatch.setenv(name, value)
+    return Keys(google, tmp_path / "credentials")
+
+
+def publish_with(keys: Keys, source: Path, *words: str, scheme: str = "s3") -> int:
+    """Run a publish to the store with the file of credentials; return the exit code."""
+    url = URL.replace("gs:", f"{scheme}:")
+    return main(["publish", "-q", *words, "--credentials", str(keys.path), str(source), url])
+
+
+@in_parts
+def test_a_key_that_is_replaced_in_time(google: GoogleStore, source: Path, keys: Keys) -> None:
+    """If the file has a new key before the old one expires, the upload goes on with the new one."""
+
+    def on_request(name: str) -> None:
+        if name == "part 1":
+            keys.use("second")
+        keys.expire(name)
+
+    google.on_request = on_request
+    assert publish_with(keys, source) == 0
+    assert google.expired == {"first"}
+    assert (google.signed[0], google.signed[-1]) == ("first", "second")
+    assert (google.log.count("start"), google.log.count("complete")) == (1, 1)
+    assert "abort" not in google.log
+    assert google.objects[KEY].content == LONG
+
+
+@in_parts
+@pytest.mark.expect_log("the store refused the credentials during the upload, which begins again")
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_key_that_is_replaced_too_late(
+    google: GoogleStore, source: Path, keys: Keys, scheme: str
+) -> None:
+    """If the file has a new key only after a refusal, the upload begins again."""
+
+    def on_request(name: str) -> None:
+        keys.expire(name)
+        if name == "refused":
+            keys.use("second")
+
+    google.on_request = on_request
+    assert publish_with(keys, source, "--force", scheme=scheme) == 0
+    assert (google.signed[0], google.signed[-1]) == ("first", "second")
+    assert google.log.count("start") == 2
+    assert "refused 400" in google.log
+    assert google.objects[KEY].content == LONG
+
+
+@in_parts
+@pytest.mark.expect_log("the store refused the credentials during the upload, which begins again")
+def test_a_key_that_is_not_replaced(
+    google: GoogleStore, source: Path, keys: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the key expires, and there is no other, the file is not sent a second time."""
+    google.on_request = keys.expire
+    assert publish_with(keys, source, "--force") == 22
+    assert "refused: found HTTP status 400 (ExpiredToken" in capsys.readouterr().err
+    assert google.log.count("start") == 1
+    assert not google.objects
+
+
+@in_parts
+def test_a_key_that_has_expired_before(
+    google: GoogleStore, source: Path, keys: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the first request is refused, nothing was sent, and the message is the only line."""
+    google.expired.add("first")
+    assert publish_with(keys, source, "--force") == 22
+    assert capsys.readouterr().err.count("\n") == 1
+    assert set(google.log) == {"refused 400"}

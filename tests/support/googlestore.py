@@ -3,7 +3,10 @@
 It follows https://cloud.google.com/storage/docs/xml-api/reference-methods: objects have a
 generation and an entity tag, which is the MD5 checksum only of an object that was stored with one
 request; ``x-goog-if-generation-match: 0`` refuses to replace an object; parts have at least 5 MiB,
-except the last one, and are joined by the list of the last request.  Credentials are not checked.
+except the last one, and are joined by the list of the last request.
+
+It also takes the requests of an S3 client for uploads in parts and for reads, because their forms
+are the same.  Of credentials, only `GoogleStore.expired` is checked.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ class GoogleStore:
         lost: The answers of these requests are lost, each once.
         on_request: Called with what a request did, before its answer is sent.
         damages: Whether the content of uploads is damaged.
+        expired: The access keys of S3 clients, and the bearer tokens, that are refused.
+        signed: The access key or the bearer token of each request that has one.
     """
 
     port: int = 0
@@ -60,6 +65,8 @@ class GoogleStore:
     lost: list[str] = field(default_factory=list)
     on_request: Callable[[str], object] = lambda _: None
     damages: bool = False
+    expired: set[str] = field(default_factory=set)
+    signed: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def variables(self, certificate: Path) -> dict[str, str]:
@@ -68,6 +75,11 @@ class GoogleStore:
         key = {"gcs_base_url": base, "disable_oauth": True, "client_email": ""}
         account = json.dumps({**key, "private_key": "", "private_key_id": ""})
         return {"GOOGLE_SERVICE_ACCOUNT_KEY": account, "SSL_CERT_FILE": str(certificate)}
+
+    def s3_variables(self, certificate: Path) -> dict[str, str]:
+        """Return what the environment of an S3 client must have, besides a key."""
+        endpoint = f"https://localhost:{self.port}"
+        return {"AWS_ENDPOINT_URL": endpoint, "SSL_CERT_FILE": str(certificate)}
 
     def save(self, key: str, content: bytes, *, is_whole: bool = True) -> Stored:
         """Store an object; ``is_whole`` is whether it was sent with one request."""
@@ -108,6 +120,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     state: GoogleStore
+
+    def parse_request(self) -> bool:
+        """Return whether the request can be handled; answer a request whose key has expired."""
+        if not super().parse_request():
+            return False
+        found = re.search("(?:Bearer |Credential=)([^/]+)", self.headers["Authorization"] or "")
+        if not found:
+            return True
+        with self.state.lock:
+            self.state.signed.append(found[1])
+            if found[1] not in self.state.expired:
+                return True
+            self._content()
+            self._answer("refused", 400, "ExpiredToken")
+        return False
 
     def do_PUT(self) -> None:
         """Store an object, or a part of one."""
