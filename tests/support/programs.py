@@ -32,10 +32,20 @@ LOADED: Final = {
     ),
     "qedimg": (
         "qedfuse.cli.qedimg.main",
-        *(f"qedfuse.cli.qedimg.{name}" for name in ("log", "check", "compact", "convert", "info")),
+        *(
+            f"qedfuse.cli.qedimg.{name}"
+            for name in ("log", "check", "commit", "compact", "convert", "create", "info", "rebase")
+        ),
         "qedfuse.disk.opening",
         "qedfuse.hostio.tablewalk",
+        "qedfuse.remote.credentials",
         "qedfuse.tools.copying.convert",
+        "qedfuse.tools.editing.commit",
+        "qedfuse.tools.editing.compact",
+        "qedfuse.tools.editing.create",
+        "qedfuse.tools.editing.rebase",
+        "qedfuse.tools.repair.imagecheck",
+        "qedfuse.tools.source.qedsource",
         "shutil",
     ),
 }
