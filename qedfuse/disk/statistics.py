@@ -31,6 +31,8 @@ class FileStatistics:
         is_qed: Whether the file is a QED image.
         reads: How often requests have read data of the file, and how many bytes.  Reads of tables
             do not count, nor do reads of a mounted disk that the kernel answers by itself.
+        table_loads: How many slices of the file's tables have been read, also by the scan; 0 for a
+            raw file.
         uncached_reads: How many reads, including those of tables, have waited because the host's
             page cache did not have the data; None if this is not counted for the file.
         server: What was fetched from the server of the file; None if the file has no server, or if
@@ -40,6 +42,7 @@ class FileStatistics:
     name: str
     is_qed: bool
     reads: FileReadStatistics
+    table_loads: int
     uncached_reads: int | None
     server: ServerReads | None
 
@@ -87,7 +90,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
     """Collect the statistics of a disk from its components."""
     allocator, chain = components.allocator, components.chain
     scan = components.scan.statistics()
-    loads = sum(layer.tables.loads for layer in chain.layers if isinstance(layer, QedLayer))
+    loads = sum(map(_table_loads, chain.layers))
     return DiskStatistics(
         tables=components.store.statistics(),
         # The walk also counts a slice for which it waited while a request loaded it.  The cache
@@ -114,4 +117,11 @@ def _describe(layer: Layer, reads: FileReadStatistics) -> FileStatistics:
     policy = file.read_policy
     server = file.server_reads if isinstance(file, ReadOnlyFile) else None
     uncached = None if policy is None else policy.uncached
-    return FileStatistics(file.name, isinstance(layer, QedLayer), reads, uncached, server)
+    is_qed = isinstance(layer, QedLayer)
+    loads = _table_loads(layer)
+    return FileStatistics(file.name, is_qed, reads, loads, uncached, server)
+
+
+def _table_loads(layer: Layer) -> int:
+    """Return how many slices of tables were read from the file of a layer; 0 for a raw file."""
+    return layer.tables.loads if isinstance(layer, QedLayer) else 0

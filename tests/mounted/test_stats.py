@@ -119,6 +119,7 @@ def test_each_request_is_counted_once(image: Path, mnt: Path) -> None:
         assert 0 < disk["space"]["file_bytes"] <= disk["space"]["bound_bytes"]
         assert disk["files"][0]["bytes"] >= 50 * 4096
         assert disk["hit_rates"]["fast_path"] > 0
+        assert disk["files"][0]["table_loads"] >= disk["table_cache"]["loads"] > 0
         assert disk["need_check"] is True
         assert disk["open_handles"] == 0
 

@@ -45,10 +45,11 @@ def document(**changed: int) -> dict[str, Any]:
         "writeback": {"cycles": 1, "datasyncs": 2, "table_writes": 3},
         "files": [
             {"depth": 0, "name": "/a.qed", "format": "qed", "reads": changed.get("read", 0),
-             "bytes": 0, "share": None, "uncached_reads": changed.get("uncached", 0),
-             "server": None},
+             "bytes": 0, "share": None, "table_loads": changed.get("loads", 0),
+             "uncached_reads": changed.get("uncached", 0), "server": None},
             {"depth": 1, "name": "https://x/b", "format": "raw", "reads": 10, "bytes": 0,
-             "share": None, "uncached_reads": None, "server": server},
+             "share": None, "table_loads": changed.get("remote_loads", 0), "uncached_reads": None,
+             "server": server},
         ],
     }  # fmt: skip
     return {
@@ -105,6 +106,14 @@ def test_hit_rates_are_shares_of_what_could_hit() -> None:
     found = document(read=8, write=2, loads=1, uncached=3, awaited=4)["disks"][0]
     assert rates(found) == [0.5, 0.9, 6 / 9, 0.6]
     assert rates(document(read=1, loads=5)["disks"][0])[1] == 0.0
+
+
+def test_tables_of_remote_files_are_no_local_reads() -> None:
+    """Only tables of local files count for the host's cache."""
+    found = document(read=8, loads=1, remote_loads=50, uncached=3)["disks"][0]
+    assert hit_rates(found)["host_cache"] == 6 / 9
+    of_remote = {**found, "files": found["files"][1:]}
+    assert hit_rates(of_remote)["host_cache"] is None
 
 
 def test_an_interval_has_the_differences_of_counters() -> None:

@@ -80,7 +80,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 def _file_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part about a file of a chain with differences in place of its counters."""
-    counters = ("reads", "bytes", "uncached_reads", "server")
+    counters = ("reads", "bytes", "table_loads", "uncached_reads", "server")
     return {**new, **_subtracted(old, {name: new[name] for name in counters})}
 
 

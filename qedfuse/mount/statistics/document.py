@@ -169,6 +169,7 @@ def _describe_files(files: tuple[FileStatistics, ...]) -> list[dict[str, Any]]:
             "reads": file.reads.reads,
             "bytes": file.reads.bytes,
             "share": file.reads.bytes / all_bytes if all_bytes else None,
+            "table_loads": file.table_loads,
             "uncached_reads": file.uncached_reads,
             "server": None
             if file.server is None

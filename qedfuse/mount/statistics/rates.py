@@ -28,13 +28,13 @@ def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
     remote = [file for file in files if file["server"] is not None]
     fast = sum(requests[name]["fast"] for name in ONE_STEP_OPERATIONS)
     of_tables = _requests(requests, ("read", "write", "discard"))
-    local_reads = sum(file["reads"] for file in local)
+    local_reads = sum(file["reads"] + file["table_loads"] for file in local)
     return {
         "fast_path": _share(fast, _requests(requests, ONE_STEP_OPERATIONS)),
         "table_cache": _share(of_tables - loads, of_tables),
         "host_cache": _share(
-            local_reads + loads - sum(file["uncached_reads"] for file in local),
-            local_reads + loads,
+            local_reads - sum(file["uncached_reads"] for file in local),
+            local_reads,
         ),
         "remote_cache": _share(
             sum(file["reads"] - file["server"]["awaited_requests"] for file in remote),
