@@ -145,7 +145,7 @@ def _partition(
 ) -> Partition | None:
     """Return the partition of an entry, cut at the end of the disk.
 
-    Returns None if the partition begins outside of the disk, or at sector 0.
+    Returns None if the partition begins outside of the disk, or at sector 0, which holds the table.
 
     Args:
         number: The number of the partition.
@@ -154,7 +154,10 @@ def _partition(
         sectors: Number of sectors of the disk.
         problems: Gets a clause if the result is None, or if the partition was cut.
     """
-    if start >= sectors or not start:
+    if not start:
+        problems.append(f"partition {number}: begins at sector 0, which holds the partition table")
+        return None
+    if start >= sectors:
         problems.append(f"partition {number}: begins outside of the disk, at sector {start}")
         return None
     length = entry.length

@@ -183,6 +183,15 @@ def test_partitions_outside_of_the_disk_are_left_out() -> None:
     assert len(table.problems) == 6
 
 
+def test_a_partition_cannot_begin_with_the_table() -> None:
+    """An entry with sector 0 is left out, and the problem does not say that it is outside."""
+    disk = disk_of({0: boot_record((0, 0x83, 0, 100), (0, 0x83, 100, 50))})
+    table = Reader(disk).table()
+    assert ranges(table) == [(2, 100, 50)]
+    assert table is not None
+    assert table.problems == ("partition 1: begins at sector 0, which holds the partition table",)
+
+
 @pytest.mark.parametrize(
     "disk",
     [
