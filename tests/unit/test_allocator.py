@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+import errno
+import os
+import resource
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -11,16 +15,22 @@ from trio.testing import wait_all_tasks_blocked
 from qedfuse.disk.space.allocator import Run
 from qedfuse.disk.space.filelength import MIN_GROWTH_BYTES
 from qedfuse.errors import HostError, NoSpaceError
+from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.constants import MAX_OFFSET
 from qedfuse.ondisk.header import Header
 from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile, Truncate
 from tests.support.space import Space, make_space
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qedfuse.hostio.hostfile import HostFile
+
 CLUSTER = 4096
 HEADER: Final = Header(CLUSTER, 4, 1, 0, 0, 0, CLUSTER, 1 << 30)
 
 
-def make(file: MemoryFile | FailingFile, bound: int = 1 << 40) -> Space:
+def make(file: HostFile, bound: int = 1 << 40) -> Space:
     """Hand out the clusters of a file."""
     return make_space(file, HEADER, bound)
 
@@ -159,6 +169,53 @@ async def test_growth_that_fails_for_several_tasks(tail: bytes) -> None:
         run = await space.manager.allocate(1)
         assert file.size() >= run.end
         assert file.size() % CLUSTER == 0
+
+
+@pytest.mark.parametrize("how", ["allocate", "try_allocate"])
+@pytest.mark.parametrize("tail", [b"", b"junk"])
+async def test_each_cluster_below_a_limit_is_used(tmp_path: Path, how: str, tail: bytes) -> None:
+    """Where growing ahead would exceed the host's limit of a file, the file grows by need."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * CLUSTER) + tail)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(PosixFile.open(str(path), writable=True)) as file:
+        space = make(file)
+        if tail:  # only `allocate` cuts it off
+            await space.manager.allocate(1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (space.length.end + 40 * CLUSTER + 1, hard))
+        try:
+            end = space.length.end + 40 * CLUSTER
+            while space.allocator.end < end:
+                if how == "try_allocate":
+                    assert space.manager.try_allocate(1) is not None
+                else:
+                    await space.manager.allocate(1)
+            assert space.manager.try_allocate(1) is None
+            with pytest.raises(HostError) as caught:
+                await space.manager.allocate(1)
+            assert caught.value.errno == errno.EFBIG
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert file.size() == space.length.end == space.allocator.end == end
+        await space.manager.allocate(1)
+        assert file.size() > end + CLUSTER, "it does not grow ahead"
+
+
+@pytest.mark.parametrize("how", ["allocate", "try_allocate"])
+async def test_each_cluster_below_the_largest_offset_is_used(how: str) -> None:
+    """Growing ahead stops at the largest file offset of the kernel."""
+    with closing(PosixFile(os.memfd_create("file"), "file", writable=True)) as file:
+        await file.truncate(CLUSTER)
+        space = make(file, bound=1 << 64)
+        space.allocator.end = end = MAX_OFFSET + 1 - 4 * CLUSTER
+        for number in range(3):
+            if how == "try_allocate":
+                run = space.manager.try_allocate(1)
+            else:
+                run = await space.manager.allocate(1)
+            assert run == Run(end + number * CLUSTER, CLUSTER, never_written=True)
+        assert file.size() == end + 3 * CLUSTER
+        assert space.manager.try_allocate(1) is None
 
 
 async def test_largest_file_offset_is_like_a_full_host() -> None:

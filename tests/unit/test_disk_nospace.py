@@ -71,7 +71,9 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, calls
         file = FailingFile(inner)
         async with opened(file, [base]) as disk:
             await disk.ensure_scanned()
-            file.fail(action, nth, errno.ENOSPC, may_miss=True)
+            # A growth of the file that fails is tried again with a shorter one.
+            lasting = action == "truncate"
+            file.fail(action, nth, errno.ENOSPC, lasting=lasting, may_miss=True)
             if nth <= calls:
                 with pytest.raises(NoSpaceError):
                     await disk.write(start, data)
@@ -82,7 +84,7 @@ async def test_failure_at_each_step_of_an_allocating_write(action: Action, calls
             await disk.write(start, data)
             file.heal()
             assert await disk.read(start, 900) == data
-        assert file.struck[action] == (nth <= calls)
+        assert (file.struck[action] > 0) == (nth <= calls)
         expected = bytearray(base)
         expected[:CLUSTER] = b"a".ljust(CLUSTER, b"\0")
         expected[start : start + 900] = data

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from qedfuse.errors import HostError
 from qedfuse.ondisk.constants import MAX_OFFSET
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ MIN_GROWTH_BYTES: Final = 1 << 20
 """Minimum growth step, in bytes.
 
 The file grows to the needed length plus the growth step, rounded up to whole clusters.  The step
-does not take the file past the allocator's bound.
+does not take the file past the allocator's bound or past `MAX_OFFSET`.  If the host refuses that
+length, the file grows to the needed length only.
 """
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
@@ -77,8 +79,16 @@ class FileLength:
                 await self._file.truncate(self.end)
                 self.has_odd_tail = False
             target = self._target(end)
-            if not self._file.try_grow(target):
-                await self._file.truncate(target)
+            try:
+                await self._grow_file(target)
+            except HostError:
+                if target == end:
+                    raise
+                # The host may refuse only the step: a limit of the length of files (RLIMIT_FSIZE,
+                # or that of the file system) lies within it, or the file system allocates space
+                # for it, as vfat does, and is nearly full.
+                target = end
+                await self._grow_file(target)
             self.end = target
 
     def try_grow(self, end: int) -> bool:
@@ -87,21 +97,34 @@ class FileLength:
         If it returns False, the length is unchanged.
         """
         if end > self.end:
-            target = self._target(end)
-            blocked = self.has_odd_tail or self.lock.locked() or target > MAX_OFFSET
-            if blocked or not self._file.try_grow(target):
+            if self.has_odd_tail or self.lock.locked() or end > MAX_OFFSET:
                 return False
+            target = self._target(end)
+            if not self._file.try_grow(target):
+                if target == end or not self._file.try_grow(end):
+                    return False
+                target = end  # as in `grow`
             self.end = target
         return True
+
+    async def _grow_file(self, size: int) -> None:
+        """Make the file ``size`` bytes long; the caller holds the lock.
+
+        Raises:
+            HostError: The host refused; the length is unchanged.
+        """
+        if not self._file.try_grow(size):
+            await self._file.truncate(size)
 
     def _target(self, end: int) -> int:
         """Return the length to which the file should grow if it must have ``end`` bytes.
 
         The length is ``end`` plus the growth step, rounded up to whole clusters.  The step does
-        not take the length past the allocator's bound.
+        not take the length past the allocator's bound or past `MAX_OFFSET`.
         """
         step = max(MIN_GROWTH_BYTES, min(MAX_GROWTH_BYTES, end // _GROWTH_DIVISOR))
-        return max(end, min(self._geometry.ceil(end + step), self._allocator.bound))
+        bound = min(self._allocator.bound, self._geometry.floor(MAX_OFFSET))
+        return max(end, min(self._geometry.ceil(end + step), bound))
 
     async def truncate_tail(self) -> bool:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
