@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from qedfuse.errors import UsageError
+from qedfuse.mount.system.listenaddress import ListenAddress
 from tests.support import qemu
 from tests.support.mounted import front, mounted, qedfuse, refused
 
@@ -102,6 +104,16 @@ def test_other_addresses_are_refused(value: str, image: Path, tmp_path: Path) ->
     (tmp_path / "mnt").mkdir()
     assert refused("-o", f"metrics={value}", image, tmp_path / "mnt", code=1) == (
         f"option metrics: found {value}, expected a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
+    )
+
+
+@pytest.mark.parametrize("path", [".", "..", "/tmp/", "a/..", "s" * 200 + "/"])  # noqa: S108
+def test_a_directory_is_no_socket(path: str) -> None:
+    """A path that can only be a directory's is refused before anything is mounted."""
+    with pytest.raises(UsageError) as caught:
+        ListenAddress.parse("metrics", f"unix:{path}")
+    assert str(caught.value) == (
+        f"option metrics: found unix:{path}, a directory, expected the path of a socket"
     )
 
 

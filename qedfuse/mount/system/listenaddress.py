@@ -45,12 +45,19 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is not a valid address, the file name of the socket is too long,
-                or other machines could reach the address.
+            UsageError: The value is not a valid address, the path can only be that of a directory,
+                the file name of the socket is too long, or other machines could reach the address.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
-            length = len(os.fsencode(os.path.basename(path)))  # noqa: PTH119
+            file_name = os.path.basename(path)  # noqa: PTH119
+            if file_name in {"", ".", ".."}:
+                msg = (
+                    f"option {name}: found {printable(value)}, a directory, expected the path of "
+                    "a socket"
+                )
+                raise UsageError(msg)
+            length = len(os.fsencode(file_name))
             if length > _MAX_NAME_BYTES:
                 msg = (
                     f"option {name}: found the name of a socket of {length} bytes, "
