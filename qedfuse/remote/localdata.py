@@ -2,7 +2,8 @@
 
 A unit is compared with its checksum when it is read from the disk (`UnitFile.load`).  From then on,
 this module reads the unit, as long as the page cache has it.  So bytes that the disk returns are
-never used without a comparison, even if bits have flipped on the disk or a write has failed.
+never used without a comparison, even if bits have flipped on the disk or a write has failed, except
+in the cases at the end.
 
 A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
@@ -28,9 +29,18 @@ would read the page from the disk.  So the extension calls mincore(2) before spl
 has found all pages of the unit valid while none of them waited to be written, and no other process
 has the entry open.
 
-Unchecked bytes can still be returned in two cases: another program has read a block from a damaged
-disk into the page cache, or is reading it; or the kernel drops a block and reads it again between
-the check of the page cache and the read.
+Unchecked bytes can still be returned in these cases:
+
+- Another program has read a block from a damaged disk into the page cache, or is reading it.
+- The kernel drops a block and reads it again between the check of the page cache and the read.
+- `UnitFile.load` reads a unit a second time, through the page cache, after it has compared the
+  unit, and the disk returns other bytes this time.  Until `load` has compared these bytes too and
+  dropped them, another process can read them, if it has used the unit before, so that the unit is
+  ready there.  Writing the compared bytes into the page cache instead would write each such unit
+  to the disk again.
+- The file system does not support reads around the page cache, so `UnitFile.load` reads a damaged
+  unit through the page cache.  Until `load` has dropped the unit, another process can read it as in
+  the case before.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ failed write or another program has damaged differs from its checksum, and is fe
 
 If several processes use an entry, no process may bring bytes that it has not compared from the disk
 into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
-`qedfuse.remote.localdata`).  So a unit is first read with ``O_DIRECT``, around the page cache.
+`qedfuse.remote.localdata`).  So a unit is first read with ``O_DIRECT``, around the page cache; the
+module `qedfuse.remote.localdata` lists the cases that this does not cover.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from tests.support.remotes import DEADLINES, opened, read, some_bytes
 from tests.support.webserver import WebServer, serving, wait_until
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
 
     from tests.support.nginx import Nginx
@@ -376,6 +377,50 @@ def test_one_reader_brings_nothing_wrong_to_another(
         for file in (one, two):
             assert read(file, 0, len(CONTENT)) == CONTENT
         assert one.fetcher.requests + two.fetcher.requests > 0
+
+
+def test_a_disk_that_returns_other_bytes_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong bytes that follow right ones are refused, and dropped from the page cache."""
+    make_files(str(tmp_path), len(CONTENT))
+    preadv, pread, fadvise, data = os.preadv, os.pread, os.posix_fadvise, tmp_path / "data"
+    calls: list[str] = []
+
+    def read_around(fd: int, buffers: list[mmap.mmap], offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        flip(data, UNIT_BYTES + 5000)
+        drop_pages(data)
+        calls.append("around")
+        return count
+
+    def read_through(fd: int, length: int, offset: int) -> bytes:
+        content = pread(fd, length, offset)
+        if length == UNIT_BYTES:
+            assert residency.has_range(UNIT_BYTES, UNIT_BYTES)
+            calls.append("through")
+        return content
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        fadvise(fd, offset, length, advice)
+        if (offset, length, advice) == (UNIT_BYTES, UNIT_BYTES, os.POSIX_FADV_DONTNEED):
+            calls.append("drop")
+
+    with (
+        UnitFile.open(str(tmp_path), len(CONTENT)) as entry,
+        UnitFile.open(str(tmp_path), len(CONTENT)),
+        closing(Residency(entry.data_fd, len(CONTENT) + 2)) as residency,
+    ):
+        entry.store(0, CONTENT)
+        drop_pages(data)
+        if entry._direct_fd < 0:
+            pytest.skip("the file system has no O_DIRECT")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", read_around)
+            patched.setattr(os, "pread", read_through)
+            patched.setattr(os, "posix_fadvise", advise)
+            assert entry.load(1) is None
+        assert calls == ["around", "through", "drop"]
 
 
 def test_length_says_who_uses_an_entry(tmp_path: Path) -> None:
