@@ -6,12 +6,14 @@ import errno
 import logging
 import os
 import struct
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 from pyfuse3 import FUSEError
 
 from qedfuse.disk.opening import open_disk
@@ -42,6 +44,7 @@ from qedfuse.mount.options import MountOptions
 from tests.support import qemu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pyfuse3 import ReaddirToken, RequestContext, SetattrFields
@@ -613,13 +616,15 @@ class Outage:
         """Fail until ``error`` is None."""
         self.error: Exception | None = RemoteError("no answer")
         self.reads = 0
+        self.on_read: Callable[[], object] = lambda: None
         entry = struct.pack("<4xB3xII", 0x83, 8, 16)
         self._content = (bytes(446) + entry).ljust(510, b"\0") + b"\x55\xaa"
 
     async def read(self, start: int, length: int) -> bytes:
         """Fail, or return some bytes."""
         self.reads += 1
-        await trio.lowlevel.checkpoint()
+        self.on_read()
+        await trio.testing.wait_all_tasks_blocked()
         if self.error is not None:
             raise self.error
         return self._content.ljust(self.size, b"\0")[start : start + length]
@@ -640,9 +645,10 @@ async def test_a_partition_table_is_read_again_after_an_outage(
     files = PartitionFiles(disks, drop_pages, lambda: changes.append(None))
 
     async def refresh() -> int:
-        """Refresh from two tasks; return the number of reads."""
+        """Refresh from two tasks, and during each read from another; return the number of reads."""
         before = disk.reads
         async with trio.open_nursery() as nursery:
+            disk.on_read = partial(nursery.start_soon, files.refresh)
             nursery.start_soon(files.refresh)
             nursery.start_soon(files.refresh)
         return disk.reads - before
