@@ -67,20 +67,12 @@ class Sandbox:
         self._rules: Ruleset | None = None
         self._filter: CallFilter | None = None
         self._restrict: Callable[[Ruleset | None, int], None] | None = None
-        version = landlock_version()
-        if version < _MIN_LANDLOCK_VERSION:
-            self._lacks("Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}")
-        elif self._is_strict and version < NETWORK_VERSION:
-            self._lacks("Landlock for TCP", f"found version {version}, expected {NETWORK_VERSION}")
-        else:
-            try:
-                self._rules = self._make_rules(version)
-            except OSError as error:
-                self._lacks("Landlock", str(error.strerror))
         try:
             self._restrict = privileges.thread_restrictor()
         except ImportError:
             self._lacks("Landlock", "the extension was not built")
+        else:
+            self._rules = self._try_make_rules()
         try:
             self._filter = CallFilter(
                 CallNeeds(
@@ -95,6 +87,26 @@ class Sandbox:
             )
         except OSError as error:
             self._lacks("seccomp", str(error.strerror))
+
+    def _try_make_rules(self) -> Ruleset | None:
+        """Return the ruleset; return None, and note why, if Landlock cannot be used.
+
+        Raises:
+            HostError: The mode is ``strict``, and Landlock cannot be used.
+        """
+        version = landlock_version()
+        if version == 0:
+            self._lacks("Landlock", "the kernel or a filter of system calls refuses it")
+        elif version < _MIN_LANDLOCK_VERSION:
+            self._lacks("Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}")
+        elif self._is_strict and version < NETWORK_VERSION:
+            self._lacks("Landlock for TCP", f"found version {version}, expected {NETWORK_VERSION}")
+        else:
+            try:
+                return self._make_rules(version)
+            except OSError as error:
+                self._lacks("Landlock", str(error.strerror))
+        return None
 
     def _make_rules(self, version: int) -> Ruleset:
         """Return the ruleset, to which `enter` later adds the mount and some open files.
@@ -178,12 +190,15 @@ class Sandbox:
         try:
             self._restrict(rules, capabilities)
         except OSError as error:
-            self._lacks("Landlock", str(error.strerror))
+            # If Landlock is missing for another reason, it is listed already.
+            self._lacks("no new privileges" if rules is None else "Landlock", str(error.strerror))
             return []
+        finally:
+            if rules is not None:
+                rules.close()
         parts = ["no new privileges"]
         if rules is not None:
             parts.insert(0, f"Landlock {rules.version}")
-            rules.close()
         if privileges.may_have_capabilities():
             names = privileges.capability_names(capabilities)
             parts.append(f"capabilities {' '.join(names) or 'none'}")

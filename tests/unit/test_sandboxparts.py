@@ -1,0 +1,72 @@
+"""The parts of a sandbox that cannot be put into force are listed once, each with its reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from qedfuse.mount.sandbox import sandbox as module
+from qedfuse.mount.sandbox.needs import ServerNeeds
+from qedfuse.mount.sandbox.sandbox import Sandbox
+from qedfuse.util.landlock import landlock_version
+from tests.support.extensions import needs_extensions
+
+if TYPE_CHECKING:
+    from qedfuse.util.landlock import Ruleset
+
+REFUSED = "the kernel or a filter of system calls refuses it"
+
+
+def landlock_lines(sandbox: Sandbox) -> list[str]:
+    """Return the missing parts but seccomp, whose library may be missing."""
+    return [part for part in sandbox.missing if not part.startswith("seccomp")]
+
+
+def refuse(_rules: Ruleset | None, _capabilities: int) -> NoReturn:
+    """Fail as if the kernel refused."""
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("version", [0, 1, landlock_version()])
+def test_a_missing_extension_is_listed_once(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extension, the version of Landlock makes no difference."""
+    monkeypatch.setattr(module, "landlock_version", lambda: version)
+    monkeypatch.setitem(sys.modules, "qedfuse.mount.sandbox._threads", None)
+    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    assert landlock_lines(sandbox) == ["Landlock (the extension was not built)"]
+
+
+@needs_extensions
+@pytest.mark.parametrize(("version", "reason"), [(0, REFUSED), (1, "found version 1, expected 2")])
+def test_landlock_is_listed_once(
+    version: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the threads cannot be restricted either, another part is listed for that."""
+    monkeypatch.setattr(module, "landlock_version", lambda: version)
+    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    assert landlock_lines(sandbox) == [f"Landlock ({reason})"]
+    sandbox._restrict = refuse
+    assert sandbox._restrict_threads() == []
+    assert landlock_lines(sandbox) == [
+        f"Landlock ({reason})",
+        "no new privileges (Operation not permitted)",
+    ]
+
+
+@needs_extensions
+@pytest.mark.skipif(landlock_version() < 2, reason="needs Landlock")
+def test_the_ruleset_is_closed_after_a_failure() -> None:
+    """If the kernel refuses to restrict the threads, the descriptor does not stay open."""
+    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    assert sandbox._rules is not None
+    descriptor = sandbox._rules.fd
+    os.fstat(descriptor)
+    sandbox._restrict = refuse
+    assert sandbox._restrict_threads() == []
+    assert landlock_lines(sandbox) == ["Landlock (Operation not permitted)"]
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(descriptor)
