@@ -164,7 +164,8 @@ def test_failing_changes_of_files(
     with failing(0) as changes:
         trio.run(work)
     total, reported = changes.count, 0
-    for when in sorted({1, total - 1, total, *chance.sample(range(1, total + 1), min(10, total))}):
+    drawn = chance.sample(range(1, total + 1), min(share(3, of=10), total))
+    for when in sorted({1, total - 1, total, *drawn}):
         shutil.rmtree(directory)
         shutil.copytree(original, directory)
         with failing(when, lasting=lasting):

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import programs, qemu
 from tests.support.disks import get_entry, l2_entry_offset, put_entry
+from tests.support.share import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 CLUSTER_BYTES: Final = 4096
 CLUSTERS: Final = 300
-MAX_MOMENTS: Final = 3
+MAX_MOMENTS: Final = share(1, of=3)
 """Interrupted runs of each command for each kind of moment, besides the first and last."""
 DONE, LEAKS, INTERRUPTED = 0, 3, 130
 
@@ -235,7 +236,7 @@ def test_interrupted_at_any_moment(name: str, kind: str, tmp_path: Path) -> None
     assert code == DONE
     assert total > 0
     assert_left_sound(case, directory, disk, before, code)
-    last = total if total <= MAX_MOMENTS else max(total - 2, 1)
+    last = total if total <= 3 else max(total - 2, 1)
     moments = {1, last, *chance.sample(range(1, total + 1), min(MAX_MOMENTS, total))}
     interrupted = 0
     for when in sorted(moments):
