@@ -18,7 +18,7 @@ from qedfuse.mount import shutdown
 from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
 from qedfuse.mount.process import unmounter
 from qedfuse.mount.process.signals import SIGNALS, SignalDispatcher
-from qedfuse.mount.process.unmounter import DirectUnmounter
+from qedfuse.mount.process.unmounter import _CONNECT, DirectUnmounter, HelperUnmounter
 from qedfuse.mount.shutdown import Shutdown
 from qedfuse.mount.system.unmount import BusyError
 from tests.support.compactible import DISCARDED, discard_some, full_image
@@ -27,6 +27,7 @@ from tests.support.hostfiles import FailingFile, MemoryFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from trio.testing import MockClock
 
@@ -303,3 +304,19 @@ async def test_a_forced_unmount_that_loses_data_is_a_failure(
     assert terminated
     assert stopped
     assert isinstance(ending.failure, HostError)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("message", [_CONNECT, b"x"])
+def test_the_helper_unmounts_for_no_other_request(
+    message: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a system log the request to connect to it is refused, and so is an unknown one."""
+    unmounted = tmp_path / "unmounted"
+    monkeypatch.setattr(unmounter, "unmount", lambda *_path, **_flags: unmounted.touch())
+    with HelperUnmounter("/mnt", None) as helper:
+        with pytest.raises(HostError, match="cannot carry out the request"):
+            helper._ask(message)
+        assert not unmounted.exists()
+        helper.unmount()
+        assert unmounted.exists()

@@ -180,8 +180,10 @@ def _answer(
                 descriptors.append(system_log.connect().detach())
             elif request[:1] == _DESCRIBE:
                 text = describe_visible_mounts(request[1:].decode())
-            else:
+            elif request in (_UNMOUNT, _DETACH):
                 unmount(mountpoint, lazy=request == _DETACH)
+            else:
+                text, name = "the unmounter cannot carry out the request", HostError.__name__
         except (QedError, OSError) as error:
             text = str(error)
             name = next((kind.__name__ for kind in _ERRORS if type(error) is kind), "HostError")
