@@ -641,3 +641,20 @@ def test_the_new_file_is_durable(
         first, second = synced
         assert first.startswith(f"{tmp_path}/.new.qed.")
         assert second == str(tmp_path)
+
+
+def test_the_copy_of_an_overlay_loads_no_masked_arrays(tmp_path: Path) -> None:
+    """Some functions of numpy import numpy.ma, which takes longer than the copy of a small disk."""
+    qemu.io(qemu.create(tmp_path / "base.qed", 1 << 20), "write -P 1 64k 64k")
+    qemu.io(qemu.create(tmp_path / "top.qed", backing="base.qed"), "write -P 2 0 64k")
+    script = """
+import sys
+from qedfuse.cli.qedimg.main import main
+print(main(["convert", "-q", "-O", "raw", "top.qed", "new.raw"]), *sys.modules)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    code, *modules = done.stdout.split()
+    assert code == "0"
+    assert "qedfuse.tools.source.chainruns" in modules
+    assert "numpy.ma" not in modules

@@ -184,9 +184,11 @@ def _overlaid(
     Returns:
         The combined runs, and the depth of the layer that stores each run.
     """
-    starts = np.union1d(above.starts, np.append(below.starts, below.end))
     end = min(above.end, below.end) if below_is_partial else above.end
-    starts = starts[starts < end]
+    starts = np.concatenate((above.starts, below.starts, [below.end]))
+    starts = np.sort(starts[starts < end])
+    # Each start once.  np.union1d imports numpy.ma, which takes longer than a short copy.
+    starts = starts[np.diff(starts, prepend=-1) != 0]
     upper = np.searchsorted(above.starts, starts, "right") - 1
     lower = np.searchsorted(below.starts, starts, "right") - 1
     through = (above.kinds[upper] == UNALLOCATED) & (lower >= 0) & (starts < below.end)
