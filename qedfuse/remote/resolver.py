@@ -56,6 +56,12 @@ class Resolver:
     """Looks up the addresses of hosts.  Threads may use a resolver concurrently."""
 
     def __init__(self) -> None:
+        self._reset()
+        # If another thread held the lock during a fork, the lock would stay locked in the child.
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        """Know no running lookup; those of the parent process never end in a forked child."""
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], _Lookup] = {}
 

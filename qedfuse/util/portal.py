@@ -25,6 +25,7 @@ In the parent process the portal stays open.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -267,6 +268,12 @@ class _Watcher:
     """Closes the portals that are still open when the program ends."""
 
     def __init__(self) -> None:
+        self._reset()
+        # If another thread held the lock during a fork, the lock would stay locked in the child.
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        """Watch no portal; those of the parent process have no threads in a forked child."""
         self._lock = threading.Lock()
         self._portals: set[Portal[Any]] = set()
         self._thread: threading.Thread | None = None
@@ -275,8 +282,7 @@ class _Watcher:
         """Close ``portal`` when the program ends, if the portal is still open."""
         with self._lock:
             self._portals.add(portal)
-            # One thread watches all portals.  A forked child does not have this thread, so
-            # the first portal in the child starts another.
+            # One thread watches all portals.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="portals", daemon=True)
                 self._thread.start()

@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -217,6 +218,40 @@ def test_lookups_of_a_name_share_a_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == [found[0]] * 4
     assert found[0][0][4] == ("127.0.0.1", 80)
     assert 1 <= len(lookups) <= 4
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_looks_names_up_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child waits neither for a lookup of its parent nor for a lock that a thread held."""
+    began, go_on = threading.Event(), threading.Event()
+    parent = os.getpid()
+
+    def lookup(_host: str, port: int, flags: int) -> list[Any]:
+        if flags:
+            raise socket.gaierror
+        if os.getpid() == parent:
+            began.set()
+            go_on.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(resolver, "_lookup", lookup)
+    names = Resolver()
+    with pytest.raises(TimeoutError):
+        names.resolve("images.example", 80, 0)
+    assert began.wait(60)
+    held = names._lock
+    held.acquire()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)
+            found = names.resolve("images.example", 80, 20)
+            os._exit(0 if found[0][4] == ("127.0.0.1", 80) else 1)
+        finally:
+            os._exit(2)
+    held.release()
+    go_on.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_lookup_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,3 +273,24 @@ print("parent", portal.call(inside.echo, 1), flush=True)
     failure = "the event loop that the call needs is ending, has ended, or runs in another process"
     expected = f"{failure}\ntest exit\nparent 1\nleft\n"
     assert run_program(body) == expected
+
+
+def test_a_fork_while_a_portal_is_being_opened() -> None:
+    """A forked child opens portals, even if the lock for their list was held during the fork."""
+    body = """
+import signal, warnings
+from qedfuse.util.portal import _watcher
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+held = _watcher._lock
+held.acquire()
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    own = Portal(opened_resource(Loud()), "test child")
+    print("child", own.call(own.value.echo, 2), flush=True)
+    raise SystemExit(0)
+held.release()
+assert os.waitpid(child, 0)[1] == 0
+print("parent", portal.call(inside.echo, 1), flush=True)
+"""
+    assert run_program(body) == "test child\nchild 2\nleft\ntest exit\nparent 1\nleft\n"
