@@ -13,7 +13,7 @@ from qedfuse.check.inspector import inspect_image as inspector
 from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
-from qedfuse.tools.repair.imagecheck import check, repair
+from qedfuse.tools.repair.imagecheck import check, plan, repair
 from tests.support.disks import build_image, header_of, l2_entry_offset, pattern, put_entry
 from tests.support.freelists import listed, put_list
 from tests.support.hostfiles import MemoryFile
@@ -49,7 +49,11 @@ async def test_a_list_is_counted_and_a_contradicted_one_is_dropped(tmp_path: Pat
     expected = "found 16384, expected a cluster that is not in the free list"
     assert expected in report.findings[0].message
 
+    planned = await plan(str(path), "all")
+    assert path.read_bytes() == content
     result = await repair(str(path), "all")
+    assert planned.plan == result.plan
+    assert result.plan.end == len(content)
     assert result.backup is not None, "the header was changed"
     assert listed(path.read_bytes()) is None
     assert result.after.counts == {Code.LEAKED_CLUSTERS: 3}

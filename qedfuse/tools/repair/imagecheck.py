@@ -88,7 +88,7 @@ async def plan(
     async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
         report = await check_image(file, header, progress)
         repair_plan = RepairPlan()
-        if report.table_errors and level == "all":
+        if report.errors and level == "all":
             repair_plan = await plan_repair(file, header)
         # Even if no cluster is leaked now, the repair of errors can leak clusters: those in the
         # free list, which the repair drops, and the old clusters of a table that it moves.
