@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qedfuse.nbd.requests import BlockStatus
 
-_MIN_STEP_BYTES: Final = 1 << 20
+MIN_STEP_BYTES: Final = 1 << 20
 """A reply about fewer bytes, although more were asked for, is a small step."""
 
 
@@ -70,19 +70,22 @@ class ExtentMap:
 class SmallSteps:
     """Limits the time that a server can take by replies about few bytes each.
 
-    Without a limit, a server that reports extents of one byte could make a search endless.
+    Without a limit, a server that reports extents of one byte could make a search endless.  A
+    search asks for ascending offsets, so a request for a lower offset begins a new one.
     """
 
     def __init__(self, max_seconds: float) -> None:
         """Permit the small steps of one search to take ``max_seconds`` together."""
         self._max_seconds = max_seconds
         self._seconds = 0.0
+        self._last_offset = 0
 
     def is_too_slow(self, request: BlockStatus, seconds: float) -> bool:
         """Count a reply that took ``seconds``; return whether small steps have taken too long."""
-        if not request.offset:  # a search from the beginning of the export is a new one
+        if request.offset < self._last_offset or not request.offset:
             self._seconds = 0.0
+        self._last_offset = request.offset
         step = sum(length for length, _ in request.extents)
-        if step < min(_MIN_STEP_BYTES, request.length):
+        if step < min(MIN_STEP_BYTES, request.length):
             self._seconds += seconds
         return self._seconds > self._max_seconds

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -12,7 +13,7 @@ from qedfuse.errors import RemoteError
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 from qedfuse.nbd.alignedread import AlignedRead, block_status
 from qedfuse.nbd.attempts import Attempts
-from qedfuse.nbd.extents import ExtentMap, SmallSteps
+from qedfuse.nbd.extents import MIN_STEP_BYTES, ExtentMap, SmallSteps
 from qedfuse.nbd.failures import BrokenError, RefusedError, ReplyError
 from qedfuse.nbd.waiters import pause, pause_blocking
 from qedfuse.remote.outagelog import OutageLog
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import FileIdentity
     from qedfuse.nbd.connectionpool import ConnectionPool
     from qedfuse.nbd.handshake import Export
+    from qedfuse.nbd.requests import BlockStatus
     from qedfuse.remote.options import Deadlines
 
 _UNIT_BYTES = 1 << 18
 """Length of the units for which `RecentFailures` remembers that a read has failed."""
+_NOT_SUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+"""The errors with which a server says that it cannot report extents."""
+_MAX_EXTENT_FAILURES: Final = 8
+"""Number of consecutive errors after which a server is not asked for extents any more."""
 
 
 class NbdFile(ReadOnlyFile):
@@ -60,6 +66,7 @@ class NbdFile(ReadOnlyFile):
         self._outages = OutageLog(name, "reads fail until it answers again")
         self._extents = ExtentMap(export.size)
         self._small_steps = SmallSteps(deadlines.total_seconds)
+        self._extent_failures = 0  # consecutive
         self._failures = RecentFailures()
         self._opened = time.time()
 
@@ -234,13 +241,32 @@ class NbdFile(ReadOnlyFile):
                 await pause(self._connections.closed, seconds)
             else:
                 self._outages.answered(sent)
-                if request.failure is None:
-                    self._extents.replace(request.offset, request.extents)
+                self._record_reply(request, offset)
                 is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
-                # After an error, and after a reply that ends before ``offset``, find() is None.
+                # After a reply that ends before ``offset``, find() is None.
                 if is_too_slow or self._extents.find(offset) is None:
                     self._extents.set_all_data()
                 return
+
+    def _record_reply(self, request: BlockStatus, offset: int) -> None:
+        """Record the extents of a reply; after an error, record data at ``offset``.
+
+        The whole export becomes data if the server does not support the request, or has answered
+        `_MAX_EXTENT_FAILURES` consecutive requests with an error.
+        """
+        failure = request.failure
+        if failure is None:
+            self._extent_failures = 0
+            self._extents.replace(request.offset, request.extents)
+            return
+        self._extent_failures += 1
+        is_final = isinstance(failure, ReplyError) and failure.errno in _NOT_SUPPORTED
+        if is_final or self._extent_failures >= _MAX_EXTENT_FAILURES:
+            self._extents.set_all_data()
+        else:
+            # Only a short range, so that a later search asks again.  But the next search at
+            # ``offset`` must have the same result.
+            self._extents.replace(offset, [(MIN_STEP_BYTES, 0)])
 
 
 def _units(offset: int, length: int) -> tuple[int, int]:

@@ -19,7 +19,9 @@ from qedfuse.errors import HostError, ObjectChangedError, RemoteError
 from qedfuse.nbd import attempts, messages
 from qedfuse.nbd.connecting import Tls
 from qedfuse.nbd.connectionpool import MAX_CONNECTIONS
+from qedfuse.nbd.extents import SmallSteps
 from qedfuse.nbd.opening import open_nbd
+from qedfuse.nbd.requests import BlockStatus
 from qedfuse.remote import recentfailures
 from qedfuse.remote.options import Deadlines
 from tests.support.faultynbd import (
@@ -390,6 +392,45 @@ def test_small_extents_are_found_within_the_time(server: FaultyServer) -> None:
     with opened(server, PATIENT) as file:
         expected = [(at, at + step) for at in range(step, file.size(), 2 * step)]
         assert trio.run(holes, file) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "is_final"),
+    [(12, 1, False), (12, 7, False), (12, 8, True), (22, 1, True), (95, 1, True)],
+)
+def test_an_error_instead_of_extents_is_about_one_search(
+    server: FaultyServer, error: int, failures: int, *, is_final: bool
+) -> None:
+    """After an error a short range counts as data; a server without extents is not asked again."""
+    server.content = bytes(16 << 20)
+    asked: list[int] = []
+
+    def choose(offset: int, length: int) -> list[tuple[int, int]] | int:
+        asked.append(offset)
+        return error if len(asked) <= failures else [(length, messages.STATE_ZERO)]
+
+    server.choose_extents = choose
+    with opened(server, PATIENT) as file:
+        size = file.size()
+        begin = failures << 20
+        assert trio.run(file.next_data, 0) == 0
+        assert len(asked) == 1
+        assert trio.run(file.next_hole, 0) == (size if is_final else begin)
+        assert len(asked) == failures + (not is_final)
+        assert trio.run(holes, file) == ([] if is_final else [(0, size)])
+
+
+def test_time_of_searches_from_the_middle_does_not_add_up() -> None:
+    """A request for a lower offset begins a new search, one for a higher offset does not."""
+    steps = SmallSteps(1.0)
+
+    def is_too_slow(offset: int) -> bool:
+        request = BlockStatus(offset, 1 << 30)
+        request.extents = [(512, 0)]
+        return steps.is_too_slow(request, 0.4)
+
+    assert not any(map(is_too_slow, [8192, 9216, 8192, 9216, 8192, 9216]))
+    assert is_too_slow(10240)
 
 
 class Readers:

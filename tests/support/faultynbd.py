@@ -36,8 +36,8 @@ class FaultyServer:
         content: The export; a fault ``other size`` adds a block.
         choose_reply: Returns the fault for the reply to a read, or None; called with its number.
         choose_connection: Returns the fault for a connection, or None; called with its number.
-        choose_extents: Returns (length, flags) of the extents from an offset on; called with the
-            offset and the length of a request.
+        choose_extents: Returns (length, flags) of the extents from an offset on, or the number of
+            an error; called with the offset and the length of a request.
         struck: How often each fault was made.
         connect: Connects to the server.
         released: Set when the replies with the fault ``held`` may go on; it is not a mistake.
@@ -48,7 +48,7 @@ class FaultyServer:
         self.content = content
         self.choose_reply: Callable[[int], str | None] = _none
         self.choose_connection: Callable[[int], str | None] = _none
-        self.choose_extents: Callable[[int, int], list[tuple[int, int]]] = _all_data
+        self.choose_extents: Callable[[int, int], list[tuple[int, int]] | int] = _all_data
         self.struck: Counter[str] = Counter()
         self.connect = partial(connect_unix, path)
         self.released = threading.Event()
@@ -145,6 +145,10 @@ class FaultyServer:
                 return
             if command == messages.CMD_BLOCK_STATUS:
                 extents = self.choose_extents(offset, length)
+                if isinstance(extents, int):
+                    error = messages.ERROR.pack(extents, 0)
+                    sock.sendall(_chunk(cookie, messages.REPLY_IS_ERROR + 1, error))
+                    continue
                 payload = bytes(4) + b"".join(messages.EXTENT.pack(*each) for each in extents)
                 sock.sendall(_chunk(cookie, messages.REPLY_BLOCK_STATUS, payload))
                 continue
