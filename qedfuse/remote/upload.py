@@ -112,6 +112,12 @@ class Upload:
         )
         self._is_read_to_end = False  # whether obstore has all of the content
         self._has_begun = False
+        self._may_remain = False
+
+    @property
+    def may_remain(self) -> bool:
+        """Whether `run` has tried to delete the object, and does not know that it is gone."""
+        return self._may_remain
 
     @property
     def has_begun(self) -> bool:
@@ -335,24 +341,34 @@ class Upload:
     def _delete(self, store: Store, etag: str) -> None:
         """Delete the object if its entity tag is ``etag``.
 
-        Another tag means that another program has stored the object.  Does nothing if ``etag`` is
-        empty, or if the store does not answer.
+        Another tag means that another program has stored the object.  Sets `may_remain` if
+        ``etag`` is empty, or if the store does not answer.
         """
+        self._may_remain = True
         try:
-            if etag and self._check.open().version.etag == etag:
+            if not etag:
+                return
+            if self._check.open().version.etag == etag:
                 obstore.delete(store.handle, self._address.key)
-        except (RemoteError, *ERRORS):
+        except RemoteError as error:
+            self._may_remain = error.errno != errno.ENOENT
+        except ERRORS:
             pass
+        else:
+            self._may_remain = False
 
     def _delete_equal(self, store: Store) -> None:
         """Delete the object if it has the content of the upload, even after `stop`.
 
         Without the response of the store, only a comparison shows that this upload has stored the
-        object.  Does nothing if the store does not answer.
+        object.  Sets `may_remain` if the store does not answer.
         """
         try:
             etag = self._check.compare("", is_stoppable=False)
-        except RemoteError:
+        except DifferentError:
+            return
+        except RemoteError as error:
+            self._may_remain = error.errno != errno.ENOENT
             return
         self._delete(store, etag)
 

@@ -268,6 +268,34 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert parts(store, key) == []
 
 
+@pytest.mark.expect_log("the store may still have the object: no answer to its deletion")
+async def test_a_deletion_without_answer_is_logged(
+    store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a complete object cannot be deleted after a cancellation, a warning names it."""
+    compare = UploadCheck.compare
+    token = trio.lowlevel.current_trio_token()
+    scope = trio.CancelScope()
+
+    def cancelled(check: UploadCheck, etag: str) -> str:
+        token.run_sync_soon(scope.cancel)
+        assert check._stopped.wait(30)
+        return compare(check, etag)
+
+    def unanswered(*_arguments: object) -> NoReturn:
+        msg = "no answer"
+        raise GenericError(msg)
+
+    monkeypatch.setattr(UploadCheck, "compare", cancelled)
+    monkeypatch.setattr(obstore, "delete", unanswered)
+    with scope:
+        await publish(str(image), "s3://golden/stays.qed")
+    assert scope.cancelled_caught
+    assert "stays.qed" in store.keys("golden")
+    (line,) = caplog.messages
+    assert line.startswith("s3://golden/stays.qed: the store may still have the object: ")
+
+
 async def test_cancelled_before_anything_is_sent(
     store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

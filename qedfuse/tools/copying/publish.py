@@ -217,7 +217,7 @@ async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
     If the task is cancelled, and the upload has sent anything, the task waits until the upload has
     removed what it has stored.  After `_STOP_SECONDS` the task stops waiting, and logs a warning
     with ``shown``, the URL of the object.  The files of ``stack`` then stay open, because the
-    thread may still read them.
+    thread may still read them.  A warning is also logged if the object could not be deleted.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
@@ -247,6 +247,10 @@ async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
                     "%s: the store may still have the object or parts of it: they were not removed "
                     "within %g s",
                     *(shown, _STOP_SECONDS),
+                )
+            elif upload.may_remain:
+                _log.warning(
+                    "%s: the store may still have the object: no answer to its deletion", shown
                 )
         raise
     assert result is not None  # noqa: S101  only `stop` ends an upload without a result
