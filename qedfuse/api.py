@@ -25,6 +25,7 @@ from qedfuse.check.inspector import inspect_image
 from qedfuse.disk.disk import Disk
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
+from qedfuse.errors import HostError
 from qedfuse.remote.address import shown_name, without_secrets
 from qedfuse.util.portal import Portal
 
@@ -77,7 +78,10 @@ def open(  # noqa: A001  a module's open, like gzip.open
     name = os.fsdecode(path)
     options = replace(options or OpenOptions(), writable=mode == "r+b")
     manager = open_disk(name, options, inspector=inspect_image)
-    portal = Portal(manager, f"qedfuse {shown_name(name)}", before_leaving=Disk.stop_fetching)
+    try:
+        portal = Portal(manager, f"qedfuse {shown_name(name)}", before_leaving=Disk.stop_fetching)
+    except OSError as error:  # no thread can be started
+        raise HostError.from_os(error, name, "open") from error
     return DiskFile(portal, mode)
 
 

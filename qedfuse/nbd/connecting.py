@@ -16,6 +16,7 @@ from qedfuse.nbd.handshake import Receive, Send, handshake
 from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
 from qedfuse.nbd.wire import PlainWire, TlsWire
 from qedfuse.text import printable
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     import socket
@@ -99,11 +100,7 @@ class _Connecting:
         self._sock: socket.socket | None = None
         self._failure: BaseException | None = None
         self._is_given_up = False
-        try:
-            threading.Thread(target=self._run, name="qedfuse connect", daemon=True).start()
-        except (RuntimeError, MemoryError) as error:
-            msg = "cannot start a thread that connects"
-            raise OSError(msg) from error
+        start_thread(self._run, name="qedfuse connect")
 
     def wait(self, closed: threading.Event) -> socket.socket:
         """Return the socket, or raise the exception of the function.

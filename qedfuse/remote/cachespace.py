@@ -7,6 +7,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.threads import start_thread
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -87,8 +89,8 @@ class CacheSpace:
         self._taken = self._storing
         self._wait_end = time.monotonic() + _MAX_WAIT_SECONDS
         try:
-            threading.Thread(target=self._run_eviction, name="qedfuse-evict", daemon=True).start()
-        except (RuntimeError, MemoryError):  # the host cannot start a thread
+            start_thread(self._run_eviction, name="qedfuse-evict")
+        except OSError:  # the host cannot start a thread
             self._is_evicting = False
 
     def _run_eviction(self) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from qedfuse.errors import RemoteError
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,12 +134,12 @@ class FetchThreads:
             return
         self._threads += 1
         try:
-            threading.Thread(target=self._work, name="qedfuse-fetch", daemon=True).start()
-        except (RuntimeError, MemoryError) as error:
+            start_thread(self._work, name="qedfuse-fetch")
+        except OSError as error:
             self._threads -= 1
             if not self._threads and not self._lacks_thread:
                 self._lacks_thread = True
-                _log.warning("%s: cannot start a thread: %s; trying again", self._name, error)
+                _log.warning("%s: %s; trying again", self._name, error.strerror)
         else:
             self._lacks_thread = False
 

@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.threads import start_thread
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -102,11 +104,7 @@ class Resolver:
                     del self._running[host, port]
                 lookup.ended.set()
 
-        try:
-            threading.Thread(target=run, name="qedfuse-resolve", daemon=True).start()
-        except (RuntimeError, MemoryError) as error:
-            msg = "found no thread to look up a name, expected one"
-            raise OSError(msg) from error
+        start_thread(run, name="qedfuse-resolve")
         self._running[host, port] = lookup
         return lookup
 

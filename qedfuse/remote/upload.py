@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
-from qedfuse.errors import RemoteError, UsageError
+from qedfuse.errors import HostError, RemoteError, UsageError
 from qedfuse.remote.object import retry
 from qedfuse.remote.storeclient import translating
 from qedfuse.remote.storeerrors import ERRORS, code_of, translated
 from qedfuse.remote.storesettings import Store, make_store
 from qedfuse.remote.uploadcheck import DifferentError, StoppedError, UploadCheck
+from qedfuse.util.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -313,7 +314,7 @@ class Upload:
             self._progress(start + len(block), self._size)
         if self._stopped.is_set():
             raise StoppedError
-        _in_thread(self._refuse_existing)
+        _in_thread(self._refuse_existing, self._address.shown)
         self._is_read_to_end = True
 
     def _refuse_existing(self) -> None:
@@ -385,10 +386,13 @@ class Upload:
         return retry(self._address, call, renew, 0, threading.Event())
 
 
-def _in_thread(call: Callable[[], object]) -> None:
-    """Call a function in a new thread, and wait for it.
+def _in_thread(call: Callable[[], object], name: str) -> None:
+    """Call a function in a new thread, and wait for it; ``name`` is that of the object in errors.
 
     The thread from which obstore takes the parts cannot call functions of obstore.
+
+    Raises:
+        HostError: The host cannot start a thread.
     """
     failures: list[Exception] = []
 
@@ -399,8 +403,10 @@ def _in_thread(call: Callable[[], object]) -> None:
             failures.append(error)
 
     # A daemon, because the process may end while the store does not answer.
-    thread = threading.Thread(target=work, name="qedfuse-upload", daemon=True)
-    thread.start()
+    try:
+        thread = start_thread(work, name="qedfuse-upload")
+    except OSError as error:
+        raise HostError.from_os(error, name, "start a thread") from error
     thread.join()
     for failure in failures:
         raise failure

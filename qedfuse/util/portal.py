@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, TypeVarTuple
 
 import trio
 
+from qedfuse.util.threads import start, start_thread
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
@@ -74,6 +76,7 @@ class Portal(Generic[T]):
                 wait for the running calls.
 
         Raises:
+            OSError: The host cannot start a thread.
             BaseException: The error of entering ``manager``.  The thread has ended.
         """
         self._before_leaving = before_leaving
@@ -90,7 +93,11 @@ class Portal(Generic[T]):
         # Not a daemon, because Python must wait until the context manager has been left.
         self._thread = _PortalThread(target=self._run, args=(manager,), name=name, daemon=False)
         _watcher.watch(self)
-        self._thread.start()
+        try:
+            start(self._thread)
+        except OSError:
+            _watcher.forget(self)
+            raise
         try:
             self.value = self._opened.result()
         except BaseException:
@@ -279,13 +286,16 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Close ``portal`` when the program ends, if the portal is still open."""
+        """Close ``portal`` when the program ends, if the portal is still open.
+
+        Raises:
+            OSError: The host cannot start a thread.
+        """
         with self._lock:
-            self._portals.add(portal)
             # One thread watches all portals.
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="portals", daemon=True)
-                self._thread.start()
+                self._thread = start_thread(self._run, name="portals")
+            self._portals.add(portal)
 
     def forget(self, portal: Portal[Any]) -> None:
         """Stop watching a portal that has ended."""

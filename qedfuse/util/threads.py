@@ -35,4 +35,4 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except (RuntimeError, MemoryError) as error:
-        raise OSError(errno.EAGAIN, "cannot start a thread") from error
+        raise OSError(errno.EAGAIN, f"cannot start a thread: {error}") from error

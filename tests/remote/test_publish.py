@@ -15,7 +15,7 @@ import trio
 from obstore.exceptions import AlreadyExistsError, GenericError
 
 from qedfuse.cli.qedimg.main import main
-from qedfuse.errors import ImageInUseError, RemoteError
+from qedfuse.errors import HostError, ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.upload import Upload, _in_thread, part_bytes
@@ -23,6 +23,7 @@ from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, programs, qemu
 from tests.support.mounted import qedfuse
+from tests.support.refusedcalls import CLONE3, run_without
 from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
@@ -339,9 +340,12 @@ def test_the_process_waits_for_no_thread() -> None:
         raise failure
 
     with pytest.raises(RemoteError, match="out"):
-        _in_thread(fail)
+        _in_thread(fail, "x")
     assert threads[0] is not threading.current_thread()
     assert threads[0].daemon
+    with pytest.raises(HostError, match="x: start a thread: Resource temporarily unavailable"):
+        run_without(CLONE3, lambda: _in_thread(fail, "x"))
+    assert len(threads) == 1
 
 
 def test_stopped_upload_keeps_what_it_would_replace(

@@ -15,6 +15,7 @@ import pytest
 from qedfuse.cli.qedimg import progress as module
 from qedfuse.cli.qedimg.progress import Meter, progress
 from tests.support.fakecommand import finish, start, words
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +71,21 @@ def test_progress_is_shown_before_the_first_report(capfd: pytest.CaptureFixture[
         code, output, shown = on_terminal(run, *options)
         assert (code, output) == (0, "")
         assert ("━" in shown) is bar
+
+
+def test_no_thread_for_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a thread, the first report after the delay shows the bar, and the work goes on."""
+    clock = Clock(monkeypatch)
+    shown: list[float] = []
+    monkeypatch.setattr(Meter, "_draw", lambda _meter: shown.append(clock.now))
+    meter = run_without(
+        CLONE3, lambda: Meter("Working", bar=True, lines=False, delay_seconds=100.0)
+    )
+    meter.report(1, 2)
+    clock.now += 100
+    meter.report(2, 2)
+    assert shown == [clock.now]
+    meter.close()
 
 
 def test_quiet_wins(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+import qedfuse
+from qedfuse.errors import HostError
 from qedfuse.util.portal import Portal, PortalClosedError
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -92,6 +95,23 @@ def test_error_on_the_way_in() -> None:
         Portal(opened_resource(inside, enter=LookupError("enter")), "test enter")
     assert threads() == []
     assert inside.seen == []
+
+
+def test_no_thread(tmp_path: Path) -> None:
+    """Without a thread the constructor raises OSError, and nothing is left; a later one works."""
+    inside = Resource()
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot start a thread"):
+            run_without(CLONE3, lambda: Portal(opened_resource(inside), "test refused"))
+    assert (threads(), inside.seen) == ([], [])
+    qed = tmp_path / "disk.qed"
+    with pytest.raises(HostError, match=r"No such file"):
+        qedfuse.open(qed)  # imports what starts threads itself (OpenBLAS)
+    with pytest.raises(HostError, match=r"disk\.qed: open: Resource temporarily unavailable"):
+        run_without(CLONE3, lambda: qedfuse.open(qed))
+    portal = Portal(opened_resource(inside), "test later")
+    assert portal.call(portal.value.echo, 1) == 1
+    portal.close()
 
 
 def test_error_on_the_way_out() -> None:

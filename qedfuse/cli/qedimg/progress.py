@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.threads import start_thread
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
@@ -56,10 +58,9 @@ class Meter:
         self._closed = threading.Event()
         self._starter: threading.Thread | None = None
         if bar and delay_seconds > 0:
-            self._starter = threading.Thread(
-                target=self._draw_after, args=(delay_seconds,), daemon=True
-            )
-            self._starter.start()
+            # Without a thread, the first `report` after the delay shows the bar.
+            with suppress(OSError):
+                self._starter = start_thread(self._draw_after, delay_seconds)
 
     def show(self) -> None:
         """Show the bar, or print the first line, before the first call of `report`."""
