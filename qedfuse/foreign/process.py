@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "qemu-nbd"
 
 READY_SECONDS: Final = 30.0
-"""Maximum time for which a new connection waits for each answer of the program, which answers only
-after it has opened the image."""
+"""Maximum time for which a new connection waits for each part of an answer of the program, which
+answers only after it has opened the image."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
 """Maximum times until the program has ended: after its last client has disconnected, after SIGTERM,
 and after SIGKILL."""
@@ -36,10 +36,10 @@ _FLAGS: Final = messages.FLAG_FIXED_NEWSTYLE | messages.FLAG_NO_ZEROES
 _EXPORT_REPLY_BYTES: Final = 10
 """Length of the answer to ``NBD_OPT_EXPORT_NAME``: the size of the export and its flags."""
 
-_OPTIONS_BEFORE_REASON: Final = "Failed to blk_new_open 'json:"
+_OPTIONS_START: Final = "Failed to blk_new_open 'json:"
 _OPTIONS_END: Final = "}': "
-"""In a message of QEMU about a failure the options of the block node stand between these two texts,
-and the reason follows the second text."""
+"""If QEMU cannot open an image, its message has the first of these texts, the options of the block
+node, the second text, and then the reason."""
 _LOCK_MESSAGE: Final = "Failed to get "
 """Part of QEMU's message about a lock that another program holds."""
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -48,10 +48,10 @@ _BACKLOG: Final = 64
 
 
 class QemuNbd:
-    """A process of qemu-nbd that serves the chain of a graph on a private socket.
+    """A process of qemu-nbd that serves an image and its backing files on a private socket.
 
     The program ends when its last client has disconnected.  So this object keeps a connection, on
-    which it reads no data, until `close`.
+    which it reads no data of the image, until `close`.
 
     Attributes:
         name: The name of the image in messages.
@@ -167,7 +167,7 @@ class QemuNbd:
             output = os.pread(self._messages, _MAX_MESSAGE_BYTES, 0)
         status = self._process.poll()
         if status is None:
-            return "found no answer of an NBD server, expected one"
+            return "runs, but does not answer as an NBD server"
         if status < 0:
             with contextlib.suppress(ValueError):
                 return f"ended by {signal.Signals(-status).name}"
@@ -218,14 +218,14 @@ class QemuNbd:
     def _as_readable_line(self, line: str) -> str:
         """Return a message of the program as printable text, with names instead of descriptors."""
         line = printable(line.removeprefix(f"{_PROGRAM}: "))
-        if line.startswith(_OPTIONS_BEFORE_REASON):
+        if line.startswith(_OPTIONS_START):
             line = line.rpartition(_OPTIONS_END)[2]
         for number, name in enumerate(self._names, FIRST_FILE_DESCRIPTOR):
             line = line.replace(f"/proc/self/fd/{number}", name)
         return line
 
     def _failure(self) -> ForeignError | ImageInUseError:
-        """Return the error for a program that closed a connection during the negotiation."""
+        """Return the error for a program with which a connection cannot be negotiated."""
         self._wait(_END_SECONDS[0])
         reason = self.end_reason()
         if _LOCK_MESSAGE in reason:

@@ -124,8 +124,8 @@ class EntryLimits(NamedTuple):
 def overlaps(tables: Iterable[int], table_bytes: int) -> Iterator[bool]:
     """Yield for each L2 table whether it overlaps a valid table that comes before it.
 
-    A table that overlaps no earlier valid table is valid and owns its clusters.  Any other
-    table is invalid and owns no clusters, so later tables are not compared with it.
+    A table that overlaps no earlier valid table is valid, and owns the clusters in which it lies.
+    Any other table is invalid and owns no clusters, so later tables are not compared with it.
 
     Args:
         tables: File offsets of the tables, in ascending order.

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 MAX_RUN_UNITS: Final = 4
-"""Maximum number of adjacent units that one request fetches: 1 MiB."""
+"""Maximum number of adjacent units in a run that a caller of `fill` makes: 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
-"""Pause between two attempts to store a unit while entries of the cache are being removed."""
+"""Pause between two attempts to store a run while entries of the cache are being removed."""
 
 
 async def fill(
@@ -33,15 +33,16 @@ async def fill(
 ) -> None:
     """Fetch the runs of units that the cache does not have, in the order of ``runs``.
 
-    Requests that are running when the call is cancelled or fails go on, and fill the cache as well.
+    If the call is cancelled or fails, the requests that are running go on, and their units are
+    stored in the cache, too.
 
     Args:
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-        verify: Whether to compare also the units that are in the cache with their checksums, and
-            to fetch damaged units again.  If false, readers compare these units when they need
-            them.
+        verify: Whether units that the cache already has are checked, too: each is compared with
+            its checksum, and fetched again if it is damaged.  If false, readers compare these units
+            when they need them.
         wait_turn: Called and awaited before each run; it must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 

@@ -162,7 +162,7 @@ def test_program_missing(image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
         ),
         (
             """exec /usr/bin/perl -e 'open(L, "+<&=3"); accept C,L; syswrite C,0 x 99; sleep 9'""",
-            "qemu-nbd: found no answer of an NBD server, expected one",
+            "qemu-nbd: runs, but does not answer as an NBD server",
         ),
         ("exit 3", "qemu-nbd: ended with status 3"),
         ("kill -9 $$", "qemu-nbd: ended by SIGKILL"),

@@ -57,8 +57,8 @@ _PROGRAM_mount_options() {
 }
 
 _PROGRAM_value() {
-    # $1: an entry of the tables: -f (files), -d (directories), mount-options, candidates, -f with
-    # candidates after it (both files and candidates), or nothing (no completion).
+    # $1: an entry of the tables: the word -f (complete files), -d (directories) or mount-options;
+    # or a list of words to offer; or -f and such a list (both); or empty (complete nothing).
     # $2: the typed beginning of the value.
     case $1 in
         '') ;;
@@ -129,7 +129,7 @@ complete -F _PROGRAM PROGRAM
 _COMPLETIONS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
 """What the tables contain for a value without fixed words, by the kind of the value.
 
-A value of a kind that is missing here is not completed.
+A value of another kind is completed only if it has fixed words.
 """
 
 
@@ -143,7 +143,7 @@ def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
     The function ``is_command`` succeeds if its argument is a subcommand.  Each other function
-    sets ``values``, a variable of its caller.
+    sets ``values``, a variable of a caller, if it has an entry for its argument.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.

@@ -56,7 +56,7 @@ class FastSeek:
             if slice_ is None or slice_.bad is not None:
                 break
             if slice_ is self._empty_slice and data:
-                table = self._layer.next_cached_table(cluster // self._entries)
+                table = self._layer.next_table_if_known(cluster // self._entries)
                 if table is None:
                     break
                 cluster = table * self._entries

@@ -61,11 +61,12 @@ async def open_url(
     Args:
         url: The URL.
         remote: How to read it.
-        wanted: Size and validator of the version that is read from the cache if the server has
-            another one (`open_remote`); None for the version that the server has.
+        wanted: Size and validator of the version that the caller needs, which is read from the
+            cache if the server has another version (`open_remote`); None if the caller needs no
+            particular version.  Ignored for an NBD export.
 
     Raises:
-        UsageError: The URL is not valid.
+        UsageError: The URL is not valid, or the options do not permit it.
         RemoteError: The server cannot be reached, or does not serve the object.
         CacheError: The directory of the cache that the user has named cannot be used.
     """

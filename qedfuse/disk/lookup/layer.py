@@ -72,17 +72,19 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The current header of the image; `set_header` replaces it.
+        header: The header of the image, of which only the features may be out of date;
+            `set_header` replaces it.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
-        slice_keys: The keys in ``tables`` of some slices, by the slice's number as in
-            `cached_slice`; None for slices of L2 tables that do not exist.  The dictionary is never
-            replaced by another, so other objects may keep a reference to it.
+        slice_keys: For the number of a slice (see `cached_slice`) the slice's key in the table
+            cache, or None if the L2 table does not exist.  Slices that were not looked up lately
+            are missing.  The dictionary is never replaced by another, so other objects may keep a
+            reference to it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:
-        """Look up in ``file``, whose header has been read.
+        """Make the layer of the image in ``file``; ``header`` was read from it.
 
         The caller must call `scan_l1` before it uses the layer.
         """
@@ -174,9 +176,10 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns None if the slice is not in memory.  If the slice's key is not in `slice_keys`, also
-        returns None if the slice of the L1 table that refers to the L2 table is not in memory, or
-        has any bad entry.  Returns `TableCache.empty_slice` if there is no L2 table.
+        Returns None if the slice is not in memory.  If ``number`` is not in `slice_keys`, the L1
+        table is looked up: then the result is None, too, if the slice of the L1 table that is
+        needed is not in memory or has a bad entry.  Returns `TableCache.empty_slice` if there is no
+        L2 table.
         """
         key = self.slice_keys.get(number)
         if key is None:
@@ -196,7 +199,7 @@ class QedLayer:
             key = self.slice_keys[number] = self.tables.key(table, index)
         return self.tables.get(key)
 
-    def next_cached_table(self, l1_index: int) -> int | None:
+    def next_table_if_known(self, l1_index: int) -> int | None:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not 0.
 
         Returns an index past the disk's last L1 entry if all are 0.  Returns None if the search

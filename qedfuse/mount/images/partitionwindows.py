@@ -1,4 +1,4 @@
-"""The partitions of a disk as windows, by the names of their files in a mount."""
+"""Finding the partitions of a disk: each one is a window, by the name of its file in a mount."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     Raises:
         QedError: The table cannot be read.
     """
-    table = await _read_table(disk)
-    windows = {partition_name(name, number): window for number, window in table.items()}
+    by_number = await _windows_by_number(disk)
+    windows = {partition_name(name, number): window for number, window in by_number.items()}
     if any(len(file_name) > MAX_NAME_BYTES for file_name in windows):
-        _log.warning("%s: the names of partitions would be longer than 255 bytes", disk.name)
+        _log.warning(
+            "%s: partitions without a file: found names of files longer than 255 bytes", disk.name
+        )
     return {
         file_name: window
         for file_name, window in windows.items()
@@ -58,7 +60,7 @@ async def open_window(disk: Disk, number: int) -> DiskWindow:
         UsageError: The disk has no partition ``number``; the message names the existing ones.
         QedError: The partition table cannot be read.
     """
-    windows = await _read_table(disk)
+    windows = await _windows_by_number(disk)
     if number in windows:
         return windows[number]
     numbers = ", ".join(map(str, windows))
@@ -67,7 +69,7 @@ async def open_window(disk: Disk, number: int) -> DiskWindow:
     raise UsageError(msg)
 
 
-async def _read_table(disk: Disk) -> dict[int, DiskWindow]:
+async def _windows_by_number(disk: Disk) -> dict[int, DiskWindow]:
     """Return the partitions of a disk by their numbers; log what is wrong with the table.
 
     Raises:
