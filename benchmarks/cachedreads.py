@@ -34,6 +34,7 @@ from benchmarks.cputime import cpu_time
 from benchmarks.loads import read, sync_file_system
 from benchmarks.machine import facts
 from benchmarks.mounted import program
+from benchmarks.pagecache import drop_page_cache
 from benchmarks.remote import make_objects, serve
 from benchmarks.remotesystems import Mount, Source, System, how_to_start
 from benchmarks.report import with_range
@@ -179,7 +180,7 @@ def measure(source: Source, raw: Path, directory: Path, repetitions: int, stop: 
             print_state(state, mounts, repetitions)
         stop.close()
         sync_file_system(directory)
-        Path("/proc/sys/vm/drop_caches").write_text("1\n", encoding="ascii")
+        drop_page_cache()
 
 
 def main() -> None:

@@ -22,11 +22,14 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from benchmarks.cachedreads import fio_command
 from benchmarks.cells import Fio
 from benchmarks.commands import BenchmarkError, run
 from benchmarks.loads import measure_fio, sync_file_system
 from benchmarks.machine import facts
 from benchmarks.mounted import Mounted, program
+from benchmarks.pagecache import drop_page_cache
+from benchmarks.remote import make_objects
 from benchmarks.report import with_range
 from benchmarks.scale import ROOT
 
@@ -51,22 +54,10 @@ for offset in range(0, int(sys.argv[2]), 16 << 20):
 answer reads."""
 
 
-def empty_caches(directory: Path) -> None:
+def empty_cache(directory: Path) -> None:
     """Write back and drop what the host's cache has."""
     sync_file_system(directory)
-    Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
-
-
-def make_image(directory: Path, cluster_bytes: int, mib: int) -> Path:
-    """Make an image whose disk is full of random bytes."""
-    raw, image = directory / "disk.raw", directory / f"cold-{cluster_bytes}.qed"
-    with raw.open("wb") as file:
-        for _ in range(mib):
-            file.write(os.urandom(MIB))
-    options = ("-f", "raw", "-O", "qed", "-o", f"cluster_size={cluster_bytes}")
-    run("qemu-img", "convert", *options, str(raw), str(image), seconds=600)
-    raw.unlink()
-    return image
+    drop_page_cache()
 
 
 def read_in_order(image: Path, directory: Path, *, with_tables: bool) -> float:
@@ -78,7 +69,7 @@ def read_in_order(image: Path, directory: Path, *, with_tables: bool) -> float:
     with Mounted(program(), image, directory / "mnt", "-r") as mount:
         size = mount.disk.stat().st_size
         run(sys.executable, "-c", _LOAD_TABLES, str(mount.disk), str(size if with_tables else 1))
-        empty_caches(directory)
+        empty_cache(directory)
         result = measure_fio(
             [Fio("read", MIB, max_bytes=size)], [mount.disk], READ_SECONDS, "MiB/s", size
         )
@@ -91,7 +82,7 @@ def print_slices(directory: Path, mib: int, rounds: int) -> None:
     print("| clusters | tables in memory, MiB/s | first slice only, MiB/s | ratio of a round |")
     print("| --- | --- | --- | --- |")
     for cluster_bytes in (4096, 65536):
-        image = make_image(directory, cluster_bytes, mib)
+        _, image = make_objects(directory, mib, cluster_bytes)
         rates: dict[bool, list[float]] = {True: [], False: []}
         for number in range(rounds):
             for with_tables in (True, False) if number % 2 else (False, True):
@@ -99,7 +90,6 @@ def print_slices(directory: Path, mib: int, rounds: int) -> None:
         ratios = [a / b for a, b in zip(rates[True], rates[False], strict=True)]
         row = (f"{cluster_bytes >> 10} KiB", *map(with_range, (*rates.values(), ratios)))
         print(f"| {' | '.join(row)} |", flush=True)
-        image.unlink()
 
 
 def disk_requests(disk: Path, directory: Path, pattern: str, reads: int) -> tuple[int, ...]:
@@ -108,13 +98,10 @@ def disk_requests(disk: Path, directory: Path, pattern: str, reads: int) -> tupl
     Raises:
         BenchmarkError: fio failed.
     """
-    empty_caches(directory)
+    empty_cache(directory)
     before = _counters(directory)
-    run(
-        *("fio", "--name=read", f"--filename={disk}", f"--rw={pattern}", "--bs=4k", "--direct=1"),
-        *("--ioengine=libaio", "--iodepth=16", f"--number_ios={reads}", "--readonly"),
-        seconds=300,
-    )
+    options = (f"--rw={pattern}", "--bs=4k", "--iodepth=16", f"--number_ios={reads}")
+    run(*fio_command(disk, options), seconds=300)
     return tuple(b - a for a, b in zip(before, _counters(directory), strict=True))
 
 
@@ -134,7 +121,7 @@ def print_neighbours(directory: Path, mib: int, rounds: int) -> None:
     """Measure how many requests neighbouring misses cost, and print a row for each pattern."""
     print("| blocks | disk requests per read | joined per read | sectors per read |")
     print("| --- | --- | --- | --- |")
-    image = make_image(directory, 65536, mib)
+    _, image = make_objects(directory, mib)
     for title, pattern in (("single", "randread"), ("runs of 8", "randread:8")):
         figures: list[list[float]] = []
         for _ in range(rounds):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
     from types import TracebackType
 
 _CHUNK_BYTES: Final = 16 << 20
@@ -55,6 +55,11 @@ def evict_file(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def drop_page_cache() -> None:
+    """Evict all clean pages of all files from the host's page cache; only root may do this."""
+    Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
 
 
 def start_write_back(descriptor: int) -> None:

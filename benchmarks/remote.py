@@ -214,13 +214,14 @@ class _SystemDirectory:
         self._temporary.cleanup()
 
 
-def make_objects(directory: Path, mib: int) -> tuple[Path, Path]:
-    """Make a QED image of random bytes; return it and a raw file with its content."""
+def make_objects(directory: Path, mib: int, cluster_bytes: int = 65536) -> tuple[Path, Path]:
+    """Make a raw file of random bytes, and a QED image with its content; return both."""
     raw, image = directory / f"{KEY}.raw", directory / f"{KEY}.qed"
     with raw.open("wb") as file:
         for _ in range(mib):
             file.write(os.urandom(MIB))
-    run("qemu-img", "convert", "-O", "qed", str(raw), str(image), seconds=300)
+    options = ("-O", "qed", "-o", f"cluster_size={cluster_bytes}")
+    run("qemu-img", "convert", *options, str(raw), str(image), seconds=600)
     return raw, image
 
 

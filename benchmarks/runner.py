@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import loads
@@ -13,10 +12,18 @@ from benchmarks.commands import BenchmarkError, WrongDataError
 from benchmarks.cputime import cpu_time
 from benchmarks.ext4 import FileSystem, make_tree
 from benchmarks.images import CONSUMED_STAGES, Images
-from benchmarks.pagecache import ContinuousWriteBack, cache_file, evict_file, sync_file
+from benchmarks.pagecache import (
+    ContinuousWriteBack,
+    cache_file,
+    drop_page_cache,
+    evict_file,
+    sync_file,
+)
 from benchmarks.servers import Server
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benchmarks.cputime import CpuTime
     from benchmarks.systems import Programs, System
 
@@ -208,7 +215,7 @@ class Runner:
                     cache_file(file)
         if cell.cold == "host":
             with suppress(PermissionError):  # the files' data has been evicted already
-                Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
+                drop_page_cache()
         if cell.warm and not self._warmed:
             everything = Fio("read", 1 << 20, direct=False, max_bytes=self._size)
             loads.measure_fio([everything], server.disks, 60, "MiB/s", self._size)
