@@ -1,8 +1,8 @@
 """Option ``prefetch=all``: fetching all data of remote files that the disks of a mount can need.
 
-The task begins when the mount is ready.  The task fetches the tables of all files, then their data.
-The task begins no request while a reader waits for a server, nor shortly after the reader has got
-its data, because the reader will probably need further data soon.
+`Prefetch.run` is a task that begins when the mount is ready.  The task fetches the tables of all
+files, then their data.  The task begins no request while a reader waits for a server, nor shortly
+after the reader has got its data, because the reader will probably need further data soon.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Prefetch:
         """Fetch the units of a file; try again after a failure.
 
         Raises:
-            CacheError: The cache has not kept a unit.
+            CacheError: The cache has no space for a unit.
             ObjectChangedError: The server has another version of the object.
             RemoteError: The file was closed.
         """
@@ -129,9 +129,9 @@ class Prefetch:
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until readers have been quiet for `_QUIET_SECONDS`; always a checkpoint.
+        """Wait until no reader has waited for a server for `_QUIET_SECONDS`.
 
-        A reader is quiet if it does not wait for a server.
+        The call is always a checkpoint.
         """
         await trio.lowlevel.checkpoint()
         while (quiet := self._quiet_seconds()) < _QUIET_SECONDS:  # noqa: ASYNC110  a time

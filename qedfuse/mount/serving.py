@@ -246,8 +246,8 @@ class Server:
                     extraops_failure,
                 )
             # A shared memory map can make pages dirty even without the write-back cache, so the
-            # shutdown launders them.  With ``direct_io`` the kernel refuses such a map, so there is
-            # nothing to launder.
+            # shutdown launders the disks in any case.  Only with ``direct_io`` there is nothing to
+            # launder, because the kernel then refuses such a map.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),
@@ -261,7 +261,7 @@ class Server:
                 # The pid file is written before the sandbox is entered.  If the file were written
                 # later, the sandbox would have to keep the right to make files in the directory of
                 # the pid file, often /run.  A program that reads the pid file and then opens a disk
-                # waits until the sandbox is entered, because no request is answered before that.
+                # waits until the sandbox is entered, because the server answers no request earlier.
                 announcement.write_pidfile()
                 # The queue is made before the sandbox is entered, because the sandbox forbids to
                 # make a queue.
@@ -293,7 +293,7 @@ class Server:
 
         Args:
             nursery: Where the tasks run until the mount ends.
-            statistics_socket: Where ``qedfuse stats`` asks; None for nowhere.
+            statistics_socket: The socket to which ``qedfuse stats`` connects; None for no socket.
         """
         source = StatisticsSource(self._disks, self._mountpoint, self._sandbox)
         if statistics_socket is not None:

@@ -106,9 +106,9 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     caller.  In both cases the error is also added to the mount record, if there is one.  After this
     function has returned or raised, the process ignores signals.
 
-    The caller must not have a second thread.  A second thread would not be protected from memory
-    pressure.  And a lock that the thread held during the fork of a helper process would stay locked
-    in the helper.
+    The caller must not have a second thread.  The second thread would not be protected from memory
+    pressure.  And if the second thread held a lock during the fork of a helper process, the lock
+    would stay locked in the helper.
 
     Args:
         request: The arguments of the mount.
@@ -161,10 +161,10 @@ def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer
 def _forked_unmounter(
     request: MountRequest,
 ) -> AbstractContextManager[Unmounter | None]:
-    """Fork the unmounter, without which there can be no sandbox.
+    """Fork the unmounter if a sandbox is wanted; there can be no sandbox without the unmounter.
 
-    The block gets a `DirectUnmounter` if no sandbox is wanted or the mount is a fake, and None if
-    the fork failed.
+    The block gets the forked unmounter, or None if the fork has failed.  If no sandbox is wanted or
+    the mount is a fake, the block gets a `DirectUnmounter`.
     """
     if request.fake or request.options.sandbox == "off":
         return nullcontext(DirectUnmounter(request.mountpoint))
@@ -221,7 +221,7 @@ class _Session:
             QedError: The mount was refused, or data could not be made durable.
         """
         async with background_tasks() as nursery:
-            # After `start` a signal cancels the session, even during a check that takes long.
+            # After `start` a signal cancels the session, even while an image is being checked.
             signals = SignalDispatcher(partial(self._interrupt, nursery.cancel_scope))
             await nursery.start(signals.run)
             await self._open_and_serve(signals, nursery)
@@ -336,8 +336,8 @@ class _Session:
                 raise HostError(msg)
             _log.warning("%s", msg)
             return None
-        # Imported late, because libseccomp and ctypes are needed only for a sandbox.  But they are
-        # imported before the mount exists, because no module may be imported while it is served.
+        # Imported late, because only a sandbox needs these modules.  But they are imported before
+        # the mount exists, because no module may be imported while the mount is served.
         from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 

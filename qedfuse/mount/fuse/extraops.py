@@ -99,21 +99,24 @@ def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None
 
 
 def reply_from_file(fd: int, offset: int) -> bool:
-    """Answer the read that is being handled with the bytes at an offset of a descriptor.
+    """Answer the read that is being handled; its bytes are at file offset ``offset`` of ``fd``.
 
     Returns False, and has not answered, if the bytes are not all in the host's page cache, if the
     read is too short or too long for splice(2) (``_extraops.h``), or if the kernel or libfuse
-    cannot pass the bytes on.  Like `defer_read`, this function must be called only while the
-    extension calls the method ``read`` that `serve` has set.
+    cannot pass the bytes on.
+
+    Raises:
+        RuntimeError: The extension is not calling the method ``read`` that `serve` has set, or that
+            call has answered or taken its read already, or the extension is not loaded.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
 
 def defer_read() -> Request:
-    """Take the read that is being handled from pyfuse3; return the object that must answer it.
+    """Take the read that is being handled from pyfuse3, and return the object to answer it with.
 
-    This function must be called only while the extension calls the method ``read`` that `serve`
-    has set.
+    Raises:
+        RuntimeError: As in `reply_from_file`.
     """
     return _loaded().defer_read()  # type: ignore[no-any-return]
 
@@ -138,7 +141,7 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
     Args:
         answer_slowly: Answers a read that the queue could not make.
         slow_seconds: If passing reads to the kernel takes longer than this time, because the
-            kernel waits, no read is queued for the next second.  With 0, every time is longer.
+            kernel waits, no read is queued during the next second.
 
     Returns:
         A descriptor that is readable when reads have ended, until `end_queued_reads` is called.
@@ -151,7 +154,11 @@ def open_read_queue(answer_slowly: SlowAnswer, slow_seconds: float) -> int:
 
 
 def close_read_queue() -> None:
-    """Remove the queue of `open_read_queue`.  The caller must ensure that the queue is empty."""
+    """Remove the queue of `open_read_queue`.
+
+    Raises:
+        RuntimeError: A read is in the queue, or the extension is not loaded.
+    """
     _loaded().close_read_queue()
 
 

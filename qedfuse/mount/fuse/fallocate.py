@@ -184,8 +184,8 @@ class FallocateLseek:
         try:
             await carry_out(start, length)
         except QedError:
-            # The disk stays larger, but the kernel increases the size that it has cached only
-            # after a success.  So this size must be corrected.
+            # The disk stays larger, but the kernel increases its cached size only after a
+            # success.  So the cached size must be corrected.
             self._size_fixup.request(exported)
             with suppress(OSError):  # the kernel may have forgotten the inode
                 pyfuse3.invalidate_inode(exported.inode, attr_only=True)
@@ -240,8 +240,8 @@ class FallocateLseek:
     def _assume_data(self, exported: ExportedDisk, whence: int, start: int) -> int:
         """Return the guest offset for lseek(2) as if the whole disk were data.
 
-        `_seek` answers so if dirty pages cannot be written back.  Zeros that are reported as
-        data only make a copy larger, but a copy loses data that is reported as a hole.
+        This is the answer of `_seek` if dirty pages cannot be written back.  Zeros that are
+        reported as data only make a copy larger, but a copy loses data that is reported as a hole.
 
         Raises:
             FUSEError: ENXIO, ``start`` is at or past the end of a disk that cannot grow.  EIO, a

@@ -5,8 +5,8 @@ FUSE_NOTIFY_INVAL_INODE.  A process sends a notification by a write(2) to a desc
 ``/dev/fuse``, the connection to the kernel.  This write(2) returns only when the server has
 answered the kernel's write requests for the pages.  Until then the process that called write(2)
 cannot end, not even by SIGKILL, and the connection cannot end either.  If the server itself called
-write(2) and were then killed, it would never end, and the programs that use the disk would wait
-forever.
+write(2) and were then killed, the server would never end, and the programs that use the disk would
+wait forever.
 
 Therefore the launderer calls write(2), on a second descriptor of the connection.  When the
 server has ended, the launderer answers the remaining requests of the kernel with errors until
@@ -71,9 +71,9 @@ class Launderer(HelperProcess):
 def _serve(commands: socket.socket) -> None:
     """Send the server's notifications until the server closes its socket.
 
-    If a write(2) still waits then, the kernel's requests are answered with errors until the
-    write(2) has returned.  If the server closes its socket before it has sent the connection,
-    nothing is done.
+    If a write(2) to the kernel is still waiting when the socket is closed, the kernel's requests
+    are answered with errors until the write(2) has returned.  If the server closes its socket
+    before it has sent the descriptor of the connection, nothing is done.
     """
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
     if not received:

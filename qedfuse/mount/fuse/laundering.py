@@ -97,8 +97,8 @@ class Laundering:
 
         Returns:
             True if the kernel has dropped all pages.  False if the kernel refuses, if nothing
-            can be laundered, or if the time is over.  In the last case the kernel may drop the
-            pages later.
+            can be laundered (see the class), or if the time is over.  If the time is over, the
+            kernel may still drop the pages later.
         """
         with trio.move_on_after(_MAX_DROP_SECONDS):
             async with self._lock:

@@ -184,10 +184,11 @@ class MetadataOperations(pyfuse3.Operations):
         values succeeds.
 
         Raises:
-            FileInUseError: The size would change, and another file with the same bytes is open.
             FUSEError: EPERM, the inode is that of the directory, or the request would change the
-                owner or the permissions of a disk; ENOENT, no file has the inode; ESTALE, as in
-                `disk_of`; EACCES, as in `admit`; or an error of `Truncation.set_size`.
+                owner or the permissions of a disk; EBUSY, the size would change, and another file
+                with the same bytes is open; ENOENT, no file has the inode; ESTALE, as in
+                `disk_of`; EACCES, as in `admit`; or the errno of an error of
+                `Truncation.set_size`.
         """
         self.admit(ctx.uid)
         if self._is_root(inode):

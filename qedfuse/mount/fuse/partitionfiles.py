@@ -58,8 +58,8 @@ class PartitionFiles:
     async def refresh(self) -> None:
         """Return when the files of all partitions agree with the tables of their disks.
 
-        A disk whose table cannot be read has no files of partitions.  Its table is read again by
-        the first call that is at least `_RETRY_SECONDS` later.
+        A disk whose table cannot be read has no files of partitions.  The first call at least
+        `_RETRY_SECONDS` after the failed attempt reads the table again.
 
         Between the last check of the tables and the return, no other task runs.
         """
@@ -77,7 +77,7 @@ class PartitionFiles:
                     self._is_reading = False
 
     def _retry_unread(self) -> None:
-        """Mark the disks as outdated whose tables could not be read and may be tried again now."""
+        """Mark as outdated each disk whose table could not be read, if its next attempt is due."""
         now = trio.current_time()
         for whole, retry_time in self._unread.items():
             if retry_time <= now:

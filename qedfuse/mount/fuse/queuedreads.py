@@ -5,7 +5,7 @@ memory (``_queuedread.c``).  There are two ways to notice that reads have ended:
 for ended reads while it polls, and a task of this module waits for a descriptor.
 
 Before Linux 6.1, without the extension, and where io_uring is not permitted, there is no queue, and
-threads make these reads.
+threads make these reads.  The user can also choose threads (`HOST_CALLS_VARIABLE`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ disk, and so has the event loop.  Then threads make the reads of the next second
 
 @asynccontextmanager
 async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
-    """Let reads wait in a queue of the kernel in the block, if that is possible.
+    """Let reads wait in a queue of the kernel during the block, if there can be a queue.
 
     The end of the block waits until the kernel has made all queued reads, even if the task is
     cancelled, because the kernel uses the descriptors of the disks.  The caller must ensure that
@@ -70,7 +70,7 @@ def _open(answer_slowly: SlowAnswer) -> int | None:
 
 
 class _Ends:
-    """Answers queued reads that have ended, at the latest before the event loop would sleep."""
+    """Answers queued reads that have ended, also while the event loop would otherwise sleep."""
 
     def __init__(self, fd: int) -> None:
         """Start a task that answers the reads of the queue whose descriptor is ``fd``."""

@@ -1,9 +1,9 @@
 """Counters of the requests to one disk: how many, how many bytes, how many failed, how long.
 
-The extension and the Python code count in the same array.  The extension counts the requests that
-it answers itself (``_counters.c``), and `Operations`, `FallocateLseek` and `DataRequests` count all
-others.  So no request is counted twice, and without the extension the counters have the same
-meaning.
+The extension and the Python code count in the same array.  The extension (``_counters.c``) counts
+the requests that are answered before pyfuse3 gets them, except the reads that a thread answers:
+`DataRequests` counts these.  `Operations` and `FallocateLseek` count all others.  So no request is
+counted twice, and without the extension the counters have the same meaning.
 
 The time of a request is the time from its receipt until its answer.  Of the requests that the
 extension counts and that are answered in one step, the extension times only one in 16, and the time
@@ -109,7 +109,8 @@ class RequestCounters:
     def counted(self, operation: int, size: int = 0) -> CountedRequest:
         """Return a context manager that counts a request; an exception in its block is an error.
 
-        The request begins now.  The arguments are those of `count`; the block may set ``size``.
+        The request begins now.  The arguments are those of `count`.  Code in the block can set the
+        attribute ``size`` of the context manager.
         """
         return CountedRequest(self, operation, size)
 
@@ -130,7 +131,7 @@ class CountedRequest:
     """One request on the slow path, from its beginning to its answer.
 
     Attributes:
-        size: The length of the request in bytes; the block may change it until its end.
+        size: The length of the request in bytes; code in the block can change this value.
     """
 
     __slots__ = ("_counters", "_operation", "_start", "size")
@@ -153,7 +154,7 @@ class CountedRequest:
     ) -> None:
         """Count the request.
 
-        A request whose task was cancelled gets no answer and is not counted.
+        A request is not counted if its task was cancelled, because its handler has not answered.
         """
         if kind is None:
             self._counters.count(self._operation, self.size, self._start)
@@ -162,11 +163,12 @@ class CountedRequest:
 
 
 class SharedCells(NamedTuple):
-    """The arrays of all files of a mount, for the extension.
+    """The counters of all files of a mount, in which the extension counts.
 
     Attributes:
         first_inode: The inode number of the first file; the other files have the next numbers.
-        cells: The array of each file, in the order of the inode numbers.
+        cells: The attribute `RequestCounters.cells` for each file, in the order of the inode
+            numbers.
     """
 
     first_inode: int

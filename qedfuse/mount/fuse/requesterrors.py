@@ -102,8 +102,8 @@ class RequestErrors:
     def _register(self, inode: int, message: str) -> bool:
         """Register a message of a disk; return whether the caller must log the message in full.
 
-        If the result is False, the message is counted in the next summary, and the caller must
-        not log it.
+        If the result is False, the next summary counts the message, and the caller must not log
+        the message.
         """
         logged = self._logged.setdefault(inode, set())
         if message not in logged and len(logged) < _MAX_MESSAGES_PER_DISK:
@@ -161,8 +161,9 @@ def answered(
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
     """Decorate the handler of a request so that all its errors become FUSEErrors.
 
-    `RequestErrors.to_errno` logs and converts an exception of another type.  A cancellation is
-    passed on.  If ``debug`` is set, each request and each FUSEError of the handler are logged.
+    A FUSEError of the handler is passed on, and so is a cancellation.  `RequestErrors.to_errno`
+    converts any other exception, and logs it if necessary.  If ``debug`` is set, each request and
+    each FUSEError of the handler are logged.
     """
 
     @functools.wraps(method)

@@ -24,10 +24,10 @@ descriptor is polled only once.  The event loop is needed in three cases:
 - Another task retries a read of a host file (`qedfuse.hostio.nowaitretry`).
 - A task is runnable because its call on a host file has ended.
 
-A native thread that makes a call (`HostCalls`) does not need the event loop, so the descriptor is
-polled as usual meanwhile.  This module itself notices the end of the call, in each call of
-`wait_readable` and while it polls (`HostCalls.has_finished`).  After the end of the call, the task
-that waits for the native thread runs when the kernel has no further request, and at the latest
+A native thread that makes a call on a host file (`HostCalls`) does not need the event loop, so the
+descriptor is polled as usual during the call.  The scheduler itself notices the end of the call, at
+each `wait_readable` and while it polls (`HostCalls.has_finished`).  After the end of the call, the
+task that waits for the native thread runs when the kernel has no further request, and at the latest
 after about `MAX_BURST_BESIDE_OTHERS` requests.
 
 Reads in the queue of the kernel (`_queuedread.c`) are answered between two requests and while the
@@ -171,8 +171,8 @@ class Scheduler:
         await self._run_other_tasks()
         if self._adaptive_poll.seconds:
             end = since + self._adaptive_poll.seconds
-            # If a task waits for a call that has ended, `_poll` returns early.  The task runs, and
-            # polling goes on.
+            # If a call on a host file has ended and a task waits for the call, `_poll` returns
+            # early.  That task runs, and polling goes on.
             while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:

@@ -120,8 +120,9 @@ class Truncation:
         """Zero a disk from guest offset ``start`` to its end; keep its size.
 
         Returns:
-            True if the kernel has dropped all its pages, so that the reply can give the real
-            size.  False if the kernel may have pages left, as in `set_size`.
+            True if the kernel has dropped all its pages, and the reply must give the real size.
+            False if the kernel may have pages left, and the reply must give ``start`` as the size
+            (see `set_size`).
 
         Raises:
             FUSEError: EPERM, the option ``truncate`` refuses truncations; the refusal is logged

@@ -36,7 +36,7 @@ class UnfairLock:
     async def __aexit__(self, *_: object) -> None:
         """Release the lock and wake one waiter.
 
-        A further waiter is woken only after the one that was woken before has run.
+        If the waiter that was woken last has not run yet, no other waiter is woken.
         """
         self._held = False
         if self._waiting and not self._woken:

@@ -1,4 +1,4 @@
-"""Finding the partitions of a disk: each one is a window, by the name of its file in a mount."""
+"""Finding the partitions of a disk, each as a `DiskWindow`, and naming their files in a mount."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Announcement:
         self._manager = ServiceManager()
 
     def write_record(self, device: str) -> None:
-        """Write the mount record, with the present time as that of the mount; log a failure.
+        """Write the mount record, with the present time as the mount time; log a failure.
 
         The mount works without a record.  If the constructor could not open a directory for the
         record, it has logged the reason, and this method does nothing.
@@ -133,8 +133,8 @@ class Announcement:
         """Announce that the disks can be used.
 
         Raises:
-            QedError: The process that waited for the mount has ended.  `withdraw` removes the
-                pid file, which has been written.
+            QedError: The process that waited for the mount has ended.  The pid file has been
+                written, and `withdraw` removes it.
         """
         self._ready()
         self._manager.notify("READY=1")

@@ -43,8 +43,8 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
     """Run ``serve`` in a child; return in the parent when the child is ready or has ended.
 
     If the parent gets SIGINT, SIGTERM or SIGHUP while it waits, it sends SIGTERM to the child.  The
-    parent then waits until the child has ended, unless the child has just reported that the disk
-    can be used.  A second signal has its default action on the parent.
+    parent then waits until the child has ended or has reported that the disk can be used.  A second
+    signal has its default action on the parent.
 
     Args:
         serve: Called in the child; returns the exit code of the child.  The argument of ``serve``
@@ -167,8 +167,8 @@ def _wait(child: int, reading: int) -> int:
     If the child was killed, or ended with 0 before it was ready, a message is printed.
     """
     if _read_report(reading):
-        # From here on a signal could only end this process with a status of failure, although the
-        # disk is mounted and stays.
+        # The disk is mounted, and stays mounted.  A signal to this process could not change that,
+        # but would make the process exit with a failure.  So signals are blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
         return 0
     # After waitpid(2) has returned, another process may get the pid of the child.  Signals are

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-A disk whose tables were changed clears NEED_CHECK, and is flushed once more, after it has been idle
-for some time, by default longer than this interval.  So the heap is trimmed at least once after the
-last change."""
+When a disk whose tables were changed has been idle for some time, it clears NEED_CHECK and is
+flushed once more.  By default that time is longer than this interval, so the last flush trims the
+heap."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)

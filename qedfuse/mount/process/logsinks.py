@@ -1,10 +1,10 @@
 """Log handlers that never wait for the reader of the log.
 
 The event loop writes the log.  If the event loop waited for the reader of the log, no disk would be
-served meanwhile.  If the reader stored its files on one of the disks, the two would wait for each
-other forever.  So if the reader has no space for a message, or there is no reader, the message is
-dropped and counted.  The number of dropped messages is logged before the next message that can be
-logged.
+served during the wait.  If the reader stored its files on one of the disks, the event loop and the
+reader would wait for each other forever.  So if the reader has no space for a message, or there is
+no reader, the message is dropped and counted.  The number of dropped messages is logged before the
+next message that can be logged.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class SystemLogHandler(DroppingHandler):
         """Get connections from a function from now on, because the sandbox forbids connect(2).
 
         Args:
-            connect: Returns what `connect` returns, and raises what it raises.
+            connect: Returns what the method `connect` returns, and raises what that method raises.
         """
         self._connect = connect
 
@@ -190,9 +190,9 @@ class SystemLogHandler(DroppingHandler):
         """Send a message on the connection; connect first if there is no connection.
 
         Returns:
-            False if the daemon has no space now, or if the message could not be sent for another
-            reason.  In the first case an existing connection is kept.  In the second case the
-            connection is closed.
+            True if the whole message was sent.  False if the daemon has no space now; an existing
+            connection is then kept.  Also False if the message could not be sent as a whole for
+            another reason; the connection is then closed.
         """
         try:
             if self._socket is None:

@@ -1,7 +1,8 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
-The limit is in force before an image is opened.  If the process needs more, the kernel
-refuses the memory, and only a request or the mount fails.  Other programs keep their memory.
+The limit is set before an image is opened.  If the process needs more memory than the limit
+permits, the kernel refuses the memory, and a request or the mount fails.  So the process never
+takes the memory of other programs.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ is throttled because it dirties pages, the kernel and the process wait for each 
 ``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path.  The
 kernel then allocates memory for the process without starting I/O (``GFP_NOIO``), and throttles
 the process by the state of the host's own disk only.  The flag belongs to a thread, and new
-threads and child processes inherit the flag.  So the caller must set the flag before there is a
-second thread.
+threads and child processes inherit the flag.  So `protect_from_memory_pressure`, which sets the
+flag, must be called before there is a second thread.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class SignalDispatcher:
         self._handler = handler
 
     def handle_with(self, handler: SignalHandler) -> None:
-        """Begin another phase, in which all signals are passed to ``handler``."""
+        """Begin the next phase of the mount, in which all signals are passed to ``handler``."""
         self._handler = handler
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

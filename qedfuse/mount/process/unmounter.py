@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import logging
 
 _UNMOUNT, _DETACH, _DESCRIBE, _CONNECT = b"u", b"l", b"d", b"c"
-"""The requests: unmount, detach (``lazy``), describe the other mounts of a device, and connect to
-the log daemon."""
+"""The requests: unmount, detach (``lazy``), describe where a file system is still mounted, and
+connect to the log daemon."""
 _MAX_MESSAGE_BYTES: Final = 64 << 10
 """Size of the buffer for a request and for a reply."""
 _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostError)
@@ -65,10 +65,10 @@ class Unmounter(Protocol):
         """
 
     def describe_visible_mounts(self, device: str) -> str | None:
-        """Return where else the file system with a device number is mounted; None for nowhere.
+        """Describe where a file system is still mounted; None if no mount of it is visible.
 
         Args:
-            device: The device number, ``MAJOR:MINOR``.
+            device: The device number of the file system, ``MAJOR:MINOR``.
 
         Raises:
             HostError: The mounts cannot be found, or the helper process has ended.

@@ -94,8 +94,8 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
 
 /* Returns whether a thread has ended, or is so far in its end that it runs no handler.
  *
- * A main thread that has ended remains until the process ends, and the kernel accepts signals to it.
- * But it has no current directory. */
+ * A main thread that has ended remains until the process ends, and the kernel still accepts signals to
+ * this thread.  But a thread that has ended has no current directory. */
 static int has_ended(DIR *tasks, pid_t thread)
 {
     char link[32], target[1];
@@ -104,14 +104,15 @@ static int has_ended(DIR *tasks, pid_t thread)
     return readlinkat(dirfd(tasks), link, target, sizeof target) < 0 && errno == ENOENT;
 }
 
-/* Returns whether a thread is among those that got the signal. */
+/* Returns whether a thread is among those that got the signal.  An item that is ENDED does not count,
+ * because a new thread may have the same number. */
 static int is_signalled(pid_t thread)
 {
     const struct signalled *item;
 
     for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
         if (item->thread == thread && atomic_load(&item->state) != ENDED)
-            return 1; /* the number of a thread that has ended may be used again */
+            return 1;
     return 0;
 }
 
@@ -169,7 +170,8 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
 
 /* Send the signal to all other threads, and list the threads again until the list has no new one.
  * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
- * one.  After an error too, the handlers have finished, unless `has_pending`. */
+ * one.  When this function returns, with or without an error, all handlers have finished; if a thread has
+ * not reacted in time, some have not, and has_pending() returns 1. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
     pid_t own = (pid_t)syscall(SYS_gettid);
@@ -196,7 +198,7 @@ static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
     return failed;
 }
 
-/* Forget the threads that got the signal; no handler may run any more. */
+/* Forget the threads that got the signal.  The caller must ensure that no handler runs. */
 static void forget_threads(void)
 {
     struct signalled *item, *next;
@@ -212,10 +214,11 @@ PyDoc_STRVAR(restrict_doc,
              "Restrict all threads by a Landlock ruleset, and drop all their capabilities\n"
              "except those in kept_capabilities, a bit mask.\n\n"
              "Return the number of threads.  The ruleset is a descriptor, or -1 for none.  The\n"
-             "signal must be unused, and no thread may block it.  After an OSError some threads\n"
-             "may be restricted, and some not.  Its errno is EAGAIN if too many signals are\n"
-             "pending, and ETIMEDOUT if a thread has not reacted to the signal.  After such a\n"
-             "timeout a thread may still be restricted later, so further calls fail with EBUSY.");
+             "caller must ensure that no other code uses the signal and no thread blocks it.\n"
+             "After an OSError some threads can be restricted, and others not.  The errno is\n"
+             "EAGAIN if too many signals are pending, and ETIMEDOUT if a thread has not reacted\n"
+             "to the signal.  After a timeout that thread may still be restricted later, so\n"
+             "further calls fail with EBUSY.");
 
 static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
 {
@@ -244,14 +247,15 @@ static PyObject *restrict_threads(PyObject *module, PyObject *arguments)
     ruleset = descriptor;
     kept = capabilities;
     atomic_store(&failure, 0);
-    /* This thread is the first one, so a thread that it starts is restricted from its beginning. */
+    /* This thread is restricted first, so every thread that it starts later inherits the restriction. */
     failed = restrict_thread();
     Py_BEGIN_ALLOW_THREADS;
     if (!failed)
         failed = restrict_others(tasks, signal_number, &threads);
     Py_END_ALLOW_THREADS;
     closedir(tasks);
-    /* A signal that comes too late must not end the process. */
+    /* If a handler has not finished, the handler stays set: with the old action, which ends the
+     * process by default, a signal that is delivered late would end the process. */
     if (!has_pending()) {
         sigaction(signal_number, &old, NULL);
         forget_threads();

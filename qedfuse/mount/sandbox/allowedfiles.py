@@ -23,8 +23,8 @@ READ: Final = READ_FILE | READ_DIRECTORY
 CHANGE_TREE: Final = CHANGE_FILES | MAKE_DIRECTORY | REMOVE_DIRECTORY | RENAME_BETWEEN_DIRECTORIES
 """Rights on a directory of files and directories that the server makes, changes and removes."""
 SERVE: Final = READ | WRITE_FILE | TRUNCATE
-"""Rights on the mount itself.  The server opens it to make the kernel write back dirty pages, and
-to correct the size of a file."""
+"""Rights on the mount itself.  The server opens files of the mount to make the kernel write back
+dirty pages, and to correct the size of a file."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """Rights on the mount itself if the mountpoint is a file."""
 
@@ -70,7 +70,10 @@ def system_files() -> Iterator[tuple[str, int]]:
 
 
 def _site_packages() -> list[str]:
-    """Return the directories with installed packages, but no directory of the user's choice."""
+    """Return the directories of ``sys.path`` with installed packages.
+
+    Directories with other names, such as those that a user adds by PYTHONPATH, are left out.
+    """
     import sys  # noqa: PLC0415  only here
 
     return [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerNeeds:
-    """The files and addresses that the server of a mount, a process, needs.
+    """The files and addresses that the process that serves a mount needs.
 
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         directory: Whether the mountpoint is a directory.
-        modes: The modes that the process may pass to chmod(2); empty for none.  The process sets
+        modes: The modes that the process can pass to chmod(2); empty for none.  The process sets
             the present mode of a disk's file again, to correct the size that the kernel has cached
             (`SizeFixup`).
         writable: Whether the mount can be written to.

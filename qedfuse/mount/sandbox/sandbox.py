@@ -115,7 +115,8 @@ class Sandbox:
             OSError: The kernel refused.
         """
         needs = self._needs
-        # Signals to qemu-nbd and to the helpers must stay possible; seccomp decides about them.
+        # `SCOPE_SIGNALS` is left out, because signals to qemu-nbd must stay possible.  The filter
+        # of system calls decides which signals the server can send.
         rules = Ruleset(version, SCOPE_ABSTRACT_SOCKETS)
         for path, rights in allowedfiles.system_files():
             rules.try_allow_path(path, rights)

@@ -1,8 +1,8 @@
 """The filter of system calls (seccomp), which libseccomp makes.
 
-A call that is not permitted fails with EPERM, except `systemcalls.NOT_IMPLEMENTED`.  Such a call
-does not end the process, because a server that is killed loses the changes of tables that are not
-durable yet.  An attacker gains nothing from the error.
+A call that is not permitted fails with EPERM, or with ENOSYS (`systemcalls.NOT_IMPLEMENTED`).  The
+call does not end the process, because a server that is killed loses the changes of tables that are
+not durable yet.  An attacker gains nothing from the error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BINARY_TREE: Final = 2
 """The value of the attribute that makes the filter search a tree."""
 
 _THREAD_FLAGS: Final = 0x100 | 0x10000
-"""CLONE_VM and CLONE_THREAD, which clone(2) has for a thread and never for a process."""
+"""CLONE_VM and CLONE_THREAD: clone(2) with these two flags makes a thread, never a process."""
 _TYPE_MASK: Final = 0xF
 """The bits of the second argument of socketpair(2) that are not flags (SOCK_TYPE_MASK)."""
 _SET_NAME: Final = 15
@@ -58,10 +58,10 @@ class CallNeeds:
     """The system calls that a mount needs besides those that every mount needs.
 
     Attributes:
-        network: Sockets for servers.
-        host: Unix sockets, for servers on this host.
-        kill: Signals to qemu-nbd.
-        modes: The permissions that chmod(2) may set; empty for none.
+        network: Whether the mount needs sockets for servers on a network.
+        host: Whether the mount needs Unix sockets, for servers on this host.
+        kill: Whether the mount needs calls that send signals, to end qemu-nbd.
+        modes: The permissions that the filter allows chmod(2) to set; empty for none.
         log: Whether the kernel logs refused calls (audit).
     """
 

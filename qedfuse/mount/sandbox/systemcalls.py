@@ -46,7 +46,7 @@ ALWAYS: Final = (
     *("sendmsg", "recvfrom", "recvmsg", "recvmmsg", "recvmmsg_time64", "send", "recv"),
     # the end of a helper or of qemu-nbd
     *("wait4", "waitid", "waitpid", "pidfd_open"),
-    # reads in a queue of the kernel; the queue itself is made before
+    # reads in a queue of the kernel; the queue was made before the filter is in force
     *("io_uring_enter",),
 )
 """Calls that are permitted with any arguments."""
@@ -64,9 +64,9 @@ IOCTLS: Final = {
 tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
-"""Calls with the address of a socket.  They are permitted only if a file is on a server or is
-served by qemu-nbd, because with them an attacker could make services of the host act for the server
-of the mount.  But sendto(2) without an address is always permitted."""
+"""Calls with the address of a socket.  These calls are permitted only if a file is on a server or
+is served by qemu-nbd.  Otherwise an attacker could use them to make services of the host act for
+the server of the mount.  But sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  The C library then starts threads by clone(2), whose flags a filter

@@ -32,8 +32,8 @@ async def serve_connections(
 
     Args:
         listening: The socket, which does not block.
-        serve: Serves one connection, which is closed afterwards.  A failure of the connection, or
-            of ``serve``, ends only this connection.
+        serve: Serves one connection.  The connection is closed when ``serve`` has returned, raised
+            an exception, or taken `_MAX_SECONDS`.  An exception ends no other connection.
     """
     connections = 0
 

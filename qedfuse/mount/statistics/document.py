@@ -48,8 +48,8 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document.
 
-        After each disk the event loop may serve requests, so the figures of two disks can be from
-        different moments.
+        After each disk other tasks can run, so the figures of two disks can be from different
+        moments.
         """
         disks = []
         for exported in self._disks.first_files:

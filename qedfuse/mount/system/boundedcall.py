@@ -49,8 +49,8 @@ class Deadline:
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The calling process must have only one thread.  The child would not have the other threads, and
-    would wait forever for a lock that one of them held during the fork.
+    The calling process must have only one thread.  The child would lack a second thread, and a lock
+    that the second thread held during the fork would stay locked in the child forever.
 
     Args:
         function: The function.  Its result and its exceptions must be plain data that can be

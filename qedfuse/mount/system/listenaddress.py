@@ -84,14 +84,14 @@ class ListenAddress:
 
 
 class Listener:
-    """A listening socket, and its directory if it is in the file system.
+    """A listening socket, and the directory of the socket if the socket is in the file system.
 
     Attributes:
         socket: The socket, which does not block.
     """
 
     def __init__(self, address: ListenAddress) -> None:
-        """Listen on an address, whose path must be absolute if it has one.
+        """Listen on ``address``; if the address has a path, the path must be absolute.
 
         The caller must construct the object before the mount exists, because later the path may
         lead through the mount.  A socket that a killed process has left at the path is replaced.
@@ -134,7 +134,7 @@ class Listener:
         return self._directory if self._directory >= 0 else None
 
     def close(self) -> None:
-        """Close the socket, and remove it from the file system."""
+        """Close the socket; if the socket is in the file system, remove its file as well."""
         self.socket.close()
         if self._directory >= 0:
             with suppress(OSError):  # the directory is gone, or the socket was removed

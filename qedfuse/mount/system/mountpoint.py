@@ -75,7 +75,7 @@ def is_below(path: str, mountpoint: str) -> bool:
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
     """Refuse a path that cannot carry a mount of ``disks`` disks.
 
-    A directory need not be empty.  As with mount(8), the mount hides its content.
+    A directory need not be empty.  As with mount(8), the mount hides the content of the directory.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

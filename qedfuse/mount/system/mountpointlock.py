@@ -1,8 +1,8 @@
 """The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-A qedfuse checks that no other qedfuse has mounted on the mountpoint.  Without a lock, another one
-could mount after the check, and the later mount would cover the earlier one.  So each qedfuse locks
-the mountpoint, checks, mounts, and unlocks the mountpoint.
+Before it mounts, a qedfuse checks that no other qedfuse has mounted on the mountpoint.  Without a
+lock, two processes could both check and then both mount, and the later mount would cover the
+earlier one.  So each qedfuse locks the mountpoint, checks, mounts, and unlocks the mountpoint.
 
 The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
 inode of the mountpoint.  The name is the same for all users and for every path to the

@@ -47,9 +47,9 @@ def check_privileges(*, for_others: bool, user: int | None = None) -> None:
         user: The user id of the user who mounts; None for the user of this process.
 
     Raises:
-        PrivilegeError: The FUSE device is missing or cannot be opened.  Or an ordinary user
-            mounts, and fusermount3 is missing, or ``for_others`` is set although fuse.conf does
-            not allow it.
+        PrivilegeError: The FUSE device is missing or cannot be opened.  Or, if the user is not
+            root: fusermount3 is missing, or ``for_others`` is True and fuse.conf lacks the line
+            ``user_allow_other``.
     """
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))

@@ -1,12 +1,14 @@
 """The kernel's read-ahead on a mount, for sequential readers of a disk.
 
-Besides the time for its bytes, each read request costs the server a fixed time.  With a read-ahead
-of 128 KiB, the kernel's default, a program that reads 512 KiB causes four requests instead of one.
+Each read request costs the server a fixed time, in addition to the time for the bytes.  With a
+read-ahead of 128 KiB, the kernel's default, a program that reads 512 KiB causes four requests
+instead of one.
 
 The read-ahead is a property of the mount.  In its first request, FUSE INIT, the kernel offers its
-own read-ahead, and regards the one in the reply as an upper limit only.  So an unprivileged process
-can lower the read-ahead but never raise it (`qedfuse.mount.fuse.fuseinit`).  Only root can raise
-the read-ahead, by writing to a file below ``/sys``.
+own read-ahead.  If the value in the reply is lower, the kernel uses that value; a higher value has
+no effect.  So an unprivileged process can lower the read-ahead but never raise it
+(`qedfuse.mount.fuse.fuseinit`).  Only root can raise the read-ahead, by writing to a file below
+``/sys``.
 
 An open file keeps the read-ahead that the mount had when the file was opened.  Therefore the
 read-ahead must be set before the mount is announced.

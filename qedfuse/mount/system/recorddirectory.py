@@ -1,4 +1,4 @@
-"""The directories of mount records (`mountrecord`), and who may write to them."""
+"""The directories of mount records (`mountrecord`), to which only the mount's user may write."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class MountRecordFile:
         return self._written is not None
 
     def listen(self) -> socket.socket:
-        """Make the socket for statistics beside the record, which must have been written.
+        """Make the socket for statistics beside the record; the caller must call `write` before.
 
         `finish` removes the socket from the directory.
 

@@ -64,16 +64,16 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     if failure is not None and not records:
         raise failure
     # The kernel reuses device numbers, so there may be records of earlier mounts with the same
-    # number.  The start time of the server decides only if no mount time was recorded: a server
-    # that waits for another machine before it mounts can have started earlier than the server of
-    # an older mount.
+    # number.  The record with the latest mount time is returned.  The start times of the servers
+    # are compared only if no mount time was recorded, because the order of the starts can differ
+    # from the order of the mounts: a server may wait for another machine before it mounts.
     return max(records, key=_mount_time, default=None)
 
 
 def _mount_time(found: FoundRecord) -> tuple[int, int]:
-    """Return the key that sorts records by the times of their mounts.
+    """Return the key that sorts records by the times of their mounts, the earliest first.
 
-    Records without this time come first, sorted by the start times of their servers.
+    Records without a mount time come before all others, sorted by the start times of their servers.
     """
     return found.record.mounted, found.record.started
 

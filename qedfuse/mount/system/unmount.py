@@ -39,6 +39,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
             CAP_SYS_ADMIN, or fusermount3 is missing.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
             is mounted there, or because fusermount3 finds no mount of the caller there.
+        OSError: fusermount3 cannot be started.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
