@@ -37,7 +37,8 @@ class MountOptions:
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
         force_share: The mount is read-only, and another program may write to the image.
-        nonempty: The mountpoint may be a file that is an image, even one that is not mounted here.
+        nonempty: The mountpoint may be the file of an image, even if the image is not a source of
+            this mount.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
@@ -53,7 +54,7 @@ class MountOptions:
         compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
             images together.
         poll_seconds: Maximum time in seconds for which the server polls for the next request before
-            it sleeps; 0 to look once; None for the default, which is 0 on a machine with one
+            it sleeps; 0 to poll only once; None for the default, which is 0 on a machine with one
             processor.
         metrics: Where the metrics for Prometheus are served; None for nowhere.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
@@ -67,7 +68,7 @@ class MountOptions:
             directory of the user.
         remote_cache_bytes: Maximum space in bytes of this cache; None for no maximum.  In both
             cases a part of the file system stays free.
-        remote_seconds: Maximum time in seconds for which a request to a server is attempted again;
+        remote_seconds: Maximum time in seconds in which attempts of one request to a server begin;
             the last attempt may end later.
         remote_attempt_seconds: Maximum time in seconds of one attempt; at most ``remote_seconds``
             is used.

@@ -147,7 +147,7 @@ class Shutdown:
         """Log where else the file system is mounted, if the server goes on after the unmount.
 
         If the file system is not mounted elsewhere, the server normally ends within
-        `_RETRY_SECONDS`, which cancels this task before the task logs anything.
+        `_RETRY_SECONDS`.  The end of the server cancels this task before the task logs anything.
         """
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)

@@ -89,7 +89,7 @@ class FallocateLseek:
 
         Returns:
             True if the request is answered: with the offset, or with ENXIO if no data follows.
-            False if the request is not answered.  Then the search needs the slow path, or the
+            False if the request is not answered, because the search needs the slow path, the
             kernel may have dirty pages, or the request must be logged or refused.
         """
         operations = self._operations
@@ -260,8 +260,8 @@ class FallocateLseek:
     def _may_be_dirty(self, exported: ExportedDisk) -> bool:
         """Return whether the kernel may have dirty pages of a disk.
 
-        Without an open handle that may write, there are none, because the kernel sends all dirty
-        pages before it releases the last such handle.
+        If no handle that may write is open, the kernel has no dirty pages, because it sends all
+        dirty pages before it releases the last handle that may write.
         """
         return self._operations.enable_writeback_cache and exported.writers > 0
 

@@ -8,8 +8,8 @@ the size that the server reports.  So the kernel would show an empty file.  It w
 page around each small write with zeros, because it reads no page past the cached size.
 
 Without this feature the kernel sends a truncation after the open.  The server can refuse the
-truncation (`qedfuse.mount.fuse.truncation`), and otherwise the kernel takes the size from the
-reply.
+truncation (`qedfuse.mount.fuse.truncation`).  If the server accepts the truncation, the kernel
+takes the size from the reply.
 
 This module also changes four values in libfuse's reply:
 
@@ -154,8 +154,8 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
             nursery.start_soon(pyfuse3.main)
             await trio.lowlevel.wait_readable(proxy_end)
             # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
-            # socket, can be read.  They must end before ``fd`` is the device again, because the
-            # event loop would go on waiting for the socket.
+            # socket, can be read.  These tasks must end before ``fd`` becomes the device again.  If
+            # they went on, the event loop would still wait for the socket and not for the device.
             nursery.cancel_scope.cancel()
         os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead, disks))
     except OSError as error:

@@ -110,9 +110,9 @@ def _send_notifications(device: int, commands: socket.socket) -> None:
 def _fail_requests(device: int, worker: threading.Thread) -> None:
     """Answer requests of the kernel with ECONNABORTED until the worker thread has ended.
 
-    The caller must call this only after the server has closed the socket.  Before that, the thread
-    does not end after its write(2), but waits for the next notification, and this function would
-    meanwhile fail requests that the server can answer.
+    The caller must call this only after the server has closed the socket.  While the socket is
+    open, the thread does not end after a write(2), but waits for the next notification.  During
+    that wait this function would fail requests that the server can answer.
     """
     ready = select.poll()
     ready.register(device, select.POLLIN)

@@ -111,8 +111,8 @@ class Laundering:
     ) -> int:
         """Let the launderer write one notification to the kernel, and wait for the answer.
 
-        The caller must hold the lock.  If the launderer fails, this is logged, and the launderer
-        is stopped.
+        The caller must hold the lock.  If the launderer fails, the failure is logged, and the
+        launderer is stopped.
 
         Args:
             exported: The disk.

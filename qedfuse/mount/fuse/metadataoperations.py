@@ -116,7 +116,7 @@ class MetadataOperations(pyfuse3.Operations):
         return exported
 
     def may_grow(self, exported: ExportedDisk) -> bool:
-        """Return whether a disk may grow; False for a partition, whose size is fixed."""
+        """Return whether requests enlarge a disk; False for a partition, whose size is fixed."""
         return self.growable and not exported.is_partition
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:

@@ -90,7 +90,7 @@ class PartitionFiles:
         from qedfuse.mount.images.partitionwindows import read_windows  # noqa: PLC0415  late
 
         while self._disks.outdated:
-            # A writer that ends while the table is read adds the disk again.
+            # If a writer of the disk ends while the table is read, the disk becomes outdated again.
             whole = self._disks.outdated.pop()
             try:
                 windows = await read_windows(whole.image, whole.name)

@@ -45,12 +45,12 @@ async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
     if fd is None:
         yield
         return
-    ends = _Ends(fd)
+    ended_reads = _EndedReads(fd)
     try:
         yield
     finally:
         with trio.CancelScope(shield=True):
-            await ends.wait_for_all()
+            await ended_reads.wait_for_all()
         trio.lowlevel.notify_closing(fd)
         extraops.close_read_queue()
 
@@ -69,7 +69,7 @@ def _open(answer_slowly: SlowAnswer) -> int | None:
         return None
 
 
-class _Ends:
+class _EndedReads:
     """Answers queued reads that have ended, also while the event loop would otherwise sleep."""
 
     def __init__(self, fd: int) -> None:
@@ -77,9 +77,9 @@ class _Ends:
         self._fd = fd
         self._ended = trio.Event()
         # A task of a nursery could be cancelled before the last read has ended.
-        trio.lowlevel.spawn_system_task(self._end_when_notified)
+        trio.lowlevel.spawn_system_task(self._answer_when_notified)
 
-    async def _end_when_notified(self) -> None:
+    async def _answer_when_notified(self) -> None:
         """Answer reads that have ended, until `notify_closing` is called for the descriptor."""
         try:
             while True:

@@ -39,7 +39,7 @@ _ERRORS: Final = 2
 _FAST: Final = 3
 _NANOSECONDS: Final = 4
 _HISTOGRAM: Final = 5
-_CELLS: Final = _HISTOGRAM + BUCKETS
+_CELLS_PER_OPERATION: Final = _HISTOGRAM + BUCKETS
 
 _NANOSECONDS_PER_MICROSECOND: Final = 1000
 _NANOSECONDS_PER_SECOND: Final = 1e9
@@ -77,7 +77,7 @@ class RequestCounters:
 
     def __init__(self) -> None:
         """Start with zeros."""
-        self.cells = array("Q", bytes(8 * _CELLS * len(OPERATIONS)))
+        self.cells = array("Q", bytes(8 * _CELLS_PER_OPERATION * len(OPERATIONS)))
 
     def count(self, operation: int, size: int, start: int, *, is_fast: bool = False) -> None:
         """Count a request that was answered without an error.
@@ -88,14 +88,14 @@ class RequestCounters:
             start: When the request began, as `time.perf_counter_ns` returned it.
             is_fast: Whether the request was answered in one step.
         """
-        at = operation * _CELLS
+        at = operation * _CELLS_PER_OPERATION
         self.cells[at + _BYTES] += size
         self.cells[at + _FAST] += is_fast
         self._add(at, time.perf_counter_ns() - start)
 
     def count_error(self, operation: int, start: int) -> None:
         """Count a request that was answered with an error; the arguments are those of `count`."""
-        at = operation * _CELLS
+        at = operation * _CELLS_PER_OPERATION
         self.cells[at + _ERRORS] += 1
         self._add(at, time.perf_counter_ns() - start)
 
@@ -116,7 +116,8 @@ class RequestCounters:
 
     def statistics(self, operation: int) -> OperationStatistics:
         """Return what was counted of an operation so far."""
-        cells = self.cells[operation * _CELLS : (operation + 1) * _CELLS]
+        at = operation * _CELLS_PER_OPERATION
+        cells = self.cells[at : at + _CELLS_PER_OPERATION]
         return OperationStatistics(
             requests=cells[_REQUESTS],
             bytes=cells[_BYTES],

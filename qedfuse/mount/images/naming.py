@@ -59,7 +59,7 @@ def disk_file_name(path: str) -> bytes:
 
     The suffix ``.qed`` is replaced, because the disk is raw.  Any other suffix is kept, because
     two images may differ only in their suffix.  The name of a URL is the last component of its
-    path; an export of an NBD server may have an empty path.
+    path.  An export of an NBD server can have an empty path; its disk is named ``export.raw``.
     """
     if is_url(path):
         path = os.fsdecode(unquote_to_bytes(parse_address(path).path)).rstrip("/") or _EXPORT

@@ -98,8 +98,8 @@ class Announcement:
     def statistics_socket(self) -> socket.socket | None:
         """Make the socket for ``qedfuse stats``; the caller must call `write_record` before.
 
-        Returns None if there is no record, or if the socket cannot be made.  The second case is
-        logged.
+        Returns None if there is no record, or if the socket cannot be made.  The reason why the
+        socket cannot be made is logged.
         """
         if self._record is None or not self._record.is_written:
             return None

@@ -45,7 +45,7 @@ _ERRORS: Final = (BusyError, PrivilegeError, FuseError, MountpointError, HostErr
 
 
 class Unmounter(Protocol):
-    """Unmounts one mountpoint.  Several threads may call it concurrently."""
+    """Unmounts one mountpoint.  Several threads may call the methods concurrently."""
 
     def connect_system_log(self) -> None:
         """Let the handler of the system log connect in a way that works in a sandbox.

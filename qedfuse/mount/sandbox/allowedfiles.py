@@ -1,4 +1,4 @@
-"""The files that a server in a sandbox may open; those of its disks are open already."""
+"""The files that a server in a sandbox may open; the image files of its disks are open already."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ dirty pages, and to correct the size of a file."""
 SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 """Rights on the mount itself if the mountpoint is a file."""
 
-_SYSTEM: Final = (
+_SYSTEM_FILES: Final = (
     *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
     # The mount table, the threads and the descriptors of the process.  Landlock forbids to inspect
     # processes outside of the sandbox, so their memory, environment and files stay closed.
@@ -38,7 +38,7 @@ _SYSTEM: Final = (
     *((path, READ) for path in ("/nix/store", "/gnu/store")),
     *((path, READ) for path in ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")),
 )
-_NAMES_OF_HOSTS: Final = (
+_RESOLVER_FILES: Final = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf"),
     *("/etc/services", "/etc/protocols", "/etc/networks"),
     *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
@@ -63,7 +63,7 @@ def system_files() -> Iterator[tuple[str, int]]:
 
     Python's own modules are among them, although none should be loaded while a mount is served.
     """
-    yield from _SYSTEM
+    yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")
     for path in (os.path.dirname(os.__file__), package, *_site_packages()):  # noqa: PTH120  str paths
         yield path, READ
@@ -87,7 +87,7 @@ def network_files(variables: Iterable[tuple[str, str]]) -> Iterator[tuple[str, i
     Args:
         variables: The variables of the environment and of a file with credentials.
     """
-    for path in (*_NAMES_OF_HOSTS, *_CERTIFICATES):
+    for path in (*_RESOLVER_FILES, *_CERTIFICATES):
         yield path, READ
     for name, value in variables:
         if name in _CERTIFICATE_VARIABLES:

@@ -72,7 +72,8 @@ def server_needs(
             such socket.
 
     Raises:
-        CacheError: The cache has no directory.
+        CacheError: The mount uses servers, and there is neither the option ``cache_dir`` nor a
+            default directory for the cache, because the user has no home directory.
     """
     needs = ServerNeeds(
         mountpoint,

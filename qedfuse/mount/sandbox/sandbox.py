@@ -38,9 +38,9 @@ SandboxMode = Literal["on", "off", "strict"]
 
 _MIN_LANDLOCK_VERSION: Final = 2
 """Version 1 of Landlock cannot permit the renames of the cache for remote files."""
-_PORTS_OF_NETWORKS: Final = (53, 80, 443)
+_DEFAULT_PORTS: Final = (53, 80, 443)
 """The ports of name servers, and of the services that give credentials for stores."""
-_ADDRESS_VARIABLES: Final = ("AWS_", "AZURE_", "GOOGLE_")
+_ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
 """Beginnings of the names of variables that may have the URL of a store or of a service."""
 
 
@@ -230,14 +230,14 @@ class Sandbox:
 
 
 def _ports(addresses: Iterable[Address], variables: Iterable[tuple[str, str]]) -> set[int]:
-    """Return the TCP ports to which a server that reads remote files connects."""
-    ports = set(_PORTS_OF_NETWORKS)
+    """Return the TCP ports to which a server that reads remote files may connect."""
+    ports = set(_DEFAULT_PORTS)
     ports.update(address.port for address in addresses if address.port is not None)
     for name, value in variables:
         is_proxy = name.lower().endswith("_proxy")
         if "://" not in value and is_proxy:
             value = f"http://{value}"  # noqa: PLW2901  as obstore and urllib3 read it
-        if "://" in value and (is_proxy or name.startswith(_ADDRESS_VARIABLES)):
+        if "://" in value and (is_proxy or name.startswith(_ADDRESS_VARIABLE_PREFIXES)):
             try:
                 port = urlsplit(value).port
             except ValueError:  # no URL

@@ -65,12 +65,13 @@ tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket.  These calls are permitted only if a file is on a server or
-is served by qemu-nbd.  Otherwise an attacker could use them to make services of the host act for
-the server of the mount.  But sendto(2) without an address is always permitted."""
+is served by qemu-nbd.  With these calls an attacker could make services of the host act for the
+server of the mount, so a mount that does not need them does not get them.  But sendto(2) without an
+address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
-"""Calls that fail with ENOSYS.  The C library then starts threads by clone(2), whose flags a filter
-can read."""
+"""Calls that fail with ENOSYS.  The C library then starts threads by clone(2).  A filter can read
+the flags of clone(2), but not those of clone3(2), which lie in memory."""
 
 KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""

@@ -36,7 +36,7 @@ class StatisticsSource:
     def __init__(
         self, disks: ExportedDisks, mountpoint: str, sandbox: Sandbox | None = None
     ) -> None:
-        """Describe the disks of the mount on ``mountpoint``; its uptime counts from this call.
+        """Describe the disks of the mount on ``mountpoint``; the uptime counts from this call.
 
         ``sandbox`` is the sandbox of the server; None if the server has none.
         """

@@ -41,10 +41,10 @@ def resolve(mountpoint: str) -> str:
 def resolve_mounted(path: str) -> str:
     """Resolve the path of a mountpoint as `resolve` does, without accessing the mount.
 
-    The server of the mount may not answer, so only the directories that lead to the mountpoint
-    are accessed.  There is one exception: if the last component of the path is ``.`` or ``..``,
-    the mount may be accessed.  If the path leads to no mountpoint, the result is the path as far
-    as it can be resolved.
+    It is possible that the server of the mount does not answer.  So only the directories that lead
+    to the mountpoint are accessed.  But if the last component of the path is ``.`` or ``..``, an
+    access to the mount is possible.  If the path leads to no mountpoint, the result is the path as
+    far as it can be resolved.
 
     Raises:
         HostError: /proc is not mounted.
@@ -175,8 +175,8 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 def _c_library() -> list[str]:
     """Return the path of the C library, in a list that is empty if the path is not found.
 
-    Other libraries that mount(8) needs lie in the same directory.  So a mount that covers one of
-    them normally covers this path too.
+    The other libraries that mount(8) needs normally lie in the directory of the C library.  So a
+    mount that covers one of those libraries normally covers the C library as well.
 
     Raises:
         HostError: /proc is not mounted.

@@ -1,4 +1,4 @@
-"""The directories of mount records (`mountrecord`), to which only the mount's user may write."""
+"""The directories of mount records (`mountrecord`), and the check that only one user can write."""
 
 from __future__ import annotations
 

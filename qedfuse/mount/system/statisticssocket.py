@@ -115,7 +115,8 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     """Return the uid of the peer of a connection.
 
-    The uid is the one that a client had when it connected, and a server when it began to listen.
+    If the peer is a client, the uid is the one that the client had when it connected.  If the peer
+    is a server, the uid is the one that the server had when it began to listen.
 
     Raises:
         OSError: The connection has ended.
