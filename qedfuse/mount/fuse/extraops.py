@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """Load the extension so that its symbols precede those of libfuse (RTLD_GLOBAL).
+    """Load the extension with RTLD_GLOBAL, which puts its symbols before those of libfuse.
 
     Returns:
         The extension and an empty string, or None and the reason why it is not loaded.

@@ -77,10 +77,10 @@ class Operations(MetadataOperations):
         be stale (`ExportedDisk.is_stale`).
 
         Raises:
-            FUSEError: EBUSY, another file with the same bytes is open, and at least one of the two
-                handles may write; EACCES, the option ``allow_root`` excludes the user; EISDIR, the
-                inode is that of the directory; ENOENT, no file has the inode; ESTALE, as in
-                `disk_of`; EROFS, ``flags`` ask for write access, and the disk is read-only.
+            FUSEError: EBUSY, another file with the same bytes is open, and the new handle or a
+                handle of that file may write; EACCES, the option ``allow_root`` excludes the user;
+                EISDIR, the inode is that of the directory; ENOENT, no file has the inode; ESTALE,
+                as in `disk_of`; EROFS, ``flags`` ask for write access, and the disk is read-only.
         """
         self.admit(ctx.uid)
         await self._partition_files.refresh()

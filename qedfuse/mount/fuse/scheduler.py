@@ -16,7 +16,7 @@ no processor time.
 
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
-other work, the other tasks already run after `MAX_BURST_BESIDE_OTHERS` requests, and the
+other work, the other tasks run after only `MAX_BURST_BESIDE_OTHERS` requests in a row, and the
 descriptor is polled only once.  The event loop is needed in three cases:
 
 - A thread of trio is running, or a thread that fetches the bytes of a read from a server, because

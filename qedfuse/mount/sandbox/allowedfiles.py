@@ -55,7 +55,7 @@ _TOKEN_VARIABLES: Final = (
     *("AZURE_FEDERATED_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
 )
 """Variables that name a file with a token.  Another program replaces the file before the token
-expires, so the files in its directory may be read."""
+expires, so all files in the directory of the file may be read."""
 
 
 def system_files() -> Iterator[tuple[str, int]]:

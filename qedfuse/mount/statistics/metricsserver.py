@@ -46,7 +46,7 @@ async def serve_metrics(listening: socket.socket, source: StatisticsSource) -> N
 
 
 async def _receive_request(stream: trio.SocketStream) -> bytes:
-    """Return a request with its headers; only its beginning if it ends early or is too long."""
+    """Return a request with its headers; only the beginning if it is cut off or too long."""
     request = bytearray()
     # A line may also end without CR (RFC 9112, section 2.2), as in a request typed into netcat.
     while not _END_OF_HEADERS.search(request) and len(request) < _MAX_REQUEST_BYTES:
