@@ -98,7 +98,7 @@ def parse_poll(name: str, value: str) -> float:
 
 
 def parse_readahead(name: str, value: str) -> Readahead:
-    """Parse the maximum read-ahead in bytes, which may be 0, or ``kernel``."""
+    """Parse the maximum read-ahead: ``kernel``, or a number of bytes from 0 on."""
     if value == "kernel":
         return "kernel"
     size = parse_bytes(name, value)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
-"""Maximum number of requests of 1 MiB that the prefetch has in flight.  A file permits one request
-more for which no reader waits (`qedfuse.remote.fetchthreads`).  That one stays free for the
+"""Maximum number of requests of 1 MiB that the prefetch has in flight.  A file can have one more
+request ahead of its readers in flight (`qedfuse.remote.fetchthreads`).  That one stays free for the
 read-ahead of sequential readers."""
 _QUIET_SECONDS: Final = 0.1
 """A request begins only when no reader has waited for a server during the last 0.1 s."""

@@ -246,8 +246,8 @@ class Server:
                     extraops_failure,
                 )
             # A shared memory map can make pages dirty even without the write-back cache, so the
-            # shutdown launders the disks in any case.  Only with ``direct_io`` there is nothing to
-            # launder, because the kernel then refuses such a map.
+            # shutdown launders the disks without this cache as well.  With ``direct_io`` the kernel
+            # refuses such a map, so there is nothing to launder.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),

@@ -163,7 +163,7 @@ def close_read_queue() -> None:
 
 
 def _zero() -> int:
-    """Return 0, because without the extension only pyfuse3 takes requests."""
+    """Return 0: an extension that is not loaded has read no request and queued no read."""
     return 0
 
 
@@ -174,9 +174,9 @@ def _do_nothing() -> None:
 take_burst_count: Final[Callable[[], int]] = (
     _zero if _extension is None else _extension.take_burst_count
 )
-"""Returns how many requests the extension itself has taken since the last call.
+"""Returns how many requests the extension itself has read from the kernel since the last call.
 
-After a request that pyfuse3 has taken, the extension takes a few more if the kernel has more
+After pyfuse3 has read a request, the extension reads a few more if the kernel has more
 (`_burst.c`)."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads

@@ -70,7 +70,7 @@ def _open(answer_slowly: SlowAnswer) -> int | None:
 
 
 class _EndedReads:
-    """Answers queued reads that have ended, also while the event loop would otherwise sleep."""
+    """Answers queued reads that have ended; the end of a read wakes the event loop if it sleeps."""
 
     def __init__(self, fd: int) -> None:
         """Start a task that answers the reads of the queue whose descriptor is ``fd``."""

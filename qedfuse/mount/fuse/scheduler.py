@@ -65,7 +65,7 @@ _log = logging.getLogger(__name__)
 MAX_BURST: Final = 64
 """Number of requests in a row after which all other tasks run.
 
-The extension takes a few requests at a time (`take_burst_count`), so the number may be exceeded by
+The extension reads a few requests at a time (`take_burst_count`), so the number can be exceeded by
 a few."""
 
 MAX_BURST_BESIDE_OTHERS: Final = 8

@@ -14,8 +14,8 @@ not write zeros.  So if the request succeeded and did nothing, old bytes would r
 With ``truncate=zero`` a request with a smaller size zeroes the range from the requested size to
 the end of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a
 file that is truncated and made longer again.  The requested size is not always 0.  For example,
-cp(1) opens the disk with O_TRUNC, and after a copy of a source that ends in a hole, it truncates
-the disk to the size of the source.
+cp(1) opens the disk with O_TRUNC and copies the data, and if the source ends in a hole, cp(1)
+truncates the disk to the size of the source at the end.
 
 After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
 while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no

@@ -30,8 +30,8 @@ async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
 
     The name of a partition's file consists of the name of the disk's file, ``.p``, and the number
     by which Linux names the partition.  An extended partition has no file, because it only contains
-    other partitions.  A partition whose file name would be too long is left out, and one line is
-    logged.  The problems of the table are logged in another line.
+    other partitions.  Partitions whose file names would be too long are left out, and one line is
+    logged for all of them.  The problems of the table are logged in a line of their own.
 
     Args:
         disk: The disk.

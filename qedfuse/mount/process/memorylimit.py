@@ -1,8 +1,8 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
 The limit is set before an image is opened.  If the process needs more memory than the limit
-permits, the kernel refuses the memory, and a request or the mount fails.  So the process never
-takes the memory of other programs.
+permits, the kernel refuses the memory, and a request or the mount fails.  So other programs keep
+their memory.
 """
 
 from __future__ import annotations

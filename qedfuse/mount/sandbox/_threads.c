@@ -87,7 +87,7 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
     for (item = atomic_load(&signalled_threads); item != NULL; item = item->next)
         if (item->thread == own && atomic_load(&item->state) == PENDING) {
             atomic_store(&item->state, DONE);
-            break; /* the list may vanish now */
+            break; /* from now on the list may be freed */
         }
     errno = before;
 }
@@ -116,7 +116,7 @@ static int is_signalled(pid_t thread)
     return 0;
 }
 
-/* Returns whether the handler of a thread has not finished. */
+/* Returns whether there is a thread whose handler has not finished. */
 static int has_pending(void)
 {
     struct signalled *item;
@@ -170,8 +170,8 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
 
 /* Send the signal to all other threads, and list the threads again until the list has no new one.
  * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
- * one.  When this function returns, with or without an error, all handlers have finished; if a thread has
- * not reacted in time, some have not, and has_pending() returns 1. */
+ * one.  On return, also after an error, all handlers have finished, unless a thread has not reacted in
+ * time: has_pending() then returns 1. */
 static int restrict_others(DIR *tasks, int signal_number, size_t *threads)
 {
     pid_t own = (pid_t)syscall(SYS_gettid);

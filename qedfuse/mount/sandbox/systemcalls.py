@@ -46,7 +46,7 @@ ALWAYS: Final = (
     *("sendmsg", "recvfrom", "recvmsg", "recvmmsg", "recvmmsg_time64", "send", "recv"),
     # the end of a helper or of qemu-nbd
     *("wait4", "waitid", "waitpid", "pidfd_open"),
-    # reads in a queue of the kernel; the queue was made before the filter is in force
+    # reads in a queue of the kernel; the queue is made before the filter is in force
     *("io_uring_enter",),
 )
 """Calls that are permitted with any arguments."""

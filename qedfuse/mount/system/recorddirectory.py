@@ -1,4 +1,7 @@
-"""The directories of mount records (`mountrecord`), and the check that only one user can write."""
+"""The directories of mount records (`mountrecord`).
+
+`open_directory` refuses a directory to which other users than the mount's user can write.
+"""
 
 from __future__ import annotations
 
