@@ -182,7 +182,7 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
 
 
 def _is_dropped(name: str, equals: str) -> bool:
-    """Return whether an option is one that is dropped; ``equals`` is empty if it has no value."""
+    """Return whether an option is dropped; ``equals`` is empty if the option has no value."""
     if name.lower().startswith("x-"):
         return True
     return name in (_DROPPED_WITH_VALUE if equals else _DROPPED)

@@ -38,7 +38,7 @@ _SUMMARY_SECONDS: Final = 60.0
 """Minimum time between two summaries of the errors that were not logged in full.  Only the last
 summary, at the end of the mount, may come earlier."""
 _MAX_SHOWN_BYTES: Final = 64
-"""Maximum length of an argument of a request that the debug log shows in full."""
+"""Maximum length in bytes of a request's argument that the debug log shows in full."""
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -109,12 +109,13 @@ class SizeFixup:
                 return
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the size that the kernel has
-                # cached.  This size is right, and the chmod(2) changes nothing.
-                # Without the write-back cache, fstat(2) returns the server's size, but the
-                # kernel may not have cached this size if other requests are in progress.  The
-                # kernel always takes over the size in the reply to chmod(2).  A truncation would
-                # correct the size as well.  But during a truncation the kernel ignores the size
-                # in replies to other requests, so other programs would still get the wrong size.
+                # cached.  So the cached size is right, and the chmod(2) changes nothing.
+                # Without the write-back cache, fstat(2) returns the server's size.  If other
+                # requests are in progress, the kernel need not cache this size.  But the kernel
+                # always caches the size in the reply to chmod(2), and the chmod(2) keeps the
+                # permissions.  A truncation would correct the cached size as well.  But during a
+                # truncation the kernel ignores the size in replies to other requests, so other
+                # programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
             # The truncation makes the kernel drop dirty pages past the end.  Without an attempt

@@ -65,7 +65,7 @@ def _image_format(path: str) -> str | None:
 
 
 def _is_mountpoint_like(path: str) -> bool:
-    """Return whether a source is a directory without images, or an empty file."""
+    """Return whether a source is an empty file or a directory without images, like a mountpoint."""
     try:
         status = os.stat(path)  # noqa: PTH116  str paths
         if not stat.S_ISDIR(status.st_mode):

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
-    """Return the sources that must be opened read-only, because they are backing files of others.
+    """Return the sources that must be opened read-only: the backing files of other sources.
 
     Each source in the result is logged.  In a mount that writes to no source, the result is empty,
     because all sources are opened read-only in any case.  With ``backing=none`` the result is

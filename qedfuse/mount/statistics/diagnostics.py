@@ -29,9 +29,9 @@ async def log_on_signals(
 ) -> None:
     """Log a summary after each SIGUSR1 and SIGUSR2, and after SIGUSR2 also a line for each task.
 
-    Before the call, the process must ignore both signals.  When the caller cancels this task, trio
-    restores the earlier dispositions, and with the default ones the next signal would end the
-    process.
+    The caller must make the process ignore both signals before the call.  When this task is
+    cancelled, trio restores the dispositions that the signals had before, and with the default
+    disposition the next signal would end the process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()
