@@ -58,6 +58,9 @@ class AlignedRead:
 
 
 def block_status(export: Export, offset: int) -> BlockStatus:
-    """Return a request for the extents from ``offset`` on, rounded down to a block."""
+    """Return a request for the extents from ``offset`` on.
+
+    The request begins at ``offset``, rounded down to a multiple of the minimum block.
+    """
     first = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(first, min(_MAX_STATUS_BYTES, export.size - first))

@@ -31,7 +31,14 @@ class Attempts:
     def __init__(
         self, name: str, deadlines: Deadlines, outages: OutageLog, *, is_brief: bool = False
     ) -> None:
-        """Begin now; with ``is_brief``, end after the time of one attempt."""
+        """Start the time of the read.
+
+        Args:
+            name: The name of the file in messages.
+            deadlines: The read may take `Deadlines.total_seconds`.
+            outages: Gets the error of the read if the server cannot be used.
+            is_brief: Whether the read may take at most `Deadlines.attempt_seconds`.
+        """
         seconds = deadlines.total_seconds
         if is_brief:
             seconds = min(seconds, deadlines.attempt_seconds)
@@ -42,11 +49,11 @@ class Attempts:
         self._count = self._protocol_errors = 0
 
     def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
-        """Return how many seconds to wait before the next attempt, after one has failed.
+        """Return how many seconds to wait before the next attempt, after an attempt has failed.
 
         Args:
             error: Why the attempt failed.
-            is_closed: Whether the file was closed; then no further attempt is made.
+            is_closed: Whether the file was closed.  The read of a closed file fails.
 
         Raises:
             RemoteError: No further attempt is made.
@@ -57,7 +64,7 @@ class Attempts:
             failure.is_logged = True  # the reader has gone, or has closed the file
             raise failure from error
         if isinstance(error, RefusedError):
-            # The reader has a file open, for which ENOENT would make no sense.
+            # The export existed when it was opened, so the reader gets ESTALE and not ENOENT.
             is_gone = error.errno == errno.ENOENT
             raise self._final(str(error), errno.ESTALE if is_gone else error.errno) from error
         if isinstance(error, ReplyError) and error.errno != errno.ESHUTDOWN:

@@ -50,13 +50,14 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time in seconds of the handshake.  In the connection that is
-            returned, the maximum time for which a read waits without receiving a byte.
+        attempt_seconds: Maximum time in seconds of the handshake.  A reader that later waits for
+            a reply gives the connection up if no byte has come for the same time.
         closed: Event that ends the call when it is set.
 
     Raises:
-        BrokenError: The server cannot be reached, has a certificate that is not trusted, or does
-            not keep to the protocol; or ``closed`` was set.
+        BrokenError: The server cannot be reached, does not answer in time, is shutting down, has a
+            certificate that is not trusted, or does not keep to the protocol; or ``closed`` was
+            set.
         RefusedError: The server does not serve the export in a way that can be used, or no
             certificate can have the name of the host.
         QedError: An error that ``connect`` has raised.
@@ -89,7 +90,7 @@ class _Connecting:
     """A call, in its own thread, of a function that connects; the caller can abandon it."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
-        """Call ``connect``.
+        """Start a thread that calls ``connect``.
 
         Raises:
             OSError: No thread can be started.
@@ -103,10 +104,13 @@ class _Connecting:
         start_thread(self._run, name="qedfuse connect")
 
     def wait(self, closed: threading.Event) -> socket.socket:
-        """Return the socket, or raise the exception of the function.
+        """Return the socket, or raise the exception of ``connect``.
+
+        If ``closed`` was set or the task was cancelled, the socket is closed, even if ``connect``
+        returns it later.
 
         Raises:
-            BrokenError: ``closed`` was set.  A socket that comes later is closed.
+            BrokenError: ``closed`` was set.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         try:
@@ -121,7 +125,7 @@ class _Connecting:
             raise
         if self._failure is not None:
             raise self._failure
-        assert self._sock is not None  # noqa: S101  the function has returned it
+        assert self._sock is not None  # noqa: S101  `connect` has returned it
         return self._sock
 
     def _run(self) -> None:
@@ -170,7 +174,10 @@ class _Deadline:
 def _shake_hands(
     wire: Wire, name: str, tls: Tls | None, deadline: _Deadline
 ) -> tuple[Wire, Export]:
-    """Make the handshake; return the wire to use after it, which may have TLS, and the export."""
+    """Make the handshake; return the wire for all later messages, and the export.
+
+    If ``tls`` is not None, the wire that is returned is a `TlsWire`.
+    """
     steps = handshake(name, use_tls=tls is not None)
     data: bytes | None = None
     while True:
@@ -193,7 +200,7 @@ def _shake_hands(
 
 
 def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
-    """Return a connection with TLS, before the handshake of TLS.
+    """Return a wire with TLS; the caller must make the handshake of TLS.
 
     Raises:
         RefusedError: No certificate can have the name ``host``.

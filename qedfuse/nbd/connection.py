@@ -82,7 +82,7 @@ class Connection:
             end: The time (`time.monotonic`) at which waiting ends.
 
         Raises:
-            BrokenError: The connection broke, or the time is over.
+            BrokenError: The connection broke, or ``end`` has passed.
         """
         waiter = WaitingTask()
         try:
@@ -100,7 +100,7 @@ class Connection:
         """Send requests, and wait in a thread until all replies are complete; see `run`.
 
         Raises:
-            BrokenError: The connection broke, or the time is over.
+            BrokenError: The connection broke, or ``end`` has passed.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
         waiter = WaitingThread()
@@ -142,7 +142,10 @@ class Connection:
             raise self._fail(_broken(error)) from error
 
     def _try_lead(self, waiter: Waiter, requests: Sequence[Request]) -> bool:
-        """Make ``waiter`` the leader; return False if there is a leader or no reply is missing."""
+        """Make ``waiter`` the leader, and return True.
+
+        Returns False and changes nothing if there is a leader, or ``requests`` are complete.
+        """
         with self._lock:
             if self._leader is not None or are_done(requests):
                 return False
@@ -209,7 +212,7 @@ class Connection:
         """Return for how many seconds a reader may still wait.
 
         Raises:
-            BrokenError: The time is over.
+            BrokenError: ``end`` has passed.
         """
         seconds = end - time.monotonic()
         if seconds <= 0:
@@ -221,7 +224,7 @@ class Connection:
         """Return for how many seconds the leader may wait for the next bytes.
 
         Raises:
-            BrokenError: The time is over, or nothing has come for too long.
+            BrokenError: ``end`` has passed, or no byte has come for too long.
         """
         idle = self._last_received + self._idle_seconds - time.monotonic()
         if idle <= 0:
@@ -230,7 +233,10 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """End all requests with ``failure``, unless the connection broke before; return it."""
+        """End all requests with ``failure``, and return ``failure``.
+
+        If the connection broke before, its requests have ended with an earlier failure.
+        """
         with self._lock:
             if self._failure is None:
                 self._failure = failure
@@ -273,7 +279,11 @@ def _broken(error: OSError) -> BrokenError:
 
 
 def _raise_broken(requests: Sequence[Request]) -> None:
-    """Raise a copy of the failure by which the connection has ended requests, if there is one."""
+    """If the connection has ended a request because it broke, raise a copy of the request's error.
+
+    Raises:
+        BrokenError: The connection broke.
+    """
     for request in requests:
         if isinstance(request.failure, BrokenError):
             raise type(request.failure)(*request.failure.args)

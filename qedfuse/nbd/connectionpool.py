@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS: Final = 4
 _BACKOFF_SECONDS: Final = 60.0
-"""Time for which a slot is not used after a failure to connect, if another slot is connected."""
+"""Time for which a slot is avoided after a failure to connect; see `Slot.backoff_until`."""
 
 
 class Slot:
     """A slot for one connection of a pool.  Threads and tasks may use the slot concurrently.
 
     Attributes:
-        backoff_until: The time (`time.monotonic`) until which no connection is made in this slot,
-            if another slot is connected.
+        backoff_until: The time (`time.monotonic`) until which a connection is made in this slot
+            only if every other slot waits for such a time as well.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class ConnectionPool:
             QedError: An error of the function that connects the socket.
         """
         while True:
-            # One connection is enough for tasks: one thread runs all tasks, and so receives all of
-            # their replies.
+            # One connection is enough for tasks.  One thread runs all tasks and receives all of
+            # their replies, so further connections would not make the tasks faster.
             connection = None if self.is_closed else self._slots[0].ready
             if connection is not None:
                 return connection
@@ -194,7 +194,8 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        Slots in their backoff time count only if no slot is connected.
+        A slot that is not connected is left out during its backoff time, unless all slots would be
+        left out.
 
         Raises:
             BrokenError: The pool was closed.
@@ -209,8 +210,8 @@ class ConnectionPool:
     def _try_back_off(self, slot: Slot) -> bool:
         """Start the backoff time of a slot in which no connection could be made.
 
-        The server may allow fewer connections than `MAX_CONNECTIONS`.  If no other slot is
-        connected, the method returns False and does nothing.
+        Returns False and does nothing if no slot is connected.  If another slot is connected, the
+        server probably allows fewer connections than `MAX_CONNECTIONS`.
         """
         if not any(other.ready for other in self._slots):
             return False

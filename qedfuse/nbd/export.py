@@ -34,6 +34,7 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     parameters = nbd_parameters(address.query)
     authority = urlsplit(f"//{address.host}")

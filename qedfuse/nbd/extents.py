@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import BlockStatus
 
 MIN_STEP_BYTES: Final = 1 << 20
-"""A reply about fewer bytes, although more were asked for, is a small step."""
+"""A reply is a small step if it covers fewer bytes than this, and fewer than its request."""
 
 
 class KnownExtent(NamedTuple):
@@ -44,7 +44,7 @@ class ExtentMap:
         self._end = 0
 
     def find(self, offset: int) -> KnownExtent | None:
-        """Return the extent that has an offset, from this offset on; None if it is unknown."""
+        """Return the extent at ``offset``; None if the last reply does not cover ``offset``."""
         index = bisect_right(self._starts, offset) - 1
         if index < 0 or offset >= self._end:
             return None
@@ -68,10 +68,11 @@ class ExtentMap:
 
 
 class SmallSteps:
-    """Limits the time that a server can take by replies about few bytes each.
+    """Limits the time that a server can take by replies that cover few bytes each.
 
     Without a limit, a server that reports extents of one byte could make a search endless.  A
-    search asks for ascending offsets, so a request for a lower offset begins a new one.
+    search asks for ascending offsets, so a request for a lower offset, or for offset 0, begins a
+    new search.
     """
 
     def __init__(self, max_seconds: float) -> None:

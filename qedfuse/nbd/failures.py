@@ -11,7 +11,7 @@ class BrokenError(Exception):
 
 
 class ProtocolError(BrokenError):
-    """The server has sent what the protocol does not allow, so the connection was closed."""
+    """The server has sent what the protocol does not allow; the connection must not be used."""
 
 
 class RefusedError(Exception):

@@ -23,12 +23,16 @@ _MAX_REPLIES: Final = 64
 _MAX_BLOCK_BYTES: Final = 1 << 16
 """The largest minimum block size that the protocol allows."""
 _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
-_MAX_SIZE: Final = 1 << 63
+_SIZE_LIMIT: Final = 1 << 63
+"""The size of an export must be smaller, because file offsets have 63 bits."""
 
 _ERRORS: Final = {
     messages.REP_ERR_UNSUP: ("found a server without {}, expected one with it", errno.EOPNOTSUPP),
     messages.REP_ERR_POLICY: ("found that the server refuses {}, expected access", errno.EACCES),
-    messages.REP_ERR_TLS_REQD: ("found a server that requires TLS, expected nbds://", errno.EACCES),
+    messages.REP_ERR_TLS_REQD: (
+        "found a server that requires TLS, expected a URL that begins with nbds",
+        errno.EACCES,
+    ),
     messages.REP_ERR_UNKNOWN: ("found no such export", errno.ENOENT),
 }
 
@@ -207,8 +211,8 @@ def _parse_export(data: bytes) -> tuple[int, int]:
         msg = f"found a description of {len(data)} bytes, expected {messages.EXPORT_INFO.size}"
         raise ProtocolError(msg)
     _, size, flags = messages.EXPORT_INFO.unpack(data)
-    if size >= _MAX_SIZE:
-        msg = f"found a size of {size} bytes, expected less than {_MAX_SIZE}"
+    if size >= _SIZE_LIMIT:
+        msg = f"found a size of {size} bytes, expected less than {_SIZE_LIMIT}"
         raise RefusedError(msg, errno.EFBIG)
     return size, flags
 

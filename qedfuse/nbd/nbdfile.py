@@ -186,7 +186,7 @@ class NbdFile(ReadOnlyFile):
         offset: int,
         length: int,
     ) -> float:
-        """Return how long to wait before the next attempt of a read, after one has failed.
+        """Return how long to wait before the next attempt, after an attempt of a read has failed.
 
         Raises:
             RemoteError: No further attempt is made.
@@ -243,7 +243,8 @@ class NbdFile(ReadOnlyFile):
                 self._outages.answered(sent)
                 self._record_reply(request, offset)
                 is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
-                # After a reply that ends before ``offset``, find() is None.
+                # A reply can end before ``offset``, because the request can begin before it.  Then
+                # find() returns None, and asking the server again would not help.
                 if is_too_slow or self._extents.find(offset) is None:
                     self._extents.set_all_data()
                 return
@@ -264,11 +265,11 @@ class NbdFile(ReadOnlyFile):
         if is_final or self._extent_failures >= _MAX_EXTENT_FAILURES:
             self._extents.set_all_data()
         else:
-            # Only a short range, so that a later search asks again.  But the next search at
-            # ``offset`` must have the same result.
+            # A range is recorded, because the next search at ``offset`` must have the same result.
+            # The range is short, because past it the server is asked again.
             self._extents.replace(offset, [(MIN_STEP_BYTES, 0)])
 
 
 def _units(offset: int, length: int) -> tuple[int, int]:
-    """Return the first and the last of the units of a range whose failures are remembered."""
+    """Return the indices of the first and the last unit (`_UNIT_BYTES`) of a range."""
     return offset // _UNIT_BYTES, (offset + length - 1) // _UNIT_BYTES

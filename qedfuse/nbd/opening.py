@@ -48,12 +48,13 @@ def open_nbd(
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
         QedError: An error that ``connect`` has raised.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     size: int | None = None
     closed = threading.Event()
 
     def make() -> Connection:
-        """Make a connection, and refuse an export of another size; see `make_connection`."""
+        """Make a connection; refuse an export whose size has changed.  See `make_connection`."""
         connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds, closed)
         if size is not None and connection.export.size != size:
             connection.close()

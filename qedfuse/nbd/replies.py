@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If more bytes of a payload are missing, they are received directly into the view of the reader.
-Fewer bytes are received into the scratch buffer, in one call with the next reply, and copied."""
+"""If more bytes of a payload are missing, they are received directly into their destination
+(`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, in one call with the next
+reply, and copied."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
@@ -46,7 +47,7 @@ class Replies:
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # the range of the scratch buffer that is not parsed yet
         self._chunk: _Chunk | None = None  # the chunk whose payload is being received
-        self._is_direct = False  # whether the last `buffer` was the view of a reader
+        self._is_direct = False  # whether the last `buffer` was the destination of the payload
 
     def add(self, request: Request) -> bytes:
         """Expect the reply to a request; return the message to send."""
@@ -199,7 +200,7 @@ class Replies:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        """End a request whose last chunk has come."""
+        """End a request after the last byte of its reply."""
         request.check_complete()
         del self.pending[request.cookie]
         request.is_done = True
@@ -213,7 +214,8 @@ class _Chunk:
         request: The request.
         kind: The type of the chunk.
         payload: Buffer for the payload; None for data, which goes into the view of the reader.
-        at: Offset of the next byte in ``payload``; if that is None, in the range of the request.
+        at: Offset of the next byte in ``payload``; if ``payload`` is None, in the range of the
+            request.
         left: Number of bytes of the payload that are missing.
         is_last: Whether the chunk is the last of the reply.
     """
@@ -238,7 +240,7 @@ class _Chunk:
         self.is_last = is_last
 
     def destination(self, count: int) -> memoryview | None:
-        """Return the buffer for the next ``count`` bytes; None if they are dropped."""
+        """Return the buffer for the next ``count`` bytes; None if no reader waits for them."""
         if self.payload is not None:
             return memoryview(self.payload)[self.at : self.at + count]
         assert isinstance(self.request, Read)  # noqa: S101  see `Replies._begin_data`

@@ -106,7 +106,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def before_l1(self) -> int:
-        """The offset whose target ends where the L1 table begins; 0 if it would be negative."""
+        """The offset whose target ends where the L1 table begins; 0 instead of a negative one."""
         return max(0, self.l1_start - self.target_bytes)
 
     def is_valid(self, offset: int) -> bool:

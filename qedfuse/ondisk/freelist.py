@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 DESCRIPTOR_OFFSET: Final = 3584
 """File offset of the descriptor, which is the last sector of the first 4096 bytes of the file.  The
-first 4096 bytes belong to the header, because no cluster is smaller."""
+first 4096 bytes belong to the header, because the header has at least one cluster, and no cluster
+is smaller."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES

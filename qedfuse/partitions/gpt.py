@@ -34,7 +34,7 @@ _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
 """Maximum length of all entries together; the specification reserves at least 16 KiB."""
-_MAX_PARTITIONS: Final = 255
+_MAX_NUMBER: Final = 255
 """The highest number that a partition can have in Linux."""
 
 _HEADER: Final[Any] = Struct(
@@ -66,7 +66,7 @@ _ENTRIES: Final[Any] = GreedyRange(
 
 
 class _Table(NamedTuple):
-    """A header and its entries; both checksums of the header were correct."""
+    """A header and its entries; both checksums in the header were correct."""
 
     header: Any
     entries: list[Any]
@@ -149,8 +149,8 @@ def _partitions(
         if not 1 <= entry.first <= entry.last <= last_sector:
             problems.append(f"partition {number}: lies outside of the disk")
             continue
-        if number > _MAX_PARTITIONS:
-            problems.append(f"partition {number}: more than {_MAX_PARTITIONS} partitions")
+        if number > _MAX_NUMBER:
+            problems.append(f"partition {number}: the highest number in Linux is {_MAX_NUMBER}")
             break
         name = entry.name.decode("utf-16-le", errors="replace").partition("\0")[0]
         start, length = entry.first * sector_bytes, (entry.last - entry.first + 1) * sector_bytes

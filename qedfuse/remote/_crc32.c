@@ -2,10 +2,11 @@
  *
  * zlib itself computes it with tables, and takes six times as long.  The method is that of "Fast
  * CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009), with the
- * constants for reflected bits: four accumulators of 128 bits are folded over 64 bytes each time,
- * then into one, and a Barrett reduction gives the 32 bits.
+ * constants for reflected bits.  Four accumulators of 128 bits are folded over the data, 64 bytes in
+ * each step.  The four are then folded into one, and a Barrett reduction makes 32 bits of it.
  *
- * The module cannot be imported on other processors; the caller then uses zlib.
+ * The module cannot be imported on processors without this multiplication; its importer then uses
+ * zlib.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -20,7 +21,7 @@
 #define RELEASE_BYTES 4096 /* a shorter input is not worth the time for releasing the GIL */
 #define POLYNOMIAL UINT32_C(0xedb88320) /* reflected */
 
-/* Return the state after `length` bytes, computed bit by bit. */
+/* Return the state, which is the inverted CRC, after `length` bytes, computed bit by bit. */
 static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
 {
     while (length--) {

@@ -93,7 +93,11 @@ def test_tls_begins_before_any_name_is_sent() -> None:
     ("kind", "number", "text"),
     [
         (messages.REP_ERR_UNKNOWN, errno.ENOENT, "found no such export (gone\\x1b)"),
-        (messages.REP_ERR_TLS_REQD, errno.EACCES, "requires TLS, expected nbds://"),
+        (
+            messages.REP_ERR_TLS_REQD,
+            errno.EACCES,
+            "requires TLS, expected a URL that begins with nbds",
+        ),
         (messages.REP_ERR_POLICY, errno.EACCES, "found that the server refuses the option GO"),
         (messages.REP_ERR_UNSUP, errno.EOPNOTSUPP, "found a server without the option GO"),
         (messages.REP_IS_ERROR + 99, errno.EIO, "found error 99 for the option GO"),

@@ -91,5 +91,7 @@ def test_a_certificate_of_another_host_is_refused(
 
 def test_a_server_that_requires_tls_is_refused_without(socket_of_server: Path) -> None:
     """Without TLS the message names the scheme that has it."""
-    with pytest.raises(RemoteError, match=r"found a server that requires TLS, expected nbds://"):
+    with pytest.raises(
+        RemoteError, match=r"found a server that requires TLS, expected a URL that begins with nbds"
+    ):
         opened(f"nbd+unix:///?socket={socket_of_server}")

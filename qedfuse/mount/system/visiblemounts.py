@@ -108,7 +108,8 @@ def describe_visible_mounts(device: str, original: MountEntry | None = None) -> 
     """Describe on one line where a file system is mounted; None if no mount of it is visible.
 
     At most `_MAX_LISTED_MOUNTS` mounts are listed.  If there are more, the line ends with the
-    number of the others.  The arguments and the errors are those of `find_visible_mounts`.
+    number of mounts that it does not list.  The arguments and the errors are those of
+    `find_visible_mounts`.
     """
     mounts = find_visible_mounts(device, original)
     if not mounts:
@@ -121,8 +122,8 @@ def describe_visible_mounts(device: str, original: MountEntry | None = None) -> 
 def _namespace_and_root(process: str) -> tuple[str, str]:
     """Return the mount namespace and the root directory of a process.
 
-    Processes with the same result see the same mounts.  If the two links below /proc cannot be
-    read, no other process has the same result.
+    Processes with the same result see the same mounts.  If one of the two links below /proc cannot
+    be read, the result differs from that of every other process.
     """
     try:
         # The links are read and not followed, because the target of the second one may be a
