@@ -116,7 +116,7 @@ class Address:
 
     @property
     def may_have_secret(self) -> bool:
-        """Whether the query may be a secret, so that no image may store the URL."""
+        """Whether the query may be a secret; if so, no image may store the URL."""
         return bool(self.query) and not self.is_nbd
 
     @property
@@ -225,7 +225,7 @@ def is_below(address: Address, prefix: Address) -> bool:
     """
     if (address.scheme, address.host) != (prefix.scheme, prefix.host):
         return False
-    if address.is_nbd and address.query != prefix.query:  # another socket, or another certificate
+    if address.is_nbd and address.query != prefix.query:  # the socket or the TLS host name differs
         return False
     if not prefix.path or address.path == prefix.path:
         return True

@@ -184,8 +184,8 @@ class CacheDirectory:
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes.
 
-        An entry that is being made or removed is kept for `_MAX_CREATION_SECONDS`, whatever the
-        cache takes up.
+        An entry that is being made or removed is kept for `_MAX_CREATION_SECONDS` and then removed,
+        whatever the cache takes up.
 
         Raises:
             OSError: The host refused.

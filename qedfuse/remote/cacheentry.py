@@ -77,7 +77,7 @@ def list_entries(parents: list[str]) -> list[Entry]:
 def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
     """Make an empty entry ``path`` in the directory ``parent``, which is made if it is missing.
 
-    Other processes find the entry only when it is complete.
+    Other processes can open the entry only when it is complete.
 
     Args:
         parent: The directory for the entries of an object.
@@ -120,8 +120,9 @@ def discard_entry(path: str) -> None:
 def remove_entry(path: str) -> bool:
     """Remove an entry that no process has open; return whether it was removed.
 
-    An entry with files that are not the cache's is kept.  If the host refuses, a part of the entry
-    may be left, under another name.  The directory of the object is removed too if it is empty.
+    An entry with files that are not the cache's is kept.  If the host refuses to remove a file, the
+    result is True as well, and the rest of the entry is left under another name.  The directory of
+    the object is also removed if it is empty.
     """
     fd = -1
     try:
@@ -130,8 +131,9 @@ def remove_entry(path: str) -> bool:
         fd = _open_data(path)
         if fd >= 0:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # From here on, opening the entry fails with EWOULDBLOCK.  The entry is renamed before its
-        # files are removed, because another process may make a new entry of the same name.
+        # While the lock is held, opening the entry fails with EWOULDBLOCK.  The entry is renamed
+        # before its files are removed.  If another process makes a new entry of the same name
+        # meanwhile, the files of the new entry are not removed.
         _remove_files(_rename_aside(path))
     except OSError:
         return False
@@ -180,12 +182,12 @@ def _open_data(path: str) -> int:
 
 
 def _new_path(parent: str) -> str:
-    """Return a new path in ``parent``, under which no process looks for an entry."""
+    """Return a new path in ``parent``; no process opens the entry at such a path."""
     return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
 
 
 def _rename_aside(path: str) -> str:
-    """Rename an entry so that no process finds it any more; return the new path.
+    """Rename an entry, so that no process can open it any more; return the new path.
 
     Raises:
         OSError: The host refused.
@@ -196,7 +198,7 @@ def _rename_aside(path: str) -> str:
 
 
 def _remove_files(path: str) -> None:
-    """Remove the files of an entry, and its directory if that is empty then.
+    """Remove the files of an entry, and then the directory of the entry if it is empty.
 
     Errors of the host are ignored.
     """

@@ -72,9 +72,9 @@ def read_metadata(path: str) -> EntryMetadata:
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> bool:
     """Record that an entry has all units that readers need; return whether that succeeded.
 
-    Nothing is recorded if the entry lacks one of the units.  If the entry loses one later, the
-    entry cannot be used without a server until it has that unit again.  If the entry was removed
-    from the cache, nothing is recorded, even if another entry has its name now.
+    Nothing is recorded if the entry lacks one of these units.  If the entry loses one of them
+    later, the entry cannot be used without a server until it has the unit again.  If the entry was
+    removed from the cache, nothing is recorded, even if another entry has its name now.
 
     Args:
         entry: The entry.
@@ -120,8 +120,8 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     try:
         found = about["version"]
         modified = found["modified"]
-        # The name of the entry, which is compared below, depends on the time only if there is no
-        # entity tag.  So the time is checked here.
+        # The comparison of the entry's name below finds a wrong time only if there is no entity
+        # tag.  So the conversion to float must refuse a time that is not a number.
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)
@@ -175,7 +175,7 @@ def _read_json(directory: int) -> dict[str, Any]:
 
 
 def _write_json(directory: int, name: str, about: dict[str, Any]) -> None:
-    """Write a new file in an open directory that only this user can read.
+    """Write a new file, which only this user can read, in an open directory.
 
     Raises:
         OSError: The host refused.

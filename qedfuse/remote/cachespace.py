@@ -47,7 +47,7 @@ class CacheSpace:
 
     @property
     def is_evicting(self) -> bool:
-        """Whether an eviction is running, so that a reservation that fails may succeed soon."""
+        """Whether an eviction is running; if so, a reservation that fails now may succeed soon."""
         return self._is_evicting
 
     @contextmanager

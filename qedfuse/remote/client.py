@@ -116,7 +116,7 @@ class ChangedError(Exception):
 
 
 class UnusableError(Exception):
-    """The object cannot be read from the server or with the configuration; retries do not help.
+    """The server or the configuration makes it impossible to read the object; retries do not help.
 
     The message is the reason: what was found and what was expected.
     """

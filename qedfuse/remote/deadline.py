@@ -66,15 +66,16 @@ class _TimedSocket(io.RawIOBase):
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
         """Fill ``buffer`` with one system call; return how many bytes were read.
 
-        The result is less than the length of the buffer only at the end of the response, or when
-        the time is over.  Calls that each return one packet would each have to take the GIL again.
+        The result is less than the length of the buffer only at the end of the stream, or when the
+        time is over.  One call is faster than one for each packet, because every call must take the
+        GIL again.
 
         Raises:
             TimeoutError: No byte came within ``seconds``.
         """
         whole = int(seconds)
         micros = max(1, int((seconds - whole) * 1e6))  # zero would mean no limit
-        # The kernel applies this timeout, to the call as a whole, only if the socket blocks.
+        # The kernel applies SO_RCVTIMEO, to the call as a whole, only if the socket blocks.
         self._sock.settimeout(None)
         timeout = _TIMEVAL.pack(whole, micros)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
@@ -90,7 +91,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 class TimedResponse(http.client.HTTPResponse):
-    """A response all of which is read within the timeout that the socket has at the beginning."""
+    """A response whose reads together are limited by the timeout that the socket has at first."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
         """Read a response from ``sock``; see the base class."""
@@ -99,7 +100,7 @@ class TimedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(self._timed)
 
     def restart_timeout(self, seconds: float) -> None:
-        """Let the rest of the response be read within ``seconds``."""
+        """Limit the time for reading the rest of the response to ``seconds``."""
         self._timed.restart(seconds)
 
 

@@ -1,7 +1,7 @@
 """Fetching the units of an object: each once, adjacent ones together, ahead of sequential readers.
 
-A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  Threads look up a unit in the cache,
-and then fetch the unit if it is missing.  Only the readers of the unit wait for the thread.
+A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  A thread looks up a unit in the cache.
+If the unit is missing, a thread fetches it.  Only the readers of the unit wait for these threads.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Fetcher:
 
     @property
     def is_evicting(self) -> bool:
-        """Whether entries of the cache are being removed, so that `store_held` may succeed soon."""
+        """Whether entries of the cache are being removed; if so, `store_held` may succeed soon."""
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:

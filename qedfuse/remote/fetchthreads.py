@@ -103,7 +103,10 @@ class FetchThreads:
                 self._start_thread()
 
     def promote(self, flight: Flight) -> None:
-        """Move a prefetch for which a reader now waits to the lookups, unless it has begun."""
+        """Move a flight from the prefetches to the lookups, because a reader now waits for it.
+
+        If a thread has taken the flight from the prefetches, nothing changes.
+        """
         with self.lock, suppress(ValueError):
             self._ahead.remove(flight)
             self.add_lookup(flight)

@@ -34,15 +34,15 @@ async def fill(
     """Fetch the runs of units that the cache does not have, in the order of ``runs``.
 
     If the call is cancelled or fails, the requests that are running go on, and their units are
-    stored in the cache, too.
+    stored in the cache.
 
     Args:
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-        verify: Whether units that the cache already has are checked, too: each is compared with
-            its checksum, and fetched again if it is damaged.  If false, readers compare these units
-            when they need them.
+        verify: Whether to compare each unit that the cache already has with its checksum, and fetch
+            the unit again if it is damaged.  If false, readers compare these units when they need
+            them.
         wait_turn: Called and awaited before each run; it must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 

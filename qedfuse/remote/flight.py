@@ -54,7 +54,7 @@ class Flight:
             first: The first unit.
             last: The last unit.
             name: The name of the object.
-            max_seconds: How long a reader waits at most, also if no thread takes the flight.
+            max_seconds: How long a reader waits at most, even if no thread takes the flight.
             max_brief_seconds: The same limit for a brief flight (`is_brief`).
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
@@ -76,7 +76,7 @@ class Flight:
         self._lock = threading.Lock()
 
     def is_next_of(self, flight: Flight) -> bool:
-        """Return whether one request may fetch ``flight`` and this flight."""
+        """Return whether one request may fetch ``flight`` and then this flight."""
         return self.continues and self.first == flight.last + 1
 
     def end(self, error: HostError | None = None) -> None:
@@ -141,7 +141,8 @@ class Flight:
 
     def _check(self, seconds: float, *, in_time: bool) -> None:
         if not in_time:
-            # The kernel may repeat the read, which then joins this flight.
+            # The kernel may repeat the read.  The repeated read joins this flight, and must not
+            # wait as long again.
             self.is_brief = True
             msg = f"{self._name}: found no answer within {seconds:.0f} seconds"
             raise RemoteError(msg)

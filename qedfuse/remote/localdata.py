@@ -2,8 +2,8 @@
 
 A unit is compared with its checksum when it is read from the disk (`UnitFile.load`).  From then on,
 this module reads the unit, as long as the page cache has it.  So bytes that the disk returns are
-never used without a comparison, even if bits have flipped on the disk or a write has failed, except
-in the cases at the end.
+never used without a comparison, even if bits have flipped on the disk or a write has failed.  The
+exceptions are listed at the end of this text.
 
 A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
@@ -22,7 +22,7 @@ By these rules a miss in one process brings no unchecked bytes into the page cac
 process that uses the same entry could read them.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
-It compares the length after a read with the length after the read before, and it prefers
+It compares the length after a read with the length after the previous read, and it prefers
 cachestat(2) to mincore(2).  cachestat(2) also counts pages that are not valid, because a write has
 failed or because they are being read.  A read with ``RWF_NOWAIT`` takes no such page, but splice(2)
 would read the page from the disk.  So the extension calls mincore(2) before splice(2), unless it
@@ -34,10 +34,9 @@ Unchecked bytes can still be returned in these cases:
 - Another program has read a block from a damaged disk into the page cache, or is reading it.
 - The kernel drops a block and reads it again between the check of the page cache and the read.
 - `UnitFile.load` reads a unit a second time, through the page cache, after it has compared the
-  unit, and the disk returns other bytes this time.  Until `load` has compared these bytes too and
-  dropped them, another process can read them, if it has used the unit before, so that the unit is
-  ready there.  Writing the compared bytes into the page cache instead would write each such unit
-  to the disk again.
+  unit, and the disk returns other bytes this time.  Until `load` has compared and dropped these
+  bytes, another process in which the unit is ready can read them.  Writing the compared bytes into
+  the page cache instead would write each such unit to the disk again.
 - The file system does not support reads around the page cache, so `UnitFile.load` reads a damaged
   unit through the page cache.  Until `load` has dropped the unit, another process can read it as in
   the case before.

@@ -119,7 +119,7 @@ class RemoteObject:
                     raise
 
         try:
-            # The time for the attempts begins again after each part that has arrived.
+            # The time for the attempts begins again after each attempt in which a part has arrived.
             while done < len(lengths):
                 retry(
                     self.address,
@@ -165,7 +165,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 
         return StoreClient(address, options)
     except ImportError as error:
-        # A library that is too old lacks a name that is imported.
+        # An ImportError is also raised for a library that is too old to have all imported names.
         library = "urllib3>=2.2" if address.is_web else "obstore>=0.12"
         msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
         raise RemoteError(msg, errno.ENOPKG) from error
@@ -179,7 +179,7 @@ def open_object(
 ) -> RemoteObject:
     """Ask the server for the present version of an object; return the object at this version.
 
-    The call blocks the thread until the server answers.
+    The call blocks the thread until the server answers or the time is over.
 
     Args:
         address: The address of the object.
@@ -241,7 +241,8 @@ def retry(
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None until the credentials are read again; then the reason if that failed, otherwise empty.
+    # None before the credentials are read again.  Afterwards the reason why that failed; empty if
+    # it succeeded.
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1

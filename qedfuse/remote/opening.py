@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 _OUTAGES: Final = (AttemptError, RefusedError)
 """The causes of a failed opening after which an entry of the cache is used instead.
 
-A response that is not usable, or an untrusted certificate, is a fault of the server or of the
-configuration, and no outage.
+A response that is not usable, or an untrusted certificate, is not an outage but a fault of the
+server or of the configuration.
 """
 
 
@@ -37,17 +37,18 @@ def open_remote(
 ) -> RemoteFile:
     """Open the object at an address as a file; the caller closes the file.
 
-    The call blocks until the server answers.  If the server cannot be reached, fails or refuses the
-    credentials, and the cache has an entry with all that readers need (see `offline_entries`),
-    that entry is used, which is logged.  If there is such an entry, failed attempts are repeated
-    for no longer than `Deadlines.connect_seconds`.
+    The call blocks until the server answers or the time is over.  If the server cannot be reached,
+    fails or refuses the credentials, and the cache has an entry with all that readers need (see
+    `offline_entries`), that entry is used, which is logged.  If there is such an entry, failed
+    attempts are repeated for no longer than `Deadlines.connect_seconds`.
 
     Args:
         address: The address.
         options: How to read the object, and where the cache is.
-        wanted: Size and validator of the version that the caller needs.  The cache's entry for this
-            version is used even if the server has another version.  If the server does not answer,
-            no entry for another version is used.  None if the caller needs no particular version.
+        wanted: Size and validator of the version that the caller needs.  If the cache has an entry
+            for this version with all that readers need, the entry is used even if the server has
+            another version.  If the server does not answer, no entry for another version is used.
+            None if the caller needs no particular version.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
@@ -138,10 +139,10 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
 def _open_cache(
     directory: CacheDirectory | None, address: Address, version: Version, client: Client
 ) -> UnitFile | None:
-    """Open the entry of the cache for a version; return None if there is none.
+    """Open the entry of the cache for a version, or make it; return None if neither is possible.
 
-    Logs the reason if the entry cannot be used.  A version of which only the size is known has no
-    entry, because another version may have the same size.
+    If the entry can neither be opened nor made, logs the reason.  A version of which only the size
+    is known has no entry, because another version may have the same size.
     """
     if directory is None or not (version.validator or address.version):
         return None
@@ -160,7 +161,8 @@ def _offline_entry(
 ) -> tuple[Version | None, UnitFile | None]:
     """Return the entry of an object that can be used without a server.
 
-    It is the entry for the version ``wanted``; if ``wanted`` is None, the entry used last.
+    The entry is that for the version ``wanted``.  If ``wanted`` is None, it is the entry that was
+    used last.
 
     Returns:
         The version and the open entry, which the caller closes; None for both if there is none.

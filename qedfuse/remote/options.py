@@ -49,8 +49,8 @@ class RemoteOptions:
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
         allow_unpinned: Whether to read an object for which the server reports neither a strong
-            entity tag nor the time of the last change, so that only a change of the size is
-            noticed.
+            entity tag nor the time of the last change.  Of such an object only a change of the size
+            is noticed.
         allowed: The addresses that images may name as backing files, and to which web servers may
             redirect; each includes all addresses below it.
         credentials: Name and value of each variable in the credentials file.  The variables take

@@ -7,12 +7,13 @@ from typing import Final
 
 _MIN_WINDOW_UNITS: Final = 1
 _MAX_SHORT_WINDOW_UNITS: Final = 32
-"""Maximum window of a reader, until it has read more units than this in sequence: 8 MiB."""
+"""Maximum window (`_Stream.window`) of a reader, until the reader has read more units than this in
+sequence: 8 MiB."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
-"""Maximum distance between two reads that count as sequential.  They need not be adjacent, because
-the kernel sends several reads concurrently, and these arrive in any order."""
+"""Maximum distance between two reads that count as sequential.  Such reads need not be adjacent,
+because the kernel sends several reads concurrently, which arrive in any order."""
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class _Stream:
         last: The last unit that the reader has read.
         first: The first unit that the reader has read.
         window: Number of units that are fetched ahead of the reader.
-        marker: The unit whose read asks for more units to be fetched ahead; -1 for none.
+        marker: The unit whose read starts the next fetch ahead; -1 for none.
         end: The last unit that was fetched ahead; -1 for none.
     """
 
@@ -34,7 +35,7 @@ class _Stream:
     end: int = -1
 
     def is_continued_by(self, first: int, last: int) -> bool:
-        """Return whether a read of the units ``first`` to ``last`` probably is of this reader."""
+        """Return whether a read of the units ``first`` to ``last`` probably is by this reader."""
         gap = min(self.window, _MAX_GAP_UNITS)
         is_near = self.last - gap <= first <= self.last + 1 + gap
         is_after_end = self.end >= 0 and first == self.end + 1
@@ -79,11 +80,14 @@ class ReadAhead:
         return stream.window
 
     def set_marker(self, first: int, last: int) -> int:
-        """Record that the units up to ``last`` are fetched ahead of the last recorded reader.
+        """Record that the units ``first`` to ``last`` are fetched ahead of a reader.
+
+        The reader is that of the last call of `record_read`.
 
         Returns the marker: a unit between ``first`` and ``last``, usually half a window before
-        ``last``.  The caller must not let the marker become ready until a reader needs it.  Then
-        the extension cannot answer the read of the marker, and so this read is recorded.
+        ``last``.  The caller must not let the marker become ready until a reader needs it.  As long
+        as the marker is not ready, the extension cannot answer a read of it, so the read is
+        recorded.
         """
         stream = self._streams[-1]
         stream.marker = max(first, last - stream.window // 2)

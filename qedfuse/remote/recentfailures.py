@@ -1,7 +1,8 @@
 """The units whose fetch has failed within the last second.
 
-After a failed read-ahead, the kernel sends another read for the page itself, and a file system on a
-loop device sends one more.  These reads must not each wait for the whole time limit.
+After a failed read-ahead, the kernel sends a second read, for the page that the program needs, and
+a file system on a loop device sends a third.  These reads must not each wait for the whole time
+limit.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class RemoteFile(ReadOnlyFile):
     def page_source(self) -> PageSource | None:
         """The data file of the cache, for reads of ready units.
 
-        None without a cache, and if the data file is not read (`LocalData.is_readable`).
+        None if there is no cache, or if the file must not be read this way
+        (`LocalData.is_readable`).
         """
         if self._local is None:
             return None
@@ -213,8 +214,8 @@ class RemoteFile(ReadOnlyFile):
     def _read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
-        If the read of ready units fails, they are made not ready.  If it fails because the data
-        file was cut, the cache is not used any more.
+        If the read of ready units fails, the units are made not ready.  If the data file was cut,
+        the cache is not used any more.
         """
         first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
         local = self._local

@@ -36,7 +36,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
 
     Args:
         data_fd: The open data file.
-        lock_fd: Another open file of the entry, whose lock only one opener holds at a time.
+        lock_fd: Another open file of the entry.  The call locks it (flock(2)), so that only one
+            opener at a time sets the length.
         size: The size of the object in bytes.
 
     Raises:

@@ -62,8 +62,8 @@ class StoreClient:
         try:
             return version_of(self._get(options).meta), None
         except (MissingError, RefusedError, UnusableError):
-            # The response to a HEAD has no body.  That to a GET has one, which names what is
-            # missing or refused.
+            # The response to a HEAD has no body.  A GET is sent, because the body of its response
+            # names what is missing or refused.
             return version_of(self._get({"range": (0, 1)}).meta), None
 
     def get(
@@ -94,7 +94,10 @@ class StoreClient:
         yield memoryview(content)
 
     def _blocks(self, result: GetResult, min_bytes: int) -> Iterator[memoryview]:
-        """Yield the content of a response in blocks of at least ``min_bytes``, as they arrive."""
+        """Yield the content of a response in blocks, as they arrive.
+
+        Each block except the last has at least ``min_bytes``.
+        """
         with translating(self._store.hint):
             stream = iter(result.stream(min_chunk_size=min_bytes))
         while True:

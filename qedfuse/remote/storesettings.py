@@ -244,7 +244,7 @@ def _add_s3_identity(
         # A file that cannot be used may be in the middle of a change: the last key remains.
         with suppress(UnusableError):
             last = _s3_credential(_Variables(dict(renewed().credentials))) or last
-        # A credential that has expired makes obstore call this function for the next request.
+        # The credential expires right away, so obstore calls this function for each request.
         return {**last, "expires_at": datetime.now(UTC)}
 
     # A function gives the credentials, because obstore would combine credentials that are given as
@@ -256,7 +256,8 @@ def _add_s3_identity(
 def _s3_credential(variables: _Variables) -> S3Credential | None:
     """Return the key in the variables, or else in the credentials file of Amazon's tools.
 
-    Returns None if there is none, or if the variables say that other credentials are used.
+    Returns None if there is no key.  The file is not read if the variables have a key, or choose
+    anonymous requests or a web identity.
 
     Raises:
         UnusableError: One half of a key is missing, or the file cannot be used.
@@ -289,7 +290,7 @@ def _add_identity(
         UnusableError: The file sets some variables of ``names``, and the environment sets others.
     """
     if any(variables.own.get(name) for name in names):
-        # obstore would add the credentials in the environment, and choose one of them.
+        # obstore would choose between the credentials in the file and those in the environment.
         for name in names:
             if os.environ.get(name) and not variables.own.get(name):
                 msg = (
@@ -328,7 +329,7 @@ def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
 def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
     """Return key, secret and token of the profile in the credentials file of Amazon's tools.
 
-    Returns empty texts if there are none.
+    Returns empty texts if there is no complete key.
 
     Raises:
         UnusableError: The file cannot be read although a variable names the file or the profile,

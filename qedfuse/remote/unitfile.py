@@ -1,10 +1,11 @@
 """The data file of the cache for one version of an object, with the units that were fetched.
 
 The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map.  A
-process uses a unit only after it has read the unit and compared it with the checksum.  When bytes
-of the unit have left the page cache, the unit is compared again (`qedfuse.remote.localdata`).  So
-the cache needs no order of writes, no datasync and no journal: a unit that a crash, a full disk, a
-failed write or another program has damaged differs from its checksum, and is fetched again.
+process uses a unit only after it has fetched the unit itself, or has compared it with the checksum.
+When bytes of the unit have left the page cache, the process compares the unit before it uses the
+unit again (`qedfuse.remote.localdata`).  So the cache needs no order of writes, no datasync and no
+journal: a unit that a crash, a full disk, a failed write or another program has damaged differs
+from its checksum, and is fetched again.
 
 If several processes use an entry, no process may bring bytes that it has not compared from the disk
 into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
@@ -90,8 +91,8 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, another process removes or opens it (EWOULDBLOCK), or it
-                is damaged or for an object of another size (EBADMSG).
+            OSError: The entry is missing, another process removes or opens it (EWOULDBLOCK), it is
+                damaged or for an object of another size (EBADMSG), or the host refused.
         """
         directory = open_directory(path)
         try:
@@ -278,7 +279,7 @@ class UnitFile:
         return int(checksum) if mark == _PRESENT else None
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
-        """Return False if a unit is damaged, so that it must not enter the page cache.
+        """Return False if a unit is damaged, and therefore must not enter the page cache.
 
         Returns True without a comparison if there is no other opener, if the page cache already has
         the unit, or if the file system does not support reads around the page cache.

@@ -78,7 +78,10 @@ class UnitStore:
         return self._cache is not None and not self._cannot_store
 
     def load(self, unit: int) -> bytes | None:
-        """Return a unit from the cache, and make it ready; None if it is missing or damaged."""
+        """Return a unit from the cache, and make it ready; None if it is missing or damaged.
+
+        The unit does not become ready if `forget` was called during the call.
+        """
         cache = self._cache
         forgotten = self._forgotten
         content = None if cache is None else cache.load(unit)
@@ -99,7 +102,7 @@ class UnitStore:
         if cache is None:
             return False
         with self._lock:
-            # Units are not ready while their pages are written to, and if that fails.
+            # A unit must not be ready while its pages are written to, or after a failed write.
             self.ready[first : first + count] = bytes(count)
         try:
             with self._space.reserve(len(content)) if self._space else nullcontext("") as reason:
@@ -174,7 +177,10 @@ class UnitStore:
             return block
 
     def hold(self, unit: int, block: Buffer) -> None:
-        """Hold in memory a unit that could not be stored; drop the least recently used units."""
+        """Hold in memory a unit that could not be stored.
+
+        If the held units exceed `_MAX_HELD_BYTES`, the least recently used units are dropped.
+        """
         with self._lock:
             if self._is_closed:
                 return
@@ -183,7 +189,7 @@ class UnitStore:
                 self._held.popitem(last=False)
 
     def discard(self) -> None:
-        """Stop using the entry of the cache, because its data file was cut; log that."""
+        """Stop using the entry of the cache, because its data file was cut; log a warning."""
         with self._lock:
             cache, self._cache = self._cache, None
             for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):

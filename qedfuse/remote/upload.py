@@ -183,8 +183,9 @@ class Upload:
     def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        If the response of the store is lost, obstore repeats the request, and the store reports
-        that the object exists, or that the upload does not exist any more.
+        If the response of the store is lost, obstore repeats the request.  The store then reports
+        that the object exists, or that the upload does not exist any more, although the object has
+        been stored.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.

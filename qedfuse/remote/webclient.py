@@ -209,7 +209,8 @@ class WebClient:
     ) -> Iterator[BaseHTTPResponse]:
         """Make one request without following a redirection; yield the response.
 
-        The response must be read before ``end``, a value of ``time.monotonic()``.
+        Reading the response fails after ``end``, a value of ``time.monotonic()``, unless the caller
+        gives it more time (`TimedResponse.restart_timeout`).
         """
         seconds = max(end - time.monotonic(), 0.001)
         try:
