@@ -35,9 +35,10 @@ class Attempts:
 
         Args:
             name: The name of the file in messages.
-            deadlines: The read may take `Deadlines.total_seconds`.
-            outages: Gets the error of the read if the server cannot be used.
-            is_brief: Whether the read may take at most `Deadlines.attempt_seconds`.
+            deadlines: The read fails after `Deadlines.total_seconds`.
+            outages: Gets the error of the read, unless the server has answered the read with it.
+            is_brief: Whether the read fails after `Deadlines.attempt_seconds`, if this time is
+                shorter.
         """
         seconds = deadlines.total_seconds
         if is_brief:

@@ -26,8 +26,8 @@ class Slot:
     """A slot for one connection of a pool.  Threads and tasks may use the slot concurrently.
 
     Attributes:
-        backoff_until: The time (`time.monotonic`) until which a connection is made in this slot
-            only if every other slot waits for such a time as well.
+        backoff_until: The time (`time.monotonic`) until which the slot is avoided: a connection is
+            made in the slot only if all other slots are avoided as well.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class Descriptor:
 
     Attributes:
         first_cluster: File offset of the first list cluster in bytes (not a cluster index).
-        list_clusters: Number of clusters that hold the list; they are listed as free too.
+        list_clusters: Number of clusters that hold the list; the list counts them as free.
         runs: Number of runs in all list clusters together.
         free_clusters: Number of clusters in all runs together.
         file_bytes: Length of the image file when the list was written.

@@ -274,8 +274,8 @@ class Fetcher:
 
     def _fetch_ahead(self, first: int, last: int) -> None:
         """If the reader of adjacent units is sequential, start fetching what it will read next."""
-        most = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
-        window = self._readers.record_read(first, last, most)
+        max_units = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
+        window = self._readers.record_read(first, last, max_units)
         end = min(last + window, self._units - 1)
         ahead = last + 1
         # A unit that is held back counts as fetched, so the result does not depend on which flights

@@ -77,8 +77,8 @@ class FetchThreads:
         self._become_idle = become_idle
         self._lookups: deque[Flight] = deque()
         self._fetches: deque[Flight] = deque()
-        self._ahead: deque[Flight] = deque()
-        self._lacks_thread = False  # whether the failure to start a thread was logged
+        self._prefetches: deque[Flight] = deque()
+        self._is_failure_logged = False  # whether the failure to start a thread was logged
         self._threads = self._idle = self._fetching = self._prefetching = 0
 
     def add_lookup(self, flight: Flight) -> None:
@@ -97,7 +97,7 @@ class FetchThreads:
     def add_prefetch(self, flight: Flight) -> None:
         """Queue a flight that no reader waits for, to look up and fetch its units."""
         with self.lock:
-            self._ahead.append(flight)
+            self._prefetches.append(flight)
             # The thread that takes a flight also takes the flights that continue it.
             if not flight.continues:
                 self._start_thread()
@@ -108,20 +108,20 @@ class FetchThreads:
         If a thread has taken the flight from the prefetches, nothing changes.
         """
         with self.lock, suppress(ValueError):
-            self._ahead.remove(flight)
+            self._prefetches.remove(flight)
             self.add_lookup(flight)
 
     def ensure_thread(self) -> None:
         """Wake or start a thread if flights are queued, in case an earlier start has failed."""
         with self.lock:
-            if self._lookups or self._fetches or self._ahead:
+            if self._lookups or self._fetches or self._prefetches:
                 self._start_thread()
 
     def close(self) -> None:
         """Empty the queues, and let each thread end after its step."""
         with self.lock:
             self.is_closed = True
-            for queue in (self._lookups, self._fetches, self._ahead):
+            for queue in (self._lookups, self._fetches, self._prefetches):
                 queue.clear()
             self.lock.notify_all()
 
@@ -132,7 +132,7 @@ class FetchThreads:
         and `ensure_thread` tries again.
         """
         self.lock.notify()
-        queued = len(self._lookups) + len(self._fetches) + len(self._ahead)
+        queued = len(self._lookups) + len(self._fetches) + len(self._prefetches)
         if queued <= self._idle or self._threads >= _MAX_FETCH_THREADS + _LOOKUP_THREADS:
             return
         self._threads += 1
@@ -140,11 +140,11 @@ class FetchThreads:
             start_thread(self._work, name="qedfuse-fetch")
         except OSError as error:
             self._threads -= 1
-            if not self._threads and not self._lacks_thread:
-                self._lacks_thread = True
+            if not self._threads and not self._is_failure_logged:
+                self._is_failure_logged = True
                 _log.warning("%s: %s; trying again", self._name, error.strerror)
         else:
-            self._lacks_thread = False
+            self._is_failure_logged = False
 
     def _work(self) -> None:
         """Run steps until none has come for `_IDLE_SECONDS`: the main function of a thread."""
@@ -187,12 +187,12 @@ class FetchThreads:
             self._fetching += 1
             flights = deque([self._fetches.popleft()])
             return partial(self._fetch, flights), flights, 1, 0
-        if self._ahead and self._prefetching < _MAX_PREFETCHES:
+        if self._prefetches and self._prefetching < _MAX_PREFETCHES:
             self._fetching += 1
             self._prefetching += 1
-            flights = deque([self._ahead.popleft()])
-            while self._ahead and self._ahead[0].is_next_of(flights[-1]):
-                flights.append(self._ahead.popleft())
+            flights = deque([self._prefetches.popleft()])
+            while self._prefetches and self._prefetches[0].is_next_of(flights[-1]):
+                flights.append(self._prefetches.popleft())
             return partial(self._fetch, flights), flights, 1, 1
         return None
 
@@ -221,5 +221,5 @@ class FetchThreads:
             with self.lock:
                 self._fetching -= fetching
                 self._prefetching -= prefetching
-                if self._fetches or self._ahead:
+                if self._fetches or self._prefetches:
                     self._start_thread()

@@ -29,8 +29,8 @@ class Flight:
     Attributes:
         first: The first unit.
         last: The last unit.
-        blocks: The content of each unit that was read from the cache or fetched; complete when the
-            flight has ended.
+        blocks: The content of each unit that was read from the cache or fetched.  When the flight
+            has ended without an error, only units that are ready can be missing.
         is_wanted: Whether a reader waits for the flight.
         continues: Whether one request may fetch the flight together with the one before it.
         is_brief: Whether attempts are repeated for a short time only, because a reader of one of

@@ -38,8 +38,8 @@ Unchecked bytes can still be returned in these cases:
   bytes, another process in which the unit is ready can read them.  Writing the compared bytes into
   the page cache instead would write each such unit to the disk again.
 - The file system does not support reads around the page cache, so `UnitFile.load` reads a damaged
-  unit through the page cache.  Until `load` has dropped the unit, another process can read it as in
-  the case before.
+  unit through the page cache.  Until `load` has dropped the unit, another process in which the unit
+  is ready can read it.
 """
 
 from __future__ import annotations

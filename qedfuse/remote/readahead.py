@@ -72,8 +72,8 @@ class ReadAhead:
         else:
             stream = _Stream(last, first)
         is_short = stream.last - stream.first < _MAX_SHORT_WINDOW_UNITS
-        most = min(max_units, _MAX_SHORT_WINDOW_UNITS) if is_short else max_units
-        stream.window = min(stream.window, most)
+        max_window = min(max_units, _MAX_SHORT_WINDOW_UNITS) if is_short else max_units
+        stream.window = min(stream.window, max_window)
         self._streams.append(stream)
         if len(self._streams) > _MAX_STREAMS:
             del self._streams[0]

@@ -2,7 +2,7 @@
 
 getaddrinfo(3) has no deadline: if no name server answers, the function blocks for tens of seconds.
 So getaddrinfo(3) is called in a separate thread, which goes on when the caller's time is over.
-Concurrent lookups of the same host and port share a thread, so at most one thread waits for each.
+Concurrent lookups of the same host and port share one thread.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Resolver:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Know no running lookup; those of the parent process never end in a forked child."""
+        """Forget all running lookups: in a forked child, those of the parent would never end."""
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], _Lookup] = {}
 

@@ -49,7 +49,7 @@ _MAP_ENTRY: Final = struct.Struct("<II")
 _PRESENT: Final = 0x51454455
 """Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
 
-_MAX_COMPARED_ENTRIES: Final = 1 << 16
+_ENTRIES_PER_STEP: Final = 1 << 16
 """How many entries of the map are read in one step: 512 KiB."""
 
 DATA_NAME: Final = "data"
@@ -180,8 +180,8 @@ class UnitFile:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
             end = self.units if needed is None else first + len(needed)
-            for begin in range(first, end, _MAX_COMPARED_ENTRIES):
-                count = min(_MAX_COMPARED_ENTRIES, end - begin)
+            for begin in range(first, end, _ENTRIES_PER_STEP):
+                count = min(_ENTRIES_PER_STEP, end - begin)
                 wanted = b"\1" * count if needed is None else needed[begin - first :][:count]
                 marks = self._marks(begin, count)
                 if list(compress(marks, wanted)).count(_PRESENT) != wanted.count(1):

@@ -38,8 +38,8 @@ _MAX_PARTS_EVERYWHERE: Final = 1_000
 _MAX_PARTS: Final = 10_000
 _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 600.0
-"""Maximum time for one part.  Four concurrent parts need at least 56 KiB/s if each has 8 MiB, and
-440 KiB/s if each has 64 MiB."""
+"""Maximum time for one part.  Four concurrent parts need at least 55 KiB/s if each has 8 MiB, and
+437 KiB/s if each has 64 MiB."""
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
 _MAX_RETRIES: Final = 4
@@ -93,9 +93,10 @@ class Upload:
             size: Length of the content in bytes.
             options: How to connect.
             overwrite: Whether to replace an object that exists.
-            progress: Called with the number of bytes that were uploaded, and ``size``.  If the
-                comparison after the upload must read the object, called again from the beginning
-                with the number of bytes that were compared.
+            progress: Called with a number of bytes and ``size``.  During an upload in several
+                parts, the number is that of the bytes that obstore has taken.  If the comparison
+                after the upload must read the object, the number begins again at the first part,
+                and is that of the bytes that were compared.
         """
         self._address = address
         self._content = content

@@ -210,7 +210,7 @@ class WebClient:
         """Make one request without following a redirection; yield the response.
 
         Reading the response fails after ``end``, a value of ``time.monotonic()``, unless the caller
-        gives it more time (`TimedResponse.restart_timeout`).
+        extends the time (`TimedResponse.restart_timeout`).
         """
         seconds = max(end - time.monotonic(), 0.001)
         try:
