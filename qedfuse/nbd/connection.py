@@ -51,7 +51,8 @@ class Connection:
         Args:
             wire: The bytes of the connection; this object closes the socket.
             export: The export, as the handshake has returned it.
-            idle_seconds: Maximum time for which no byte comes while a reply is expected.
+            idle_seconds: If a reply is expected and no byte comes for this time, the connection is
+                given up.
         """
         self.export = export
         self._wire = wire
@@ -117,7 +118,7 @@ class Connection:
         _raise_broken(requests)
 
     def close(self) -> None:
-        """Close the connection; in readers that wait, `BrokenError` is raised."""
+        """Close the connection; readers that wait get a `BrokenError`."""
         with self._lock, suppress(OSError):
             if self._failure is None:
                 self._wire.send(messages.request(messages.CMD_DISC, 0, 0, 0))

@@ -39,7 +39,7 @@ class Slot:
         """Begin with ``connection``; None for a slot without a connection.
 
         Args:
-            make: Function that makes a connection, and blocks the thread meanwhile.
+            make: Function that makes a connection; it blocks the thread.
             connection: The first connection.
             closed: The event that is set when the pool is closed.
         """
@@ -98,7 +98,7 @@ class Slot:
         return connection
 
     def close(self) -> None:
-        """Close the connection; the caller must have set the event of the pool before.
+        """Close the connection; the caller must set the event of the pool first.
 
         A thread that is making a connection sees the event, and closes the new connection.
         """

@@ -63,7 +63,7 @@ class ExtentMap:
         self._end = min(offset, self._size)
 
     def set_all_data(self) -> None:
-        """Replace the extents by one of data, the whole export."""
+        """Replace the extents by one extent of data, which covers the whole export."""
         self._starts, self._zero, self._end = [0], [False], self._size
 
 

@@ -149,7 +149,7 @@ class Upload:
 
         def renew() -> None:
             nonlocal store
-            self._warn_of_new_begin()
+            self._warn_of_restart()
             store = self._make_store(self._options.renewed())
 
         try:
@@ -171,7 +171,7 @@ class Upload:
         slow = replace(options, attempt_seconds=_MAX_PART_SECONDS)
         return make_store(self._address, slow, max_retries=_MAX_RETRIES, read_keys_again=True)
 
-    def _warn_of_new_begin(self) -> None:
+    def _warn_of_restart(self) -> None:
         """Log that the credentials were refused, if parts were sent before."""
         if self._size > self._part_bytes and self._digests:
             # With refused credentials obstore cannot remove the parts, and reports no failure.
@@ -389,7 +389,7 @@ class Upload:
 
 
 def _in_thread(call: Callable[[], object], name: str) -> None:
-    """Call a function in a new thread, and wait for it; ``name`` is that of the object in errors.
+    """Call a function in a new thread, and wait for it; ``name`` is the object's name in errors.
 
     The thread from which obstore takes the parts cannot call functions of obstore.
 
