@@ -266,7 +266,7 @@ class NbdFile(ReadOnlyFile):
             self._extents.set_all_data()
         else:
             # A range is recorded, because the next search at ``offset`` must have the same result.
-            # The range is short, because past it the server is asked again.
+            # The range is short, because the server may answer a later request without an error.
             self._extents.replace(offset, [(MIN_STEP_BYTES, 0)])
 
 

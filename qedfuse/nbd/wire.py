@@ -24,7 +24,7 @@ class Wire(Protocol):
     socket: socket.socket
 
     def send(self, data: bytes) -> None:
-        """Send ``data``; the next call of `send` or `receive_into` sends what the socket refuses.
+        """Send ``data``; later calls of `send` or `receive_into` send what the socket refuses.
 
         Raises:
             OSError: The connection is broken.

@@ -16,8 +16,9 @@ _RETRY_BYTES: Final = 64 << 20
 """After an eviction that has freed too little, reservations are refused without another eviction,
 until the refused ones have this number of bytes in total."""
 _MAX_WAIT_SECONDS: Final = 2.0
-"""For how long after the start of an eviction reservations wait for its end.  A reader waits until
-its unit is stored or refused, and the removal of large entries can take more time."""
+"""For how long after the start of an eviction reservations wait for its end.  The time is limited,
+because the removal of large entries can take long, and readers wait until their units are stored or
+refused."""
 
 
 class CacheSpace:

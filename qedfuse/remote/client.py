@@ -100,7 +100,10 @@ class AttemptError(Exception):
 
 
 class UnreachableError(AttemptError):
-    """No connection to the server was made: for example, its name is unknown, or TLS fails."""
+    """No connection to the server was made, for example because no address was found for its name.
+
+    Also raised if the handshake of TLS fails.
+    """
 
 
 class RefusedError(AttemptError):

@@ -47,7 +47,7 @@ async def fill(
         report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:
-        CacheError: The cache has no space for a unit.
+        CacheError: The cache has no space for a unit, or cannot store it for another reason.
         RemoteError: The server does not give a unit, or the file was closed.
     """
     fetcher = file.fetcher
@@ -80,7 +80,7 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
     """Wait until a run is in the cache; return its length in bytes.
 
     Raises:
-        CacheError: The cache has no space for a unit of the run.
+        CacheError: The cache cannot store a unit of the run.
         RemoteError: The server does not give a unit, or the file was closed.
     """
     fetcher = file.fetcher

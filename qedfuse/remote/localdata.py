@@ -1,9 +1,10 @@
 """Reads of the cache's data file from the page cache, which are not compared with a checksum.
 
-A unit is compared with its checksum when it is read from the disk (`UnitFile.load`).  From then on,
-this module reads the unit, as long as the page cache has it.  So bytes that the disk returns are
-never used without a comparison, even if bits have flipped on the disk or a write has failed.  The
-exceptions are listed at the end of this text.
+A unit becomes ready when this process has fetched and stored it, or has read it from the disk and
+compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit, as long
+as the page cache has it.  So bytes that the disk returns are never used without a comparison, even
+if bits have flipped on the disk or a write has failed.  The exceptions are listed at the end of
+this text.
 
 A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
 
@@ -13,8 +14,8 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
   cache has all of its bytes.  A miss makes the units of the range not ready (`RemoteFile`).  The
   kernel's readahead is off (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
-  can leave a hole.  So a block of zeros counts as a miss, unless a comparison has shown that the
-  object has zeros there (`ZeroBlocks`).
+  can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
+  the object (`ZeroBlocks`).
 - The file may have been cut, and made longer by a later write.  So its length is checked before and
   after the read.
 

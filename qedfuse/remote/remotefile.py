@@ -100,6 +100,7 @@ class RemoteFile(ReadOnlyFile):
         Raises:
             RemoteError: A unit is not in the cache, and the server does not give it; or the file
                 is closed.
+            trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         length = max(0, min(len(view), self._size - offset))
         at = 0

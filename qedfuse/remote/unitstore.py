@@ -148,7 +148,7 @@ class UnitStore:
 
     @property
     def is_evicting(self) -> bool:
-        """Whether an eviction is running, so that units in memory can perhaps be stored soon."""
+        """Whether an eviction is running; if so, units in memory can perhaps be stored soon."""
         return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:

@@ -118,7 +118,7 @@ class Upload:
 
     @property
     def may_remain(self) -> bool:
-        """Whether `run` has tried to delete the object, and does not know that it is gone."""
+        """Whether `run` had to delete the object, but does not know that the object is gone."""
         return self._may_remain
 
     @property
