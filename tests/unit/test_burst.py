@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,7 +24,7 @@ from tests.support.fusewire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from qedfuse.mount.fuse._extraops import Request
 
@@ -36,7 +37,8 @@ WRITE_BODY = struct.pack("=QQIIQII", 1, 4096, 4, 0, 0, 0, 0) + b"data"
 FSYNC_BODY = struct.pack("=QII", 1, 1, 0)
 LSEEK_BODY = struct.pack("=QQII", 1, 0, 3, 0)
 MAX_REQUESTS = 7
-"""The limit in ``_burst.c``."""
+MAX_POLLED_REQUESTS = 15
+"""The limits in ``_burst.c``, without polling and while polling is permitted."""
 
 
 class Server:
@@ -138,9 +140,7 @@ def test_a_request_that_has_vanished_stops_nobody(server: Server) -> None:
     """If no request is there, receiving one does not block, and pyfuse3 repeats."""
     assert extraops._extension is not None
     assert not extraops._extension.stop_blocking(), "pyfuse3 might not repeat"
-    server.wire.queue(READ, READ_BODY)
-    assert server.wire.receive() == 40 + len(READ_BODY)
-    assert extraops._extension.stop_blocking()
+    stop_blocking(server.wire)
     assert server.wire.receive() == -errno.EINTR
     server.wire.send(READ, READ_BODY)
     assert len(server.wire.answers) == 1
@@ -160,5 +160,133 @@ def test_after_the_end_of_the_session_nothing_is_taken(server: Server) -> None:
     again.wire.queue(READ, READ_BODY)
     again.wire.send(READ, READ_BODY)
     assert len(again.wire.answers) == 2
+    extraops.end()
+    again.wire.close()
+
+
+# --- polling --------------------------------------------------------------------------------
+
+
+def stop_blocking(wire: Wire) -> None:
+    """Make reads of the session's device non-blocking, after pyfuse3 has received a request."""
+    assert extraops._extension is not None
+    wire.queue(READ, READ_BODY)
+    assert wire.receive() > 0
+    assert extraops._extension.stop_blocking()
+
+
+class Polled:
+    """A server of which bursts may poll, and which is asked whether a call has finished.
+
+    Attributes:
+        server: The server.
+        asked: How often the extension has asked.
+    """
+
+    def __init__(
+        self, server: Server, answer: Callable[[int], bool], seconds: float = 60.0
+    ) -> None:
+        """Permit polling; ``answer`` gets the number of the question, from 1 on.
+
+        Args:
+            server: The server.
+            answer: Returns whether a call has finished.
+            seconds: How long may be polled, for each request and in all.
+        """
+        stop_blocking(server.wire)
+        self.server = server
+        self.asked = 0
+        self._answer = answer
+        extraops.permit_polling(seconds, seconds, self._has_finished)
+
+    def _has_finished(self) -> bool:
+        self.asked += 1
+        return self._answer(self.asked)
+
+
+def test_a_request_that_comes_soon_after_an_answer_is_polled_for(server: Server) -> None:
+    """While polling is permitted, a burst takes requests that come after the last answer."""
+
+    def answer(number: int) -> bool:
+        if number in {3, 4, 9}:
+            server.wire.queue(WRITE, WRITE_BODY)
+        return number == 12
+
+    polled = Polled(server, answer)
+    server.wire.send(READ, READ_BODY)
+    assert len(server.wire.answers) == 4
+    assert extraops.take_burst_count() == 3
+    assert polled.asked == 12
+
+
+def test_a_finished_call_ends_polling_until_it_is_permitted_again(server: Server) -> None:
+    """The event loop gets the next request when a call on a host file has finished."""
+    polled = Polled(server, lambda number: number >= 2)
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked == 2
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked == 2, "the burst has not polled"
+    extraops.permit_polling(60.0, 60.0, polled._has_finished)
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked == 3
+
+
+def test_an_error_of_the_function_ends_polling(
+    server: Server, recwarn: pytest.WarningsRecorder
+) -> None:
+    """If the extension cannot learn whether a call has finished, the event loop takes over."""
+
+    def fail(_number: int) -> bool:
+        raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        reported: list[object] = []
+        patch.setattr(sys, "unraisablehook", reported.append)
+        polled = Polled(server, fail)
+        server.wire.send(READ, READ_BODY)
+    assert (polled.asked, len(reported), len(recwarn)) == (1, 1, 0)
+    assert len(server.wire.answers) == 1
+
+
+def test_polling_ends_after_its_time(server: Server) -> None:
+    """If no request comes, the scheduler gets the time that was polled, and polls no longer."""
+    polled = Polled(server, lambda _number: False, seconds=1e-4)
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked
+    assert extraops.take_polled_seconds() >= 1e-4
+    assert extraops.take_polled_seconds() == 0.0, "the time is reported once"
+    asked = polled.asked
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked == asked, "the time that is permitted in all is over"
+
+
+def test_polling_that_is_forbidden_ends(server: Server) -> None:
+    """After polling is forbidden, a burst ends where the kernel has no request."""
+    polled = Polled(server, lambda _number: False)
+    extraops.forbid_polling()
+    server.wire.send(READ, READ_BODY)
+    assert (polled.asked, len(server.wire.answers)) == (0, 1)
+    assert extraops.take_polled_seconds() == 0.0
+
+
+def test_a_burst_may_be_longer_while_polling_is_permitted(server: Server) -> None:
+    """No other task needs the event loop then, but the number of requests stays limited."""
+    Polled(server, lambda _number: False)
+    for _ in range(MAX_POLLED_REQUESTS + 2):
+        server.wire.queue(WRITE, WRITE_BODY)
+    server.wire.send(WRITE, WRITE_BODY)
+    assert len(server.wire.answers) == 1 + MAX_POLLED_REQUESTS
+    assert server.wire.queued() == 2
+
+
+def test_a_new_session_does_not_poll_before_it_is_permitted(server: Server) -> None:
+    """What was permitted for one session does not hold for the next one."""
+    polled = Polled(server, lambda _number: False)
+    extraops.end()
+    server.wire.close()
+    again = Server()
+    stop_blocking(again.wire)
+    again.wire.send(READ, READ_BODY)
+    assert (polled.asked, len(again.wire.answers)) == (0, 1)
     extraops.end()
     again.wire.close()

@@ -11,6 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from qedfuse.hostio.threadcalls import ThreadCalls
 from qedfuse.mount.fuse.scheduler import (
+    EXTENSION_POLL_SECONDS,
     MAX_BURST,
     MAX_BURST_BESIDE_OTHERS,
     MAX_BURST_BESIDE_READS,
@@ -313,6 +314,76 @@ async def test_no_polling_while_a_read_waits_for_a_server(pipe: tuple[int, int])
             flight.end()
     assert not loop_load().has_running_threads()
     assert scheduler.statistics.slept == 1
+
+
+class Permissions:
+    """What the extension may do, as the scheduler has said last.
+
+    Attributes:
+        said: The arguments of each call; an empty tuple stands for a prohibition.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, polled: float = 0.0) -> None:
+        """Stand between the scheduler and the extension, which ``polled`` in vain for seconds."""
+        self.said: list[tuple[object, ...]] = []
+        for name, function in {
+            "permit_polling": lambda *said: self.said.append(said),
+            "forbid_polling": lambda: self.said.append(()),
+            "take_polled_seconds": lambda: polled,
+        }.items():
+            monkeypatch.setattr(f"qedfuse.mount.fuse.scheduler.{name}", function)
+
+
+async def test_the_extension_may_poll_after_other_tasks_have_run(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a short wait, and after each `MAX_BURST` requests, the extension may poll again."""
+    permissions = Permissions(monkeypatch)
+    calls = ThreadCalls()
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=1e-6), calls)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(scheduler.wait_readable, pipe[0])
+        await wait_all_tasks_blocked()
+        os.write(pipe[1], b"x")
+    permitted = (POLL_SECONDS, EXTENSION_POLL_SECONDS, calls.has_finished)
+    assert permissions.said == [permitted]
+    for _ in range(2 * MAX_BURST):
+        await scheduler.wait_readable(pipe[0])
+    assert scheduler.statistics.ready == 2 * MAX_BURST
+    assert permissions.said == [permitted] * 3
+
+
+async def test_the_extension_may_not_poll_where_the_scheduler_does_not(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extension polls neither beside a thread of trio nor while polling does not pay off."""
+    permissions = Permissions(monkeypatch)
+    os.write(pipe[1], b"x")
+    scheduler = Scheduler(POLL_SECONDS, Clock())
+    for _ in range(MAX_BURST):
+        await scheduler.wait_readable(pipe[0])
+    assert permissions.said == [()], "no wait was short so far"
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    async with trio.to_thread.current_default_thread_limiter():
+        for _ in range(MAX_BURST_BESIDE_OTHERS + 1):
+            await scheduler.wait_readable(pipe[0])
+    assert permissions.said == [()] * (MAX_BURST_BESIDE_OTHERS + 3)
+
+
+async def test_the_time_that_the_extension_has_polled_counts(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the extension has polled in vain, the scheduler polls once and sleeps."""
+    Permissions(monkeypatch, polled=POLL_SECONDS)
+    scheduler = Scheduler(POLL_SECONDS, Clock(step=0))
+    scheduler._adaptive_poll.record(0.0, slept=False)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            # With a clock that does not advance, polling for the whole time would never end.
+            nursery.start_soon(scheduler.wait_readable, pipe[0])
+            await wait_all_tasks_blocked()
+            os.write(pipe[1], b"x")
+    assert (scheduler.statistics.failed_polls, scheduler.statistics.slept) == (1, 1)
 
 
 class FinishedCalls(ThreadCalls):

@@ -1,5 +1,5 @@
 /*
- * Bursts: requests that the kernel already has are taken without going back to pyfuse3's loop.
+ * Bursts: requests that the kernel has are taken without going back to pyfuse3's loop.
  *
  * Between two requests pyfuse3's loop takes and releases a lock, and polls for the next request.
  * That costs as much as a short request itself.  So an operation that has answered its request
@@ -9,6 +9,12 @@
  * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no other
  * task of the event loop runs during a burst.  To let other tasks run in time, the scheduler adds the
  * number of requests of the bursts to its own count of requests (take_burst_count()).
+ *
+ * If the kernel has no request, the burst polls for the next one, as far as the scheduler permits it
+ * (permit_polling()).  A program with one request in flight sends the next request a few microseconds
+ * after the answer, in less time than pyfuse3's loop and the Python code of the scheduler take.  The
+ * scheduler permits polling only if no other task needs the event loop, so the burst may be longer then
+ * (MAX_POLLED_REQUESTS).
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
@@ -26,11 +32,30 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
+/* The same while polling is permitted. */
+#define MAX_POLLED_REQUESTS 15
+
+/* Number of pause instructions between two looks for a request, which leave the processor's shared parts
+ * to its other hardware thread, and the lock of the kernel's queue to the program that sends a request. */
+#define PAUSES 8
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() __asm__ volatile("")
+#endif
+
 static struct fuse_session *session; /* NULL while there is no session */
 static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
 static int in_burst;
 static int answered;        /* whether the last request of the burst was answered or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
+
+static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
+static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
+static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
+static int64_t polled_nanoseconds; /* how long the last burst has polled in vain, for the scheduler */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -39,12 +64,15 @@ void begin_bursts(void *made)
 {
     session = made;
     is_interposed = is_nonblocking = 0;
+    poll_budget = polled_nanoseconds = 0;
 }
 
 void end_bursts(void)
 {
     session = NULL;
     taken = 0;
+    poll_budget = polled_nanoseconds = 0;
+    Py_CLEAR(has_finished);
     free(buffer.mem);
     buffer = (struct fuse_buf){0};
 }
@@ -84,9 +112,60 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     return PyBool_FromLong(is_nonblocking);
 }
 
+/* Returns whether the event loop is needed because a call on a host file has finished; also if the
+ * function that says so fails. */
+static int must_stop_polling(void)
+{
+    PyObject *result = PyObject_CallNoArgs(has_finished);
+
+    if (result == NULL)
+        PyErr_WriteUnraisable(has_finished);
+    Py_XDECREF(result);
+    return result != Py_False;
+}
+
+/* Polls for the next request, and receives it.  Returns what receive() returns: -EAGAIN if no request has
+ * come in the time that is permitted, or if the event loop is needed. */
+static int poll_and_receive(void)
+{
+    int64_t since = monotonic_time(), now = since, end;
+    int result = -EAGAIN, pause;
+
+    end = since + (poll_nanoseconds < poll_budget ? poll_nanoseconds : poll_budget);
+    while (result == -EAGAIN && now < end) {
+        end_queued_reads(); /* submits the reads of this burst, and answers those that have ended */
+        if (must_stop_polling()) {
+            poll_budget = 0;
+            break;
+        }
+        for (pause = 0; pause < PAUSES; pause++)
+            PAUSE();
+        result = receive(session, &buffer);
+        now = monotonic_time();
+    }
+    poll_budget -= now - since;
+    if (result == -EAGAIN)
+        polled_nanoseconds = now - since;
+    return result;
+}
+
+/* Receives the next request of a burst, of which `count` requests were taken.  Returns what receive()
+ * returns, and 0 if the burst must end. */
+static int receive_next(int count)
+{
+    struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
+    int result;
+
+    if (count >= (poll_budget > 0 ? MAX_POLLED_REQUESTS : MAX_REQUESTS))
+        return 0;
+    if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
+        return 0;
+    result = receive(session, &buffer);
+    return result == -EAGAIN && is_nonblocking && poll_budget > 0 ? poll_and_receive() : result;
+}
+
 void take_more(void)
 {
-    struct pollfd device = {.events = POLLIN};
     int count;
 
     if (in_burst) { /* called for the request that the loop below has taken */
@@ -95,14 +174,9 @@ void take_more(void)
     }
     if (session == NULL)
         return;
-    device.fd = fuse_session_fd(session);
     in_burst = 1;
-    for (count = 0; count < MAX_REQUESTS; count++) {
-        /* If an error prevents taking a request, pyfuse3's loop meets the same error, and handles it. */
-        if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
-            break;
-        if (receive(session, &buffer) <= 0)
-            break;
+    /* If an error prevents taking a request, pyfuse3's loop meets the same error, and handles it. */
+    for (count = 0; receive_next(count) > 0; count++) {
         answered = 0;
         taken++;
         fuse_session_process_buf(session, &buffer);
@@ -121,4 +195,36 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused)
     (void)unused;
     taken = 0;
     return PyLong_FromUnsignedLong(count);
+}
+
+PyObject *permit_polling(PyObject *module, PyObject *args)
+{
+    double each, all;
+    PyObject *function;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "ddO", &each, &all, &function))
+        return NULL;
+    poll_nanoseconds = (int64_t)(each * 1e9);
+    poll_budget = (int64_t)(all * 1e9);
+    Py_XSETREF(has_finished, Py_NewRef(function));
+    Py_RETURN_NONE;
+}
+
+PyObject *forbid_polling(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    poll_budget = 0;
+    Py_RETURN_NONE;
+}
+
+PyObject *take_polled_seconds(PyObject *module, PyObject *unused)
+{
+    double seconds = (double)polled_nanoseconds * 1e-9;
+
+    (void)module;
+    (void)unused;
+    polled_nanoseconds = 0;
+    return PyFloat_FromDouble(seconds);
 }

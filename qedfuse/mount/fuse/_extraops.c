@@ -388,6 +388,12 @@ static PyMethodDef module_methods[] = {
      "Make reads of the session's device non-blocking; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
+    {"permit_polling", permit_polling, METH_VARARGS,
+     "Let bursts poll for requests: the maximum seconds for one request, the maximum seconds in all, "
+     "and a function that returns whether a call on a host file has finished, which ends polling."},
+    {"forbid_polling", forbid_polling, METH_NOARGS, "Let bursts poll no more."},
+    {"take_polled_seconds", take_polled_seconds, METH_NOARGS,
+     "Return how many seconds the last burst has polled in vain; 0.0 if that was returned before."},
     {"open_read_queue", open_read_queue, METH_VARARGS,
      "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"
      "The first argument is called with each read that has failed: request, handle, offset, size.\n"

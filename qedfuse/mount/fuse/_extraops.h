@@ -34,12 +34,22 @@ void begin_bursts(void *session);
 /* Takes no more requests, and frees the memory (_burst.c). */
 void end_bursts(void);
 
-/* Takes the requests that the kernel has, up to a limit.  The caller must hold the GIL, and must
- * have answered the request that is being handled, or must have made its Request (_burst.c). */
+/* Takes the requests that the kernel has or, while polling is permitted, will soon have, up to a limit.
+ * The caller must hold the GIL, and must have answered the request that is being handled, or must have
+ * made its Request (_burst.c). */
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
 PyObject *take_burst_count(PyObject *module, PyObject *unused);
+
+/* Permits bursts to poll for requests (_burst.c). */
+PyObject *permit_polling(PyObject *module, PyObject *args);
+
+/* Lets bursts end where they would have to poll (_burst.c). */
+PyObject *forbid_polling(PyObject *module, PyObject *unused);
+
+/* Returns how many seconds the last burst has polled in vain, each time once (_burst.c). */
+PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file.  For shorter
  * ones a copy costs less.  The reply must fit into a pipe, whose size the kernel limits to 1 MiB

@@ -162,13 +162,36 @@ def close_read_queue() -> None:
     _loaded().close_read_queue()
 
 
+def permit_polling(
+    each_seconds: float, all_seconds: float, has_finished: Callable[[], bool]
+) -> None:
+    """Let the extension poll for the next request after it has answered one (`_burst.c`).
+
+    Without the extension nothing is done.
+
+    Args:
+        each_seconds: Maximum time to poll for one request.
+        all_seconds: Time after which the extension polls no more until this function is called
+            again.
+        has_finished: Returns whether a call on a host file has finished.  If the result is True,
+            the extension polls no more until this function is called again.
+    """
+    if _extension is not None:
+        _extension.permit_polling(each_seconds, all_seconds, has_finished)
+
+
 def _zero() -> int:
     """Return 0: an extension that is not loaded has read no request and queued no read."""
     return 0
 
 
+def _no_seconds() -> float:
+    """Return 0.0, because without the extension only the scheduler polls."""
+    return 0.0
+
+
 def _do_nothing() -> None:
-    """Do nothing, because without the extension there are no queued reads."""
+    """Do nothing, because without the extension there are no queued reads, and nothing polls."""
 
 
 take_burst_count: Final[Callable[[], int]] = (
@@ -178,6 +201,18 @@ take_burst_count: Final[Callable[[], int]] = (
 
 After pyfuse3 has read a request, the extension reads a few more if the kernel has more
 (`_burst.c`)."""
+
+forbid_polling: Final[Callable[[], None]] = (
+    _do_nothing if _extension is None else _extension.forbid_polling
+)
+"""Ends what `permit_polling` permits."""
+
+take_polled_seconds: Final[Callable[[], float]] = (
+    _no_seconds if _extension is None else _extension.take_polled_seconds
+)
+"""Returns how many seconds the extension has polled for the request that has not come yet.
+
+A second call returns 0, until the extension has polled in vain again."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""

@@ -14,6 +14,11 @@ microseconds, if the last waits were so short that such polling would have found
 (`AdaptivePoll`).  If the kernel still has no request, the event loop sleeps, so an idle server uses
 no processor time.
 
+After a request the extension itself polls for the next one (`_burst.c`), because a program with
+one request in flight sends the next request sooner than the event loop gets here.  The extension
+may do so only after all other tasks have run and while polling pays off, and for
+`EXTENSION_POLL_SECONDS` in all until the other tasks run again.
+
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
 other work, the other tasks run after only `MAX_BURST_BESIDE_OTHERS` requests in a row, and the
@@ -50,7 +55,14 @@ import pyfuse3
 import trio
 
 from qedfuse.hostio.hostcalls import host_calls
-from qedfuse.mount.fuse.extraops import end_queued_reads, queued_reads, take_burst_count
+from qedfuse.mount.fuse.extraops import (
+    end_queued_reads,
+    forbid_polling,
+    permit_polling,
+    queued_reads,
+    take_burst_count,
+    take_polled_seconds,
+)
 from qedfuse.mount.fuse.unfairlock import UnfairLock
 from qedfuse.util.adaptivepoll import AdaptivePoll
 from qedfuse.util.loopload import loop_load
@@ -76,6 +88,9 @@ MAX_BURST_BESIDE_READS: Final = 16
 """While reads are in the queue of the kernel, the descriptor is polled before other tasks run, but
 only until this number of requests in a row has been taken.  After that, all other tasks run as soon
 as the kernel has no request."""
+
+EXTENSION_POLL_SECONDS: Final = 500e-6
+"""Maximum time for which the extension polls in all between two runs of the other tasks."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -151,19 +166,11 @@ class Scheduler:
         if fd != self._fd:
             self._fd = fd
             self._poller.register(fd, select.POLLIN)
-        statistics = self.statistics
         if self._poller.poll(0):
-            statistics.ready += self._count_taken()
-            if self._calls.has_finished():
-                # The tasks that wait for the finished calls become runnable.  They run when this
-                # task waits, at the latest after `MAX_BURST_BESIDE_OTHERS` requests in a row,
-                # because `_is_loop_needed` returns True until they have run.
-                self._calls.deliver()
-            end_queued_reads()
-            if self._burst >= (MAX_BURST_BESIDE_OTHERS if self._is_loop_needed() else MAX_BURST):
-                await self._run_other_tasks()
+            await self._take_ready()
             return
-        since = self._clock()
+        statistics = self.statistics
+        since = self._clock() - take_polled_seconds()
         if self._poll_beside_reads(since):
             statistics.polled += self._count_taken()
             self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
@@ -176,12 +183,29 @@ class Scheduler:
             while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:
+                self._permit_polling()
                 statistics.polled += 1
                 self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
                 return
         if self._closing:
             raise trio.ClosedResourceError
         await self._sleep(fd, since)
+
+    async def _take_ready(self) -> None:
+        """Count a request that the kernel has; let other tasks run after a number of requests."""
+        self.statistics.ready += self._count_taken()
+        if self._calls.has_finished():
+            # The tasks that wait for the finished calls become runnable.  They run when this task
+            # waits, at the latest after `MAX_BURST_BESIDE_OTHERS` requests in a row, because
+            # `_is_loop_needed` returns True until they have run.
+            self._calls.deliver()
+        end_queued_reads()
+        is_loop_needed = self._is_loop_needed()
+        if is_loop_needed:
+            forbid_polling()
+        if self._burst >= (MAX_BURST_BESIDE_OTHERS if is_loop_needed else MAX_BURST):
+            await self._run_other_tasks()
+            self._permit_polling()
 
     async def _sleep(self, fd: int, since: float) -> None:
         """Let the event loop sleep until a request arrives.
@@ -198,6 +222,19 @@ class Scheduler:
         await trio.lowlevel.wait_readable(fd)
         if is_loop_free:
             self._adaptive_poll.record(self._clock() - since, slept=True)
+        self._permit_polling()
+
+    def _permit_polling(self) -> None:
+        """Let the extension poll, if polling pays off and the event loop is not needed.
+
+        All other tasks must have run since the last request.
+        """
+        if self._adaptive_poll.seconds and not self._is_loop_needed():
+            permit_polling(
+                self._adaptive_poll.seconds, EXTENSION_POLL_SECONDS, self._calls.has_finished
+            )
+        else:
+            forbid_polling()
 
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
