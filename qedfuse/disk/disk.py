@@ -115,7 +115,8 @@ class Disk(GuestChanges):
             progress: Called with the number of bytes that have been moved, and with the number
                 that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound
-                (`Geometry.bound`).  If so, some clusters may stay free.
+                (`Geometry.bound`).  If so, some tables may be unable to move, and then free
+                clusters stay in the file.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -126,7 +127,7 @@ class Disk(GuestChanges):
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def autocompact(self) -> None:
-        """Compact now as the options demand for the close.
+        """Compact the image now as far as the options demand a compaction at the close.
 
         A command calls this method if it reports the final length of the file while the disk is
         still open.  The file may become longer than its bound for a moment: the bound protects
@@ -197,8 +198,8 @@ class Disk(GuestChanges):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old
                 size, and a part of the range to be removed may read as zeros.
-            HostError: The host refused; the disk has its old size, and a part of the range to be
-                removed may read as zeros, or it has the new size.
+            HostError: The host refused.  Either the disk has its new size, or it has its old size
+                and a part of the range to be removed may read as zeros.
         """
         self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")

@@ -65,7 +65,7 @@ class GuestChanges(GuestReads):
 
         Returns False also if ``data`` is empty, ends past the end of the disk, or needs entries
         of two slices of a table.  Returns False also if the state or the options of the disk
-        require `write`, as `OpenOptions.detect_zeroes` does.
+        require `write`, for example if `OpenOptions.detect_zeroes` is not ``off``.
         After False a part may have been written, so the caller must pass all of ``data`` to
         `write`.
         """
@@ -113,8 +113,9 @@ class GuestChanges(GuestReads):
         If `OpenOptions.discard` is True, clusters that lie wholly in the range are deallocated.
         The last cluster of the disk counts as such a cluster if the range covers all its bytes
         up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
-        zeros are written over them.  With either value, unallocated clusters where the base has
-        data become zero clusters.
+        zeros are written over them.  With either value, unallocated clusters that lie wholly in
+        the range become zero clusters where the base has data.  Of clusters that lie only partly
+        in the range, the part in the range is zeroed by a write if it may hold data.
 
         Raises:
             BackingError: The disk was opened without its base.

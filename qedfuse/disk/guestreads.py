@@ -80,7 +80,8 @@ class GuestReads:
 
         False after several reads in a row whose data was not there, until later reads find their
         data there again (`ReadPolicy`).  Always False if the host's file system does not support
-        such an attempt.
+        such an attempt.  Always True if the image's file has no `ReadPolicy`, for example because
+        it is on a server.
         """
         policy = self._file.read_policy
         return policy is None or policy.is_inline

@@ -41,8 +41,9 @@ async def open_disk(
     """Open an image and its chain; close both cleanly at the end of the ``async with`` block.
 
     Args:
-        path: The QED image, or its URL.  An image in another format of QEMU can only be opened for
-            reading.  An export of an NBD server may also be raw, a local file may not.
+        path: The path or URL of the image.  A QED image can be opened for reading and, if it is a
+            local file, for writing.  A local image in another format of QEMU, except raw, can be
+            opened for reading, and so can a raw disk that is an export of an NBD server.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to
@@ -78,8 +79,9 @@ async def open_disk_in(
     """Open the image in an open file, and its chain, as `open_disk` does.
 
     Args:
-        file: The open file, locked and writable as ``options`` say.  The end of the block closes
-            it; if an error is raised before the block, it may still be open.
+        file: The open file, locked and writable as ``options`` say.  The file is closed at the end
+            of the block.  If an error is raised before the block begins, the file may still be
+            open, and the caller must close it.
         path: The path or URL of the file.
         options: How to open the image.
         inspector: See `open_disk`.
@@ -159,9 +161,9 @@ async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) 
     """Call the inspector if the tables of an image must not be trusted for writing.
 
     The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
-    multiple of the cluster size.  The second case matters because `FileLength.grow` would later cut
-    off the partial cluster at the end, and with it data, if a table entry refers to it.  Otherwise
-    this function does nothing.
+    multiple of the cluster size.  In the second case `FileLength.grow` would later cut off the
+    partial cluster at the end of the file, and data would be lost if a table entry refers to this
+    cluster.  If the tables may be trusted, this function does nothing.
 
     Raises:
         NeedsCheckError: The tables must not be trusted, and there is no inspector.

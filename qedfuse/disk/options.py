@@ -32,8 +32,8 @@ class BackingPolicy:
         format: The format of every base, with the name that QEMU has for it; None to decide for
             each base by the header of the image that names it and by the magic of the base.
         foreign: ``qemu`` allows images to name bases in formats other than QED and raw, which
-            QEMU then serves; ``off`` forbids it.  A base that the user has named, or whose format
-            the user has given, may have any of these formats in both cases.
+            QEMU then serves; ``off`` forbids such names.  With either value, a base that the user
+            has named, or whose format the user has given, may have any of these formats.
         trusted: A path or URL that is allowed as the first base because the user has named it;
             None if there is none.  Ignored if the mode is ``none``.
         base_changed: Whether to accept a base of another version than the one that the image
@@ -66,7 +66,8 @@ class OpenOptions:
         backing: Which backing files may be used.
         remote: How URLs are read, and which URLs backing files may be.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
-            Only tables whose changes are not in the file yet may exceed the maximum.
+            Parts of tables that are in use, or whose changes are not in the file yet, stay in
+            memory even if they exceed the maximum.
         commit_seconds: Seconds from a change until a background flush begins, which makes
             the change durable.
         needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is
@@ -79,9 +80,10 @@ class OpenOptions:
             closed: whenever possible (``on``), never (``off``), or whenever possible if the image
             had one when it was opened (``keep``).
         compact: Whether the highest clusters move into free ones when the image is closed:
-            as far as the two limits allow (``auto``), until the file is as short as possible
-            (``full``), or not at all (``off``).  ``auto`` moves nothing if the tables did not
-            change, if the image keeps a list of its free clusters, or if ``discard`` is False.
+            as far as ``compact_bytes`` and ``compact_seconds`` allow (``auto``), until the file is
+            as short as possible (``full``), or not at all (``off``).  ``auto`` moves nothing if
+            the tables did not change, if the image keeps a list of its free clusters, or if
+            ``discard`` is False.
         compact_bytes: Maximum number of bytes that ``auto`` moves.
         compact_seconds: Approximate maximum time that ``auto`` takes, in seconds.  Clusters that
             were moved within this time stay moved.

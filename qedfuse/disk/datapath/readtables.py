@@ -1,8 +1,8 @@
 """The objects of a disk that the mount's extension uses to answer reads itself.
 
 ``_cachedread.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
-call of Python code.  So it refers to the same tables, which are never replaced by other objects
-while the disk is open.
+call of Python code.  So the extension keeps references to the objects that `FastPath` uses.  While
+the disk is open, these objects change, but are never replaced by others.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class TableWriter:
         self._creating = trio.Lock()
 
     def is_within_budget(self) -> bool:
-        """Return whether the dirty slices fit in the budget, so `limit_dirty` would not wait."""
+        """Return whether the dirty slices fit in the budget; if so, `limit_dirty` does nothing."""
         return self._layer.tables.dirty_bytes <= self._dirty_budget
 
     async def limit_dirty(self) -> None:
@@ -116,7 +116,7 @@ class TableWriter:
             level: `L1` or `L2`.
 
         Raises:
-            HostError: The slice cannot be read, or the host is full.
+            HostError: The slice cannot be read, or the host refused to reserve the space.
         """
         tables = self._layer.tables
         slice_ = await tables.load(table, index, level)
@@ -133,7 +133,8 @@ class TableWriter:
             run: The clusters; the table must have an entry for each of them.
 
         Raises:
-            HostError: A slice cannot be read, or the host is full; no entry has changed.
+            HostError: A slice cannot be read, or the host refused to reserve space for a slice.
+                No entry has changed.
         """
         geometry = self._layer.geometry
         tables = self._layer.tables

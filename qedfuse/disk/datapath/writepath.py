@@ -104,7 +104,7 @@ class WritePath:
             await self._write_to_new(extent.start, extent.end, segment)
 
     async def _overwrite(self, extent: Extent, data: memoryview) -> None:
-        """Overwrite an extent of data in place; raise CorruptImageError for a bad one."""
+        """Overwrite an extent of data in place; raise CorruptImageError for a bad extent."""
         if extent.kind is Kind.BAD:
             raise CorruptImageError(extent.reason)
         await self._layer.file.pwrite(extent.file_offset, data)
@@ -154,7 +154,7 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        Only the data is written if `AppendFill` permits to leave a hole around it.
+        If `AppendFill` permits a hole around the data, only the data is written.
 
         Args:
             kind: The kind of the guest clusters before the write: unallocated or zero.
@@ -215,6 +215,8 @@ class WritePath:
                 if extent.kind is not Kind.DATA:
                     await self._write_to_new(extent.start, extent.end, memoryview(b""))
                     await pace.step()
+            # The host space of all clusters is reserved, so look up the new clusters, too.  The
+            # epoch keeps the clusters from being reused before their space is reserved.
             epoch = self._epochs.enter()
             try:
                 for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):

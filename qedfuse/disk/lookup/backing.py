@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 async def read_backing_name(file: HostFile, header: Header) -> str:
-    """Return the name of the backing file that an image stores; see `backing_path`.
+    """Return the name that an image stores for its backing file; see `backing_path`.
 
     The caller must ensure that the header says that there is a backing file.
 
@@ -74,8 +74,9 @@ async def open_bases(
 ) -> list[Layer]:
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
-    The list is empty if the image has no base.  Each image of the chain is compared with the
-    versions that it remembers (`verify_bases`), except the first image if ``name`` is given.
+    The list is empty if the image has no base.  For each image of the chain, the bases below it
+    are compared with the versions that the image remembers (`verify_bases`).  If ``name`` is given,
+    the versions that the first image remembers are ignored.
 
     Args:
         path: Path of the image.
@@ -207,9 +208,9 @@ async def open_base(
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
             is ``none``; None for no such path.
-        images: The images above the backing file; see `verify_bases`.  If they remember a
-            version of a URL other than the server's, and the cache has all of the remembered
-            version, that one is read from the cache.
+        images: The images above the backing file; see `verify_bases`.  If the backing file is on a
+            server, the images remember a version that the server no longer has, and the cache has
+            all of that version, then the file is read from the cache.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def checked_name(raw: bytes, image: str) -> str:
-    """Return the name of a backing file that an image stores, as a string.
+    """Return the name that an image stores for its backing file, as a string.
 
     Args:
-        raw: The bytes in the image.
+        raw: The name as bytes, as stored in the image.
         image: Name of the image in messages.
 
     Raises:

@@ -21,9 +21,9 @@ class FileVersion(NamedTuple):
     Attributes:
         size: Length in bytes.
         validator: A text that differs between versions of equal size.  For a file on a server it is
-            the validator that the server gives, or empty; two versions are the same only if both
-            have the same validator, or none.  For a local file it has the time of modification in
-            nanoseconds and the inode number, both in hexadecimal digits.
+            the validator that the server gives; empty if the server gives none.  For a local file
+            it has the time of modification in nanoseconds and the inode number, both in hexadecimal
+            digits.
     """
 
     size: int

@@ -33,7 +33,9 @@ def foreign_driver(start: bytes | bytearray) -> str | None:
 
 
 async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> HostFile:
-    """Return the disk of an image in a format of QEMU; the caller closes it.
+    """Open an image in a format of QEMU; return the disk that QEMU serves.
+
+    The caller must close the disk.
 
     Args:
         file: The open file of the image; it is closed with the disk, and after an error.
@@ -73,7 +75,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
 async def foreign_disk(
     file: HostFile, driver: str, options: OpenOptions
 ) -> AsyncIterator[HostFile]:
-    """Yield the disk of an image that the user has named; close it at the end of the block.
+    """Yield the disk of an image that the user has named; close the disk at the end of the block.
 
     See `open_foreign`.
     """
@@ -110,7 +112,7 @@ def refuse_foreign(layer: Layer) -> None:
     """Refuse to change an image in another format.
 
     Raises:
-        UsageError: QEMU serves the layer, and only for reading.
+        UsageError: QEMU serves the layer, which can only be read.
     """
     driver = driver_of(layer.file)
     if driver is not None:

@@ -35,8 +35,10 @@ async def open_image(
         writable: Whether to open the file for writing as well.
 
     Raises:
-        UsageError: A URL is not valid, or ``writable`` is set for one.
-        HostError: The file cannot be opened or locked, or the server does not serve the object.
+        UsageError: A URL is not valid, the options do not permit it, or ``writable`` is set for a
+            URL.
+        HostError: The file cannot be opened or locked, the server does not serve the object, or
+            the cache cannot be used.
         ImageError: The file is not a regular file.
         ImageInUseError: Another program holds a lock that excludes this one.
     """

@@ -177,9 +177,9 @@ class QedLayer:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
         Returns None if the slice is not in memory.  If ``number`` is not in `slice_keys`, the L1
-        table is looked up: then the result is None, too, if the slice of the L1 table that is
-        needed is not in memory or has a bad entry.  Returns `TableCache.empty_slice` if there is no
-        L2 table.
+        entry decides where the slice lies.  Then the result is None also if the slice of the L1
+        table with this entry is not in memory, or has any bad entry.  Returns
+        `TableCache.empty_slice` if the L2 table does not exist.
         """
         key = self.slice_keys.get(number)
         if key is None:
@@ -202,8 +202,8 @@ class QedLayer:
     def next_table_if_known(self, l1_index: int) -> int | None:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not 0.
 
-        Returns an index past the disk's last L1 entry if all are 0.  Returns None if the search
-        reaches a part of the L1 table that is not in memory.
+        Returns an index past the disk's last L1 entry if there is no such entry.  Returns None if
+        the search reaches a part of the L1 table that is not in memory.
         """
         index = self.skip_missing_tables(l1_index)
         is_found = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
@@ -214,8 +214,8 @@ class QedLayer:
     def skip_missing_tables(self, l1_index: int) -> int:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not known to be 0.
 
-        This entry has another value, or is not in memory.  Returns an index past the disk's last
-        L1 entry if all are 0.
+        The entry at the returned index is not 0, or is not in memory.  Returns an index past the
+        disk's last L1 entry if all entries up to it are 0.
         """
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:

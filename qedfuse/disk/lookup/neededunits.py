@@ -29,7 +29,7 @@ class NeededUnits:
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Start with no needed unit of the file of ``layer``, to which no program writes."""
+        """Start with no needed unit of the file of ``layer``; no program may write to the file."""
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))

@@ -215,11 +215,12 @@ class NewRecord:
                 self._is_stored = set_attribute(fd, self._versions.encode(self._name))
 
     def finish(self, path: str) -> None:
-        """Store the record of the image, which now has its name, in a file if that is necessary.
+        """Store the record if `store` has not stored it; the image must have its final name now.
 
         If the host refuses to store the record, this is logged.  If there are no versions to store,
-        a record file that an earlier image of this name has left behind is removed; if the host
-        refuses that, nothing is logged, because such a record is not used for another image.
+        a record file that an earlier image of this name has left behind is removed.  If the host
+        refuses to remove the file, nothing is logged, because its record is not used for an image
+        other than the earlier one.
         """
         if self._is_stored:
             return

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Maximum number of clusters in use past the target of one pass of `Compaction._shorten`.  Their
-owners are found together, which takes up to 32 MiB of memory."""
+"""Maximum number of clusters in use past the target of one pass of `Compaction._shorten`.  The
+table entries that refer to them are found together, which takes up to 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
 """Maximum number of L2 tables in an image that is compacted; with clusters and tables of the
@@ -154,8 +154,8 @@ class Compaction:
     ) -> None:
         """Move the highest clusters, until no cluster is free or a pass has moved none.
 
-        Each pass of the loop has a target past which at most `_MAX_MOVES_PER_PASS` clusters
-        are in use, and no more than ``limits`` still allow to move.
+        Each pass of the loop has a target.  At most `_MAX_MOVES_PER_PASS` clusters are in use past
+        the target, and not more than may still be moved within ``limits``.
         """
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))

@@ -93,13 +93,14 @@ class DataCompaction:
         Args:
             first: The lowest cluster that moves.
             counter: Counts the moves.
-            last: None to move the data clusters up to the end of the file to the lowest free
-                clusters; a cluster stays if no lower one is free.  Otherwise only clusters
-                before ``last`` move, to free clusters at or past ``last``.
+            last: If None, the data clusters from ``first`` to the end of the file move to the
+                lowest free clusters, and a cluster stays if no lower one is free.  If not None,
+                only the data clusters before the cluster ``last`` move, to free clusters at or past
+                ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
-                been found for each used cluster from ``first`` on.  If so, no table should lie
-                there: no L2 entry refers to the clusters of a table, so the reading would not find
-                the expected number of entries, and would go on to the last table.
+                been found for each used cluster from ``first`` on.  If so, no table should lie at
+                or past ``first``: no L2 entry refers to the clusters of a table, so the reading
+                would not find the expected number of entries, and would go on to the last table.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a

@@ -12,8 +12,8 @@ as zeros where it held data.  The user has asked to lose that data, and the imag
 If step 2 came first, a crash could leave entries past the end of the disk.  A program that
 later grew the disk without looking for such entries would show the old data there.  Tables
 are removed only after step 2, because they hold the zero clusters that hide the base.  If
-they were removed before, a crash could leave an overlay of the old size that shows its base's
-data in the range to be cut off.
+they were removed before step 2, a crash could leave an overlay of the old size that shows its
+base's data in the range to be cut off.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class DiskShrinking:
 
         Args:
             size: The new size in bytes.
-            progress: Called with how much work is done and how much there is, in any unit.
+            progress: Called with the work done so far and all the work, in the same unit, which
+                has no meaning for the caller.
 
         Raises:
             CorruptImageError: A table entry for the range to be cut off is bad; the disk has
@@ -148,7 +149,7 @@ class DiskShrinking:
         table past the end of the disk stays if it refers to data or has a bad entry.
 
         Args:
-            progress: Called with how much work is done and how much there is, in any unit.
+            progress: As for `shrink`.
 
         Raises:
             CorruptImageError: A table entry is bad; a part of the disk may be unallocated.

@@ -87,6 +87,7 @@ class TableCompaction:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
                 cluster has two owners.
             HostError: The host refused.  Tables that have been moved stay moved.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         target = self._data.target(pass_moves)
         if max_moves is not None and target > self._data.target():

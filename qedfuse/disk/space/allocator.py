@@ -1,8 +1,8 @@
 """Placement: which clusters of the file are free, and which are handed out next.
 
 Free clusters are handed out before the file grows, but data must leave some of them for tables.
-The file never needs to be longer than its *bound*: header, L1 table, as many L2 tables as the
-size of the disk requires, and one cluster for each cluster of the disk.
+The file never needs to be longer than its *bound*: the length of the header, the L1 table, as
+many L2 tables as the size of the disk requires, and one cluster for each cluster of the disk.
 
 It is not enough that data leaves as many free clusters as the missing tables need, because a table
 needs neighbouring clusters.  A guest could leave only single free clusters.  Then a new table goes

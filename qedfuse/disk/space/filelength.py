@@ -33,7 +33,7 @@ length, the file grows to the needed length only.
 MAX_GROWTH_BYTES: Final = 1 << 24
 """Maximum growth step, in bytes.
 
-The bytes of a step take up no space on the host before they are written to.
+On most file systems the bytes of a step take up no space before they are written to.
 """
 _GROWTH_DIVISOR: Final = 16
 """The growth step is the needed length divided by this number, but within the two limits above."""
@@ -136,8 +136,8 @@ class FileLength:
 
         The file reads as zeros where it grows again later.  No datasync is needed after the
         cut.  If a crash loses the cut, clusters past the allocator's end keep their old bytes.
-        But no entry in the file refers to such a cluster: a datasync precedes the write of the
-        entry, and makes the cut durable, too.
+        But then no entry in the file refers to such a cluster: an entry for it is written only
+        after a datasync, which makes the cut durable, too.
 
         Raises:
             HostError: The host refused; the length is unchanged, and a later call tries again.

@@ -96,11 +96,11 @@ class Marking:
     def record_drop(self, first: int, count: int, dropped_by: int) -> None:
         """Record that a run of clusters lost its references; does nothing unless active.
 
-        ``dropped_by`` is the file offset of the slice that held the references.  If the walk
-        has not marked that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead.  A cluster that was marked already has two owners, and
-        counts as a duplicate.  A cluster that had already lost another reference since `begin`
-        also counts as a duplicate.
+        ``dropped_by`` is the file offset of the slice that held the references.  If the scan
+        has not marked the clusters of that slice yet, it will not find the dropped references in
+        the slice.  So this method marks the clusters instead.  A cluster that was marked already
+        has two owners, and counts as a duplicate.  A cluster that had already lost another
+        reference since `begin` also counts as a duplicate.
         """
         if not self.active:
             return

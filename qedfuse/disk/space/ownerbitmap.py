@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 MAX_BITMAP_CLUSTERS: Final = 1 << 31
 """Maximum number of clusters of a file that gets a bitmap.
 
-The bitmap of such a file takes up to 256 MiB.  With clusters of 64 KiB the file may have 128 TiB.
+The bitmap of such a file takes up to 256 MiB.  With clusters of 64 KiB the file can be 128 TiB
+long.
 """
 
 MAX_LISTED_CLUSTERS: Final = 1 << 24

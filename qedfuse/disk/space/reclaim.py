@@ -170,9 +170,10 @@ class Reclaim:
     def distrust_below(self, end: int) -> None:
         """Never free the clusters below the file offset ``end`` when they lose their reference.
 
-        The scan calls this method for a damaged image, in which a second entry may refer to the
-        same cluster.  Clusters below ``end`` still leave the quarantine, but are neither used
-        again nor returned to the host.
+        The scan calls this method for a damaged image, in which two entries may refer to one
+        cluster.  When one of the entries is dropped, the cluster must stay unchanged for the other.
+        So clusters below ``end`` still leave the quarantine, but are neither used again nor
+        returned to the host.
         """
         self._untrusted_end = end
 
@@ -208,7 +209,7 @@ class Reclaim:
             ReadOnlyError: Space could be returned to the host, but the disk has become read-only.
         """
         # Until the scan has ended, a cluster that lost one reference could have a second one, so
-        # no cluster must be freed.
+        # clusters must not be freed.
         if not self._allocator.scan_complete:
             return
         async with self._lock:

@@ -13,8 +13,8 @@ header lies, and is made durable while the header still points to the old name. 
 header is written, which points to the new name.  There are three adjacent slots for names,
 and each can hold the longest name.  An old name can touch at most two slots, so one slot is
 always unused.  The slots end where the descriptor of a free list begins: at the last sector of the
-first 4 KiB of the file.  No cluster is smaller, so the first cluster has space for the header, the
-slots and the descriptor.
+first 4 KiB of the file.  No cluster is smaller than 4 KiB, so the first cluster has space for the
+header, the slots and the descriptor.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ async def change_backing_name(
             the host refused the new header or its datasync, the file may have the new header, so
             the old header is written again.  If this second write fails as well, or the power
             fails before the next datasync, the image may name the new base.
+        ReadOnlyError: The disk has become read-only during the call.
     """
     # The caller has written the content that the image needs with its new base.  This content
     # must be durable before the header names the new base.

@@ -85,7 +85,8 @@ class HeaderStore:
             True if `value` is the new header now, False if ``only_if`` returned False.
 
         Raises:
-            HostError: The host refused the write or the barrier; `value` is the old header.
+            HostError: The host refused to read the bytes behind the header, or refused the write or
+                the barrier.  `value` is the old header.
         """
         async with self._lock:
             if not only_if():
