@@ -141,7 +141,7 @@ class Disk(GuestChanges):
 
     @property
     def uses_server(self) -> bool:
-        """Whether a server has the image or a base."""
+        """Whether the image or a base is on a server, or is served by qemu-nbd."""
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:

@@ -70,10 +70,10 @@ class Watch:
         parts = disk._components
         for name, owner, attribute in (
             ("DiskSize.lock", parts.disk_size, "lock"),
-            ("Scan._running", parts.scan, "_running"),
-            ("TableWriter._creating", parts.table_writer, "_creating"),
+            ("Scan._lock", parts.scan, "_lock"),
+            ("TableWriter._lock", parts.table_writer, "_lock"),
             ("Reclaim._lock", parts.reclaim, "_lock"),
-            ("FirstWriteGuard._first", parts.first_write_guard, "_first"),
+            ("FirstWriteGuard._lock", parts.first_write_guard, "_lock"),
             ("FileLength.lock", parts.length, "lock"),
             ("HeaderStore._lock", parts.header_store, "_lock"),
         ):
@@ -167,8 +167,8 @@ async def test_the_order_is_that_of_the_page() -> None:
     wrong = [edge for edge in edges if order.index(edge[0]) >= order.index(edge[1])]
     assert not wrong
     # The less obvious ones are there.
-    assert ("WritePath.allocating", "Scan._running") in edges
-    assert ("Reclaim._lock", "FirstWriteGuard._first") in edges
+    assert ("WritePath.allocating", "Scan._lock") in edges
+    assert ("Reclaim._lock", "FirstWriteGuard._lock") in edges
     assert ("DiskSize.lock", "HeaderStore._lock") in edges
 
 

@@ -47,7 +47,7 @@ class TableWriter:
         self._writeback = writeback
         self._flusher = flusher
         self._dirty_budget = dirty_budget
-        self._creating = trio.Lock()
+        self._lock = trio.Lock()
 
     def is_within_budget(self) -> bool:
         """Return whether the dirty slices fit in the budget; if so, `limit_dirty` does nothing."""
@@ -83,7 +83,7 @@ class TableWriter:
             raise CorruptImageError(reason)
         if table:
             return table
-        async with self._creating:
+        async with self._lock:
             table, _ = await layer.table_at(l1_index)
             if table:
                 return table

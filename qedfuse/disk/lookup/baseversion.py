@@ -38,8 +38,9 @@ class BaseVersions(NamedTuple):
     """The versions of the bases of an image.
 
     Attributes:
-        local: The first base, if it is a local file; otherwise None.
-        remote: The bases on servers; the keys are the checksums of their URLs (`url_checksum`).
+        local: The version of the first base if it is a local file; None if it is not.
+        remote: The versions of the bases on servers; the keys are the checksums of the bases' URLs
+            (`url_checksum`).
     """
 
     local: FileVersion | None

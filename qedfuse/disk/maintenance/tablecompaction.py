@@ -147,10 +147,11 @@ class TableCompaction:
         # In the worst case the file grows by all data clusters that are in the way, and by a
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
-        # Every table may have to move, and as many data clusters may have to give way.  A table
-        # that overlaps a slot moves twice, which costs ``size`` moves more.  But the table's own
-        # clusters hold no data that has to give way, which saves as many moves.  Only a table
-        # that reaches past the last slot saves fewer, so ``size`` is added once.
+        # In the worst case every table moves, and every cluster of the slots holds data that has
+        # to give way.  A table that overlaps a slot moves twice, which costs ``size`` moves more.
+        # But the table's own clusters in the slots hold no data that has to give way, which saves
+        # as many moves.  Only a table that reaches past the last slot saves fewer, so ``size`` is
+        # added once.
         moves = 2 * (last - first) + size
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:

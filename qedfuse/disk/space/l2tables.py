@@ -1,4 +1,4 @@
-"""Operations on all L2 tables of an image: find those that hold data, and claim their clusters.
+"""Operations on many L2 tables: find those that hold data, and mark clusters of tables as owned.
 
 An L1 table can be 1 GiB long and point to 134 million tables, all of them holes of a sparse
 file.  So these functions process arrays of tables instead of single tables, and let other

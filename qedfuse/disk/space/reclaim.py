@@ -85,7 +85,7 @@ class Reclaim:
         self._lock = trio.Lock()
         self._bits = allocator.cluster_bits
         self._host_refused = False
-        self._punching = True
+        self._punching_allowed = True
         self._untrusted_end = 0
         self.freed_clusters = 0
         self.punching_clusters = 0
@@ -156,16 +156,16 @@ class Reclaim:
     @property
     def _can_punch(self) -> bool:
         """Whether the host can punch holes, and punching is not suspended."""
-        return self._punching and self._file.can_punch
+        return self._punching_allowed and self._file.can_punch
 
     @contextmanager
     def punching_suspended(self) -> Iterator[None]:
         """Let `run` punch nothing inside the ``with`` block.  The block must not be nested."""
-        self._punching = False
+        self._punching_allowed = False
         try:
             yield
         finally:
-            self._punching = True
+            self._punching_allowed = True
 
     def distrust_below(self, end: int) -> None:
         """Never free the clusters below the file offset ``end`` when they lose their reference.

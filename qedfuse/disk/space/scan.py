@@ -1,4 +1,4 @@
-"""Finding the free clusters of a file: those that no table refers to.
+"""Finding the free clusters of a file: those to which neither a table nor the header refers.
 
 After an image was opened for writing, the scan walks once over all its L2 tables, in the
 background.  It finds the clusters that were free when the image was last closed, and those
@@ -99,7 +99,7 @@ class Scan:
         self._end_at_begin = 0
         self._has_bad_entries = False
         self._scanned_tables = self._loaded_slices = 0
-        self._running = trio.Lock()
+        self._lock = trio.Lock()
         self._due = trio.Event()
         self._due.set()
         self._listed = self._list_clusters = allocator.free.empty_like()
@@ -141,7 +141,8 @@ class Scan:
         elif self.is_postponed:
             state = "postponed"
         else:
-            state = "running" if self._running.locked() else "waiting"
+            # `run` holds the lock until the scan has ended.
+            state = "running" if self._lock.locked() else "waiting"
         return ScanStatistics(state, len(self._tables), self._scanned_tables, self._loaded_slices)
 
     async def before_table_change(self) -> None:
@@ -168,7 +169,7 @@ class Scan:
         starts it again from the first table.
         """
         self._due.set()
-        async with self._running:
+        async with self._lock:
             if not self.finished.is_set():
                 await self._run()
 

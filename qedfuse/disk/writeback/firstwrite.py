@@ -48,7 +48,7 @@ class FirstWriteGuard:
         self._header_store = header_store
         self._writeback = writeback
         self._hooks = hooks
-        self._first = trio.Lock()
+        self._lock = trio.Lock()
         self.prepared = not (header_store.value.stale_autoclear or header_store.value.free_list)
 
     async def prepare_write(self) -> None:
@@ -64,7 +64,7 @@ class FirstWriteGuard:
             msg = f"{self._file.name}: read-only: {why}"
             raise ReadOnlyError(msg)
         if not self.prepared:
-            async with self._first:
+            async with self._lock:
                 # All writers wait for the lock while the first writer withdraws the claims.
                 # Not even data may change before the claims are durably withdrawn, because
                 # power may fail at any time after the change.  After such a failure the free list
