@@ -6,7 +6,7 @@
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
-    │   ├── CacheError            (host's)  2  the directory of the cache cannot be used
+    │   ├── CacheError            (host's)  2  the cache for remote files cannot be used
     │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
     │   │   └── ObjectChangedError ESTALE  23  the file on the server has changed
     │   └── ForeignError          EIO      25  an image of another format cannot be served by QEMU
@@ -124,7 +124,10 @@ class PastEndError(NoSpaceError):
 
 
 class CacheError(HostError):
-    """The directory of the cache for remote files cannot be used."""
+    """The cache for remote files cannot be used, for example because its directory is unsuitable.
+
+    Also raised if the cache has too little space.
+    """
 
 
 class RemoteError(HostError):
@@ -150,7 +153,9 @@ class ObjectChangedError(RemoteError):
 
 
 class ForeignError(HostError):
-    """An image in another of QEMU's formats cannot be served, because QEMU is missing or fails.
+    """An image in another of QEMU's formats cannot be served.
+
+    QEMU is missing, fails or refuses the image; or this program refuses the image.
 
     Attributes:
         is_logged: Whether the log has the cause already, so that a request that fails with this
@@ -218,7 +223,7 @@ class NeedsCheckError(ImageError):
 class ImageInUseError(QedError):
     """The image is already open in a conflicting way, in most cases in another program.
 
-    Also raised if another process has replaced or created a file during the operation.
+    Also raised if another process has replaced, changed or created a file during the operation.
     """
 
     errno = errnos.EBUSY
@@ -244,7 +249,7 @@ class BackingRefusedError(BackingError):
 class MountpointError(QedError):
     """The mountpoint is missing, unsuitable, busy or stale, or has no mount of qedfuse.
 
-    Also raised if two images have the same name in a mountpoint.
+    Also raised if two disks would have the same name in a mountpoint, or if a name is too long.
     """
 
     errno = errnos.EBUSY

@@ -45,7 +45,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
     Raises:
         UsageError: The image is not a local file.
         BackingError: A file that the image names is missing or refused.
-        ForeignError: QEMU is not installed, refuses the image or fails.
+        ForeignError: QEMU is not installed or fails, or the image is refused.
         ImageInUseError: Another program has locked a file.
         HostError: A file cannot be read, or the host refused.
     """

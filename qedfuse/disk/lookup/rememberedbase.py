@@ -72,10 +72,10 @@ def verify_bases(
 
 
 def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
-    """Return the version of a base on a server that the images above the base remember.
+    """Return the version that the images above a base on a server remember for this base.
 
-    If they remember different versions, the result is the version that the first of these images
-    remembers.  None if no image remembers a version.
+    If the images remember different versions, the result is the version that the first of them
+    remembers.  None if no image remembers a version of this base.
 
     Args:
         images: See `verify_bases`.
@@ -99,7 +99,7 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
 
     Args:
         image: The image.
-        name: The name of the first base in the image.
+        name: The name that the image stores for its first base.
         bases: The first base and those below it.
         accept: Whether to accept bases that differ, without a comparison.
 
@@ -129,8 +129,8 @@ def _compare(
         checksum = url_checksum(base.path)
         expected, found = old.remote.get(checksum), new.remote.get(checksum)
         if expected is not None and found is not None and expected != found:
-            # NBD servers have no cache.  Of other servers the expected version would have been
-            # opened if the cache had all of it; see `remembered_version`.
+            # Exports of NBD servers are not cached.  For other servers the expected version would
+            # have been opened if the cache had all of it: see `open_base`.
             cache = "" if is_nbd_url(base.path) else "; no cache has all of the expected version"
             msg = (
                 f"{image.name}: backing file {base.name}: found {found}, expected {expected}, "
@@ -142,7 +142,7 @@ def _compare(
 
 
 def _warn_if_changed(image: HostFile, base: HostFile, old: FileVersion, new: FileVersion) -> None:
-    """Log that a local base has another size or time of modification than the one remembered.
+    """Log a warning if a local base has another size or time of modification than remembered.
 
     Nothing is logged if only the inode differs, as after a restore from a backup that keeps times.
     """
@@ -161,9 +161,9 @@ def replace_versions(image: HostFile, name: str, versions: BaseVersions | None) 
 
     Args:
         image: The image, which is open for writing.
-        name: The name of the first base in the image.
-        versions: The versions of the bases.  None if there are none, or if they are not known: then
-            nothing is remembered until the image is opened for writing again.
+        name: The name that the image stores for its first base.
+        versions: The versions of the bases.  None if the image has no base now, or if the versions
+            are not known: then nothing is remembered until the image is opened for writing again.
     """
     if versions is None:
         remove_record(image.fileno(), image.path)
@@ -178,7 +178,7 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
 
     Args:
         image: The image.
-        name: The name of the base in the image.
+        name: The name that the image stores for the base.
         status: The attributes of the base after the commit.
     """
     old = _read(image, name, is_vital=False)
@@ -200,8 +200,8 @@ class NewRecord:
         """Prepare the record.
 
         Args:
-            name: The name of the first base in the image.
-            versions: The versions of the bases.  None if there are none, or if the image will
+            name: The name that the image stores for its first base.
+            versions: The versions of the bases.  None if the image has no base, or if it will
                 remember the versions that are found when it is first opened for writing.
         """
         self._name = name
@@ -242,8 +242,9 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no attributes, a file beside the image is made if a base is on a server.
-    If no base is on a server, nothing is remembered, and an earlier record is removed.
+    If the file system has no place for the attribute and a base is on a server, a file beside the
+    image is made.  If it has no place and no base is on a server, nothing is remembered, and an
+    earlier record is removed.
     """
     record = versions.encode(name)
     try:
