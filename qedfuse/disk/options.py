@@ -62,7 +62,7 @@ class OpenOptions:
         force_share: Whether to open even while another process has the image open for
             writing; reads may then return torn or stale data.  Refused together with
             ``writable``.
-        lock: Whether to take locks; QEMU understands them.
+        lock: Whether to take locks, which QEMU respects as well.
         backing: Which backing files may be used.
         remote: How URLs are read, and which URLs backing files may be.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.

@@ -32,13 +32,13 @@ the maximum."""
 
 
 class DirectReads:
-    """Connections to qemu-nbd, each of which at most one native thread uses at a time.
+    """Connections to qemu-nbd; at most one native thread uses a connection at a time.
 
     The first read that finds no connection starts a thread that makes all connections.  If a read
     fails, its connection is closed, and the caller repeats the read on the slow path.  If this was
     the last connection, the next read starts the thread again.  If the thread can make no
-    connection at all, or the host cannot start the thread, all reads take the slow path until a
-    read after a pause tries again.
+    connection at all, or the host cannot start the thread, all reads take the slow path during a
+    pause, and the first read after the pause starts the thread again.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -58,7 +58,7 @@ class DirectReads:
         self._all: set[socket.socket] = set()
         self._is_closed = False
         self._is_connecting = False  # whether the thread that makes connections runs
-        self._pause_seconds = _MIN_PAUSE_SECONDS  # after the next failure
+        self._pause_seconds = _MIN_PAUSE_SECONDS  # length of the pause after the next failure
         self._pause_end = 0.0  # by `time.monotonic`; until then the thread is not started
 
     def try_start(
@@ -166,7 +166,10 @@ class DirectReads:
         result: int,
         _nanoseconds: int,
     ) -> None:
-        """Take back the connection of a read that has ended; close it if the read has failed."""
+        """Take back the connection of a read that has ended.
+
+        The connection is closed if the read has failed or `close` was called.
+        """
         with self._lock:
             if result == length and not self._is_closed:
                 # The connection that was used last is used next, so that a load with few reads in

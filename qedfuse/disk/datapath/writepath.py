@@ -51,8 +51,8 @@ class WritePath:
     """Carries out writes on the top image of a chain.
 
     Attributes:
-        allocating: The range lock that a task holds on guest clusters, given as guest offsets
-            in bytes, while it allocates or deallocates them.
+        allocating: A range lock.  A task holds it on a range of guest clusters while it allocates
+            or deallocates them.  The ends of the range are guest offsets in bytes.
     """
 
     def __init__(

@@ -92,7 +92,8 @@ async def open_bases(
             is not of the version that an image remembers (`rememberedbase`).  Or the chain is a
             loop or too long.
         RemoteError: The server of a base cannot be reached, or does not serve the base.
-        ImageError: A QED base cannot be opened by this version, or is corrupt.
+        ImageError: A QED base is invalid or corrupt, or uses features that this version does not
+            know.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base, the cache cannot be used, or QEMU cannot
             serve a base in another format.

@@ -103,7 +103,7 @@ def version_of_status(status: os.stat_result) -> FileVersion:
 
 
 def _checksum(name: str, body: bytes) -> int:
-    """Return the checksum of a record with the name of the base as the image stores it."""
+    """Return the checksum over ``body`` and the name that the image stores for its first base."""
     return zlib.crc32(os.fsencode(name) + b"\0" + body)
 
 

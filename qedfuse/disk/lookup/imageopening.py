@@ -70,7 +70,7 @@ async def open_url(
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.
         RemoteError: The server cannot be reached, or does not serve the object.
-        CacheError: The directory of the cache that the user has named cannot be used.
+        CacheError: The user has named a directory for the cache that cannot be used.
     """
     address = parse_address(url)
     handover = _Handover()

@@ -214,8 +214,8 @@ class QedLayer:
     def skip_missing_tables(self, l1_index: int) -> int:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not known to be 0.
 
-        The entry at the returned index is not 0, or is not in memory.  Returns an index past the
-        disk's last L1 entry if all entries up to it are 0.
+        The entry at the returned index is not 0, or is not in memory.  If all of the disk's L1
+        entries from ``l1_index`` on are 0, returns an index past the last of them.
         """
         end, step = self.geometry.l1_used(self.header.image_size), self.tables.slice_entries
         while l1_index < end:
@@ -232,8 +232,8 @@ class QedLayer:
     async def lookup(self, start: int, length: int) -> list[Extent]:
         """Return how this image, without its base, stores a range of its disk.
 
-        The range may reach past the end of the disk, as far as the tables do.  The extents have
-        depth 0, whatever the depth of this layer is.
+        The range may reach past the end of the disk, as far as the tables have entries.  The
+        extents have depth 0, whatever the depth of this layer is.
 
         Raises:
             HostError: The host cannot read a table.

@@ -59,9 +59,10 @@ def verify_bases(
     See `verify_base` for what is remembered, and for the errors.
 
     Args:
-        images: Each image that has a base, with the name of the base that the image stores.  The
-            name is empty if the base was opened by another name; then nothing is compared.
-        bases: The bases of the first image.
+        images: Each image that has a base, with the name that the image stores for the base.  The
+            name is empty if the base was opened by another name; then nothing is compared or stored
+            for this image.
+        bases: The bases of the first image, from its first base downwards.
         accept: Whether to accept other versions.
     """
     # From the bottom up: if a base of a lower image is refused, nothing has been stored yet with

@@ -3,9 +3,9 @@
 Without precautions, three things could be read in the added range instead of zeros:
 
 - Bytes past the end of the disk in its last cluster.  These bytes are overwritten with zeros.
-- Table entries past the end of the disk.  Growing is refused if such an entry is bad or refers
-  to data.  If the user has forced the growth, clusters of data are deallocated instead; a bad
-  entry is refused even then.
+- Clusters to which table entries past the end of the disk refer.  Growing is refused if an entry
+  for the added range refers to data or is bad.  If the user has forced the growth, the clusters
+  are deallocated instead; a bad entry is refused even then.
 - Data of a base that is longer than the disk.  Zero clusters hide it.
 
 These changes are made durable before the new size is written.

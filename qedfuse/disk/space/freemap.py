@@ -209,7 +209,10 @@ class FreeMap:
         return first, count
 
     def take_outside_slots(self) -> int | None:
-        """Remove and return the lowest cluster whose removal costs no slot; None if none is."""
+        """Remove and return the lowest free cluster whose removal costs no slot.
+
+        Returns None if there is no such cluster.
+        """
         for first, count in self._block_runs():
             if count % self.table_clusters:
                 self.remove(first, 1)

@@ -26,7 +26,7 @@ _TABLES_PER_STEP: Final = 1 << 13
 async def holding_data(
     file: HostFile, tables: NDArray[np.uint64], table_bytes: int
 ) -> NDArray[np.bool_]:
-    """Return for each table whether it holds data, or is nothing but a hole of the host's file.
+    """Return for each table whether it holds data; if not, it is a hole of the host's file.
 
     ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The
     host is queried at most once for each table that holds data, once for each gap between tables

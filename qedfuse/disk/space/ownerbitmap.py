@@ -46,7 +46,10 @@ class OwnerBitmap:
     """
 
     def __init__(self, clusters: int, name: str) -> None:
-        """Start without owners; the file has ``clusters`` clusters, and is called ``name``."""
+        """Start without owners.
+
+        The file has ``clusters`` clusters, and is called ``name`` in messages.
+        """
         self._name = name
         self.clusters = clusters
         self._map: NDArray[np.uint8] | None = None

@@ -1,6 +1,6 @@
 """Changing the backing file name that an image stores, in place and safe against crashes.
 
-At any moment the header must name the old base or the new one, in full.  A disk writes a
+At any moment the header must name the old base or the new one, in full.  The host's disk writes a
 sector whole or not at all, so the name changes when the sector with the header is written.
 Everything that the header points to in other sectors must be durable before that write.
 

@@ -86,7 +86,7 @@ class NeedCheck:
     def is_set(self) -> bool:
         """Whether the bit has been written to the file, so tables may change without `changing`.
 
-        The bit need not be durable yet.  Also False while any change of the header is being
+        The bit need not be durable yet.  False also while any change of the header is being
         written, and after a failed change until another one has succeeded.
         """
         return self._header_store.value.need_check and self._header_store.persisted

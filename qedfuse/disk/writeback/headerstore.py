@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class HeaderStore:
     """Serialises all changes of the header.
 
-    The header lies in one sector, and a disk writes a sector whole or not at all.  So a crash
-    leaves the old header or the new one.
+    The header lies in one sector, and the host's disk writes a sector whole or not at all.  So a
+    crash leaves the old header or the new one.
 
     Attributes:
         value: The header after the last change that succeeded.

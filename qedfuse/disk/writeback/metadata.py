@@ -127,7 +127,7 @@ class MetadataWriteback:
     def has_changed_tables(self) -> bool:
         """Whether any table was changed since the image was opened.
 
-        Also True while any cycle is running, even one that writes no table.
+        True also while any cycle is running, even one that writes no table.
         """
         return self._table_writes > 0 or self.dirty_tables
 
@@ -157,7 +157,7 @@ class MetadataWriteback:
         written since the last successful cycle began.  Returns False if a table must be written,
         if a cycle is running or waiting, if the datasync might take long, or if the host refuses,
         which makes the disk read-only.  After False the caller must use `write_back`, which raises
-        the host's error.
+        the host's error, if any.
         """
         if (
             self.failure is not None
