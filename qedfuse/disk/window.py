@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class DiskWindow:
     """A range of a disk.
 
-    The methods are those of `Disk` by which a mount serves a disk, except those that change its
-    size.  Offsets count from the beginning of the range, and no method reads or changes bytes past
-    its end.  Results and errors are those of `Disk`.
+    The methods are those of `Disk` by which a mount serves a disk, except those that change the
+    disk's size.  Offsets count from the beginning of the range, and no method reads or changes
+    bytes past the end of the range.  Results and errors are those of `Disk`.
 
     Attributes:
         disk: The disk, whose lifetime the caller manages.

@@ -68,6 +68,9 @@ class Marking:
 
         Clusters that lost a reference since `begin` are marked again, because the walk does not
         find the dropped references in the tables any more.
+
+        Raises:
+            NeedsCheckError: See `OwnerBitmap.claim_range`.
         """
         self.owners = OwnerBitmap(self._clusters, self._name)
         self._marked_duplicates = 0
@@ -79,6 +82,9 @@ class Marking:
         """Mark the clusters to which the slice at file offset ``offset`` refers.
 
         The caller must mark the slices in ascending order of their file offsets.
+
+        Raises:
+            NeedsCheckError: See `OwnerBitmap.claim`.
         """
         # Ignore clusters past the end that the file had when the scan began.  They were added
         # since, and the scan looks only for clusters that were free when it began.
@@ -101,6 +107,9 @@ class Marking:
         the slice.  So this method marks the clusters instead.  A cluster that was marked already
         has two owners, and counts as a duplicate.  A cluster that had already lost another
         reference since `begin` also counts as a duplicate.
+
+        Raises:
+            NeedsCheckError: See `OwnerBitmap.claim_range`.
         """
         if not self.active:
             return
