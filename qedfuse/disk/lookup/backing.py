@@ -58,7 +58,10 @@ async def read_backing_name(file: HostFile, header: Header) -> str:
     size = header.backing_filename_size
     raw = bytes(await file.pread(header.backing_filename_offset, size))
     if len(raw) < size:
-        msg = f"{file.name}: header field backing_filename_size: found {size}, expected {len(raw)}"
+        msg = (
+            f"{file.name}: header field backing_filename_size: found {size}, expected at most "
+            f"{len(raw)} (the file ends within the name)"
+        )
         raise CorruptImageError(msg)
     return checked_name(raw, file.name)
 
