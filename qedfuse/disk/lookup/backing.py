@@ -212,9 +212,9 @@ async def open_base(
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
             is ``none``; None for no such path.
-        images: The images above the backing file; see `verify_bases`.  If the backing file is on a
-            server, the images remember a version that the server no longer has, and the cache has
-            all of that version, then the file is read from the cache.
+        images: The images above the backing file; see `verify_bases`.  A file on a server is read
+            from the cache if the server no longer has the version that the images remember, and the
+            cache has all of that version.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
