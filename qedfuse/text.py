@@ -21,7 +21,7 @@ _PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)
 
 
 def shortened(text: str, limit: int) -> str:
-    """Return ``text``, or if it is longer than ``limit`` characters, its beginning and dots."""
+    """Return ``text``; a longer text is cut to ``limit`` characters, and three dots are added."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -62,5 +62,5 @@ def without_queries(message: str) -> str:
 
 
 def _hide_query(match: re.Match[str]) -> str:
-    """Return a URL that has a query, without the query if it may be a secret."""
+    """Return the matched URL, with ``...`` for its query unless `_PUBLIC_QUERY` allows the URL."""
     return match[0] if re.fullmatch(_PUBLIC_QUERY, match[0]) else f"{match[1]}..."

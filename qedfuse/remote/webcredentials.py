@@ -34,7 +34,8 @@ class WebCredentials:
         """Use the variables of a credentials file; variables for object stores are ignored.
 
         Raises:
-            UnusableError: The variables are incomplete or contradict each other.
+            UnusableError: A variable is missing or not valid, or the variables contradict each
+                other.
         """
         given = {name: value for name, value in variables if value}
         self._host = ""

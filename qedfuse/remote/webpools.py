@@ -30,7 +30,10 @@ class WebPools:
         self._pools: dict[tuple[str, str], urllib3.PoolManager] = {}
 
     def pool_for(self, target: Address) -> urllib3.PoolManager:
-        """Return the pool for an address: through a proxy, if the environment names one.
+        """Return the pool for an address; each scheme and host has its own pool.
+
+        The pool connects through the proxy that the environment names for the address, or
+        directly if the environment names none.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.
@@ -43,7 +46,9 @@ class WebPools:
 
 
 def _make_pool(target: Address) -> urllib3.PoolManager:
-    """Return a new pool for an address, without a proxy if the host is this machine.
+    """Return a new pool for an address.
+
+    The pool uses no proxy if the host is this machine, or if ``no_proxy`` excludes the host.
 
     Raises:
         UnusableError: The URL of the proxy cannot be used.

@@ -83,7 +83,9 @@ def read_parts(
     part_seconds: float,
     allocate: Callable[[int], Buffer] = bytearray,
 ) -> Generator[Buffer]:
-    """Read the body of a response, which must be as long as its parts; yield each part.
+    """Read the body of a response part by part; yield a buffer with each part.
+
+    The body must be as long as all parts together.
 
     Args:
         response: The response of a pool of `qedfuse.remote.deadline`.
@@ -93,11 +95,11 @@ def read_parts(
         allocate: Returns a buffer of a given length for a part.
 
     Raises:
-        TruncatedError: The body is shorter.
-        AttemptError: The body is longer, or the header gives another length.
-        OSError: The body did not arrive in time, or the connection failed.
+        TruncatedError: The body is shorter than the parts, or the connection broke off.
+        AttemptError: The body is longer than the parts, or the header gives another length.
+        OSError: A part did not arrive in time, or the connection failed in another way.
         UnusableError: The body is encoded.
-        TypeError: The response is of another pool.
+        TypeError: The response is not of a pool of `qedfuse.remote.deadline`.
     """
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
@@ -108,7 +110,8 @@ def read_parts(
     if response.length_remaining not in (None, length):
         msg = f"found {response.length_remaining} bytes, expected {length}"
         raise AttemptError(msg)
-    # urllib3 itself would copy the body twice.
+    # The body is read from the response of `http.client`, because the methods of urllib3's
+    # response would copy the body twice.
     body = getattr(response, "_original_response", None)
     if not isinstance(body, TimedResponse):
         msg = f"found a body of type {type(body).__name__}, expected one of TimedResponse"

@@ -1,8 +1,9 @@
 """Blocks of zeros: those that belong to an object, and those that may be holes of the data file.
 
-The kernel returns zeros for a hole without reading from the disk, and a failed write can leave a
-hole.  So zeros are valid only if the unit had zeros there when it was fetched, or compared with its
-checksum.
+`qedfuse.remote.unitfile` explains the units and the data file.  The kernel returns zeros for a hole
+without reading from the disk, and a failed write can leave a hole where the object has data.  So
+zeros from the data file are valid only in a block that held only zeros when its unit was fetched,
+or when its unit was compared with its checksum.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class ZeroBlocks:
     """
 
     def __init__(self, units: int) -> None:
-        """Begin without known blocks of an object of ``units`` units."""
+        """Prepare for an object of ``units`` units; no block is known to be all zeros yet."""
         try:
             # The kernel allocates memory only for pages that are written to.
             self.masks = memoryview(mmap.mmap(-1, max(1, units) * 8, mmap.MAP_PRIVATE)).cast("Q")
@@ -47,7 +48,7 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a block of a read has only zeros, but is not known to be zeros.
+        """Return whether a read found only zeros in a block that is not known to be all zeros.
 
         Args:
             offset: The offset of the read in the object.

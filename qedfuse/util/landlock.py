@@ -1,7 +1,8 @@
 """The system calls of Landlock, by which a process gives up access to files and to TCP.
 
-A *ruleset* lists what stays permitted.  A thread that restricts itself by a ruleset, and every
-thread and process that it starts later, can do nothing else.  Nothing lifts the restriction.
+A *ruleset* lists the access that stays permitted.  A thread that restricts itself by a ruleset, and
+every thread and process that it starts later, have no other access to files and to TCP.  Nothing
+lifts the restriction.
 
 `qedfuse.foreign.sandbox` imports this module in a script that runs without the packages of the
 installation.  So this module imports only a few modules of the standard library.

@@ -65,7 +65,8 @@ class LRU(Generic[K, V]):
     def put(self, key: K, value: V) -> None:
         """Store a value, in place of an earlier value for ``key``.
 
-        If all values together exceed the budget, values other than the new one are evicted.
+        If all values together exceed the budget, values that are neither new nor pinned are
+        evicted, until the budget holds or no such value is left.
         """
         old = self._items.pop(key, None)
         if old is not None:

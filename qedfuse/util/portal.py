@@ -77,7 +77,8 @@ class Portal(Generic[T]):
 
         Raises:
             OSError: The host cannot start a thread.
-            BaseException: The error of entering ``manager``.  The thread has ended.
+            BaseException: The error of entering ``manager``, or a KeyboardInterrupt during the
+                wait for it.  The thread has ended.
         """
         self._before_leaving = before_leaving
         self._opened: Future[T] = Future()
@@ -87,7 +88,8 @@ class Portal(Generic[T]):
         self._close_called = False
         self._log_failure = False  # True if leaving began before `close` was called
         self._closing = trio.Event()
-        self._scope = trio.CancelScope()  # of the whole event loop; cancelled only before `_opened`
+        # The scope of the whole event loop.  It is cancelled only while `_opened` is not done.
+        self._scope = trio.CancelScope()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
         # Not a daemon, because Python must wait until the context manager has been left.

@@ -23,7 +23,8 @@ class _Flight:
 
     Attributes:
         ended: Set when the fetch has ended.
-        error: The error that every caller gets, if the fetch has ended with one; otherwise None.
+        error: The server's error, if the fetch has ended with one (`_SHARED_ERRORS`): every caller
+            that waits gets it.  None if the fetch is running, or has ended in another way.
     """
 
     def __init__(self) -> None:
@@ -38,9 +39,11 @@ class SingleFlight(Generic[K]):
     The fetch must store its result in a cache, and the callers must look there when `run`
     returns.  A caller that has only waited may find no result there: the other caller's fetch
     may have failed or been cancelled, or the cache may have evicted the result since.  Such a
-    caller must call `run` again.  So a caller does not get the error of another caller's fetch.  An
-    error of a server is different: every caller gets it, because they would otherwise wait for the
-    failed server one after the other.
+    caller must call `run` again, and runs its own fetch if no other caller has started one.
+
+    An error of a fetch is raised only in the caller that has run the fetch.  Errors of a server are
+    an exception: they are raised in the callers that have waited, too.  If each of those callers
+    ran a fetch of its own, the callers would wait for the failed server one after another.
     """
 
     def __init__(self) -> None:
@@ -56,7 +59,8 @@ class SingleFlight(Generic[K]):
 
         Raises:
             RemoteError: The server has failed, in ``fetch`` or in the fetch of the other call.
-            ForeignError: The same for the process that reads an image in another format.
+            ForeignError: The process that reads an image of a foreign format has failed, in
+                ``fetch`` or in the fetch of the other call.
             BaseException: Any other error of ``fetch``, only if this call has run ``fetch``.
         """
         flight = self._flights.get(key)

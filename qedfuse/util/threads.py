@@ -27,7 +27,7 @@ def start_thread(
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread that was made.
+    """Start ``thread``, which must not have been started before.
 
     Raises:
         OSError: As in `start_thread`.

@@ -53,7 +53,7 @@ def classify(
     """Return two masks: the blocks to write as data, and the blocks to write as zeros.
 
     A block in neither mask need not be written.  Without a base no block is in the second
-    mask, because a block of zeros reads as zeros if it is not written.
+    mask, because without a base an unwritten block of the target reads as zeros.
 
     Args:
         content: A chunk of the disk.

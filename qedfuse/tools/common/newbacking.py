@@ -30,7 +30,7 @@ class NewBase(NamedTuple):
     Attributes:
         size: Bytes of its disk.
         format: Its format.
-        versions: The version of the file, for the new image to remember.
+        versions: The version of the file, which the new image remembers.
     """
 
     size: int
@@ -111,7 +111,7 @@ async def examine_url(
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The cache or a further descriptor cannot be opened.
+        HostError: The cache cannot be opened, or this process has too many open descriptors.
         BackingError: The URL is not valid or not allowed, the file is not QED although only QED is
             accepted, or its header is invalid.
     """
@@ -157,9 +157,9 @@ def _examined(
 
 
 def _is_same_file(first: str, second: str) -> bool:
-    """Return whether a path or URL leads to the same file as another path.
+    """Return whether two paths lead to the same file; False if ``first`` is a URL.
 
-    Neither file need exist yet.
+    The files need not exist.
     """
     if is_url(first):
         return False

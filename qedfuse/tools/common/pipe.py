@@ -160,7 +160,7 @@ def _standard(access: int) -> Stream:
             reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             # The pipe cannot be opened again, for example because it belongs to another
-            # user.  So the old description is used, as it was inherited.
+            # user.  So the old description is used, and its O_NONBLOCK flag is not changed.
             pass
         else:
             return Stream(reopened, name, blocking=False)

@@ -186,8 +186,8 @@ class Conversion:
                 stack.callback(os.close, fd)
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
-                        # The versions are read before the copy, because the copy depends on these
-                        # versions of the bases.
+                        # The versions are read before the copy.  If a base changed during the copy,
+                        # versions that are read later would hide the change.
                         record = NewRecord(spec.backing or "", versions_of(base.readers()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)
@@ -337,10 +337,12 @@ class Conversion:
 
         Raises:
             HostError: The contents differ.
+            QedError: The source or the copy cannot be read, or has a bad table entry.
         """
         if self._source_disk is None:
             return
-        # The copy is compared even if another program has opened the copy for writing meanwhile.
+        # The copy is compared even if another program has opened the copy for writing since this
+        # process released its lock of the copy.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory

@@ -45,14 +45,14 @@ async def convert(
     the name for a moment (`NewFile`).
 
     Args:
-        source_path: A QED image, a raw file or device, a URL, or a pipe (``-``: standard input).
+        source_path: An image, a raw file or device, a URL, or a pipe (``-``: standard input).
         target_path: The file or device to write, or a pipe for raw content (``-``: standard
             output).
         spec: Format, geometry and backing file of the target; None for a QED image with the
             defaults.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         into_existing: Write into an existing file, image or device.  Refused if the source is a
-            pipe; otherwise ignored if the target is a pipe.
+            pipe.  Ignored if the target is a pipe and the source is not.
         overwrite: Replace an existing file; ignored with ``into_existing``, and if the target
             is a pipe.
         compare: After the copy, read the source and the target and compare them.  A new file
@@ -72,7 +72,7 @@ async def convert(
     Raises:
         UsageError: The target is a URL, or the arguments contradict each other, or do not fit the
             kind of the source or of the target.  Or the target is the source or one of its bases,
-            exists and may not be replaced, or cannot hold a disk of this size.
+            cannot hold a disk of this size, or exists without ``overwrite`` or ``into_existing``.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program, or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.

@@ -97,8 +97,8 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         BackingError: The backing file cannot be opened or locked, is not a regular file, or is
             not of the format that ``spec`` names.  If ``spec`` names no format, a backing file
             that is not QED is refused.
-        RemoteError: The server of the backing file, or of one below it, cannot be reached, or does
-            not serve the file.
+        RemoteError: The server of the backing file, or of a base of the backing file, cannot be
+            reached, or does not serve the file.
         CacheError: The directory of the cache cannot be used.
     """
     path = backing_path(image, spec.backing or "", options.backing.working_directory)

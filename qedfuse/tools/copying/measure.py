@@ -70,7 +70,7 @@ async def measure(
     """Return the space for a copy of a disk; read the whole disk, because zeros take no space.
 
     Args:
-        path: A QED image, a raw file or a block device; or a URL.
+        path: An image, a raw file or a block device; or a URL.
         spec: Format (``raw`` or ``qed``) and geometry of the copy.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         image: Path that the copy would have; the name of its backing file is relative to the
@@ -82,8 +82,7 @@ async def measure(
     Raises:
         UsageError: The format of the copy is neither ``raw`` nor ``qed``, or a backing file is
             named for the format ``raw``.  Or the geometry is invalid or too small for the disk,
-            or the name of the backing file cannot be stored.  Or the source is an image of a
-            foreign format.
+            or the name of the backing file cannot be stored.  Or `open_source` refuses the source.
         BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """

@@ -85,12 +85,13 @@ async def publish(
             upload and the comparison each begin again at 0.
 
     Raises:
-        UsageError: ``url`` is not that of an object in a store, or the object exists and may not be
-            replaced.  Or ``path`` is a URL without ``flatten``.  Or, without ``flatten``, the image
-            needs a check or has a backing file.
-        RemoteError: The store cannot be reached, refuses, or has other content afterwards, or the
-            library for stores is not installed.
-        QedError: The image cannot be opened, locked or read, or has changed during the call.
+        UsageError: ``url`` is not that of an object in a store, or the object exists and
+            ``overwrite`` is False.  Or ``path`` is a URL without ``flatten``.  Or, without
+            ``flatten``, the image needs a check or has a backing file.
+        RemoteError: The store cannot be reached or refuses the object, the stored object has other
+            content than the file, or the library for stores is not installed.
+        QedError: The image cannot be opened, locked or read, or has changed during the call.  Or
+            the temporary image of ``flatten`` cannot be written.
     """
     options = options or OpenOptions()
     address = _address_in_store(url)

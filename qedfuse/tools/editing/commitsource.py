@@ -45,9 +45,9 @@ class CommitSource(Protocol):
         """Return the guest offsets at which the batches of the disk begin."""
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the batch that begins at ``start`` is stored, in order.
+        """Return how the batch that begins at ``start`` is stored, as extents in order.
 
-        Ranges that no image stores may be missing from the list.
+        Extents of ranges that no image stores may be missing from the list.
 
         Raises:
             CorruptImageError: A table entry is bad.

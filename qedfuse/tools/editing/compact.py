@@ -61,8 +61,8 @@ async def compact(
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
         # The bound on the length of the file protects the host against guests, and no guest can
-        # start this compaction.  So the file may exceed it for a moment, which lets more tables
-        # move: the data in their way first moves to the end of the file.
+        # start this compaction.  So this compaction may exceed the bound for a moment.  More tables
+        # can then move, because data in their way can first move to the end of the file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (

@@ -71,8 +71,8 @@ async def rebase(
         path: The image.
         backing: Name of the new backing file, see `backing_path`; None or empty to remove the
             backing file.
-        backing_format: Format of the new backing file; None accepts QED and the formats that only
-            QEMU reads, and is refused with ``unsafe`` unless the backing file is removed.
+        backing_format: Format of the new backing file.  None accepts QED and the formats that only
+            QEMU reads.  With ``unsafe`` None is refused if ``backing`` names a backing file.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
             backing files only the headers are read, to detect a loop; the files need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file may
@@ -108,7 +108,8 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
-        # Read before the copy, because the copy depends on these versions of the bases.
+        # The versions are read before the copy.  If a base changed during the copy, versions that
+        # are read later would hide the change.
         bases = [layer.file for layer in chain.layers[1:]]
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
@@ -150,11 +151,11 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The format in the options is replaced, because it applies to the present bases of the
-    # image.  The new base is opened as raw if the header above says so.  If not, the first bytes
-    # of the base decide.
-    # The format of a policy applies to every base of a chain.  The policy can name a format that
-    # only QEMU reads, because a base of such a format has no further bases in the chain.
+    # The format in the policy of the options is replaced, because it applies to the present bases
+    # of the image.  The format of a policy applies to every base of a chain.  So the new policy
+    # names the new base's format only if just QEMU reads the format: such a base is the last one
+    # of the chain.  The format raw is stated in the header above.  Without a stated format, and
+    # for QED, the first bytes of the new base decide.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:

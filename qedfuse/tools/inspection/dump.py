@@ -60,9 +60,9 @@ VERDICTS: Final = {
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """`Dump._tables` stops reading the L1 table after it has found more than this many L2 tables.
 
-L2 entries are compared only with the tables that were found, so an L2 entry that points into
-another table may have the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2
-tables.
+L2 entries are compared only with the tables that were found, so an L2 entry that points into a
+table that was not found may have the verdict ``ok``.  A disk of 64 TiB with the default geometry
+has 32768 L2 tables.
 """
 
 

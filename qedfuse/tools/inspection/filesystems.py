@@ -58,7 +58,14 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
 
 
 def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:
-    """Return what blkid recognises in ``length`` bytes with ``head`` first and ``tail`` last."""
+    """Return what blkid recognises in a partition; None if blkid fails, or recognises nothing.
+
+    Args:
+        head: The first bytes of the partition.
+        tail_at: Distance in bytes from the beginning of the partition to ``tail``.
+        tail: The last bytes of the partition.
+        length: Bytes in the partition.
+    """
     try:
         fd = os.memfd_create("partition", os.MFD_CLOEXEC)
         with open(fd, "r+b", buffering=0) as file:  # noqa: PTH123  a descriptor

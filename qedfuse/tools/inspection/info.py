@@ -144,7 +144,7 @@ def describe(
         UsageError: The file is a URL, which `qedfuse.tools.inspection.chaininfo` can describe.
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
-        ImageInUseError: Another program holds a lock that excludes this one.
+        ImageInUseError: Another program holds a lock that conflicts with ``lock``.
         QedError: The file cannot be opened or read.
     """
     require_local(path)

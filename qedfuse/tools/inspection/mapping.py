@@ -57,7 +57,8 @@ class MapEntry:
 def map_entries(batch: ChainRuns, unknown_depths: Collection[int] = ()) -> Iterator[MapEntry]:
     """Yield the runs of a batch as map entries, in order.
 
-    ``unknown_depths`` are those of `ChainRunReader`.
+    ``unknown_depths`` are the depths of layers whose runs have no known file offset, see
+    `ChainRunReader`.
     """
     columns = (batch.starts, batch.lengths, batch.depths, batch.kinds, batch.offsets)
     for start, length, depth, kind, offset in zip(
@@ -125,7 +126,7 @@ async def map_image(
     An invalid L1 or L2 entry does not raise: its range is a `MapEntry` with ``bad`` set.
 
     Args:
-        path: A QED image or a raw file, or its URL.
+        path: An image or a raw file, or its URL.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the image and its chain; None for the defaults.
         start: Guest offset in bytes where the range begins.  The list is empty if the offset

@@ -25,8 +25,8 @@ class CheckResult:
         total_clusters: Number of clusters of the disk.
         bytes_before: Length of the file in bytes before the repair or undo.
         bytes_after: Length of the file in bytes after the repair or undo.
-        plan: The changes by the repair of errors, or those that it would make if ``dry``; empty
-            if no errors are repaired.
+        plan: The changes that the repair of errors has made, or would make if ``dry``; empty if
+            no errors are repaired.
         backup: Path of the backup that the repair has made; None if no backup was made.
         dry: Whether the repair was only planned, and nothing was changed; False for a check
             without a plan.

@@ -178,8 +178,8 @@ def _overlaid(
             ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
             the lower layer or a layer above it ends earlier.
         depth: Depth of the lower layer.
-        below_is_partial: Whether ``below`` ends even earlier, because one call returns a limited
-            number of runs.  The result then ends where ``below`` ends.
+        below_is_partial: Whether the last runs of ``below`` are missing, because one call returns
+            a limited number of runs.  The result then ends where ``below`` ends.
 
     Returns:
         The combined runs, and the depth of the layer that stores each run.
@@ -187,7 +187,8 @@ def _overlaid(
     end = min(above.end, below.end) if below_is_partial else above.end
     starts = np.concatenate((above.starts, below.starts, [below.end]))
     starts = np.sort(starts[starts < end])
-    # Each start once.  np.union1d imports numpy.ma, which takes longer than a short copy.
+    # Repeated starts are dropped.  np.union1d is not used for this, because it imports numpy.ma,
+    # and the import takes longer than the copy of a small disk.
     starts = starts[np.diff(starts, prepend=-1) != 0]
     upper = np.searchsorted(above.starts, starts, "right") - 1
     lower = np.searchsorted(below.starts, starts, "right") - 1

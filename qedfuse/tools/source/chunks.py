@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.source import BlockingReader, Source
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Maximum length of a chunk; large enough that the cost per chunk is negligible."""
+"""Maximum length in bytes of a chunk of a copy, unless a single block is longer.
+
+It is large enough that the cost per chunk is negligible.
+"""
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
 """Maximum length of a gap inside a chunk; a longer gap separates two chunks.

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from qedfuse.tools.source.qedsource import QedSource
 
 
-_MAX_EXTENTS_PER_CALL: Final = 1 << 14
-"""`RawSource.extents` stops when it has found at least this number of extents, at most one more."""
+_EXTENTS_PER_CALL: Final = 1 << 14
+"""`RawSource.extents` stops when it has found this number of extents, or one extent more."""
 
 
 class BlockingReader(Protocol):
@@ -111,7 +111,7 @@ class RawSource:
         end = min(start + length, self.size)
         result: list[Extent] = []
         at = start
-        while at < end and len(result) < _MAX_EXTENTS_PER_CALL:
+        while at < end and len(result) < _EXTENTS_PER_CALL:
             data = _limited(await self._file.next_data(at), end)
             if data > at:
                 result.append(Extent(Kind.ZERO, at, data - at))
@@ -152,8 +152,8 @@ async def open_source(
             format, or the disk is encrypted by LUKS.  Or the URL is not valid.
         ForeignError: The format is ``auto``, the file is of a format that QEMU reads, and QEMU
             fails or is missing.
-        QedError: The file or a base cannot be opened or locked, the header of one of them is
-            invalid, or the backing policy refuses a base.
+        QedError: The file or a base cannot be opened or locked, is not of the stated format, or
+            has an invalid header.  Or the backing policy refuses a base.
     """
     options = options or OpenOptions()
     if format == "auto" and (driver := foreign_driver_of(path)) is not None:
