@@ -12,7 +12,7 @@ _RESET_FACTOR: Final = 8
 """Multiple of the maximum time to poll.  A wait longer than this multiple resets the counter to 0,
 because the earlier waits no longer predict the next wait."""
 _WAKE_FACTOR: Final = 2
-"""Multiple of the maximum time to poll.  A wait in which the task slept still counts as short if it
+"""Multiple of the maximum time to poll.  A wait in which the task slept counts as short if the wait
 took at most this multiple, because a task that sleeps notices the event late."""
 
 

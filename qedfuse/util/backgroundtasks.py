@@ -44,8 +44,8 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
     """Call ``progress`` every 0.1 seconds while the block runs, and once after its success.
 
-    This is for operations that do not report their progress themselves.  If ``progress`` is
-    None, nothing is called.
+    The function serves operations that do not report their progress themselves.  If ``progress``
+    is None, nothing is called.
     """
     if progress is None:
         yield

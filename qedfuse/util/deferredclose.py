@@ -37,7 +37,7 @@ class DeferredClose:
             return True
 
     def leave(self) -> None:
-        """Count a user as gone; if it was the last one after `close`, close the files."""
+        """Count a user as gone; close the files if no user is left after `close`."""
         with self._lock:
             self._users -= 1
             is_last = not self._users

@@ -42,7 +42,7 @@ class LRU(Generic[K, V]):
 
         Args:
             budget: Maximum number of bytes that the values take together.  After a `put` the values
-                exceed the budget only if the pinned values and the new value exceed it together.
+                exceed this maximum only if the pinned values and the new value alone exceed it.
             weigh: Returns how many bytes a value takes.  The number must not change while the value
                 is in the cache.
             pinned: Returns whether a value must not be evicted now.

@@ -288,7 +288,7 @@ class _Watcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, portal: Portal[Any]) -> None:
-        """Close ``portal`` when the program ends, if the portal is still open.
+        """Arrange that ``portal`` is closed when the program ends, if it is still open then.
 
         Raises:
             OSError: The host cannot start a thread.

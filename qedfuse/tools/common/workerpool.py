@@ -25,7 +25,8 @@ class Ticket:
     """The position of an item in the order of the items.
 
     The turn of a ticket begins when the previous ticket is finished, and the turn of the first
-    ticket begins immediately.
+    ticket begins immediately.  If a worker raises before its turn, its ticket is finished early.
+    Then the next turn can begin while an earlier turn still runs.
     """
 
     def __init__(self, previous: Ticket | None) -> None:

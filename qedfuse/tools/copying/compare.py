@@ -80,8 +80,8 @@ async def compare(
     sizes = first.size, second.size
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
-    # `extent_batches` ends where its first disk ends.  So the longer disk is passed first.
-    # Otherwise the part of the longer disk past the end of the shorter one would be left out.
+    # `extent_batches` ends where its first disk ends.  So the longer disk is passed first, and
+    # the part of it past the end of the shorter disk is compared as well.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search(longer, shorter)
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])

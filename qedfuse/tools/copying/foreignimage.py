@@ -25,7 +25,7 @@ _MAX_SPARSE_BYTES: Final = 16 << 20
 """Maximum size that ``-S`` of qemu-img accepts."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
-"""The temporary directory's name begins with at most this many bytes of the image's name.
+"""The temporary directory's name contains at most this many bytes of the image's name.
 
 The whole name of the directory may have at most 255 bytes.
 """

@@ -43,7 +43,7 @@ class ImageSpec:
             backing file.  Only clusters that differ from the backing file are written.
         backing_format: Format of the backing file; None accepts only QED.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
-            writes all zeros as data.
+            writes all zeros as data.  In a QED image only whole clusters of zeros make a run.
         foreign_options: Arguments for ``-o`` of qemu-img; ignored for ``raw`` and ``qed``.
     """
 

@@ -128,7 +128,7 @@ class _NeededFile:
         self._file = file
 
     def require_cache(self) -> None:
-        """Raise CacheError if the cache has no entry for the file, so that it can store nothing."""
+        """Raise CacheError if the cache has no entry for the file, and so cannot store it."""
         if not self._file.fetcher.has_cache:
             msg = (
                 f"{self._file.name}: found no cache to fetch it into, expected a directory of the "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CompactResult:
-    """The result of compacting an image.
+    """The result of compacting an image; lengths in bytes.
 
     Attributes:
         bytes_before: Length of the file before the compaction.

@@ -97,9 +97,9 @@ class RebaseCopy:
             HostError: The host cannot read a table or a base.
         """
         for index, chain in enumerate(self._bases):
-            # The chain is searched only if the data found last lies before ``start``.
-            # Otherwise the data found last is still the first data at or past ``start``,
-            # because the last search began at or before ``start``.
+            # The chain is searched only if the data found last lies before ``start``.  Data at
+            # or past ``start`` is still the first such data, because the search that found it
+            # began at or before ``start``.
             if self._data_at[index] < start:
                 found = await next_data(chain, start)
                 self._data_at[index] = self._disk.size if found is None else found

@@ -85,8 +85,8 @@ def backing_problems(
 ) -> Iterator[Problem]:
     """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
-    The problems are fatal, because every mount refuses an image with such a name.  The only
-    exception is a URL, which the user can allow.
+    A valid URL is not fatal, because the user can allow it.  All other problems are fatal, because
+    every mount refuses an image with one of them.
 
     Args:
         raw: The header.

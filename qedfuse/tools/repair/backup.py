@@ -63,7 +63,7 @@ class Backup:
         """Close the backup, and remove it unless it is complete; do nothing if no file exists.
 
         Raises nothing, because an error of the block would be lost.  If the host refuses to remove
-        the backup, it stays; `undo` refuses a backup that is not complete.
+        an incomplete backup, the file stays, and `undo` refuses it.
         """
         if self._file is not None:
             # The close may write buffered bytes.  An error of this write is ignored, because a

@@ -62,9 +62,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
-    The order of the writes ensures that the undo can be run again after a crash, and that at no
-    moment a read through one entry returns the copy of a cluster that the repair has made for
-    another entry.
+    The order of the writes ensures two things.  The undo can be run again after a crash.  And at
+    no moment does a read through an entry return the data of another entry's cluster.
     """
     count = 0
     for saved in backup.ranges():
@@ -78,7 +77,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
-    # The file is truncated before the entries are restored.  This removes the copies of
+    # The file is truncated before the entries are restored.  The truncation removes the copies of
     # clusters that the repair has appended.  If the entries were restored first, an old entry
     # that pointed past the end of the file would now point to one of the copies, and a read
     # through this entry would return the data of another cluster.  In the chosen order, an

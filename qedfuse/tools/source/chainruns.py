@@ -60,8 +60,8 @@ class ChainRuns:
     def count_bad(self) -> int:
         """Return the number of `BAD` runs.
 
-        This can be more than the number of invalid table entries, because an upper layer may
-        store a part in the middle of the range of an invalid entry of a lower layer.
+        The number can be higher than that of the invalid table entries, because an upper layer can
+        store a part in the middle of the range of a lower layer's invalid entry.
         """
         return int((self.kinds == BAD).sum())
 

@@ -1,9 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read if the extents show that it is zeros, on both disks if there are two, or
-if both disks store it as the same bytes of the same file.  A range that need not be read is left
-out of the chunks, unless it is too short to be worth a second chunk, or the caller wants all
-ranges (``include_zeros``).
+A range need not be read in two cases: if the extents show that the range is zeros on each disk, and
+if both of two disks store the range as the same bytes of the same file.  A range that need not be
+read is left out of the chunks, unless the range is too short to be worth a second chunk, or the
+caller wants all ranges (``include_zeros``).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class ExtentBatch(NamedTuple):
         extents: The extents of the disk in the range, in order and without gaps.
         base_extents: The extents of the other disk in the range, in order and without gaps.
             They end earlier if the other disk ends within the range.  Empty if there is no
-            other disk, or if it ends at or before ``start``.
+            other disk, or if the other disk ends at or before ``start``.
     """
 
     start: int
@@ -65,8 +65,8 @@ async def extent_batches(
         if base is not None and at < base.size:
             base_extents = await _read_batch(base, at, end, block_size)
             # The extents of the other disk may end before `end`, because the other disk ends or
-            # because they are enough for a batch.  Only in the second case must the batch end
-            # there too.
+            # because they are enough for a batch.  Only in the second case, the batch must end
+            # where they end.
             if base_extents[-1].end < base.size:
                 end = min(end, base_extents[-1].end)
         bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]

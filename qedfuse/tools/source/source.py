@@ -98,7 +98,7 @@ class RawSource:
     format: ImageFormat = "raw"
 
     def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
-        """Make a reader of an open file of ``size`` bytes; the caller must close it later."""
+        """Make a reader of an open file of ``size`` bytes; the caller must close the file later."""
         self._file = file
         self.path = file.path
         self.name = file.name

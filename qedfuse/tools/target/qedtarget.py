@@ -85,8 +85,8 @@ class NewQedTarget(ParallelTarget):
         # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster has only
         # one entry.  A longer chunk crosses no multiple of `max_chunk_bytes`.  Both
         # `max_chunk_bytes` and the length of the range of a slice are powers of two, and
-        # `max_chunk_bytes` is not the larger one.  So a longer chunk does not cross the end of the
-        # range of a slice.
+        # `max_chunk_bytes` is not the larger one: a slice covers a whole table, or at least 8192
+        # clusters of 4 KiB.  So a longer chunk does not cross the end of the range of a slice.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -98,8 +98,8 @@ class NewQedTarget(ParallelTarget):
         """Assign offsets at the end of the file to the clusters of a chunk; return the writes.
 
         The entries are set in the table slices in memory.  If the chunk needs another slice of a
-        table than the previous chunk, the previous slice is complete, and its write is the first of
-        the result.  The write of the data, if the chunk has any, is the last.
+        table than the previous chunk, the previous slice is complete, and the result begins with
+        its write.  The write of the data, if the chunk has any, is the last.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
