@@ -55,7 +55,7 @@ class WebCredentials:
         else:
             found = ", ".join(name for name in (_USER, _PASSWORD, _TOKEN) if given.get(name))
             expected = f"{_USER} and {_PASSWORD}, or {_TOKEN}"
-            raise _invalid(_HOST, found or "nothing beside it", expected)
+            raise _invalid(_HOST, f"{found or 'nothing'} beside it", expected)
 
     def headers_for(self, target: Address) -> dict[str, str]:
         """Return the headers for a request to ``target``.

@@ -435,7 +435,7 @@ def test_missing_credentials_are_named(tmp_path: Path) -> None:
     [
         ({"WEB_TOKEN": "hush"}, "WEB_HOST: found none"),
         ({"WEB_HOST": "h"}, "WEB_HOST: found nothing beside it"),
-        ({"WEB_HOST": "h", "WEB_USER": "hush"}, "WEB_HOST: found WEB_USER, expected"),
+        ({"WEB_HOST": "h", "WEB_USER": "hush"}, "WEB_HOST: found WEB_USER beside it, expected"),
         ({"WEB_HOST": "h", "WEB_USER": "hush", "WEB_PASSWORD": "x", "WEB_TOKEN": "x"}, "WEB_TOKEN"),
         ({"WEB_HOST": "h/hush", "WEB_TOKEN": "x"}, "WEB_HOST: found no valid host"),
         ({"WEB_HOST": "s3://hush", "WEB_TOKEN": "x"}, "WEB_HOST: found no valid host"),

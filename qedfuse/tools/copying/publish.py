@@ -218,7 +218,8 @@ async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
     If the task is cancelled, and the upload has sent anything, the task waits until the upload has
     removed what it has stored.  After `_STOP_SECONDS` the task stops waiting, and logs a warning
     with ``shown``, the URL of the object.  The files of ``stack`` then stay open, because the
-    thread may still read them.  A warning is also logged if the object could not be deleted.
+    thread may still read them.  A warning is also logged if the store has not answered whether the
+    object is deleted.
     """
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
 
