@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from qedfuse.remote.address import Address
 
-_MAX_CONNECTIONS: Final = 16
+_MAX_KEPT_CONNECTIONS: Final = 16
 
 
 class WebPools:
@@ -32,8 +32,8 @@ class WebPools:
     def pool_for(self, target: Address) -> urllib3.PoolManager:
         """Return the pool for an address; each scheme and host has its own pool.
 
-        The pool connects through the proxy that the environment names for the address, or
-        directly if the environment names none.
+        The pool connects directly to this machine.  To other hosts it connects through the proxy
+        that the environment names for the host, or directly if the environment names none.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.
@@ -56,7 +56,7 @@ def _make_pool(target: Address) -> urllib3.PoolManager:
     is_direct = target.is_loopback or proxy_bypass(target.host)
     proxy = None if is_direct else getproxies().get(target.scheme)
     try:
-        return make_pool(proxy or None, _MAX_CONNECTIONS)
+        return make_pool(proxy or None, _MAX_KEPT_CONNECTIONS)
     except (HTTPError, ValueError) as error:
         # The message has no URL, because the URL of a proxy may contain a password.
         msg = f"found a proxy in the environment that is not a usable URL ({target.scheme}_proxy)"

@@ -2,8 +2,8 @@
 
 `qedfuse.remote.unitfile` explains the units and the data file.  The kernel returns zeros for a hole
 without reading from the disk, and a failed write can leave a hole where the object has data.  So
-zeros from the data file are valid only in a block that held only zeros when its unit was fetched,
-or when its unit was compared with its checksum.
+zeros from the data file are valid only in a block that was all zeros when its unit was fetched, or
+when the content of its unit was compared with the checksum.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class Portal(Generic[T]):
 
         Raises:
             OSError: The host cannot start a thread.
-            BaseException: The error of entering ``manager``, or a KeyboardInterrupt during the
-                wait for it.  The thread has ended.
+            BaseException: The error of entering ``manager``, or a KeyboardInterrupt while
+                ``manager`` is being entered.  The thread has ended.
         """
         self._before_leaving = before_leaving
         self._opened: Future[T] = Future()

@@ -41,9 +41,9 @@ class SingleFlight(Generic[K]):
     may have failed or been cancelled, or the cache may have evicted the result since.  Such a
     caller must call `run` again, and runs its own fetch if no other caller has started one.
 
-    An error of a fetch is raised only in the caller that has run the fetch.  Errors of a server are
-    an exception: they are raised in the callers that have waited, too.  If each of those callers
-    ran a fetch of its own, the callers would wait for the failed server one after another.
+    Most errors of a fetch are raised only in the caller that has run the fetch.  An error of a
+    server (`_SHARED_ERRORS`) is raised in the callers that have waited as well.  If each of those
+    callers ran a fetch of its own, they would wait for the failed server one after another.
     """
 
     def __init__(self) -> None:

@@ -187,7 +187,7 @@ class Conversion:
                 async with self._new_target(fd) as (target, base):
                     if base is not None:
                         # The versions are read before the copy.  If a base changed during the copy,
-                        # versions that are read later would hide the change.
+                        # versions read after the copy would hide the change.
                         record = NewRecord(spec.backing or "", versions_of(base.readers()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)

@@ -92,8 +92,8 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay.  The data of all images over the file is
-            written into the file.  The overlay is not emptied: if there are images between the
-            overlay and the file, an empty overlay would show their old data.  None for the
+            written into the file.  The overlay is not emptied in this case, because an empty
+            overlay would show the old data of images between it and the file.  None for the
             overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are

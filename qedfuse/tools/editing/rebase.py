@@ -108,8 +108,8 @@ async def rebase(
         open_writable(path, options) as disk,
         _new_chain(disk, backing, backing_format, options) as chain,
     ):
-        # The versions are read before the copy.  If a base changed during the copy, versions that
-        # are read later would hide the change.
+        # The versions are read before the copy.  If a base changed during the copy, versions read
+        # after the copy would hide the change.
         bases = [layer.file for layer in chain.layers[1:]]
         versions = versions_of(bases) if bases else None
         copy = RebaseCopy(disk, chain)
@@ -153,9 +153,9 @@ async def _new_chain(
     base = backing_path(disk.path, backing, options.backing.working_directory)
     # The format in the policy of the options is replaced, because it applies to the present bases
     # of the image.  The format of a policy applies to every base of a chain.  So the new policy
-    # names the new base's format only if just QEMU reads the format: such a base is the last one
-    # of the chain.  The format raw is stated in the header above.  Without a stated format, and
-    # for QED, the first bytes of the new base decide.
+    # names the new base's format only if the format is one that only QEMU reads: a base of such a
+    # format is the last one of the chain.  The format raw is stated in the header above.  Without a
+    # stated format, and for QED, the first bytes of the new base decide.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:

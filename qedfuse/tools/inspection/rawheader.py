@@ -129,7 +129,7 @@ def _has_geometry(values: Mapping[str, int]) -> bool:
 
 
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
-    """Yield all errors because of which a program would refuse the image, not only the first one.
+    """Yield all errors because of which qedfuse would refuse the image, not only the first one.
 
     `parse_header` raises only the first error.  So after each error, the value of the field is
     replaced by a valid value, and the header is parsed again.  In this way `parse_header` is

@@ -63,7 +63,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
     The order of the writes ensures two things.  The undo can be run again after a crash.  And at
-    no moment does a read through an entry return the data of another entry's cluster.
+    no moment does a read through an entry return a copy that the repair has made for another entry.
     """
     count = 0
     for saved in backup.ranges():

@@ -65,8 +65,8 @@ async def extent_batches(
         if base is not None and at < base.size:
             base_extents = await _read_batch(base, at, end, block_size)
             # The extents of the other disk may end before `end`, because the other disk ends or
-            # because they are enough for a batch.  Only in the second case, the batch must end
-            # where they end.
+            # because they are enough for a batch.  In the second case, this batch must end at the
+            # same offset as the extents of the other disk.
             if base_extents[-1].end < base.size:
                 end = min(end, base_extents[-1].end)
         bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]
