@@ -92,9 +92,9 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay.  The data of all images over the file is
-            written into the file.  The overlay is not emptied in this case, because an empty
-            overlay would show the old data of images between it and the file.  None for the
-            overlay's own base.
+            written into the file.  The overlay keeps its data, because an empty overlay would
+            show the old data of images between the overlay and the file.  None for the overlay's
+            own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
