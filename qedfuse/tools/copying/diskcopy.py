@@ -79,8 +79,8 @@ class DiskCopy:
             write_behind: How the data of a parallel target is written back to the host's disk
                 during the copy.  ``wait``: always, and the copy waits for a slow disk.  The
                 wait costs no time if an fsync follows, because the fsync would wait for the
-                same data.
-                ``if fast``: as long as the disk keeps up.  ``off``: the kernel decides.
+                same data.  ``if fast``: as long as the disk keeps up.  ``off``: the kernel
+                decides.
             progress: Called with the guest offset that the copy has reached, and the size of
                 the disk.
         """

@@ -62,7 +62,10 @@ class QedInfo:
 
     @property
     def mountable(self) -> bool:
-        """Whether a mount can read the image: False if a problem is `Problem.fatal`."""
+        """Whether the image itself permits a mount: False if a problem is `Problem.fatal`.
+
+        The backing file is not examined, so a mount can still fail.
+        """
         return not any(problem.fatal for problem in self.problems)
 
     @property
