@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time for which a read waits for qemu-nbd, which waits for the host's disk."""
+"""Maximum time for which a read waits for qemu-nbd, which itself may wait for the host's disk."""
 
 
 class ForeignFile(ReadOnlyFile):
     """A disk that qemu-nbd serves; the file has the bytes that the guest sees.
 
     If qemu-nbd ends, one line is logged, and every read that needs it fails from then on.  qemu-nbd
-    is not started again: its locks have ended, so another program can have changed a file of the
-    chain.  Reads that need no QEMU go on, under the locks of this process (`LocalReads`).
+    is not started again: its locks ended with it, so another program may have changed a file of the
+    chain since then.  Reads that need no QEMU go on, under the locks of this process
+    (`LocalReads`).
 
     Attributes:
         path: The path of the image.
@@ -57,7 +58,7 @@ class ForeignFile(ReadOnlyFile):
             driver: The format of the image as QEMU calls it.
             disk: The disk, read from ``server``.
             server: The process of qemu-nbd.
-            graph: The files that the process has open.
+            graph: The files of the chain, which the process reads.
             local: Reads the files of ``graph`` directly, where they have the bytes of the disk.
         """
         super().__init__(image.name)
@@ -119,7 +120,7 @@ class ForeignFile(ReadOnlyFile):
         self._local.start_map()
 
     def _pieces(self, offset: int, length: int) -> list[Piece]:
-        """Return the parts of a range: each is in one file, zeros, or read by qemu-nbd."""
+        """Return the parts of a range: each lies in one file, is zeros, or needs qemu-nbd."""
         return self._local.pieces(offset, length) or [Piece(UNKNOWN, 0, offset, length)]
 
     def try_read(self, offset: int, view: memoryview) -> bool:

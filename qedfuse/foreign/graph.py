@@ -63,8 +63,8 @@ class Graph:
         options: The options of the block node of the image.
         files: The files that QEMU gets as descriptors, the image itself first.
         extents: The extents of VMDK images, which QEMU opens by their names.
-        data_files: For each image, from the top one down, the file that has its data; None if
-            several files have the data.
+        data_files: For each image, from the top one down, the file that has its data; None for a
+            VMDK image whose data is in extents that it names.
         opened: The files that `close` closes: all except the image itself.
         read: For each image its file, its format, and the links that were read from its header.
     """

@@ -34,6 +34,7 @@ _EXTENSION_DATA_FILE: Final = 0x44415441
 _QCOW2_EXTERNAL_DATA: Final = 1 << 2
 """The incompatible feature bit of an image whose data is in a file of its own."""
 _MAX_EXTENSIONS: Final = 32
+"""Maximum number of header extensions that are read; further ones are ignored."""
 
 _MAX_NAME_BYTES: Final = 1023
 """Maximum length of the name of a backing file, as in QEMU."""
@@ -49,7 +50,7 @@ class Links:
     Attributes:
         backing: Name of the backing file; empty if there is none.
         backing_driver: Format of the backing file, by the name that the image states; None if the
-            image states none.
+            image states none.  Always ``vmdk`` for a VMDK image, which names no format.
         data_file: Name of the file that has the data of a qcow2 image; empty if there is none.
         extents: Names of the files that make up a VMDK image.
     """
@@ -127,7 +128,10 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the header extensions of a qcow2 image by type, without those that are too long."""
+    """Return the header extensions of a qcow2 image by type.
+
+    Extensions longer than `_MAX_NAME_BYTES` are left out.
+    """
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
         head = os.pread(fd, 8, at)
@@ -205,4 +209,5 @@ _READERS: Final[dict[str, Callable[[int, str], Links]]] = {
     "vmdk": _vmdk,
     "vpc": _vpc,
 }
-"""For each format the function that reads the names.  In other formats QEMU opens no named file."""
+"""For each format the function that reads the names.  QEMU opens no other file for an image in a
+format that is not listed."""

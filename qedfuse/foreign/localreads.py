@@ -34,15 +34,16 @@ not need the map.
 _START_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.start_map` waits for the start of the program."""
 _JOIN_SECONDS: Final = 5.0
-"""Maximum time for which `LocalReads.close` waits for the thread, whose program it has killed."""
+"""Maximum time for which `LocalReads.close` waits for the thread after killing its program."""
 
 
 class LocalReads:
     """The map of a disk, made in the background, and the files to which it refers.
 
-    The map is valid as long as no program changes the files.  So all files are locked first, as
-    qemu-nbd locks them, and the locks last as long as the files are open, even if qemu-nbd ends.
-    If locking is off, there is no map; if a file cannot be locked, the map stays empty.
+    The map is valid as long as no program changes the files.  So all of `Graph.files` are locked
+    before the map is made, as qemu-nbd locks them, and the locks last as long as the files are
+    open, even if qemu-nbd ends.  The extents of VMDK images are locked by qemu-nbd only.  If
+    locking is off, there is no map; if a file cannot be locked, the map stays empty.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
@@ -51,8 +52,8 @@ class LocalReads:
         Args:
             graph: The files; the caller must close them after `close`.
             name: The name of the image in messages.
-            is_locked: Whether the files are locked, so that no other program changes them; if
-                not, no map is made.
+            is_locked: Whether the files may be locked, which keeps other programs from changing
+                them; if not, no map is made.
         """
         self._graph = graph
         self._name = name
@@ -74,7 +75,7 @@ class LocalReads:
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the ranges that the map finds in files.
+        """What the mount's extension needs to read the ranges that have a file in the map.
 
         None if there is no map.
         """
@@ -100,7 +101,7 @@ class LocalReads:
         return found
 
     def file_of(self, piece: Piece) -> PosixFile:
-        """Return the file that has the bytes of a part, which must be in a file."""
+        """Return the file that has the bytes of a part; `UNKNOWN` and `ZEROS` are not allowed."""
         return self._files[piece.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -123,7 +124,7 @@ class LocalReads:
         """Start a read in a native thread, if one file has the range as one run.
 
         Returns whether the read was started: see `ReadableFile.try_start_read`.  Returns None if
-        only QEMU can read the range.
+        only QEMU can read any part of the range.
         """
         found = self.pieces(offset, len(view))
         if found is None:
@@ -157,10 +158,11 @@ class LocalReads:
             thread.join(_JOIN_SECONDS)
 
     def start_map(self) -> None:
-        """Begin to make the map, if that has not begun; return when the program was started.
+        """Begin to make the map, unless that has begun before; return when the program runs.
 
         A process that gives up the right to run programs must call this method first.  The call
-        waits at most `_START_SECONDS`.  It returns without a map if the host cannot start a thread.
+        waits at most `_START_SECONDS`, and not at all if no thread makes the map, for example
+        because the host cannot start one.
         """
         with self._lock:
             self._lookups_before_map = 0
@@ -177,10 +179,10 @@ class LocalReads:
                 self._start_thread()
 
     def _start_thread(self) -> None:
-        """Start the thread that makes the map, once; the caller holds the lock.
+        """Start the thread that makes the map, if none was started; the caller holds the lock.
 
-        If the host cannot start a thread, the next `READS_BEFORE_MAP` lookups are counted before
-        the thread is started again, and QEMU makes their reads.
+        If the host cannot start a thread, `_count_lookup` tries again after `READS_BEFORE_MAP`
+        further lookups; until then QEMU makes the reads.
         """
         if self._map is not None and self._thread is None and not self._is_closed:
             try:
@@ -202,7 +204,7 @@ class LocalReads:
             self._has_started.set()
 
     def _run_program(self, run_map: RunMap) -> None:
-        """Run the program, and add what it prints to the map.
+        """Run the program, and add what it prints to the map; do nothing after `close`.
 
         Raises:
             ForeignError: The program is missing, or its output is not a map.
@@ -228,7 +230,7 @@ class LocalReads:
                     fill_map(run_map, pipe, files)
                 finally:
                     with self._lock:
-                        # `close` must not kill a process that has been waited for, because
-                        # another process may have its number then.
+                        # `close` must not kill a process that has been waited for, because its
+                        # number may already belong to another process.
                         self._process = None
                     process.kill()

@@ -2,8 +2,9 @@
 
 ``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one JSON object per line.  Its
 output is not trusted: the ranges must follow each other, and the data must lie within the file.
-So a hostile image that takes over the program gains nothing: it can only name other ranges of the
-files of its own chain, which qemu-nbd could also serve as the disk.
+So a hostile image that takes over the program gains nothing: the output can only name other ranges
+of the files of the image's own chain.  A hostile image that takes over qemu-nbd could serve these
+ranges as the disk without any map.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
     """Add what the program prints to a map, until the output ends or the map is full.
 
     Args:
-        run_map: The map, which has no runs.
+        run_map: The map, which must be empty.
         output: The program's output.
         files: For each image of the chain, from the top one down, the number, and the length in
             bytes, of the file that has the image's data; None if only QEMU can read the data.
@@ -83,7 +84,8 @@ def _objects(output: BinaryIO) -> Iterator[dict[str, Any]]:
     while data := output.read(_CHUNK_BYTES):
         lines, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
-            # The first line begins with a bracket, and all but the last end with a comma.
+            # The output is an array.  So the first line begins with a bracket, the last line ends
+            # with one, and every other line ends with a comma.
             text = lines.strip().removeprefix(b"[").removesuffix(b"]").removesuffix(b",")
             yield from json.loads(b"[" + text + b"]")
         elif len(rest) > _CHUNK_BYTES:
@@ -100,8 +102,8 @@ def _add(run_map: RunMap, found: dict[str, Any], files: Sequence[tuple[int, int]
     if found["data"] is not True or found.get("compressed") or offset is None or file is None:
         return run_map.add(length, UNKNOWN)
     number, size = file
-    # The part past the end of the file reads as zeros.  Leave this part to QEMU, because another
-    # program could still make the file longer.
+    # The part past the end of the file reads as zeros.  Leave this part to QEMU, because a program
+    # that ignores the locks could still make the file longer.
     present = min(length, max(0, size - offset))
     if offset < 0 or not present:
         return run_map.add(length, UNKNOWN)

@@ -50,8 +50,8 @@ _BACKLOG: Final = 64
 class QemuNbd:
     """A process of qemu-nbd that serves an image and its backing files on a private socket.
 
-    The program ends when its last client has disconnected.  So this object keeps a connection, on
-    which it reads no data of the image, until `close`.
+    The program ends when its last client has disconnected.  So until `close` this object keeps a
+    connection of its own, on which it reads no data of the image.
 
     Attributes:
         name: The name of the image in messages.
@@ -121,9 +121,9 @@ class QemuNbd:
         return client
 
     def connect_negotiated(self) -> socket.socket:
-        """Return a new connection on which the negotiation has ended; replies on it are simple.
+        """Return a new connection on which the negotiation has ended; the call blocks.
 
-        The call blocks.
+        On this connection the program sends replies of NBD's simple kind.
 
         Raises:
             OSError: The program has ended, does not answer, or the host refused.
@@ -254,7 +254,7 @@ def _private_listener() -> tuple[socket.socket, int]:
         directory = tempfile.mkdtemp(prefix="qedfuse-")
         path = os.path.join(directory, "nbd")  # noqa: PTH118
         try:
-            # The path of the directory can be too long for the address of a socket.
+            # Bind by a descriptor: the path can be too long for the address of a socket.
             handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 listener.bind(f"/proc/self/fd/{handle}/nbd")

@@ -41,8 +41,8 @@ class Piece(NamedTuple):
 
     Attributes:
         file: The number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
-        offset: Offset of the first byte in the file; 0 without a file.
-        start: Offset of the first byte on the disk.
+        offset: File offset of the part's first byte; 0 if ``file`` is `UNKNOWN` or `ZEROS`.
+        start: Disk offset of the part's first byte.
         length: Length in bytes.
     """
 
@@ -86,12 +86,15 @@ class RunMap:
         return self.cells[_END]
 
     def add(self, length: int, file: int, offset: int = 0) -> bool:
-        """Add a run that follows the last one; return False if the map is full.
+        """Add a range that follows the last run; return False if the map is full.
+
+        A range whose target continues that of the last run makes this run longer.  Any other range
+        becomes a new run.
 
         Args:
-            length: Length of the run in bytes.
+            length: Length of the range in bytes.
             file: Number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
-            offset: Offset of the first byte in the file.
+            offset: File offset of the range's first byte.
         """
         cells = self.cells
         count, start = cells[_COUNT], cells[_END]
@@ -141,11 +144,13 @@ class RunMap:
 def without_zeros(
     pieces: Iterable[Piece], offset: int, view: memoryview
 ) -> Iterator[tuple[Piece, memoryview]]:
-    """Fill the parts of a view that read as zeros; yield the other pieces with their parts.
+    """Fill a view with zeros where the disk has zeros; yield the other pieces.
+
+    Each piece is yielded with the part of the view into which its bytes must be read.
 
     Args:
-        pieces: The parts of the range that the view is for.
-        offset: The disk offset of the view.
+        pieces: The parts of the range of the disk that the view is for.
+        offset: The disk offset at which this range begins.
         view: The view.
     """
     for piece in pieces:

@@ -34,8 +34,8 @@ _SYSTEM_PATHS = (
     *("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib"),
     *("/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", "/gnu/store"),
 )
-"""The directories of libraries, of QEMU's modules, and of the commands that a wrapper script of
-QEMU calls."""
+"""What every program may read and execute: the directories of libraries, of QEMU's modules, and of
+the commands that a wrapper script of QEMU calls."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
 """Where a program with another prefix has its libraries and modules, relative to the prefix."""
 
@@ -87,7 +87,7 @@ def launch_command(
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open files as far as the host permits, because VMDK has many extents.
+    """Raise the limit of open files to the hard limit: a VMDK image can have many extents.
 
     Raises:
         OSError: The host refused.
@@ -152,7 +152,7 @@ def _main(text: str) -> None:
     version = landlock.landlock_version()
     if version:
         # A program in a prefix of its own has its libraries in the same prefix.
-        prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120  as above
+        prefix = os.path.dirname(os.path.dirname(program[0]))  # noqa: PTH120
         own = [program[0], *(f"{prefix}/{name}" for name in _OWN_DIRECTORIES)]
         _restrict(version, opened, [*_SYSTEM_PATHS, *own])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -39,8 +39,9 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""The line of an extent that QEMU opens.  Other extents are refused: QEMU leaves out an extent that
-is not ``RW``, or that has only zeros, so the disk would lack its sectors."""
+"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW``, or that has
+only zeros, so the disk would lack the sectors of this extent.  Therefore lines of other extents are
+refused."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')

@@ -9,8 +9,9 @@
  * thread that makes the call, and then to the collector.  Only a read with an answer (see below)
  * has two owners at its end, the collector and the thread that answers.  When both are done with
  * it, a thread with the GIL releases it.  Everything else that threads share is in struct pool.
- * The pool's mutex protects all of this except the atomic fields and the eventfd.  The eventfd is
- * closed only when the IoThreads object has been freed and no thread is writing to the eventfd.
+ * The pool's mutex protects struct pool, except the atomic fields and the use of the eventfd.  The
+ * eventfd is closed only when the IoThreads object has been freed and no thread is writing to the
+ * eventfd.
  *
  * Answers.  A read can have an answer: a function that the thread itself calls after the read,
  * without the event loop.  The argument `answer` of submit_read is a capsule named
@@ -414,10 +415,10 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job to the thread that fell asleep last, or NULL to end that thread.  Its caches are the
- * warmest.  And the other threads stay asleep, so that those that are not needed end after the idle
- * time.  The caller must hold the mutex, and a thread must be asleep.  Return the address that the
- * caller must pass to wake(). */
+/* Give a job to the thread that fell asleep last, or NULL to end that thread.  The last one has the
+ * warmest caches, and threads that are not needed sleep on until their idle time has passed.  The
+ * caller must hold the mutex, and a thread must be asleep.  Return the address that the caller must
+ * pass to wake(). */
 static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;
@@ -480,8 +481,8 @@ static int create_thread(struct pool *pool)
 }
 
 /* Remove a job from the queue, because no thread exists and none could be created.  Return whether
- * the job was in the queue.  If it was not, a thread that has ended since has made its call, and the
- * job belongs to the collector.  The caller must hold the mutex. */
+ * the job was in the queue.  If it was not, a thread took the job, made its call, and has ended
+ * since; the job belongs to the collector.  The caller must hold the mutex. */
 static int withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
@@ -834,7 +835,7 @@ static PyObject *get_threads(PyObject *self, PyObject *unused)
     return PyLong_FromLong(threads);
 }
 
-/* Return jobs to the beginning of the list of finished calls, because reports() has failed. */
+/* Insert jobs at the beginning of the list of finished calls again, after reports() has failed. */
 static void put_back(struct pool *pool, struct list jobs)
 {
     struct job *job;
@@ -997,8 +998,8 @@ static PyMethodDef methods[] = {
     {"submit_read", FAST(submit_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from a file offset, or from the position of the descriptor if the offset is\n"
-     "-1.  The result is the number of bytes, less than the buffer has only at the end of the\n"
-     "file."},
+     "-1.  The result is the number of bytes.  It is less than the length of the buffer only at\n"
+     "the end of the file."},
     {"submit_export_read", FAST(submit_export_read), METH_FASTCALL | METH_KEYWORDS,
      "submit_export_read(fd, offset, view, tag, /, answer=None)\n"
      "Fill a buffer from an offset of an NBD export, by one request on a connection with simple\n"
