@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ForeignOpening:
-    """An image that is opened in two steps: the constructor, and `finish`, which waits for qemu-nbd."""
+    """An image that is opened in two steps; only the second, `finish`, waits for qemu-nbd."""
 
     def __init__(self, image: PosixFile, driver: str, limits: Limits) -> None:
         """Open the files that an image names, and start qemu-nbd.

@@ -61,7 +61,8 @@ class RunMap:
 
     One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
     at all: a run is written first, then the count, then the end, and `pieces` reads them in the
-    reverse order.  The mount's extension holds the GIL during a search, so no run is added then.
+    reverse order.  The mount's extension holds the GIL during a search, so the cells do not change
+    during it.
 
     Attributes:
         cells: The numbers; see `qedfuse.hostio.pagesource.StoredRuns`.

@@ -1,9 +1,10 @@
 """Storing a record with an image: the versions of the bases over which the image was made.
 
 The record is an extended attribute of the image.  If the file system of the image has no place for
-it, a hidden file in the directory of the image holds the record and the inode number of the image,
-so that the record of an earlier image of the same name is not used.  On a file system that keeps no
-inode numbers (FAT) the number is 0, and only the content of the record can show that.
+it, a hidden file in the directory of the image holds the record.  The file also holds the inode
+number of the image, which shows whether the record belongs to an earlier image of the same name.
+On a file system that keeps no inode numbers (FAT) the number is 0, and only the content of the
+record can show this.
 
 A file that has the name of the hidden file is replaced or removed only if its magic and its
 checksum show that it is a record.
@@ -117,8 +118,8 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 def remove_record(fd: int, path: str) -> None:
     """Remove the record of an image, and that of an earlier image of the same name, if any.
 
-    An error of the host is ignored: a record that stays and does not match is found when the image
-    is opened the next time.
+    An error of the host is ignored: if a record stays that does not match the image, the next
+    opening of the image finds the mismatch.
     """
     with suppress(OSError):
         os.removexattr(fd, _ATTRIBUTE)

@@ -140,7 +140,8 @@ class HostFile(ReadableFile, Protocol):
 
     If the host refuses, a ``try_`` method returns False, and every other method raises `HostError`
     (`NoSpaceError` for a full file system), unless its docstring says otherwise.
-    Nothing is certain to be durable before `datasync` has returned, or `try_datasync` True.
+    Nothing is certain to be durable before `datasync` has returned, or `try_datasync` has returned
+    True.
 
     Attributes:
         writable: Whether the file is open for writing.
@@ -188,7 +189,7 @@ class HostFile(ReadableFile, Protocol):
         """Make the file ``size`` bytes long; added bytes read as zeros."""
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Return the space of ``ranges`` to the host, each given as offset and length.
+        """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
         The ranges read as zeros afterwards.  If the host cannot punch holes, nothing happens
         except that ``can_punch`` becomes False.

@@ -15,9 +15,10 @@ class CheckedUnits(NamedTuple):
     """Which parts of a file of the cache for remote files the extension may read.
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
-    The result of a read may be used only if all of its bytes were in the page cache, and if every
-    block of zeros in it is known to be all zeros (``zero_blocks``), because any other block of
-    zeros may be a hole; `qedfuse.remote.localdata` says why.
+    The result of a read may be used only if all of its bytes were in the page cache, and if each
+    block that reads as zeros is marked in ``zero_blocks``.  A block of zeros that is not marked may
+    be a hole in the file, and not the content of the remote file; `qedfuse.remote.localdata` says
+    why.
 
     Attributes:
         ready: For each unit a byte: 0 if the extension must not read the unit; 1 if it may; 2 if it
@@ -73,7 +74,7 @@ class StoredRuns(NamedTuple):
     Attributes:
         cells: Numbers of 64 bits: the number of runs, the offset at which the last run ends, and
             then the two arrays of `qedfuse.foreign.runmap.RunMap`, each with room for ``capacity``
-            runs.  Runs are only added, so the extension keeps a view of the cells.
+            runs.  Runs are added in place, so the extension can keep a view of the cells.
         capacity: Maximum number of runs.
         files: The files to which the runs refer, by number.
     """

@@ -212,7 +212,7 @@ class PosixFile(PosixReader):
         await self._checked("truncate", change)
 
     async def punch(self, *ranges: tuple[int, int]) -> None:
-        """Return the space of ``ranges`` to the host, each given as offset and length.
+        """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
         The ranges read as zeros afterwards.  If the file system cannot punch holes, nothing
         happens except that ``can_punch`` becomes False.

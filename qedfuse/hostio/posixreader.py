@@ -110,7 +110,7 @@ class PosixReader:
         return await self._read_direct(calls, offset, view)
 
     def _read_cached(self, offset: int, view: memoryview) -> int | None:
-        """Read from the page cache; return how many bytes were read, perhaps not all of the view.
+        """Read from the page cache; return how many bytes at the start of the view were filled.
 
         Returns None if the first byte is not cached; the kernel then begins to fetch the data.
         Also returns None if the file system does not support RWF_NOWAIT.

@@ -113,7 +113,7 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
 
 def _ask(path: str) -> _Answer:
-    """Find the server of a mount, and return its answer; this may block forever.
+    """Find the server of a mount, and return its answer; the call may block forever.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.

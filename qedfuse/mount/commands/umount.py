@@ -89,7 +89,7 @@ def unmount_and_wait(
                 raise UnmountFailedError(msg) from None
         if found is None and _may_hide_records(mountpoint, entry.owner):
             # The mount may have hidden its record from `_find`, so search again.  If there is no
-            # record now, the process has normally ended without a failure, and has removed its
+            # record now, the process has most likely ended without a failure, and has removed its
             # record.
             with _host_errors_explained(
                 f"{shown}: unmounted, but the process may still be writing"

@@ -49,7 +49,7 @@
 static struct fuse_session *session; /* NULL while there is no session */
 static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
 static int in_burst;
-static int answered;        /* whether the last request of the burst was answered or deferred */
+static int answered;        /* whether the last request was answered, queued or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
 
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */

@@ -52,7 +52,7 @@ typedef struct {
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
     uint64_t window_start;     /* guest offset of the range that reads see as the file */
-    long long window_bytes;    /* length of that range, which is within the disk; -1: all of it */
+    long long window_bytes;    /* length of that range, which is within the disk; -1: the whole disk */
 } ReadView;
 
 static PyTypeObject *view_type;
@@ -132,10 +132,10 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 }
 
 /* Returns the code of clusters that the top image has not allocated.  `first` and `last` are indices
- * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of the
- * offset of the first cluster in a backing file, which is a multiple of 4096, the depth of that file,
- * and DEPTH_BIAS.  Returns 0 if the clusters are not one run in one backing file, or if the codes of the
- * slice (see ReadView) are not in memory; an exception may be set then. */
+ * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of three
+ * numbers: the offset in a backing file at which the first cluster lies, a multiple of 4096; the depth of
+ * that file; and DEPTH_BIAS.  Returns 0 if the clusters are not one run in one backing file, or if the
+ * codes of the slice (see ReadView) are not in memory; an exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);
@@ -212,7 +212,7 @@ static enum attempt answer_from_buffer(struct read_file *file, fuse_req_t reques
 
     if (count < 0 && errno != EAGAIN)
         return FAILED;
-    /* The length is looked at after the read, as LocalData does. */
+    /* keeps_length() must come after the read. */
     if (has_units(units) && !keeps_length(units, file->fd))
         return FAILED;
     if (count != (ssize_t)size) /* perhaps fewer because the file ends there */

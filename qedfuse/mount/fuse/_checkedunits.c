@@ -69,8 +69,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* A read that reaches the end of a unit goes to the Python function if a sequential reader soon
-     * needs a unit that is missing, because that function fetches the unit. */
+    /* A read that reaches the end of a unit goes to the Python function if a unit ahead is missing, because
+     * that function fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;
@@ -85,10 +85,10 @@ static int is_uncut(const struct checked_units *units, off_t length)
 }
 
 /* A file that was cut never gets a valid length again, with one exception: a process that opens the entry
- * may have looked at the length before the cut, and sets the other valid length after it.  So the length
- * after a read must equal the length before the read.  The latter is not looked up: the length that was seen
- * after the last read replaces it.  If the length has changed between the two reads, the second read fails,
- * and its units are compared again. */
+ * may look at the length before the cut, and set the other valid length after the cut.  So the length
+ * after a read must equal the length before the read.  The length before the read is not looked up:
+ * `seen_bytes`, the length after the last read, replaces it.  If the length has changed between the two
+ * reads, the second read fails, and its units are compared again. */
 int keeps_length(struct checked_units *units, int fd)
 {
     off_t before = units->seen_bytes;
@@ -106,7 +106,8 @@ static int is_alone(const struct checked_units *units)
 /* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid until a
  * process writes to the page or the page leaves the page cache.  Only a process that fetches the unit writes
  * to it.  If this process fetches the unit, the unit is not ready any more (UnitStore).  If another process
- * does, is_alone() is false, and then may_splice_units() does not rely on settled units. */
+ * fetches it, is_alone() is false, and may_splice_units() does not rely on settled units.  If a page has
+ * left the page cache, cached_pages() reports that. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
     uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;

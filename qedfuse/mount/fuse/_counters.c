@@ -53,7 +53,7 @@ static uint64_t *cells_of(struct disk_counters *disk, enum operation operation)
     return (uint64_t *)disk->cells.buf + operation * CELLS;
 }
 
-/* Counts a request of `size` bytes that took some time. */
+/* Counts a request of `size` bytes in the cells of its operation.  `bucket` is the bucket of its time. */
 static void add(uint64_t *cells, size_t size, uint64_t nanoseconds, unsigned int bucket)
 {
     cells[REQUESTS]++;
@@ -62,8 +62,8 @@ static void add(uint64_t *cells, size_t size, uint64_t nanoseconds, unsigned int
     cells[HISTOGRAM + bucket]++;
 }
 
-/* Returns the bucket of a time: bucket n has the times below 2**n microseconds that the bucket before
- * it does not have, and the last one has all others. */
+/* Returns the bucket of a time.  Bucket 0 has the times below 1 microsecond, bucket n those from 2**(n-1)
+ * to below 2**n microseconds, and the last bucket also all longer times. */
 static unsigned int bucket_of(uint64_t nanoseconds)
 {
     uint64_t microseconds = nanoseconds / 1000;

@@ -210,7 +210,8 @@ static PyType_Spec request_spec = {
     .slots = request_slots,
 };
 
-/* Calls handler(request, operation, uid, inode, mode, start, length). */
+/* Calls handler(request, operation, uid, inode, mode, start, length).  For lseek(2), `mode` is the
+ * argument whence, and `length` is 0. */
 static void call_handler(fuse_req_t request, const char *operation, fuse_ino_t inode, int mode,
                       off_t start, off_t length)
 {

@@ -35,8 +35,8 @@ void begin_bursts(void *session);
 void end_bursts(void);
 
 /* Takes the requests that the kernel has or, while polling is permitted, will soon have, up to a limit.
- * The caller must hold the GIL, and must have answered the request that is being handled, or must have
- * made its Request (_burst.c). */
+ * The caller must hold the GIL, and must have answered or queued the request that is being handled, or
+ * have made its Request (_burst.c). */
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
@@ -51,9 +51,9 @@ PyObject *forbid_polling(PyObject *module, PyObject *unused);
 /* Returns how many seconds the last burst has polled in vain, each time once (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
-/* Minimum and maximum length of a read that is answered with the pages of a file.  For shorter
- * ones a copy costs less.  The reply must fit into a pipe, whose size the kernel limits to 1 MiB
- * for most processes. */
+/* Minimum and maximum length of a read that is answered with the pages of a file.  A copy of a
+ * shorter reply costs less.  A longer reply might not fit into a pipe, whose size the kernel limits
+ * to 1 MiB for most processes. */
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
@@ -92,15 +92,15 @@ int can_count_pages(void);
 int has_valid_pages(char *address, uint64_t offset, size_t size);
 
 /* What became of an attempt to answer a read from the page cache.  NOT_ALLOWED: nothing was read.
- * NOT_CACHED: a part of the data is missing there, or cannot be used.  FAILED: there was an error, or a
- * file with checked units has changed its length or lost a page from the page cache. */
+ * NOT_CACHED: a part of the data is missing in the page cache, or cannot be used.  FAILED: there was an
+ * error, or a file with checked units has changed its length or lost a page from the page cache. */
 enum attempt { NOT_ALLOWED, ANSWERED, NOT_CACHED, FAILED };
 
 /* What became of a read that _cachedread.c has tried to answer. */
 enum cached_read { PASSED_ON, REPLIED, QUEUED };
 
-/* Answers a read whose tables and data are in memory, or queues one whose tables are.  The caller must
- * hold the GIL (_cachedread.c). */
+/* Answers a read whose tables and data are in memory, or queues a read of which only the tables are in
+ * memory.  The caller must hold the GIL (_cachedread.c). */
 enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
                                     size_t size);
 
@@ -147,8 +147,8 @@ struct checked_units {
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
 };
 
-/* Fills units, which are all zeros, from a CheckedUnits of an open file.  Returns 0, or -1 with an exception
- * (_checkedunits.c). */
+/* Fills a zeroed struct from a CheckedUnits of the file that is open as `fd`.  Returns 0, or -1 with an
+ * exception (_checkedunits.c). */
 int fill_units(struct checked_units *units, PyObject *source, int fd);
 
 /* Releases the references that units hold (_checkedunits.c). */
@@ -174,7 +174,8 @@ int may_try_units(const struct checked_units *units, int fd, uint64_t offset, si
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
-/* Returns whether a range may be read by the extension (_checkedunits.c). */
+/* Returns whether the extension may read a range: only if its units are ready, and if the read need not
+ * make the Python function fetch units ahead of it (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
@@ -221,7 +222,7 @@ struct read_place {
     struct read_file *file;
     PyObject *epochs; /* Epochs */
     uint64_t offset;  /* file offset */
-    uint64_t *counts; /* the numbers of reads and of bytes that were read of the file */
+    uint64_t *counts; /* two numbers for the file: of reads, and of bytes that were read */
 };
 
 /* Counts a read of `size` bytes of the file at a place (_cachedread.c). */

@@ -74,7 +74,8 @@ int has_valid_pages(char *address, uint64_t offset, size_t size)
 
     if (address == NULL || pages > MAX_PAGES)
         return 0;
-    /* A kernel with larger pages refuses most of these calls, and reports fewer pages. */
+    /* A kernel with larger pages refuses a `start` that does not begin such a page, and sets fewer
+     * elements of the array.  The other elements must not count as missing pages. */
     memset(found, 1, pages);
     if (mincore(address + start, bytes, found))
         return 0;

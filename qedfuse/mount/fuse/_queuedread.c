@@ -8,8 +8,8 @@
  * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
  *
  * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, in the
- *   same step in which its cluster was found, and leaves the epoch after its end.  So meanwhile no
- *   other data comes to its cluster, even if a request of the same burst frees the cluster.
+ *   same step in which its cluster was found, and leaves the epoch after its end.  So until its end
+ *   the cluster gets no other data, even if a request of the same burst frees the cluster.
  * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
  *   the end, as any read(2) does.  A write that was answered before queue_read() is in the page
  *   cache by then.
@@ -53,7 +53,7 @@ struct queued_read {
     size_t size;
     struct read_place place; /* its `view` is a reference of this read */
     PyObject *epoch;
-    int was_tried; /* whether _cachedread.c has not found the data in the page cache */
+    int was_tried; /* whether _cachedread.c has looked for the data in the page cache in vain */
     char data[MAX_QUEUED_BYTES];
 };
 
@@ -144,7 +144,7 @@ int queue_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t star
     return 1;
 }
 
-/* Lets the Python function answer a read. */
+/* Passes a read to the Python function `answer_slowly`, which answers it. */
 static void pass_on(const struct queued_read *read)
 {
     PyObject *pending = new_request(read->request, read->size), *result = NULL;
@@ -167,7 +167,7 @@ static void end(struct queued_read *read, int result, int was_cached)
 {
     struct read_place place = read->place;
     int is_whole = result >= 0 && (size_t)result == read->size;
-    int can_answer = read->session == current_session(); /* libfuse frees its requests */
+    int can_answer = read->session == current_session(); /* if not, libfuse has freed the request */
 
     if (is_whole && can_answer) {
         fuse_reply_buf(read->request, read->data, read->size);
@@ -239,10 +239,10 @@ void end_queued_reads(void)
     if (ring_unsubmitted())
         submit();
     /* One ring_run() need not do all work, and the flag that ring_has_work() reads may be set without any
-     * work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run() have had no
-     * effect.  By then all work is done that had come before these calls.  Work that comes later sets the
-     * flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that, the loop
-     * begins to count anew, and finds the flag set. */
+     * work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run() in a row have
+     * had no effect.  By then all work that had come before these calls is done.  Work that comes later
+     * sets the flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that,
+     * the loop begins to count anew, and finds the flag set. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)

@@ -39,7 +39,7 @@ void free_files(struct read_file *files, uint64_t count)
     PyMem_Free(files);
 }
 
-/* Fills runs, which are all zeros, from a StoredRuns.  Returns 0, or -1 with an exception. */
+/* Fills a zeroed struct from a StoredRuns.  Returns 0, or -1 with an exception. */
 static int fill_runs(struct stored_runs *runs, PyObject *source)
 {
     PyObject *files;
@@ -57,7 +57,7 @@ static int fill_runs(struct stored_runs *runs, PyObject *source)
     return 0;
 }
 
-/* Fills a file, which is all zeros, from a PageSource, or from None.  Returns 0, or -1 with an
+/* Fills a zeroed struct from a PageSource; leaves it unchanged for None.  Returns 0, or -1 with an
  * exception. */
 static int fill_file(struct read_file *file, PyObject *source)
 {

@@ -111,7 +111,7 @@ static int map_queues(const struct io_uring_params *made)
     ring.completion_head = number_at(made->cq_off.head);
     ring.completion_tail = number_at(made->cq_off.tail);
     ring.completion_mask = *number_at(made->cq_off.ring_mask);
-    order = number_at(made->sq_off.array); /* which entry is the n-th: always the n-th */
+    order = number_at(made->sq_off.array); /* order[n]: index of the entry that is taken n-th */
     for (at = 0; at < made->sq_entries; at++)
         order[at] = at;
     return 0;

@@ -1,6 +1,6 @@
 /*
- * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)), so that
- * it copies the data once instead of twice.
+ * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)).  So the
+ * data is copied once instead of twice.
  *
  * The pages of a file with checked units are put into a pipe of this module first, and the length of the
  * file is checked (keeps_length()) before libfuse passes the pages of the pipe on.

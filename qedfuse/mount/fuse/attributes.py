@@ -51,7 +51,7 @@ def _mask(options: MountOptions) -> int:
 
 
 def file_mode(options: MountOptions) -> int:
-    """Return the permissions of a disk, which lack those for writing if the disk is read-only."""
+    """Return the permissions of a disk, which lack those for writing in a read-only mount."""
     write_bits = 0 if options.read_only else 0o222
     return (0o444 | write_bits) & ~_mask(options)
 

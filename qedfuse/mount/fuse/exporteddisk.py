@@ -159,7 +159,7 @@ class ExportedDisks:
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
-        """Replace the files of a disk's partitions; return whether any has changed.
+        """Replace the files of a disk's partitions; return whether any was added or removed.
 
         A file stays if a partition has its name, its start and its size.  Every other file gets an
         inode number that no file has had before, because the kernel may have cached pages of an
@@ -304,9 +304,9 @@ class ExportedDisks:
         return self._all_closed
 
     def stop_fetching(self) -> None:
-        """Make all reads of the disks fail that wait for a server now, or would wait later.
+        """Fail all present and later reads of the disks that would wait for a server.
 
-        The caller must ensure that no program waits for such a read any more.
+        The caller must ensure that no program needs the data of such a read any more.
         """
         for disk in self.images:
             disk.stop_fetching()
