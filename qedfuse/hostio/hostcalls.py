@@ -49,7 +49,7 @@ class HostCalls(Protocol):
 
     @property
     def can_start_reads(self) -> bool:
-        """Whether `start_read` can be used."""
+        """Whether `start_read` and `start_export_read` can be used."""
 
     @property
     def resuming(self) -> int:
@@ -59,10 +59,10 @@ class HostCalls(Protocol):
         """Return whether there is a finished call that `deliver` has not delivered."""
 
     def deliver(self) -> None:
-        """Resume the tasks whose calls are finished.
+        """Resume the tasks whose calls are finished, and call ``ended`` for finished started reads.
 
         A task that keeps the event loop from sleeping should call this method.  Without such a
-        call, the tasks are resumed at the latest before the event loop sleeps.
+        call, both happen at the latest before the event loop sleeps.
         """
 
     def start_read(

@@ -45,7 +45,7 @@ class ReadableFile(Protocol):
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's C extension needs for reads of the file; None if it must not read it."""
+        """What the mount's C extension needs to read the file; None if the extension must not."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if no descriptor gives access to its bytes."""

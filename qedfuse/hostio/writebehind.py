@@ -61,10 +61,10 @@ class WriteBehind:
         """Start to write a range to the disk, and drop older ranges from the page cache.
 
         If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits until the oldest
-        ranges are on the disk, and then drops their pages.  With ``waits=False`` the method does
-        not wait, and drops only those of their pages that are on the disk already.  Does nothing if
-        the file does not support sync_file_range(2), or if the disk has proved too slow with
-        ``waits=False``.
+        ranges are on the disk, and then drops the pages of these ranges.  With ``waits=False`` the
+        method does not wait, and drops only those of the pages that are on the disk already.  Does
+        nothing if the file does not support sync_file_range(2), or if the disk has proved too slow
+        with ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.

@@ -11,8 +11,8 @@
 
 #include <unistd.h>
 
-/* Maximum number of units that are read ahead of a sequential reader (_MAX_WINDOW_UNITS in
- * remote/fetcher.py). */
+/* Maximum number of units ahead of a read that are looked at: half of _MAX_WINDOW_UNITS in
+ * remote/fetcher.py, because more units are fetched ahead only when half of the window is used up. */
 #define MAX_AHEAD_UNITS 32
 
 /* The smallest hole that a file can have (remote/zeroblocks.py). */
