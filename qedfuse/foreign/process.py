@@ -79,8 +79,8 @@ class QemuNbd:
         arguments = [program, "--read-only", "--shared=0", options]
         with contextlib.ExitStack() as stack:
             try:
-                listener, self._address = _private_listener()
-                stack.callback(os.close, self._address)
+                listener, self._socket_path_fd = _private_listener()
+                stack.callback(os.close, self._socket_path_fd)
                 with listener:
                     # The connection stays in the queue of the listener until the program runs.
                     self._client = self.connect()
@@ -108,16 +108,16 @@ class QemuNbd:
         with self._lock:
             if self._is_closed:
                 raise ConnectionRefusedError
-            address = os.dup(self._address)
+            path_fd = os.dup(self._socket_path_fd)
         try:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                client.connect(f"/proc/self/fd/{address}")
+                client.connect(f"/proc/self/fd/{path_fd}")
             except BaseException:
                 client.close()
                 raise
         finally:
-            os.close(address)
+            os.close(path_fd)
         return client
 
     def connect_negotiated(self) -> socket.socket:
@@ -244,7 +244,7 @@ class QemuNbd:
 def _private_listener() -> tuple[socket.socket, int]:
     """Return a listening socket that no other user can reach, and a descriptor of its path.
 
-    The path is removed before the return; clients connect through the descriptor.
+    The path is removed before this function returns; clients connect through the descriptor.
 
     Raises:
         OSError: The host refused.
@@ -260,14 +260,14 @@ def _private_listener() -> tuple[socket.socket, int]:
                 listener.bind(f"/proc/self/fd/{handle}/nbd")
             finally:
                 os.close(handle)
-            address = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            path_fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             listener.listen(_BACKLOG)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     except BaseException:
         listener.close()
         raise
-    return listener, address
+    return listener, path_fd
 
 
 def _negotiate(client: socket.socket) -> None:

@@ -21,9 +21,9 @@ _IMAGE_STARTS: Final = (b"KDMV", b"COWD")
 """The first bytes of an extent with a binary header."""
 
 _SECTOR_BYTES: Final = 512
-_EMBEDDED_BYTES: Final = 20 * _SECTOR_BYTES
+_MAX_EMBEDDED_DESCRIPTOR_BYTES: Final = 20 * _SECTOR_BYTES
 """Maximum length of a descriptor inside an image; the descriptor begins at the second sector."""
-_MAX_BYTES: Final = (1 << 20) - 1
+_MAX_DESCRIPTOR_BYTES: Final = (1 << 20) - 1
 """Maximum length of a descriptor in a file of its own; QEMU does not read what follows."""
 _MAX_NAME_BYTES: Final = 1023
 """Maximum length of the name of a parent, as in QEMU."""
@@ -74,9 +74,9 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
             identifier of a parent, but no name of one.
         OSError: The host cannot read the file.
     """
-    text = _read(fd, _MAX_BYTES + 1, 0)
-    if len(text) > _MAX_BYTES:
-        msg = f"{name}: found a descriptor of more than {_MAX_BYTES} bytes, expected a shorter one"
+    text = _read(fd, _MAX_DESCRIPTOR_BYTES + 1, 0)
+    if len(text) > _MAX_DESCRIPTOR_BYTES:
+        msg = f"{name}: found a descriptor of more than {_MAX_DESCRIPTOR_BYTES} bytes, expected a shorter one"
         raise ForeignError(msg)
     extents: dict[bytes, None] = {}
     is_after_empty = False
@@ -127,7 +127,9 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         )
         raise ForeignError(msg)
     refuse_hidden_descriptor(start, name)
-    return _parent(_read(fd, _EMBEDDED_BYTES, _SECTOR_BYTES).partition(b"\0")[0], name)
+    return _parent(
+        _read(fd, _MAX_EMBEDDED_DESCRIPTOR_BYTES, _SECTOR_BYTES).partition(b"\0")[0], name
+    )
 
 
 def refuse_hidden_descriptor(start: bytes, name: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-_MAX_THREADS: Final = 4
+_MAX_CHANGING_THREADS: Final = 4
 """Maximum number of threads that are making changes of one file.  The kernel lets only one of these
 changes run at a time, so more threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
@@ -70,7 +70,7 @@ class InodeLock:
         self._short_writes = 0  # how many of the calls in threads are short writes
         self._waiting = trio.lowlevel.ParkingLot()  # tasks in `wait_for_short_writes`
         self._slow_at = float("-inf")  # when the last slow write ended
-        self._threads = trio.Semaphore(_MAX_THREADS)
+        self._changing_threads = trio.Semaphore(_MAX_CHANGING_THREADS)
 
     def recheck_free(self) -> bool:
         """Return whether there is no contention now.
@@ -108,11 +108,11 @@ class InodeLock:
         elif self._waiting:
             self._waiting.unpark_all()
         try:
-            await acquire(self._threads)
+            await acquire(self._changing_threads)
             try:
                 return await function(*args)
             finally:
-                self._threads.release()
+                self._changing_threads.release()
         finally:
             self.contention -= 1
             if is_short_write:

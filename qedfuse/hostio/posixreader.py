@@ -88,23 +88,23 @@ class PosixReader:
         The result is less than the length of the view only if the file ends earlier.
         """
         done: int | None = None
-        tries = self.read_policy.is_inline
-        if tries:
+        is_inline = self.read_policy.is_inline
+        if is_inline:
             # Do not look again for what `try_read` has not found a moment ago.
             if offset != self._missed_offset:
                 done = self._read_cached(offset, view)
                 if done == len(view):
                     return done
                 # `_read_cached` disables inline reads if the file system does not support them.
-                tries = self.read_policy.is_inline
+                is_inline = self.read_policy.is_inline
             self._missed_offset = -1
         calls = host_calls()
         if calls.retries_reads:
             self.read_policy.uncached += 1
-            if done is None and tries:
+            if done is None and is_inline:
                 return await self._read_retrying(calls, offset, view)
             return await self._read_rest(calls, offset, view, done or 0)
-        if tries:
+        if is_inline:
             self.read_policy.record_inline_miss()
             return await self._read_rest(calls, offset, view, done or 0)
         return await self._read_direct(calls, offset, view)

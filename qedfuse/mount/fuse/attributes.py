@@ -92,11 +92,11 @@ class Attributes:
         A caller that sends the attributes to the kernel must use `for_reply`, or must set
         ``exported.blocks`` itself.
         """
-        image = exported.disk.fstat()
+        status = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode
-        entry = self._common(exported.inode, mode, image)
+        entry = self._common(exported.inode, mode, status)
         entry.st_size = exported.disk.size
-        entry.st_blocks = exported.visible_blocks(image.st_blocks)
+        entry.st_blocks = exported.visible_blocks(status.st_blocks)
         entry.st_nlink = 1
         if exported.is_partition:
             # After a change of the partition table the name may stand for another file, or none.
@@ -108,19 +108,19 @@ class Attributes:
 
         The times are those of the image file that was changed last.
         """
-        images = (exported.disk.fstat() for exported in disks)
-        newest = max(images, key=lambda image: image.st_mtime_ns)
+        statuses = (exported.disk.fstat() for exported in disks)
+        newest = max(statuses, key=lambda status: status.st_mtime_ns)
         entry = self._common(pyfuse3.ROOT_INODE, self._directory_mode, newest)
         entry.st_nlink = 2
         return entry
 
-    def _common(self, inode: int, mode: int, image: os.stat_result) -> pyfuse3.EntryAttributes:
+    def _common(self, inode: int, mode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
         """Return attributes with all fields that do not depend on the kind of the file.
 
         Args:
             inode: The inode number of the file.
             mode: The type and the permissions of the file (``st_mode``).
-            image: The status of the image file whose times the file gets.
+            status: The status of the image file whose times the file gets.
         """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
@@ -128,9 +128,9 @@ class Attributes:
         entry.st_uid = self._uid
         entry.st_gid = self._gid
         entry.st_blksize = _BLOCK_BYTES
-        entry.st_atime_ns = image.st_atime_ns
-        entry.st_mtime_ns = image.st_mtime_ns
-        entry.st_ctime_ns = image.st_ctime_ns
+        entry.st_atime_ns = status.st_atime_ns
+        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_ctime_ns = status.st_ctime_ns
         entry.attr_timeout = self._timeout
         entry.entry_timeout = _ENTRY_TIMEOUT_SECONDS
         return entry
@@ -154,8 +154,8 @@ async def set_times(exported: ExportedDisk, atime_ns: int, mtime_ns: int) -> Non
     if not exported.disk.writable:
         return
     try:
-        image = exported.disk.fstat()
-        difference = max(abs(image.st_atime_ns - atime_ns), abs(image.st_mtime_ns - mtime_ns))
+        status = exported.disk.fstat()
+        difference = max(abs(status.st_atime_ns - atime_ns), abs(status.st_mtime_ns - mtime_ns))
         if difference < _TIMES_TOLERANCE_NS:
             # Before an fsync the kernel sends the time of the last write to the disk.  The write
             # has given the image file about the same time, so a system call that sets the time

@@ -155,7 +155,10 @@ class ExportedDisks:
         return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
-        """Return whether a file had this inode number and has been removed."""
+        """Return whether a file that has been removed had this inode number.
+
+        ``inode`` must not be the number of the directory.
+        """
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
