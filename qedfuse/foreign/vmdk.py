@@ -76,7 +76,10 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
     """
     text = _read(fd, _MAX_DESCRIPTOR_BYTES + 1, 0)
     if len(text) > _MAX_DESCRIPTOR_BYTES:
-        msg = f"{name}: found a descriptor of more than {_MAX_DESCRIPTOR_BYTES} bytes, expected a shorter one"
+        msg = (
+            f"{name}: found a descriptor of more than {_MAX_DESCRIPTOR_BYTES} bytes, "
+            "expected a shorter one"
+        )
         raise ForeignError(msg)
     extents: dict[bytes, None] = {}
     is_after_empty = False
@@ -127,9 +130,8 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         )
         raise ForeignError(msg)
     refuse_hidden_descriptor(start, name)
-    return _parent(
-        _read(fd, _MAX_EMBEDDED_DESCRIPTOR_BYTES, _SECTOR_BYTES).partition(b"\0")[0], name
-    )
+    text = _read(fd, _MAX_EMBEDDED_DESCRIPTOR_BYTES, _SECTOR_BYTES)
+    return _parent(text.partition(b"\0")[0], name)
 
 
 def refuse_hidden_descriptor(start: bytes, name: str) -> None:
