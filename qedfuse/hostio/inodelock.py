@@ -33,7 +33,7 @@ most 200 ms at a time."""
 async def acquire(semaphore: trio.Semaphore) -> None:
     """Decrement a semaphore; wait first if it is 0.
 
-    If no wait is needed, no other task runs before this returns.
+    If no wait is needed, no other task runs before the call returns.
     """
     try:
         semaphore.acquire_nowait()

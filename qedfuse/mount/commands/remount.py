@@ -159,7 +159,7 @@ def _refuse_changes(
     for option in others:
         if option == "allow_other" and old.allow_root:
             # The mount table shows allow_root as allow_other, and mount(8) copies options from the
-            # mount table.  So this option is no change.
+            # mount table.  So this option changes nothing.
             continue
         if not is_in_effect(option, old, sloppy=sloppy):
             msg = (

@@ -19,7 +19,8 @@ PyObject *new_request(fuse_req_t request, size_t size);
 /* Replaces read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
 void replace_data_operations(struct fuse_lowlevel_ops *table);
 
-/* Sets the three functions that try to answer, or none (_dataops.c). */
+/* Sets the Python functions that try to answer reads, writes and fsyncs; None for no function
+ * (_dataops.c). */
 PyObject *set_data_handlers(PyObject *module, PyObject *args);
 
 /* Returns a Request for the read that is being handled (_dataops.c). */
@@ -267,7 +268,8 @@ void ring_close(void);
 /* Returns whether there is a ring (_ring.c). */
 int ring_is_open(void);
 
-/* Adds a read of `size` bytes of a file, which ring_submit() passes to the kernel (_ring.c). */
+/* Adds a read of `size` bytes of a file, which ring_submit() passes to the kernel.  `read` is what
+ * ring_next() returns after the end of the read (_ring.c). */
 void ring_add(void *read, int fd, uint64_t offset, void *data, size_t size);
 
 /* Returns the number of reads that were added and not submitted (_ring.c). */
@@ -277,7 +279,8 @@ unsigned int ring_unsubmitted(void);
  * if the kernel has not taken all of them (_ring.c). */
 int ring_submit(void);
 
-/* Removes the read that was added last and not submitted; returns NULL if there is none (_ring.c). */
+/* Removes and returns the read that was added last and not submitted; NULL if there is none
+ * (_ring.c). */
 void *ring_take_back(void);
 
 /* Returns whether there may be work for ring_run() (_ring.c). */

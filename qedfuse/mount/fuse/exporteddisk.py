@@ -87,7 +87,7 @@ class ExportedDisk:
         return self.disk.disk if isinstance(self.disk, DiskWindow) else self.disk
 
     def visible_blocks(self, image_blocks: int) -> int:
-        """Return the ``st_blocks`` of the file, if its image file has ``image_blocks``.
+        """Return the ``st_blocks`` of the file; ``image_blocks`` are those of the image file.
 
         To count the clusters of a partition, all its tables would have to be read.  So a partition
         gets a share of the disk's blocks in proportion to its size, but at most the blocks that
