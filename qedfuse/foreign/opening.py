@@ -68,7 +68,7 @@ class ForeignOpening:
                 changed during the opening; or the opening was abandoned.
             ImageError: The header of a QED image of the chain is not valid any more.
             ImageInUseError: Another program holds a lock that excludes reading.
-            HostError: The host refused.
+            HostError: The host refused, or qemu-nbd fails while the connection for reads is made.
         """
         self._server.wait_ready()
         self._graph.refuse_changes()

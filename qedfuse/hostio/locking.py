@@ -39,9 +39,9 @@ _WRITE: Final = 1
 _RESIZE: Final = 3
 
 _USES: Final = 100
-"""The byte that an opener locks if it uses permission 0."""
+"""File offset of the byte that an opener locks if it uses permission 0."""
 _DENIES: Final = 200
-"""The byte that an opener locks if it denies permission 0 to all others."""
+"""File offset of the byte that an opener locks if it denies permission 0 to all others."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _BUSY: Final = (errno.EAGAIN, errno.EACCES)
@@ -73,8 +73,8 @@ class LockMode(enum.Enum):
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
-    """Read the file as a raw base, with the locks of READ.  For a raw base QEMU itself locks
-    byte 100 only, which excludes no writer."""
+    """Read the file as a raw base.  The locks are those of READ, although QEMU itself locks only
+    byte 100 of a raw base, which excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:

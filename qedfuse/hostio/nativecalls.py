@@ -160,7 +160,7 @@ class NativeCalls:
             await self._finish()
 
     async def _finish(self) -> tuple[int, float]:
-        """Sleep until the call of this task is delivered; return its result and its seconds.
+        """Sleep until the call of this task is delivered; return its result and time in seconds.
 
         Raises:
             OSError: The kernel refused.

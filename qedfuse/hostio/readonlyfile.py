@@ -36,8 +36,8 @@ class ServerReads(NamedTuple):
 class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
 
-    Unless a subclass says otherwise, no descriptor gives access to the bytes of the file, and the
-    file counts as one without holes.
+    Unless a subclass says otherwise, no descriptor gives access to the bytes of the file, and
+    `stored_blocks` covers the whole file, as if the file had no holes.
 
     Attributes:
         name: The file's name in messages.

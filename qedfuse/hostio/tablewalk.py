@@ -43,9 +43,9 @@ def read_table(
         length: How many bytes of the table to read, from its beginning.
 
     Yields:
-        (index of the first entry, entries) of each slice that holds data.  A slice that
-        ``length`` or the end of the file cuts short has fewer entries; an incomplete last entry
-        is left out.
+        (index in the table of the first entry, entries) of each slice that holds data.  A slice
+        that ``length`` or the end of the file cuts short has fewer entries; an incomplete last
+        entry is left out.
 
     Raises:
         HostError: The host refused.

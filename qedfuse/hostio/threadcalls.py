@@ -1,7 +1,7 @@
 """Calls on the host's files that may block, made by trio's worker threads.
 
-This is the implementation of `qedfuse.hostio.hostcalls.HostCalls` for an installation without the
-C extension of `qedfuse.hostio.nativecalls`, or if the user has turned the extension off.
+This implementation of `qedfuse.hostio.hostcalls.HostCalls` is used if the C extension of
+`qedfuse.hostio.nativecalls` was not built, or if the user has turned the extension off.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ def find_mountpoints() -> list[str]:
 def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
     """Return the statistics of the mount to which a path leads, as docs/stats.md describes them.
 
+    The calling process must have only one thread (`call_in_child`).
+
     Args:
         path: The mountpoint, or a symbolic link to it.
         seconds: Maximum time to wait.  The lookup of the path may wait for a file system on the way
@@ -78,10 +80,12 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
-        PrivilegeError: The mount belongs to another user.
+        PrivilegeError: The mount belongs to another user, and the caller is not root.
         NoStatisticsError: The server does not answer in time, has ended, cannot be found, or has
             sent something that is not a document of this version.
-        HostError: A directory or a record cannot be read, or /proc is not mounted.
+        HostError: A directory or a record cannot be read, /proc is not mounted, or no child process
+            can be made.
+        RuntimeError: See `call_in_child`.
     """
     try:
         answer = call_in_child(partial(_ask, path), seconds)
@@ -117,7 +121,7 @@ def _ask(path: str) -> _Answer:
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
-        PrivilegeError: The mount belongs to another user.
+        PrivilegeError: The mount belongs to another user, and the caller is not root.
         HostError: A directory or a record cannot be read, or /proc is not mounted.
     """
     mountpoint = resolve_mounted(path)

@@ -46,7 +46,7 @@ def unmount_and_wait(
 
     The process that serves the mount is never killed.  If the process does not end for a long
     time, the process is still writing or is stopped, or the file system is mounted elsewhere as
-    well.
+    well.  The calling process must have only one thread (`call_in_child`).
 
     Args:
         path: The mountpoint, or a symbolic link to the mountpoint.
@@ -56,12 +56,14 @@ def unmount_and_wait(
         report: Called at most once, with a line about the reason if the wait is long.
 
     Raises:
-        MountpointError: The path is no mount of qedfuse, or the mount is in use.
-        PrivilegeError: The mount belongs to another user, and the caller is not root.
+        MountpointError: The path leads to no mount of qedfuse, or the mount is in use.
+        PrivilegeError: The mount belongs to another user, and the caller is not root; or the caller
+            lacks the privilege to unmount.
         UnmountFailedError: The process does not answer, has failed, was killed, has not ended in
             time, cannot be waited for, or has no record by which to find it.  The message says
             whether the mount is still there.
         QedError: The mount cannot be unmounted for another reason.
+        RuntimeError: See `call_in_child`.
     """
     deadline = Deadline(seconds)
     attempt_seconds = None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS)
@@ -129,6 +131,7 @@ def _find(path: str) -> tuple[str, MountEntry, FoundRecord | None]:
     Raises:
         MountpointError: The path leads to no mount of qedfuse.
         PrivilegeError: The mount belongs to another user, and the caller is not root.
+        HostError: /proc is not mounted.
     """
     mountpoint = resolve_mounted(path)
     entry = find_own_mount(mountpoint, "unmount it")

@@ -86,6 +86,7 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         MountpointError: libfuse or the kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
         HostError: /proc is not mounted.
+        OSError: The host has no free descriptor, or refused to list /proc/self/fd.
     """
     before = _fuse_descriptors()
     failure = None
@@ -116,6 +117,7 @@ def _fuse_descriptors() -> set[int]:
 
     Raises:
         HostError: /proc is not mounted.
+        OSError: /proc/self/fd cannot be listed for another reason.
     """
     on_device = set()
     for descriptor in open_descriptors():

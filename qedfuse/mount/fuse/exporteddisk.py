@@ -164,7 +164,7 @@ class ExportedDisks:
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
         """Replace the files of a disk's partitions; return whether any was added or removed.
 
-        A file stays if a partition has its name, its start and its size.  Every other file gets an
+        A file stays if a partition has its name, its start and its size.  Every new file gets an
         inode number that no file has had before, because the kernel may have cached pages of an
         earlier file with the same name.  The caller must ensure that no partition of the disk is
         open.
