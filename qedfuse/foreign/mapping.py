@@ -1,6 +1,6 @@
 """Finding out from QEMU where the files of a chain have the bytes of the disk.
 
-``qemu-img map`` runs in the same sandbox as qemu-nbd, and prints one JSON object per line.  Its
+``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
 output is not trusted: the ranges must follow each other, and the data must lie within the file.
 So a hostile image that takes over the program gains nothing: the output can only name other ranges
 of the files of the image's own chain.  A hostile image that takes over qemu-nbd could serve these

@@ -60,8 +60,8 @@ class ForeignOpening:
     def finish(self) -> ForeignFile:
         """Wait until qemu-nbd serves the image; return its disk, which the caller must close.
 
-        The call blocks.  Another thread can call `abandon` during the call; then the call fails.
-        If the call fails for another reason, the caller must call `abandon`.
+        The call blocks.  If another thread calls `abandon` during the call, the call fails.  If the
+        call fails for another reason, the caller must call `abandon`.
 
         Raises:
             ForeignError: qemu-nbd refuses the image, has ended, or does not answer; an image was

@@ -30,9 +30,9 @@
  * loop may be waiting for a queued call that only this thread can make.
  *
  * If a read is put on the list before the IoThreads object is freed, answer->call may be called
- * after the object was freed.  So the owner of the capsule must not simply free what answer->call
- * uses besides the capsule and the buffer.  It must first wait until `pending` is 0, or must
- * exclude answer->call with a lock (as _extraops.c does).
+ * after the object was freed.  So before the owner of the capsule frees what answer->call uses
+ * besides the capsule and the buffer, the owner must wait until `pending` is 0, or must exclude
+ * answer->call with a lock (as _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -430,8 +430,8 @@ static atomic_int *hand_over(struct pool *pool, struct job *job)
 }
 
 /* Wake the thread that waits at an address.  That thread may have seen `is_woken` without this
- * call, and have returned from sleep_idle().  In this case another sleeper may lie at the
- * address by now.  Its thread then wakes without a reason, and goes on waiting. */
+ * call, and have returned from sleep_idle().  If so, another sleeper may lie at the address by
+ * now, and the thread of that sleeper wakes without a reason, and goes on waiting. */
 static void wake(atomic_int *address)
 {
     syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);

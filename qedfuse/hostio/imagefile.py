@@ -34,7 +34,7 @@ def open_image_file(
     Raises:
         HostError: The file cannot be opened or locked.
         ImageError: The file is not a regular file.
-        ImageInUseError: Another program holds a lock that excludes this one.
+        ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
     """
     file = PosixFile(open_locked(path, lock, writable=writable), path, writable=writable)
     try:

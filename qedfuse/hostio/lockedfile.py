@@ -36,7 +36,7 @@ def open_locked(path: str, lock: LockMode | None, *, writable: bool = False) -> 
     Raises:
         HostError: The file cannot be opened or locked.
         ImageError: The file is not a regular file.
-        ImageInUseError: Another program holds a lock that excludes this one.
+        ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
     """
     fd = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
     try:
@@ -59,7 +59,7 @@ def locked_descriptor(path: str, lock: LockMode | None) -> Iterator[int]:
     Raises:
         HostError: The file cannot be opened or locked.
         ImageError: The file is not a regular file.
-        ImageInUseError: Another program holds a lock that excludes this one.
+        ImageInUseError: Another opener of the file holds a lock that conflicts with ``lock``.
     """
     fd = open_locked(path, lock)
     try:

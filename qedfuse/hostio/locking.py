@@ -141,8 +141,8 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
                 _refuse(fd, mode, byte, found, name)
     except OSError as error:
         if error.errno in _BUSY:
-            # Another program holds a write lock on this byte.  QEMU takes read locks only, but
-            # a file with such a lock counts as in use as well.
+            # Another program holds a write lock on this byte.  QEMU takes read locks only, but a
+            # file with a write lock on this byte also counts as in use.
             pid = None
             with suppress(OSError):  # without a pid, the processes are searched for in /proc
                 pid = _conflict(fd, byte)

@@ -64,7 +64,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def remount(
     mountpoint: str, lists: Iterable[str], *, fake: bool = False, sloppy: bool = False
 ) -> None:
-    """Set the mount flags of a mount to those in ``lists``; a flag that is missing is cleared.
+    """Set the mount flags of a mount to those in ``lists``; clear the flags that ``lists`` lacks.
 
     The flags ``nosuid`` and ``nodev`` stay set, and ``relatime`` is set unless ``noatime`` is.
 

@@ -275,7 +275,8 @@ static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_
         count_file_read(&place, size);
         return REPLIED;
     }
-    /* A queued read would read from the disk, and those bytes must be compared with a checksum. */
+    /* From a file with units a queued read could return bytes of the disk that were not compared with
+     * a checksum. */
     if (attempt == FAILED || has_units(units))
         return PASSED_ON;
     return queue_read(request, inode, handle, start, size, place, attempt == NOT_CACHED) ? QUEUED

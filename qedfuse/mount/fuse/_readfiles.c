@@ -124,7 +124,7 @@ struct read_file *storing_file(struct read_file *file, uint64_t *offset, size_t 
     end = index + 1 < count ? starts[index + 1] : cells[END];
     target = starts[runs->capacity + index];
     number = (target & ((1 << FILE_BITS) - 1)) - FILE_BIAS;
-    /* A target without a file has a number that is too large. */
+    /* The targets 0 and 1, which have no file, have wrapped to a number that is too large. */
     if (*offset + size > end || number >= runs->file_count)
         return NULL;
     *offset = (target >> FILE_BITS) + *offset - starts[index];

@@ -50,7 +50,7 @@ static void close_pipe(void)
     staging[0] = staging[1] = -1;
 }
 
-/* Makes the pipe unless there is one; returns whether there is one. */
+/* Makes the pipe unless it exists; returns whether it exists now. */
 static int open_pipe(void)
 {
     if (staging[0] >= 0)

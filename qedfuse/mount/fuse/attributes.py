@@ -22,15 +22,15 @@ _ATTR_TIMEOUT_SECONDS: Final = 86400.0
 
 A long time is safe, because only ``st_blocks`` and the times change without a request of the
 kernel.  After a change of ``st_blocks``, the server invalidates the attributes that the kernel has
-cached.  The times of the image file change when tables are written.  The content of the disk does
-not change then, so the kernel may keep the older times.
+cached.  The times of the image file change when tables are written.  The content of the disk is not
+changed by that, so the kernel may keep the older times.
 
 A short time would slow down writes.  Before a write, the kernel requests attributes that have
 expired, and it ignores the reply if another write has ended in the meantime.  So with many
 concurrent writes the kernel would request the attributes again and again."""
 _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
-"""How long the kernel may cache attributes with ``force_share``, because another program may
-change the image then."""
+"""How long the kernel may cache attributes with ``force_share``.  The time is short, because this
+option permits that another program changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
 """How long the kernel may cache which file a name stands for.  Any time is safe, because names
 never change, except those of partitions, which the kernel must not cache."""
