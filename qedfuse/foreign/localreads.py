@@ -42,8 +42,9 @@ class LocalReads:
 
     The map is valid as long as no program changes the files.  So all of `Graph.files` are locked
     before the map is made, as qemu-nbd locks them, and the locks last as long as the files are
-    open, even if qemu-nbd ends.  The extents of VMDK images are locked by qemu-nbd only.  If
-    locking is off, there is no map; if a file cannot be locked, the map stays empty.
+    open, even if qemu-nbd ends.  This process does not lock the extents of a VMDK image; the lock
+    on the descriptor of the image keeps out programs that open the image.  If locking is off, there
+    is no map; if a file cannot be locked, the map stays empty.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
