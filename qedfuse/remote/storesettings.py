@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
     from qedfuse.remote.client import ClientOptions
 
+_MAX_RETRIES: Final = 10_000
+"""How often obstore itself repeats a failed request, if it does; the time is the real limit."""
+_MAX_PAUSE_SECONDS: Final = 5.0
+"""Maximum pause between two attempts of obstore."""
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 """The prefix of the variables that configure each kind of store."""
 _KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -147,14 +151,18 @@ class _Variables:
 
 
 def make_store(
-    address: Address, options: ClientOptions, *, max_retries: int = 0, read_keys_again: bool = False
+    address: Address,
+    options: ClientOptions,
+    *,
+    retry_seconds: float = 0.0,
+    read_keys_again: bool = False,
 ) -> Store:
     """Return the bucket or container of an address; no connection is made yet.
 
     Args:
         address: The address of an object.
         options: How to connect, and the variables of a credentials file.
-        max_retries: How often obstore itself repeats a failed request.
+        retry_seconds: For how long obstore itself repeats a failed request; 0 for one attempt.
         read_keys_again: Whether the key of an S3 store is read again for each request, so that a
             long upload goes on with the next key when a temporary one expires.
 
@@ -176,7 +184,11 @@ def make_store(
             "allow_http": False,
         },
         # `qedfuse.remote.object` repeats reads, for all clients in the same way.
-        "retry_config": {"max_retries": max_retries},
+        "retry_config": {
+            "max_retries": _MAX_RETRIES if retry_seconds else 0,
+            "retry_timeout": timedelta(seconds=retry_seconds),
+            "backoff": {"max_backoff": timedelta(seconds=_MAX_PAUSE_SECONDS)},
+        },
     }
     try:
         if address.scheme == "s3":

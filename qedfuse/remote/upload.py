@@ -8,12 +8,13 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.errors import HostError, RemoteError, UsageError
+from qedfuse.remote.client import AttemptError, RefusedError
 from qedfuse.remote.object import retry
 from qedfuse.remote.storeclient import translating
 from qedfuse.remote.storeerrors import ERRORS, code_of, translated
@@ -40,10 +41,12 @@ _MAX_PARALLEL_PARTS: Final = 4
 _MAX_PART_SECONDS: Final = 600.0
 """Maximum time for one part.  Four concurrent parts need at least 55 KiB/s if each has 8 MiB, and
 437 KiB/s if each has 64 MiB."""
+_RETRY_SECONDS: Final = 60.0
+"""For how long obstore itself repeats a failed request, if the caller names no time."""
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
-_MAX_RETRIES: Final = 4
-"""How often obstore itself repeats a failed request."""
+MAY_REMAIN: Final = "; the store may still have the object or parts of it"
+"""The end of the message of a failure after which nothing could be removed."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
 """The error code of a store that does not support conditional puts."""
 
@@ -84,6 +87,7 @@ class Upload:
         *,
         overwrite: bool,
         progress: Callable[[int, int], object] | None,
+        retry_seconds: float = _RETRY_SECONDS,
     ) -> None:
         """Prepare to store ``size`` bytes of ``content`` as the object at ``address``.
 
@@ -97,19 +101,23 @@ class Upload:
                 parts, the number is that of the bytes that obstore has taken.  If the comparison
                 after the upload must read the object, the number begins again at the first part,
                 and is that of the bytes that were compared.
+            retry_seconds: For how long a request that sends content is repeated if it fails.
         """
         self._address = address
         self._content = content
         self._size = size
         self._options = options
         self._overwrite = overwrite
-        self._progress = progress or (lambda _done, _total: None)
+        self._on_progress = progress
+        self._retry_seconds = retry_seconds
+        self._steps = 0
         self._stopped = threading.Event()
         self._part_bytes = part_bytes(size)
+        self._is_in_parts = size > self._part_bytes
         self._digests: list[bytes] = []
         self._check = UploadCheck(
             *(address, size, options, self._part_bytes, self._digests),
-            progress=self._progress,
+            progress=self._report,
             stopped=self._stopped,
         )
         self._is_read_to_end = False  # whether obstore has all of the content
@@ -120,6 +128,11 @@ class Upload:
     def may_remain(self) -> bool:
         """Whether `run` had to delete the object, but does not know that the object is gone."""
         return self._may_remain
+
+    @property
+    def steps(self) -> int:
+        """Number of parts that were passed on or compared so far."""
+        return self._steps
 
     @property
     def has_begun(self) -> bool:
@@ -153,14 +166,21 @@ class Upload:
             store = self._make_store(self._options.renewed())
 
         try:
-            result = self._call_store(lambda: self._put(store), renew)
+            seconds = 0.0 if self._is_in_parts else self._retry_seconds
+            result = self._call_store(lambda: self._put(store), renew, seconds)
         except (RemoteError, UsageError) as error:
             if not self._is_read_to_end:
-                raise
+                self._raise_with_parts(error)
             self._verify_after_failure(store, error)
             return Uploaded(self._size, "")
         self._compare_or_delete(store, result["e_tag"] or "")
         return Uploaded(self._size, result["version"] or "")
+
+    def _report(self, done: int, total: int) -> None:
+        """Count a part, and report the progress."""
+        self._steps += 1
+        if self._on_progress is not None:
+            self._on_progress(done, total)
 
     def _make_store(self, options: ClientOptions) -> Store:
         """Return the store for an upload with the credentials of ``options``.
@@ -169,11 +189,13 @@ class Upload:
             UnusableError: The variables configure no usable store.
         """
         slow = replace(options, attempt_seconds=_MAX_PART_SECONDS)
-        return make_store(self._address, slow, max_retries=_MAX_RETRIES, read_keys_again=True)
+        # obstore repeats even a request that the store does not support, so it repeats only parts.
+        seconds = self._retry_seconds if self._is_in_parts else 0.0
+        return make_store(self._address, slow, retry_seconds=seconds, read_keys_again=True)
 
     def _warn_of_restart(self) -> None:
         """Log that the credentials were refused, if parts were sent before."""
-        if self._size > self._part_bytes and self._digests:
+        if self._is_in_parts and self._digests:
             # With refused credentials obstore cannot remove the parts, and reports no failure.
             _log.warning(
                 "%s: the store refused the credentials during the upload, which begins again; "
@@ -204,9 +226,22 @@ class Upload:
             raise
         except RemoteError as failure:
             if failure.errno == errno.ENOENT:
-                raise error from None
+                self._raise_with_parts(error)
             msg = f"{error}; found no answer whether the object was stored nevertheless"
             raise RemoteError(msg, error.errno) from failure
+
+    def _raise_with_parts(self, error: RemoteError | UsageError) -> NoReturn:
+        """Raise the error of a failed upload, and add whether the store may have parts.
+
+        obstore has tried to remove them, but does not report whether that succeeded.  If the store
+        did not answer to the upload, it may not have answered to the removal either.
+        """
+        cause = error.__cause__
+        is_unanswered = isinstance(cause, AttemptError) and not isinstance(cause, RefusedError)
+        if is_unanswered and self._is_in_parts and self._digests:
+            msg = f"{error}{MAY_REMAIN}"
+            raise RemoteError(msg) from error
+        raise error
 
     def _compare_or_delete(self, store: Store, etag: str) -> None:
         """Compare the stored object with the content; delete the object if it differs.
@@ -243,7 +278,7 @@ class Upload:
             raise StoppedError
         self._digests.clear()
         self._is_read_to_end = False
-        if self._size <= self._part_bytes:
+        if not self._is_in_parts:
             block = next(self._parts(), b"")
             self._is_read_to_end = True
             if not self._overwrite:
@@ -313,7 +348,7 @@ class Upload:
                 raise RemoteError(msg)
             self._digests.append(hashlib.md5(block, usedforsecurity=False).digest())
             yield block
-            self._progress(start + len(block), self._size)
+            self._report(start + len(block), self._size)
         if self._stopped.is_set():
             raise StoppedError
         _in_thread(self._refuse_existing, self._address.shown)
@@ -379,13 +414,15 @@ class Upload:
         self,
         call: Callable[[], Any],
         renew: Callable[[], object] = lambda: None,
+        total_seconds: float = 0.0,
     ) -> Any:  # noqa: ANN401  what the call returns
         """Call a function; raise the errors of `retry` instead of the exceptions of a client.
 
         If the store refuses the credentials, ``renew`` reads them again, and the function is called
-        a second time.  After any other failure it is not called again.
+        a second time.  If the store does not answer, the call is repeated for ``total_seconds``, or
+        until `stop` is called.
         """
-        return retry(self._address, call, renew, 0, threading.Event())
+        return retry(self._address, call, renew, total_seconds, self._stopped)
 
 
 def _in_thread(call: Callable[[], object], name: str) -> None:

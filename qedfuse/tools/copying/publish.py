@@ -7,12 +7,13 @@ import os
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import HostError, ImageInUseError, UsageError
+from qedfuse.errors import HostError, ImageInUseError, RemoteError, UsageError
 from qedfuse.hostio.lockedfile import open_locked
 from qedfuse.hostio.locking import LockMode
 from qedfuse.hostio.regular import status_of
@@ -26,6 +27,8 @@ from qedfuse.tools.inspection.imagereader import DescriptorReader
 from qedfuse.tools.inspection.info import describe_open
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from qedfuse.remote.address import Address
     from qedfuse.remote.upload import Upload, Uploaded
     from qedfuse.util.backgroundtasks import Progress
@@ -102,7 +105,9 @@ async def publish(
     # Before any other work, because this call fails if the library is not installed.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
+    from qedfuse.remote.uploadwatch import watch_store  # noqa: PLC0415  only if needed
 
+    deadlines = options.remote.deadlines
     with ExitStack() as stack:
         source = path
         if flatten:
@@ -121,9 +126,13 @@ async def publish(
         file = _Source(fd, source)
         is_raw = not flatten and not _require_publishable(file)
         upload = Upload(
-            address, file, file.size, connection, overwrite=overwrite, progress=progress
+            *(address, file, file.size, connection),
+            overwrite=overwrite,
+            progress=progress,
+            retry_seconds=deadlines.total_seconds,
         )
-        uploaded = await _run(upload, stack, address.shown)
+        watch = partial(watch_store, address, connection, deadlines, lambda: upload.steps)
+        uploaded = await _run(upload, watch, stack, address.shown)
         return Published(address.url, uploaded.size, uploaded.version, is_raw)
 
 
@@ -212,19 +221,31 @@ def _require_publishable(file: _Source) -> bool:
     return True
 
 
-async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
+async def _run(
+    upload: Upload, watch: Callable[[], Awaitable[object]], stack: ExitStack, shown: str
+) -> Uploaded:
     """Run an upload in a thread; return its result.
 
     If the task is cancelled, and the upload has sent anything, the task waits until the upload has
-    removed what it has stored.  After `_STOP_SECONDS` the task stops waiting, and logs a warning
-    with ``shown``, the URL of the object.  The files of ``stack`` then stay open, because the
-    thread may still read them.  A warning is also logged if the store has not answered whether the
-    object is deleted.
+    removed what it has stored, as `_wait_removed` does.
+
+    ``watch`` runs as long as the upload.  If it raises RemoteError, the store does not answer, so
+    this function raises the error without waiting for the thread.
+
+    Args:
+        upload: The upload, which has not begun.
+        watch: Raises RemoteError when the store does not answer any more.
+        stack: Closes the files that the upload reads.  The files stay open if this function ends
+            before the thread.
+        shown: The URL of the object.
     """
-    from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  needs the library
+    from qedfuse.remote.upload import MAY_REMAIN  # noqa: PLC0415  needs the library
+    from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  as above
 
     token = trio.lowlevel.current_trio_token()
     ended = trio.Event()
+    outcome: Uploaded | Exception | None = None
+    outages: list[RemoteError] = []
 
     def work() -> Uploaded | None:
         try:
@@ -235,25 +256,61 @@ async def _run(upload: Upload, stack: ExitStack, shown: str) -> Uploaded:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(ended.set)
 
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_in_outage, watch, outages, nursery.cancel_scope)
+        try:
+            outcome = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+        except trio.Cancelled:
+            upload.stop()
+            if outages:
+                _keep_open(stack)
+            elif upload.has_begun:
+                await _wait_removed(upload, ended, stack, shown)
+            raise
+        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it
+            outcome = error
+        nursery.cancel_scope.cancel()
+    if outcome is None:
+        # Only `stop` ends an upload without a result, and any other cancellation was raised above.
+        msg = f"{outages[0]}{MAY_REMAIN if upload.has_begun else ''}"
+        raise RemoteError(msg) from outages[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+async def _cancel_in_outage(
+    watch: Callable[[], Awaitable[object]], outages: list[RemoteError], scope: trio.CancelScope
+) -> None:
+    """Await ``watch()``; if it raises RemoteError, add the error to a list and cancel ``scope``."""
     try:
-        result = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
-    except trio.Cancelled:
-        upload.stop()
-        if upload.has_begun:
-            with trio.move_on_after(_STOP_SECONDS, shield=True):
-                await ended.wait()
-            if not ended.is_set():
-                # The thread may still read the files, so only the end of the process closes them.
-                stack.pop_all()
-                _log.warning(
-                    "%s: the store may still have the object or parts of it: they were not removed "
-                    "within %g s",
-                    *(shown, _STOP_SECONDS),
-                )
-            elif upload.may_remain:
-                _log.warning(
-                    "%s: the store may still have the object: no answer to its deletion", shown
-                )
-        raise
-    assert result is not None  # noqa: S101  only `stop` ends an upload without a result
-    return result
+        await watch()
+    except RemoteError as error:
+        outages.append(error)
+        scope.cancel()
+
+
+async def _wait_removed(upload: Upload, ended: trio.Event, stack: ExitStack, shown: str) -> None:
+    """Wait until a stopped upload has removed what it has stored, for at most `_STOP_SECONDS`.
+
+    A warning with ``shown``, the URL of the object, is logged if anything may be left.
+    """
+    with trio.move_on_after(_STOP_SECONDS, shield=True):
+        await ended.wait()
+    if not ended.is_set():
+        _keep_open(stack)
+        _log.warning(
+            "%s: the store may still have the object or parts of it: they were not removed within "
+            "%g s",
+            *(shown, _STOP_SECONDS),
+        )
+    elif upload.may_remain:
+        _log.warning("%s: the store may still have the object: no answer to its deletion", shown)
+
+
+def _keep_open(stack: ExitStack) -> None:
+    """Keep the files of ``stack`` open, because a thread may still read them.
+
+    The end of the process closes them.
+    """
+    stack.pop_all()

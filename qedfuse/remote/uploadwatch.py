@@ -1,0 +1,90 @@
+"""Noticing during an upload that the store does not answer any more.
+
+obstore stores a part with one call, which reports nothing before it ends, and which may take many
+minutes on a slow line.  So a part that takes long does not show that the store has gone.  Instead
+the store is asked for the object whenever no part has begun for some time.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NoReturn
+
+import trio
+
+from qedfuse.errors import RemoteError
+from qedfuse.remote.client import (
+    AttemptError,
+    ChangedError,
+    MissingError,
+    RefusedError,
+    UnusableError,
+)
+from qedfuse.remote.object import make_client
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qedfuse.remote.address import Address
+    from qedfuse.remote.client import Client, ClientOptions
+    from qedfuse.remote.options import Deadlines
+
+_log = logging.getLogger(__name__)
+
+
+async def watch_store(
+    address: Address,
+    options: ClientOptions,
+    deadlines: Deadlines,
+    position: Callable[[], int],
+) -> NoReturn:
+    """Raise RemoteError when a store has not answered for the total time of ``deadlines``.
+
+    While the upload makes progress, the store is not asked.  The beginning and the end of an outage
+    are logged.  A task that is cancelled does not wait for the answer to its last question.
+
+    Args:
+        address: The address of the object that is stored.
+        options: How to connect, and the time limit of a question.
+        deadlines: How long the upload may make no progress before the first question, and how long
+            the store may not answer.
+        position: Returns a number that changes when the upload makes progress.
+    """
+    client = make_client(address, options)
+    seconds = deadlines.total_seconds
+    begin: float | None = None  # of the outage
+    while True:
+        before = position()
+        await trio.sleep(deadlines.attempt_seconds)
+        reason = None
+        if position() == before:
+            reason = await trio.to_thread.run_sync(_ask, client, abandon_on_cancel=True)
+        if reason is None:
+            if begin is not None:
+                _log.warning("%s: the store answers again", address.shown)
+            begin = None
+            continue
+        now = trio.current_time()
+        if begin is None:
+            begin = now
+            _log.warning(
+                "%s: %s; the upload waits for the store for at most %g s",
+                *(address.shown, reason, seconds),
+            )
+        if now - begin >= seconds:
+            msg = f"{address.shown}: {reason} (for {seconds:g} s)"
+            raise RemoteError(msg)
+
+
+def _ask(client: Client) -> str | None:
+    """Ask the store for the object; return the reason if it does not answer, None if it does.
+
+    A server error (HTTP status 5xx or 429) counts as no answer; a refusal is an answer.
+    """
+    try:
+        client.head()
+    except (RefusedError, MissingError, ChangedError, UnusableError):
+        return None
+    except AttemptError as error:
+        return str(error)
+    return None
