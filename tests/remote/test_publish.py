@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
 import shlex
+import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,11 +19,14 @@ import trio
 from obstore.exceptions import AlreadyExistsError, GenericError
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError, ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
+from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.upload import Upload, _in_thread, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
+from qedfuse.remote.uploadwatch import watch_store
 from qedfuse.tools.copying.publish import publish
 from tests.support import chains, programs, qemu
 from tests.support.mounted import qedfuse
@@ -250,6 +256,7 @@ def test_store_that_refuses(
     assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=22)
 
 
+@pytest.mark.expect_log("removing what was stored, for at most 15 s")
 @pytest.mark.parametrize("at", ["first", "last"])
 async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: str) -> None:
     """A publish that is cancelled, early or late, leaves no object."""
@@ -270,6 +277,7 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert parts(store, key) == []
 
 
+@pytest.mark.expect_log("removing what was stored")
 @pytest.mark.expect_log("the store may still have the object: no answer to its deletion")
 async def test_a_deletion_without_answer_is_logged(
     store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -294,7 +302,7 @@ async def test_a_deletion_without_answer_is_logged(
         await publish(str(image), "s3://golden/stays.qed")
     assert scope.cancelled_caught
     assert "stays.qed" in store.keys("golden")
-    (line,) = caplog.messages
+    _, line = caplog.messages
     assert line.startswith("s3://golden/stays.qed: the store may still have the object: ")
 
 
@@ -329,6 +337,76 @@ async def test_cancelled_before_anything_is_sent(
     assert await trio.to_thread.run_sync(ended.wait, 30)
     assert "never.qed" not in store.keys("golden")
     assert parts(store, "never.qed") == []
+
+
+@pytest.mark.expect_log("s3://golden/outage-")
+@pytest.mark.parametrize("returns", [True, False])
+async def test_an_outage_during_an_upload(store: Swift, image: Path, *, returns: bool) -> None:
+    """A store that answers again gets the rest; otherwise the upload ends, and says what is left.
+
+    Parts that are left are removed when the store answers again while the process exists.
+    """
+    key = f"outage-{returns}.qed"
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            if returns:
+                os.kill(store.object_server, signal.SIGCONT)
+
+    def on_progress(_done: int, _total: int) -> None:
+        if not lines:
+            os.kill(store.object_server, signal.SIGSTOP)
+
+    handler = Handler()
+    logging.getLogger("qedfuse.remote.uploadwatch").addHandler(handler)
+    options = OpenOptions(remote=RemoteOptions(deadlines=Deadlines.limited(0.3, 1)))
+    call = partial(publish, str(image), f"s3://golden/{key}", options=options)
+    try:
+        if returns:
+            await call(progress=on_progress)
+            assert content(store, f"golden/{key}") == await trio.Path(image).read_bytes()
+        else:
+            with pytest.raises(
+                RemoteError,
+                match=r"found no answer in time \(for 1 s\); the store may still have the object",
+            ):
+                await call(progress=on_progress)
+    finally:
+        os.kill(store.object_server, signal.SIGCONT)
+        logging.getLogger("qedfuse.remote.uploadwatch").removeHandler(handler)
+    expected = "found no answer in time; the upload waits for the store for at most 1 s"
+    assert lines[0] == f"s3://golden/{key}: {expected}"
+    if not returns:
+        await trio.to_thread.run_sync(wait_until, lambda: not parts(store, key))
+        assert key not in store.keys("golden")
+
+
+@pytest.mark.expect_log("https://localhost:1/x: ")
+async def test_the_end_of_an_outage_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says that the store does not answer, and one that it answers again."""
+    asked: list[str | None] = ["found HTTP status 503", "found HTTP status 503", None]
+    monkeypatch.setattr("qedfuse.remote.uploadwatch._ask", lambda _: asked.pop(0))
+    address = parse_address("https://localhost:1/x")
+    steps = iter(range(10))
+
+    def position() -> int:
+        if asked:
+            return 0
+        nursery.cancel_scope.cancel()
+        return next(steps)
+
+    deadlines = Deadlines(0.01, 0.01, 60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_store, address, ClientOptions(), deadlines, position)
+    first, last = caplog.messages
+    assert first.endswith(
+        ": found HTTP status 503; the upload waits for the store for at most 60 s"
+    )
+    assert last == "https://localhost:1/x: the store answers again"
 
 
 def test_the_process_waits_for_no_thread() -> None:

@@ -148,6 +148,7 @@ async def test_a_file_that_changes(google: GoogleStore, source: Path) -> None:
 
 
 @in_parts
+@pytest.mark.expect_log("removing what was stored")
 @pytest.mark.expect_log("the store may still have the object or parts")
 async def test_a_removal_that_takes_too_long(
     google: GoogleStore,
@@ -166,7 +167,7 @@ async def test_a_removal_that_takes_too_long(
         )
     assert scope.cancelled_caught
     assert google.uploads
-    (line,) = caplog.messages
+    _, line = caplog.messages
     assert line.startswith(f"{URL}: the store may still have the object or parts of it: ")
     released.set()
     await trio.to_thread.run_sync(wait_until, lambda: not google.uploads)
@@ -180,6 +181,31 @@ def test_a_lost_answer(google: GoogleStore, source: Path) -> None:
     assert not google.lost
     assert "complete 404" in google.log, "obstore has repeated the request"
     assert google.objects[KEY].content == LONG
+
+
+@in_parts
+def test_a_part_is_sent_until_it_is_answered(
+    google: GoogleStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that breaks several times in a row does not end an upload."""
+    monkeypatch.setattr("qedfuse.remote.storesettings._MAX_PAUSE_SECONDS", 0.1)
+    google.lost += ["part 2"] * 8
+    assert main(["publish", "-q", str(source), URL]) == 0
+    assert not google.lost
+    assert google.objects[KEY].content == LONG
+
+
+@in_parts
+def test_parts_that_cannot_be_removed(
+    google: GoogleStore, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the store answers neither to a part nor to the removal, the message says what is left."""
+    google.lost += ["part 2", "abort"] * 1000
+    assert main(["publish", "-q", "--remote-timeout", "0.5", str(source), URL]) == 22
+    assert capsys.readouterr().err.endswith(
+        "; the store may still have the object or parts of it\n"
+    )
+    assert "start" in google.log
 
 
 @in_parts

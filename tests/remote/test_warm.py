@@ -168,6 +168,12 @@ def test_chain_of_urls(nginx: Nginx, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert lines[2].endswith(
         f": {size} bytes in the cache, fetched now: {size}, no server is needed to read it"
     )
+    # Each file is opened with one request for its first byte, and no byte is fetched twice.
+    for name, fetched in zip(("top.qed", "base.qed", "lowest.raw"), lines, strict=True):
+        answers = nginx.requests(f"/{name}")
+        assert answers.count((206, 1)) == (2 if name == "top.qed" else 1)  # it was refused before
+        sent = sum(length for _, length in answers if length > 1)
+        assert f": {sent} bytes in the cache, " in fetched
     with opened(f"{nginx.http}/lowest.raw", cache) as file:
         assert read(file, 0, size) == raw.read_bytes()
         assert file.fetcher.fetched_bytes == 0

@@ -293,8 +293,10 @@ async def _cancel_in_outage(
 async def _wait_removed(upload: Upload, ended: trio.Event, stack: ExitStack, shown: str) -> None:
     """Wait until a stopped upload has removed what it has stored, for at most `_STOP_SECONDS`.
 
-    A warning with ``shown``, the URL of the object, is logged if anything may be left.
+    A line with ``shown``, the URL of the object, is logged first, because a user who has pressed
+    Ctrl-C waits.  Another line is logged if anything may be left.
     """
+    _log.warning("%s: removing what was stored, for at most %g s", shown, _STOP_SECONDS)
     with trio.move_on_after(_STOP_SECONDS, shield=True):
         await ended.wait()
     if not ended.is_set():
