@@ -11,7 +11,6 @@ import pytest
 
 import qedfuse
 from tests.support import qemu
-from tests.support.fakecommand import qedimg
 from tests.support.foreignchains import (
     DISK_BYTES,
     FORMATS,
@@ -22,6 +21,7 @@ from tests.support.foreignchains import (
     servers,
 )
 from tests.support.mounted import mounted
+from tests.support.programs import qedimg
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,7 @@ ALLOWED = ("--foreign", "qemu")
 
 def run(*words: str | Path) -> str:
     """Run a command of qedimg that must succeed without a message; return its output."""
-    code, output, complaint = qedimg(*map(str, words))
+    code, output, complaint = qedimg(*words)
     assert (code, complaint) == (0, "")
     return output
 

@@ -17,8 +17,8 @@ from qedfuse.foreign.sandbox import launch_command
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
-from tests.support.fakecommand import qedimg
 from tests.support.foreignchains import servers
+from tests.support.programs import qedimg
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,11 +31,10 @@ from qedfuse.foreign.graph import Limits, open_graph
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util import landlock
 from tests.support import qemu
-from tests.support.fakecommand import qedimg
 from tests.support.foreignchains import DISK_BYTES, draw_bottom, servers
 from tests.support.mounted import front, mounted
 from tests.support.mounted import qedfuse as command
-from tests.support.programs import environment
+from tests.support.programs import environment, qedimg
 
 if TYPE_CHECKING:
     import socket
@@ -394,7 +393,7 @@ def test_name_in_header(image: Path, tmp_path: Path) -> None:
             file.seek(1024)
             file.write(b"x" * 512)
     for words in (("vm.qed",), ("-b", "image.qcow2", "vm.qed")):
-        code, _output, complaint = qedimg("commit", "--foreign", "qemu", *words, directory=tmp_path)
+        code, _output, complaint = qedimg("commit", "--foreign", "qemu", *words, cwd=tmp_path)
         assert (code, complaint.count("\n")) == (1, 1)
         assert "which can only be read" in complaint
     qemu.io(path, "read -P 0x78 1024 512", "read -P 7 0 1024")

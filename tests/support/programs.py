@@ -34,16 +34,26 @@ LOADED: Final = {
         "qedfuse.cli.qedimg.main",
         *(
             f"qedfuse.cli.qedimg.{name}"
-            for name in ("log", "check", "commit", "compact", "convert", "create", "info", "rebase")
+            for name in (
+                *("log", "check", "commit", "compact", "compare", "convert"),
+                *("create", "info", "map", "rebase"),
+            )
         ),
         "qedfuse.disk.opening",
+        "qedfuse.foreign.opening",
+        "qedfuse.foreign.confined",
+        "qedfuse.foreign.foreignfile",
+        "qedfuse.foreign.process",
         "qedfuse.hostio.tablewalk",
+        "qedfuse.nbd.opening",
         "qedfuse.remote.credentials",
         "qedfuse.tools.copying.convert",
         "qedfuse.tools.editing.commit",
         "qedfuse.tools.editing.compact",
         "qedfuse.tools.editing.create",
         "qedfuse.tools.editing.rebase",
+        "qedfuse.tools.inspection.chaininfo",
+        "qedfuse.tools.inspection.mapping",
         "qedfuse.tools.repair.imagecheck",
         "qedfuse.tools.source.qedsource",
         "shutil",
@@ -135,3 +145,9 @@ def run(
         process.wait()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, complaint)
+
+
+def qedimg(*words: StrPath, cwd: StrPath | None = None) -> tuple[int, str, str]:
+    """Run qedimg to its end; return its exit code, its output and its errors."""
+    done = run("qedimg", *words, timeout=60, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
