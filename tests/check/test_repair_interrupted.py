@@ -191,10 +191,11 @@ def test_entries_past_the_end_never_show_other_data(kind: str, backing: bytes) -
     }
     assert wild <= reported
     chance = random.Random(kind)
-    states = [bytearray(state) for _number, state in file.prefixes()]
+    # Most states of power failures are equal to others.
+    states = {bytes(state) for _number, state in file.prefixes()}
     for count in range(len(file.changes) + 1):
-        states += [file.power_loss(count, chance) for _ in range(4)]
-    for state in states:
+        states |= {bytes(file.power_loss(count, chance)) for _ in range(4)}
+    for state in map(bytearray, sorted(states)):
         assert len(state) >= len(content)
         shows_nothing_else(state, wild)
         again = trio.run(repair, state)
