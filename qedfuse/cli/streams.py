@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
+
+from qedfuse.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _NULL_FLAGS: Final = (os.O_WRONLY, os.O_RDONLY, os.O_RDWR)
 """How `open_streams` opens /dev/null in place of descriptors 0, 1 and 2, if they are closed."""
@@ -42,6 +47,26 @@ def open_streams() -> None:
             # A file name can contain characters that the encoding of the stream lacks.  With this
             # setting they are printed as escapes, and raise no UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Raise HostError if a write to ``sys.stdout`` in the block fails, and drop what is unwritten.
+
+    The block should do nothing else that may raise OSError.
+
+    Raises:
+        BrokenPipeError: The reader of stdout has gone.
+        HostError: stdout cannot be written to.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_unwritten(sys.stdout)
+        msg = f"standard output: {error.strerror}"
+        raise HostError(msg) from error
 
 
 def discard_unwritten(stream: TextIO) -> None:

@@ -258,10 +258,7 @@ def _parse(text: str) -> Address:
         raise invalid_url(text, "host", "one", f"none: write {scheme}:///EXPORT?socket=PATH")
     if scheme in STORES:
         return _store_address(text, parts)
-    try:
-        port = parts.port
-    except ValueError:
-        raise invalid_url(text, "port", "no valid one", "a number up to 65535") from None
+    port = _port(text, parts)
     host = "" if scheme in UNIX_SCHEMES else parse_host(text, parts.netloc, parts.hostname or "")
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
@@ -270,6 +267,17 @@ def _parse(text: str) -> Address:
             scheme, host, parse_name(text, parts.path), nbd_query(text, scheme, parts.query)
         )
     return Address(scheme, host, parse_path(text, parts.path), parts.query)
+
+
+def _port(text: str, parts: SplitResult) -> int | None:
+    """Return the port of a URL; None if the URL has none."""
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0  # not valid either
+    if port == 0:
+        raise invalid_url(text, "port", "no valid one", "a number from 1 to 65535")
+    return port
 
 
 def _store_address(text: str, parts: SplitResult) -> Address:

@@ -94,6 +94,8 @@ def test_metrics_are_served_at_a_path(image: Path, tmp_path: Path) -> None:
     expected = f"option metrics: unix:{path}: cannot listen: File exists"
     assert refused(*options, image, tmp_path / "mnt", code=2) == expected
     assert path.read_text() == "a file"
+    expected = f"option metrics: unix:{tmp_path}: cannot listen: Is a directory"
+    assert refused("-o", f"metrics=unix:{tmp_path}", image, tmp_path / "mnt", code=2) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -12,10 +13,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 
+from qedfuse.cli.qedfuse import stats
+from qedfuse.cli.qedfuse.main import main
 from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.mount.commands import statistics
@@ -31,7 +35,6 @@ from tests.support.users import AS_USER, USER_ID, as_user, user_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 CLUSTER: Final = 65536
 DISK_BYTES: Final = 64 * CLUSTER
@@ -160,6 +163,61 @@ def test_watching_prints_every_second_until_the_mount_has_gone(image: Path, mnt:
     assert watching.returncode in {18, 32}
     assert error.startswith(f"qedfuse: {mnt}: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["--watch"], "table_loads"),
+        ([], "resident_bytes"),
+        (["--output", "prometheus"], "uptime_seconds"),
+    ],
+)
+def test_a_server_of_another_version(
+    image: Path,
+    mnt: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    field: str,
+) -> None:
+    """A field that is missing is named in one line; JSON has the other fields."""
+    with mounted(image, mnt):
+        text = json.dumps(read_statistics(str(mnt)))
+    assert f'"{field}"' in text
+    text = text.replace(f'"{field}"', '"new"')
+    monkeypatch.setattr(stats, "read_statistics", lambda _: json.loads(text))
+    monkeypatch.setattr(stats, "_INTERVAL_SECONDS", 0)
+    assert main(["stats", *words, str(mnt)]) == 32
+    assert capsys.readouterr().err == (
+        f"qedfuse: statistics: found no field {field}, expected one (the mount runs another "
+        "version of qedfuse; --output json prints what there is)\n"
+    )
+    assert main(["stats", "--output", "json", str(mnt)]) == 0
+    assert json.loads(capsys.readouterr().out)["mounts"] == [json.loads(text)]
+
+
+def test_only_a_failed_write_names_standard_output(
+    image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full stdout is named; an error while the statistics are read is not taken for one."""
+    with mounted(image, mnt):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "qedfuse", "stats", mnt],
+                check=False, stdout=full, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.stderr == "qedfuse: standard output: No space left on device\n"
+        assert done.returncode == 2
+
+        def fail(_path: str) -> NoReturn:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(stats, "read_statistics", fail)
+        main(["stats", str(mnt)])
+    error = capsys.readouterr().err
+    assert "Input/output error" in error
+    assert "standard output" not in error
 
 
 def test_silent_clients_stop_neither_the_mount_nor_others(image: Path, mnt: Path) -> None:

@@ -104,8 +104,10 @@ def test_other_objects_have_other_addresses(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("https://h:abc/x", "URL port: found no valid one, expected a number up to 65535"),
-        ("https://h:99999/x", "URL port: found no valid one, expected a number up to 65535"),
+        ("https://h:abc/x", "URL port: found no valid one, expected a number from 1 to 65535"),
+        ("https://h:99999/x", "URL port: found no valid one, expected a number from 1 to 65535"),
+        ("https://h:0/x", "URL port: found no valid one, expected a number from 1 to 65535"),
+        ("nbd://h:0/x", "URL port: found no valid one, expected a number from 1 to 65535"),
         ("s3://b:abc/x", "URL port: found one, expected none after the name of a bucket"),
         ("s3://b:80/x", "URL port: found one, expected none after the name of a bucket"),
         ("https://[::1/x", "URL host: found no valid one, expected a host name or an IP address"),

@@ -12,8 +12,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qedfuse.mount.fuse.launderer import ANSWER, Launderer
+from qedfuse.mount.fuse.launderer import ANSWER, Launderer, _serve
 from qedfuse.mount.fuse.laundering import Laundering
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
@@ -65,3 +66,15 @@ def test_the_end_of_the_launderer_needs_no_descriptor(monkeypatch: pytest.Monkey
     with pytest.raises(ChildProcessError):
         os.waitpid(launderer.pid, 0)
     assert launderer.wait()
+
+
+def test_a_launderer_without_a_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the host refuses the thread, the launderer fails as with any other refusal."""
+    connection, other = socket.socketpair()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: 0)
+    monkeypatch.setattr(os, "open", lambda *_: os.dup(other.fileno()))
+    with connection, other, ours, theirs:
+        socket.send_fds(ours, [b"c"], [connection.fileno()])
+        with pytest.raises(OSError, match="cannot start a thread"):
+            run_without(CLONE3, lambda: _serve(theirs))

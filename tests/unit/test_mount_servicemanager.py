@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, NoReturn
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from qedfuse.mount.process.servicemanager import ServiceManager
+from qedfuse.util.descriptors import open_descriptors
+from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,3 +76,28 @@ def test_a_slow_service_manager_gets_all_lines(
         while received[-1] != b"STOPPING=1":
             received.append(listener.recv(100))
     assert received[-3:] == [b"WATCHDOG=1", b"READY=1", b"STOPPING=1"]
+
+
+def test_a_line_is_dropped_if_no_thread_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the socket is full and the host refuses a thread, the line is lost, and nothing else."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        with closing(ServiceManager()) as manager:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.connect(str(tmp_path / "notify"))
+                other.settimeout(0)
+                with suppress(BlockingIOError):
+                    while True:
+                        other.send(b"WATCHDOG=1")
+            before = open_descriptors()
+            run_without(CLONE3, lambda: manager.notify("READY=1"))
+            assert open_descriptors() == before
+            while listener.recv(100, socket.MSG_PEEK) != b"READY=1":
+                listener.recv(100)
+                if not select.select([listener], [], [], 0)[0]:
+                    break
+            manager.notify("STOPPING=1")
+            assert listener.recv(100) == b"STOPPING=1"

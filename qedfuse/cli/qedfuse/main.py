@@ -16,7 +16,7 @@ from qedfuse.cli.qedfuse.arguments import (
 )
 from qedfuse.cli.qedfuse.commands import BUG, INTERRUPTED, mount, stats, umount
 from qedfuse.cli.qedfuse.usage import USAGE
-from qedfuse.cli.streams import discard_unwritten, open_streams
+from qedfuse.cli.streams import discard_unwritten, open_streams, writing_stdout
 from qedfuse.cli.workingdirectory import REMOVED, is_caused_by_removal
 from qedfuse.errors import HostError, QedError
 from qedfuse.text import printable, without_queries
@@ -79,33 +79,24 @@ def _stats(words: Sequence[str]) -> int:
 
     Raises:
         BrokenPipeError: The reader of stdout has gone.
+        QedError: The statistics cannot be read or printed.
     """
     arguments = parse_stats_arguments(words)
     if arguments.is_help:
         return _print(USAGE)
-    try:
-        return stats(arguments, lambda error: _print_message(str(error)))
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        discard_unwritten(sys.stdout)
-        return _fail(f"standard output: {error.strerror}", HostError.exit_code)
+    return stats(arguments, lambda error: _print_message(str(error)))
 
 
 def _print(text: str) -> int:
-    """Print the help or the version to stdout; return 0, or a failure's exit code.
+    """Print the help or the version to stdout; return 0.
 
     Raises:
         BrokenPipeError: The reader has closed the pipe.
+        HostError: stdout cannot be written to.
     """
-    try:
+    with writing_stdout():
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        discard_unwritten(sys.stdout)
-        return _fail(f"standard output: {error.strerror}", HostError.exit_code)
     return 0
 
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from qedfuse.cli.streams import writing_stdout
 from qedfuse.errors import QedError
-from qedfuse.mount.commands.statistics import mountpoints, read_statistics
+from qedfuse.mount.commands.statistics import NoStatisticsError, mountpoints, read_statistics
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.console import RenderableType
+
+
+T = TypeVar("T")
 
 _INTERVAL_SECONDS: Final = 1.0
 """Time between two documents with ``--watch``."""
@@ -35,20 +43,20 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
         QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
             mount.
         BrokenPipeError: The reader of stdout has gone.
+        HostError: stdout cannot be written to.
     """
     documents, code = _read_all(path, report)
     if output == "prometheus":
         from qedfuse.mount.statistics.prometheus import exposition  # noqa: PLC0415  only if needed
 
-        text = exposition(documents)
+        text = _with_fields(lambda: exposition(documents))
     elif output == "json":
         text = f"{json.dumps({'version': 1, 'mounts': documents}, indent=4)}\n"
     else:
         from qedfuse.cli.qedfuse.statstext import mount_text  # noqa: PLC0415  only if needed
 
-        text = "".join(map(mount_text, documents))
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        text = _with_fields(lambda: "".join(map(mount_text, documents)))
+    _print(text)
     return code
 
 
@@ -62,8 +70,7 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
     """
     if output == "json":
         for documents, _code in _every_second(path, report):
-            sys.stdout.write(f"{json.dumps({'version': 1, 'mounts': documents})}\n")
-            sys.stdout.flush()
+            _print(f"{json.dumps({'version': 1, 'mounts': documents})}\n")
     else:
         _watch_table(path, report)
     return 0
@@ -78,25 +85,56 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
 
-    from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415
-    from qedfuse.cli.qedfuse.statstable import render  # noqa: PLC0415
-
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     before: dict[str, Mapping[str, Any]] = {}
     # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
     # in a process with several threads.
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for documents, _code in _every_second(path, report):
-            table = render(
-                (document, intervals(before.get(document["mountpoint"]), document))
-                for document in documents
-            )
+            table = _with_fields(partial(_table, before, documents))
             before = {document["mountpoint"]: document for document in documents}
-            if console.is_terminal:
-                live.update(table, refresh=True)
-            else:
-                console.print(table)
-                sys.stdout.flush()
+            with writing_stdout():
+                if console.is_terminal:
+                    live.update(table, refresh=True)
+                else:
+                    console.print(table)
+                    sys.stdout.flush()
+
+
+def _table(
+    before: Mapping[str, Mapping[str, Any]], documents: list[dict[str, Any]]
+) -> RenderableType:
+    """Return a table of ``documents``; ``before`` has the documents of a second before."""
+    from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415  slow to load, as below
+    from qedfuse.cli.qedfuse.statstable import render  # noqa: PLC0415  needs rich
+
+    return render(
+        (document, intervals(before.get(document["mountpoint"]), document))
+        for document in documents
+    )
+
+
+def _print(text: str) -> None:
+    """Print text to stdout immediately; the errors are those of `writing_stdout`."""
+    with writing_stdout():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _with_fields(show: Callable[[], T]) -> T:
+    """Return the result of ``show``, which makes output of documents.
+
+    Raises:
+        NoStatisticsError: A document lacks a field.
+    """
+    try:
+        return show()
+    except KeyError as error:
+        msg = (
+            f"statistics: found no field {printable(str(error.args[0]))}, expected one (the mount "
+            "runs another version of qedfuse; --output json prints what there is)"
+        )
+        raise NoStatisticsError(msg) from error
 
 
 def _every_second(

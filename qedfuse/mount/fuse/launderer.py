@@ -25,10 +25,13 @@ import os
 import select
 import socket
 import struct
-import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.process.helperprocess import HelperProcess
+from qedfuse.util.threads import start_thread
+
+if TYPE_CHECKING:
+    import threading
 
 # linux/fuse.h, a stable interface: the ioctl that connects another descriptor of /dev/fuse to
 # the same mount, struct fuse_in_header (its first three fields) and struct fuse_out_header.
@@ -74,6 +77,9 @@ def _serve(commands: socket.socket) -> None:
     If a write(2) to the kernel is still waiting when the socket is closed, the kernel's requests
     are answered with errors until the write(2) has returned.  If the server closes its socket
     before it has sent the descriptor of the connection, nothing is done.
+
+    Raises:
+        OSError: The host refuses the second descriptor or the thread.
     """
     _byte, received, _flags, _address = socket.recv_fds(commands, 1, 1)
     if not received:
@@ -82,8 +88,7 @@ def _serve(commands: socket.socket) -> None:
     device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.ioctl(device, _FUSE_DEV_IOC_CLONE, struct.pack("=I", connection))
     os.close(connection)
-    worker = threading.Thread(target=_send_notifications, args=(device, commands), daemon=True)
-    worker.start()
+    worker = start_thread(_send_notifications, device, commands)
     end = select.poll()
     end.register(commands, 0)  # no events, so poll(2) waits only for the close (POLLHUP)
     end.poll()

@@ -9,7 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
+from typing import TYPE_CHECKING
+
+from qedfuse.util.threads import start_thread
+
+if TYPE_CHECKING:
+    import threading
 
 
 class ServiceManager:
@@ -44,7 +49,7 @@ class ServiceManager:
         """
         if self._socket is None:
             return
-        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no thread can be started
+        with contextlib.suppress(OSError):
             if self._sender is None:
                 try:
                     self._socket.send(state.encode(), socket.MSG_DONTWAIT)
@@ -52,11 +57,10 @@ class ServiceManager:
                     pass
                 else:
                     return
-            sender = threading.Thread(
-                target=_send_after, args=(self._sender, self._socket.dup(), state), daemon=True
-            )
-            sender.start()
-            self._sender = sender
+            with contextlib.ExitStack() as undo:
+                own = undo.enter_context(self._socket.dup())
+                self._sender = start_thread(_send_after, self._sender, own, state)
+                undo.pop_all()  # the thread closes the socket
 
     def close(self) -> None:
         """Disconnect; `notify` does nothing from then on.

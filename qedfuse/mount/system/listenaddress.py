@@ -121,6 +121,8 @@ class Listener:
         with socket.socket(socket.AF_UNIX) as client:
             try:
                 status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 if not stat.S_ISSOCK(status.st_mode):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 client.connect(f"/proc/self/fd/{self._directory}/{self._name}")
