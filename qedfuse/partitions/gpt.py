@@ -23,7 +23,7 @@ from construct import (
 )
 
 from qedfuse.partitions.mbr import parse_record
-from qedfuse.partitions.partition import Partition, PartitionTable
+from qedfuse.partitions.partition import Partition, PartitionTable, explain_number
 
 if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
@@ -34,8 +34,6 @@ _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
 """Maximum length of all entries together; the specification reserves at least 16 KiB."""
-_MAX_NUMBER: Final = 255
-"""The highest number that a partition can have in Linux."""
 
 _HEADER: Final[Any] = Struct(
     "signature" / Const(b"EFI PART"),
@@ -149,8 +147,9 @@ def _partitions(
         if not 1 <= entry.first <= entry.last <= last_sector:
             problems.append(f"partition {number}: lies outside of the disk")
             continue
-        if number > _MAX_NUMBER:
-            problems.append(f"partition {number}: the highest number in Linux is {_MAX_NUMBER}")
+        problem = explain_number(number)
+        if problem:
+            problems.append(problem)
             break
         name = entry.name.decode("utf-16-le", errors="replace").partition("\0")[0]
         start, length = entry.first * sector_bytes, (entry.last - entry.first + 1) * sector_bytes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from construct import Array, Bytes, Const, ConstructError, Int8ul, Int32ul, Padding, Struct
 
-from qedfuse.partitions.partition import Partition, PartitionTable
+from qedfuse.partitions.partition import Partition, PartitionTable, explain_number
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,8 +23,6 @@ SECTOR_BYTES: Final = 512
 PROTECTIVE_TYPE: Final = 0xEE
 """Type of the entry that protects a GPT: programs that know only DOS tables see a full disk."""
 _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
-_MAX_LOGICAL: Final = 251
-"""Maximum number of logical partitions: in Linux the highest number of a partition is 255."""
 _MAX_EMPTY_RECORDS: Final = 100
 """Maximum number of consecutive records without a partition, as in Linux."""
 _MAX_RECORDS: Final = 512
@@ -187,11 +185,7 @@ async def _logical(
     seen: set[int] = set()
     number = 5
     empty_records = 0
-    while (
-        number < 5 + _MAX_LOGICAL
-        and empty_records < _MAX_EMPTY_RECORDS
-        and len(seen) < _MAX_RECORDS
-    ):
+    while empty_records < _MAX_EMPTY_RECORDS and len(seen) < _MAX_RECORDS:
         if sector in seen or sector >= sectors:
             target = "a loop" if sector in seen else f"sector {sector} outside of the disk"
             problems.append(f"extended partition: the chain of records leads to {target}")
@@ -204,6 +198,10 @@ async def _logical(
         empty_records += 1
         for entry in record.entries[:2]:
             if entry.length and entry.type and not entry.is_extended:
+                problem = explain_number(number)
+                if problem:
+                    problems.append(problem)
+                    return
                 found = _partition(number, entry, sector + entry.start, sectors, problems)
                 if found is not None:
                     yield found

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 ReadDisk: TypeAlias = Callable[[int, int], Awaitable[bytes]]
 """Called with a guest offset and a length, a range within the disk; returns all its bytes."""
 
 Scheme: TypeAlias = Literal["dos", "gpt"]
 """The kind of a partition table, by the name that sfdisk uses."""
+
+_MAX_NUMBER: Final = 255
+"""The highest number that a partition can have in Linux."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +65,10 @@ class PartitionTable:
     sector_bytes: int
     partitions: tuple[Partition, ...]
     problems: tuple[str, ...] = ()
+
+
+def explain_number(number: int) -> str:
+    """Return a clause if a partition cannot have ``number`` in Linux, otherwise an empty string."""
+    if number <= _MAX_NUMBER:
+        return ""
+    return f"partition {number}: the highest number in Linux is {_MAX_NUMBER}"

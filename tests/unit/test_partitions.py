@@ -153,6 +153,30 @@ def test_records_with_and_without_partitions_are_limited() -> None:
     assert reader.count == 2 + 512  # the master boot record for each kind of table, and the chain
 
 
+@pytest.mark.parametrize(
+    ("count", "first_count"), [(250, 1), (251, 1), (252, 1), (252, 2), (253, 1)]
+)
+def test_the_highest_number_is_255(count: int, first_count: int) -> None:
+    """No logical partition has a number above 255, also if two share the last record.
+
+    The first record has one or two partitions, and each other record two.
+    """
+    sectors = {0: boot_record((0, 5, 1, 8000))}
+    at, left, logical = 1, count, first_count
+    while left:
+        logical = min(logical, left)
+        left -= logical
+        entries = [(0, 0x83, 1000, 1)] * logical + [(0, 0, 0, 0)] * (2 - logical)
+        sectors[at] = boot_record(*entries, *[(0, 5, at, 1)] * bool(left))
+        at, logical = at + 1, 2
+    table = Reader(disk_of(sectors)).table()
+    assert table is not None
+    numbers = [item.number for item in table.partitions]
+    assert numbers == [1, *range(5, min(5 + count, 256))]
+    problem = "partition 256: the highest number in Linux is 255"
+    assert table.problems == ((problem,) if count > 251 else ())
+
+
 def test_only_the_first_extended_partition_counts() -> None:
     """As for sfdisk, logical partitions are those of the first extended partition, if any."""
     disk = disk_of(
