@@ -70,7 +70,11 @@ class CacheSpace:
         """Reserve ``length`` bytes; return the reason of a failure, or an empty string."""
         with self._changed:
             if length > self._free and not self._is_evicting and self._refused >= _RETRY_BYTES:
-                self._start_eviction()
+                try:
+                    self._start_eviction()
+                except OSError as error:
+                    # Nothing was evicted, so the next reservation tries again.
+                    return str(error.strerror)
             while length > self._free and self._is_evicting:
                 seconds = self._wait_end - time.monotonic()
                 if seconds <= 0 or not self._changed.wait(seconds):
@@ -85,14 +89,19 @@ class CacheSpace:
             return ""
 
     def _start_eviction(self) -> None:
-        """Start the thread that evicts entries; the caller holds the lock."""
+        """Start the thread that evicts entries; the caller holds the lock.
+
+        Raises:
+            OSError: The host cannot start a thread.  The space is unchanged.
+        """
         self._is_evicting = True
         self._taken = self._storing
         self._wait_end = time.monotonic() + _MAX_WAIT_SECONDS
         try:
             start_thread(self._run_eviction, name="qedfuse-evict")
-        except OSError:  # the host cannot start a thread
+        except OSError:
             self._is_evicting = False
+            raise
 
     def _run_eviction(self) -> None:
         """Evict entries, and count the space that results: the main function of the thread."""

@@ -462,13 +462,18 @@ def test_room_is_made_beside_the_readers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_room_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the host has no thread, nothing is stored and no reader fails."""
+    """If the host has no thread, nothing is stored, and the next reservation tries again."""
 
     def fail(_: threading.Thread) -> None:
-        raise RuntimeError
+        msg = "can't start new thread"
+        raise RuntimeError(msg)
 
     reservations = CacheSpace(lambda: 100)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
-        with reservations.reserve(10) as reason:
-            assert reason == "no room is left"
+        for _ in range(3):
+            with reservations.reserve(10) as reason:
+                assert reason == "cannot start a thread: can't start new thread"
+    assert not reservations.is_evicting
+    with reservations.reserve(10) as reason:
+        assert reason == ""
