@@ -155,12 +155,12 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
         refuse_hidden_descriptor(_signature(extent), extent.name)
     graph.data_files.append(None if links.extents else file)
     if links.data_file:
-        data = _open(graph, links.data_file, file, limits)
+        data = _open_counted(graph, links.data_file, file, limits)
         graph.files.append(data)
         graph.data_files[-1] = data
         options["data-file"] = _file_options(_inherited_path(graph), limits)
     if links.backing:
-        base = _open(graph, links.backing, file, limits)
+        base = _open_counted(graph, links.backing, file, limits)
         options["backing"] = _add_image(graph, base, _base_driver(base, file, links), limits)
     elif driver in ("qed", "qcow", "qcow2", "vmdk"):
         options["backing"] = None
@@ -192,13 +192,23 @@ def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixF
     """Open a file that an image names; `Graph.close` closes the file.
 
     Raises:
-        BackingError: The file is missing or refused, or the chain is a loop or too long.
+        BackingError: The file is missing or refused, or the chain is a loop.
     """
     file = limits.open_named(name, image)
     graph.opened.append(file)
     if any(file.identity == other.identity for other in (*graph.files, *graph.extents)):
         msg = f"{image.name}: backing file {file.name}: found a loop in the chain"
         raise BackingError(msg)
+    return file
+
+
+def _open_counted(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
+    """Open a base or a data file, which counts as a file of the chain, as `_open` does.
+
+    Raises:
+        BackingError: As for `_open`, or the chain is too long.
+    """
+    file = _open(graph, name, image, limits)
     if len(graph.files) >= _MAX_FILES:
         msg = (
             f"{image.name}: backing file {file.name}: found a chain of more than {_MAX_FILES} files"

@@ -389,6 +389,21 @@ def test_long_chain(images: Path) -> None:
     assert "more than 64 files" in refused(images / "0", 17)
 
 
+@needs_landlock
+def test_extents_at_the_end_of_a_long_chain(images: Path) -> None:
+    """The extents of the last image of the longest chain do not count as files of the chain."""
+    (images / "x.raw").write_bytes(b"x" * 4096)
+    (images / "63").write_text(DESCRIPTOR % ("ffffffff", "", 8, "x.raw"), "utf-8")
+    write_qcow2(images / "0", backing=b"00")
+    content = (images / "0").read_bytes()
+    for number in range(63):
+        name = f"{number:02}"
+        (images / name).write_bytes(content.replace(b"00", f"{number + 1:02}".encode(), 1))
+    copy = images / "copy.raw"
+    assert qedimg("convert", "-O", "raw", str(images / "00"), str(copy)) == (0, "", "")
+    assert copy.read_bytes()[:4096] == b"x" * 4096
+
+
 def test_strange_headers(images: Path) -> None:
     """Headers whose fields are out of range are refused, in a short time."""
     path = images / "image.qcow2"
