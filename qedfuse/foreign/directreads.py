@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.util.threads import start_thread
+from qedfuse.util.timeval import timeval
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,8 +51,7 @@ class DirectReads:
         """
         self._server = server
         self._size = size
-        # The kernel takes two longs: seconds and microseconds.
-        self._timeout = struct.pack("ll", int(seconds), 0)
+        self._timeout = timeval(seconds)
         self._lock = threading.Lock()
         self._free: deque[socket.socket] = deque()
         self._all: set[socket.socket] = set()

@@ -11,7 +11,6 @@ import http.client
 import io
 import math
 import socket
-import struct
 import time
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
@@ -23,13 +22,13 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from qedfuse.remote.connecting import connect
 from qedfuse.remote.tlssocket import tls_context
+from qedfuse.util.timeval import timeval
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _LONG_READ_BYTES: Final = 1 << 16
 """Reads of at least this length from a plain socket fill their buffer with one system call."""
-_TIMEVAL: Final = struct.Struct("@ll")
 
 
 class _TimedSocket(io.RawIOBase):
@@ -73,12 +72,9 @@ class _TimedSocket(io.RawIOBase):
         Raises:
             TimeoutError: No byte came within ``seconds``.
         """
-        whole = int(seconds)
-        micros = max(1, int((seconds - whole) * 1e6))  # zero would mean no limit
         # The kernel applies SO_RCVTIMEO, to the call as a whole, only if the socket blocks.
         self._sock.settimeout(None)
-        timeout = _TIMEVAL.pack(whole, micros)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
         try:
             return self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
         except BlockingIOError as error:

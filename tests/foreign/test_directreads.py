@@ -110,14 +110,16 @@ class Connections:
     """Direct reads of a server whose reads all fail, and which may refuse connections.
 
     Attributes:
+        ours: The reader's ends of the connections.
         made: The server's ends of the connections.
         attempts: How often a connection was requested.
         accepted: How many more connections the server accepts.
         now: The time in seconds.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Make the reads; no connection is made yet."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 1) -> None:
+        """Make the reads, with this timeout; no connection is made yet."""
+        self.ours: list[socket.socket] = []
         self.made: list[socket.socket] = []
         self.attempts = 0
         self.accepted = 1 << 10
@@ -135,7 +137,7 @@ class Connections:
         monkeypatch.setattr(directreads, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr("qedfuse.util.threads.threading.Thread", Connecting)
         server = cast("QemuNbd", SimpleNamespace(connect_negotiated=self._connect, name="x"))
-        self.reads = directreads.DirectReads(server, 1 << 20, 1)
+        self.reads = directreads.DirectReads(server, 1 << 20, seconds)
         self.results: list[int] = []
 
     def start(self) -> bool:
@@ -160,6 +162,7 @@ class Connections:
             raise TimeoutError
         self.accepted -= 1
         ours, theirs = socket.socketpair()
+        self.ours.append(ours)
         self.made.append(theirs)
         return ours
 
@@ -185,6 +188,21 @@ def test_connections_after_failures(connections: Connections) -> None:
         assert len(connections.made) == 16 * number
         assert [connections.start() for _ in range(16)] == [True] * 16
         assert connections.results == [-errno.EIO] * 16 * number
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 0.25, 0.9999999, 1, 1.5, 600])
+def test_every_connection_has_a_timeout(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Reads and writes of a connection have the given timeout, also if it is below a second."""
+    connections = Connections(monkeypatch, seconds)
+    connections.start_and_wait()
+    assert len(connections.ours) == 16
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        raw = connections.ours[0].getsockopt(socket.SOL_SOCKET, option, 16)
+        whole, micros = struct.unpack("ll", raw)
+        # The kernel rounds up to ticks, of at most 10 ms.
+        assert (whole, micros) != (0, 0)
+        assert seconds - 2e-6 <= whole + micros / 1e6 <= seconds + 0.02
+    connections.close()
 
 
 def test_pauses_after_no_connection(connections: Connections) -> None:
