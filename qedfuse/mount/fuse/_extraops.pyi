@@ -1,9 +1,11 @@
 from array import array
 from collections.abc import Callable
 
+from qedfuse.hostio.pagesource import PageSource
+
 class Request:
-    def error(self, number: int) -> None: ...
-    def offset(self, offset: int) -> None: ...
+    def error(self, number: int, /) -> None: ...
+    def offset(self, offset: int, /) -> None: ...
     def data(self, data: bytes | bytearray | memoryview, /) -> None: ...
     def capsule(self) -> object: ...
 
@@ -23,10 +25,10 @@ class ReadView: ...
 
 def read_view(
     layer: object,
-    keys: dict[int, tuple[int, int]],
+    keys: dict[int, tuple[int, int] | None],
     get_slice: Callable[[tuple[int, int]], object],
-    codes_key: object,
-    files: tuple[tuple[object, int], ...],
+    codes_key: int | None,
+    files: tuple[PageSource | None, ...],
     cluster_bits: int,
     slice_bits: int,
     epochs: object,
