@@ -98,8 +98,8 @@ class DiskFile(io.RawIOBase):
     threads can share a file, because its operations are serialised.  For many small reads, wrap the
     file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate` raise
     `RuntimeError`, and `flush` and `close` have no effect on the image.  If the event loop of the
-    file fails, reads, writes, `truncate` and `flush` raise `RuntimeError` from then on, and `close`
-    raises the cause.
+    file fails, reads, writes, `truncate` and, with ``r+b``, `flush` raise `RuntimeError` from then
+    on, and `close` raises the cause.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
@@ -190,6 +190,7 @@ class DiskFile(io.RawIOBase):
             ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
+            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock:
             self._check_open()
@@ -214,6 +215,7 @@ class DiskFile(io.RawIOBase):
             ValueError: The file is closed.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: A file cannot be read from the host or from a server.
+            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock, memoryview(buffer).cast("B") as view:
             self._check_open()
@@ -250,6 +252,7 @@ class DiskFile(io.RawIOBase):
                 disk read-only.
             CorruptImageError: A table entry for part of the range is bad.
             HostError: The host's file system or kernel refused.
+            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
@@ -278,6 +281,7 @@ class DiskFile(io.RawIOBase):
                 disk read-only.
             CorruptImageError: A table entry for the added range is bad, or refers to data.
             HostError: The host's file system or kernel refused.
+            RuntimeError: The event loop of the file has failed, or this process is a forked child.
         """
         with self._lock:
             self._check_writable()
@@ -304,7 +308,7 @@ class DiskFile(io.RawIOBase):
             else:
                 # Nothing can be flushed.  Either the portal has closed the disk, and IOBase.close()
                 # calls this method, or this process is a forked child, or the event loop has
-                # failed.  Only the failure is an error.
+                # failed.  Only a failed event loop is an error.
                 self._portal.raise_failure()
 
     def close(self) -> None:
@@ -314,14 +318,15 @@ class DiskFile(io.RawIOBase):
         locks are released.  If the file is closed already, nothing is done.
 
         The close waits for no server.  If another thread waits for a server in a read or a write,
-        that operation fails.
+        that operation fails.  If the event loop of the file has failed, its error is raised.
 
         Raises:
             HostError: Something could not be made durable.  Even then the file is closed.  If the
                 image could not be marked as clean, it will be checked when it is next opened for
                 writing.
         """
-        # Another thread may hold the lock while it waits for a server.
+        # Another thread may hold the lock while it waits for a server.  So its wait must be ended
+        # before the lock is taken here.
         self._portal.call_soon(self._disk.stop_fetching)
         with self._lock:
             if not self.closed:

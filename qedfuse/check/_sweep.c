@@ -86,10 +86,10 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one L2 table an owner.  From this table on the disk has clusters_left
- * clusters, so an entry whose index is not less describes a range past the disk's end.  The result
- * is UNKNOWN if an entry may be invalid, if an entry past the disk's end refers to a cluster, or if
- * a read fails. */
+/* Give the data clusters of one L2 table an owner.  clusters_left is the number of clusters from the
+ * first guest offset of the table to the disk's end, so an entry whose index is clusters_left or more
+ * describes a range past the disk's end.  The result is UNKNOWN if an entry may be invalid, if an
+ * entry past the disk's end refers to a cluster, or if a read fails. */
 static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t clusters_left)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];

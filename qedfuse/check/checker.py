@@ -43,8 +43,8 @@ _RUNS_PER_STEP: Final = 1 << 12
 """Maximum number of runs of the free list that are marked as owned before other tasks run."""
 
 _MAX_BATCHED_RUN_CLUSTERS: Final = 64
-"""Maximum length in clusters of a run of the free list whose cluster numbers are listed, with those
-of other runs, in one array.  Each longer run is marked as a range."""
+"""Maximum length in clusters of a short run of the free list.  The clusters of many short runs are
+marked together, as one array of cluster numbers.  Each longer run is marked as a range."""
 
 
 async def check_image(
@@ -208,7 +208,7 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the entries whose cluster does not directly follow, in the file, the previous one.
+        """Count entries whose cluster does not directly follow, in the file, the previous entry's.
 
         Args:
             values: Those entries of a slice that hold an offset, valid or not; at least one.
@@ -245,7 +245,7 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Count the given entries that describe guest offsets past the end of the disk, and report.
+        """Count and report the given entries that describe guest offsets past the end of the disk.
 
         Nothing is reported if the whole table is past the end, because `read_l1` has reported
         the L1 entry that points to the table.
@@ -312,8 +312,9 @@ class _Checker:
 
     def report(self) -> CheckReport:
         """Count the leaked clusters, and return the report of the whole check."""
-        # If an entry points to a cluster that the end of the file cuts short, that cluster has an
-        # owner.  The cluster is subtracted here, because `_clusters` counts whole clusters only.
+        # If an entry points to a cluster that the end of the file cuts short, `_owners.count`
+        # includes that cluster.  `_clusters` counts whole clusters only, so the cluster is
+        # subtracted here.
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:

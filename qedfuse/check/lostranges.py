@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 MAX_LOST_RANGES: Final = 100_000
 """Maximum number of ranges that are recorded separately.  If there are more, the last range is
-extended until it covers all further ranges.  So it can also cover data that is not lost, and data
-that is lost because of another error than its code."""
+extended until it covers all further ranges.  So the last range can also cover data that is not
+lost, and data that is lost because of another error than the ``code`` of the range."""
 
 
 class LostRanges:

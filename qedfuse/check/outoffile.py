@@ -82,21 +82,22 @@ class OutOfFileEntries:
     ) -> None:
         """Clear the entries that point past the end of the file, durably; record lost L2 entries.
 
-        The entries of tables that will be copied are not cleared.  Instead the repair will not
-        allocate the clusters to which these entries point.
+        The entries of tables that move, because they overlap data or an earlier table, are not
+        cleared.  Instead the repair will not allocate the clusters to which these entries point.
 
         Args:
             l1_entries: The new values, by index, of the L1 entries that point past the end of the
                 file.  The caller must already have recorded the ranges that are lost because of
                 these L1 entries.
-            tables: For each table its L1 index, its file offset, and whether the table must not
-                be written to because it will be copied.
+            tables: For each table its L1 index, its file offset, and whether the table moves and
+                therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
-        # If several L1 entries point to the same table, at most one keeps the table.  An L2 entry
-        # of the table that points past the end is lost in the range of each of these L1 entries,
-        # and must be recorded for each before the L2 entry is cleared.  So the tables that will be
-        # copied are read before any entry is cleared.
+        # If several L1 entries point to the same table, at most one keeps the table, and for the
+        # others the table moves.  If an L2 entry of the table points past the end of the file, data
+        # is lost in the range of each of these L1 entries.  All these losses must be recorded
+        # before the L2 entry is cleared.  So the tables that move are read before any entry is
+        # cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes

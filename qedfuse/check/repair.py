@@ -72,13 +72,13 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     After a crash at any time the image can be repaired again, because of the order of the writes.
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
     cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
-    durable before the entries that point to them.  If the first repair had already made the file
-    longer, the second repair does not report the data that the end of the file had cut short.
+    durable before the entries that point to them.  If the interrupted repair had already made the
+    file longer, the next repair does not report the data that the end of the file had cut short.
 
-    If the tables have no error, they are not changed.  But if NEED_CHECK is set or the free list is
-    invalid, NEED_CHECK is cleared, and the list, valid or not, is dropped.  If the tables still
-    have an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a
-    backup, the caller must first call `plan_repair` with ``save``.
+    If the tables have no error, they are not changed.  But if NEED_CHECK is set or the free list
+    has an error, NEED_CHECK is cleared, and the list, valid or not, is dropped.  If the tables
+    still have an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For
+    a backup, the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.

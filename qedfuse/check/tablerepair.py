@@ -72,7 +72,7 @@ class TableRepair:
 
         Raises:
             HostError: The host refused an access, or the file would become too long.
-            NeedsCheckError: The file is too large, or has too many tables.
+            NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries.
         """
         await self.rewriter.write_need_check(need_check=True)
         indices, tables = await self._find_tables()
@@ -97,7 +97,7 @@ class TableRepair:
         await self._write_l1()
 
     def _is_past_end(self, index: int) -> bool:
-        """Return whether an L1 entry describes guest offsets past the end of the disk."""
+        """Return whether L1 entry ``index`` describes guest offsets past the end of the disk."""
         return index >= self._geometry.l1_used(self._header.image_size)
 
     async def _find_tables(self) -> tuple[Indices, Values]:
@@ -219,8 +219,8 @@ class TableRepair:
     async def _overlapped_by_data(self, tables: Values) -> Mask:
         """Return for each table in `_classifier.tables` whether a data cluster overlaps it.
 
-        Only the data clusters to which entries of the tables at the file offsets ``tables`` point
-        are compared.
+        The entries of all tables at the file offsets ``tables`` are read.  Each data cluster to
+        which an entry points is compared with the tables in `_classifier.tables`.
         """
         overlaps_data = np.zeros(len(self._classifier.tables), np.bool_)
         for table in np.unique(tables).tolist():
@@ -311,7 +311,7 @@ class TableRepair:
             self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared_entries=0)
 
     async def _write_l1(self) -> None:
-        """Change the L1 table, after all tables to which it will point are durable."""
+        """Change the L1 table; first make all tables durable to which the L1 table will point."""
         if not self._l1_changes:
             return
         changes = EntryChanges(self._l1_changes)

@@ -72,7 +72,7 @@ def writing_stdout() -> Iterator[None]:
 def discard_unwritten(stream: TextIO) -> None:
     """Send the text that ``stream`` could not write, and all later output, to /dev/null.
 
-    Otherwise the interpreter would try to write the buffered text again when it exits, and
+    Without this call the interpreter would try to write the buffered text again when it exits, and
     would print an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)

@@ -17,6 +17,6 @@ parser.add_argument(
     nargs="?",
     type=Path,
     default=Path("docs/share"),
-    help="where to write them (docs/share)",
+    help="where to write the pages and the completions (docs/share)",
 )
 write(parser.parse_args().directory)

@@ -142,8 +142,9 @@ def script(program: Program) -> str:
 def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
-    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function
-    sets ``values``, a variable of a caller, if it has an entry for its argument.
+    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function sets
+    ``values``, a variable of the shell function that calls it, to an entry of its table.  If the
+    table has no such entry, ``option`` fails, and the others make ``values`` empty.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.

@@ -19,9 +19,9 @@ Kind: TypeAlias = Literal["file", "directory", "words", "mount-options", "free"]
 _FILES: Final = frozenset(
     {"IMAGE", "BASE", "FILE", "SOURCE", "TARGET", "FIRST", "SECOND", "MOUNTPOINT"}
 )
-"""Names of values in the help.  A value with one of these names is a file."""
+"""Names of values in the help.  A value with one of these names is completed as a file."""
 _DIRECTORIES: Final = frozenset({"DIR"})
-"""Names of values in the help.  A value with one of these names is a directory."""
+"""Names of values in the help.  A value with one of these names is completed as a directory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immed
 unmounts.  If a program has the disk open, the process serves the disk until the last
 close.  After a second signal the process does not wait for the last close, but tries for at
 most 10 seconds to make everything durable.  If changes are being written to the image at the
-end of this time, the mount ends when they are written, and otherwise immediately.  If the
+end of this time, the mount ends when they are written; if not, it ends immediately.  If the
 mount ends before everything is durable, the log says so and the exit code is 2.
 
 After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also

@@ -81,7 +81,7 @@ class StatsArguments(NamedTuple):
 
     Attributes:
         is_help: Whether ``--help`` was given; the other attributes have no meaning then.
-        mountpoint: The mount; None for all mounts of the user.
+        mountpoint: The mount; None for all mounts of the user, or for root of all users.
         output: One of `STATS_OUTPUTS`.
         watch: Whether to print the statistics again every second.
     """

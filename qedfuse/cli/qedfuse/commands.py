@@ -27,7 +27,7 @@ def mount(arguments: Arguments) -> int:
     """Mount; or, with ``-o remount``, change the options of a mount.  Return the exit code.
 
     By default this function returns when the disks can be used, and a background process
-    serves the disks.  With ``-f`` or ``-d`` this process serves the disks, and the function
+    serves the disks.  With ``arguments.foreground`` this process serves the disks, and the function
     returns when the mount has ended.  With ``arguments.fake`` nothing is mounted: the function
     returns when the images have been checked, opened and closed again.
 
@@ -36,7 +36,8 @@ def mount(arguments: Arguments) -> int:
 
     Raises:
         UsageError: An argument is missing, or an option is invalid.
-        QedError: A remount failed, or no background process can be started.
+        QedError: A remount failed, the file of credentials cannot be read, or no background
+            process can be started.
         Exception: There is a bug, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.
@@ -195,6 +196,7 @@ def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
         QedError: There is no mount; or there is only one, or one was given, and its statistics
             cannot be read.
         BrokenPipeError: The reader of stdout has gone.
+        OSError: Stdout cannot be written to for another reason.
     """
     from qedfuse.cli.qedfuse.stats import print_statistics, watch_statistics  # noqa: PLC0415  imported late: load only what the action needs
 

@@ -67,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _umount(words: Sequence[str]) -> int:
-    """Run ``qedfuse umount``; return the exit code."""
+    """Run ``qedfuse umount``; return the exit code.
+
+    Raises:
+        QedError: The arguments are invalid, or the unmount failed.
+        BrokenPipeError: The reader of the help has closed the pipe.
+    """
     arguments = parse_umount_arguments(words)
     if arguments.mountpoint is None:
         return _print(USAGE)
@@ -78,6 +83,7 @@ def _stats(words: Sequence[str]) -> int:
     """Run ``qedfuse stats``; return the exit code.
 
     Raises:
+        QedError: The arguments are invalid, there is no mount, or statistics cannot be read.
         BrokenPipeError: The reader of stdout has gone.
         QedError: The statistics cannot be read or printed.
     """

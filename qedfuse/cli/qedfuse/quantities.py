@@ -39,7 +39,7 @@ def quantile(histogram: Sequence[int], bounds: Sequence[float], share: float) ->
     Args:
         histogram: How many durations are in each bucket.
         bounds: The upper bound of each bucket but the last, which has no upper bound.
-        share: The quantile, from 0 to 1.
+        share: The quantile, more than 0 and at most 1.
 
     Returns:
         The upper bound of the bucket that has the quantile; for the last bucket its lower bound;

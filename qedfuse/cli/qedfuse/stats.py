@@ -31,7 +31,7 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
     """Print the statistics of one mount or of all mounts; return the exit code.
 
     Args:
-        path: The mountpoint; None for all mounts of this user.
+        path: The mountpoint; None for all mounts of this user, or for root of all users.
         output: ``human``, ``json`` or ``prometheus``.
         report: Called with the error of each mount whose statistics cannot be read, if there are
             several mounts.

@@ -139,12 +139,13 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--credentials",
         metavar="FILE",
-        help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only its "
-        "owner may have access to it (default: from the environment)",
+        help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only "
+        "the owner of FILE may have access to it (default: from the environment)",
     )
 
 
 _MAX_SECONDS: Final = 86400.0
+"""Maximum of ``--remote-timeout`` and of ``--remote-attempt-timeout``."""
 
 
 def _cache_size(text: str) -> int:
@@ -232,7 +233,9 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
 
 
 def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
-    """Return how URLs are read; see `open_options`.
+    """Return the options by which URLs are read.
+
+    An option that the subcommand does not have gets its default.
 
     Raises:
         UsageError: The file of credentials is invalid.

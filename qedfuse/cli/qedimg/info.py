@@ -115,8 +115,8 @@ async def _describe_chain(
 def _details(arguments: argparse.Namespace, image: ImageInfo) -> Details | None:
     """Read the tables and the free list, as far as needed; return None if neither is needed.
 
-    The tables are needed for ``--allocation``, and the free list if the image has one.  For a
-    raw file neither is needed.
+    The tables are needed for ``--allocation``, and the free list if the image has one.  For an
+    image that is not QED neither is needed.
     """
     if image.qed is None or not (arguments.allocation or image.qed.has_free_list):
         return None

@@ -9,10 +9,11 @@ from typing import Final
 from qedfuse.errors import QedError
 
 _OUTAGES: Final = "qedfuse.remote.outagelog"
+"""The logger of messages about outages of servers."""
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return False for the outage of a server.
+    """Return False for a message about the outage of a server, and True for any other.
 
     If the outage makes the command fail, `main` prints the error.
     """

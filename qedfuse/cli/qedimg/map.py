@@ -147,7 +147,7 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
 
     The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
     that it cannot list.  Nothing is printed if the image is a URL or has no fast map, or if the
-    options need the slow path.
+    options need `_list_rest`, which prints what the fast map has not listed.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None

@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     print_line(arguments, f"{result.url}: {result.size} bytes, compared with the file{version}")
     url = shlex.quote(result.url)
     if result.is_raw:
-        # A mount makes an overlay over images only.  A comma would end the option.
+        # The mount option ``overlay`` makes overlays over images only, so `create` makes the
+        # overlay over a raw file.  A comma in the URL would end the mount option, so it is escaped.
         prefix = shlex.quote(f"backing_url={result.url.replace(',', '%2C')}")
         print_line(arguments, f"qedimg create -b {url} -F raw vm1.qed")
         print_line(arguments, f"qedfuse -o {prefix} vm1.qed /mnt/vm1")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EmptyImage(ReadOnlyFile):
-    """An image without clusters and without a backing name, for a disk below the image.
+    """An image without data clusters and without a backing name, for a disk below the image.
 
     The image is as large as that disk.  It has the name and the attributes of the disk's file.
 

@@ -11,7 +11,7 @@ below are met, which is usual:
 - A cluster is free, or `DirectReclaim.should_reclaim` returns False, so the file may grow now.
 - Reading the base, growing the file and writing the data would not block.
 
-Otherwise the slow path must carry out the write.
+If a condition is not met, the slow path must carry out the write.
 
 The order is the same as on the slow path (`WritePath`): first the data is written to the file,
 and after that the entry that makes the data visible is changed in memory.
