@@ -39,8 +39,8 @@ class EntryClassifier:
 
     Attributes:
         header: The header of the image.
-        file_size: Length in bytes by which entries are out of the file or cut short: that of the
-            file, or that which a repair will give it.
+        file_size: Length in bytes that the file has, or that a repair will give it.  It is an
+            error if an entry refers to bytes past this length.
         tables: File offsets of the L2 tables that data must not overlap, ascending;
             `NO_TABLES` if such overlaps are not checked.
     """

@@ -51,7 +51,7 @@ async def create_image(
             backing file is not opened.  None or empty for no backing file.
         backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
             Has no effect without a backing file.
-        overwrite: Whether to replace an existing file, which fails if another process has
+        overwrite: Whether to replace an existing file.  The call fails if another process has
             that file open as an image.  The new file gets the owner and the permissions of
             the old one.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
@@ -95,7 +95,7 @@ def make_image(
         header: A header that `new_header` has built.
         backing: Name of the backing file that the image stores, for which ``header`` was
             built; None or empty for no backing file.
-        overwrite: Whether to replace an existing file, which fails if another process has
+        overwrite: Whether to replace an existing file.  The call fails if another process has
             that file open as an image.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
         fill: Called with the temporary name of the empty image, before the image gets the

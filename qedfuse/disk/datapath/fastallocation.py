@@ -4,11 +4,15 @@
 await, that is, atomically with respect to other tasks.  It can do so if all the conditions
 below are met, which is usual:
 
-- The slice with the entries is in memory, and host space for the slice's write-back is reserved.
+- The L2 table exists, the slice with the entries is in memory, and host space for the slice's
+  write-back is reserved.
 - NEED_CHECK is set.
 - No other task holds the range lock of the clusters.
 - No table must be written back first (`TableWriter.limit_dirty`).
-- A cluster is free, or `DirectReclaim.should_reclaim` returns False, so the file may grow now.
+- The allocator finds one run for all the clusters.  A cluster is free, or
+  `DirectReclaim.should_reclaim` returns False, so the file may grow now.
+- If the image has a base, and unallocated clusters are written to only in part, there is only one
+  such cluster.
 - Reading the base, growing the file and writing the data would not block.
 
 If a condition is not met, the slow path must carry out the write.
