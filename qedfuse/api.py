@@ -325,8 +325,8 @@ class DiskFile(io.RawIOBase):
                 image could not be marked as clean, it will be checked when it is next opened for
                 writing.
         """
-        # Another thread may hold the lock while it waits for a server.  So its wait must be ended
-        # before the lock is taken here.
+        # Another thread may hold the lock while it waits for a server.  So all waits for servers
+        # are ended before the lock is taken here.
         self._portal.call_soon(self._disk.stop_fetching)
         with self._lock:
             if not self.closed:

@@ -125,8 +125,8 @@ async def plan_repair(file: HostFile, header: Header, save: Save | None = None) 
     Raises:
         HostError: The host cannot read the file, or the repaired file would be longer than a file
             can be.
-        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.
+        NeedsCheckError: The file is too large, or has too many tables or invalid L1 entries, to be
+            checked in bounded memory.
     """
     rewriter = DryRunRewriter(file, header, save)
     repair = TableRepair(file, header, rewriter)

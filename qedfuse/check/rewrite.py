@@ -81,7 +81,8 @@ class Rewriter:
         """Make the file at least ``end`` bytes long, durably; the new bytes read as zeros.
 
         Raises:
-            NoSpaceError: No file can be that long.
+            NoSpaceError: No file can be that long, or the host is full.
+            HostError: The host refused.
         """
         self.end = max(self.end, self._checked_end(end))
         if self._file.size() < self.end:
@@ -94,7 +95,8 @@ class Rewriter:
         Holes and chunks of zeros become holes in the copy.  The copy is not durable yet.
 
         Raises:
-            NoSpaceError: No file can be long enough for the copy.
+            NoSpaceError: No file can be long enough for the copy, or the host is full.
+            HostError: The host refused.
         """
         target = self._allocate(length)
         await self._file.truncate(self.end)
@@ -114,7 +116,8 @@ class Rewriter:
         The other entries are 0.  The table is not durable yet.
 
         Raises:
-            NoSpaceError: No file can be long enough for the table.
+            NoSpaceError: No file can be long enough for the table, or the host is full.
+            HostError: The host refused.
         """
         target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)
@@ -124,7 +127,7 @@ class Rewriter:
     async def fill(self, start: int, count: int, value: int) -> None:
         """Set the ``count`` entries that begin at the file offset ``start`` to ``value``.
 
-        For the value 0 nothing is written, so the caller must then pass only entries that are 0
+        The value 0 is not written, so with this value the caller must pass only entries that are 0
         already or lie past the end of the file.  `sync_pending` makes the entries durable.
         """
         entries_per_write = _COPY_BYTES // ENTRY_BYTES
@@ -175,9 +178,9 @@ class Rewriter:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
         After `clear_entries`, and after a `fill` or an `overwrite` that completes a table in use,
-        the caller must call this before it makes the file longer.  Otherwise a crash could leave
-        a longer file with the old entries, which may be valid in the longer file.  `new_table`
-        needs no such call, because no entry points to a new table yet.
+        the caller must call this method before it makes the file longer.  Without the call a crash
+        could leave a longer file with the old entries, which may be valid in the longer file.
+        After `new_table` no call is needed, because no entry points to a new table yet.
         """
         if self._has_pending:
             await self._file.datasync()

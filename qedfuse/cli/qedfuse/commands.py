@@ -193,7 +193,7 @@ def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
             statistics of several mounts are printed.
 
     Raises:
-        QedError: There is no mount; or there is only one, or one was given, and its statistics
+        QedError: There is no mount; or the statistics of the given mount, or of the only mount,
             cannot be read.
         BrokenPipeError: The reader of stdout has gone.
         OSError: Stdout cannot be written to for another reason.

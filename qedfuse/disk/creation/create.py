@@ -65,8 +65,9 @@ async def create_image(
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
         HostError: The host refused.  If only making the final name durable has failed, the new
-            file has its final name.  Otherwise an existing file is unchanged, and no new file is
-            left behind; but a file system without hard links may keep an empty one (`NewFile`).
+            file has its final name.  After any other failure an existing file is unchanged, and no
+            new file is left behind; but a file system without hard links may keep an empty one
+            (`NewFile`).
     """
     import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
@@ -109,9 +110,9 @@ def make_image(
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
         HostError: The host refused, or its file system is full.  If only making the final name
-            durable has failed, the new file has its final name.  Otherwise an existing file is
-            unchanged, and no new file is left behind; but a file system without hard links may
-            keep an empty one (`NewFile`).
+            durable has failed, the new file has its final name.  After any other failure an
+            existing file is unchanged, and no new file is left behind; but a file system without
+            hard links may keep an empty one (`NewFile`).
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:

@@ -58,7 +58,7 @@ class EmptyImage(ReadOnlyFile):
         return length
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from a file offset; return False if the file ends too early."""
+        """Fill ``view`` from a file offset; return False if the file ends too early to fill it."""
         return self.read_blocking(offset, view) == len(view)
 
     async def next_data(self, offset: int) -> int | None:

@@ -11,8 +11,8 @@ below are met, which is usual:
 - No table must be written back first (`TableWriter.limit_dirty`).
 - The allocator finds one run for all the clusters.  A cluster is free, or
   `DirectReclaim.should_reclaim` returns False, so the file may grow now.
-- If the image has a base, and unallocated clusters are written to only in part, there is only one
-  such cluster.
+- The image has no base, or the clusters are zero clusters, or the data covers the clusters
+  completely, or there is only one cluster.
 - Reading the base, growing the file and writing the data would not block.
 
 If a condition is not met, the slow path must carry out the write.
