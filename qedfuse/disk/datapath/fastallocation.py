@@ -7,7 +7,7 @@ below are met, which is usual:
 - The L2 table exists, the slice with the entries is in memory, and host space for the slice's
   write-back is reserved.
 - NEED_CHECK is set.
-- No other task holds the range lock of the clusters.
+- No other task holds the range lock of the clusters, or waits for it.
 - No table must be written back first (`TableWriter.limit_dirty`).
 - The allocator finds one run for all the clusters.  A cluster is free, or
   `DirectReclaim.should_reclaim` returns False, so the file may grow now.
