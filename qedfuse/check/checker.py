@@ -208,7 +208,7 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count entries whose cluster is not the one after the previous entry's cluster in the file.
+        """Count entries whose cluster is not the next one in the file after the previous entry's.
 
         Args:
             values: Those entries of a slice that hold an offset, valid or not; at least one.
