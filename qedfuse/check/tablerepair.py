@@ -39,6 +39,7 @@ class TableRepair:
         self._header = header
         self._geometry = header.geometry
         self.rewriter = rewriter
+        # The length of the file before the repair: exact, and rounded up to a whole cluster.
         self._size = file.size()
         self._rounded_size = rewriter.end
         self._classifier = EntryClassifier(header, self._rounded_size)

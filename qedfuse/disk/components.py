@@ -64,7 +64,8 @@ class Components:
     ) -> None:
         """Build all objects for the image in ``file``; ``bases`` are its opened bases, if any.
 
-        `Lifecycle` must start the objects before they are used.
+        ``store`` is the cache of table slices that the whole chain shares.  `Lifecycle` must start
+        the objects before they are used.
         """
         self.file = file
         self.options = options
