@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +30,9 @@ from qedfuse.remote.options import RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES, UnitFile, make_files
 from qedfuse.remote.unitstore import UnitStore
 from qedfuse.remote.zeroblocks import ZeroBlocks
+from tests.support import forkserver
 from tests.support.pagecache import drop_pages
+from tests.support.programs import TREE
 from tests.support.remotes import DEADLINES, opened, read, some_bytes
 from tests.support.webserver import WebServer, serving, wait_until
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.support.nginx import Nginx
+    from tests.support.programs import Process
 
 UNITS: Final = 9
 CONTENT: Final = some_bytes(UNITS - 0.5)
@@ -543,12 +547,15 @@ with opened(url, cache) as file:
 """
 
 
-def start_filling(url: str, cache: Path) -> subprocess.Popen[bytes]:
+def start_filling(url: str, cache: Path) -> Process:
     """Start a process that fills the cache and prints a line for each unit."""
+    words = [url, str(cache), str(len(CONTENT))]
+    if not forkserver.NEW_INTERPRETERS:
+        return forkserver.start(
+            FILLER, words, ("tests.support.remotes",), cwd=TREE, stdout=subprocess.PIPE
+        )
     return subprocess.Popen(
-        [sys.executable, "-c", FILLER, url, str(cache), str(len(CONTENT))],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", FILLER, *words], stdout=subprocess.PIPE, cwd=TREE, text=True
     )
 
 
@@ -558,11 +565,14 @@ def test_kill_while_the_cache_fills(tmp_path: Path) -> None:
     with serving(CONTENT) as server:
         for number in range(20):
             cache = tmp_path / str(number)
-            with start_filling(server.url, cache) as process:
-                assert process.stdout is not None
-                for _ in range(1 + number % UNITS):
-                    process.stdout.readline()
-                process.kill()
+            process = start_filling(server.url, cache)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            for _ in range(number % UNITS):
+                process.stdout.readline()
+            process.kill()
+            process.communicate(timeout=60)
+            assert process.returncode in {0, -signal.SIGKILL}
             with opened(server.url, cache) as file:
                 assert read(file, 0, len(CONTENT)) == CONTENT
                 kept += file.fetcher.fetched_bytes < len(CONTENT)
