@@ -260,6 +260,16 @@ def test_polling_ends_after_its_time(server: Server) -> None:
     assert polled.asked == asked, "the time that is permitted in all is over"
 
 
+def test_polling_in_vain_does_not_count_for_a_later_request(server: Server) -> None:
+    """If pyfuse3 receives the request after all, the wait for the next one begins anew."""
+    Polled(server, lambda _number: False, seconds=1e-4)
+    server.wire.send(READ, READ_BODY)
+    assert server.wire.receive() == -errno.EINTR, "no request has come"
+    server.wire.queue(READ, READ_BODY)
+    assert server.wire.receive() > 0
+    assert extraops.take_polled_seconds() == 0.0
+
+
 def test_polling_that_is_forbidden_ends(server: Server) -> None:
     """After polling is forbidden, a burst ends where the kernel has no request."""
     polled = Polled(server, lambda _number: False)

@@ -55,7 +55,7 @@ static unsigned long taken; /* requests taken in bursts since the last call of t
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
 static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
-static int64_t polled_nanoseconds; /* how long the last burst has polled in vain, for the scheduler */
+static int64_t polled_nanoseconds; /* how long was polled in vain for the request to come, for the scheduler */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -98,6 +98,8 @@ int receive_request(struct fuse_session *from, struct fuse_buf *into)
     int result = receive(from, into);
 
     is_interposed = 1;
+    if (result > 0)
+        polled_nanoseconds = 0; /* that time was the wait for this request, and not for the next one */
     return result == -EAGAIN ? -EINTR : result;
 }
 
