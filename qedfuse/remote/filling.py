@@ -90,6 +90,12 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
         was_evicting = fetcher.is_evicting
         if await _in_thread(fetcher.store_held, first, last):
             return _length(file, first, last)
+        if not fetcher.has_cache:
+            msg = (
+                f"{file.name}: found the file of the cache cut by another program, expected it "
+                "whole (a new opening makes a new one)"
+            )
+            raise CacheError(msg)
         if not was_evicting and not fetcher.is_evicting:
             msg = f"{file.name}: found no space in the cache, expected space for all needed units"
             raise CacheError(msg)

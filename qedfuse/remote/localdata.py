@@ -105,6 +105,11 @@ class LocalData:
     ) -> PageSource | None:
         """Return what the mount's extension needs to read the file; None unless `is_readable`.
 
+        The result has the bare descriptor and address, which are valid until `close`.  That
+        suffices: the extension reads only during requests to a disk, and a disk closes its files
+        after its last request.  When the entry is found cut, only the fetcher's own descriptor is
+        closed, and no unit is ready any more.
+
         Args:
             ready: Which units may be read; see `UnitStore.ready`.
             zeros: The blocks of the object that are known to be zeros.
