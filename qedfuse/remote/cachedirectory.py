@@ -157,6 +157,24 @@ class CacheDirectory:
                     continue
             entry.close()
 
+    def stored_part(
+        self, address: Address, store_id: str = "", wanted: tuple[int, str] | None = None
+    ) -> tuple[int, int] | None:
+        """Return how many bytes the cache has of an object, and the size of the object.
+
+        The numbers are for the version with the size and the validator ``wanted``; None for the
+        version that was used last.  Returns None if the cache has nothing of it.
+        """
+        for found in reversed(list_entries([self._directory_of(address, store_id)])):
+            try:
+                version, _needed = read_metadata(found.path)
+            except (OSError, ValueError):
+                continue
+            if wanted is None or wanted == (version.size, version.validator):
+                stored = min(found.length, version.size)
+                return (stored, version.size) if stored else None
+        return None
+
     def evict(self, unlinked_bytes: int = 0) -> int:
         """Remove entries that no process has open, until the cache is within its limits.
 

@@ -71,7 +71,7 @@ def open_remote(
         if version is None or cache is None or not isinstance(error.__cause__, _OUTAGES):
             if cache is not None:
                 cache.close()
-            raise
+            raise _with_stored_part(error, directory, address, client, wanted) from error.__cause__
         _log.warning("%s; reading it from the cache", error)
         mark_used(cache)
     else:
@@ -173,6 +173,27 @@ def _offline_entry(
                 return version, entry
             entry.close()
     return None, None
+
+
+def _with_stored_part(
+    error: RemoteError,
+    directory: CacheDirectory | None,
+    address: Address,
+    client: Client,
+    wanted: tuple[int, str] | None,
+) -> RemoteError:
+    """Return the error of an opening; after an outage with how much the cache has of the object."""
+    if directory is None or not isinstance(error.__cause__, _OUTAGES):
+        return error
+    part = directory.stored_part(address, client.store_id, wanted)
+    if part is None:
+        return error
+    stored, size = part
+    msg = (
+        f"{error}; the cache has {stored} of {size} bytes, too few to read it without the server "
+        "(qedimg warm fetches the rest)"
+    )
+    return RemoteError(msg, error.errno)
 
 
 def _shown(version: Version) -> str:

@@ -704,8 +704,29 @@ def test_no_incomplete_entry_without_a_server(tmp_path: Path) -> None:
     with serving(CONTENT) as server:
         entry = fill(server, tmp_path)
         flip(entry / "map", 8 * 3 + 4)
-    with pytest.raises(RemoteError):
-        open_remote(parse_address(server.url), options(tmp_path))
+        address = parse_address(server.url)
+        with opened(server.url, tmp_path) as file:
+            size = file.size()
+    with pytest.raises(RemoteError, match=f"; the cache has {size} of {size} bytes, too few to"):
+        open_remote(address, options(tmp_path))
+    (entry / "data").unlink()
+    (entry / "data").touch()
+    with pytest.raises(RemoteError, match=r"refused \(attempts: [0-9]+\)$"):
+        open_remote(address, options(tmp_path))
+
+
+def test_how_much_the_cache_has_without_a_server(tmp_path: Path) -> None:
+    """An error says how much of the object is cached, but nothing of another version."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        read(file, 0, UNIT_BYTES)
+        address = parse_address(server.url)
+        version = (len(CONTENT), str(file.identity[2]))
+    note = f"; the cache has {UNIT_BYTES} of {len(CONTENT)} bytes, too few to read it without the"
+    for wanted in (None, version):
+        with pytest.raises(RemoteError, match=note):
+            open_remote(address, options(tmp_path), wanted)
+    with pytest.raises(RemoteError, match=r"refused \(attempts: [0-9]+\)$"):
+        open_remote(address, options(tmp_path), (len(CONTENT), "etag other"))
 
 
 @pytest.mark.expect_log("what is not in the cache cannot be read")
