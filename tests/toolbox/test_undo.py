@@ -199,6 +199,88 @@ def test_undo_refuses_a_changed_image(tmp_path: Path, capsys: pytest.CaptureFixt
     refused(repaired, b"".join(lines[1:]), "expected the backup of a repair")
 
 
+def forged(image: bytes, *ranges: bytes, lengths: str = "") -> bytes:
+    """Return a backup of ``image`` with the header and other ranges, which are lines."""
+    header = image[:64].hex()
+    lines = [b"qedimg-check-backup 1", f"0 {header} {header}".encode(), *ranges]
+    lengths = lengths or f"{len(image)} {len(image)}"
+    return b"\n".join([*lines, f"complete {1 + len(ranges)} {lengths}\n".encode()])
+
+
+L1: Final = CLUSTER_BYTES  # the table has two clusters
+LINE: Final = b"%d " % L1 + b"00" * 8 + b" " + b"00" * 8
+
+
+@pytest.mark.parametrize(
+    ("ranges", "lengths", "expected"),
+    [
+        ([], "100 999999999", "(table of 8192 bytes), expected a whole table inside the file of"),
+        ([], "64 999999999", "(table of 8192 bytes), expected a whole table inside the file of"),
+        ([], "63 999999999", "found lengths of 63 and 999999999 bytes, expected ascending ones"),
+        ([], "999999999 100", "found lengths of 999999999 and 100 bytes, expected ascending ones"),
+        ([], f"{3 * CLUSTER_BYTES} 999999999", "expected 12288 or 999999999 bytes"),
+        ([], f"{3 * CLUSTER_BYTES} {1 << 64}", "an incomplete or damaged backup"),
+        ([LINE], "4100 999999999", "of at least 4104 bytes, the end of the last range"),
+        ([LINE, LINE], "", "found overlapping ranges at 4096 and 4096, expected separate ones"),
+        ([b"4104 " + LINE[5:], LINE[:-17] + b"00" * 8 + LINE[-17:] + b"00" * 8], "", "overlapping"),
+        ([b"4099 " + LINE[5:]], "", "found a range of 8 bytes at 4099, expected one after"),
+        ([b"56 " + LINE[5:]], "", "found a range of 8 bytes at 56, expected one after the header"),
+        ([b"4096 00 00"], "", "found a range at 4096 that ends within an entry, expected whole"),
+        ([b"%d 00 00" % ((1 << 63) - 8)], "", "of at least 9223372036854775801 bytes"),
+        ([b"%d 00 00" % (1 << 63)], "", "an incomplete or damaged backup"),
+        ([b"-8 00 00"], "", "an incomplete or damaged backup"),
+        ([b"4_096 " + LINE[5:]], "", "an incomplete or damaged backup"),
+        ([b"4096  "], "", "an incomplete or damaged backup"),
+    ],
+)
+def test_a_forged_backup_changes_nothing(
+    ranges: list[bytes],
+    lengths: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ranges and lengths that no repair saves are refused in one line before the image changes."""
+    path, backup = tmp_path / "image.qed", tmp_path / "backup"
+    image = bytes(two_tables())
+    path.write_bytes(image)
+    backup.write_bytes(forged(image, *ranges, lengths=lengths))
+    assert main(["check", "--undo", str(backup), str(path)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert expected in said.err
+    assert path.read_bytes() == image
+
+
+def test_a_backup_must_begin_with_the_header(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backup without ranges, or whose first range is not the header, is refused."""
+    path, backup = tmp_path / "image.qed", tmp_path / "backup"
+    image = bytes(two_tables())
+    path.write_bytes(image)
+    for lines, expected in (
+        (b"complete 0 100 999999999\n", "found no range, expected the header as the first range"),
+        (LINE + b"\ncomplete 1 100 999999999\n", "found a first range of 8 bytes at 4096"),
+        (b"0 00 00\ncomplete 1 100 999999999\n", "found a first range of 1 bytes at 0"),
+    ):
+        backup.write_bytes(b"qedimg-check-backup 1\n" + lines)
+        assert main(["check", "--undo", str(backup), str(path)]) == 1
+        assert expected in capsys.readouterr().err
+        assert path.read_bytes() == image
+
+
+def test_a_forged_backup_that_is_like_a_real_one_is_accepted(tmp_path: Path) -> None:
+    """The forged backups of the tests above are refused only for what is wrong in them."""
+    path, backup = tmp_path / "image.qed", tmp_path / "backup"
+    image = bytes(two_tables())
+    path.write_bytes(image)
+    entry = image[L1 : L1 + 8].hex().encode()
+    backup.write_bytes(forged(image, b"%d %s %s" % (L1, entry, entry)))
+    assert main(["check", "-q", "--undo", str(backup), str(path)]) == 0
+    assert path.read_bytes() == image
+
+
 def test_a_backup_that_cannot_be_read_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.outoffile import POISON_ENTRY
-from qedfuse.errors import CorruptImageError, HostError, UsageError
-from qedfuse.hostio.regular import open_regular
+from qedfuse.errors import CorruptImageError
 from qedfuse.ondisk.constants import ENTRY_BYTES, HEADER_BYTES
 from qedfuse.ondisk.header import build_header, parse_header
-from qedfuse.text import printable
-from qedfuse.tools.repair.backup import FIRST_LINE, LAST_LINE_KEYWORD
+from qedfuse.tools.repair.backupreader import BackupReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.ondisk.header import Header
-
-    SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
+    from qedfuse.tools.repair.backupreader import SavedRange
 
 _POISON_BYTES: Final = POISON_ENTRY.to_bytes(ENTRY_BYTES, "little")
 """A value that some L1 entries of an overlay have during a repair.
@@ -47,34 +41,39 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
 
     Raises:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
-        UsageError: The file is not a backup, or is damaged or incomplete.  Nothing was written.
+        UsageError: The file is not a backup, or is damaged or incomplete, or states ranges or
+            lengths that no repair saves.  Nothing was written.
         ImageError: The backup is not a regular file, or the header saved in it is invalid.
             Nothing was written.
         HostError: The host refused.  The undo can be run again.
     """
-    backup = _BackupReader(backup_path)
+    backup = BackupReader(backup_path)
     try:
         return await _restore(file, backup)
     finally:
         backup.close()
 
 
-async def _restore(file: HostFile, backup: _BackupReader) -> int:
+async def _restore(file: HostFile, backup: BackupReader) -> int:
     """Verify all saved ranges, then restore them; return the number of ranges.
 
     The order of the writes ensures two things.  The undo can be run again after a crash.  And at
     no moment does a read through an entry return a copy that the repair has made for another entry.
     """
-    count = 0
+    bytes_before, bytes_after = backup.bytes_before, backup.bytes_after
     for saved in backup.ranges():
         await _verify(file, saved)
-        count += 1
-    bytes_before, bytes_after = backup.lengths
+    header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
+    # No repair begins without a whole L1 table.
+    header.check_fits(bytes_before, backup.name)
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
+    # The file has another length only if a repair was interrupted, and then NEED_CHECK is set.
+    if not header.need_check and file.size() not in (bytes_before, bytes_after):
+        expected = f"{bytes_before} or {bytes_after} bytes"
+        raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
     # NEED_CHECK is set first, so that after a crash every program checks the image.
-    header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
     await file.pwrite(0, build_header(header.with_need_check(value=True)))
     await file.datasync()
     # The file is truncated before the entries are restored.  The truncation removes the copies of
@@ -95,7 +94,7 @@ async def _restore(file: HostFile, backup: _BackupReader) -> int:
     # The old header is restored last, so NEED_CHECK stays set until everything else is durable.
     await file.pwrite(0, old_header)
     await file.datasync()
-    return count
+    return backup.count
 
 
 async def _verify(file: HostFile, saved: SavedRange) -> None:
@@ -145,65 +144,3 @@ def _changed_message(file: HostFile, what: str, found: str, expected: str) -> st
         f"{file.name}: nothing was restored: {what}: found {found}, expected {expected}; "
         "the image has changed since the repair"
     )
-
-
-class _BackupReader:
-    """Reads a file that `qedfuse.tools.repair.backup.Backup` has written, range by range.
-
-    Attributes:
-        lengths: Length of the image before and after the repair, in bytes; (0, 0) until
-            `ranges` has yielded all ranges.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._name = printable(path)
-        self._file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
-        self.lengths = (0, 0)
-
-    def ranges(self) -> Iterator[SavedRange]:
-        """Yield the saved ranges, the header first, and set `lengths` at the end.
-
-        Each call begins with the first range.
-
-        Raises:
-            UsageError: The file is not a backup, or is damaged or not complete.
-            HostError: The host cannot read the file.
-        """
-        try:
-            yield from self._parse()
-        except OSError as error:
-            raise HostError.from_os(error, self._name, "read") from error
-
-    def _parse(self) -> Iterator[SavedRange]:
-        """Yield the saved ranges; see `ranges`.
-
-        Raises:
-            UsageError: The file is not a backup, or is damaged or not complete.
-            OSError: The host cannot read the file.
-        """
-        self._file.seek(0)
-        if self._file.readline() != FIRST_LINE + b"\n":
-            msg = f"{self._name}: found another kind of file, expected the backup of a repair"
-            raise UsageError(msg)
-        for count, line in enumerate(self._file):
-            words = line.split()
-            try:
-                if words[0] == LAST_LINE_KEYWORD:
-                    number, before, after = map(int, words[1:])
-                    self.lengths = (before, after)
-                    if number == count:
-                        return
-                    break
-                old, new = (bytes.fromhex(word.decode("ascii")) for word in words[1:])
-                offset = int(words[0])
-            except (ValueError, IndexError):
-                break
-            if len(old) != len(new) or (offset > 0) != (count > 0):
-                break
-            yield offset, old, new
-        msg = f"{self._name}: found an incomplete or damaged backup, expected a complete one"
-        raise UsageError(msg)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
