@@ -64,6 +64,8 @@ class Rounds:
         self._cache = directory / "cache"
         self._other = directory / "other"
         self._random = random.Random(seed)
+        # How often a disaster draws depends on what it finds; the order must not depend on that.
+        self._order = random.Random(f"order {seed}")
         self._number = 0
         self._replace()
         self._disasters: list[Callable[[], None]] = [
@@ -74,6 +76,7 @@ class Rounds:
         ]
         if only is not None:
             self._disasters = [getattr(self, only)]
+        self._next: list[Callable[[], None]] = []
 
     def round(self) -> None:
         """Let one disaster happen, and check all bytes afterwards.
@@ -82,7 +85,9 @@ class Rounds:
             WrongBytesError: A read has returned other bytes than those of the object.
         """
         self._number += 1
-        disaster = self._random.choice(self._disasters)
+        if not self._next:
+            self._next = self._order.sample(self._disasters, len(self._disasters))
+        disaster = self._next.pop()
         self.happened[disaster.__name__] += 1
         disaster()
         self._server.always, self._server.faults = None, []

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from typing import Final
 
 import pytest
 
+from tests.support.programs import TREE
+from tests.support.share import share
 
-@pytest.mark.parametrize("seed", range(4))
+ROUNDS: Final = 19
+"""As many as it takes until each disaster has happened."""
+
+DISASTERS: Final = frozenset(
+    {
+        *("kill", "flip", "cut", "remove", "two_processes", "overwrite", "damage_in_use"),
+        *("rot_in_use", "rot_between_processes", "fault", "full", "read_only", "limit", "others"),
+    }
+)
+
+
+@pytest.mark.parametrize("seed", range(share(2, of=4)))
 def test_rounds(seed: int) -> None:
     """Each read after a disaster has the right bytes or fails, and later reads are right."""
-    command = [sys.executable, "-m", "tests.remote.rounds", "--rounds", "15", "--seed", str(seed)]
+    words = ["--rounds", str(ROUNDS), "--seed", str(seed)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.remote.rounds", *words],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 rounds: all bytes right" in done.stdout
+    assert f"{ROUNDS} rounds: all bytes right" in done.stdout
+    happened = {line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
+    assert happened >= DISASTERS
