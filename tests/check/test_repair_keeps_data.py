@@ -230,9 +230,9 @@ def test_an_interrupted_repair_can_be_repeated(seed: int) -> None:
         return file, await repair_image(file, await read_header(file))
 
     file, result = trio.run(first)
-    states = [bytearray(prefix) for _number, prefix in file.prefixes()]
-    states += [file.power_loss(count, chance) for count in range(len(file.changes) + 1)]
-    for state in states:
+    states = {bytes(prefix) for _number, prefix in file.prefixes()}
+    states |= {bytes(file.power_loss(count, chance)) for count in range(len(file.changes) + 1)}
+    for state in map(bytearray, sorted(states)):
         assert len(state) >= size, "the file became shorter"
         found = trio.run(check, state)
         assert header_of(state).need_check or not found.errors or state[:64] == content[:64]
