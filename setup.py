@@ -37,6 +37,7 @@ setup(
                 "qedfuse/mount/fuse/_cachedread.c",
                 "qedfuse/mount/fuse/_checkedunits.c",
                 "qedfuse/mount/fuse/_counters.c",
+                "qedfuse/mount/fuse/_maxread.c",
                 "qedfuse/mount/fuse/_pagecache.c",
                 "qedfuse/mount/fuse/_queuedread.c",
                 "qedfuse/mount/fuse/_readfiles.c",

@@ -63,7 +63,8 @@ _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
 )
 """Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
-values to the kernel.  In place of ``max_read``, FUSE INIT negotiates the size of requests."""
+values to the kernel.  The C extension passes its own ``max_read`` (``_maxread.c``); without the
+extension FUSE INIT negotiates the size of all requests."""
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:

@@ -127,6 +127,21 @@ def test_each_request_is_counted_once(image: Path, mnt: Path) -> None:
         assert disk["open_handles"] == 0
 
 
+def test_a_read_is_not_longer_than_a_reply_that_can_be_spliced(image: Path, mnt: Path) -> None:
+    """The kernel sends two requests for a read of 1 MiB, and one for such a write."""
+    with mounted(image, mnt, prelude=KEEPS_NEED_CHECK):
+        with opened(mnt / "disk.raw") as fd:
+            transfer(fd, 0, b"w" * (1 << 20))
+            transfer(fd, 0, 1 << 20)
+        (disk,) = statistics_of(mnt)["disks"]
+        mounts = [
+            line for line in Path("/proc/mounts").read_text().splitlines() if str(mnt) in line
+        ]
+    counts = [disk["requests"][name]["requests"] for name in ("write", "read")]
+    assert counts == ([1, 2] if extensions.EXPECTED else [1, 1])
+    assert ["max_read=524288" in line for line in mounts] == [extensions.EXPECTED]
+
+
 def test_the_output_names_everything(image: Path, mnt: Path) -> None:
     """Text and Prometheus' format have the values of the document; without a mountpoint as well."""
     with mounted(image, mnt):

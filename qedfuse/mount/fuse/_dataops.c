@@ -89,10 +89,12 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
-/* Called by libfuse at the start of a session: lets libfuse splice replies, if the kernel can. */
+/* Called by libfuse at the start of a session: limits reads, and lets libfuse splice replies if the
+ * kernel can. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
+    limit_reads(connection);
     if (connection->capable & FUSE_CAP_SPLICE_WRITE) {
         connection->want |= FUSE_CAP_SPLICE_WRITE;
         begin_splicing();
@@ -230,6 +232,11 @@ void replace_data_operations(struct fuse_lowlevel_ops *table)
     table->read = on_read;
     table->write = on_write;
     table->fsync = on_fsync;
+}
+
+int has_own_init(const struct fuse_lowlevel_ops *table)
+{
+    return table->init == on_init;
 }
 
 PyObject *set_data_handlers(PyObject *module, PyObject *args)

@@ -301,6 +301,17 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
     return copy;
 }
 
+/* Returns the arguments with which to make a session with the table `copy`: `given` or `changed`, which
+ * is empty before, and which the caller frees. */
+static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, void *given,
+                                       struct fuse_args *changed)
+{
+    if (has_own_init(copy))
+        return limited_arguments(given, changed);
+    do_not_limit_reads();
+    return given;
+}
+
 /* Frees the table `copy`, and records and returns the session that was made with it; the session
  * is NULL if it could not be made. */
 static void *session_made(void *session, struct fuse_lowlevel_ops *copy)
@@ -327,8 +338,14 @@ void *new_session(void *args, const void *table, size_t size, void *userdata)
 {
     make_plain make = (make_plain)libfuse_function("fuse_session_new");
     struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
+    struct fuse_args changed = FUSE_ARGS_INIT(0, NULL);
+    void *session;
 
-    return copy == NULL ? NULL : session_made(make(args, copy, size, userdata), copy);
+    if (copy == NULL)
+        return NULL;
+    session = make(arguments_for(copy, args, &changed), copy, size, userdata);
+    fuse_opt_free_args(&changed);
+    return session_made(session, copy);
 }
 
 /* Called by a pyfuse3 that was built for libfuse 3.17 or later. */
@@ -340,8 +357,14 @@ void *new_session_versioned(void *args, const void *table, size_t size, const vo
 {
     make_versioned make = (make_versioned)libfuse_function("fuse_session_new_versioned");
     struct fuse_lowlevel_ops *copy = make == NULL ? NULL : complete_table(table, &size);
+    struct fuse_args changed = FUSE_ARGS_INIT(0, NULL);
+    void *session;
 
-    return copy == NULL ? NULL : session_made(make(args, copy, size, version, userdata), copy);
+    if (copy == NULL)
+        return NULL;
+    session = make(arguments_for(copy, args, &changed), copy, size, version, userdata);
+    fuse_opt_free_args(&changed);
+    return session_made(session, copy);
 }
 
 /* --- the module -------------------------------------------------------------------- */

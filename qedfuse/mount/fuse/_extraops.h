@@ -19,6 +19,9 @@ PyObject *new_request(fuse_req_t request, size_t size);
 /* Replaces read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
 void replace_data_operations(struct fuse_lowlevel_ops *table);
 
+/* Returns whether a table has the init of _dataops.c, which calls limit_reads(). */
+int has_own_init(const struct fuse_lowlevel_ops *table);
+
 /* Sets the Python functions that try to answer reads, writes and fsyncs; None for no function
  * (_dataops.c). */
 PyObject *set_data_handlers(PyObject *module, PyObject *args);
@@ -64,6 +67,17 @@ int may_splice(size_t size);
 /* Answers a read with the pages of a file, if the length of the read permits that, and the page cache has
  * all pages; returns whether the read was answered.  The caller must hold the GIL (_splice.c). */
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
+
+/* Returns arguments for fuse_session_new() with which the kernel sends no read longer than
+ * MAX_SPLICE_BYTES: `changed`, which was empty and which the caller frees, or `given`, if it has the limit
+ * already or there is no memory.  The table of operations must have the init of _dataops.c (_maxread.c). */
+struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *changed);
+
+/* Does without the limit in the session that begins (_maxread.c). */
+void do_not_limit_reads(void);
+
+/* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
+void limit_reads(struct fuse_conn_info *connection);
 
 /* Lets reads of the session that begins be answered with pages (_splice.c). */
 void begin_splicing(void);

@@ -32,8 +32,8 @@ DEFAULT_READAHEAD_BYTES: Final = 1 << 19
 extension answers by splicing pages of the host's page cache (``MAX_SPLICE_BYTES`` in
 ``_extraops.h``).
 
-The kernel copies spliced bytes once.  With a longer read-ahead, reads would not be spliced, and
-their bytes would be copied twice.  With a shorter one the kernel would send more requests."""
+With the extension no read is longer, whatever the read-ahead is (``_maxread.c``).  With a shorter
+read-ahead the kernel would send more requests."""
 
 _BDI: Final = Path("/sys/class/bdi")
 """The directory in which the kernel has a directory for each backing device, such as a mount."""
