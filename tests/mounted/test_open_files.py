@@ -77,3 +77,17 @@ def test_backing_files_count_as_well(images: Path, tmp_path: Path, mnt: Path) ->
     (line,) = done.stderr.splitlines()
     assert f"Too many open files: found a limit of {TOO_LOW_LIMIT + 1} open files" in line
     assert f"expected more than {TOO_LOW_LIMIT + 1} for {IMAGES} images" in line
+
+
+@pytest.mark.parametrize("limit", [6, 8])
+def test_a_limit_that_is_too_low_for_the_program_is_no_bug(
+    limit: int, tmp_path: Path, mnt: Path
+) -> None:
+    """A limit below what the program needs before it opens an image is one line as well."""
+    image = qemu.create(tmp_path / "a.qed", 1 << 20)
+    done = run(f"-n {limit}", "-r", image, mnt)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qedfuse: open files: found no free descriptor, expected a higher limit "
+        "(see: ulimit -n; for a service: LimitNOFILE=)\n"
+    )

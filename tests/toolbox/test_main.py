@@ -356,3 +356,21 @@ def test_no_message_repeats_a_secret(words: list[str], capsys: pytest.CaptureFix
     assert text.count("\n") == 1
     assert "https://...@host/golden.qed?..." in text
     assert "hush" not in text
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EMFILE, "see: ulimit -n"), (errno.ENFILE, "fs.file-max")]
+)
+def test_a_lack_of_descriptors_is_no_failure_of_the_output(
+    number: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """If no descriptor is free for a pipe, one line says so, and does not blame the output."""
+    install(monkeypatch, failing(OSError(number, os.strerror(number))))
+    assert program.main(["fake"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qedimg: open files: found ")
+    assert expected in said
+    assert said.count("\n") == 1

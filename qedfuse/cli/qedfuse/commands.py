@@ -6,7 +6,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import UsageError
+from qedfuse.cli.descriptorlimit import explain_descriptor_limit
+from qedfuse.errors import HostError, UsageError
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -145,8 +146,9 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    A bug is logged and becomes the exit code `BUG`.  The log entry is one line on stderr; the
-    system log gets the traceback as well.
+    A lack of descriptors is logged, and has the exit code of `HostError`.  A bug is logged and
+    becomes the exit code `BUG`.  The log entry is one line on stderr; for a bug the system log gets
+    the traceback as well.
 
     Raises:
         Exception: There is a bug, and ``debug`` is set.
@@ -158,6 +160,10 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        limit = explain_descriptor_limit(error)
+        if limit:
+            _log.critical("%s", limit)
+            return HostError.exit_code
         _log.critical("internal error: %s: %s", type(error).__name__, printable(str(error)),
                       exc_info=error)  # fmt: skip
         return BUG

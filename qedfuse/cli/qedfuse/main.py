@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 import qedfuse
+from qedfuse.cli.descriptorlimit import explain_descriptor_limit
 from qedfuse.cli.dispositions import sigint_raises
 from qedfuse.cli.qedfuse.arguments import (
     Arguments,
@@ -128,8 +129,12 @@ def _fail(message: str, code: int) -> int:
 def _fail_with_bug(error: Exception, hint: str) -> int:
     """Print a line about an exception that is not a `QedError`, and ``hint``; return the exit code.
 
-    A failure that is due to a removed working directory is no bug, and has its own message.
+    A failure that is due to a removed working directory, or to a lack of descriptors, is no bug,
+    and has its own message.
     """
+    limit = explain_descriptor_limit(error)
+    if limit:
+        return _fail(limit, HostError.exit_code)
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__

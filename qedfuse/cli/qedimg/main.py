@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import qedfuse
+from qedfuse.cli.descriptorlimit import explain_descriptor_limit
 from qedfuse.cli.qedimg.output import (
     BROKEN_PIPE,
     finish_output,
@@ -281,11 +282,15 @@ def _report_failure(name: str, error: BaseException) -> int:
 def _report_os_error(error: OSError, code: int) -> int:
     """Print a line about a failed system call; return ``code``.
 
-    An error without a file name comes from the output or from getcwd(2).
+    An error without a file name comes from the output or from getcwd(2), or is due to a lack of
+    descriptors.
     """
     if is_caused_by_removal(error):
         return _fail(REMOVED, code)
     if error.filename is None:
+        limit = explain_descriptor_limit(error)
+        if limit:
+            return _fail(limit, code)
         return output_failed(error, code)
     # If the failed call got a descriptor in place of a path, ``filename`` is its number.
     name = error.filename if isinstance(error.filename, (str, bytes)) else str(error.filename)

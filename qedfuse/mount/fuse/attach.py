@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 
-from qedfuse.errors import FuseError, MountpointError, PrivilegeError, QedError
+from qedfuse.errors import FuseError, HostError, MountpointError, PrivilegeError, QedError
 from qedfuse.mount.optionsyntax import escape_value
 from qedfuse.mount.system.privileges import FUSE_DEVICE, can_gain_privileges
 from qedfuse.text import printable
@@ -85,7 +85,20 @@ def attach(operations: Operations, mountpoint: str, options: MountOptions, sourc
         PrivilegeError: The user may not mount.
         MountpointError: libfuse or the kernel refuses the mountpoint.
         FuseError: Mounting failed for another reason, or the connection cannot be found.
-        HostError: /proc is not mounted.
+        HostError: /proc is not mounted, or the host has no free descriptor or refused to list
+            /proc/self/fd.
+    """
+    try:
+        return _attach(operations, mountpoint, options, source)
+    except OSError as error:
+        raise HostError.from_os(error, printable(mountpoint), "cannot mount") from error
+
+
+def _attach(operations: Operations, mountpoint: str, options: MountOptions, source: str) -> int:
+    """Do what `attach` does.
+
+    Raises:
+        QedError: As `attach`.
         OSError: The host has no free descriptor, or refused to list /proc/self/fd.
     """
     before = _fuse_descriptors()
@@ -163,8 +176,13 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """
     sys.stderr.flush()
     original = os.dup(_STDERR)
-    # The output is kept in memory, because there may be no directory for temporary files.
-    with open(os.memfd_create("qedfuse-stderr"), "rb") as file:  # noqa: PTH123  a descriptor
+    try:
+        # The output is kept in memory, because there may be no directory for temporary files.
+        output = os.memfd_create("qedfuse-stderr")
+    except OSError:
+        os.close(original)
+        raise
+    with open(output, "rb") as file:  # noqa: PTH123  a descriptor
         os.dup2(file.fileno(), _STDERR)
 
         def captured() -> str:
