@@ -7,6 +7,7 @@ replies of libfuse are collected.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -174,6 +175,9 @@ class Wire:
         except BlockingIOError as error:
             ctypes.set_errno(error.errno or 0)
             return -1
+        if not said:  # after `abort`
+            ctypes.set_errno(errno.ENODEV)
+            return -1
         ctypes.memmove(buffer, said, len(said))
         return len(said)
 
@@ -201,6 +205,10 @@ class Wire:
         buffer = Buffer(0, 0, None, -1, 0)
         result: int = self._library.fuse_session_receive_buf(self._session, ctypes.byref(buffer))
         return result
+
+    def abort(self) -> None:
+        """End the connection, as the kernel does for an unmounted file system."""
+        self._queue.close()
 
     def queued(self) -> int:
         """Return how many requests of `queue` were not taken, and forget them."""

@@ -279,6 +279,20 @@ def test_polling_that_is_forbidden_ends(server: Server) -> None:
     assert extraops.take_polled_seconds() == 0.0
 
 
+def test_the_end_of_the_connection_ends_polling(server: Server) -> None:
+    """After the end pyfuse3's loop gets control, and meets the end itself."""
+
+    def answer(number: int) -> bool:
+        if number == 2:
+            server.wire.abort()
+        return number == 50
+
+    polled = Polled(server, answer)
+    server.wire.send(READ, READ_BODY)
+    assert polled.asked == 2
+    assert server.wire.receive() == 0, "libfuse has not ended the session"
+
+
 def test_a_burst_may_be_longer_while_polling_is_permitted(server: Server) -> None:
     """No other task needs the event loop then, but the number of requests stays limited."""
     Polled(server, lambda _number: False)
