@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import trio
 
-from qedfuse.errors import HostError
+from qedfuse.errors import FuseError, HostError
 from qedfuse.mount.fuse.attach import attach
+from qedfuse.mount.fuse.fuseinit import negotiate_init
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from qedfuse.mount.fuse.operations import Operations
     from qedfuse.mount.options import MountOptions
@@ -39,3 +43,28 @@ def test_a_mount_without_free_descriptors_is_refused(
     assert str(caught.value) == f"{tmp_path}: cannot mount: Too many open files"
     assert (caught.value.errno, caught.value.exit_code) == (errno.EMFILE, 2)
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("owner", [(os, "dup"), (socket, "socketpair")])
+def test_a_negotiation_without_free_descriptors_fails(
+    owner: tuple[ModuleType, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is a FuseError, and no descriptor stays open."""
+    reading, writing = os.pipe()
+    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    caught: list[FuseError] = []
+
+    async def negotiate() -> None:
+        monkeypatch.setattr(*owner, refuse)
+        try:
+            await negotiate_init(reading)
+        except FuseError as error:
+            caught.append(error)
+        monkeypatch.undo()
+
+    trio.run(negotiate)
+    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    os.close(reading)
+    os.close(writing)
+    reason = "cannot negotiate FUSE_INIT with the kernel: Too many open files"
+    assert [str(error) for error in caught] == [f"/dev/fuse: {reason}"]

@@ -35,6 +35,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from contextlib import ExitStack
 from typing import Final
 
 import pyfuse3
@@ -139,31 +140,33 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
         disks: Number of disks of the mount.
 
     Raises:
-        FuseError: The first request is no INIT request, or a message cannot be passed on.  ``fd``
-            refers to the device again, as before the call, but the mount cannot be used.
+        FuseError: The first request is no INIT request, a message cannot be passed on, or no
+            descriptor is free.  ``fd`` refers to the device again, as before the call, but the
+            mount cannot be used.
     """
-    device = os.dup(fd)
-    proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        await trio.lowlevel.wait_readable(device)
-        request = mask_request(os.read(device, _MAX_MESSAGE_BYTES), _ATOMIC_O_TRUNC)
-        os.dup2(libfuse_end.fileno(), fd, inheritable=False)
-        proxy_end.setblocking(False)  # noqa: FBT003
-        proxy_end.send(request)
-        async with background_tasks() as nursery:
-            nursery.start_soon(pyfuse3.main)
-            await trio.lowlevel.wait_readable(proxy_end)
-            # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
-            # socket, can be read.  These tasks must end before ``fd`` becomes the device again.  If
-            # they went on, the event loop would still wait for the socket and not for the device.
-            nursery.cancel_scope.cancel()
-        os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead, disks))
+        with ExitStack() as stack:
+            device = os.dup(fd)
+            stack.callback(os.close, device)
+            proxy_end, libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(proxy_end)
+            stack.enter_context(libfuse_end)
+            stack.callback(os.dup2, device, fd, inheritable=False)
+            await trio.lowlevel.wait_readable(device)
+            request = mask_request(os.read(device, _MAX_MESSAGE_BYTES), _ATOMIC_O_TRUNC)
+            os.dup2(libfuse_end.fileno(), fd, inheritable=False)
+            proxy_end.setblocking(False)  # noqa: FBT003
+            proxy_end.send(request)
+            async with background_tasks() as nursery:
+                nursery.start_soon(pyfuse3.main)
+                await trio.lowlevel.wait_readable(proxy_end)
+                # libfuse has replied.  The tasks of pyfuse3 now wait until ``fd``, which is the
+                # socket, can be read.  These tasks must end before ``fd`` becomes the device again.
+                # If they went on, the event loop would still wait for the socket and not for the
+                # device.
+                nursery.cancel_scope.cancel()
+            os.write(device, patch_reply(proxy_end.recv(_MAX_MESSAGE_BYTES), readahead, disks))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         msg = f"{FUSE_DEVICE}: cannot negotiate FUSE_INIT with the kernel: {reason}"
         raise FuseError(msg) from error
-    finally:
-        os.dup2(device, fd, inheritable=False)
-        os.close(device)
-        proxy_end.close()
-        libfuse_end.close()
