@@ -326,7 +326,6 @@ class _Session:
 
         Raises:
             HostError: The sandbox is ``strict``, and something is missing.
-            CacheError: As in `server_needs`.
         """
         request, options = self._request, self._request.options
         if options.sandbox == "off":

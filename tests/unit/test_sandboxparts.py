@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from qedfuse.mount.options import MountOptions
 from qedfuse.mount.sandbox import sandbox as module
-from qedfuse.mount.sandbox.needs import ServerNeeds
+from qedfuse.mount.sandbox.needs import ServerNeeds, server_needs
 from qedfuse.mount.sandbox.sandbox import Sandbox
 from qedfuse.util.landlock import landlock_version
 from tests.support.extensions import needs_extensions
@@ -70,3 +71,29 @@ def test_the_ruleset_is_closed_after_a_failure() -> None:
     assert landlock_lines(sandbox) == ["Landlock (Operation not permitted)"]
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.fstat(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("home", "option", "expected"),
+    [
+        ("nowhere", None, None),
+        ("/home/user", None, "/home/user/.cache/qedfuse"),
+        ("nowhere", "/cache", "/cache"),
+    ],
+)
+def test_a_user_without_a_home_directory_has_no_cache(
+    home: str, option: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount of an image on a server is not refused because there is no default directory."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    needs = server_needs(
+        "/mnt",
+        ["https://example.org/vm.qed"],
+        MountOptions(remote_cache_directory=option),
+        directory=True,
+        mode=0o600,
+        uses_servers=True,
+        socket_directory=None,
+    )
+    assert needs.cache_directory == expected

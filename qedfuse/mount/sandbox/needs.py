@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qedfuse.errors import CacheError
 from qedfuse.remote.address import is_url, parse_address
 
 if TYPE_CHECKING:
@@ -70,10 +71,6 @@ def server_needs(
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
         socket_directory: The descriptor of the directory of the socket for metrics; None for no
             such socket.
-
-    Raises:
-        CacheError: The mount uses servers, and there is neither the option ``cache_dir`` nor a
-            default directory for the cache, because the user has no home directory.
     """
     needs = ServerNeeds(
         mountpoint,
@@ -84,8 +81,6 @@ def server_needs(
     )
     if not uses_servers:
         return needs
-    from qedfuse.remote.cacheroot import default_directory  # noqa: PLC0415  only for remote files
-
     return replace(
         needs,
         uses_servers=True,
@@ -95,5 +90,18 @@ def server_needs(
         ),
         variables=(*os.environ.items(), *options.credentials),
         credentials_file=options.credentials_file,
-        cache_directory=options.remote_cache_directory or default_directory(),
+        cache_directory=options.remote_cache_directory or _default_cache_directory(),
     )
+
+
+def _default_cache_directory() -> str | None:
+    """Return the user's directory for the cache; None if the user has no home directory.
+
+    Then the mount has no cache, and the reason was logged when the image was opened.
+    """
+    from qedfuse.remote.cacheroot import default_directory  # noqa: PLC0415  only for remote files
+
+    try:
+        return default_directory()
+    except CacheError:
+        return None
