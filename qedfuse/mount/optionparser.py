@@ -1,10 +1,11 @@
 """Parsing the options of ``-o`` into `MountOptions`.
 
 There are four kinds of options: qedfuse's own options, mount flags that the kernel enforces,
-options for mount(8) or systemd, and options of libfuse.  Options for mount(8), systemd or
-libfuse are dropped.  An unknown option is an error, because it may be a misspelt ``ro``.  If it
-were ignored, the mount would be writable and could change an image that the user wants to keep.
-Only ``sloppy`` (``-s`` of mount(8)) drops unknown options.
+options for mount(8) or systemd, and options of libfuse.  Options for mount(8) or systemd are
+dropped, and so are those of libfuse that qedfuse sets or leaves out itself.  An unknown option is
+an error, because it may be a misspelt ``ro``.  If it were ignored, the mount would be writable and
+could change an image that the user wants to keep.  Only ``sloppy`` (``-s`` of mount(8)) drops
+unknown options.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _STRONG_SECONDS: Final = 2.0
-"""Minimum age of a Last-Modified time that identifies a version: a later change has a later time
-(RFC 9110, 8.8.2.2)."""
-_MAX_QUERIES: Final = 5
+"""For how many seconds an object must have been unchanged before its Last-Modified time identifies
+the version.  Any later change then gets a later time (RFC 9110, 8.8.2.2)."""
+_MAX_FURTHER_QUERIES: Final = 5
 """Maximum number of further queries for a version whose validator does not identify it yet."""
 
 
@@ -63,7 +63,7 @@ class ClientOptions:
     Attributes:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.
-        allow_http: Whether ``http://`` is allowed to other machines.
+        allow_http: Whether plain ``http://`` is allowed for machines other than this one.
         redirect_prefixes: Prefixes to which a web server may redirect, besides its own host.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
@@ -107,7 +107,7 @@ class UnreachableError(AttemptError):
 
 
 class RefusedError(AttemptError):
-    """The server refuses the credentials, which may have expired, or the lack of credentials."""
+    """The server refuses the credentials, which may have expired, or demands some and got none."""
 
 
 class MissingError(Exception):
@@ -172,6 +172,8 @@ class Client(Protocol):
 def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:
     """Return the present version of an object, as soon as its validator identifies the version.
 
+    A version without a validator is returned immediately.
+
     The time of the last change has a resolution of one second.  So if an object without a strong
     entity tag has just changed, it could change again within the same second, and the time would
     stay the same.  The version of such an object is queried again until the object has been
@@ -186,7 +188,7 @@ def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Versio
         Exception: ``query`` has raised it.
     """
     version, seconds = query()
-    for _ in range(_MAX_QUERIES):
+    for _ in range(_MAX_FURTHER_QUERIES):
         is_old = seconds is not None and seconds >= _STRONG_SECONDS
         if version.etag or version.modified is None or is_old:
             return version

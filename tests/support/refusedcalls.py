@@ -8,6 +8,7 @@ import fcntl
 import os
 import select
 import struct
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
@@ -81,6 +82,9 @@ def _refuse_late(listener: int, delay: Callable[[], object]) -> NoReturn:
         answer = struct.pack("=8sqiI", notification[:8], 0, -errno.EPERM, 0)
         fcntl.ioctl(listener, _SEND, answer)
         code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         os._exit(code)
 

@@ -121,7 +121,7 @@ def pool_threads(tasks: Path = Path("/proc/self/task")) -> dict[str, dict[str, s
         except (FileNotFoundError, ProcessLookupError):
             continue
         status = {name: value.strip() for name, _, value in (x.partition(":") for x in lines)}
-        if status["Name"] == "qedfuse-io":
+        if status.get("Name") == "qedfuse-io":  # the file of a thread that ends may be empty
             found[path.name] = status
     return found
 

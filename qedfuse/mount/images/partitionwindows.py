@@ -44,7 +44,7 @@ async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     windows = {partition_name(name, number): window for number, window in by_number.items()}
     if any(len(file_name) > MAX_NAME_BYTES for file_name in windows):
         _log.warning(
-            "%s: partitions without a file: found names of files longer than 255 bytes", disk.name
+            "%s: some partitions have no file: found file names of more than 255 bytes", disk.name
         )
     return {
         file_name: window

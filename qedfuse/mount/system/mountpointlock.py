@@ -73,8 +73,8 @@ async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
     """Bind a socket to a name; return False if another socket has the name.
 
-    If the socket cannot be bound for any other reason, the result is True, because the caller would
-    repeat the attempt in vain.
+    If binding fails for any other reason, the result is True too, because after False the caller
+    would repeat the attempt in vain.
     """
     try:
         lock.bind(name)

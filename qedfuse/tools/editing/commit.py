@@ -184,9 +184,10 @@ async def _commit(
 
 
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
-    """Record with an overlay the version that the commit has given the base (`rememberedbase`).
+    """Store, in the overlay's record of its base, the version of the base after the commit.
 
-    Does nothing if no version of the base is recorded.  The caller holds the lock of the overlay.
+    Does nothing if no version of the base is recorded (`rememberedbase`).  The caller holds the
+    lock of the overlay, if images are locked at all.
 
     Raises:
         QedError: The overlay or the attributes of the base cannot be read.

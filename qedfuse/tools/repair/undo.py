@@ -43,7 +43,8 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
         UsageError: The file is not a backup, or is damaged or incomplete, or states ranges or
             lengths that no repair saves.  Nothing was written.
-        ImageError: The backup is not a regular file, or the header saved in it is invalid.
+        ImageError: The backup is not a regular file, the header in it or that of the image is
+            invalid, or the backup states a length that does not hold the image's L1 table.
             Nothing was written.
         HostError: The host refused.  The undo can be run again.
     """
@@ -64,12 +65,14 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     for saved in backup.ranges():
         await _verify(file, saved)
     header = parse_header(bytes(await file.pread(0, HEADER_BYTES)), file.name)
-    # No repair begins without a whole L1 table.
+    # A repair begins only if the whole L1 table lies in the file, so a backup that states a shorter
+    # length is wrong.
     header.check_fits(bytes_before, backup.name)
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
-    # The file has another length only if a repair was interrupted, and then NEED_CHECK is set.
+    # The file has a length between the two only if a repair was interrupted, and then NEED_CHECK is
+    # set.
     if not header.need_check and file.size() not in (bytes_before, bytes_after):
         expected = f"{bytes_before} or {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
@@ -113,7 +116,7 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))
     if not offset:
-        if _unchanged_header(found, file.name) != _unchanged_header(old, file.name):
+        if _without_changed_fields(found, file.name) != _without_changed_fields(old, file.name):
             found_fields, expected = "other values than in the backup", "the same values"
             raise CorruptImageError(_changed_message(file, "header", found_fields, expected))
     elif found not in (old, new):
@@ -126,7 +129,7 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
                 )
 
 
-def _unchanged_header(raw: bytes, name: str) -> Header:
+def _without_changed_fields(raw: bytes, name: str) -> Header:
     """Parse a header; return it with 0 in each field that a repair changes."""
     return replace(parse_header(raw, name), features=0, autoclear_features=0)
 
