@@ -116,6 +116,9 @@ class ReadableFile(Protocol):
 
         Reading the times slows down later changes of the file: see `size_and_blocks` in
         `qedfuse.hostio.systemcalls`.
+
+        Raises:
+            HostError: The host refused.
         """
 
     def statvfs(self) -> os.statvfs_result:

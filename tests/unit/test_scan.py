@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+import errno
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
 
 from qedfuse.disk.space.scan import Scan
+from qedfuse.errors import HostError
 from tests.support.disks import (
     UNCOMPACTED,
     build_image,
@@ -21,7 +23,10 @@ from tests.support.disks import (
     pattern,
     put_entry,
 )
-from tests.support.hostfiles import FailingFile, MemoryFile, RecordingFile
+from tests.support.hostfiles import FailingFile, MemoryFile, Punch, RecordingFile
+
+if TYPE_CHECKING:
+    import os
 
 CLUSTER: Final = 4096
 SIZE: Final = 64 * CLUSTER
@@ -264,6 +269,28 @@ async def test_a_scan_that_fails_costs_only_space() -> None:
         await disk.flush()
         await disk.write(20 * CLUSTER, b"x")
         assert disk.statistics().file_bytes == end + CLUSTER
+
+
+@pytest.mark.expect_log("image: stat: Stale file handle (while looking for holes)")
+async def test_a_scan_ends_if_the_host_refuses_the_attributes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The free clusters are known, and the host is asked which of them are holes."""
+    monkeypatch.setattr("qedfuse.disk.space.scan._MAX_HOLE_QUERIES_CLUSTERS", 3)
+
+    class StaleFile(RecordingFile):
+        def stat(self) -> os.stat_result:
+            raise HostError.from_os(OSError(errno.ESTALE, ""), "image", "stat")
+
+    file = StaleFile(leaky(2, 3, 5, 7))
+    async with opened(file, options=UNCOMPACTED) as disk:
+        await disk.ensure_scanned()
+        statistics = disk.statistics()
+        assert statistics.scan is not None
+        assert (statistics.scan.state, statistics.free_clusters) == ("complete", 4)
+        await disk.flush()
+    punched = [change.length for change in file.changes if isinstance(change, Punch)]
+    assert punched == [2 * CLUSTER, CLUSTER, CLUSTER]
 
 
 async def test_closing_waits_for_the_scan_only_to_free_clusters(

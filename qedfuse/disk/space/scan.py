@@ -24,7 +24,7 @@ from qedfuse.disk.lookup.slices import L2
 from qedfuse.disk.space.allocator import MAX_FREE_CLUSTERS
 from qedfuse.disk.space.freemap import BLOCK_CLUSTERS
 from qedfuse.disk.space.l2tables import claim_tables, holding_data
-from qedfuse.errors import QedError
+from qedfuse.errors import HostError, QedError
 from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.hostio.tablewalk import DataSlices
 from qedfuse.ondisk.constants import ENTRY_BYTES, ZERO
@@ -307,8 +307,17 @@ class Scan:
         )
 
     def _is_sparse(self) -> bool:
-        """Return whether the file takes up no more space than its used clusters are long."""
+        """Return whether the file takes up no more space than its used clusters are long.
+
+        If the host does not return the attributes of the file, the result is False, so `Reclaim`
+        asks the host for each run.
+        """
         allocator = self._allocator
         used = (allocator.end >> allocator.cluster_bits) - allocator.free.count
-        allocated = allocated_bytes(self._layer.file.stat())
-        return allocated <= used << allocator.cluster_bits
+        try:
+            status = self._layer.file.stat()
+        except HostError as error:
+            # The free clusters are adopted already, so the scan must not end without a result.
+            log.warning("%s (while looking for holes)", error)
+            return False
+        return allocated_bytes(status) <= used << allocator.cluster_bits
