@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from qedfuse.errors import HostError
+from qedfuse.mount.process.daemon import run_in_background
+from qedfuse.util.descriptors import open_descriptors
 
 PROGRAM = """
 import os, select, signal, sys
@@ -102,3 +108,21 @@ def test_a_child_without_a_parent_fails() -> None:
     )
     prelude = "from qedfuse.errors import QedError; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     assert run(body, prelude) == (-9, "the command that waited for the mount has ended")
+
+
+def test_a_host_without_room_for_a_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command fails with one line, keeps no descriptor open, and blocks no signal."""
+
+    def refuse() -> int:
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before = open_descriptors()
+    with pytest.raises(HostError) as caught:
+        run_in_background(lambda _ready: 0)
+    assert open_descriptors() == before
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, mask) == mask
+    reason = "process in the background: cannot start: Resource temporarily unavailable"
+    assert (str(caught.value), caught.value.exit_code) == (reason, 2)

@@ -37,8 +37,9 @@ def mount(arguments: Arguments) -> int:
 
     Raises:
         UsageError: An argument is missing, or an option is invalid.
-        QedError: A remount failed, the file of credentials cannot be read, or /proc is not mounted.
-        OSError: The host refuses a pipe or a process for the background.
+        QedError: A remount failed, the file of credentials cannot be read, /proc is not mounted,
+            or the host refuses a process for the background.
+        OSError: The host refuses a pipe for the background.
         Exception: There is a bug, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.

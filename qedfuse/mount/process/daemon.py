@@ -17,7 +17,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from qedfuse.errors import QedError
+from qedfuse.errors import HostError, QedError
 from qedfuse.util.descriptors import (
     STANDARD,
     close_descriptors,
@@ -57,17 +57,22 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
         exit code of the child.
 
     Raises:
-        HostError: /proc is not mounted.
-        OSError: The host refuses a pipe or a process.
+        HostError: /proc is not mounted, or the host refuses a process.
+        OSError: The host refuses a pipe, for lack of descriptors.
     """
     inherited = open_descriptors() - set(STANDARD)
-    reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    reading, writing = os.pipe()
     # Signals are blocked until the parent can forward them.  Otherwise a signal would end only the
     # parent, and the child would go on.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        close_descriptors((reading, writing))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise HostError.from_os(error, "process in the background", "cannot start") from error
     if child == 0:
         os.close(reading)
         _be_child(serve, writing, mask, inherited)
