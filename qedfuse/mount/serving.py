@@ -338,14 +338,15 @@ class Server:
     def _undo_mount(self, mount: MountEntry) -> None:
         """Unmount the mount, unless it is gone or another mount covers it.
 
-        A failure is logged.
+        A failure is logged and not raised, because it would replace the error for which the mount
+        is undone.
         """
-        now = find_mount(mount.path)
-        if now is None or now.mount_id != mount.mount_id:
-            return
         try:
+            now = find_mount(mount.path)
+            if now is None or now.mount_id != mount.mount_id:
+                return
             self._unmounter.unmount(lazy=True)
-        except QedError as error:
+        except (QedError, OSError) as error:  # OSError: the mount table cannot be read
             _log.warning("%s", error)
 
 

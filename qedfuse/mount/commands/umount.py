@@ -192,9 +192,14 @@ def _unmount(mountpoint: str, entry: MountEntry) -> None:
             f"see: losetup -l, fuser -vm {printable(mountpoint)})"
         )
         raise MountpointError(msg) from error
-    except QedError:
-        if _is_mounted(mountpoint, entry):
-            raise
+    except QedError as error:
+        try:
+            if not _is_mounted(mountpoint, entry):
+                return
+        except (QedError, OSError):
+            # The mount table cannot be read, so the mount counts as still there.
+            raise error from None
+        raise
 
 
 def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:

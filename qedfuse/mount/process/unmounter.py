@@ -61,7 +61,6 @@ class Unmounter(Protocol):
 
         Raises:
             QedError: The mount cannot be unmounted, as in `qedfuse.mount.system.unmount.unmount`.
-            OSError: fusermount3 cannot be started.  `HelperUnmounter` raises a HostError instead.
             HostError: The helper process has ended.
         """
 

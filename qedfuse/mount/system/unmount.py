@@ -38,8 +38,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         PrivilegeError: The caller lacks the privilege to unmount, for example because root has no
             CAP_SYS_ADMIN, or fusermount3 is missing.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
-            is mounted there, or because fusermount3 finds no mount of the caller there.
-        OSError: fusermount3 cannot be started.
+            is mounted there, because fusermount3 finds no mount of the caller there, or because
+            the host cannot start fusermount3.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
@@ -68,13 +68,17 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
     if program is None:
         msg = f"{printable(mountpoint)}: cannot unmount: fusermount3 is not installed"
         raise PrivilegeError(msg)
-    done = subprocess.run(  # noqa: S603  a program of the system, and a path
-        [program, "-u", *(["-z"] if lazy else []), "--", mountpoint],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env={**os.environ, "LC_ALL": "C"},
-        check=False,
-    )
+    try:
+        done = subprocess.run(  # noqa: S603  a program of the system, and a path
+            [program, "-u", *(["-z"] if lazy else []), "--", mountpoint],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except OSError as error:  # no room for another process, or no free descriptor
+        reason = f"cannot start fusermount3: {error.strerror}"
+        raise _error(mountpoint, 0, reason) from error
     if done.returncode != 0:
         printed = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
         # fusermount3 reports the reason only in words.  The path of the mountpoint is cut out of
