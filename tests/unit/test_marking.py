@@ -7,6 +7,7 @@ import pytest
 
 from qedfuse.disk.space.freemap import FreeMap
 from qedfuse.disk.space.marking import Marking
+from qedfuse.errors import NeedsCheckError
 
 CLUSTERS = 100
 TABLE, NEXT_TABLE = 4096, 8192
@@ -100,3 +101,23 @@ def test_a_restart_keeps_what_was_dropped(marking: Marking) -> None:
     assert marking.owners.owned(0, 10) == 1 << 5
     marking.mark(TABLE, refer_to(5))
     assert marking.duplicates == 1
+
+
+def test_a_drop_that_exceeds_the_limit_makes_the_marks_incomplete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A drop raises no error; after a restart the marks are complete if the limit allows it."""
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_BITMAP_CLUSTERS", 0)
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_LISTED_CLUSTERS", 3)
+    marking = Marking(FreeMap(), "image")
+    marking.begin(CLUSTERS)
+    marking.restart()
+    marking.mark(TABLE, refer_to(3, 5))
+    marking.require_complete()
+    marking.record_drop(10, 2, NEXT_TABLE)
+    assert list(marking.changed.runs()) == [(10, 2)]
+    with pytest.raises(NeedsCheckError, match="found more than 3 references"):
+        marking.require_complete()
+    marking.restart()
+    marking.require_complete()
+    assert marking.owners.owned(0, CLUSTERS) == 0b11 << 10

@@ -10,6 +10,7 @@ import trio
 
 from qedfuse.disk.space.scan import Scan
 from qedfuse.errors import HostError
+from qedfuse.ondisk.constants import ZERO
 from tests.support.disks import (
     UNCOMPACTED,
     build_image,
@@ -291,6 +292,43 @@ async def test_a_scan_ends_if_the_host_refuses_the_attributes(
         await disk.flush()
     punched = [change.length for change in file.changes if isinstance(change, Punch)]
     assert punched == [2 * CLUSTER, CLUSTER, CLUSTER]
+
+
+@pytest.mark.expect_log("too large to check: found more than 7 references")
+@pytest.mark.parametrize("length", [8, 100])
+async def test_a_discard_that_exceeds_the_limit_of_the_scan(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The discard is done, all its clusters are in quarantine, and the scan has no result.
+
+    The discard is processed run by run, or with numpy.
+    """
+    # Header, L1 table, two L2 tables and the first of three runs of clusters.
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_BITMAP_CLUSTERS", 0)
+    monkeypatch.setattr("qedfuse.disk.space.ownerbitmap.MAX_LISTED_CLUSTERS", 7)
+    numbers = [0, *range(SPAN, SPAN + 8)]
+    image = build_image(2 * SPAN * CLUSTER, {at: pattern(CLUSTER, at) for at in numbers})
+    for at in (0, SPAN + 3, SPAN + 5):
+        put_entry(image, l2_entry_offset(image, at), ZERO)
+    inner = MemoryFile(image)
+    file = FailingFile(inner)
+    held = file.hold("read", nth=3)
+    async with opened(file, options=UNCOMPACTED) as disk:
+        with held:
+            await held.reached.wait()  # the first table has not been walked
+            await disk.discard(SPAN * CLUSTER, length * CLUSTER)
+            assert disk.statistics().quarantined_clusters == 6
+            await disk.flush()
+            assert not any(guest_bytes(inner.content)), "the flush has written the table"
+            held.release()
+            await disk.ensure_scanned()
+            statistics = disk.statistics()
+            assert statistics.scan is not None
+            assert (statistics.scan.state, statistics.scan.scanned_tables) == ("failed", 2)
+            end = statistics.file_bytes
+            await disk.write(20 * CLUSTER, b"x")
+            assert disk.statistics().file_bytes == end + CLUSTER
+    assert inspect_image(inner.content).errors == ()
 
 
 async def test_closing_waits_for_the_scan_only_to_free_clusters(

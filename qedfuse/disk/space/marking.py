@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.space.ownerbitmap import OwnerBitmap
+from qedfuse.errors import NeedsCheckError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,7 @@ class Marking:
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0
+        self._limit_error: NeedsCheckError | None = None  # raised in `record_drop`
 
     @property
     def duplicates(self) -> int:
@@ -75,6 +77,7 @@ class Marking:
         self.owners = OwnerBitmap(self._clusters, self._name)
         self._marked_duplicates = 0
         self._marked_up_to = _BEFORE_FIRST_SLICE
+        self._limit_error = None
         for first, count in self._dropped.runs():
             self.owners.claim_range(first, first + count)
 
@@ -94,6 +97,15 @@ class Marking:
         self._marked_duplicates += int(self.owners.claim(clusters).sum())
         self._marked_up_to = offset
 
+    def require_complete(self) -> None:
+        """Do nothing if each cluster that `record_drop` had to mark since `restart` is marked.
+
+        Raises:
+            NeedsCheckError: Some are not marked, so a second owner of them may not have been found.
+        """
+        if self._limit_error is not None:
+            raise self._limit_error
+
     def record_change(self, first: int, count: int) -> None:
         """Record that a run of clusters was handed out or freed; does nothing unless active."""
         if self.active:
@@ -108,8 +120,9 @@ class Marking:
         has two owners, and counts as a duplicate.  A cluster that had already lost another
         reference since `begin` also counts as a duplicate.
 
-        Raises:
-            NeedsCheckError: See `OwnerBitmap.claim_range`.
+        The caller has changed the table already and must be able to finish its change.  So if the
+        clusters exceed the limit of `OwnerBitmap.claim_range`, not this method raises an error, but
+        `require_complete` does.
         """
         if not self.active:
             return
@@ -120,7 +133,10 @@ class Marking:
             self._dropped.add(first, last - first)
             if dropped_by > self._marked_up_to:
                 self._marked_duplicates += self.owners.owned(first, last - first).bit_count()
-                self.owners.claim_range(first, last)
+                try:
+                    self.owners.claim_range(first, last)
+                except NeedsCheckError as error:
+                    self._limit_error = error
 
     def end(self) -> None:
         """Stop recording, and free the memory of the marks."""

@@ -192,7 +192,7 @@ class Scan:
 
         Raises:
             HostError: The host cannot read a table.
-            NeedsCheckError: See `OwnerBitmap.claim`.
+            NeedsCheckError: See `OwnerBitmap.claim` and `Marking.require_complete`.
         """
         layer, bits = self._layer, self._allocator.cluster_bits
         header, length = layer.header, layer.geometry.table_bytes
@@ -211,6 +211,7 @@ class Scan:
             async for offset in DataSlices(layer.file, start, length):
                 await self._mark_slice(start, (offset - start) // ENTRY_BYTES)
             self._scanned_tables += 1
+        self._marking.require_complete()
 
     async def _mark_slice(self, table: int, index: int) -> None:
         """Mark the clusters to which the slice with entry ``index`` of a table refers.
