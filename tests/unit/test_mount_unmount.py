@@ -50,7 +50,7 @@ def test_umount_keeps_the_first_error(
     failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the mount table cannot be read after a failed unmount, the error stays the same."""
-    umount._unmount(str(tmp_path), entry_of(tmp_path))  # the mount is gone, so this is no failure
+    umount._unmount(str(tmp_path), entry_of(tmp_path))  # succeeds: the mount is gone
     failures = [failure]
 
     def fail(_mountpoint: str) -> NoReturn:
