@@ -232,7 +232,7 @@ def fail(*args):
 """
     done = qedfuse(image, mnt, prelude=prelude)
     assert done.stdout == "reached"
-    assert done.returncode == 70, done
+    assert done.returncode == 2, done
     assert not is_mounted(mnt)
     assert not is_locked(image)
 

@@ -67,8 +67,14 @@ async def test_an_overlay_and_its_cached_base_are_answered(
             assert all(last < 2 * MIB for _, last in later), "the extension itself fetches nothing"
             for start in range(0, SIZE, MIB):
                 assert await disk.read(start, MIB) == content[start : start + MIB]
+            declined = 0
             for start in random.Random(1).sample(range(0, SIZE, 4096), 200):
-                assert session.read(start, 4096) == bytes(content[start : start + 4096])
+                found = session.read(start, 4096)
+                if found is None:  # the kernel may drop a page at any time
+                    declined += 1
+                    found = bytes(await disk.read(start, 4096))
+                assert found == bytes(content[start : start + 4096])
+            assert declined <= 20
 
 
 def test_without_a_cache_nothing_is_answered(tmp_path: Path) -> None:
