@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
-"""Mount flags that are passed to the kernel, which enforces them.  ``ro`` has a field of its own in
-`MountOptions`, because ``ro`` also decides how images are opened."""
+"""Mount flags that are passed to the kernel, which enforces them, except ``sync`` beside
+``direct_io``, which the handlers of writes enforce (`Operations`).  ``ro`` has a field of its own
+in `MountOptions`, because ``ro`` also decides how images are opened."""
 
 _DROPPED: Final = frozenset(
     {
@@ -65,7 +66,7 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 )
 """Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
 values to the kernel.  The C extension passes its own ``max_read`` (``_maxread.c``); without the
-extension FUSE INIT negotiates the size of all requests."""
+extension FUSE INIT limits reads and writes to the same length."""
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:
@@ -80,7 +81,7 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
 
     Raises:
         UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or must not have one, or two options exclude each other.
+            value or has one that it must not have, or two options exclude each other.
     """
     found = _parse((option for text in lists for option in split_options(text)), sloppy=sloppy)
     backing = found.backing
@@ -107,7 +108,7 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
 
     Raises:
         UsageError: The option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or must not have one.
+            value or has one that it must not have.
     """
     found = _parse((option,), sloppy=sloppy)
     return (
@@ -158,7 +159,7 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
 
     Raises:
         UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or must not have one.
+            value or has one that it must not have.
     """
     found = _Parsed()
     for option in options:
@@ -197,7 +198,7 @@ def _is_known(name: str) -> bool:
 
 
 def _complaint(name: str, option: str) -> str:
-    """Return the message for an option that is unknown, lacks a value or must not have one."""
+    """Return the message for an unknown option, or one with a missing or a needless value."""
     shown = printable(option)
     if name in _VALUES or name in _CHOICES or name in _BACKING or name in _REPEATED:
         return f"option {shown}: found no value, expected {name}=VALUE"

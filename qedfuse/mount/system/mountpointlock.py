@@ -86,8 +86,8 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Linux 6.11 and newer reports the device number of the connection's file system, and the mount
-    with this number is returned.  On an older kernel the topmost new mount of qedfuse on the path
+    Recent kernels report the device number of the connection's file system, and the mount
+    with this number is returned.  On other kernels the topmost new mount of qedfuse on the path
     is returned, even if another process has made it.
 
     Args:
@@ -116,7 +116,7 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
 
 
 def _device(connection: int) -> str | None:
-    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None before Linux 6.11.
+    """Return the device number of a connection's mount, ``MAJOR:MINOR``; None on older kernels.
 
     Raises:
         HostError: /proc is not mounted.
