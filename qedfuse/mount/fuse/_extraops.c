@@ -302,14 +302,12 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
 }
 
 /* Returns the arguments with which to make a session with the table `copy`: `given` or `changed`, which
- * is empty before, and which the caller frees. */
+ * is empty before, and which the caller frees.  Without the init of _dataops.c, which repeats the limit,
+ * libfuse would refuse it. */
 static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, void *given,
                                        struct fuse_args *changed)
 {
-    if (has_own_init(copy))
-        return limited_arguments(given, changed);
-    do_not_limit_reads();
-    return given;
+    return has_own_init(copy) ? limited_arguments(given, changed) : given;
 }
 
 /* Frees the table `copy`, and records and returns the session that was made with it; the session

@@ -73,9 +73,6 @@ int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
  * already or there is no memory.  The table of operations must have the init of _dataops.c (_maxread.c). */
 struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *changed);
 
-/* Does without the limit in the session that begins (_maxread.c). */
-void do_not_limit_reads(void);
-
 /* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
 void limit_reads(struct fuse_conn_info *connection);
 

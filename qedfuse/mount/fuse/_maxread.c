@@ -38,11 +38,6 @@ struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *c
     return failed ? given : changed;
 }
 
-void do_not_limit_reads(void)
-{
-    is_limited = 0;
-}
-
 void limit_reads(struct fuse_conn_info *connection)
 {
     if (is_limited)

@@ -181,13 +181,8 @@ def permit_polling(
 
 
 def _zero() -> int:
-    """Return 0: an extension that is not loaded has read no request and queued no read."""
+    """Return 0: without the extension only pyfuse3 takes requests, and only the scheduler polls."""
     return 0
-
-
-def _no_seconds() -> float:
-    """Return 0.0, because without the extension only the scheduler polls."""
-    return 0.0
 
 
 def _do_nothing() -> None:
@@ -208,7 +203,7 @@ forbid_polling: Final[Callable[[], None]] = (
 """Ends what `permit_polling` permits."""
 
 take_polled_seconds: Final[Callable[[], float]] = (
-    _no_seconds if _extension is None else _extension.take_polled_seconds
+    _zero if _extension is None else _extension.take_polled_seconds
 )
 """Returns how many seconds the extension has polled for the request that has not come yet.
 
