@@ -6,7 +6,8 @@
     async with qedfuse.open_disk("vm.qed") as disk:  # the same for programs that use trio
         await disk.read(0, 512)
 
-Each public name is imported at its first use, so that ``import qedfuse`` loads no other module.
+Each public name is imported at its first use, so that ``import qedfuse`` loads no other module
+of the package.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def open(  # noqa: A001  a module's open, like gzip.open
     Leaked space is not an error.
 
     Args:
-        path: The path of the image; or its URL, for which ``mode`` must be ``rb``.
+        path: The path or URL of the image.  With a URL, ``mode`` must be ``rb``.
         mode: ``rb`` to read, ``r+b`` to read and write.
         options: Backing file policy, locks, cache sizes, how URLs are read, and more; None for
             the defaults.  The option ``writable`` is ignored, because ``mode`` decides.
@@ -105,7 +105,7 @@ class DiskFile(io.RawIOBase):
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
-        name: The path of the image, as given to `open`; always a ``str``.
+        name: The path or URL of the image, as given to `open`; always a ``str``.
         mode: ``rb`` or ``r+b``.
     """
 

@@ -159,8 +159,9 @@ class _Checker:
     async def claim_free_list(self) -> None:
         """Mark the clusters of the free list as owned, so that they do not count as leaked.
 
-        The caller must call this after `read_l2`.  Otherwise an entry that refers to a cluster of
-        the free list would be reported twice, because it would count as a duplicate as well.
+        The caller must call this after `read_l2`.  If the clusters had an owner before `read_l2`,
+        an entry that refers to one of them would be reported twice: as a duplicate, and because it
+        contradicts the free list.
         """
         if self._free_list is None:
             return
@@ -208,15 +209,17 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count entries whose cluster is not the next one in the file after the previous entry's.
+        """Count the entries whose cluster does not directly follow the previous entry's cluster.
+
+        The first entry of a table that holds an offset does not count.
 
         Args:
             values: Those entries of a slice that hold an offset, valid or not; at least one.
-            next_offset: The file offset right after the last cluster to which the table's earlier
-                slices refer; 0 if they hold no offset.
+            next_offset: The file offset right after the cluster of the last entry with an offset
+                in the table's earlier slices; 0 if these slices hold no offset.
 
         Returns:
-            The file offset right after the last cluster in ``values``.
+            The file offset right after the cluster of the last entry in ``values``.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))

@@ -139,10 +139,10 @@ class OutOfFileEntries:
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must prevent that a table is allocated at one of the returned offsets.  Otherwise
-        an L1 entry could get such a table, and have the same value before and after the repair.
-        The backup of the changed bytes would then not contain the entry, although the entry is
-        `POISON_ENTRY` until the end of the repair.
+        The caller must prevent that a table is allocated at one of the returned offsets.  If an
+        entry got a new table at its own old offset, the entry would have the same value before and
+        after the repair.  The backup of the changed bytes would then not contain the entry,
+        although the entry is `POISON_ENTRY` until the end of the repair.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -113,7 +113,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
 
 async def plan_repair(file: HostFile, header: Header, save: Save | None = None) -> RepairPlan:
-    """Determine what `repair_image` would do to an image with errors; change nothing.
+    """Determine what `repair_image` would do to an image with table errors; change nothing.
 
     Args:
         file: The image.

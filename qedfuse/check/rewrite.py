@@ -186,12 +186,12 @@ class Rewriter:
             await self._file.datasync()
             self._has_pending = False
 
-    def set_avoided(self, clusters: Values) -> None:
-        """Exclude clusters from all later allocations.
+    def set_avoided(self, offsets: Values) -> None:
+        """Exclude the clusters at the file offsets ``offsets`` from all later allocations.
 
-        The array ``clusters`` has their file offsets in ascending order.
+        The offsets must ascend.
         """
-        self._avoided = clusters
+        self._avoided = offsets
 
     def _allocate(self, length: int) -> int:
         """Allocate ``length`` bytes at the end of the file; return their file offset.

@@ -176,8 +176,8 @@ class TableRepair:
     async def _find_moves(self, tables: Values) -> Mask:
         """Return a mask of the tables that must move, because they overlap a table or data.
 
-        If two tables overlap each other, the overlap makes only the later one move.  If both are at
-        the same file offset, the one with the lower L1 index counts as the earlier one.
+        If two tables overlap each other, the overlap makes only the later table move: the table at
+        the higher file offset, or with the higher L1 index if both are at the same file offset.
 
         `_tables_over_data` gets the offsets of the tables that move because of data.
         `_classifier` gets all tables except those that overlap an earlier table.
@@ -194,8 +194,8 @@ class TableRepair:
     async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
         """Copy the tables that must move, so that no table overlaps another table or data.
 
-        If an L1 entry past the end of the disk has a table that must move, the L1 entry is cleared
-        instead.  Afterwards `_classifier` has only the tables that do not move.
+        If an L1 entry past the end of the disk points to a table that must move, the L1 entry is
+        cleared instead.  Afterwards `_classifier` has only the tables that do not move.
 
         Args:
             indices: The L1 indices of the tables.

@@ -56,7 +56,7 @@ async def read_l1_table(
             has the error.  The arguments are the error, the index of the first entry of the
             slice, the entries of the slice, and a mask of the entries that have the error.
         keep_short: Whether an entry is valid if it points to a table that the end of the file
-            cuts short.  If so, ``report`` is not called for this error.
+            cuts short.  If True, ``report`` is not called for this error.
 
     Raises:
         HostError: The host cannot read the file.

@@ -51,12 +51,13 @@ def open_streams() -> None:
 
 @contextmanager
 def writing_stdout() -> Iterator[None]:
-    """Raise HostError if a write to ``sys.stdout`` in the block fails, and drop what is unwritten.
+    """Raise HostError if a write to ``sys.stdout`` in the block fails, and drop the unwritten text.
 
-    The block should do nothing else that may raise OSError.
+    The block should do nothing else that can raise OSError.
 
     Raises:
-        BrokenPipeError: The reader of stdout has gone.
+        BrokenPipeError: The reader of stdout has gone.  The caller must drop the unwritten text
+            (`discard_unwritten`).
         HostError: stdout cannot be written to.
     """
     try:

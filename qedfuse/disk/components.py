@@ -82,9 +82,10 @@ class Components:
 
         # Write-back, observed by the quarantine, and the guard before the first write
         #
-        # A `FreeMap` divides the clusters of the file into blocks, from its anchor on.  The maps of
-        # the quarantine and of the marking are made like this empty one, which has the anchor of
-        # the allocator's map (`Allocator.anchor`).  So the blocks of all maps begin at the same
+        # A `FreeMap` divides the clusters of the file into blocks.  The number of clusters in a
+        # table and the anchor decide at which clusters the blocks begin.  The maps of the
+        # quarantine and of the marking are made like this empty map, which has the anchor of the
+        # allocator's map (`Allocator.anchor`).  So the blocks of all maps begin at the same
         # clusters.
         map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
         self.epochs = Epochs()

@@ -142,9 +142,10 @@ def script(program: Program) -> str:
 def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
-    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function sets
-    ``values``, a variable of the shell function that calls it, to an entry of its table.  If the
-    table has no such entry, ``option`` fails, and the others make ``values`` empty.
+    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function looks
+    its arguments up in its table, and sets ``values``, a variable of the shell function that calls
+    it.  If the table has no entry for the arguments, the function ``option`` fails, and the other
+    functions make ``values`` empty.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.
@@ -163,7 +164,7 @@ def _tables(program: Program) -> Iterator[str]:
     yield from _function("option", "$1 $2", note, cases, otherwise="return 1")
     cases = [("' 0'", names if needs_command else f"-f {names}")]
     cases += [case for command in program.commands for case in _operands(command)]
-    note = "$1: the command, and the number of operands before this one."
+    note = "$1: the command, and the number of operands before the word to complete."
     yield from _function("operand", "$1", note, cases)
     words = {} if needs_command else mount_option_values()
     every = " ".join(word if choice is None else f"{word}=" for word, choice in words.items())
@@ -202,7 +203,7 @@ def _operands(command: Command) -> Iterator[tuple[str, str]]:
 
 
 def _flags(command: Command) -> str:
-    """Return the options of a command, separated by spaces."""
+    """Return the names of a command's options and ``--help``, separated by spaces."""
     flags = [flag for option in command.options for flag in option.flags]
     return " ".join(dict.fromkeys((*flags, "--help")))
 

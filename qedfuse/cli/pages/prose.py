@@ -14,9 +14,9 @@ DATE: Final = "2026-11-27"
 QEDIMG_NAME: Final = "create, inspect, check, convert and repair QED disk images"
 
 QEDIMG: Final = """\
-qedimg is the toolbox for disk images in QEMU's QED format.  It needs no QEMU.  Where
-qemu-img(1) has the same command, the options, JSON keys and exit codes are the same as
-far as possible.
+qedimg is the toolbox for disk images in QEMU's QED format.  It needs QEMU only for
+formats other than QED and raw.  Where qemu-img(1) has the same command, the options,
+JSON keys and exit codes are the same as far as possible.
 
 qedimg takes the same locks as QEMU.  It does not change an image that another program has
 open.  Only with `-U` does it read an image that another program has open for writing.  A
@@ -77,9 +77,9 @@ QEDFUSE_STATS: Final = """\
 `qedfuse stats` prints what the disks of a mount have done since the mount began: requests,
 bytes, errors and times of reads, writes, flushes and discards, hit rates of the caches, the
 space in the image, and the reads of each file of the chain.  Without a mountpoint the command
-prints the statistics of all mounts of the user, or for root of all mounts.  Only the owner of a
-mount and root may read its statistics.  If the server does not answer within 5 seconds, the
-command fails.
+prints the statistics of all mounts of the user; if the user is root, of the mounts of all users.
+Only the owner of a mount and root may read its statistics.  If the server does not answer within
+5 seconds, the command fails.
 """
 
 QEDFUSE_FSTAB: Final = """\

@@ -81,7 +81,7 @@ class StatsArguments(NamedTuple):
 
     Attributes:
         is_help: Whether ``--help`` was given; the other attributes have no meaning then.
-        mountpoint: The mount; None for all mounts of the user, or for root of all users.
+        mountpoint: The mount; None for all mounts of the user, or of all users if root asks.
         output: One of `STATS_OUTPUTS`.
         watch: Whether to print the statistics again every second.
     """
@@ -99,8 +99,8 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
 
     Args:
         words: The words after the command's name.
-        helper: Whether mount(8) runs the command.  If so, ``-f`` means fake and ``-s`` means
-            sloppy; otherwise ``-f`` means foreground, and ``-s`` is ignored.
+        helper: Whether mount(8) runs the command.  If True, ``-f`` means fake and ``-s`` means
+            sloppy.  If False, ``-f`` means foreground, and ``-s`` is ignored.
 
     Raises:
         UsageError: An option is unknown, lacks its value or must not have one, or an operand is

@@ -40,7 +40,7 @@ def mount(arguments: Arguments) -> int:
         QedError: A remount failed, the file of credentials cannot be read, /proc is not mounted,
             or the host refuses a process for the background.
         OSError: The host refuses a pipe for the background.
-        Exception: There is a bug, and ``-d`` was given.
+        Exception: There is a bug or a lack of descriptors, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.
     from qedfuse.mount.images.naming import absolute_source  # noqa: PLC0415
@@ -152,7 +152,7 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     the traceback as well.
 
     Raises:
-        Exception: There is a bug, and ``debug`` is set.
+        Exception: There is a bug or a lack of descriptors, and ``debug`` is set.
     """
     try:
         return session()
@@ -203,7 +203,7 @@ def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
         QedError: There is no mount; or the statistics of the given mount, or of the only mount,
             cannot be read.
         BrokenPipeError: The reader of stdout has gone.
-        OSError: Stdout cannot be written to for another reason.
+        HostError: Stdout cannot be written to for another reason.
     """
     from qedfuse.cli.qedfuse.stats import print_statistics, watch_statistics  # noqa: PLC0415  imported late: load only what the action needs
 

@@ -29,7 +29,7 @@ class Interval:
         return float(self.disk["requests"][operation][counter]) / self.seconds
 
     def average(self, operation: str) -> float | None:
-        """Return the average time of a request in seconds; None if there was no request."""
+        """Return the average time of an operation's requests in seconds; None without requests."""
         counted = self.disk["requests"][operation]
         requests = counted["requests"]
         return float(counted["seconds"]) / requests if requests else None
@@ -60,7 +60,7 @@ def intervals(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> lis
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part about a disk with differences in place of its counters."""
+    """Return ``new``, the part about a disk, with the differences to ``old`` as counters."""
     loads = new["table_cache"]["loads"] - old["table_cache"]["loads"]
     allocated = new["space"]["allocated_clusters"] - old["space"]["allocated_clusters"]
     changed = {
@@ -79,7 +79,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 
 def _file_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part about a file of a chain with differences in place of its counters."""
+    """Return ``new``, the part about a file, with the differences to ``old`` as counters."""
     counters = ("reads", "bytes", "table_loads", "uncached_reads", "server")
     return {**new, **_subtracted(old, {name: new[name] for name in counters})}
 

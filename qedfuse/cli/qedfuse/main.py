@@ -84,9 +84,9 @@ def _stats(words: Sequence[str]) -> int:
     """Run ``qedfuse stats``; return the exit code.
 
     Raises:
-        QedError: The arguments are invalid, there is no mount, or statistics cannot be read.
+        QedError: The arguments are invalid, there is no mount, or the statistics cannot be read or
+            printed.
         BrokenPipeError: The reader of stdout has gone.
-        QedError: The statistics cannot be read or printed.
     """
     arguments = parse_stats_arguments(words)
     if arguments.is_help:

@@ -24,12 +24,12 @@ def byte_count(count: float) -> str:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Return a time in milliseconds, without the unit, as iostat(1) does."""
+    """Return a time in milliseconds, without the unit; `NONE` for None."""
     return NONE if seconds is None else f"{seconds * 1e3:.3g}"
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent, without the percent sign."""
+    """Return a share from 0 to 1 in percent, without the percent sign; `NONE` for None."""
     return NONE if share is None else f"{share * 100:.1f}"
 
 
@@ -38,7 +38,7 @@ def quantile(histogram: Sequence[int], bounds: Sequence[float], share: float) ->
 
     Args:
         histogram: How many durations are in each bucket.
-        bounds: The upper bound of each bucket but the last, which has no upper bound.
+        bounds: The upper bound in seconds of each bucket but the last, which has no upper bound.
         share: The quantile, more than 0 and at most 1.
 
     Returns:

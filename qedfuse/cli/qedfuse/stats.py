@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _INTERVAL_SECONDS: Final = 1.0
-"""Time between two documents with ``--watch``."""
+"""Time between two readings of the statistics with ``--watch``."""
 _PLAIN_WIDTH: Final = 200
 """Number of characters in a line of the table if stdout is no terminal."""
 
@@ -31,7 +31,7 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
     """Print the statistics of one mount or of all mounts; return the exit code.
 
     Args:
-        path: The mountpoint; None for all mounts of this user, or for root of all users.
+        path: The mountpoint; None for all mounts of this user, or of all users if root asks.
         output: ``human``, ``json`` or ``prometheus``.
         report: Called with the error of each mount whose statistics cannot be read, if there are
             several mounts.
@@ -63,10 +63,12 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
 def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
     """Print statistics every second until an exception ends the loop; never return.
 
-    The table shows first the activity since the mounts began, and then that of each second.  With
-    ``json`` each line of output has the documents of all mounts, whose counters always count from
-    the beginning of the mount.  The arguments and the errors are those of `print_statistics`.  The
-    end of the last mount also raises a `QedError`.
+    The table shows first the activity since the mounts began, and then the activity in each second.
+    With ``json`` each line of output has the documents of all mounts that are shown.  The counters
+    in a document always count from the beginning of the mount.
+
+    The arguments and the errors are those of `print_statistics`, but ``prometheus`` is not
+    permitted.  If the last mount ends, a `QedError` is raised.
     """
     if output == "json":
         for documents, _code in _every_second(path, report):
@@ -79,7 +81,8 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
 def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
     """Show a table every second.
 
-    On a terminal each table replaces the one before; elsewhere it is printed below the one before.
+    On a terminal each table replaces the previous one; elsewhere the tables are printed one below
+    the other.
     """
     # rich is slow to load.
     from rich.console import Console  # noqa: PLC0415
@@ -104,7 +107,7 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
 def _table(
     before: Mapping[str, Mapping[str, Any]], documents: list[dict[str, Any]]
 ) -> RenderableType:
-    """Return a table of ``documents``; ``before`` has the documents of a second before."""
+    """Return a table of ``documents``; ``before`` has the previous document of each mountpoint."""
     from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415  slow to load, as below
     from qedfuse.cli.qedfuse.statstable import render  # noqa: PLC0415  needs rich
 

@@ -17,7 +17,7 @@ def mount_text(document: Mapping[str, Any]) -> str:
     memory = NONE if resident is None else byte_count(resident)
     process = f"process {document['pid']}, up {document['uptime_seconds']:.0f} s, memory {memory}"
     lines = [f"{printable(document['mountpoint'])}: {process}"]
-    if (sandbox := document.get("sandbox")) is not None:  # missing from an earlier version
+    if (sandbox := document.get("sandbox")) is not None:  # earlier versions send none
         missing = f"; without {', '.join(sandbox['missing'])}" if sandbox["missing"] else ""
         parts = f": {', '.join(sandbox['in_force'])}" if sandbox["in_force"] else ""
         lines.append(f"  sandbox {sandbox['mode']}{parts}{missing}")

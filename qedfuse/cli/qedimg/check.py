@@ -201,7 +201,8 @@ def _as_json(arguments: argparse.Namespace, result: CheckResult) -> dict[str, An
 
 
 _ADDED_KEYS: Final = ("file_clusters", "listed_clusters", "counts", "findings")
-"""The keys of `CheckReport.as_json` that are printed too, with dashes in place of underscores."""
+"""The keys of `CheckReport.as_json` that the JSON has besides qemu-img's keys, but with dashes in
+place of underscores."""
 
 
 def _print(arguments: argparse.Namespace, result: CheckResult) -> None:
@@ -300,7 +301,7 @@ def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
 
 
 def _state(report: CheckReport) -> str:
-    """Return the state of an image in one or two words, which do not depend on notes."""
+    """Return the state of an image in one or two words; notes do not affect the state."""
     if report.errors:
         return "damaged"
     return "leaks space" if report.leaks else "sound"

@@ -152,7 +152,10 @@ async def _show(
     location: dict[str, Any],
     ranges: AsyncGenerator[EntryRange, None],
 ) -> None:
-    """Print ranges of entries as they arrive; the JSON begins with the pairs in ``location``."""
+    """Print ranges of entries as they arrive.
+
+    The JSON begins with the name of the image and the pairs in ``location``.
+    """
     as_json = arguments.output == "json"
     if as_json:
         head = json.dumps({"filename": without_secrets(arguments.image), **location})

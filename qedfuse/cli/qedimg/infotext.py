@@ -29,7 +29,7 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
-    """Yield the lines of the description; for a raw file only the lines that apply."""
+    """Yield the lines of the description; only the first four if the image is not QED."""
     yield f"image: {shown_name(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size

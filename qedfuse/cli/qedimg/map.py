@@ -73,10 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the extents; return 0.
+    """List the extents, or draw a picture; return 0.
 
     Raises:
-        CorruptImageError: There are bad table entries.  All extents have been printed.
+        CorruptImageError: There are bad table entries.  All extents have been printed.  A picture
+            never raises this error for a bad entry.
         QedError: The image or a base cannot be opened or read.
     """
     if arguments.output in {"picture", "svg"}:
@@ -93,7 +94,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     """Print a picture; return 0.
 
     Raises:
-        UsageError: The options ask for a part of the disk.
+        UsageError: The options ask for a part of the disk, or for the format raw.
         NotQedError: The file is not a QED image.
         QedError: The image cannot be opened or read.
     """
@@ -116,7 +117,11 @@ def _draw(arguments: argparse.Namespace) -> int:
 
 
 async def _layout(arguments: argparse.Namespace, cells: int, on_progress: Progress) -> Layout:
-    """Return the layout of the image in ``cells`` cells of the file and as many of the disk."""
+    """Return the layout of the image, with ``cells`` cells for the file and as many for the disk.
+
+    Raises:
+        QedError: The image cannot be opened or read.
+    """
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  as above
     from qedfuse.hostio.imagefile import read_header  # noqa: PLC0415  as above
     from qedfuse.tools.inspection.layout import read_layout  # noqa: PLC0415  as above

@@ -129,8 +129,8 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     Yields the block's `Interruption`, whose `has_signal` says whether a signal has arrived.
 
     Args:
-        ends_process: Whether the process ends after the block.  If so, signals are ignored
-            after the block, because they could only print a traceback.  Otherwise the
+        ends_process: Whether the process ends after the block.  If True, signals are ignored
+            after the block, because they could only print a traceback.  If False, the
             handlers from before the block are restored.
     """
     interruption = Interruption()

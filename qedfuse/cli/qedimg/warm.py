@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 EXAMPLE: Final = "qedimg warm s3://images/golden.qed"
 DESCRIPTION: Final = """\
 Fetch the image at URL, and the backing files at other URLs that --backing-url allows, into the
-cache that mounts use.  Of a QED image the tables and the allocated clusters are fetched, of a raw
-file all bytes.  What is in the cache is not fetched again, so an interrupted command can be
-repeated."""
+cache that mounts use.  If a file is a QED image, its tables and its allocated clusters are fetched;
+if it is raw, all its bytes are fetched.  What is in the cache is not fetched again, so an
+interrupted command can be repeated."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,8 +49,8 @@ async def create_image(
         table_size: Clusters in a table.
         backing: Name of the backing file that the image stores, see `backing_path`.  The
             backing file is not opened.  None or empty for no backing file.
-        backing_is_raw: Whether the backing file is raw.  If so, its format is never probed.
-            Has no effect without a backing file.
+        backing_is_raw: Whether the backing file is raw.  If True, the image forbids programs to
+            probe the backing file's format.  Has no effect without a backing file.
         overwrite: Whether to replace an existing file.  The call fails if another process has
             that file open as an image.  The new file gets the owner and the permissions of
             the old one.

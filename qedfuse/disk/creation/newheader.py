@@ -55,8 +55,8 @@ def new_header(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file; None or empty for no backing file.
-        backing_is_raw: Whether the backing file is raw.  If so, its format must not be
-            probed.  Has no effect without a backing file.
+        backing_is_raw: Whether the backing file is raw.  If True, the header forbids programs to
+            probe the backing file's format.  Has no effect without a backing file.
 
     Raises:
         UsageError: A size is out of its range, or `backing_name` refuses the name.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 _MAX_CLUSTERS_PER_STEP: Final = 1024
-"""Maximum number of clusters that are deallocated before other tasks may run."""
+"""Maximum number of clusters that are deallocated before other tasks run."""
 
 _MAX_CLUSTERS_ONE_BY_ONE: Final = 64
 """Maximum number of entries that are processed one by one; for more entries numpy is faster."""
@@ -106,7 +106,7 @@ class Discard:
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            progress: Called with the bytes of the range that are done, and with all its bytes.
+            progress: Called with the number of bytes that are done, and the length of the range.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -124,7 +124,7 @@ class Discard:
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            progress: Called with the bytes of the range that are done, and with all its bytes.
+            progress: Called with the number of bytes that are done, and the length of the range.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -191,7 +191,7 @@ class Discard:
                 data.
             clear: Whether to make all clusters unallocated, including zero clusters, and
                 including allocated clusters over data of the base.  Requires ``data``.
-            progress: Called with the bytes of the range that are done, and with all its bytes.
+            progress: Called with the number of bytes that are done, and the length of the range.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
