@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def _load() -> Sweep | None:
-    """Return the function ``sweep`` of the extension; None if the extension was not built."""
+    """Return the function ``sweep`` of the extension; None if the extension cannot be loaded."""
     try:
         return importlib.import_module("qedfuse.check._sweep").sweep  # type: ignore[no-any-return]
     except ImportError:

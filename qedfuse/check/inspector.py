@@ -18,8 +18,9 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
     The caller must pass only an image that has NEED_CHECK set, or whose length is not a multiple of
-    the cluster size.  The messages say which of the two is the case.  Leaked clusters cost only
-    space, so they are only logged.  Errors of the free list are ignored.
+    the cluster size.  The messages name one of these two reasons: the second only if NEED_CHECK is
+    clear.  Leaked clusters cost only space, so they are only logged.  Errors of the free list are
+    ignored.
 
     Raises:
         CorruptImageError: The tables have errors.

@@ -59,7 +59,7 @@ class Rewriter:
         """Make all earlier writes durable; then set or clear NEED_CHECK, durably.
 
         The same write clears unknown autoclear bits, and drops the persistent free list, because a
-        repair does not update the list.  If there was a list, `erase_descriptor` overwrites the
+        repair does not update the list.  If the image has a list, `erase_descriptor` overwrites the
         bytes that describe the list with zeros, unless the backing file name overlaps these bytes.
         The zeros are not durable yet.
         """

@@ -150,10 +150,11 @@ class TableRepair:
         if not short.any():
             return
         for index, table in zip(indices[short].tolist(), tables[short].tolist(), strict=True):
-            kept = max(0, entries_end - table) // ENTRY_BYTES * geometry.cluster_size
-            start = index * geometry.table_span + kept
+            # Number of bytes of the disk that the entries in the file describe.
+            kept_bytes = max(0, entries_end - table) // ENTRY_BYTES * geometry.cluster_size
+            start = index * geometry.table_span + kept_bytes
             self.lost_ranges.add(
-                start, geometry.table_span - kept, Code.L1_CUT_SHORT, cleared_entries=0
+                start, geometry.table_span - kept_bytes, Code.L1_CUT_SHORT, cleared_entries=0
             )
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
@@ -235,8 +236,8 @@ class TableRepair:
     async def _replace_bad_tables(self) -> None:
         """Choose the new values of the invalid L1 entries, and append the new tables.
 
-        In an overlay, an entry inside the disk gets a new table of zero clusters.  All other
-        invalid L1 entries become unallocated.
+        In an overlay, an entry for guest offsets inside the disk gets a new table of zero clusters.
+        All other invalid L1 entries become unallocated.
         """
         geometry = self._geometry
         for index in self._bad_l1_indices:

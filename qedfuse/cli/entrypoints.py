@@ -38,7 +38,7 @@ def qedimg_program() -> int:
 
 
 def _prepare_to_load(program: str) -> None:
-    """Make loading modules interruptible, and let the collector of reference cycles run rarely."""
+    """Let signals end the process while modules load; let the cycle collector run rarely."""
     sigint_default()
     report_sigterm(program)
     from qedfuse.util.garbagecollector import collect_rarely  # noqa: PLC0415  after sigint_default()

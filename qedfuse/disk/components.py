@@ -80,7 +80,7 @@ class Components:
             lacks_base=header.has_backing and not bases,
         )
 
-        # Write-back, observed by the quarantine, and the guard before the first write
+        # Write-back, which the quarantine observes; and the guard before the first write
         #
         # A `FreeMap` divides the clusters of the file into blocks.  The number of clusters in a
         # table and the anchor decide at which clusters the blocks begin.  The maps of the

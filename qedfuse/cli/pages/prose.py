@@ -31,7 +31,8 @@ QEDIMG_BACKING: Final = """\
 The name of the base is stored in the image, so an untrusted image can name any of your
 files.  Therefore, by default, a base is used only if it is in the directory of the image
 that names it or in a directory below.  `--backing any` and `--backing-dir` allow more.
-`info` opens a base only with `--backing-chain` or `--partitions`.  `check` never opens a base.
+`info` opens a base of a QED image only with `--backing-chain` or `--partitions`.  `check`
+never opens a base.
 """
 
 QEDIMG_SIGNALS: Final = """\
@@ -103,8 +104,9 @@ After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immed
 unmounts.  If a program has the disk open, the process serves the disk until the last
 close.  After a second signal the process does not wait for the last close, but tries for at
 most 10 seconds to make everything durable.  If changes are being written to the image at the
-end of this time, the mount ends when they are written; if not, it ends immediately.  If the
-mount ends before everything is durable, the log says so and the exit code is 2.
+end of this time, the mount ends when these changes are written.  If no changes are being
+written then, the mount ends immediately.  If the mount ends before everything is durable, the
+log says so and the exit code is 2.
 
 After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also
 logs what each of its tasks waits for, which helps in a bug report.

@@ -209,7 +209,7 @@ def open_options(arguments: argparse.Namespace, *, writable: bool = False) -> Op
     Args:
         arguments: The parsed command line.  An option that the subcommand does not have gets
             its default.
-        writable: Whether to open the image for writing; if so, ``-U`` has no effect.
+        writable: Whether to open the image for writing.  If True, ``-U`` has no effect.
 
     Raises:
         UsageError: The file of credentials is invalid.

@@ -31,9 +31,9 @@ Describe an image: format, sizes, geometry, features, free list, backing file.  
 command also describes images that cannot be mounted, and reports what is wrong with
 them.
 
-Backing files are opened only with --backing-chain or --partitions, as far as --backing
-and --backing-dir allow.  The JSON has qemu-img's keys, and in "safety" the facts by which
-a service can decide whether to accept an untrusted image.
+The backing files of a QED image are opened only with --backing-chain or --partitions, as
+far as --backing and --backing-dir allow.  The JSON has qemu-img's keys, and in "safety"
+the facts by which a service can decide whether to accept an untrusted image.
 
 --allocation reads all tables, and counts the clusters of data and of zeros.
 
@@ -41,7 +41,8 @@ a service can decide whether to accept an untrusted image.
 the file systems with blkid.
 
 IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others.  If QEMU is
-installed, IMAGE may also be in one of QEMU's other formats, such as qcow2 or VMDK."""
+installed, IMAGE may also be in one of QEMU's other formats, such as qcow2 or VMDK.  The
+backing files of such an image are always opened."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,8 +34,8 @@ class Writer(Protocol):
     def tail(self, start: int) -> str:
         """Return the end of the output, whose beginning (`HEADS` of `map`) the caller prints.
 
-        ``start`` is the offset of the disk where the listed range begins.  It is used only if
-        there was no extent.
+        ``start`` is the offset of the disk at which the listed range begins.  This offset is used
+        only if there was no extent.
         """
 
 
@@ -136,7 +136,7 @@ def make_writer(
         output: ``json`` or ``human``.
         names: The names of the files, in the order of their depth in the chain.
         unknown_depths: Depths of the files whose offsets are not printed.
-        continued: Whether extents were printed before.
+        continued: Whether extents were printed before the first call of `Writer.body`.
     """
     if output == "json":
         return JsonWriter(unknown_depths, continued=continued)

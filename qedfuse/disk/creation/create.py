@@ -52,8 +52,8 @@ async def create_image(
         backing_is_raw: Whether the backing file is raw.  If True, the image forbids programs to
             probe the backing file's format.  Has no effect without a backing file.
         overwrite: Whether to replace an existing file.  The call fails if another process has
-            that file open as an image.  The new file gets the owner and the permissions of
-            the old one.
+            that file open as an image.  The new file gets the permissions of the old one and, as
+            far as the host permits, its owner.
         mode: Permissions of the new file if it replaces none; the umask is subtracted.
         versions: The versions of the backing files, which the image remembers; None to remember
             those that are found when the image is first opened for writing.

@@ -67,12 +67,12 @@ class EmptyImage(ReadOnlyFile):
         return offset if offset < len(self._start) else None
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return the end of the header, or ``offset`` past it; None past the end of the file."""
+        """Return the end of the header, or ``offset`` if higher; None past the end of the file."""
         await trio.lowlevel.checkpoint()
         return max(offset, len(self._start)) if offset < self.size() else None
 
     def size(self) -> int:
-        """Return the length of the file, which has a header and an L1 table."""
+        """Return the length of the image: a header and an L1 table."""
         return self.header.l1_end
 
     def stored_blocks(self) -> int:

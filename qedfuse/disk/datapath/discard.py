@@ -70,7 +70,7 @@ class Discard:
         Args:
             start: Guest offset of the first byte.
             end: Guest offset past the last byte.
-            free: Whether to deallocate allocated clusters; if not, zeros are written over
+            free: Whether to deallocate allocated clusters.  If False, zeros are written over
                 them.
 
         Raises:
