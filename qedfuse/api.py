@@ -97,9 +97,9 @@ class DiskFile(io.RawIOBase):
     Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
     threads can share a file, because its operations are serialised.  For many small reads, wrap the
     file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate` raise
-    `RuntimeError`, and `flush` and `close` have no effect on the image.  If the event loop of the
-    file fails, reads, writes, `truncate` and, with ``r+b``, `flush` raise `RuntimeError` from then
-    on, and `close` raises the cause.
+    `RuntimeError`, and `flush` and `close` have no effect on the image.  Each file has a thread
+    with an event loop.  If this event loop fails, reads, writes, `truncate` and, with ``r+b``,
+    `flush` raise `RuntimeError` from then on, and `close` raises the cause.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.

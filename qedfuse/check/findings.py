@@ -90,7 +90,7 @@ because the entry refers to a cluster of which a part is in the file."""
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One error, leak or note; offsets and lengths in bytes.
+    """One error, leak or note, or several of one kind; offsets and lengths in bytes.
 
     Attributes:
         code: The kind of the finding.

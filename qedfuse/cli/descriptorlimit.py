@@ -1,7 +1,7 @@
 """Recognising that a failure is due to a lack of file descriptors.
 
-The programs import this module when they start.  When descriptors are lacking, the import would
-fail, because reading the module's file needs a descriptor.
+The programs import this module when they start.  Once descriptors are lacking, an import fails,
+because reading the module's file needs a descriptor.
 """
 
 from __future__ import annotations

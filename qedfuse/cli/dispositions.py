@@ -1,7 +1,7 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
 Ctrl-C ends the process without a traceback, and SIGTERM ends the process with one line.  SIGUSR1
-and SIGUSR2, which ask the server of a mount for statistics, have no effect on ``qedfuse``.
+and SIGUSR2, which ask the server of a mount for statistics, have no effect on ``qedfuse`` then.
 
 This module imports only ``_signal`` and ``posix``, which are built into the interpreter.  The
 module ``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.

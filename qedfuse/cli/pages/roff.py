@@ -68,8 +68,8 @@ def paragraphs(text: str) -> Iterator[str]:
 def sentences(text: str) -> Iterator[str]:
     """Yield a paragraph as lines of roff.
 
-    Each sentence ends at the end of a line, because only at the end of a line roff recognises the
-    end of a sentence.
+    Each sentence ends a line, because roff recognises the end of a sentence only at the end of a
+    line.
     """
     # Lines are joined by one blank, or by two after a punctuation mark that can end a sentence.
     joined = re.sub(r"(?<![.:;?!])\s+", " ", text.strip()).replace("\n", "  ")

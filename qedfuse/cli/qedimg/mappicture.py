@@ -141,7 +141,10 @@ def _svg_legend(layout: Layout) -> Iterator[tuple[str, Color]]:
 
 
 def _grid(cells: Sequence[Cell], y: int) -> str:
-    """Return one part as an SVG group: for each colour a path with strokes one cell high."""
+    """Return one part of the picture as an SVG group, whose upper edge is ``y`` pixels down.
+
+    The group has for each colour a path with strokes one cell high.
+    """
     lines: dict[str, list[str]] = {}
     for row in range(0, len(cells), SVG_COLUMNS):
         x = 0

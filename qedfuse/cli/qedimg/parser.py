@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(marked)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a parse error of argparse as one line.
+        """Raise an error with argparse's message, as one line.
 
         Raises:
             UsageError: Always.

@@ -37,7 +37,9 @@ class AppendFill:
         self._writeback = writeback
         self._last_cycle = writeback.cycles
 
-    def may_leave_hole(self, run: Run, inside: int, length: int, *, shows_base: bool) -> bool:
+    def may_leave_hole(
+        self, run: Run, data_offset: int, data_bytes: int, *, shows_base: bool
+    ) -> bool:
         """Return whether to write only the guest's data to a run of new clusters.
 
         If the result is False, the caller must write all of the run.
@@ -58,8 +60,8 @@ class AppendFill:
 
         Args:
             run: The run of new clusters.
-            inside: Offset in bytes of the guest's data within the run.
-            length: Bytes of the guest's data; 0 if clusters are only allocated.
+            data_offset: Offset in bytes of the guest's data within the run.
+            data_bytes: Bytes of the guest's data; 0 if clusters are only allocated.
             shows_base: Whether the rest of the run must get data of the base.
         """
         if not run.never_written or shows_base:
@@ -67,4 +69,4 @@ class AppendFill:
         cycle = self._writeback.cycles
         flushed = cycle != self._last_cycle
         self._last_cycle = cycle
-        return not flushed or inside > 0 or not length or run.length > _MAX_BYTES
+        return not flushed or data_offset > 0 or not data_bytes or run.length > _MAX_BYTES

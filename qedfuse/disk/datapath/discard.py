@@ -92,7 +92,7 @@ class Discard:
         if start < first:
             await self._write_path.zero_range(start, first)
         if first < last:
-            await self._deallocate(first, last, data=free)
+            await self._deallocate(first, last, free_data=free)
         if not free:
             await self._zero_in_place(first, min(last, end))
         if last < end:
@@ -116,7 +116,9 @@ class Discard:
         After an error some clusters may have been deallocated.
         """
         if start < end:
-            await self._deallocate(start, end, data=True, hide=False, progress=progress)
+            await self._deallocate(
+                start, end, free_data=True, zero_unallocated=False, progress=progress
+            )
 
     async def clear(self, start: int, end: int, progress: Progress | None = None) -> None:
         """Make every cluster of a range unallocated, even zero clusters, so that the base shows.
@@ -134,7 +136,9 @@ class Discard:
         After an error some clusters may be unallocated.
         """
         if start < end:
-            await self._deallocate(start, end, data=True, hide=False, clear=True, progress=progress)
+            await self._deallocate(
+                start, end, free_data=True, zero_unallocated=False, clear=True, progress=progress
+            )
 
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
         """Write ``data`` at a guest offset; whole clusters of zeros take no new space.
@@ -142,8 +146,9 @@ class Discard:
         Args:
             start: Guest offset of ``data``.
             data: The bytes to write; the range must lie within the disk.
-            mode: The value of ``detect_zeroes``.  With ``unmap`` a cluster of zeros is
-                deallocated; with ``on`` zeros are written to it if it is allocated.
+            mode: The value of ``detect_zeroes``.  It decides about a guest cluster for which
+                ``data`` has only zeros, and which is allocated: with ``unmap`` the cluster is
+                deallocated, and with ``on`` it is overwritten with zeros.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -176,8 +181,8 @@ class Discard:
         start: int,
         end: int,
         *,
-        data: bool,
-        hide: bool = True,
+        free_data: bool,
+        zero_unallocated: bool = True,
         clear: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -186,11 +191,11 @@ class Discard:
         Args:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
-            data: Whether to deallocate allocated clusters.
-            hide: Whether to turn unallocated clusters into zero clusters where the base has
+            free_data: Whether to deallocate allocated clusters.
+            zero_unallocated: Whether to turn unallocated clusters into zero clusters where the base has
                 data.
             clear: Whether to make all clusters unallocated, including zero clusters, and
-                including allocated clusters over data of the base.  Requires ``data``.
+                including allocated clusters over data of the base.  Requires ``free_data``.
             progress: Called with the number of bytes that are done, and the length of the range.
 
         Raises:
@@ -208,13 +213,15 @@ class Discard:
             table, reason = await self._layer.table_at(geometry.l1_index(start))
             if reason:
                 raise CorruptImageError(reason)
-            if table or (hide and start < self._base_end):
+            if table or (zero_unallocated and start < self._base_end):
                 # A step ends at `end` or at the next multiple of the step length.  So a step stays
                 # within one slice, because the lengths of slices and tables are multiples of the
                 # step length.
                 stop = min(end, start - start % step + step)
                 await self._table_writer.limit_dirty()
-                await self._deallocate_in_slice(start, stop, data=data, hide=hide, clear=clear)
+                await self._deallocate_in_slice(
+                    start, stop, free_data=free_data, zero_unallocated=zero_unallocated, clear=clear
+                )
             else:
                 stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
             start = stop
@@ -228,16 +235,18 @@ class Discard:
         return self._chain.layers[1].size if self._chain.has_base else 0
 
     async def _deallocate_in_slice(
-        self, start: int, end: int, *, data: bool, hide: bool, clear: bool
+        self, start: int, end: int, *, free_data: bool, zero_unallocated: bool, clear: bool
     ) -> None:
         """Deallocate clusters whose entries lie in one slice; see `_deallocate`."""
         geometry = self._layer.geometry
         async with self._write_path.allocating.hold(start, end):
-            base_data_clusters = await self._base_data_clusters(start, end) if hide else []
+            base_data_clusters = (
+                await self._base_data_clusters(start, end) if zero_unallocated else []
+            )
             kinds = await self._kinds(start, end)
             if not (
                 base_data_clusters
-                or (data and Kind.DATA in kinds)
+                or (free_data and Kind.DATA in kinds)
                 or (clear and Kind.ZERO in kinds)
             ):
                 return
@@ -247,7 +256,7 @@ class Discard:
                 slice_ = await self._table_writer.writable_slice(table, index, L2)
                 # No await from here on, because removing an entry and putting its cluster
                 # into quarantine must be atomic with respect to other tasks.
-                if data:
+                if free_data:
                     self._drop(slice_, start, end, clear=clear)
                 tables = self._layer.tables
                 # The difference between an index in the slice and the guest cluster's number.
