@@ -192,8 +192,8 @@ class Discard:
             start: Guest offset at a cluster boundary.
             end: Guest offset at a cluster boundary.
             free_data: Whether to deallocate allocated clusters.
-            zero_unallocated: Whether to turn unallocated clusters into zero clusters where the base has
-                data.
+            zero_unallocated: Whether to turn unallocated clusters into zero clusters where the
+                base has data.
             clear: Whether to make all clusters unallocated, including zero clusters, and
                 including allocated clusters over data of the base.  Requires ``free_data``.
             progress: Called with the number of bytes that are done, and the length of the range.
