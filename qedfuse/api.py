@@ -257,9 +257,10 @@ class DiskFile(io.RawIOBase):
         with self._lock, memoryview(data).cast("B") as view:
             self._check_writable()
             done = 0
-            # `Disk.write` raises for a range that begins at or past the end, and cuts off a range
-            # that crosses the end.  So once bytes have been written, the loop ends at the end of
-            # the disk, and the caller gets the number of bytes written instead of an error.
+            # `Disk.write` raises for a range that begins at or past the end, and writes only the
+            # first part of a range that crosses the end.  So once bytes have been written, the loop
+            # ends at the end of the disk, and the caller gets the number of bytes written instead
+            # of an error.
             while done < len(view) and (not done or self._position + done < self.size):
                 chunk = view[done : done + _MAX_CALL_BYTES]
                 done += self._portal.call(self._disk.write, self._position + done, chunk)

@@ -102,7 +102,7 @@ class _Checker:
         """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
 
         Invalid L1 entries, entries past the end of the disk, and tables that overlap an earlier
-        table in the file are reported.  An overlapping table is neither marked nor read later.
+        table are reported.  A table that overlaps an earlier table is neither marked nor read.
         """
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
@@ -134,7 +134,10 @@ class _Checker:
         self._report_entries(code, "L1 entry", first, values, mask, self._geometry.table_span)
 
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
-        """Report L2 tables, each of which overlaps a table that is earlier in the file.
+        """Report L2 tables, each of which overlaps an earlier table.
+
+        Of two tables the one at the lower file offset is the earlier one, or if both are at the
+        same file offset, the one with the lower L1 index.
 
         Args:
             indices: The L1 indices of the tables.

@@ -16,12 +16,12 @@ unallocated, because the guest would then read the backing file.  At the end of 
 entry points to a new table of zero clusters.  The new table needs a longer file, so in step 1 the
 entry becomes `POISON_ENTRY`.
 
-A table that overlaps data or an earlier table must not be written to, because its bytes may be
-that data or part of that table.  The repair copies the table and corrects the copy.  Until the L1
-entry points to the copy, the original table is in use, and its entries that point past the end
-cannot be cleared.  Instead the repair never allocates the clusters to which these entries point.
-When the file has grown past those clusters, they are holes.  So the guest reads zeros through the
-original table, as through the corrected copy.
+A table that overlaps data, or another table before it in the file, must not be written to, because
+its bytes may be that data or part of the other table.  The repair copies the table and corrects the
+copy.  Until the L1 entry points to the copy, the original table is in use, and its entries that
+point past the end of the file cannot be cleared.  Instead the repair never allocates the clusters
+to which these entries point.  When the file has grown past those clusters, they are holes.  So the
+guest reads zeros through the original table, as through the corrected copy.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class OutOfFileEntries:
         return poisoned
 
     async def _write_changed(self, table: int, first: int, old: Values, new: Values) -> None:
-        """Write the entries of a slice from the first to the last that differs from ``old``.
+        """Write the entries of a slice from the first to the last one that changes.
 
         Args:
             table: The file offset of the table.

@@ -139,10 +139,11 @@ class Rewriter:
             count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the entries from the first to the last that differs; nothing if none differs.
+        """Write the new entries from the first to the last that differs from the old entry.
 
-        All earlier writes are made durable first, so everything to which the entries point is
-        durable.  The entries themselves are not durable yet.
+        If no entry differs, nothing is written.  All earlier writes are made durable first, so
+        everything to which the entries point is durable.  The entries themselves are not durable
+        yet.
 
         Args:
             offset: The file offset of the first entry.

@@ -27,7 +27,8 @@ holes, and where in which file they are stored.  The text lists only data.  The 
 lists all extents, with qemu-img's keys.
 
 If a table entry points nowhere, the content of its range is unknown, and the exit code
-is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.
+is 13, but 0 for a picture.  The JSON lists such a range with "present" true and "zero"
+and "data" false.
 
 --output picture and svg draw the disk and the file of IMAGE, a QED image.  In both, data
 has the colour of its position on the disk, so a fragmented file shows a mixture of

@@ -1,8 +1,8 @@
 """Creating an empty image, for the toolbox, the mount and the Python API.
 
 The image has a temporary name until the image is complete and durable.  So at any moment the
-final name refers to the old file, to no file, or to a complete image.  A file system without
-hard links is an exception: there the name may refer to an empty file for a moment (`NewFile`).
+final name refers to the old file, to no file, or to a complete image.  There is one exception: on
+a file system without hard links the name may refer to an empty file for a moment (`NewFile`).
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Discard:
             HostError: The host refused.
             ReadOnlyError: The disk has become read-only during the call.
 
-        After an error parts may have been written.
+        After an error parts of ``data`` may have been written.
         """
         end, position = start + len(data), start
         for first, last in find_zero_clusters(data, start, self._layer.geometry):
