@@ -21,7 +21,7 @@
 
 #define READ_BYTES 65536u /* maximum for one read of an L2 table */
 #define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
-#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum in the file: an owner bitmap of 32 MiB */
+#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum of the file; the owner bitmap takes 32 MiB */
 #define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* total length of all L2 tables, holes included */
 
 struct image {
@@ -89,7 +89,8 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 /* Give the data clusters of one L2 table an owner.  clusters_left is the number of clusters from the
  * first guest offset of the table to the disk's end, so an entry whose index is clusters_left or more
  * describes a range past the disk's end.  The result is UNKNOWN if an entry may be invalid, if an
- * entry past the disk's end refers to a cluster, or if a read fails. */
+ * entry past the disk's end refers to a cluster, or if a read fails.  It is INTERRUPTED if a signal
+ * handler has raised an exception. */
 static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t clusters_left)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];

@@ -1,8 +1,8 @@
 """The check: read all tables, and find the owner of each cluster of the file.
 
-The header, the tables and the persistent free list own their clusters, and a data cluster is owned
-by the table entry that refers to it.  It is an error if a cluster would have two owners.  A cluster
-without an owner is leaked.
+The header and the tables own the clusters in which they lie.  A data cluster is owned by the table
+entry that refers to it.  The persistent free list owns the free clusters that it lists.  It is an
+error if a cluster would have two owners.  A cluster without an owner is leaked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The activity of disks between two documents of statistics of their mount."""
+"""The activity of disks between two documents of statistics of their mount.
+
+`qedfuse.mount.statistics.document` makes these documents, and docs/stats.md describes them.
+"""
 
 from __future__ import annotations
 

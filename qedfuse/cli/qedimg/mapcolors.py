@@ -27,7 +27,12 @@ _FIRST_HUE: Final = 2 / 3
 
 
 class Cell(NamedTuple):
-    """A cell of a picture: its colour, and a character for a picture without colours."""
+    """A cell of a picture, which stands for some adjacent clusters.
+
+    Attributes:
+        color: The colour of the cell.
+        character: The character that shows the cell in a picture without colours.
+    """
 
     color: Color
     character: str
