@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from qedfuse.check.findings import Code
 
 MAX_LOST_RANGES: Final = 100_000
-"""Maximum number of ranges that are recorded separately.  If there are more, the last range is
-extended until it covers all further ranges.  So the last range can also cover data that is not
+"""Maximum number of ranges that are recorded separately.  If more ranges are lost, the last range
+is extended until it covers all further ranges.  So the last range can also cover data that is not
 lost, and data that is lost because of another error than the ``code`` of the range."""
 
 
@@ -20,7 +20,7 @@ class LostRanges:
 
     Attributes:
         ranges: The ranges, in the order in which they were found.
-        cleared_entries: Number of table entries that were cleared so far.
+        cleared_entries: Number of table entries that the repair clears, as counted so far.
     """
 
     def __init__(self, image_size: int) -> None:

@@ -20,7 +20,7 @@ def partition_lines(info: PartitionInfo) -> Iterator[str]:
     """Yield the lines that describe the partitions of a disk."""
     table = info.table
     if table is None:
-        found = info.file_systems.get(0)
+        found = info.file_systems.get(0)  # of the whole disk
         yield "partition table: none" + ("" if found is None else f", the disk is {_named(found)}")
         return
     yield f"partition table: {table.scheme}, {table.id}, sectors of {table.sector_bytes} bytes"
