@@ -24,8 +24,9 @@ drops the list.  An image with a list is opened without a scan for free space.  
 is an extension of the format: QEMU refuses an image that has one, and accepts the image
 again after "off".
 
-"on" finds the free clusters, and writes no list if no cluster is free.  A mount for
-writing with default options writes a new list when it ends, if the image had a list."""
+"on" finds the free clusters, and writes no list if no cluster is free.  If the image had
+a list, a mount for writing with default options leaves an up-to-date list when it ends,
+if possible."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,8 @@ appears when it is complete.  An image with a backing file is refused, unless --
 one image of the chain first.
 
 The output ends with the commands that mount a new writable disk over the published image or
-file.  Credentials come from the environment (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and others)."""
+file.  Credentials come from the file that --credentials names, or from the environment
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and others)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
