@@ -73,8 +73,8 @@ class Disk(GuestChanges):
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
                 where its descriptor must be.
-            HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).
+            HostError: The host refused at the start or at the close, or something written before
+                the close could not be made durable (D7).
 
         After any error the files are closed.
         """
@@ -134,8 +134,8 @@ class Disk(GuestChanges):
         the host against guests, and no guest can call this method.  The caller must ensure that
         no other request is running.
 
-        An error is logged as a warning and not raised.  An error that has made the disk read-only
-        is not logged either, because the close raises it.
+        No error is raised.  An error that has made the disk read-only is not logged, because the
+        close raises it.  Any other error is logged as a warning.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 

@@ -47,7 +47,10 @@ class GuestReads:
 
     @property
     def damaged(self) -> bool:
-        """Whether a bad table entry or a cluster with two owners was found since the opening."""
+        """Whether damage of the image itself was found since the disk was opened.
+
+        Damage is a bad table entry or a cluster with two owners.  Damage of a base does not count.
+        """
         return self._layer.damaged
 
     async def extents(self, start: int, length: int) -> list[Extent]:
@@ -189,7 +192,8 @@ class GuestReads:
     async def next_hole(self, start: int) -> int:
         """Return the guest offset of the first hole at or past ``start``.
 
-        The end of the disk counts as a hole, so there always is one.
+        The end of the disk counts as a hole, so there always is one.  If ``start`` is past the
+        end, the result is the size of the disk.
 
         Raises:
             HostError: The host cannot read a file.

@@ -42,8 +42,8 @@ class Lifecycle:
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
                 where its descriptor must be.
-            HostError: The host refused at the start, or something written could not be made
-                durable at the close (D7).
+            HostError: The host refused at the start or at the close, or something written before
+                the close could not be made durable (D7).
 
         After any error the files are closed.
         """
@@ -80,8 +80,8 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear NEED_CHECK.  That is a modification of the image, for
-                # which `NeedCheck.run` does not prepare the image, so prepare it now.
+                # `NeedCheck.run` will clear NEED_CHECK, which modifies the image, and does not
+                # itself call `prepare_write` first.  So prepare the image now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)

@@ -9,8 +9,9 @@ below are met, which is usual:
 - NEED_CHECK is set.
 - No other task holds the range lock of the clusters, or waits for it.
 - No table must be written back first (`TableWriter.limit_dirty`).
-- The allocator finds one run for all the clusters.  A cluster is free, or
-  `DirectReclaim.should_reclaim` returns False, so the file may grow now.
+- The allocator finds one run for all the clusters.
+- At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.  In
+  all other cases the slow path reclaims clusters before the file grows.
 - The image has no base, or the clusters are zero clusters, or the data covers the clusters
   completely, or there is only one cluster.
 - Reading the base, growing the file and writing the data would not block.
@@ -71,7 +72,7 @@ class FastAllocation:
         self._append_fill = append_fill
         self._buffer = buffer
         self._bits = layer.geometry.cluster_bits
-        self._size = layer.geometry.cluster_size
+        self._cluster_size = layer.geometry.cluster_size
 
     def try_write(self, slice_: Slice, first: int, count: int, start: int, data: Buffer) -> bool:
         """Allocate clusters and write ``data``; return False if that would block or fails.
@@ -103,7 +104,7 @@ class FastAllocation:
         # A released run no longer counts as never written, so its next owner would have to
         # write all of it.  `_fill` may still fail, because it may write more bytes than were
         # checked: it writes all of the run if the run was written before, or if `AppendFill` wants
-        # the run filled.  Whether it must do so is known only after the allocation.
+        # the run filled.  Which bytes it must write is known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
@@ -120,7 +121,7 @@ class FastAllocation:
         offset = run.offset
         for at in range(index, index + count):
             tables.set(slice_, at, offset)
-            offset += self._size
+            offset += self._cluster_size
         self._needcheck.note_change()
         return True
 
@@ -130,20 +131,21 @@ class FastAllocation:
         ``entry`` is the common value of the entries of the clusters.
 
         Returns:
-            How many bytes were read; the rest of the clusters must become zeros.  None if the
-            read would block or fails, or if the slow path must assemble the data.
+            How many bytes were read; the rest of the clusters must become zeros, except where the
+            guest's data goes.  None if the read would block or fails, or if the slow path must
+            assemble the data.
         """
         if entry != UNALLOCATED or self._flattened is None:
             return 0
         # Leave the backing data of several clusters to the slow path.
         number = start >> self._bits
         entries = self._layer.tables.slice_entries
-        codes = self._flattened.cached(number // entries) if length == self._size else None
+        codes = self._flattened.cached(number // entries) if length == self._cluster_size else None
         code = MIXED if codes is None else codes[number & (entries - 1)]
         if code <= ZEROS:
             return None if code == MIXED else 0
-        # Do not copy the base past the end of the disk: if another program later grew the disk
-        # without zeroing those bytes, the guest would read them.
+        # Do not copy bytes of the base that lie past the end of the disk.  If another program
+        # later grew the disk without zeroing the copied bytes, the guest would read them.
         base_bytes = min(length, self._layer.size - start)
         depth, offset = data_location(code)
         if length > len(self._buffer):

@@ -177,8 +177,8 @@ class WritePath:
             tail = await self._previous_content(end, run_end, from_base=from_base)
             await pwrite(run.offset, head, data, tail)
         else:
-            # A cluster can be 64 MiB long.  Copy in steps, because a few small concurrent
-            # writes would otherwise take gigabytes of memory.
+            # A cluster can be 64 MiB long.  If each write copied a whole cluster in memory, some
+            # small concurrent writes would take gigabytes.  So copy in steps.
             await pwrite(run.offset + inside, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
@@ -193,11 +193,11 @@ class WritePath:
 
         The part of the range past the end of the disk is returned as zeros.
         """
-        # Do not copy the base past the end of the disk: if another program later grew the disk
-        # without zeroing those bytes, the guest would read them.
-        inside = max(0, min(end, self._layer.size) - start) if from_base else 0
-        data = await self._chain.read(start, inside, depth=1)
-        return data if start + inside == end else bytes(data) + bytes(end - start - inside)
+        # Do not copy bytes of the base that lie past the end of the disk.  If another program
+        # later grew the disk without zeroing the copied bytes, the guest would read them.
+        base_bytes = max(0, min(end, self._layer.size) - start) if from_base else 0
+        data = await self._chain.read(start, base_bytes, depth=1)
+        return data if start + base_bytes == end else bytes(data) + bytes(end - start - base_bytes)
 
     async def allocate(self, start: int, end: int) -> None:
         """Allocate each cluster of a guest range, and reserve host space for it.

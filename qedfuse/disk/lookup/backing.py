@@ -78,8 +78,8 @@ async def open_bases(
     """Open the bases of an image, read-only; return their layers, from the first base downwards.
 
     The list is empty if the image has no base.  For each image of the chain, the bases below it
-    are compared with the versions that the image remembers (`verify_bases`).  If ``name`` is given,
-    the versions that the first image remembers are ignored.
+    are compared with the versions that this image remembers (`verify_bases`).  If ``name`` is
+    given, the versions that ``file`` remembers are ignored.
 
     Args:
         path: Path of the image.
@@ -220,7 +220,7 @@ async def open_base(
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
             is a URL that is not valid.
         RemoteError: The server cannot be reached, or does not serve the file.
-        HostError: The file is a URL, and its cache cannot be used, or the host has no free
+        HostError: The path is a URL, and either the cache cannot be used or the host has no free
             descriptor.
         BackingRefusedError: The policy forbids the file.
     """
@@ -284,7 +284,8 @@ async def _format_of(
         is_trusted: Whether the user has named the base.
 
     Raises:
-        BackingError: The magic is that of another image format, which the policy does not allow.
+        BackingError: The magic is that of another image format, the policy does not allow this
+            format, and the user has not named the base.
         HostError: The host cannot read the base.
     """
     if policy.format is not None:

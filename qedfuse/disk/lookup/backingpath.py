@@ -57,10 +57,10 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     """Yield the paths of the bases of an image, from the first down, by reading headers only.
 
     The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
-    stores a name with a NUL byte, or is a URL, which is not opened.  The path of this file is still
-    yielded, so the last path may lead to no file.  If the image itself is such a file, no path is
-    yielded.  If the chain is a loop or too long, the paths end after `MAX_CHAIN_DEPTH` + 1 of them.
-    Bases that a policy forbids are yielded as well.
+    has an invalid header, stores a name with a NUL byte, or is a URL, which is not opened.  The
+    path of this file is still yielded, so the last path may lead to no file.  If the image itself
+    is such a file, no path is yielded.  If the chain is a loop or too long, the paths end after
+    `MAX_CHAIN_DEPTH` + 1 of them.  Bases that a policy forbids are yielded as well.
 
     Names after ``file:`` are relative to ``directory``, or to the working directory of the process
     if ``directory`` is empty.
@@ -79,10 +79,10 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 def _base_of(path: str) -> tuple[str, bool]:
     """Return the name of an image's base, and whether the image's header says the base is raw.
 
-    The name is empty if the image has no base or cannot be read, or if the name contains a NUL
-    byte.  The second value then has no meaning.
+    The name is empty if the file is not a QED image, is a URL, cannot be read or has no base, or
+    if the name contains a NUL byte.  If the name is empty, the second value has no meaning.
     """
-    if is_url(path):  # not opened; and an image on a server must not name a local file as its base
+    if is_url(path):  # a URL is not opened here
         return "", True
     try:
         fd = open_regular(path, os.O_RDONLY)

@@ -31,11 +31,12 @@ class FileReads:
     """Counts the reads of the files of one chain.
 
     Attributes:
-        cells: For each file, by its depth in the chain, the number of reads and then of bytes.
+        cells: Two numbers for each file, the files in the order of their depths in the chain: how
+            many reads there were, and how many bytes they read.
     """
 
     def __init__(self, files: Iterable[ReadableFile]) -> None:
-        """Start with zeros for ``files``, by their depth."""
+        """Count the reads of ``files``, the files of the chain in the order of their depths."""
         self._first_cell = {id(file): 2 * depth for depth, file in enumerate(files)}
         self.cells = array("Q", bytes(16 * len(self._first_cell)))
 
@@ -46,6 +47,6 @@ class FileReads:
         self.cells[at + 1] += length
 
     def statistics(self) -> list[FileReadStatistics]:
-        """Return what was read of each file, by its depth."""
+        """Return the counters of each file, in the order of the files' depths."""
         cells = self.cells
         return [FileReadStatistics(*cells[at : at + 2]) for at in range(0, len(cells), 2)]

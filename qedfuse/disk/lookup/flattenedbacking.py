@@ -57,7 +57,7 @@ end of this base, which are zeros.
 
 
 def data_location(code: int) -> tuple[int, int]:
-    """Decode a code for data: the depth, and the offset in that layer's file."""
+    """Return what a code for data holds: the depth of a layer, and the offset in its file."""
     return (code & _DEPTH_MASK) - _DEPTH_BIAS, code & ~_DEPTH_MASK
 
 
@@ -102,9 +102,10 @@ class FlattenedBacking:
         return found
 
     async def extents(self, start: int, end: int) -> list[Extent] | None:
-        """Return how the layers below store a range; None if any cluster of the range is `MIXED`.
+        """Return how the layers below the top image store a range.
 
-        Clusters that no layer has allocated are of kind zero.
+        Clusters that none of these layers has allocated are of kind zero.  Returns None if any
+        cluster of the range is `MIXED`.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -182,8 +183,8 @@ async def _clusters_of_image(
 ) -> NDArray[np.uint64]:
     """Return how an image stores clusters of ``size`` bytes at guest offsets ``starts``.
 
-    The value is `_UNDECIDED` for an unallocated cluster, `MIXED`, `ZEROS`, or the file offset
-    of the cluster's data.
+    Each value is `_UNDECIDED` (the image has not allocated the cluster), `MIXED`, `ZEROS`, or the
+    file offset of the cluster's data.
 
     Raises:
         HostError: The host cannot read a table.
@@ -194,13 +195,13 @@ async def _clusters_of_image(
     if last - first >= _MAX_ENTRIES_PER_SLICE:
         return np.full(len(starts), np.uint64(MIXED))
     values = await _read_entries(layer, first, last - first + 1)
-    if own_size >= size:  # each of the clusters lies within one cluster of the image
+    if own_size >= size:  # each cluster of the top image lies within one cluster of this image
         indices = starts // np.uint64(own_size) - np.uint64(first)
         found: NDArray[np.uint64] = values[indices]
         inside = starts % np.uint64(own_size)
         found[_is_offset(found)] += inside[_is_offset(found)]
         return found
-    # Each of the clusters covers several clusters of the image, one row of ``values``.
+    # Each cluster of the top image covers several clusters of this image, one row of ``values``.
     values = values.reshape(len(starts), size // own_size)
     lead = values[:, :1]
     steps = np.arange(values.shape[1], dtype=np.uint64) * np.uint64(own_size)
@@ -219,8 +220,8 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 async def _read_entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
     """Return the L2 entries of an image for ``count`` clusters from index ``first`` on.
 
-    Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters and
-    clusters past the end of the disk are returned as `_UNDECIDED`.
+    Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters, and
+    clusters past the end of the disk that the image describes, are returned as `_UNDECIDED`.
 
     Raises:
         HostError: The host cannot read a table.

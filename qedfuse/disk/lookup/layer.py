@@ -72,13 +72,14 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The header of the image, of which only the features may be out of date;
-            `set_header` replaces it.
+        header: The header of the image; `set_header` replaces it.  The size of the disk and the
+            offset of the L1 table in it are current.  The features, the header's size and the
+            backing file name's location may be out of date; `HeaderStore.value` has them.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
-        slice_keys: For the number of a slice (see `cached_slice`) the slice's key in the table
-            cache, or None if the L2 table does not exist.  Slices that were not looked up lately
+        slice_keys: Maps the number of a slice (see `cached_slice`) to the slice's key in the table
+            cache, or to None if the L2 table does not exist.  Slices that were not looked up lately
             are missing.  The dictionary is never replaced by another, so other objects may keep a
             reference to it.
     """

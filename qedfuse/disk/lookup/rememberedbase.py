@@ -56,7 +56,8 @@ def verify_bases(
 ) -> None:
     """Compare the bases of each image of a chain with the versions that the image remembers.
 
-    See `verify_base` for what is remembered, and for the errors.
+    The description of this module says which bases are compared, and `verify_base` which errors
+    are raised.
 
     Args:
         images: Each image that has a base, with the name that the image stores for the base.  The
@@ -94,9 +95,10 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that the image remembers, if any.
 
-    Without ``accept``, another size or time of modification of a local base is logged.  After the
-    comparison, an image that is open for writing remembers the present versions of its bases.  If
-    the host refuses to store the versions, this is logged.
+    Does nothing if the image is not a local file.  Without ``accept``, another size or time of
+    modification of a local base is logged.  After the comparison, an image that is open for writing
+    remembers the present versions of its bases.  If the host refuses to store the versions, this is
+    logged.
 
     Args:
         image: The image.

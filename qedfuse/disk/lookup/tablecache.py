@@ -83,9 +83,9 @@ class TableCache:
         # `reserve` has reserved host space.
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
-        # The bad entries of slices that were written back, by file offset.  Such a slice must
-        # not be validated again when it is read again.  Otherwise the entries that this program
-        # has added would seem to be bad if they point past the end that the file had when the
+        # `Slice.bad` of each slice that was written back, by file offset.  Such a slice must
+        # not be validated again when it is read again.  A new validation would take entries that
+        # this program has added for bad if they point past the end that the file had when the
         # image was opened (`TableRegistry.entry_rules`).
         self._known_bad: dict[int, bytes | None] = {}
 

@@ -145,8 +145,8 @@ class Allocator:
             if cluster is not None:
                 return cluster, 1
         # Past `end`, a slot begins only at a cluster n for which n + alignment is a multiple of
-        # the length of a table (`_slots_past`).  So a new cluster below the next such n costs no
-        # slot.
+        # the length of a table (`_slots_past`).  So the cluster at `end` costs a slot only if `end`
+        # itself is such an n.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too

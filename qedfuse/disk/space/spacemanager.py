@@ -53,7 +53,7 @@ class SpaceManager:
         """Free a run that was handed out, and to which no entry has referred since."""
 
     def try_allocate(self, clusters: int) -> Run | None:
-        """Hand out ``clusters`` neighbouring clusters; returns None if that would block or fails.
+        """Hand out ``clusters`` neighbouring clusters; return None if that would block or fails.
 
         Returns None also if the file would grow although clusters are worth reclaiming first,
         and if the chosen run has fewer clusters, even if a longer run is free.  After None,
@@ -166,8 +166,8 @@ class SpaceManager:
         # same clusters.
         self._hand_out(run)
         try:
-            # The file may have to grow even for clusters that were free: after an attempt to grow
-            # has failed, the clusters for which it was made are free, and lie past the file's end.
+            # The file may have to grow even for clusters that were free: if the file could not be
+            # grown for some clusters earlier, these clusters are free and lie past its end.
             await self._length.grow(run.end)
         except BaseException:
             self.release(run)
