@@ -54,8 +54,10 @@ class DiskStatistics:
     Attributes:
         tables: Statistics of the table cache.
         table_loads: How many slices of tables requests have had to load into the table cache.
-        table_cache_bytes: Maximum number of bytes of clean slices in the table cache.
-        dirty_table_bytes: How many bytes of tables in memory are not in the file yet.
+        table_cache_bytes: Maximum number of bytes of memory for the slices in the table cache;
+            `make_store` describes which slices can exceed it.
+        dirty_table_bytes: Length in bytes of all slices with changes that no write-back cycle has
+            taken yet.
         writeback: Counters of the write-back cycles.
         file_bytes: File offset in bytes where the last cluster in use ends.
         bound_bytes: The file length in bytes that suffices if each cluster of the disk is
@@ -93,7 +95,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
     loads = sum(map(_table_loads, chain.layers))
     return DiskStatistics(
         tables=components.store.statistics(),
-        # The walk also counts a slice for which it waited while a request loaded it.  The cache
+        # The scan also counts a slice for which it waited while a request loaded it.  The cache
         # counts such a load once, so the difference can be too small, and even negative.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,

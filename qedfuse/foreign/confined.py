@@ -43,9 +43,10 @@ def spawn_confined(
     listener: int | None = None,
     cpu_seconds: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a sandbox, in a session of its own, so that Ctrl-C does not end it.
+    """Start a program in a sandbox; return its process.
 
-    The kernel kills the program when the thread that has started it ends.
+    The program gets a session of its own, so that Ctrl-C does not end it.  The kernel kills the
+    program when the thread that called this function ends.
 
     Args:
         command: The program's absolute path and its arguments.

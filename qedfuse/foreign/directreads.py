@@ -71,6 +71,9 @@ class DirectReads:
 
         Returns False if there are no native threads, no connection is free, the range does not lie
         within the disk, or the view is empty or longer than `_MAX_READ_BYTES`.
+
+        Raises:
+            OSError: No thread exists, and none could be created.  ``ended`` is not called.
         """
         calls = host_calls()
         if not calls.can_start_reads or not 0 < len(view) <= _MAX_READ_BYTES:

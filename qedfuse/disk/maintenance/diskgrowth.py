@@ -83,6 +83,7 @@ class DiskGrowth:
             CorruptImageError: A table entry for the range is bad, or refers to data and
                 ``force`` is False.
             HostError: The host refused.
+            ReadOnlyError: The disk has become read-only during the call.
         """
         geometry = self._layer.geometry
         old, cluster_end = self._layer.size, geometry.ceil(self._layer.size)

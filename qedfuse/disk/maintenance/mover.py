@@ -117,12 +117,12 @@ class Mover:
             HostError: The host refused; clusters that were moved before stay moved.
         """
         ordered = np.sort(entries)
-        length = self._layer.tables.slice_entries * ENTRY_BYTES
+        slice_bytes = self._layer.tables.slice_entries * ENTRY_BYTES
         tables = self._layer.l2_tables
         owners = tables[np.searchsorted(tables, ordered, "right") - 1]
         # The file offset of the slice in which each entry lies: slices begin at multiples of
         # the slice length from the beginning of the table.
-        starts = ordered - (ordered - owners) % np.uint64(length)
+        starts = ordered - (ordered - owners) % np.uint64(slice_bytes)
         edges = np.flatnonzero(np.diff(starts)) + 1
         for first, last in pairwise([0, *edges.tolist(), len(ordered)]):
             if first < last:
@@ -173,6 +173,9 @@ class Mover:
         The first cluster lies at the file offset ``value``, and its entry has the index
         ``at`` in the slice.  If ``lowest`` is None and no lower cluster is free, the rest of
         the clusters stay where they are.
+
+        Raises:
+            HostError: The host refused; clusters that were moved before stay moved.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0

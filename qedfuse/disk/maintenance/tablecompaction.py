@@ -129,11 +129,11 @@ class TableCompaction:
     async def _pack(
         self, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move all tables next to each other, directly after the L1 table.
+        """Move all tables into slots next to each other, directly after the L1 table.
 
-        This is necessary if no run of free clusters before the target is long enough for a
-        table.  The data clusters that are in the way move up first, which can make the file
-        longer until the end of the compaction.
+        `move` calls this method if no run of free clusters before the target is long enough for a
+        table.  The errors are those of `move`.  The data clusters that are in the way move up
+        first, which can make the file longer until the end of the compaction.
 
         Moves nothing in three cases: if the tables would reach past the target of a compaction
         without limits, if ``within_bound`` is True and the file could become longer than its

@@ -52,7 +52,8 @@ class Marking:
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0
-        self._limit_error: NeedsCheckError | None = None  # raised in `record_drop`
+        # The error because of which `record_drop` could not mark clusters; None without one.
+        self._limit_error: NeedsCheckError | None = None
 
     @property
     def duplicates(self) -> int:
@@ -98,10 +99,11 @@ class Marking:
         self._marked_up_to = offset
 
     def require_complete(self) -> None:
-        """Do nothing if each cluster that `record_drop` had to mark since `restart` is marked.
+        """Raise if `record_drop` could not mark a cluster since `restart`.
 
         Raises:
-            NeedsCheckError: Some are not marked, so a second owner of them may not have been found.
+            NeedsCheckError: A cluster is not marked, so a second owner of the cluster may not have
+                been found.
         """
         if self._limit_error is not None:
             raise self._limit_error
@@ -115,14 +117,14 @@ class Marking:
         """Record that a run of clusters lost its references; does nothing unless active.
 
         ``dropped_by`` is the file offset of the slice that held the references.  If the scan
-        has not marked the clusters of that slice yet, it will not find the dropped references in
-        the slice.  So this method marks the clusters instead.  A cluster that was marked already
-        has two owners, and counts as a duplicate.  A cluster that had already lost another
-        reference since `begin` also counts as a duplicate.
+        has not reached that slice yet, it will not find the dropped references there.  So this
+        method marks the clusters instead.  A cluster that was marked already has two owners, and
+        counts as a duplicate.  A cluster that had already lost another reference since `begin`
+        also counts as a duplicate.
 
         The caller has changed the table already and must be able to finish its change.  So if the
-        clusters exceed the limit of `OwnerBitmap.claim_range`, not this method raises an error, but
-        `require_complete` does.
+        clusters exceed the limit of `OwnerBitmap.claim_range`, this method raises no error;
+        `require_complete` raises it later.
         """
         if not self.active:
             return

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Maximum number of scattered clusters that wait to be put into the map together; their numbers
-take 2 MiB.  They wait at most until a write-back cycle begins."""
+"""Number of scattered clusters at which they are put into the map, all together.
+
+Fewer clusters wait, at most until a write-back cycle begins; their numbers take up to 2 MiB.
+"""
 
 
 class _Batch:

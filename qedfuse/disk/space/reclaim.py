@@ -247,7 +247,7 @@ class Reclaim:
         """Punch at most ``max_runs`` runs of free clusters out of the file; all if it is None.
 
         Clusters that take up space come before those that may be holes already.  In both groups
-        the lowest come first.
+        the lowest come first.  The errors are those of `_punch_some`.
         """
         left = max_runs
         while self._can_punch and left != 0:
