@@ -2,7 +2,7 @@
 
     QedError                      EIO      32  any other failure
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
-    ├── ReadOnlyError             EROFS     1  a write to a disk that is read-only
+    ├── ReadOnlyError             EROFS     1  a change of a disk that is read-only
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
@@ -24,8 +24,9 @@
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
 The columns are the class, the errno with which a request of a guest fails, the exit code of a
-command, and the cause.  ``str(error)`` is one line that can be printed unchanged, because the
-names in it are escaped.
+command, and the cause.  A RemoteError can have another errno, for example EACCES if the server
+refuses.  ``str(error)`` is one line that can be printed unchanged, because the names in it are
+escaped.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class UsageError(QedError):
 
 
 class ReadOnlyError(QedError):
-    """A write to a disk that is open read-only, or has become read-only after a failure."""
+    """A change of a disk that is open read-only, or has become read-only after a failure."""
 
     errno = errnos.EROFS
     exit_code = 1
@@ -257,7 +258,10 @@ class MountpointError(QedError):
 
 
 class PrivilegeError(QedError):
-    """The user has no permission to mount, remount or unmount."""
+    """The user has no permission to mount, remount or unmount.
+
+    Also raised if the FUSE device or fusermount3 is missing.
+    """
 
     errno = errnos.EPERM
     exit_code = 19

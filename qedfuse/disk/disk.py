@@ -99,7 +99,7 @@ class Disk(GuestChanges):
         """Return when the scan for free clusters has ended, successfully or not.
 
         Runs the scan, or waits for the task that runs the scan.  Returns immediately if the scan
-        has ended before.  The disk must be open for writing.
+        has ended before.  The caller must have opened the disk for writing.
         """
         await self._components.scan.run()
 

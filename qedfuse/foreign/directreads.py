@@ -168,9 +168,10 @@ class DirectReads:
         result: int,
         _nanoseconds: int,
     ) -> None:
-        """Take back the connection of a read that has ended.
+        """Take back the connection of a read that has ended, and pass its result to ``ended``.
 
-        The connection is closed if the read has failed or `close` was called.
+        The connection is closed if the read has failed or `close` was called.  ``length`` is the
+        number of bytes requested, and ``result`` the number of bytes read, or a negative errno.
         """
         with self._lock:
             if result == length and not self._is_closed:

@@ -78,9 +78,11 @@ class WritePath:
         self.allocating = RangeLock()
 
     async def write(self, start: int, data: memoryview) -> None:
-        """Write ``data`` at a guest offset; the caller must ensure that the range is in the disk.
+        """Write ``data`` at a guest offset.
 
-        After an error, parts of the range may have been written.
+        The caller must ensure that the range lies in the clusters of the disk.  It may reach past
+        the end of the disk, up to the end of the last cluster.  After an error, parts of the range
+        may have been written.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -229,8 +231,9 @@ class WritePath:
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
         """Write zeros over the parts of a guest range that are not known to read as zeros.
 
-        ``pace`` decides when other tasks run.  A caller that zeroes many ranges passes the same
-        `Pace` for all of them.  With None this call has a `Pace` of its own.
+        As for `write`, the range may reach up to the end of the last cluster of the disk.  ``pace``
+        decides when other tasks run.  A caller that zeroes many ranges passes the same `Pace` for
+        all of them.  With None this call has a `Pace` of its own.
 
         After an error, parts of the range may have been zeroed.  The errors are those of `write`.
         """
