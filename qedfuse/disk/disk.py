@@ -55,9 +55,11 @@ class Disk(GuestChanges):
         store: SliceStore,
         path: str = "",
     ) -> None:
-        """Build a disk over files that are open, locked and checked.
+        """Build a disk over open files.
 
-        The caller must enter `serving` before calling any other method.
+        The caller must have locked the files, if ``options`` demand locks, and must have refused or
+        checked an image whose tables must not be trusted.  After this call the caller must enter
+        `serving` before it calls any other method.
         """
         components = Components(file, header, bases, options, store)
         super().__init__(components)

@@ -147,10 +147,10 @@ class Lifecycle:
     async def _give_space_back(self) -> None:
         """Cut off and punch out all free clusters that are known.
 
-        Before the scan has ended, no cluster leaves the quarantine (`Quarantine`), and not all free
-        clusters are known.  So this method runs the scan, or waits for its end, if clusters are in
-        quarantine, or if a free list is wanted and cannot be written without the scan.  In other
-        cases, for example if the disk was not changed, the close does not wait for the scan.
+        Before the scan has ended, no cluster leaves the quarantine (`Reclaim.run`), and not all
+        free clusters are known.  So this method runs the scan, or waits for its end, if clusters
+        are in quarantine, or if a free list is wanted and cannot be written without the scan.  In
+        other cases, for example if the disk was not changed, the close does not wait for the scan.
 
         Raises:
             HostError: The host refused.

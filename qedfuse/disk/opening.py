@@ -109,10 +109,10 @@ async def open_disk_in(
     # From here on the disk owns the files, and closes them at the end of the next block.
     async with disk.serving():
         if disk.scan_is_short:
-            # No free cluster is known before the scan has ended.  Without waiting, the
-            # first writes would make the file longer even if it has free clusters, for
-            # example those that a crash has leaked.  So a disk that crashes again and
-            # again would make its file longer each time.  A short scan takes only
+            # Before the scan has ended, the free clusters that the file had at opening are not
+            # known.  Without waiting, the first writes would make the file longer even if it has
+            # free clusters, for example those that a crash has leaked.  So a disk that crashes
+            # again and again would make its file longer each time.  A short scan takes only
             # milliseconds, so wait for it.
             await disk.ensure_scanned()
         yield disk

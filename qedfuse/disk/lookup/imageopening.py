@@ -58,7 +58,7 @@ async def open_image(
 async def open_url(
     url: str, remote: RemoteOptions, wanted: tuple[int, str] | None = None
 ) -> HostFile:
-    """Open a URL; the caller closes the file.
+    """Open a URL; the caller must close the returned file.
 
     Args:
         url: The URL.

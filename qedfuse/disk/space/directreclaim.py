@@ -33,7 +33,7 @@ length of the file divided by ``_WORTH_DIVISOR``; the two other values limit tha
 
 
 class DirectReclaim:
-    """Frees clusters for a request, because the file would otherwise grow or exceed its bound."""
+    """Frees clusters for a request, so that the file need not grow or exceed its bound."""
 
     def __init__(
         self,

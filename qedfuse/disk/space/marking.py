@@ -38,7 +38,7 @@ class Marking:
         """Mark and record nothing yet.
 
         Args:
-            empty: An empty map, whose block borders the maps of this object get.
+            empty: An empty map.  All maps of this object get the block borders of ``empty``.
             name: Name of the file in messages.
         """
         self._name = name

@@ -160,18 +160,18 @@ class OwnerBitmap:
             return
         # A header can claim 2^31 clusters.  To bound the memory, whole bytes of the bitmap are set
         # without a list of their clusters, and the bits that were set before are counted in steps.
-        begin, end = min(-(-first // 8), last // 8), last // 8
-        if begin * 8 < first:  # the range lies within one byte
+        first_byte, end_byte = min(-(-first // 8), last // 8), last // 8
+        if first_byte * 8 < first:  # the range lies within one byte
             self.claim(np.arange(first, last, dtype=np.uint64))
             return
-        for start in range(begin, end, _ITEMS_PER_STEP):
-            part = self._map[start : min(end, start + _ITEMS_PER_STEP)]
+        for start in range(first_byte, end_byte, _ITEMS_PER_STEP):
+            part = self._map[start : min(end_byte, start + _ITEMS_PER_STEP)]
             if part.any():
                 self.count -= int(np.unpackbits(part).sum())
-        self._map[begin:end] = _FULL_BYTE
-        self.count += 8 * (end - begin)
-        self.claim(np.arange(first, 8 * begin, dtype=np.uint64))
-        self.claim(np.arange(8 * end, last, dtype=np.uint64))
+        self._map[first_byte:end_byte] = _FULL_BYTE
+        self.count += 8 * (end_byte - first_byte)
+        self.claim(np.arange(first, 8 * first_byte, dtype=np.uint64))
+        self.claim(np.arange(8 * end_byte, last, dtype=np.uint64))
 
     def free_runs(self, end: int, limit: int) -> list[tuple[int, int]]:
         """Return at most ``limit`` runs of clusters below ``end`` without an owner, lowest first.

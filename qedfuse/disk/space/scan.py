@@ -178,8 +178,8 @@ class Scan:
         try:
             await self._walk()
         except QedError as error:
-            # The disk works without a result of the scan: no cluster is used again, and the
-            # file only grows.
+            # The disk works without a result of the scan: no cluster that loses its reference is
+            # used again, and the file only grows.
             log.warning("%s (while looking for free space)", error)
         else:
             await self._publish()
