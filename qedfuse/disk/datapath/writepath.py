@@ -80,9 +80,9 @@ class WritePath:
     async def write(self, start: int, data: memoryview) -> None:
         """Write ``data`` at a guest offset.
 
-        The caller must ensure that the range lies in the clusters of the disk.  It may reach past
-        the end of the disk, up to the end of the last cluster.  After an error, parts of the range
-        may have been written.
+        The caller must ensure that the range lies in the clusters of the disk; the range may reach
+        past the end of the disk, up to the end of the last cluster.  After an error, parts of the
+        range may have been written.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.

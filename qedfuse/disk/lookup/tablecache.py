@@ -84,9 +84,9 @@ class TableCache:
         self._dirty: dict[int, Slice] = {}
         self._reserved: set[int] = set()
         # `Slice.bad` of each slice that was written back, by file offset.  Such a slice must
-        # not be validated again when it is read again.  A new validation would take entries that
-        # this program has added for bad if they point past the end that the file had when the
-        # image was opened (`TableRegistry.entry_rules`).
+        # not be validated again when it is read again: entries that this program has added can
+        # point past the end that the file had when the image was opened, and would count as bad
+        # (`TableRegistry.entry_rules`).
         self._known_bad: dict[int, bytes | None] = {}
 
     def cached(self, table_offset: int, index: int) -> Slice | None:

@@ -136,8 +136,8 @@ class Allocator:
         end, bound = self.end >> self._bits, self.bound >> self._bits
         spare = self._spare_slots(end)
         # Taking a run of ``clusters`` clusters costs at most this many slots.
-        worst = clusters // self.free.table_clusters + clusters // BLOCK_CLUSTERS + 2
-        limit = clusters if spare >= worst else 1
+        max_slots = clusters // self.free.table_clusters + clusters // BLOCK_CLUSTERS + 2
+        limit = clusters if spare >= max_slots else 1
         if self.free.count:
             if spare > 0:
                 return self.free.take(limit)
