@@ -80,8 +80,8 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will clear NEED_CHECK, which modifies the image, and does not
-                # itself call `prepare_write` first.  So prepare the image now.
+                # `NeedCheck.run` will modify the image, because it clears NEED_CHECK, and does not
+                # call `prepare_write` before that.  So prepare the image now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)

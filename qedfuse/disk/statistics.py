@@ -56,8 +56,8 @@ class DiskStatistics:
         table_loads: How many slices of tables requests have had to load into the table cache.
         table_cache_bytes: Maximum number of bytes of memory for the slices in the table cache;
             `make_store` describes which slices can exceed it.
-        dirty_table_bytes: Length in bytes of all slices with changes that no write-back cycle has
-            taken yet.
+        dirty_table_bytes: Length in bytes of all dirty slices of the image's tables
+            (`qedfuse.disk.lookup.slices`).
         writeback: Counters of the write-back cycles.
         file_bytes: File offset in bytes where the last cluster in use ends.
         bound_bytes: The file length in bytes that suffices if each cluster of the disk is

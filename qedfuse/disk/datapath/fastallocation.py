@@ -10,8 +10,8 @@ below are met, which is usual:
 - No other task holds the range lock of the clusters, or waits for it.
 - No table must be written back first (`TableWriter.limit_dirty`).
 - The allocator finds one run for all the clusters.
-- At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.  In
-  all other cases the slow path reclaims clusters before the file grows.
+- At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.  If
+  neither is the case, the slow path reclaims clusters before the file grows.
 - The image has no base, or the clusters are zero clusters, or the data covers the clusters
   completely, or there is only one cluster.
 - Reading the base, growing the file and writing the data would not block.

@@ -1,6 +1,6 @@
 """Which units of a remote file the readers of its disk can need: first the tables, then the data.
 
-A unit is a part of the file with `UNIT_BYTES` (`qedfuse.remote.unitfile`).  Readers of a QED image
+A unit is a part of the file, `UNIT_BYTES` long (`qedfuse.remote.unitfile`).  Readers of a QED image
 can need the header, the tables and the allocated clusters, and never read a cluster to which no
 entry refers.  Readers of a raw file can need all bytes.
 """
@@ -100,7 +100,7 @@ class NeededUnits:
         first = offsets // np.uint64(UNIT_BYTES)
         needed = np.frombuffer(self._needed, np.uint8)
         for unit in range(units_of(cluster)):
-            # Leave out units past the end of the file, which only its last cluster can have.
+            # The last cluster of the file can reach past its end, so leave out units past the end.
             here = first + np.uint64(unit)
             needed[here[here < len(needed)]] = 1
 
