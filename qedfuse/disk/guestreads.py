@@ -90,7 +90,7 @@ class GuestReads:
         return policy is None or policy.is_inline
 
     def try_locate(self, start: int, length: int) -> tuple[int, int, HostFile] | None:
-        """Return where a range is stored, without waiting: a descriptor, an offset and the file.
+        """Return where a range is stored, without waiting: a descriptor, a file offset, the file.
 
         Returns None if the range is not known to be one run in one local file; see
         `FastPath.locate`.  The result is valid until the caller awaits something.
@@ -114,7 +114,7 @@ class GuestReads:
     ) -> bool:
         """Start a read that `try_read` could not make; return whether a read was started.
 
-        Returns False if a table is not in memory, if the data is not one run in one file, or if
+        Returns False if the range is not known to be one run in one file (`FastPath.locate`), or if
         `HostFile.try_start_read` returns False.
 
         Args:

@@ -40,7 +40,7 @@ _GROWTH_DIVISOR: Final = 16
 
 
 class FileLength:
-    """Keeps the file as long as the clusters that the allocator hands out.
+    """Keeps the file long enough for the clusters that the allocator hands out.
 
     Attributes:
         end: File offset of the end of the last whole cluster of the file.

@@ -2,8 +2,8 @@
 
 The map is divided into blocks of 4096 clusters, and each block is one Python integer.  The lowest
 bit stands for the first cluster of the block; a set bit means that the cluster is free.  A block
-without a free cluster takes no memory.  Finding, taking or adding a run within a block takes
-a few operations on its integer.  All positions and lengths in this module are in clusters.
+without a free cluster takes no memory.  Finding, taking or adding a run within a block takes a
+few operations on the block's integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
 tables fit into it.  For slots, a run that crosses the border of a block counts as one run in each

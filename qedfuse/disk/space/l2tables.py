@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.geometry import Geometry
 
 _TABLES_PER_STEP: Final = 1 << 13
-"""Maximum number of tables whose clusters are claimed before other tasks run."""
+"""Maximum number of tables whose clusters are marked as owned before other tasks run."""
 
 
 async def holding_data(

@@ -31,7 +31,8 @@ class Marking:
     Attributes:
         active: Whether changes are recorded: from `begin` to `end`.
         changed: The clusters whose state has changed since `begin`.
-        owners: The clusters to which a table entry or the header refers, as far as marked.
+        owners: The clusters that have been marked so far, because a table entry or the header
+            refers to them.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
@@ -49,6 +50,7 @@ class Marking:
         # Lost references to clusters that had lost another reference before.  A walk that is
         # restarted does not find them, so `restart` does not reset this number.
         self._dropped_twice = 0
+        # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._clusters = 0

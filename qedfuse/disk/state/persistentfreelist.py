@@ -1,9 +1,9 @@
 """The persistent free list of one opened image, from its opening to its close.
 
-While the image is open for writing, the free clusters are known only in memory, in the
-allocator.  The list in the file is made invalid before the first modification, so that a
-crash never leaves a valid list with clusters that are in use.  If there is no valid list, the
-next open scans the tables.  A clean close writes a list again, if the options say so.
+While an open image is modified, its free clusters are known only in memory, in the allocator.
+The list in the file is made invalid before the first modification, so that a crash never leaves
+a valid list with clusters that are in use.  If there is no valid list, the next open scans the
+tables.  A clean close writes a list again, if the options say so.
 
 A feature bit in the header says that the image has a valid list.  A descriptor in the header's
 cluster says where the list is.
