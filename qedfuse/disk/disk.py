@@ -57,9 +57,9 @@ class Disk(GuestChanges):
     ) -> None:
         """Build a disk over open files.
 
-        The caller must have locked the files, if ``options`` demand locks, and must have refused or
-        checked an image whose tables must not be trusted.  After this call the caller must enter
-        `serving` before it calls any other method.
+        The caller must have locked the files if ``options`` demand locks, and must have checked the
+        image if it is open for writing and its tables must not be trusted (`open_disk`).  After
+        this call the caller must enter `serving` before it calls any other method.
         """
         components = Components(file, header, bases, options, store)
         super().__init__(components)

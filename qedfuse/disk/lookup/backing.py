@@ -82,7 +82,7 @@ async def open_bases(
     given, the versions that ``file`` remembers are ignored.
 
     Args:
-        path: Path of the image.
+        path: The path or URL of the image.
         file: The image's open file.
         header: The image's header.
         options: The policy for bases, and whether to lock the bases.  Its ``backing.trusted`` is a

@@ -218,7 +218,7 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 async def _read_entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
-    """Return the L2 entries of an image for ``count`` clusters from index ``first`` on.
+    """Return the L2 entries of an image for ``count`` clusters of its disk, from number ``first``.
 
     Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters, and
     clusters past the end of the disk that the image describes, are returned as `_UNDECIDED`.
