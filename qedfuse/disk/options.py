@@ -72,7 +72,8 @@ class OpenOptions:
             the change durable.
         needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is
             cleared.
-        discard: Whether discards deallocate clusters; if not, they write zeros in place.
+        discard: Whether discards deallocate clusters; if not, they write zeros over allocated
+            clusters, which stay allocated.
         detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``);
             as data only if the cluster is allocated already (``on``); or without data, so that
             an allocated cluster is deallocated (``unmap``).
