@@ -4,8 +4,8 @@ Overwrites in place need no lock, because two overwrites of the same bytes may e
 order, as on any disk.  An overwrite enters an epoch instead (`Epochs`), so that the clusters to
 which it writes are not reused before it ends.
 
-A task that allocates or deallocates clusters takes a range lock on the guest clusters, and
-looks them up again under the lock.  So of two concurrent writes into one new cluster the
+A task that allocates or deallocates guest clusters takes a range lock on them, and repeats the
+lookup of these clusters under the lock.  So of two concurrent writes into one new cluster the
 second finds the cluster allocated, and overwrites it.  An overwrite under the lock needs no epoch,
 because no other task can deallocate the cluster while the lock is held.
 """
@@ -217,8 +217,8 @@ class WritePath:
                 if extent.kind is not Kind.DATA:
                     await self._write_to_new(extent.start, extent.end, memoryview(b""))
                     await pace.step()
-            # The host space of all clusters is reserved, so look up the new clusters, too.  The
-            # epoch keeps the clusters from being reused before their space is reserved.
+            # Host space must be reserved for new and old clusters alike, so look up the range
+            # again.  The epoch keeps the clusters from being reused before their space is reserved.
             epoch = self._epochs.enter()
             try:
                 for extent in await self._layer.lookup(max(start, at), stop - max(start, at)):

@@ -146,9 +146,9 @@ class Scan:
         return ScanStatistics(state, len(self._tables), self._scanned_tables, self._loaded_slices)
 
     async def before_table_change(self) -> None:
-        """Start the scan if it is postponed; a short scan has ended when this returns.
+        """Start the scan if it is postponed; wait for its end if it is short.
 
-        A long scan continues in the background.  Until it ends few free clusters are known, or
+        A long scan continues in the background.  Until it ends, few free clusters are known, or
         none, so the file grows, within its bound.  Does nothing without a free list, or if the scan
         has ended already.
         """
