@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 KERNEL_FLAGS: Final = frozenset({"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"})
-"""Mount flags that are passed to the kernel, which enforces them, except ``sync`` beside
-``direct_io``, which the handlers of writes enforce (`Operations`).  ``ro`` has a field of its own
+"""Mount flags that are passed to the kernel, which enforces them.  One exception: with
+``direct_io`` the handlers of writes enforce ``sync`` (`Operations`).  ``ro`` has a field of its own
 in `MountOptions`, because ``ro`` also decides how images are opened."""
 
 _DROPPED: Final = frozenset(

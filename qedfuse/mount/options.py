@@ -42,10 +42,10 @@ class MountOptions:
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.
         truncate: Whether a truncation to a smaller size, an open with O_TRUNC included, is
             refused or writes zeros to the range that it cuts off.
-        commit_seconds: Maximum time in seconds before changed tables begin to be flushed to the
-            file (`OpenOptions`).
-        cache_bytes: Memory in bytes for the tables of one disk, including the tables of its backing
-            files (`OpenOptions`).
+        commit_seconds: Time in seconds from a change of a table until a background flush begins
+            (`OpenOptions`).
+        cache_bytes: Maximum memory in bytes for the tables of one disk, including the tables of its
+            backing files (`OpenOptions`).
         discard: Whether a discard makes clusters free; if not, it writes zeros.
         detect_zeroes: How written zeros are stored (`OpenOptions`).
         free_list: Whether images keep a persistent free list (`OpenOptions`).
@@ -70,22 +70,23 @@ class MountOptions:
             cases a part of the file system stays free.
         remote_seconds: Maximum time in seconds in which attempts of one request to a server begin;
             the last attempt may end later.
-        remote_attempt_seconds: Maximum time in seconds of one attempt; at most ``remote_seconds``
-            is used.
+        remote_attempt_seconds: Maximum time in seconds of one attempt; a value above
+            ``remote_seconds`` is reduced to ``remote_seconds``.
         allow_http: Whether URLs with ``http://`` may name other machines than this one.
         allow_unpinned: Whether to read an object for which the server sends neither a strong ETag
             nor a time of modification.  A change of such an object is noticed only if its size
             changes.
         credentials_file: A file with credentials for servers; None for no file.
-        credentials: The content of ``credentials_file``, as `with_credentials` has read it.
+        credentials: The content of ``credentials_file``, as `with_credentials` has read it; empty
+            before.
         prefetch: ``all`` to fetch into the cache all data of remote files that belongs to the
             disks, in times when no reader waits for a server; ``off`` to fetch only what is read.
         partitions: Whether the mount has a file for each partition of each disk as well.
         partition: The number of the partition that is the only file of the mount; None to show
             the whole disk.
         sandbox: ``on`` to give up access that the server does not need, before the first request
-            and as far as the kernel can; ``strict`` to do the same, but to refuse the mount if the
-            kernel cannot do all of it; ``off`` for no sandbox.
+            and as far as the host supports it; ``strict`` to refuse the mount if the host does not
+            support all of the sandbox; ``off`` for no sandbox.
         memory_bytes: Limit of the server's address space in bytes; None for no limit.
         kernel_flags: Mount flags that the kernel enforces, such as ``noexec``.
     """
@@ -200,7 +201,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; ``force_share`` makes the result read-only.
+    """Check the options against each other; return them, read-only if ``force_share`` is set.
 
     Args:
         options: The options.

@@ -51,6 +51,9 @@ def absolute_options(lists: Iterable[str]) -> tuple[str, ...]:
 
     Returns:
         The options, each escaped so that `split_options` returns it as one option.
+
+    Raises:
+        FileNotFoundError: A path is relative, and the working directory has been removed.
     """
     absolute = []
     for option in (option for text in lists for option in split_options(text)):

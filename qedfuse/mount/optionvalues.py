@@ -75,7 +75,7 @@ def parse_partition(name: str, value: str) -> int:
 
 
 def parse_umask(name: str, value: str) -> int:
-    """Parse octal permission bits."""
+    """Parse octal permission bits, at most 0o777."""
     return _number(name, value, 8, 0o777, "octal permission bits up to 777")
 
 
@@ -90,7 +90,7 @@ def parse_seconds(name: str, value: str) -> float:
 
 
 def parse_poll(name: str, value: str) -> float:
-    """Parse a number of microseconds, or ``off``; return seconds, 0 for ``off``."""
+    """Parse 0 to `_MAX_POLL_MICROSECONDS` microseconds, or ``off`` for 0; return seconds."""
     if value == "off":
         return 0.0
     expected = f"microseconds up to {_MAX_POLL_MICROSECONDS}, or off"
@@ -98,7 +98,7 @@ def parse_poll(name: str, value: str) -> float:
 
 
 def parse_readahead(name: str, value: str) -> Readahead:
-    """Parse the maximum read-ahead: ``kernel``, or a number of bytes from 0 on."""
+    """Parse the maximum read-ahead: ``kernel``, or 0 to `_MAX_READAHEAD_BYTES` bytes."""
     if value == "kernel":
         return "kernel"
     size = parse_bytes(name, value)

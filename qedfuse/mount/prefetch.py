@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
-"""Maximum number of requests of 1 MiB that the prefetch has in flight.  A file can have one more
-request ahead of its readers in flight (`qedfuse.remote.fetchthreads`).  That one stays free for the
-read-ahead of sequential readers."""
+"""Maximum number of requests of 1 MiB that the prefetch has in flight.  For each file at most 4
+requests ahead of the readers are in flight (`qedfuse.remote.fetchthreads`).  So one of them stays
+free for the read-ahead of sequential readers."""
 _QUIET_SECONDS: Final = 0.1
 """A request begins only when no reader has waited for a server during the last 0.1 s."""
 _PAUSE_SECONDS: Final = 30.0
-"""Time between a failure of a server and the next attempt."""
+"""Time between a failure of a server and the prefetch's next attempt."""
 
 
 class Prefetch:
-    """Fetches all data of remote files that some disks can need into the cache."""
+    """Fetches into the cache all data of remote files that the given disks can need."""
 
     def __init__(self, disks: Iterable[Disk], mountpoint: str) -> None:
         """Fetch for ``disks``; log with the name of ``mountpoint``."""
@@ -52,8 +52,8 @@ class Prefetch:
     async def run(self) -> None:
         """Fetch all that is needed, and log the end.
 
-        After a failure of a server the task waits for `_PAUSE_SECONDS` and goes on.  The task
-        returns early if a file was closed, a server has another version of an object, or the cache
+        After a failure of a server the task waits for `_PAUSE_SECONDS` and tries again.  The task
+        ends early if a file was closed, a server has another version of an object, or the cache
         fails.
         """
         try:
@@ -120,7 +120,7 @@ class Prefetch:
                 return
 
     async def _pause(self, file: RemoteFile, error: RemoteError) -> None:
-        """Wait after a failure of a server, which the file has logged.
+        """Wait after a failure of a server; the file has logged the failure.
 
         Raises:
             RemoteError: ``error``, if another attempt would fail too.

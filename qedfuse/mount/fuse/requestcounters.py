@@ -50,12 +50,12 @@ class OperationStatistics:
     """The counters of one operation since the mount began.
 
     Attributes:
-        requests: Requests that have been answered.
+        requests: Requests that have been answered, those answered with an error included.
         bytes: Bytes that successful requests have read, written or discarded.
         errors: Requests that were answered with an error.
         fast: Requests that were answered in one step, without waiting.
         seconds: The sum of the times that the requests took.
-        histogram: The number of requests in each of `BUCKETS` buckets.
+        histogram: The number of requests in each of the `BUCKETS` buckets of times.
     """
 
     requests: int
@@ -107,10 +107,11 @@ class RequestCounters:
         self.cells[at + _HISTOGRAM + min(bucket, BUCKETS - 1)] += 1
 
     def counted(self, operation: int, size: int = 0) -> CountedRequest:
-        """Return a context manager that counts a request; an exception in its block is an error.
+        """Return a context manager that counts a request at the end of its block.
 
-        The request begins now.  The arguments are those of `count`.  Code in the block can set the
-        attribute ``size`` of the context manager.
+        An `Exception` that leaves the block is counted as an error.  The time of the request begins
+        with this call, before the block.  The arguments are those of `count`.  Code in the block
+        can set the attribute ``size`` of the context manager.
         """
         return CountedRequest(self, operation, size)
 
@@ -144,7 +145,7 @@ class CountedRequest:
         self.size = size
 
     def __enter__(self) -> Self:
-        """Begin the block; the request has begun when the object was made."""
+        """Return this object; the time of the request began when the object was made."""
         return self
 
     def __exit__(

@@ -4,10 +4,10 @@ Every exception is converted to a FUSEError, because any other exception that re
 end the mount for all disks and users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
-each disk.  The first messages of a disk are logged in full, each message once.  For further and
-repeated errors, at most one line per minute reports how many there were, with the message of the
-last one.  So the log does not grow with the number of retries, and is not silent while requests
-still fail.
+each disk.  The first messages of a disk are logged in full, each message once.  All later and
+repeated errors of the disk are only counted, and at most one line per minute has their number and
+the message of the last one.  So the log does not grow with the number of retries, and is not silent
+while requests still fail.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _log = logging.getLogger(__name__)
 _MAX_MESSAGES_PER_DISK: Final = 100
 """Maximum number of messages that are logged in full for one disk during a mount."""
 _SUMMARY_SECONDS: Final = 60.0
-"""Minimum time between two summaries of the errors that were not logged in full.  Only the last
-summary, at the end of the mount, may come earlier."""
+"""Minimum time between two summaries of the errors that were not logged in full.  The last summary,
+at the end of the mount, does not wait for this time."""
 _MAX_SHOWN_BYTES: Final = 64
-"""Maximum length in bytes of a request's argument that the debug log shows in full."""
+"""Maximum length of a byte string among a request's arguments that the debug log shows in full."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class RequestErrors:
     """Converts exceptions of requests to errno values, and logs them at a limited rate."""
 
     def __init__(self, disks: Mapping[int, ExportedDisk]) -> None:
-        """Log errors of requests to ``disks``, which are mapped by inode number."""
+        """Handle errors of requests to ``disks``, a mapping from inode numbers to disks."""
         self._disks = disks
         self._logged: dict[int, set[str]] = {inode: set() for inode in disks}
         self._dropped: dict[int, int] = {}
@@ -66,7 +66,7 @@ class RequestErrors:
         rate-limited (see the module).
 
         Args:
-            inode: The inode of the disk or of the directory to which the request was made.
+            inode: The inode number of the disk or directory to which the request was made.
             operation: The name of the request.
             error: The exception that the handler of the request has raised.
         """
@@ -79,9 +79,9 @@ class RequestErrors:
         return errno.EIO
 
     def _log_error(self, inode: int, error: QedError) -> None:
-        """Log an error of a disk with its message.
+        """Log the message of an error of a disk.
 
-        Nothing is logged for a write past the end, nor for an error whose cause has been logged: an
+        Nothing is logged for a PastEndError, nor for an error whose cause has been logged: an
         outage of a server, or the end of qemu-nbd.
         """
         if isinstance(error, PastEndError) or (
@@ -118,7 +118,7 @@ class RequestErrors:
         """Log summaries of the errors that are not logged in full, until cancelled.
 
         A summary is logged a minute after the first error that it reports.  When the task is
-        cancelled, it logs a last summary of the errors since the previous one.
+        cancelled, it logs a last summary of the errors since the previous summary.
         """
         try:
             while True:
@@ -185,9 +185,9 @@ def answered(
 
 
 def _inode_of(args: Sequence[object]) -> int:
-    """Return the inode number in the first argument of a request, which may be a file handle.
+    """Return the inode number in the first argument of a handler: an inode number or a file handle.
 
-    If the first argument is no number, the result is the inode number of the root.
+    If the first argument is of another type, the result is the inode number of the root.
     """
     first = args[0] if args else None
     return first & ~HANDLE_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE
@@ -196,7 +196,7 @@ def _inode_of(args: Sequence[object]) -> int:
 def _shown(args: Sequence[object]) -> str:
     """Return the arguments of a request as a text for the log.
 
-    Only numbers and bytes are shown; in place of long bytes, their length is shown.
+    Only integers and byte strings are shown; of a long byte string, only the length is shown.
     """
     return str(
         tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > _MAX_SHOWN_BYTES

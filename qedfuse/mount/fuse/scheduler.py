@@ -8,24 +8,24 @@ Putting the event loop to sleep and waking it costs more than answering a reques
 *The lock.*  pyfuse3 has several tasks, and a lock decides which of them reads from the kernel.
 This lock is an `UnfairLock`.
 
-*Waiting for the descriptor.*  First the descriptor of the connection is polled once.  If the
-kernel has no request, all other tasks run.  After that, the descriptor is polled for some more
-microseconds, if the last waits were so short that such polling would have found the request
+*Waiting for the descriptor.*  First the descriptor of the connection to the kernel is polled once.
+If the kernel has no request, all other tasks run.  After that, the descriptor is polled for some
+more microseconds, if the last waits were so short that such polling would have found the request
 (`AdaptivePoll`).  If the kernel still has no request, the event loop sleeps, so an idle server uses
 no processor time.
 
 After a request the extension itself polls for the next one (`_burst.c`), because a program with
-one request in flight sends the next request sooner than the event loop gets here.  The extension
-may do so only after all other tasks have run and while polling pays off, and for
-`EXTENSION_POLL_SECONDS` in all until the other tasks run again.
+one request in flight sends the next request before the event loop calls the scheduler again.  The
+scheduler permits this polling only while polling pays off, and only after all other tasks have run.
+Until the other tasks run again, the extension polls for at most `EXTENSION_POLL_SECONDS` in all.
 
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
 other work, the other tasks run after only `MAX_BURST_BESIDE_OTHERS` requests in a row, and the
 descriptor is polled only once.  The event loop is needed in three cases:
 
-- A thread of trio is running, or a thread that fetches the bytes of a read from a server, because
-  only trio notices the end of such a thread.
+- A thread of trio is running, or a thread that fetches the bytes of a read from a server.  Only
+  trio notices the end of such a thread.
 - Another task retries a read of a host file (`qedfuse.hostio.nowaitretry`).
 - A task is runnable because its call on a host file has ended.
 
@@ -101,7 +101,8 @@ class SchedulerStatistics:
     """Counts how the tasks waited for requests, for the debug log.
 
     Attributes:
-        ready: Requests that had arrived before a task waited for them.
+        ready: Requests that had arrived before a task waited for them, and most requests that the
+            extension has taken itself.
         polled: Requests that arrived while the descriptor was polled.
         slept: How often the event loop slept to wait for a request.
         yields: How often the other runnable tasks were allowed to run.
@@ -157,7 +158,7 @@ class Scheduler:
     async def wait_readable(self, fd: int) -> None:
         """Wait until the kernel has a request on ``fd``.
 
-        The caller must hold the lock, so that only one task waits.
+        The caller must hold pyfuse3's lock (an `UnfairLock`), so that only one task waits.
 
         Raises:
             trio.ClosedResourceError: The kernel has no request, and `notify_closing` was called
@@ -170,6 +171,7 @@ class Scheduler:
             await self._take_ready()
             return
         statistics = self.statistics
+        # The wait began when the extension began to poll for this request.
         since = self._clock() - take_polled_seconds()
         if self._poll_beside_reads(since):
             statistics.polled += self._count_taken()
@@ -192,7 +194,7 @@ class Scheduler:
         await self._sleep(fd, since)
 
     async def _take_ready(self) -> None:
-        """Count a request that the kernel has; let other tasks run after a number of requests."""
+        """Count the request that the kernel has; let other tasks run after a number of requests."""
         self.statistics.ready += self._count_taken()
         if self._calls.has_finished():
             # The tasks that wait for the finished calls become runnable.  They run when this task
@@ -227,7 +229,7 @@ class Scheduler:
     def _permit_polling(self) -> None:
         """Let the extension poll, if polling pays off and the event loop is not needed.
 
-        All other tasks must have run since the last request.
+        The caller must have let all other tasks run since the last request.
         """
         if self._adaptive_poll.seconds and not self._is_loop_needed():
             permit_polling(
@@ -289,7 +291,8 @@ class Scheduler:
         """Return whether the event loop is needed for other work, which polling would delay.
 
         The result is True if another task retries a read of a host file, if a task is runnable
-        because its call on a host file has ended, or if a thread of trio is running.
+        because its call on a host file has ended, or if a thread runs whose end only trio notices
+        (see the module).
         """
         return (
             self._load.polled_reads > 0
@@ -342,7 +345,7 @@ def default_poll_seconds() -> float:
 
 @contextmanager
 def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
-    """Run pyfuse3 with a `Scheduler` in the block, and yield the scheduler.
+    """Make pyfuse3 use a `Scheduler` in the block, and yield the scheduler.
 
     The caller must make all calls of `pyfuse3.main` in one block, because pyfuse3 makes its lock
     in the first call and keeps the lock for later calls.

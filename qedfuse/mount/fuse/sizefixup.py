@@ -8,9 +8,9 @@ cases the kernel takes over a size only from the reply to a truncation.  So the 
 disk's file in the mount, as a user's program would, to the size that the disk has.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
-``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  In this mode the kernel takes over the size
-from the reply to any change of attributes.  So the server sets the permissions of the disk's file
-in the mount to the permissions that the file already has.
+``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over the
+size from the reply to any change of attributes.  So the server sets the permissions of the disk's
+file in the mount to the permissions that the file already has.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ class SizeFixup:
     """Corrects the kernel's cached sizes, in the background and one disk at a time."""
 
     def __init__(self, mountpoint: str, *, directory: bool) -> None:
-        """Correct the sizes of the files of a mount, once `run` is called.
+        """Make an object for the files of one mount; only `run` corrects sizes.
 
-        ``directory`` says whether the mountpoint is a directory; if not, the mountpoint is the
-        file of the only disk.
+        Args:
+            mountpoint: The path of the mountpoint.
+            directory: Whether the mountpoint is a directory; if not, the mountpoint is the file of
+                the only disk.
         """
         self._mountpoint = mountpoint
         self._directory = directory
@@ -110,11 +112,11 @@ class SizeFixup:
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the size that the kernel has
                 # cached.  So the cached size is right, and the chmod(2) changes nothing.
-                # Without the write-back cache, fstat(2) returns the server's size.  If other
-                # requests are in progress, the kernel need not cache this size.  But the kernel
-                # always caches the size in the reply to chmod(2), and the chmod(2) keeps the
-                # permissions.  A truncation would correct the cached size as well.  But during a
-                # truncation the kernel ignores the size in replies to other requests, so other
+                # Without the write-back cache, fstat(2) returns the server's size, and does not
+                # always make the kernel cache this size while other requests are in progress.  But
+                # the kernel always caches the size in the reply to chmod(2), and the chmod(2) keeps
+                # the permissions.  A truncation would correct the cached size as well, but until
+                # its end the kernel ignores the size in replies to other requests, so other
                 # programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return

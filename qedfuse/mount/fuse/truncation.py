@@ -8,8 +8,9 @@ A SETATTR request with a larger size grows the disk if the option ``growable`` i
 this option, and for a partition, the request is refused.  A disk has whole sectors, so the size is
 rounded up, as for a write or an fallocate(2) past the end.  The reply gives the rounded size.
 
-By default a request with a smaller size is refused.  A program that copies into an empty file need
-not write zeros.  So if the request succeeded and did nothing, old bytes would remain on the disk.
+By default a request with a smaller size is refused.  After a truncation a program expects an empty
+file, and need not write zeros into it.  So if the request succeeded and zeroed nothing, old bytes
+would remain where the program expects zeros.
 
 With ``truncate=zero`` a request with a smaller size zeroes the range from the requested size to
 the end of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a
@@ -79,8 +80,9 @@ class Truncation:
             reply must give ``size``, in attributes that expire immediately.
 
         Raises:
-            FUSEError: EPERM, the options do not allow this size, or `SizeFixup` has caused the
-                request and the disk has grown since; EFBIG, as in `grow`.
+            FUSEError: EPERM, the options do not allow this size, the request would enlarge a
+                partition, or `SizeFixup` has caused the request and the disk has grown since;
+                EFBIG, as in `grow`.
             QedError: The disk could not be changed; part of the range may be zeroed.
         """
         disk = exported.disk
@@ -139,8 +141,8 @@ class Truncation:
             # The pages are dropped after a failure as well, because a part of the range may be
             # zeroed, and programs must see the content that the disk has now.  After a failure
             # the reply is an error, which makes the kernel drop no page.  If the kernel cannot
-            # drop the pages before this reply, it writes the dirty ones back after the reply and
-            # drops them then.
+            # drop the pages before this reply, it writes the dirty pages back after the reply, and
+            # drops all pages after that.
             dropped = await self._try_drop_pages(exported)
         return dropped
 

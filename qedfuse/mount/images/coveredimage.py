@@ -48,6 +48,9 @@ def _image_format(path: str) -> str | None:
     """Return the format of an image, from its first bytes; None for anything else.
 
     None also means that the file cannot be read, or that a file system is mounted on it.
+
+    Raises:
+        HostError: /proc is not mounted.
     """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode) or find_mount(path) is not None:
@@ -65,7 +68,13 @@ def _image_format(path: str) -> str | None:
 
 
 def _is_mountpoint_like(path: str) -> bool:
-    """Return whether a source is an empty file or a directory without images, like a mountpoint."""
+    """Return whether a source is an empty file or a directory without images, like a mountpoint.
+
+    Returns False if the source is missing or inaccessible.
+
+    Raises:
+        HostError: /proc is not mounted.
+    """
     try:
         status = os.stat(path)  # noqa: PTH116  str paths
         if not stat.S_ISDIR(status.st_mode):

@@ -72,13 +72,13 @@ def disk_file_name(path: str) -> bytes:
 def find_sources(paths: Iterable[str]) -> list[Source]:
     """Return the images that the paths of sources stand for, in the order of the paths.
 
-    A directory stands for all images in it, sorted by name.  Any other path or URL stands for
-    itself, and need not exist.
+    A directory stands for all QED images in it, sorted by name.  Any other path, or a URL, stands
+    for itself, and need not exist.
 
     Raises:
         UsageError: A URL is not valid.
         HostError: A directory cannot be read.
-        NotQedError: A directory contains no image.
+        NotQedError: A directory contains no QED image.
         MountpointError: The disks of two images would have the same file name, or a name is too
             long.
     """

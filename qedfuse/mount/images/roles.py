@@ -4,9 +4,10 @@ Such an image must not be opened for writing.  A write to a backing file would c
 of its overlays.  Besides, opening an overlay also opens its backing file, and fails while the
 backing file is locked for writing.
 
-If a directory contains a golden image and its overlays, the user wants to write to the overlays,
-so the golden image becomes read-only.  If the user has named the golden image itself, a writable
-mount is refused, because it is unknown which of the two the user wants to write to.
+If the user has named a directory that contains a golden image (a backing file) and its overlays,
+the user wants to write to the overlays, so the golden image becomes read-only.  If the user has
+named the golden image itself, a writable mount is refused, because it is unknown whether the user
+wants to write to the golden image or to its overlays.
 """
 
 from __future__ import annotations

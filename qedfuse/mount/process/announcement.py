@@ -51,7 +51,8 @@ class Announcement:
             sources: The sources, for the mount record.
             option_strings: The options, for the mount record.
             pidfile: The path of the pid file; None to write no pid file.
-            ready: Called by the method `ready`, when the disks can be used.
+            ready: Called by the method `ready`, to report to the process that waits for the mount.
+                It raises QedError if that process has ended.
 
         Raises:
             HostError: The pid file is refused, as in `PidFile`.
@@ -121,8 +122,8 @@ class Announcement:
     def needed_files(self) -> Iterator[tuple[int, int]]:
         """Yield a descriptor of each file or directory that `withdraw` uses, and the rights on it.
 
-        The rights are those of Landlock that `withdraw` needs.  A descriptor is open only until the
-        caller requests the next one.
+        The rights are those of Landlock that `withdraw` needs.  The caller must not use a
+        descriptor after it has requested the next one, because the descriptor may be closed then.
         """
         if self._record is not None:
             yield self._record.directory, CHANGE_FILES

@@ -1,7 +1,8 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
 A helper executes no program when it starts, because the files of the interpreter may lie under the
-mountpoint.  It sleeps until the server sends it a message, and ends when the server has ended.
+mountpoint.  It sleeps until the server sends it a message, and ends after the server has closed its
+end of the socket or has ended.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class HelperProcess:
                 _be_child(child_end, serve, kept)
 
     def __enter__(self) -> Self:
-        """Do nothing, because the constructor has started the helper."""
+        """Return this object; the constructor has started the helper."""
         return self
 
     def __exit__(
@@ -89,7 +90,7 @@ class HelperProcess:
         """Wait for the end of the helper, at most 5 seconds; return whether it has ended."""
         deadline = time.monotonic() + _MAX_END_SECONDS
         # A pidfd would not need a loop, but there may be no free descriptor at the end of a mount.
-        with suppress(ChildProcessError):  # an earlier call has waited for its end
+        with suppress(ChildProcessError):  # an earlier call has waited for the helper's end
             while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
                 if time.monotonic() > deadline:
                     return False

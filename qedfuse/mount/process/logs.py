@@ -104,8 +104,8 @@ def log_to_stderr_without_waiting() -> None:
 
     A message is dropped if the reader has no space for the message.  A server that logs to stderr
     must call this function before it serves disks, because a reader that is stopped must not stop
-    the disks.  Only a server that logs every request (``-d``) waits for the reader instead, so that
-    no message is lost.
+    the disks.  A server that logs every request (``-d``) does not call this function: it waits for
+    the reader, so that no message is lost.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))

@@ -14,8 +14,9 @@ from typing import Final
 from qedfuse.errors import HostError, UsageError
 
 _RESERVE_BYTES: Final = 512 << 20
-"""Address space for the threads, their heaps and libraries, besides what the process has now.  Most
-of it is never used, but the C library reserves 64 MiB for the heap of each of its arenas."""
+"""Address space for the threads, their heaps and libraries, in addition to the address space that
+the process has when the limit is set.  Most of the reserve is never used, but the C library takes
+64 MiB of address space for the heap of each of its arenas."""
 _STATM: Final = Path("/proc/self/statm")
 _MIB: Final = 1 << 20
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_OTHER_FILES: Final = 32
 """Maximum number of open files that the server needs besides images and their backing files, such
-as the connection, sockets and directories."""
+as the connection to the kernel, sockets and directories."""
 
 _REMEDY: Final = "(see: ulimit -Hn; for a service: LimitNOFILE=)"
 

@@ -100,7 +100,9 @@ class PidFile:
         self._is_written = True
 
     def _replace(self) -> None:
-        """Replace the file atomically; overwrite it if it was open before or cannot be replaced.
+        """Replace the file atomically; overwrite it if it cannot be replaced.
+
+        A file that was open in this process when this object was made is overwritten as well.
 
         Raises:
             OSError: The file cannot be written.  If the file was being overwritten, a part of it
@@ -152,9 +154,11 @@ class PidFile:
                 file.truncate(len(line))
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield a descriptor of each file that `remove` uses, and the rights of Landlock on it.
+        """Yield descriptors of the pid file and its directory, each with a set of Landlock rights.
 
-        The rights are to read the pid file, and to remove files from its directory.
+        The rights are those that `remove` needs: to read the pid file, and to remove files from its
+        directory.  The descriptor of the pid file is closed when the caller requests the next one.
+        For a special file, nothing is yielded.
         """
         if self._is_special:
             return
@@ -167,7 +171,7 @@ class PidFile:
         yield self._handle, REMOVE_FILE
 
     def remove(self) -> None:
-        """Remove the file if `write` has written it and the file still has this process's pid.
+        """Remove the file if `write` has written it and it still contains this process's pid.
 
         A special file is not removed.  A failure is ignored.
         """

@@ -7,8 +7,8 @@ The unmounter unmounts only what is mounted on one path.  It knows this path fro
 no message changes the path.
 
 The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
-sandbox allowed the server to connect, the server could connect to the socket at any path of the
-host, because neither Landlock nor seccomp can permit single paths of sockets.
+sandbox allowed the server to connect, the server could connect to every Unix socket of the host,
+because neither Landlock nor seccomp can permit single paths of sockets.
 
 Each request has a process of its own, because an ordinary unmount may wait until the server has
 answered the kernel's requests, and a forced unmount must not wait for the ordinary one.
@@ -48,9 +48,9 @@ class Unmounter(Protocol):
     """Unmounts one mountpoint.  Several threads may call the methods concurrently."""
 
     def connect_system_log(self) -> None:
-        """Let the handler of the system log connect in a way that works in a sandbox.
+        """Make the handler of the system log connect in a way that works in a sandbox.
 
-        The server must call this method when it has entered its sandbox.
+        The server must call this method after it has entered its sandbox.
         """
 
     def unmount(self, *, lazy: bool = False) -> None:
@@ -94,7 +94,7 @@ class HelperUnmounter(HelperProcess):
         super().__init__(partial(_serve, mountpoint, self._system_log), kept)
 
     def connect_system_log(self) -> None:
-        """Let the handler of the system log connect through the unmounter from now on."""
+        """Make the handler of the system log connect through the unmounter from now on."""
         if self._system_log is not None:
             self._system_log.connect_through(self._connect_to_log_daemon)
 
@@ -120,11 +120,13 @@ class HelperUnmounter(HelperProcess):
         return text
 
     def _ask(self, request: bytes) -> tuple[str | None, list[int]]:
-        """Send a request and wait for its reply: a text and descriptors.
+        """Send a request and wait for its reply; return the text and the descriptors of the reply.
+
+        The text is None if the reply has none (see `_answer`).
 
         Raises:
             QedError: The reply is an error.
-            HostError: The unmounter has ended.
+            HostError: The unmounter has ended, or cannot start a process for the request.
         """
         try:
             own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -156,7 +158,8 @@ def _serve(mountpoint: str, system_log: SystemLogHandler | None, commands: socke
         request, received, _flags, _address = socket.recv_fds(commands, _MAX_MESSAGE_BYTES, 1)
         if not received:
             return
-        with suppress(OSError):  # the server gets no reply if no process can be started
+        # If no process can be started, the descriptor is closed without a reply, and `_ask` raises.
+        with suppress(OSError):
             if os.fork() == 0:
                 _answer(mountpoint, system_log, request, received[0])
         os.close(received[0])
@@ -172,7 +175,7 @@ def _answer(
     `_CONNECT` also carries a descriptor.
     """
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # fusermount3 is waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that `unmount` can wait for fusermount3
         text = name = None
         descriptors = []
         try:

@@ -35,7 +35,7 @@ enum state { PENDING, DONE, ENDED };
 /* A thread that got the signal. */
 struct signalled {
     pid_t thread;
-    atomic_int state; /* PENDING until the handler has finished, or the thread has ended */
+    atomic_int state; /* an enum state: PENDING until the handler has finished, or the thread has ended */
     struct signalled *next;
 };
 
@@ -77,8 +77,8 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
 
     (void)signal_number;
     (void)context;
-    /* Another process may send the signal too.  Such a signal does not count, because the signal
-     * of this process may still follow. */
+    /* Another process may send the same signal.  The signal of another process is ignored, because the
+     * signal of this process may still follow. */
     if (information->si_code != SI_TKILL || information->si_pid != getpid())
         return;
     failed = restrict_thread();

@@ -30,8 +30,9 @@ SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 
 _SYSTEM_FILES: Final = (
     *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
-    # The mount table, the threads and the descriptors of the process.  Landlock forbids to inspect
-    # processes outside of the sandbox, so their memory, environment and files stay closed.
+    # /proc has the mount table, and the threads and descriptors of this process.  Landlock forbids
+    # to inspect processes outside of the sandbox, so the right to read /proc does not open their
+    # memory, environment and files.
     *(("/proc", READ), ("/sys/fs/cgroup", READ), ("/sys/devices/system/cpu", READ)),
     # Libraries that the C library loads when they are needed.
     *((path, READ) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib")),
@@ -61,7 +62,8 @@ expires, so all files in the directory of the file may be read."""
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    Python's own modules are among them, although none should be loaded while a mount is served.
+    Python's own modules are among them only as a precaution, because no module should be loaded
+    while a mount is served.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

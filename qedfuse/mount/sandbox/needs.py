@@ -97,7 +97,7 @@ def server_needs(
 def _default_cache_directory() -> str | None:
     """Return the user's directory for the cache; None if the user has no home directory.
 
-    Then the mount has no cache, and the reason was logged when the image was opened.
+    If the result is None, the mount has no cache.  The reason was logged when the image was opened.
     """
     from qedfuse.remote.cacheroot import default_directory  # noqa: PLC0415  only for remote files
 

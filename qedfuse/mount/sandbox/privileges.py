@@ -27,7 +27,8 @@ _NAMES: Final = {
 _PR_SET_DUMPABLE: Final = 4
 
 SIGNAL: Final = signal.SIGRTMAX - 5
-"""The signal that makes a thread give up its rights; `_iothreads.c` has the same number."""
+"""The signal that makes a thread give up its rights.  `_iothreads.c` has the same number, because
+its threads must not block this signal."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

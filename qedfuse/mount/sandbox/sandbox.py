@@ -54,7 +54,7 @@ class Sandbox:
     """
 
     def __init__(self, mode: SandboxMode, needs: ServerNeeds) -> None:
-        """Make the rules; nothing is in force yet.
+        """Make the rules and the filter of system calls; nothing is in force yet.
 
         Raises:
             HostError: The mode is ``strict``, and a part of the sandbox is not available.
@@ -184,7 +184,11 @@ class Sandbox:
         self.in_force = [*self._restrict_threads(), *self._load_filter(), *parts]
 
     def _restrict_threads(self) -> list[str]:
-        """Restrict all threads by the rules, and drop capabilities; return what is in force."""
+        """Restrict all threads by the rules, and drop capabilities; return what is in force.
+
+        Raises:
+            HostError: The mode is ``strict``, and the kernel refused.
+        """
         if self._restrict is None:
             return []
         rules, capabilities = self._rules, self._kept_capabilities()
@@ -206,7 +210,11 @@ class Sandbox:
         return parts
 
     def _load_filter(self) -> list[str]:
-        """Put the filter of system calls into force; return what is in force."""
+        """Put the filter of system calls into force; return what is in force.
+
+        Raises:
+            HostError: The mode is ``strict``, and the kernel refused.
+        """
         if self._filter is None:
             return []
         try:
@@ -217,11 +225,13 @@ class Sandbox:
         return [f"seccomp ({self._filter.count} system calls)"]
 
     def _kept_capabilities(self) -> int:
-        """Return the set of the capabilities that root needs to serve this mount.
+        """Return the set of the capabilities that root needs to serve this mount, one bit each.
 
-        The mountpoint and the pid file may lie in another user's directory.  If the mount can be
-        written to, the server truncates files of the mount, or sets their permissions, to correct
-        their sizes (`qedfuse.mount.fuse.sizefixup`), and these files may have another owner.
+        The mountpoint and the pid file may lie in a directory of another user, which root can
+        search and read only with CAP_DAC_READ_SEARCH.  If the mount can be written to, the server
+        truncates files of the mount, or sets their permissions, to correct their sizes
+        (`qedfuse.mount.fuse.sizefixup`).  These files may have another owner, so the server also
+        needs CAP_DAC_OVERRIDE and CAP_FOWNER.
         """
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:

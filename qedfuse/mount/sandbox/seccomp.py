@@ -39,6 +39,7 @@ _TYPE_MASK: Final = 0xF
 _SET_NAME: Final = 15
 """PR_SET_NAME, which names a thread."""
 _FIRST, _SECOND, _THIRD, _FIFTH = 0, 1, 2, 4
+"""Indices of the arguments of a system call."""
 _FAMILIES_OF_NETWORKS: Final = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -118,7 +119,7 @@ class CallFilter:
         _require(self._library.seccomp_attr_set(self._context, attribute, ctypes.c_uint32(value)))
 
     def load(self) -> None:
-        """Put the filter into force for all threads; the object cannot be used any more.
+        """Put the filter into force for all threads; afterwards the object cannot be used any more.
 
         Raises:
             OSError: The kernel refused.

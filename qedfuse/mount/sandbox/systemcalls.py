@@ -65,9 +65,8 @@ tested, the numbers differ; there these calls fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket.  These calls are permitted only if a file is on a server or
-is served by qemu-nbd.  With these calls an attacker could make services of the host act for the
-server of the mount, so a mount that does not need them does not get them.  But sendto(2) without an
-address is always permitted."""
+is served by qemu-nbd, because an attacker could use them to make other services of the host do what
+the sandbox forbids to the server itself.  But sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  The C library then starts threads by clone(2).  A filter can read
@@ -78,4 +77,5 @@ KILL: Final = ("kill", "pidfd_send_signal")
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
 """Calls that set the permissions of a file by its name.  A mount that can be written to needs them
-to correct the size that the kernel has cached; the permissions never change."""
+to correct the size that the kernel has cached (`SizeFixup`).  It always sets the permissions that
+the file already has."""
