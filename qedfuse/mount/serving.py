@@ -129,7 +129,10 @@ class Server:
             self._prefetch = Prefetch(disks.images, mountpoint).run
 
     def _share_files(self) -> None:
-        """Let the extension answer reads of the present files, unless pyfuse3 gets all reads."""
+        """Let the extension answer reads of all files that the mount has now.
+
+        Nothing is done if pyfuse3 gets all reads (``-d``), or before requests are served.
+        """
         if self._data_requests is not None:
             tables = self._data_requests.tables_for_reads()
             extraops.share_files(tables, self._disks.shared_cells())
@@ -245,9 +248,9 @@ class Server:
                     "mounted without fallocate and lseek, so discards free no space: %s",
                     extraops_failure,
                 )
-            # A shared memory map can make pages dirty even without the write-back cache, so the
-            # shutdown launders the disks without this cache as well.  With ``direct_io`` the kernel
-            # refuses such a map, so there is nothing to launder.
+            # A shared memory map can make pages dirty even if the write-back cache is off, so the
+            # shutdown launders the disks in any case.  Only with ``direct_io`` is there nothing to
+            # launder, because the kernel refuses such a map.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),
@@ -357,11 +360,13 @@ def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None
 
 
 async def _call_at_end(connection: int, action: Callable[[], object]) -> None:
-    """Call ``action`` when the kernel has ended the connection, while requests may still run.
+    """Call ``action`` as soon as the kernel has ended the connection.
 
     `pyfuse3.main` waits until all requests have been answered, although no program waits for the
-    answers any more.  The kernel wakes this task's epoll for every request, which costs time.  So a
-    mount without files on servers has no such task.
+    answers any more.  ``action`` must make requests that wait for a server end early.
+
+    The kernel wakes this task's epoll for every request, which costs time.  So the caller must not
+    start this task for a mount without files on servers.
     """
     with select.epoll() as epoll:
         epoll.register(connection, 0)  # errors only, which are always reported

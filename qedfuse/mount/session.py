@@ -104,7 +104,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
 
     A `QedError` is logged, and its exit code is the result.  Any other exception is raised to the
     caller.  In both cases the error is also added to the mount record, if there is one.  After this
-    function has returned or raised, the process ignores signals.
+    function has returned or raised, the process ignores the signals that end a mount.
 
     The caller must not have a second thread.  The second thread would not be protected from memory
     pressure.  And if the second thread held a lock during the fork of a helper process, the lock
@@ -240,7 +240,7 @@ class _Session:
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
         """Open the disks, serve them unless the mount is a fake, and close them in any case.
 
-        If data may be lost, as in `Server.run`, `_failure` is set.
+        If `Server.run` returns an error, because data may be lost, `_failure` is set to this error.
 
         Raises:
             QedError: The mount was refused, or data could not be made durable.
@@ -325,7 +325,7 @@ class _Session:
             directory: Whether the mountpoint is a directory.
 
         Raises:
-            HostError: The sandbox is ``strict``, and something is missing.
+            HostError: The sandbox is ``strict``, and a part of it is not available.
         """
         request, options = self._request, self._request.options
         if options.sandbox == "off":

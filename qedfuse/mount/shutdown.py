@@ -195,8 +195,8 @@ class Shutdown:
                 await trio.to_thread.run_sync(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
             with logged_failures():
-                # `sync_mount` starts the writeback, but the kernel need not wait for the end of
-                # the writeback.  `launder` waits for this end.
+                # `sync_mount` starts the writeback, but can return before the writeback has ended.
+                # `launder` waits for the end of the writeback.
                 if (
                     self._laundering is not None
                     and exported.writers

@@ -25,10 +25,17 @@ class AlignedRead:
     requests read a larger range into a bounce buffer.
 
     Attributes:
-        requests: The requests.
+        requests: The requests, in ascending order of their offsets.
     """
 
     def __init__(self, export: Export, offset: int, view: memoryview) -> None:
+        """Make the requests.
+
+        Args:
+            export: The export to read.
+            offset: Offset of the range in the export.
+            view: The buffer for the range, which is as long as the range.
+        """
         block = export.min_block_bytes
         step = min(_MAX_REQUEST_BYTES, export.max_payload_bytes) // block * block
         first = offset // block * block
@@ -47,6 +54,8 @@ class AlignedRead:
     def finish(self) -> None:
         """Copy the bytes of the range from the bounce buffer, if there is one.
 
+        The caller must wait for the replies to all requests before the call.
+
         Raises:
             ReplyError: The server has answered a request with an error.
         """
@@ -60,7 +69,8 @@ class AlignedRead:
 def block_status(export: Export, offset: int) -> BlockStatus:
     """Return a request for the extents from ``offset`` on.
 
-    The request begins at ``offset``, rounded down to a multiple of the minimum block.
+    The request begins at ``offset``, rounded down to a multiple of the minimum block, and covers at
+    most `_MAX_STATUS_BYTES`.
     """
     first = offset // export.min_block_bytes * export.min_block_bytes
     return BlockStatus(first, min(_MAX_STATUS_BYTES, export.size - first))

@@ -36,7 +36,8 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error of the read, unless the server has answered the read with it.
+            outages: Gets the error with which the read fails, unless the file was closed, or the
+                error is the server's answer to the read.
             is_brief: Whether the read fails after `Deadlines.attempt_seconds`, if this time is
                 shorter.
         """
@@ -79,7 +80,8 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the server has closed an idle connection, so a new one needs no pause.
+            # Most likely the server has closed an idle connection, so the attempt with a new
+            # connection needs no pause.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds

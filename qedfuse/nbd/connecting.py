@@ -87,7 +87,7 @@ def make_connection(
 
 
 class _Connecting:
-    """A call, in its own thread, of a function that connects; the caller can abandon it."""
+    """A thread that calls a function that connects; the thread that waits can abandon the call."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
         """Start a thread that calls ``connect``.
@@ -177,6 +177,12 @@ def _shake_hands(
     """Make the handshake; return the wire for all later messages, and the export.
 
     If ``tls`` is not None, the wire that is returned is a `TlsWire`.
+
+    Raises:
+        BrokenError: As in `make_connection`.
+        RefusedError: As in `make_connection`.
+        OSError: The connection broke, or TLS failed.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     steps = handshake(name, use_tls=tls is not None)
     data: bytes | None = None
@@ -214,7 +220,13 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
 
 
 def _receive(wire: Wire, length: int, deadline: _Deadline) -> bytes:
-    """Receive exactly ``length`` bytes."""
+    """Receive exactly ``length`` bytes.
+
+    Raises:
+        BrokenError: The server has closed the connection, or an error of `_Deadline.wait`.
+        OSError: The connection broke.
+        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
+    """
     data = bytearray(length)
     at = 0
     while at < length:

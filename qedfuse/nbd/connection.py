@@ -154,7 +154,11 @@ class Connection:
             return True
 
     async def _lead(self, requests: Sequence[Request], end: float) -> None:
-        """Receive for all readers until ``requests`` are complete."""
+        """Receive for all readers until ``requests`` are complete.
+
+        Raises:
+            BrokenError: ``end`` has passed, or no byte has come for too long.
+        """
         receptions = 0
         while not are_done(requests):
             if not self._receive():
@@ -164,7 +168,12 @@ class Connection:
                 await trio.lowlevel.checkpoint()
 
     def _lead_blocking(self, requests: Sequence[Request], end: float) -> None:
-        """Receive in a thread for all readers until ``requests`` are complete."""
+        """Receive in a thread for all readers until ``requests`` are complete.
+
+        Raises:
+            BrokenError: ``end`` has passed, or no byte has come for too long.
+            trio.Cancelled: The thread is one of trio, and its task was cancelled.
+        """
         poll = select.poll()
         poll.register(self._wire.socket, select.POLLIN)
         while not are_done(requests):
@@ -205,12 +214,15 @@ class Connection:
         return True
 
     def _take_waiters(self) -> list[Waiter]:
-        """Return the readers of the requests that have ended; the caller holds the lock."""
+        """Remove and return the readers of the requests that have ended.
+
+        The caller must hold the lock.
+        """
         done = self._replies.take_done()
         return [self._waiters.pop(request) for request in done if request in self._waiters]
 
     def _seconds_until(self, end: float) -> float:
-        """Return for how many seconds a reader may still wait.
+        """Return how many seconds are left for a reader; give the connection up if none are left.
 
         Raises:
             BrokenError: ``end`` has passed.
@@ -222,7 +234,9 @@ class Connection:
         return seconds
 
     def _seconds_to_wait(self, end: float) -> float:
-        """Return for how many seconds the leader may wait for the next bytes.
+        """Return for how many seconds the leader waits for the next bytes.
+
+        If the time is over, the connection is given up.
 
         Raises:
             BrokenError: ``end`` has passed, or no byte has come for too long.
@@ -269,7 +283,10 @@ class Connection:
             next_leader.wake()
 
     def _close_if_unused(self) -> None:
-        """Close the socket of a broken connection that has no leader; the caller holds the lock."""
+        """Close the socket if the connection is broken and has no leader.
+
+        The caller must hold the lock.
+        """
         if self._failure is not None and self._leader is None:
             self._wire.socket.close()
 
@@ -280,7 +297,7 @@ def _broken(error: OSError) -> BrokenError:
 
 
 def _raise_broken(requests: Sequence[Request]) -> None:
-    """If the connection has ended a request because it broke, raise a copy of the request's error.
+    """Raise a copy of the `BrokenError` of a request, if the connection broke before its reply.
 
     Raises:
         BrokenError: The connection broke.

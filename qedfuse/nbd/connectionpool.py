@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.nbd.connection import Connection
 
 MAX_CONNECTIONS: Final = 4
+"""Maximum number of connections to one export."""
 _BACKOFF_SECONDS: Final = 60.0
 """Time for which a slot is avoided after a failure to connect; see `Slot.backoff_until`."""
 

@@ -51,7 +51,11 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
 
 
 def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
-    """Return a socket that is connected to a port of a host."""
+    """Return a socket that is connected to a port of a host, after at most ``seconds``.
+
+    Raises:
+        OSError: The host is not found, or does not accept the connection in time.
+    """
     end = time.monotonic() + seconds
     sock = connect_to_any(RESOLVER.resolve(host, port, seconds), end)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,7 +63,11 @@ def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def _connect_unix(path: str, seconds: float) -> socket.socket:
-    """Return a socket that is connected to the socket ``path`` of this machine."""
+    """Return a socket that is connected to the Unix socket ``path``, after at most ``seconds``.
+
+    Raises:
+        OSError: No server accepts the connection at ``path`` in time.
+    """
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(seconds)

@@ -23,8 +23,9 @@ _MAX_REPLIES: Final = 64
 _MAX_BLOCK_BYTES: Final = 1 << 16
 """The largest minimum block size that the protocol allows."""
 _DEFAULT_MAX_PAYLOAD_BYTES: Final = 32 << 20
+"""Maximum length of a read if the server does not state one."""
 _SIZE_LIMIT: Final = 1 << 63
-"""The size of an export must be smaller, because file offsets have 63 bits."""
+"""The size of an export in bytes must be below this, because file offsets have 63 bits."""
 
 _ERRORS: Final = {
     messages.REP_ERR_UNSUP: ("found a server without {}, expected one with it", errno.EOPNOTSUPP),
@@ -44,7 +45,7 @@ class Export:
     Attributes:
         size: Length in bytes.
         min_block_bytes: Offsets and lengths of requests must be multiples of this power of two.
-        max_payload_bytes: Maximum length of a read.
+        max_payload_bytes: Maximum length of a read, at least ``min_block_bytes``.
         can_multi_conn: Whether several connections to the export are allowed.
         is_structured: Whether replies are structured.
         context: The number of the metadata context ``base:allocation`` in replies; None if the

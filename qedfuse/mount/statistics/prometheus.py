@@ -27,7 +27,10 @@ class _Families:
     def add(
         self, name: str, kind: str, meaning: str, value: float | None, labels: Mapping[str, object]
     ) -> None:
-        """Add a sample, unless its value is None."""
+        """Add a sample with the name of its family, unless its value is None.
+
+        The arguments are those of `add_to`.
+        """
         if value is not None:
             self.add_to(name, kind, meaning, name, value, labels)
 
@@ -40,7 +43,16 @@ class _Families:
         value: float,
         labels: Mapping[str, object],
     ) -> None:
-        """Add a sample whose name differs from that of its family, as in a histogram."""
+        """Add a sample whose name can differ from that of its family, as in a histogram.
+
+        Args:
+            family: The name of the family.
+            kind: The type of the family, such as ``counter``.
+            meaning: The help text of the family.
+            name: The name of the sample.
+            value: The value of the sample.
+            labels: The labels of the sample, by their names.
+        """
         lines = self._families.setdefault(
             family, [f"# HELP {family} {meaning}\n# TYPE {family} {kind}\n"]
         )
@@ -73,7 +85,7 @@ def exposition(documents: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
-    """Yield name, type, meaning and value of the metrics of a mount."""
+    """Yield name, type, meaning and value of each metric that has one value for a mount."""
     start = document["time"] - document["uptime_seconds"]
     yield "start_time_seconds", "gauge", "When the mount began, in Unix time.", start
     resident = document["resident_bytes"]
@@ -83,7 +95,7 @@ def _of_mount(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, floa
     # A server of an earlier version does not report the sandbox.
     if (sandbox := document.get("sandbox")) is not None:
         is_complete = sandbox["mode"] != "off" and not sandbox["missing"]
-        meaning = "1 if the server is in a sandbox that lacks no part."
+        meaning = "1 if the server is in a sandbox and all its parts are in force."
         yield "sandbox_complete", "gauge", meaning, is_complete
 
 

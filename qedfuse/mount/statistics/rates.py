@@ -15,7 +15,7 @@ ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
 
 
 def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the hit rates of a disk, from 0 to 1; a rate of no requests or reads is None.
+    """Return the hit rates of a disk, from 0 to 1; a rate without any request or read is None.
 
     - ``fast_path``: reads, writes and flushes that were answered in one step, without waiting.
     - ``table_cache``: reads, writes and discards that made the server load no slice of a table.

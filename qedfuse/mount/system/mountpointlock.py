@@ -73,8 +73,8 @@ async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
     """Bind a socket to a name; return False if another socket has the name.
 
-    If binding fails for any other reason, the result is True too, because after False the caller
-    would repeat the attempt in vain.
+    If binding fails for any other reason, the result is also True, and the socket has no name.
+    After False the caller would repeat the attempt in vain.
     """
     try:
         lock.bind(name)
@@ -100,7 +100,7 @@ def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: in
         HostError: /proc is not mounted.
     """
     # The kernel reuses the id of a mount that has ended.  So the new mount can have an id that
-    # another mount, on another path, had before.  Therefore the paths are compared as well.
+    # ``before`` has for a mount on another path.  Therefore the paths are compared as well.
     old = {(entry.mount_id, entry.path) for entry in before}
     device = _device(connection)
     new_mount = None

@@ -38,14 +38,14 @@ def find_record(device: str, user: int) -> FoundRecord | None:
 
     Args:
         device: The device number of the mount, ``MAJOR:MINOR``.
-        user: The user who has mounted.
+        user: The uid of the user who has mounted.
 
     Returns:
         The record; if there are several, that of the mount that was made last.  None if there is
         no record in a directory to which only ``user`` can write.
 
     Raises:
-        HostError: A directory or a record cannot be read, and no other record was found.
+        HostError: A directory or a record cannot be read, and no record of the mount was found.
     """
     records: list[FoundRecord] = []
     failure: HostError | None = None

@@ -104,8 +104,8 @@ def _error(mountpoint: str, number: int, reason: str) -> QedError:
 def sync_mount(mountpoint: str) -> None:
     """Make the kernel begin to write back all dirty pages of a mount (syncfs(2)).
 
-    When this function returns, the writeback need not have ended.  The server of the mount must
-    call this function in a worker thread, like `unmount`.
+    This function can return before the writeback has ended.  The server of the mount must call this
+    function in a worker thread, like `unmount`.
 
     Raises:
         OSError: The mountpoint cannot be opened, the server of the mount has ended, or an earlier
