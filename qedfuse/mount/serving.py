@@ -191,7 +191,7 @@ class Server:
             extraops.end()
             for disk in self._disks.images:
                 # The caller flushes the disks once more when it closes them.  `_after_flush` must
-                # not be called after the last flush, because it would use the closed connection.
+                # not be called after that flush, because it would use the closed connection.
                 disk.when_flushed(lambda: None)
             self._laundering.stop()
             # Without an entry `_undo_mount` cannot find the mount, so libfuse must unmount here.
@@ -249,8 +249,8 @@ class Server:
                     extraops_failure,
                 )
             # A shared memory map can make pages dirty even if the write-back cache is off, so the
-            # shutdown launders the disks in any case.  Only with ``direct_io`` is there nothing to
-            # launder, because the kernel refuses such a map.
+            # shutdown launders the disks whether the cache is on or off.  With ``direct_io`` there
+            # is nothing to launder, because the kernel refuses such a map.
             laundering = None if options.direct_io else self._laundering
             shutdown = Shutdown(
                 *(self._disks, laundering, self._mountpoint, entry.device),

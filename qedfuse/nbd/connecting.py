@@ -66,7 +66,8 @@ def make_connection(
     try:
         sock = _Connecting(connect).wait(closed)
         try:
-            # The time that connecting has taken does not count, because it has its own limit.
+            # The time that connecting has taken does not count, because connecting has its own
+            # limit.
             deadline = _Deadline(time.monotonic() + attempt_seconds, closed)
             wire, export = _shake_hands(PlainWire(sock), name, tls, deadline)
         except BaseException:

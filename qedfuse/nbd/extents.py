@@ -68,7 +68,7 @@ class ExtentMap:
 
 
 class SmallSteps:
-    """Limits the time that a server can take by replies that cover few bytes each.
+    """Limits the time that a search spends on replies that cover few bytes each.
 
     Without a limit, a server that reports extents of one byte could make a search endless.  A
     search asks for ascending offsets, so a request for a lower offset, or for offset 0, begins a
@@ -82,7 +82,11 @@ class SmallSteps:
         self._last_offset = 0
 
     def is_too_slow(self, request: BlockStatus, seconds: float) -> bool:
-        """Count a reply that took ``seconds``; return whether small steps have taken too long."""
+        """Count ``seconds``, the time of a reply, if the reply is a small step (`MIN_STEP_BYTES`).
+
+        ``request`` is the request with the extents of its reply.  Returns True if the small steps
+        of this search have taken longer than permitted.
+        """
         if request.offset < self._last_offset or not request.offset:
             self._seconds = 0.0
         self._last_offset = request.offset

@@ -36,6 +36,8 @@ _ERRORS: Final = {
     ),
     messages.REP_ERR_UNKNOWN: ("found no such export", errno.ENOENT),
 }
+"""For an error reply of the server: a message, in which ``{}`` stands for the feature that the
+client has asked for, and the error number for readers."""
 
 
 @dataclass(frozen=True, slots=True)

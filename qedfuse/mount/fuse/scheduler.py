@@ -101,8 +101,8 @@ class SchedulerStatistics:
     """Counts how the tasks waited for requests, for the debug log.
 
     Attributes:
-        ready: Requests that had arrived before a task waited for them, and most requests that the
-            extension has taken itself.
+        ready: Requests that had arrived before a task waited for them.  Requests that the extension
+            has taken are counted later, here or in ``polled``.
         polled: Requests that arrived while the descriptor was polled.
         slept: How often the event loop slept to wait for a request.
         yields: How often the other runnable tasks were allowed to run.

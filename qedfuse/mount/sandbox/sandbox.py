@@ -39,9 +39,11 @@ SandboxMode = Literal["on", "off", "strict"]
 _MIN_LANDLOCK_VERSION: Final = 2
 """Version 1 of Landlock cannot permit the renames of the cache for remote files."""
 _DEFAULT_PORTS: Final = (53, 80, 443)
-"""The ports of name servers, and of the services that give credentials for stores."""
+"""The ports of name servers, of stores, and of the services that give credentials for stores.  A
+server that reads remote files can always connect to these ports."""
 _ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
-"""Beginnings of the names of variables that may have the URL of a store or of a service."""
+"""Beginnings of the names of environment variables whose value can be the URL of a store or of a
+service that gives credentials."""
 
 
 class Sandbox:

@@ -1,17 +1,20 @@
 """The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-Before it mounts, a qedfuse checks that no other qedfuse has mounted on the mountpoint.  Without a
-lock, two processes could both check and then both mount, and the later mount would cover the
-earlier one.  So each qedfuse locks the mountpoint, checks, mounts, and unlocks the mountpoint.
+Each process of qedfuse checks the mountpoint before it mounts: no other qedfuse must have mounted
+there.  Without a lock, two processes could both check and then both mount, and the later mount
+would cover the earlier one.  So each process locks the mountpoint, checks, mounts, and unlocks the
+mountpoint.
 
 The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
 inode of the mountpoint.  The name is the same for all users and for every path to the
 mountpoint.  The lock leaves no file behind, and the kernel frees the lock when the process ends.
 
-The lock does not exclude every other qedfuse: abstract names belong to a network namespace, and
-any user can bind such a name and keep it.  Therefore the wait for the lock is limited.  After the
-mount, the caller must search the mount table (`find_new_mount`, `refuse_to_cover`).  If the new
-mount covers another mount of qedfuse, the caller must undo the new mount.
+The lock does not exclude every other qedfuse.  A process in another network namespace can hold a
+lock of the same name, because each network namespace has its own abstract names.  And any user can
+bind such a name and keep it, so the wait for the lock is limited, and then the mount is made
+without the lock.  Therefore the caller must search the mount table after the mount
+(`find_new_mount`, `refuse_to_cover`).  If the new mount covers another mount of qedfuse, the caller
+must undo the new mount.
 """
 
 from __future__ import annotations

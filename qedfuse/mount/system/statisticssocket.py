@@ -119,7 +119,7 @@ def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     is a server, the uid is the one that the server had when it began to listen.
 
     Raises:
-        OSError: The connection has ended.
+        OSError: The socket was closed, or the host refused.
     """
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _pid, uid, _gid = _CREDENTIALS.unpack(raw)

@@ -50,9 +50,11 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     The mounts that the caller sees come first.  Each further mount is listed with the process
     that has the lowest pid of those that see the mount.  Two kinds of mounts are left out:
 
-    - mounts in other namespaces that the kernel unmounts together with a mount that the caller
-      sees: the mounts in the same peer group as that mount (`MountEntry.peer_group`), the slaves
-      of this group, and all mounts to which the unmount of such a slave propagates,
+    - mounts in other namespaces that the kernel normally unmounts together with a mount that the
+      caller sees: the mounts in the same peer group as that mount (`MountEntry.peer_group`), the
+      slaves of this group, and all mounts to which the unmount of such a slave propagates.  The
+      kernel keeps a bind mount in the same peer group if it lies on a mount without peers; such a
+      mount is left out as well until the caller's own mount is gone,
     - mounts that are visible only to processes that the caller may not inspect.
 
     Args:
