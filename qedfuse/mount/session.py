@@ -81,8 +81,8 @@ class MountRequest:
         sources: Images, or directories of images: absolute paths or URLs.
         mountpoint: The mountpoint; absolute and free of symbolic links.
         options: The options.
-        pidfile: The absolute path of a file to which the pid of the server is written once the
-            disks can be used; None to write no such file.
+        pidfile: The absolute path of a file to which the pid of the server is written when the
+            mount exists, shortly before the disks can be used; None to write no such file.
         fake: Whether only to check the arguments, and to open and close the disks.  A fake mount
             mounts nothing, and does not check the privileges of the user.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are

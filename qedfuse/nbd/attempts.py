@@ -25,7 +25,8 @@ class Attempts:
     """The attempts of one read.
 
     Attributes:
-        end: The time (`time.monotonic`) at which the read fails at the latest.
+        end: The time (`time.monotonic`) after which no attempt begins, and at which waiting for
+            replies ends.  The read can fail later, because making a connection has its own limit.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Attempts:
             is_closed: Whether the file was closed.  The read of a closed file fails.
 
         Raises:
-            RemoteError: No further attempt is made.
+            RemoteError: No further attempt is made: the file was closed, the server refuses the
+                export or has answered the read with an error, the server has broken the protocol
+                `_MAX_PROTOCOL_ERRORS` times, or too little time is left.
         """
         self._count += 1
         if is_closed:

@@ -83,7 +83,8 @@ class Connection:
             end: The time (`time.monotonic`) at which waiting ends.
 
         Raises:
-            BrokenError: The connection broke, or ``end`` has passed.
+            BrokenError: The connection broke, or ``end`` has passed.  After ``end`` has passed, the
+                connection is broken for all readers.
         """
         waiter = WaitingTask()
         try:

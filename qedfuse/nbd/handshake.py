@@ -1,7 +1,7 @@
 """The handshake with an NBD server (fixed newstyle), without any I/O.
 
 `handshake` is a generator.  Each step that it yields is performed by its caller, the driver, which
-has the socket.
+has the socket.  The errors of the private functions are those of `handshake`.
 """
 
 from __future__ import annotations

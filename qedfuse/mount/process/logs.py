@@ -103,9 +103,9 @@ def log_to_stderr_without_waiting() -> None:
     """Log to stderr from now on without waiting for the reader of stderr.
 
     A message is dropped if the reader has no space for the message.  A server that logs to stderr
-    must call this function before it serves disks, because a reader that is stopped must not stop
-    the disks.  A server that logs every request (``-d``) does not call this function: it waits for
-    the reader, so that no message is lost.
+    without ``-d`` must call this function before it serves disks, because a reader that is stopped
+    must not stop the disks.  With ``-d``, the server logs every request and waits for the reader,
+    so that no message is lost.
     """
     handler = StderrHandler(sys.stderr.fileno())
     handler.setFormatter(_LineFormatter(tracebacks=False))

@@ -3,11 +3,10 @@
 To free memory the kernel writes dirty pages back.  If the pages belong to a mounted disk, their
 writeback needs the serving process.  If this process waits for free memory at the same time, or
 is throttled because it dirties pages, the kernel and the process wait for each other forever.
-``PR_SET_IO_FLUSHER`` (prctl(2)) marks the process as part of the kernel's writeback path.  The
-kernel then allocates memory for the process without starting I/O (``GFP_NOIO``), and throttles
-the process by the state of the host's own disk only.  The flag belongs to a thread, and new
-threads and child processes inherit the flag.  So `protect_from_memory_pressure`, which sets the
-flag, must be called before there is a second thread.
+``PR_SET_IO_FLUSHER`` (prctl(2)) marks the calling thread as part of the kernel's writeback path.
+The kernel then allocates memory for the thread without starting I/O (``GFP_NOIO``), and throttles
+the thread by the state of the host's own disk only.  New threads and child processes inherit the
+mark.  So the server must call `protect_from_memory_pressure` before it has a second thread.
 """
 
 from __future__ import annotations

@@ -77,5 +77,5 @@ KILL: Final = ("kill", "pidfd_send_signal")
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
 """Calls that set the permissions of a file by its name.  A mount that can be written to needs them
-to correct the size that the kernel has cached (`SizeFixup`).  It always sets the permissions that
-the file already has."""
+to correct the size that the kernel has cached (`SizeFixup`).  The server always sets the
+permissions that the file already has."""
