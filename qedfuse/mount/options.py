@@ -54,8 +54,8 @@ class MountOptions:
         compact_seconds: Approximate maximum time in seconds that ``compact=auto`` takes for all
             images together.
         poll_seconds: Maximum time in seconds for which the server polls for the next request before
-            it sleeps; 0 to poll only once; None for the default, which is 0 on a machine with one
-            processor.
+            it sleeps; 0 to poll only once; None for the default, which is 0 if the server may run
+            on one processor only.
         metrics: Where the metrics for Prometheus are served; None for nowhere.
         readahead: Maximum read-ahead of the kernel in bytes; ``kernel`` to keep the kernel's own
             read-ahead; None for the default of qedfuse (`qedfuse.mount.system.readahead`).

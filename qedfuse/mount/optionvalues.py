@@ -152,7 +152,8 @@ def parse_metrics(name: str, value: str) -> ListenAddress:
     """Parse the address at which the metrics are served.
 
     Raises:
-        UsageError: The value is no address, or other machines can reach the address.
+        UsageError: The value is not an address that `ListenAddress.parse` accepts, for example
+            because other machines can reach the address.
     """
     # Imported late, because only this option needs sockets.
     from qedfuse.mount.system.listenaddress import ListenAddress  # noqa: PLC0415  late, see above

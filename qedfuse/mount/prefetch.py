@@ -81,7 +81,7 @@ class Prefetch:
     async def _add_data(self, file: RemoteFile, units: NeededUnits) -> None:
         """Add the units that hold a file's data to ``units``; try again after a failure.
 
-        The file's tables must be in the cache.
+        The caller must fetch the file's tables into the cache before.
 
         Raises:
             ObjectChangedError: The server has another version of the object.

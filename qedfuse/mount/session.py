@@ -282,7 +282,7 @@ class _Session:
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
-            sandbox = self._sandbox(disks, listener, directory=directory)
+            sandbox = self._prepare_sandbox(disks, listener, directory=directory)
             unmounter = self._unmounter
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer),
@@ -314,10 +314,12 @@ class _Session:
         stack.callback(listener.close)
         return listener
 
-    def _sandbox(
+    def _prepare_sandbox(
         self, disks: ExportedDisks, listener: Listener | None, *, directory: bool
     ) -> Sandbox | None:
-        """Prepare the sandbox for serving ``disks``; None if no sandbox is wanted or possible.
+        """Return a sandbox for serving ``disks``, to be entered later.
+
+        Returns None if no sandbox is wanted or possible.
 
         Args:
             disks: The disks.

@@ -25,8 +25,10 @@ OPERATIONS: Final = ("read", "write", "flush", "discard")
 READ: Final = 0
 WRITE: Final = 1
 FLUSH: Final = 2
-"""An fsync(2) of the mounted file, which a loop device sends for each flush."""
+"""An fsync(2) of the mounted file; a loop device sends one for each flush."""
 DISCARD: Final = 3
+"""An fallocate(2) that punches a hole or zeroes a range; a loop device sends one for each
+discard."""
 
 BUCKETS: Final = 27
 """Number of buckets of a histogram.  Bucket 0 counts the times below 1 microsecond, and bucket n

@@ -52,7 +52,7 @@ class RequestErrors:
         self._disks = disks
         self._logged: dict[int, set[str]] = {inode: set() for inode in disks}
         self._dropped: dict[int, int] = {}
-        self._last: dict[int, str] = {}
+        self._last_message: dict[int, str] = {}
         self._error_dropped = trio.Event()
 
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
@@ -110,7 +110,7 @@ class RequestErrors:
             logged.add(message)
             return True
         self._dropped[inode] = self._dropped.get(inode, 0) + 1
-        self._last[inode] = message
+        self._last_message[inode] = message
         self._error_dropped.set()
         return False
 
@@ -140,10 +140,10 @@ class RequestErrors:
             errors = "error" if count == 1 else "errors"
             _log.error(
                 "%s: %d more %s not logged one by one, the last: %s",
-                *(name, count, errors, self._last[inode]),
+                *(name, count, errors, self._last_message[inode]),
             )
         self._dropped.clear()
-        self._last.clear()
+        self._last_message.clear()
 
 
 class _Handlers(Protocol):

@@ -43,7 +43,7 @@ class SizeFixup:
                 the only disk.
         """
         self._mountpoint = mountpoint
-        self._directory = directory
+        self._is_directory = directory
         self._pending: dict[int, ExportedDisk] = {}
         self._wake = trio.Event()
 
@@ -72,7 +72,7 @@ class SizeFixup:
             while self._pending:
                 _inode, exported = self._pending.popitem()
                 path = os.fsencode(self._mountpoint)
-                if self._directory:
+                if self._is_directory:
                     path = os.path.join(path, exported.name)  # noqa: PTH118
                 exported.fixup_size = exported.disk.size
                 try:

@@ -72,7 +72,7 @@ class Sandbox:
         try:
             self._restrict = privileges.thread_restrictor()
         except ImportError:
-            self._lacks("Landlock", "the extension was not built")
+            self._add_missing("Landlock", "the extension was not built")
         else:
             self._rules = self._try_make_rules()
         try:
@@ -88,26 +88,32 @@ class Sandbox:
                 )
             )
         except OSError as error:
-            self._lacks("seccomp", str(error.strerror))
+            self._add_missing("seccomp", str(error.strerror))
 
     def _try_make_rules(self) -> Ruleset | None:
-        """Return the ruleset; return None, and note why, if Landlock cannot be used.
+        """Return the ruleset; if Landlock cannot be used, add the reason to ``missing``.
+
+        Returns None if Landlock cannot be used.
 
         Raises:
             HostError: The mode is ``strict``, and Landlock cannot be used.
         """
         version = landlock_version()
         if version == 0:
-            self._lacks("Landlock", "the kernel or a filter of system calls refuses it")
+            self._add_missing("Landlock", "the kernel or a filter of system calls refuses it")
         elif version < _MIN_LANDLOCK_VERSION:
-            self._lacks("Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}")
+            self._add_missing(
+                "Landlock", f"found version {version}, expected {_MIN_LANDLOCK_VERSION}"
+            )
         elif self._is_strict and version < NETWORK_VERSION:
-            self._lacks("Landlock for TCP", f"found version {version}, expected {NETWORK_VERSION}")
+            self._add_missing(
+                "Landlock for TCP", f"found version {version}, expected {NETWORK_VERSION}"
+            )
         else:
             try:
                 return self._make_rules(version)
             except OSError as error:
-                self._lacks("Landlock", str(error.strerror))
+                self._add_missing("Landlock", str(error.strerror))
         return None
 
     def _make_rules(self, version: int) -> Ruleset:
@@ -136,8 +142,8 @@ class Sandbox:
                 rules.try_allow_path(needs.cache_directory, allowedfiles.CHANGE_TREE)
         return rules
 
-    def _lacks(self, what: str, reason: str) -> None:
-        """Note that a part of the sandbox is missing.
+    def _add_missing(self, what: str, reason: str) -> None:
+        """Add the part ``what`` of the sandbox to ``missing``, with the reason.
 
         Raises:
             HostError: The mode is ``strict``.
@@ -166,7 +172,7 @@ class Sandbox:
             privileges.make_undumpable()
             parts.append("not dumpable")
         except OSError as error:
-            self._lacks("not dumpable", str(error.strerror))
+            self._add_missing("not dumpable", str(error.strerror))
         if self._rules is not None:
             try:
                 # fstat(2) cannot be used to find out whether the mountpoint is a directory, because
@@ -180,7 +186,7 @@ class Sandbox:
                 for fd, rights in files:
                     self._rules.allow(fd, rights)
             except OSError as error:
-                self._lacks("Landlock", str(error.strerror))
+                self._add_missing("Landlock", str(error.strerror))
                 self._rules.close()
                 self._rules = None
         self.in_force = [*self._restrict_threads(), *self._load_filter(), *parts]
@@ -198,7 +204,9 @@ class Sandbox:
             self._restrict(rules, capabilities)
         except OSError as error:
             # If Landlock is missing for another reason, it is listed already.
-            self._lacks("no new privileges" if rules is None else "Landlock", str(error.strerror))
+            self._add_missing(
+                "no new privileges" if rules is None else "Landlock", str(error.strerror)
+            )
             return []
         finally:
             if rules is not None:
@@ -222,7 +230,7 @@ class Sandbox:
         try:
             self._filter.load()
         except OSError as error:
-            self._lacks("seccomp", str(error.strerror))
+            self._add_missing("seccomp", str(error.strerror))
             return []
         return [f"seccomp ({self._filter.count} system calls)"]
 
