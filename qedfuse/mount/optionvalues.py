@@ -50,7 +50,7 @@ def _number(name: str, value: str, base: int, maximum: int, expected: str) -> in
     """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
 
     Raises:
-        UsageError: The value is no such integer; the message ends with ``expected``.
+        UsageError: The value is not such an integer; the message ends with ``expected``.
     """
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
     if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:

@@ -4,10 +4,10 @@ Every exception is converted to a FUSEError, because any other exception that re
 end the mount for all disks and users.
 
 With a damaged image or a full host, every retry of a guest fails, so the log is rate-limited for
-each disk.  The first messages of a disk are logged in full, each message once.  All later and
-repeated errors of the disk are only counted, and at most one line per minute has their number and
-the message of the last one.  So the log does not grow with the number of retries, and is not silent
-while requests still fail.
+each disk.  The first `_MAX_MESSAGES_PER_DISK` messages of a disk are logged in full, each message
+once.  All other errors of the disk are only counted, and at most one line per minute has their
+number and the message of the last one.  So the log does not grow with the number of retries, and is
+not silent while requests still fail.
 """
 
 from __future__ import annotations

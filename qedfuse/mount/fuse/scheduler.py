@@ -199,7 +199,7 @@ class Scheduler:
         if self._calls.has_finished():
             # The tasks that wait for the finished calls become runnable.  They run when this task
             # waits, at the latest after `MAX_BURST_BESIDE_OTHERS` requests in a row, because
-            # `_is_loop_needed` returns True until they have run.
+            # `_is_loop_needed` returns True until those tasks have run.
             self._calls.deliver()
         end_queued_reads()
         is_loop_needed = self._is_loop_needed()

@@ -34,8 +34,8 @@ _PRIORITIES: Final = {
     "ERROR": syslog.LOG_ERR,
     "CRITICAL": syslog.LOG_CRIT,
 }
-"""The priority in the system log for each level (syslog(3)).  `logging.handlers` has such a table
-too, but that module loads modules for networks and queues, which would delay every mount."""
+"""The priority in the system log for each level (syslog(3)).  `logging.handlers` has a similar
+table, but loads modules for networks and queues, which would delay every mount."""
 
 
 class DroppingHandler(logging.Handler):
@@ -81,8 +81,8 @@ class DroppingHandler(logging.Handler):
         """Format and send a message without waiting.
 
         Returns:
-            True if the whole message was sent.  False if sending would wait or has failed; a part
-            of the message may have been sent then.
+            True if the whole message was sent.  False if sending would wait or has failed, even if
+            a part of the message was sent.
         """
 
 
@@ -190,9 +190,9 @@ class SystemLogHandler(DroppingHandler):
         """Send a message on the connection; connect first if there is no connection.
 
         Returns:
-            True if the whole message was sent.  False if the daemon has no space now; an existing
-            connection is then kept.  Also False if the message could not be sent as a whole for
-            another reason; the connection is then closed.
+            True if the whole message was sent.  Otherwise False: if the daemon has no space now,
+            after which an existing connection is kept; or if sending has failed or only a part was
+            sent, after which the connection is closed.
         """
         try:
             if self._socket is None:

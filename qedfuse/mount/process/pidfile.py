@@ -69,7 +69,7 @@ class PidFile:
             )
             # A special file itself is opened, because its path may be a link in /proc, such as
             # /dev/fd/N, and the target of such a link need not be in any directory.
-            # The descriptor of the special file, or of the directory of any other file.
+            # So `_handle` is a descriptor of the file if it is special, otherwise of its directory.
             self._handle = os.open(
                 path if self._is_special else directory,
                 flags if self._is_special else flags | os.O_DIRECTORY,

@@ -46,7 +46,7 @@ static uint64_t kept;
 /* The errno of the first thread that has failed. */
 static atomic_int failure;
 /* The threads that got the signal, the latest first.  A thread is added before its signal is sent,
- * and none is removed while a handler may run, so a handler can walk the list. */
+ * and no thread is removed while a handler may run, so a handler can walk the list. */
 static struct signalled *_Atomic signalled_threads;
 
 /* Give up the rights of the calling thread; return 0, or an errno. */
@@ -168,7 +168,7 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
     return failed == ESRCH ? 0 : failed; /* the thread may have ended */
 }
 
-/* Send the signal to all other threads, and list the threads again until the list has no new one.
+/* Send the signal to all other threads, and list the threads again until a list has no new thread.
  * Return 0, or an errno.  `*threads` becomes the number of threads that were found, including this
  * one.  On return, also after an error, all handlers have finished, unless a thread has not reacted in
  * time: has_pending() then returns 1. */

@@ -48,7 +48,8 @@ def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
 
     The first argument of the function is the ruleset, which says what stays permitted; None for no
     ruleset.  The second argument is the set of the capabilities to keep, with bit n for capability
-    n.  The function raises OSError if the kernel refuses; some threads may be restricted then.
+    n.  The function raises OSError if the kernel refuses, perhaps after it has restricted some
+    threads.
 
     The caller must call `thread_restrictor` before the mount exists, because it loads an extension,
     and no module may be loaded while the mount is served.

@@ -1,7 +1,7 @@
 """The sandbox of a server: what the server cannot do any more when it answers requests.
 
 Before the first request the images are open, and the process needs few other files, few system
-calls and hardly any capability.  The sandbox forbids all others.  If a hostile image made the
+calls and hardly any capability.  The sandbox forbids everything else.  If a hostile image made the
 server run code of an attacker, the sandbox would restrict that code as well.
 
 The rules are prepared before the mount exists.  If the server resolved the paths in the rules
@@ -203,7 +203,7 @@ class Sandbox:
         try:
             self._restrict(rules, capabilities)
         except OSError as error:
-            # If Landlock is missing for another reason, it is listed already.
+            # Without a ruleset, Landlock is in ``missing`` already, with the reason.
             self._add_missing(
                 "no new privileges" if rules is None else "Landlock", str(error.strerror)
             )

@@ -61,7 +61,7 @@ IOCTLS: Final = {
     "FUSE_DEV_IOC_CLONE": 0x8004E500,
 }
 """The commands of ioctl(2) that are permitted.  On a few architectures, on which qedfuse is not
-tested, the numbers differ; there these calls fail."""
+tested, the kernel has other numbers for these commands, so the commands fail."""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket.  These calls are permitted only if a file is on a server or
@@ -69,8 +69,8 @@ is served by qemu-nbd, because an attacker could use them to make other services
 the sandbox forbids to the server itself.  But sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
-"""Calls that fail with ENOSYS.  The C library then starts threads by clone(2).  A filter can read
-the flags of clone(2), but not those of clone3(2), which lie in memory."""
+"""Calls that fail with ENOSYS.  After this error the C library starts threads by clone(2).  A
+filter can read the flags of clone(2), but not those of clone3(2), which lie in memory."""
 
 KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""

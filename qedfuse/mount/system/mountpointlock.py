@@ -1,9 +1,8 @@
 """The lock that lets only one qedfuse at a time mount on a mountpoint.
 
-Each process of qedfuse checks the mountpoint before it mounts: no other qedfuse must have mounted
-there.  Without a lock, two processes could both check and then both mount, and the later mount
-would cover the earlier one.  So each process locks the mountpoint, checks, mounts, and unlocks the
-mountpoint.
+Before mounting, each process of qedfuse checks that no mount of qedfuse lies on the mountpoint.
+Without a lock, two processes could both check and then both mount, and the later mount would cover
+the earlier one.  So each process locks the mountpoint, checks, mounts, and unlocks the mountpoint.
 
 The lock is a socket bound to an abstract name (unix(7)) that contains the device number and the
 inode of the mountpoint.  The name is the same for all users and for every path to the

@@ -114,9 +114,8 @@ def take_record(path: Path, user: int) -> MountRecord | None:
         user: The user who has mounted.
 
     Returns:
-        The record, even if its file cannot be removed.  None if the file is gone or has no valid
-        record any more, or if others than ``user`` can write to its directory; then nothing is
-        removed.
+        The record, even if its file cannot be removed.  None, with nothing removed, if the file is
+        gone or has no valid record any more, or if others than ``user`` can write to its directory.
 
     Raises:
         HostError: The directory or the file cannot be read.

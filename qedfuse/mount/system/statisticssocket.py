@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import trio
 
 _BACKLOG: Final = 16
-"""Number of connections that may wait to be accepted."""
+"""Maximum number of connections that wait to be accepted."""
 _CREDENTIALS: Final = struct.Struct("iII")
 """``struct ucred`` of unix(7): pid, uid, gid."""
 _MAX_DOCUMENT_BYTES: Final = 1 << 28

@@ -38,8 +38,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         PrivilegeError: The caller lacks the privilege to unmount, for example because root has no
             CAP_SYS_ADMIN, or fusermount3 is missing.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
-            is mounted there, because fusermount3 finds no mount of the caller there, or because
-            the host cannot start fusermount3.
+            is mounted on the path, because fusermount3 finds no mount of the caller on the path, or
+            because the host cannot start fusermount3.
     """
     if os.geteuid() == 0:
         _unmount_by_syscall(mountpoint, lazy=lazy)
