@@ -36,7 +36,8 @@ class MountOptions:
             from 0555 for their directory; None to remove all bits of group and others.
         direct_io: Reads and writes bypass the kernel's page cache.
         backing: Which backing files may be used.
-        force_share: The mount is read-only, and another program may write to the image.
+        force_share: The mount is read-only, and images are opened even if another program writes to
+            them.
         nonempty: The mountpoint may be the file of an image, even if the image is not a source of
             this mount.
         growable: truncate(2), fallocate(2) and writes past the end enlarge the disk.

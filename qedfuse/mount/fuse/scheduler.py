@@ -241,8 +241,8 @@ class Scheduler:
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
 
-        Returns False without polling if no read is in the queue or `MAX_BURST_BESIDE_READS` is
-        reached.
+        Returns False without polling if polling does not pay off, no read is in the queue, or
+        `MAX_BURST_BESIDE_READS` is reached.
 
         Args:
             since: The time of the clock, in seconds, when the wait for the request began.
