@@ -77,8 +77,8 @@ static void on_signal(int signal_number, siginfo_t *information, void *context)
 
     (void)signal_number;
     (void)context;
-    /* Another process may send the same signal.  The signal of another process is ignored, because the
-     * signal of this process may still follow. */
+    /* Another process may send the same signal.  Its signal is ignored.  If it made the state DONE, the
+     * list could be freed, and the old action set again, before the signal of this process arrives. */
     if (information->si_code != SI_TKILL || information->si_pid != getpid())
         return;
     failed = restrict_thread();
