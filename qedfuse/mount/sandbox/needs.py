@@ -23,8 +23,8 @@ class ServerNeeds:
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         directory: Whether the mountpoint is a directory.
-        modes: The modes that the process passes to chmod(2); empty if it never calls chmod(2).  The
-            process sets the present mode of a disk's file again, to correct the size that the
+        modes: The modes that the process can need for chmod(2); empty if it never calls chmod(2).
+            The process sets the present mode of a disk's file again, to correct the size that the
             kernel has cached (`SizeFixup`).
         writable: Whether the mount can be written to.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
