@@ -62,6 +62,7 @@ REPLY_ERROR_OFFSET: Final = REPLY_IS_ERROR + 2
 STATE_ZERO: Final = 2
 """The flag of ``base:allocation`` for a range that reads as zeros."""
 ALLOCATION: Final = b"base:allocation"
+"""The metadata context that is used: it says which ranges are allocated, and which are zeros."""
 
 MAX_STRING_BYTES: Final = 4096
 """Maximum length of a string of the protocol, such as the name of an export."""
@@ -73,7 +74,7 @@ OPTION_REPLY: Final = struct.Struct(">QIII")
 EXPORT_INFO: Final = struct.Struct(">HQH")
 """``INFO_EXPORT``, size, transmission flags."""
 BLOCK_INFO: Final = struct.Struct(">HIII")
-"""``INFO_BLOCK_SIZE``; the minimum and the preferred block, and the maximum payload, in bytes."""
+"""``INFO_BLOCK_SIZE``; minimum block size, preferred block size, maximum payload, all in bytes."""
 REQUEST: Final = struct.Struct(">IHHQQI")
 """Magic, flags, command, cookie, offset, length."""
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
@@ -81,8 +82,9 @@ SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 STRUCTURED_REPLY: Final = struct.Struct(">IHHQI")
 """Magic, flags, type, cookie, length of the data that follows."""
 ERROR: Final = struct.Struct(">IH")
-"""Error, length of the message that follows."""
+"""Error, length in bytes of the message that follows."""
 DATA_OFFSET: Final = struct.Struct(">Q")
+"""Offset in the export of the data that follows, or of an error."""
 EXTENT: Final = struct.Struct(">II")
 """Length, flags."""
 HOLE: Final = struct.Struct(">QI")
@@ -104,7 +106,7 @@ _ERRNOS: Final = {
 
 
 def option(number: int, data: bytes = b"") -> bytes:
-    """Return the message that asks for an option."""
+    """Return the message that requests option ``number``, with the ``data`` of the option."""
     return OPTION.pack(OPTION_MAGIC, number, len(data)) + data
 
 

@@ -72,7 +72,7 @@ class NbdFile(ReadOnlyFile):
 
     @property
     def identity(self) -> FileIdentity:
-        """The URL and the size, because an export has no other property that shows its version."""
+        """The path and the size; an export has no further property that shows its version."""
         return (self.path, self._size, "")
 
     async def pread_into(self, offset: int, view: memoryview) -> int:
@@ -83,6 +83,7 @@ class NbdFile(ReadOnlyFile):
         Raises:
             RemoteError: The server cannot be reached, answers with an error, or does not serve the
                 same export any more; or the file was closed.
+            QedError: An error of the function that connects; see `qedfuse.nbd.opening.open_nbd`.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:
@@ -107,7 +108,7 @@ class NbdFile(ReadOnlyFile):
         """Fill ``view`` from a file offset; see `ReadableFile.read_blocking`.
 
         Raises:
-            RemoteError: See `pread_into`.
+            QedError: See `pread_into`.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         length = max(0, min(len(view), self._size - offset))
@@ -140,6 +141,7 @@ class NbdFile(ReadOnlyFile):
         Raises:
             RemoteError: The server cannot be reached, or does not serve the same export any more;
                 or the file was closed.
+            QedError: See `pread_into`.
         """
         return await self._find(offset, is_zero=False)
 
@@ -149,7 +151,7 @@ class NbdFile(ReadOnlyFile):
         Returns None if ``offset`` is at or past the end of the file.
 
         Raises:
-            RemoteError: See `next_data`.
+            QedError: See `next_data`.
         """
         found = await self._find(offset, is_zero=True)
         return self._size if found is None and offset < self._size else found
@@ -167,15 +169,21 @@ class NbdFile(ReadOnlyFile):
         return os.statvfs("/")
 
     def stop_fetching(self) -> None:
-        """Make all reads fail: those that wait, and later reads."""
+        """Make the reads that wait, and all later reads, fail."""
         self.close()
 
     def close(self) -> None:
-        """Close the connections; reads that wait fail.  A second call has no effect."""
+        """Close the connections: reads that wait, and later ones, fail.
+
+        A second call has no effect.
+        """
         self._connections.close()
 
     def _attempts(self, offset: int, length: int) -> Attempts:
-        """Return the attempts of a read, which are brief if a read of its units has just failed."""
+        """Return the attempts of a read.
+
+        The attempts are brief (`Attempts`) if a read of one of the same units has just failed.
+        """
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
 
@@ -198,9 +206,9 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return the offset of the first zeros, or of the first data, at or past ``offset``.
+        """Return the offset of the first zeros (``is_zero``) or data at or past ``offset``.
 
-        ``is_zero`` chooses zeros.  Returns None if no zeros, or no data, follow.
+        Returns None if no such bytes follow.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
@@ -211,8 +219,8 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time is over.  To report data is always correct.  The data is recorded in
-                # the extents, because the next search must have the same result.
+                # The time of the search is over.  To report data is always correct, even for
+                # zeros.  The data is recorded, because the next search must have the same result.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -223,7 +231,11 @@ class NbdFile(ReadOnlyFile):
         return None
 
     async def _ask_for_extents(self, offset: int) -> None:
-        """Ask the server for the extents at ``offset``, and record them."""
+        """Ask the server for the extents at ``offset``, and record them.
+
+        The whole export is recorded as data if the server cannot report extents, or takes too long
+        for too few bytes.
+        """
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()
         while True:

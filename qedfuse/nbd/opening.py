@@ -35,9 +35,10 @@ def open_nbd(
 
     Args:
         connect: Function that returns a connected stream socket within a limited time.  The
-            function is called again, also in other threads, when a connection has broken, and for
-            further connections if the server allows several.  If the function raises OSError, a
-            read calls it again until the time of the read is over; a `QedError` ends the read.
+            file calls the function again, also in other threads, when a connection has broken, and
+            for further connections if the server allows several.  If the function raises OSError, a
+            read calls it again until the time of the read is over.  If the function raises
+            `QedError`, the read fails with this error.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.

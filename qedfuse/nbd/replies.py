@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If more bytes of a payload are missing, they are received directly into their destination
-(`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, in one call with the next
-reply, and copied."""
+"""If more bytes than this are missing of a payload, they are received directly into their
+destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, in one call
+with the next reply, and copied to the destination."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
@@ -31,7 +31,7 @@ _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
 class Replies:
     """Divides the bytes that a server sends into replies.
 
-    The driver receives bytes into the view that `buffer` returns, and calls `advance`.
+    The connection receives bytes into the view that `buffer` returns, and then calls `advance`.
 
     Attributes:
         pending: The requests that wait for their replies, by their cookies.
@@ -47,7 +47,9 @@ class Replies:
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # the range of the scratch buffer that is not parsed yet
         self._chunk: _Chunk | None = None  # the chunk whose payload is being received
-        self._is_direct = False  # whether the last `buffer` was the destination of the payload
+        self._is_direct = (
+            False  # whether the last `buffer` was the destination of a payload
+        )
 
     def add(self, request: Request) -> bytes:
         """Expect the reply to a request; return the message to send."""
@@ -62,7 +64,7 @@ class Replies:
         return done
 
     def fail(self, failure: BrokenError) -> None:
-        """End all requests with ``failure``, because no further byte will come."""
+        """End all pending requests with ``failure``, because no further byte will come."""
         for request in self.pending.values():
             request.failure = failure
             request.is_done = True
@@ -103,7 +105,7 @@ class Replies:
                 return
 
     def _received(self, count: int) -> None:
-        """Record that ``count`` bytes of the payload were stored; end the chunk after the last."""
+        """Count ``count`` received bytes of the payload; end the chunk after its last byte."""
         chunk = self._chunk
         assert chunk is not None  # noqa: S101  the callers have a chunk
         chunk.at += count
@@ -113,7 +115,10 @@ class Replies:
             self._end_chunk(chunk)
 
     def _parse_header(self) -> bool:
-        """Parse the header of a reply or of a chunk; return False if bytes of it are missing."""
+        """Parse the header of a reply or of a chunk, with the offset of its data if it has one.
+
+        Returns False if some of these bytes have not been received yet.
+        """
         available = self._end - self._start
         if available < messages.SIMPLE_REPLY.size:
             return False

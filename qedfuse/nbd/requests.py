@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 CONTEXT_BYTES: Final = 4
 """Length of the number of the metadata context at the beginning of a chunk of extents."""
 EXTENT_BYTES: Final = 8
-"""Length of one extent in such a chunk."""
+"""Length of one extent in a chunk of extents."""
 MAX_KEPT_EXTENTS: Final = 1 << 16
 """Maximum number of extents that are kept of a reply, to limit time and memory."""
 
@@ -32,7 +32,7 @@ class Request:
         length: Length of the range.
         is_done: Whether the reply is complete, or cannot be completed any more.
         failure: Why the request failed; None if it has not failed.
-        cookie: The number of the request on its connection.
+        cookie: The number of the request on its connection; 0 until the request is sent.
     """
 
     command: int
@@ -62,7 +62,7 @@ class Request:
         raise NotImplementedError
 
     def abandon(self) -> None:
-        """Drop the rest of the reply when it comes, because no reader waits for the reply."""
+        """Record that no reader waits for the reply any more, so its bytes need not be stored."""
 
 
 class Read(Request):
@@ -111,7 +111,7 @@ class Read(Request):
         return self.view[offset - self.offset : offset - self.offset + length]
 
     def abandon(self) -> None:
-        """Drop the rest of the reply; see `Request.abandon`."""
+        """Drop the bytes that still come; see `Request.abandon`."""
         self.view = None
 
     def check_complete(self) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""Interval at which a waiting thread checks whether its task was cancelled, and a waiting task or
-thread whether the file was closed."""
+"""Interval of the checks that end waiting: a thread checks whether its task was cancelled; threads
+and tasks check whether the file was closed."""
 
 
 class Waiter(Protocol):
@@ -37,7 +37,7 @@ class WaitingTask:
         self._token = trio.lowlevel.current_trio_token()
 
     def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a reply is still missing."""
+        """Forget earlier calls of `wake`; return whether a request has not ended (`are_done`)."""
         if self._event.is_set():
             self._event = trio.Event()
         return not are_done(requests)
@@ -67,7 +67,7 @@ class WaitingThread:
         self.wake = self._event.set
 
     def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a reply is still missing."""
+        """Forget earlier calls of `wake`; return whether a request has not ended (`are_done`)."""
         self._event.clear()
         return not are_done(requests)
 

@@ -24,7 +24,10 @@ class Wire(Protocol):
     socket: socket.socket
 
     def send(self, data: bytes) -> None:
-        """Send ``data``; later calls of `send` or `receive_into` send what the socket refuses.
+        """Send ``data`` without blocking.
+
+        Bytes that the socket does not accept yet are kept, and later calls of `send` or
+        `receive_into` send them.
 
         Raises:
             OSError: The connection is broken.

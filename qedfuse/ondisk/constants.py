@@ -39,8 +39,8 @@ MAX_BACKING_NAME: Final = 1023
 """Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing is stored.  Reads return the bytes of the backing file.  Past the end of the
-backing file, or without one, they return zeros."""
+"""Table entry: nothing is stored.  Reads return the bytes of the backing file, or zeros past its end
+and in an image without a backing file."""
 
 ZERO: Final = 1
 """L2 table entry: the cluster reads as zeros, whatever the backing file contains."""
@@ -62,7 +62,8 @@ class Feature(IntFlag):
 KNOWN_FEATURES: Final = int(
     Feature.BACKING_FILE | Feature.NEED_CHECK | Feature.BACKING_FORMAT_NO_PROBE | Feature.FREE_LIST
 )
-"""The incompatible feature bits that this program supports.  Images with other ones are refused."""
+"""The incompatible feature bits that this program supports.  An image with any other bit is
+refused."""
 
 KNOWN_AUTOCLEAR: Final = 0
 """The autoclear feature bits that this program preserves: none, because QED defines none.  So all

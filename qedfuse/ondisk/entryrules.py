@@ -44,7 +44,7 @@ class Violation(enum.Enum):
 
     @property
     def found(self) -> str:
-        """A few words that follow the value of the entry in a message."""
+        """What is wrong with the entry: a few words for the parentheses after its value."""
         return {
             Violation.RESERVED_BITS: "unaligned",
             Violation.UNALIGNED: "unaligned",
@@ -134,7 +134,10 @@ class EntryRules:
             left &= ~broken
 
     def table_containing(self, values: Values) -> NDArray[np.intp]:
-        """Return for each file offset the index of the L2 table that contains it, or -1."""
+        """Return for each file offset the index in ``tables`` of the L2 table that contains it.
+
+        The result is -1 for an offset in no L2 table.
+        """
         if not len(self.tables):
             return np.full(len(values), -1)
         index = np.searchsorted(self.tables, values, "right") - 1

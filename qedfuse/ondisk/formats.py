@@ -22,7 +22,8 @@ _FOREIGN: Final = (
     (0, b"WithouFreSpacExt", "Parallels"),
     (0x40, b"\x7f\x10\xda\xbe", "VDI"),
 )
-"""File offset of the magic bytes, the magic bytes, and the name of the format."""
+"""File offset of the magic bytes, the magic bytes, and the name of the format.  The first match
+counts."""
 
 DRIVERS: Final = {
     "QCOW": "qcow",

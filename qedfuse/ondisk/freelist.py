@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 DESCRIPTOR_OFFSET: Final = 3584
 """File offset of the descriptor, which is the last sector of the first 4096 bytes of the file.  The
-first 4096 bytes belong to the header, because the header has at least one cluster, and no cluster
-is smaller."""
+first 4096 bytes belong to the header, because the header has at least one cluster, and a cluster
+has at least 4096 bytes."""
 
 DESCRIPTOR_BYTES: Final = SECTOR
 DESCRIPTOR_END: Final = DESCRIPTOR_OFFSET + DESCRIPTOR_BYTES
@@ -214,7 +214,7 @@ def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
 
     Raises:
         BadListError: The checksum of the header and the runs is wrong, or ``data`` ends
-            before the last run.
+            before the end of the last run.
     """
     end = CLUSTER_HEADER_BYTES + header.runs * RUN_BYTES
     if len(data) < end:

@@ -33,7 +33,8 @@ SECTOR_SIZES: Final = (512, 4096)
 _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
-"""Maximum length of all entries together; the specification reserves at least 16 KiB."""
+"""Maximum length in bytes of all entries together that is accepted; the specification demands space
+for at least 16 KiB."""
 
 _HEADER: Final[Any] = Struct(
     "signature" / Const(b"EFI PART"),
@@ -73,8 +74,9 @@ class _Table(NamedTuple):
 async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
     """Return the GUID partition table of a disk of ``size`` bytes; None if there is none.
 
-    As in Linux, the first sector must be a boot record with a protective entry.  If the entry is
-    missing, a program that knows only DOS tables may have replaced the GPT without erasing it.
+    As in Linux, a GPT counts only if the first sector is a boot record with a protective entry.
+    Without this entry, a program that knows only DOS tables may have replaced the GPT by a DOS
+    table without erasing the GPT.
 
     Raises:
         QedError: The disk cannot be read.
@@ -107,7 +109,11 @@ async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
 async def _read_table(
     read: ReadDisk, sector: int, sector_bytes: int, last_sector: int
 ) -> _Table | None:
-    """Return the table whose header is in ``sector``; None if it is missing or damaged."""
+    """Return the table whose header is in ``sector``.
+
+    Returns None if the table is missing or damaged, or has entries of another length than
+    `_ENTRY_BYTES`.
+    """
     if not 1 <= sector <= last_sector:
         return None
     raw = await read(sector * sector_bytes, sector_bytes)

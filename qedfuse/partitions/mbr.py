@@ -51,7 +51,8 @@ class Entry(NamedTuple):
     Attributes:
         boot: 0x80 if the partition is bootable, otherwise 0.
         type: The type of the partition; 0 for an unused entry.
-        start: The first sector, counted from a sector that depends on the record; see `_logical`.
+        start: The first sector.  In the master boot record it is counted from the beginning of the
+            disk; for extended boot records see `_logical`.
         length: Number of sectors; 0 for an unused entry.
     """
 
