@@ -47,9 +47,7 @@ class Replies:
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._start = self._end = 0  # the range of the scratch buffer that is not parsed yet
         self._chunk: _Chunk | None = None  # the chunk whose payload is being received
-        self._is_direct = (
-            False  # whether the last `buffer` was the destination of a payload
-        )
+        self._is_direct = False  # whether the last `buffer` was the destination of a payload
 
     def add(self, request: Request) -> bytes:
         """Expect the reply to a request; return the message to send."""

@@ -39,8 +39,8 @@ MAX_BACKING_NAME: Final = 1023
 """Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing is stored.  Reads return the bytes of the backing file, or zeros past its end
-and in an image without a backing file."""
+"""Table entry: nothing is stored.  Reads return the bytes of the backing file.  Without a backing
+file, and past its end, reads return zeros."""
 
 ZERO: Final = 1
 """L2 table entry: the cluster reads as zeros, whatever the backing file contains."""

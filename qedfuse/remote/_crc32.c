@@ -3,10 +3,10 @@
  * zlib itself computes it with tables, and takes six times as long.  The method is that of "Fast
  * CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009), with the
  * constants for reflected bits.  Four accumulators of 128 bits are folded over the data, 64 bytes in
- * each step.  The four are then folded into one, and a Barrett reduction makes 32 bits of it.
+ * each step.  The four are then folded into one, and a Barrett reduction makes 32 bits of this one.
  *
  * The module cannot be imported on processors without this multiplication; its importer then uses
- * zlib.
+ * zlib.  The same holds for a module that was compiled by neither gcc nor clang.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -17,11 +17,11 @@
 
 #include <immintrin.h>
 
-#define FOLD_BYTES 64u /* one step of the four accumulators, and the shortest input for them */
+#define FOLD_BYTES 64u /* what the four accumulators take in one step; their minimum input */
 #define RELEASE_BYTES 4096 /* a shorter input is not worth the time for releasing the GIL */
 #define POLYNOMIAL UINT32_C(0xedb88320) /* reflected */
 
-/* Return the state, which is the inverted CRC, after `length` bytes, computed bit by bit. */
+/* Return the state (the inverted CRC) after `length` more bytes, computed bit by bit. */
 static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
 {
     while (length--) {
@@ -32,7 +32,7 @@ static uint32_t by_bytes(uint32_t state, const uint8_t *bytes, size_t length)
     return state;
 }
 
-/* Fold an accumulator over the distance that the constants stand for, and add the next 16 bytes. */
+/* Fold an accumulator over the distance that belongs to `constants`, and add `next`. */
 __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(
     __m128i sum, __m128i constants, __m128i next)
 {
@@ -42,10 +42,11 @@ __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* Return the state after `length` bytes, a multiple of 16 that is at least FOLD_BYTES. */
+/* Return the state after `length` more bytes, a multiple of 16 that is at least FOLD_BYTES. */
 __attribute__((target("pclmul,sse4.1"))) static uint32_t by_folding(
     uint32_t state, const uint8_t *bytes, size_t length)
 {
+    /* over_N has the constants for folding over a distance of N bytes. */
     const __m128i over_64 = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
     const __m128i over_16 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
     const __m128i over_8 = _mm_set_epi64x(0, 0x0163cd6124);

@@ -144,9 +144,10 @@ def is_nbd_url(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a file for messages; a URL loses its user and a query for a web server.
+    """Return the name of a file for messages, without what may be a secret.
 
-    A URL that is not valid loses any query.
+    The result shows neither the user in a URL nor the query for a web server.  If the URL is not
+    valid, the result shows no query at all.
     """
     if not is_url(name):
         return printable(name)
@@ -183,7 +184,8 @@ def require_storable(name: str, hint: str = "") -> None:
         hint: The end of the message: what the user can do instead.
 
     Raises:
-        UsageError: The name is a URL of a web server with a query, or a URL that is not valid.
+        UsageError: The name is a URL of a web server with a query, or a URL that `parse_address`
+            refuses.
     """
     if is_url(name) and (address := parse_address(name)).may_have_secret:
         msg = (
@@ -274,7 +276,7 @@ def _port(text: str, parts: SplitResult) -> int | None:
     try:
         port = parts.port
     except ValueError:
-        port = 0  # not valid either
+        port = 0  # refused below, as port 0 itself
     if port == 0:
         raise invalid_url(text, "port", "no valid one", "a number from 1 to 65535")
     return port

@@ -1,7 +1,7 @@
-"""Buffers for parts of an object; a buffer is used again when nothing refers to it any more.
+"""Buffers for parts of an object; a buffer is used again when no view of it is left.
 
-Allocating a megabyte takes longer than receiving it: the kernel clears the pages, and Python clears
-them again, while it holds the GIL.
+Allocating a megabyte takes longer than receiving it: the kernel clears the pages, and then Python,
+holding the GIL, clears them again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ class BufferPool:
         self._buffers: list[bytearray] = []  # also those that are in use
 
     def take(self, length: int) -> memoryview:
-        """Return a view of ``length`` bytes, with any content.
+        """Return a view of ``length`` bytes, whose content is undefined.
 
         The buffer of the view is used again when this view and every view made from it are gone.
+        If ``length`` exceeds `BUFFER_BYTES`, or all buffers are in use, the view has a buffer that
+        the pool does not keep.
         """
         with self._lock:
             # The first free buffer is the one that is used most often, so the processor caches it.

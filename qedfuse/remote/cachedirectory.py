@@ -40,7 +40,8 @@ _FREE_FRACTION: Final = 0.05
 _MAX_GRANT_BYTES: Final = 64 << 20
 """How many bytes may be stored at most before the limits of the cache are checked again."""
 _MAX_CREATION_SECONDS: Final = 60.0
-"""Maximum age of a directory in which an entry is being made; an older one remains from a crash."""
+"""Maximum age of the directory of an entry that is being made or removed.  An older directory
+remains from a crash."""
 _MAX_ATTEMPTS: Final = 5
 """Maximum number of attempts to open or make an entry that other processes make or remove."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
@@ -138,7 +139,7 @@ class CacheDirectory:
     def offline_entries(
         self, address: Address, store_id: str = ""
     ) -> Iterator[tuple[Version, UnitFile]]:
-        """Yield the entries of an object that can be used without a server, opened.
+        """Open and yield the entries of an object that can be used without a server.
 
         These entries have all units, or all those units that `mark_usable_offline` has recorded.
         The most recently used entry comes first.  The caller must close each entry.  Entries that
@@ -162,8 +163,9 @@ class CacheDirectory:
     ) -> tuple[int, int] | None:
         """Return how many bytes the cache has of an object, and the size of the object.
 
-        The numbers are for the version with the size and the validator ``wanted``; None for the
-        version that was used last.  Returns None if the cache has nothing of it.
+        The numbers are for the version whose size and validator are ``wanted``.  If ``wanted`` is
+        None, they are for the version that was used last.  Returns None if the cache has no byte of
+        this version.
         """
         for found in reversed(list_entries([self._directory_of(address, store_id)])):
             try:
@@ -181,8 +183,8 @@ class CacheDirectory:
         The directory of the cache is made again if it was removed.
 
         Args:
-            unlinked_bytes: Disk space of files that the caller has open, and that were removed from
-                the cache.
+            unlinked_bytes: Disk space in bytes of files that the caller has open, and that were
+                removed from the cache.
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is still at a limit,

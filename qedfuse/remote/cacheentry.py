@@ -1,8 +1,8 @@
 """The files of one entry of the cache: how they are made and removed.
 
 An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
-removed, its name is new-RANDOM.  Directories with other names, and files with other names in an
-entry, are never removed, and no symbolic link is followed.
+removed, its name is new-RANDOM.  Directories with other names are never removed, and neither are
+files in an entry that the cache did not make.  No symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def remove_entry(path: str) -> bool:
         if fd >= 0:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # While the lock is held, opening the entry fails with EWOULDBLOCK.  The entry is renamed
-        # before its files are removed.  If another process makes a new entry of the same name
-        # meanwhile, the files of the new entry are not removed.
+        # before its files are removed.  So if another process makes a new entry of the same name
+        # during the removal, the files of the new entry are not removed.
         _remove_files(_rename_aside(path))
     except OSError:
         return False

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _NAME: Final = "about.json"
 _NEW_NAME: Final = "about.new"
 METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
-"""The names of the files with metadata; the second file replaces the first when it is complete."""
+"""The names of the files with metadata; ``about.new`` is renamed to ``about.json`` when it is
+complete."""
 _MAX_BYTES: Final = 1 << 20
+"""How many bytes of ``about.json`` are read; a longer file counts as damaged."""
 
 
 class EntryMetadata(NamedTuple):
@@ -60,7 +62,7 @@ def read_metadata(path: str) -> EntryMetadata:
 
     Raises:
         OSError: The host refused.
-        ValueError: The metadata are damaged, or are those of another version.
+        ValueError: The metadata are damaged, or are those of another version than the entry's name.
     """
     directory = open_directory(path)
     try:

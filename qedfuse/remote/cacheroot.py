@@ -17,15 +17,15 @@ OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
 """The names of the directories for objects, each with the entries of one object."""
 
 _NAME: Final = "qedfuse"
-"""The name of the directory for the cache in the user's directory for caches, and in a directory
-with other content."""
+"""The name of the cache's own directory, inside the user's directory for caches, or inside a
+directory that the user has named and that has other content."""
 _TAG_NAME: Final = "CACHEDIR.TAG"
 _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# Cache of qedfuse.  It may be deleted at any time.\n"
 )
-"""Marks a directory as this cache, so that backup programs leave it out
-(https://bford.info/cachedir/)."""
+"""The content of the file that marks a directory as this cache.  Backup programs leave out a
+directory with such a file (https://bford.info/cachedir/)."""
 
 
 def default_directory() -> str:
@@ -122,7 +122,7 @@ def _is_cache(path: str) -> bool:
 
 def _is_cache_file(entry: os.DirEntry[str]) -> bool:
     """Return whether a directory entry has the name and the type of one that a cache has."""
-    if entry.name == _TAG_NAME:  # a crash may have cut its content
+    if entry.name == _TAG_NAME:  # with any content, because a crash may have cut the file
         return entry.is_file(follow_symlinks=False)
     return bool(OBJECT_NAME.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)
 

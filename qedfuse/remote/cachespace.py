@@ -40,8 +40,8 @@ class CacheSpace:
         self._free = 0  # bytes that may be reserved
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
-        # Bytes that were refused since the last eviction; `_RETRY_BYTES` if none were refused, so
-        # that the next reservation without space starts an eviction.
+        # How many bytes were refused since the last eviction.  A reservation that succeeds sets the
+        # number to `_RETRY_BYTES`, so the next one that finds no space starts an eviction.
         self._refused = _RETRY_BYTES
         self._is_evicting = False
         self._wait_end = 0.0  # until when (time.monotonic) reservations wait

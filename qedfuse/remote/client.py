@@ -1,8 +1,8 @@
 """The interface of clients of object stores and web servers: ask for a version, read a range.
 
 Each call blocks the calling thread, and repeats no request that failed: `qedfuse.remote.object`
-does that.  Only `settled_version` asks several times, because an answer may not identify a version
-yet.
+repeats the failed calls.  Only `settled_version` asks several times, because an answer may not
+identify a version yet.
 """
 
 from __future__ import annotations

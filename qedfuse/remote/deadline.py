@@ -90,7 +90,7 @@ class TimedResponse(http.client.HTTPResponse):
     """A response whose reads together are limited by the timeout that the socket has at first."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
-        """Read a response from ``sock``; see the base class."""
+        """Prepare to read a response from ``sock``; see the base class."""
         super().__init__(sock, *args, **options)  # type: ignore[arg-type]
         self._timed = _TimedSocket(sock, self.fp.detach())
         self.fp = io.BufferedReader(self._timed)

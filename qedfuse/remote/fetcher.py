@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 _MAX_FLIGHT_UNITS: Final = 4
 """Maximum number of units in one flight: 1 MiB."""
 _MAX_REQUEST_FLIGHTS: Final = 4
-"""Maximum number of flights in one request ahead of a long sequential reader: 4 MiB."""
+"""Maximum number of flights that one request fetches ahead of a reader, whose window must be long:
+4 MiB."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""If the window (`ReadAhead`) has at least this number of units, a request may fetch several
+"""A window (`ReadAhead`) of at least this number of units is long: a request may fetch several
 flights."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
@@ -90,7 +91,7 @@ class Fetcher:
         # The lock protects the following attributes.
         self._flights: dict[int, Flight] = {}  # the flight of each unit that has one
         self._wanted: set[Flight] = set()  # flights for which readers wait
-        self._last_wanted = -math.inf  # when a flight in `_wanted` has last ended
+        self._last_wanted = -math.inf  # time.monotonic() when a flight in `_wanted` has last ended
         self._readers = ReadAhead()
         self._markers: set[int] = set()  # the markers of `ReadAhead` that are being fetched
         self._held_back: set[int] = set()  # markers that were fetched, and made not ready
@@ -163,9 +164,9 @@ class Fetcher:
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store the units of a run that could not be stored when they were fetched.
+        """Store those of the units ``first`` to ``last`` that the cache refused after their fetch.
 
-        Returns whether the cache then claims to have all of the units.
+        Returns whether the cache then claims to have all units ``first`` to ``last``.
         """
         return self._store.store_held(first, last)
 
@@ -180,8 +181,8 @@ class Fetcher:
     def close(self) -> None:
         """End the threads, and end all flights with an error; a second call does nothing.
 
-        The call does not wait for a thread that waits for the server: the thread ends at its
-        deadline.
+        The call does not wait for a thread that is fetching: the thread ends when the requests for
+        its flights have succeeded or failed.
         """
         with self._lock:
             self._threads.close()
@@ -242,9 +243,10 @@ class Fetcher:
         self._wanted.add(flight)
 
     def _new_flight(self, first: int, last: int) -> Flight:
-        """Return a new flight of ``first`` and the next units, up to one that needs no flight.
+        """Return a new flight of the unit ``first`` and the units after it that need a flight.
 
-        A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
+        The flight ends before the first unit that needs none, at ``last``, or at its maximum
+        length.  A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
         """
         end = first + 1
         while (

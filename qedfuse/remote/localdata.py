@@ -1,4 +1,4 @@
-"""Reads of the cache's data file from the page cache, which are not compared with a checksum.
+"""Reads of the cache's data file from the page cache, without a comparison with the checksum.
 
 A unit becomes ready when this process has fetched and stored it, or has read it from the disk and
 compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit, as long
@@ -81,7 +81,7 @@ class LocalData:
         """Duplicate the descriptor of ``entry``, which must be open, and map the data file.
 
         Raises:
-            OSError: The host has no free descriptor, or refused the mapping.
+            OSError: The host has no free descriptor, or refused another call, such as the mapping.
         """
         self._fd = os.dup(entry.data_fd)
         self._flags = inline_flags(self._fd)
@@ -180,7 +180,8 @@ class LocalData:
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache, without waiting for a server.
 
-        If calls may wait for a server, or after `close`, the attributes are those at the start.
+        If calls may wait for a server, or after `close`, the attributes are those of the moment at
+        which this object was made.
 
         Raises:
             OSError: The host refused.

@@ -136,7 +136,10 @@ class RemoteObject:
             raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
-        """Let no further attempt begin.  A running attempt ends at its deadline."""
+        """Stop the repetition of failed attempts; a running attempt ends at its deadline.
+
+        Only an attempt with refused credentials is still repeated once with renewed ones.
+        """
         self._closed.set()
 
 
@@ -241,8 +244,8 @@ def retry(
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None before the credentials are read again.  Afterwards the reason why that failed; empty if
-    # it succeeded.
+    # None until the credentials are read again; from then on, the reason why reading them failed,
+    # or an empty string if it succeeded.
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1

@@ -182,7 +182,10 @@ def _with_stored_part(
     client: Client,
     wanted: tuple[int, str] | None,
 ) -> RemoteError:
-    """Return the error of an opening; after an outage with how much the cache has of the object."""
+    """Return the error of an opening, with what the cache has of the object, after an outage.
+
+    An error with another cause than `_OUTAGES` is returned unchanged.
+    """
     if directory is None or not isinstance(error.__cause__, _OUTAGES):
         return error
     part = directory.stored_part(address, client.store_id, wanted)

@@ -63,7 +63,7 @@ class OutageLog:
             _log.error("%s; %s", error, self._consequence)
 
     def answered(self, sent: float = math.inf) -> None:
-        """Log the end of an outage whose beginning was logged.
+        """End the present outage; log its end if its beginning was logged.
 
         Args:
             sent: The time (`time.monotonic`) at which the request was sent.  The answer to a

@@ -1,7 +1,7 @@
 """One version of an object as a file of a chain: a `HostFile` that cannot be changed.
 
-Units in the page cache are read like those of a local file.  Other units are fetched first, from
-the cache's disk or from the server.
+Units that are ready are read from the page cache, like a local file.  Other units are first fetched
+from the cache's disk or from the server.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ class RemoteFile(ReadOnlyFile):
             if block is not None:
                 part[:] = block
             elif not self._read_cached(start, part):
-                # The rest is tried as well, so that all missing units are demanded together.
+                # The further parts are tried as well: each failure makes the units of its part not
+                # ready, so that the caller demands all of these units together.
                 filled = min(filled, start - offset)
         return filled
 

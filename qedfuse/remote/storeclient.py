@@ -57,7 +57,10 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the present version, and None, because obstore does not give the server's time."""
+        """Return the present version, and None for the time since the last change.
+
+        This time is unknown, because obstore does not give the server's time.
+        """
         options: GetOptions = {"head": True}
         try:
             return version_of(self._get(options).meta), None

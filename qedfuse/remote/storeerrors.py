@@ -41,6 +41,7 @@ _CAUSES: Final = (
     re.compile(r"kind: (Timeout)\b"),
     re.compile(r"source: (TimedOut)\b"),
 )
+"""Where obstore's debugging output names the cause of a failure; the first match counts."""
 _NO_CONNECTION: Final = re.compile(r"client::legacy::Error\(\s*Connect\b")
 _NO_ADDRESS: Final = "failed to lookup address information: "
 _RETRIED: Final = (

@@ -2,7 +2,7 @@
 
 obstore itself reads the environment.  This module changes four things:
 
-- Credentials in a file are never combined with others in the environment.
+- Credentials in a file are never combined with credentials in the environment.
 - Without credentials, requests are anonymous.  obstore would wait for an instance metadata service,
   which only machines of a cloud have.
 - The user must allow an endpoint without TLS.
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.client import ClientOptions
 
 _MAX_RETRIES: Final = 10_000
-"""How often obstore itself repeats a failed request, if it does; the time is the real limit."""
+"""Maximum number of times that obstore repeats a failed request.  The number is so high that only
+``retry_seconds`` of `make_store` limits the repetition."""
 _MAX_PAUSE_SECONDS: Final = 5.0
 """Maximum pause between two attempts of obstore."""
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
@@ -71,6 +72,8 @@ _AZURE_VARIABLES: Final = (
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
+"""Variables that give credentials, or determine where obstore gets them.  `_GOOGLE_VARIABLES` has
+those of Google's stores."""
 _GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
 _STORE_VARIABLES: Final = {
     "s3": (_ENDPOINT_VARIABLES,),
@@ -167,7 +170,7 @@ def make_store(
             long upload goes on with the next key when a temporary one expires.
 
     Raises:
-        UnusableError: The variables configure no usable store.
+        UnusableError: The variables, or a file with credentials, configure no usable store.
     """
     variables = _Variables(dict(options.credentials))
     prefix = _PREFIXES[address.scheme]
@@ -235,7 +238,7 @@ def _add_s3_identity(
         renewed: Reads the credentials file again, for each request; None keeps the first key.
 
     Raises:
-        UnusableError: One half of a key is missing, or a credentials file cannot be read.
+        UnusableError: One half of a key is missing, or the file of Amazon's tools cannot be used.
     """
     credential = _s3_credential(variables)
     if credential is None:

@@ -60,7 +60,7 @@ class UnitFile:
     """The data and the map of one entry of the cache, which several processes may have open.
 
     Two processes that fetch the same unit write the same bytes, so writes need no lock.  Each
-    process holds a shared flock(2), so that no other process removes the entry.
+    process holds a shared flock(2) on the data file, so that no other process removes the entry.
 
     Threads may use the object concurrently.  The files are closed when the last call has returned.
 
@@ -170,8 +170,9 @@ class UnitFile:
         """Return whether the map has an entry for each needed unit of a range.
 
         Args:
-            needed: 1 for each unit that is needed, and 0 for the others; None for all units.
-            first: The unit of the first byte of ``needed``.
+            needed: A byte for each unit of the range: 1 if the unit is needed, and 0 if it is not;
+                None if all units of the object are needed.
+            first: The first unit of the range, to which the first byte of ``needed`` belongs.
 
         Raises:
             OSError: The host refused, or the files are closed (EBADF).
@@ -346,9 +347,10 @@ def _open_direct(fd: int) -> int:
 
 
 def _require_file(fd: int, length: int | None = None) -> None:
-    """Raise OSError if ``fd`` is not a regular file of this user with a name and ``length`` bytes.
+    """Raise OSError (EBADMSG) if ``fd`` is not a file as the cache makes it.
 
-    If ``length`` is None, the file may have any length.
+    The file must be a regular file of this user that was not removed, and must have ``length``
+    bytes.  If ``length`` is None, any length is valid.
     """
     status = os.fstat(fd)
     if (

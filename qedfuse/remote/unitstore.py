@@ -152,7 +152,10 @@ class UnitStore:
         return self._space is not None and self._space.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store the units of a run that are held in memory; return `is_stored` of the run."""
+        """Store those of the units ``first`` to ``last`` that are held in memory.
+
+        Returns whether the map of the cache then has all units ``first`` to ``last``.
+        """
         for unit in range(first, last + 1):
             block = self.held(unit)
             if block is not None and not self.is_stored(unit, unit):

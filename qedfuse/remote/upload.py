@@ -42,11 +42,11 @@ _MAX_PART_SECONDS: Final = 600.0
 """Maximum time for one part.  Four concurrent parts need at least 55 KiB/s if each has 8 MiB, and
 437 KiB/s if each has 64 MiB."""
 _RETRY_SECONDS: Final = 60.0
-"""For how long obstore itself repeats a failed request, if the caller names no time."""
+"""The default of ``retry_seconds`` of `Upload`."""
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
 MAY_REMAIN: Final = "; the store may still have the object or parts of it"
-"""The end of the message of a failure after which nothing could be removed."""
+"""The end of the message of a failure after which the store has not confirmed the removal."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
 """The error code of a store that does not support conditional puts."""
 
@@ -143,18 +143,18 @@ class Upload:
         return self._has_begun
 
     def stop(self) -> None:
-        """Make `run` raise StoppedError soon; `StoppedError` says what `run` removes first."""
+        """Make `run` end soon with `StoppedError`, which says what `run` removes from the store."""
         self._stopped.set()
 
     def run(self) -> Uploaded:
         """Store the content, then compare the stored object with the content; block the thread.
 
         Raises:
-            UsageError: There is an object, which may not be replaced.
+            UsageError: There is an object, and ``overwrite`` is false.
             RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
                 the store does not answer after the upload, the object may exist, as the message
                 says.
-            HostError: The content cannot be read.
+            HostError: The content cannot be read, or the host cannot start a thread.
             StoppedError: `stop` was called.
         """
         self._refuse_existing()
@@ -333,9 +333,9 @@ class Upload:
         whether there is an object.
 
         Raises:
-            UsageError: There is an object, which may not be replaced.
+            UsageError: There is an object, and ``overwrite`` is false.
             RemoteError: The content is shorter than before, or the store does not answer.
-            HostError: The content cannot be read.
+            HostError: The content cannot be read, or the host cannot start a thread.
             StoppedError: `stop` was called.
         """
         for start in range(0, self._size, self._part_bytes):
@@ -380,7 +380,7 @@ class Upload:
         """Delete the object if its entity tag is ``etag``.
 
         Another tag means that another program has stored the object.  Sets `may_remain` if
-        ``etag`` is empty, or if the store does not answer.
+        ``etag`` is empty, or if the store does not answer or refuses.
         """
         self._may_remain = True
         try:
@@ -399,7 +399,7 @@ class Upload:
         """Delete the object if it has the content of the upload, even after `stop`.
 
         Without the response of the store, only a comparison shows that this upload has stored the
-        object.  Sets `may_remain` if the store does not answer.
+        object.  Sets `may_remain` if the store does not answer or refuses.
         """
         try:
             etag = self._check.compare("", is_stoppable=False)
@@ -428,10 +428,11 @@ class Upload:
 def _in_thread(call: Callable[[], object], name: str) -> None:
     """Call a function in a new thread, and wait for it; ``name`` is the object's name in errors.
 
-    The thread from which obstore takes the parts cannot call functions of obstore.
+    The thread from which obstore takes the parts cannot itself call functions of obstore.
 
     Raises:
         HostError: The host cannot start a thread.
+        Exception: ``call`` has raised it.
     """
     failures: list[Exception] = []
 

@@ -22,7 +22,7 @@ class StoppedError(Exception):
     """The upload was stopped.
 
     What the upload has stored was removed, with two exceptions: the store did not answer, or the
-    upload was complete before the stop and may replace an object.
+    upload was complete before the stop and was allowed to replace an object.
     """
 
 
@@ -65,7 +65,12 @@ class UploadCheck:
         self._stopped = stopped
 
     def open(self) -> RemoteObject:
-        """Return the object that the store has now; raise the errors of `open_object`."""
+        """Return the object that the store has now.
+
+        Raises:
+            RemoteError: See `make_client` and `open_object`.
+            UsageError: See `make_client`.
+        """
         client = make_client(self._address, self._options)
         return open_object(self._address, client, Deadlines(total_seconds=30), allow_unpinned=True)
 
@@ -102,7 +107,8 @@ class UploadCheck:
         """Return the possible entity tags of S3 for the content: stored in parts, and stored whole.
 
         The tag for an object in parts is the MD5 checksum of the checksums of its parts, with the
-        number of parts.
+        number of parts.  Content of several parts is never stored whole, so the two results are
+        equal then.
         """
         digests = b"".join(self._digests)
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"

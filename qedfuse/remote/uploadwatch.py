@@ -46,8 +46,8 @@ async def watch_store(
     Args:
         address: The address of the object that is stored.
         options: How to connect, and the time limit of a question.
-        deadlines: How long the upload may make no progress before the first question, and how long
-            the store may not answer.
+        deadlines: After ``attempt_seconds`` without progress, the store is asked.  After
+            ``total_seconds`` without an answer, the call fails.
         position: Returns a number that changes when the upload makes progress.
     """
     client = make_client(address, options)
@@ -79,7 +79,8 @@ async def watch_store(
 def _ask(client: Client) -> str | None:
     """Ask the store for the object; return the reason if it does not answer, None if it does.
 
-    A server error (HTTP status 5xx or 429) counts as no answer; a refusal is an answer.
+    A failure that a retry may overcome, such as HTTP status 503 or 429, counts as no answer.  Any
+    other failure, such as a refusal, is an answer.
     """
     try:
         client.head()

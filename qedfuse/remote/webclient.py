@@ -138,7 +138,10 @@ class WebClient:
         version: Version,
         allocate: Callable[[int], Buffer] = bytearray,
     ) -> Generator[Buffer]:
-        """Yield adjacent parts of a version of the object; a truncated response is not examined."""
+        """Yield adjacent parts of a version of the object with one request.
+
+        A truncated response raises TruncatedError; `get` finds out whether the object has changed.
+        """
         length = sum(lengths)
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _MAX_KEPT_CONNECTIONS: Final = 16
+"""Maximum number of connections that are kept for each host."""
 
 
 class WebPools:
@@ -32,8 +33,9 @@ class WebPools:
     def pool_for(self, target: Address) -> urllib3.PoolManager:
         """Return the pool for an address; each scheme and host has its own pool.
 
-        The pool connects directly to this machine.  To other hosts it connects through the proxy
-        that the environment names for the host, or directly if the environment names none.
+        The pool connects through the proxy that the environment names for the scheme.  It connects
+        directly if the environment names none, if ``no_proxy`` excludes the host, or if the host is
+        this machine.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.

@@ -48,7 +48,9 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a read found only zeros in a block that is not known to be all zeros.
+        """Return whether a block reads as zeros although it is not known to be all zeros.
+
+        Of a block that the read covers in part, only the bytes that were read are examined.
 
         Args:
             offset: The offset of the read in the object.

@@ -59,7 +59,7 @@ def classify(
         content: A chunk of the disk.
         block_size: Bytes in a block.
         min_zero_bytes: Minimum length in bytes of a run of zeros that does not count as data.
-            Only whole blocks of zeros make a run, and a run at an end of the chunk may be
+            A run consists of blocks that hold only zeros.  A run at an end of the chunk may be
             shorter.  0 makes all zeros count as data.  With a base all values except 0 mean the
             same: no whole block of zeros counts as data.
         base: Content of the base in the same range, as long as ``content``; None if there is
