@@ -206,9 +206,9 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return the offset of the first zeros (``is_zero``) or data at or past ``offset``.
+        """Return the offset of the first zeros, or else of the first data, at or past ``offset``.
 
-        Returns None if no such bytes follow.
+        Zeros are searched if ``is_zero``.  Returns None if none of the searched bytes follow.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds

@@ -276,7 +276,7 @@ def _check_chunk(request: Request, kind: int, length: int, *, is_last: bool) -> 
     else:
         is_valid = False
     if not is_valid:
-        msg = f"found a chunk of type {kind} with {length} bytes, expected another one"
+        msg = f"found a chunk of type {kind} with {length} bytes, which the request does not allow"
         raise ProtocolError(msg)
 
 

@@ -158,5 +158,5 @@ class BlockStatus(Request):
     def check_complete(self) -> None:
         """Raise ProtocolError if there is no extent although the server reported no error."""
         if self.failure is None and not self.extents:
-            msg = "found no extent in a reply, expected one"
+            msg = "found a reply without extents"
             raise ProtocolError(msg)

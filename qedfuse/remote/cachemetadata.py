@@ -62,7 +62,7 @@ def read_metadata(path: str) -> EntryMetadata:
 
     Raises:
         OSError: The host refused.
-        ValueError: The metadata are damaged, or are those of another version than the entry's name.
+        ValueError: The metadata are damaged, or do not match the name of the entry.
     """
     directory = open_directory(path)
     try:
@@ -72,7 +72,7 @@ def read_metadata(path: str) -> EntryMetadata:
 
 
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> bool:
-    """Record that an entry has all units that readers need; return whether that succeeded.
+    """Record that an entry has all units that readers need; return whether it was recorded.
 
     Nothing is recorded if the entry lacks one of these units.  If the entry loses one of them
     later, the entry cannot be used without a server until it has the unit again.  If the entry was
@@ -117,13 +117,13 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     """Return the metadata in the file ``about.json`` of the entry ``path``.
 
     Raises:
-        ValueError: The metadata are damaged, or are those of another version.
+        ValueError: The metadata are damaged, or do not match the name of the entry.
     """
     try:
         found = about["version"]
         modified = found["modified"]
-        # The comparison of the entry's name below finds a wrong time only if there is no entity
-        # tag.  So the conversion to float must refuse a time that is not a number.
+        # If there is an entity tag, the time is not in the entry's name, so the comparison below
+        # does not find a wrong time.  Therefore the conversion must refuse what is not a number.
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)

@@ -1,4 +1,4 @@
-"""Fetching the units of an object: each once, adjacent ones together, ahead of sequential readers.
+"""Fetching units of an object: each once, adjacent ones together, and ahead of sequential readers.
 
 A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  A thread looks up a unit in the cache.
 If the unit is missing, a thread fetches it.  Only the readers of the unit wait for these threads.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 _MAX_FLIGHT_UNITS: Final = 4
 """Maximum number of units in one flight: 1 MiB."""
 _MAX_REQUEST_FLIGHTS: Final = 4
-"""Maximum number of flights that one request fetches ahead of a reader, whose window must be long:
-4 MiB."""
+"""Maximum number of flights in one request: 4 MiB.  Only a request ahead of a reader with a long
+window (`_MIN_LONG_WINDOW_UNITS`) has several flights."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""A window (`ReadAhead`) of at least this number of units is long: a request may fetch several
-flights."""
+"""Minimum length of a long window.  The window is the number of units to fetch ahead of a reader
+(`ReadAhead.record_read`)."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
@@ -69,7 +69,7 @@ class Fetcher:
         Args:
             source: The object, which the fetcher closes.
             cache: The entry of the cache in which units are stored, which the fetcher closes; None
-                to store none.
+                to store no units.
             evict: Keeps the cache within its limits; see `UnitStore`.
         """
         self._source = source
@@ -90,7 +90,7 @@ class Fetcher:
         self._lock = self._threads.lock
         # The lock protects the following attributes.
         self._flights: dict[int, Flight] = {}  # the flight of each unit that has one
-        self._wanted: set[Flight] = set()  # flights for which readers wait
+        self._wanted: set[Flight] = set()  # flights that a reader has demanded
         self._last_wanted = -math.inf  # time.monotonic() when a flight in `_wanted` has last ended
         self._readers = ReadAhead()
         self._markers: set[int] = set()  # the markers of `ReadAhead` that are being fetched
@@ -99,9 +99,9 @@ class Fetcher:
     def demand(self, first: int, last: int) -> list[Flight]:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
-        The caller must wait for the flights.  When they have ended, each unit is in the blocks of
-        its flight, or is ready.  If the reader is sequential, the fetch of what it will read next
-        starts as well.
+        The caller must wait for the flights.  When they have ended without an error, each unit is
+        in the blocks of its flight, or is ready.  If the reader is sequential, the fetch of what it
+        will read next starts as well.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -146,10 +146,10 @@ class Fetcher:
         return self._store.is_stored(first, last)
 
     def mark_usable_offline(self, needed: bytes) -> bool:
-        """Record that the cache has all units that readers need; return whether that succeeded.
+        """Record that the cache has all units that readers need; return whether it was recorded.
 
-        From then on, the object can be opened while no server answers.  ``needed`` has 1 for each
-        of these units, and 0 for the others.
+        From then on, the object can be opened while no server answers.  ``needed`` has a byte for
+        each unit: 1 if readers need the unit, and 0 if they do not.
         """
         return self._store.mark_usable_offline(needed)
 
@@ -202,9 +202,11 @@ class Fetcher:
     def _begin(
         self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
     ) -> list[Flight]:
-        """Return the flights of the units that are not ready; start flights that are missing.
+        """Return the flights of those of the units ``first`` to ``last`` that are not ready.
 
-        The caller holds the lock.  With ``is_long``, a request may fetch several of the flights.
+        Flights that are missing are started.  A unit that is held in memory gets a flight that has
+        already ended.  The caller holds the lock.  With ``is_wanted``, a reader waits for the
+        flights.  With ``is_long``, a request may fetch several of the flights.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -280,8 +282,8 @@ class Fetcher:
         window = self._readers.record_read(first, last, max_units)
         end = min(last + window, self._units - 1)
         ahead = last + 1
-        # A unit that is held back counts as fetched, so the result does not depend on which flights
-        # have ended.
+        # A marker counts as fetched also after its flight has ended, although the marker may have
+        # been made not ready then (`_held_back`).
         while ahead <= end and (
             self.ready[ahead] or ahead in self._flights or ahead in self._held_back
         ):
@@ -299,9 +301,10 @@ class Fetcher:
             self._finish(flight)
 
     def _missing(self, flight: Flight) -> list[int]:
-        """Return the units of a flight that are neither ready nor intact in the cache.
+        """Return the units of a flight that must be fetched.
 
-        Units that are intact in the cache are added to the flight's blocks.
+        These units are neither ready, nor in the blocks of the flight, nor intact in the cache.
+        Units that are intact in the cache are added to the blocks.
         """
         units = range(flight.first, flight.last + 1)
         missing = [unit for unit in units if not self.ready[unit] and unit not in flight.blocks]
@@ -347,7 +350,8 @@ class Fetcher:
     def _fetch_parts(self, flights: deque[Flight], parts: list[range]) -> None:
         """Fetch adjacent units with one request: a part for each of the first flights.
 
-        A flight ends, and is removed from ``flights``, when its part has been stored.
+        A flight ends, and is removed from ``flights``, when its part has been stored, or is held in
+        memory because the cache has refused it.
 
         Raises:
             RemoteError: The server does not give the units.
@@ -384,7 +388,10 @@ class Fetcher:
             raise
 
     def _keep(self, flight: Flight, units: range, content: Buffer) -> None:
-        """Store units that were fetched for a flight, and add them to the blocks of the flight."""
+        """Store units that were fetched for a flight, and add them to the blocks of the flight.
+
+        Units that cannot be stored are held in memory.
+        """
         blocks = dict(blocks_of(units.start, content))
         new = {
             unit: block
@@ -392,7 +399,7 @@ class Fetcher:
             if not self.ready[unit] and unit not in flight.blocks
         }
         flight.blocks.update(blocks)
-        # Usually all units are new, and are written together.
+        # Usually all fetched units are new, and are written with one call.
         pieces = {units.start: content} if len(new) == len(blocks) else new
         for first, piece in pieces.items():
             if not self._store.store(first, piece):

@@ -45,7 +45,8 @@ class FetchThreads:
     Threads and tasks may use the object concurrently.
 
     Attributes:
-        lock: Protects the queues.  It is not held while a step runs.
+        lock: Protects this object, and what else the user of the object protects with it.  The lock
+            is reentrant.  It is not held while a step runs.
         is_closed: Whether `close` was called.
     """
 
@@ -147,7 +148,10 @@ class FetchThreads:
             self._is_failure_logged = False
 
     def _work(self) -> None:
-        """Run steps until none has come for `_IDLE_SECONDS`: the main function of a thread."""
+        """Run steps until `close`, or until none has come for `_IDLE_SECONDS`.
+
+        This is the main function of a thread.
+        """
         while True:
             with self.lock:
                 step = self._wait_for_step()

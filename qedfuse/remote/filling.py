@@ -66,11 +66,11 @@ async def fill(
 
 
 async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
-    """Record that the cache has all that readers of a file need; return whether that succeeded.
+    """Record that the cache has all that readers of a file need; return whether it was recorded.
 
-    ``needed`` has 1 for each unit that readers need, and 0 for the others.  A thread makes the
-    record, because calls on the cache's file system may block.  A task that is cancelled does not
-    wait for the thread.
+    ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  A thread
+    makes the record, because calls on the cache's file system may block.  A task that is cancelled
+    does not wait for the thread.
     """
     record = file.fetcher.mark_usable_offline
     return await trio.to_thread.run_sync(record, needed, abandon_on_cancel=True)

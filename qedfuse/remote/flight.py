@@ -31,8 +31,8 @@ class Flight:
         last: The last unit.
         blocks: The content of each unit that was read from the cache or fetched.  When the flight
             has ended without an error, only units that are ready can be missing.
-        is_wanted: Whether a reader waits for the flight.
-        continues: Whether one request may fetch the flight together with the one before it.
+        is_wanted: Whether a reader waits, or has waited, for the flight.
+        continues: Whether one request may fetch the flight together with that of the units before.
         is_brief: Whether attempts are repeated for a short time only, because a reader of one of
             the units has just waited for the server without success.
     """

@@ -52,7 +52,7 @@ class RemoteObject:
         address: The address of the object.
         version: The version that is read.
         max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
-        max_brief_seconds: The same for a brief call.
+        max_brief_seconds: The same for each part of a brief call of `get_parts`.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ def retry(
 ) -> T:
     """Repeat an attempt until it succeeds; return its result.
 
-    The attempts end without success when the time is over or ``closed`` is set.
+    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated.
 
     Args:
         address: The address of the object.
@@ -234,8 +234,9 @@ def retry(
         renew: Called when the server refuses the credentials for the first time; see
             `Client.renew`.  The next refusal is an error.
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
-            end of this time.
-        closed: Ends the attempts when it is set.
+            end of this time at the latest.
+        closed: The event that ends the repetition.  Only an attempt with refused credentials is
+            still repeated once.
         unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
             a wrong name of a server is reported sooner.
 

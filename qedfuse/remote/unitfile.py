@@ -9,8 +9,9 @@ from its checksum, and is fetched again.
 
 If several processes use an entry, no process may bring bytes that it has not compared from the disk
 into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
-`qedfuse.remote.localdata`).  So a unit is first read with ``O_DIRECT``, around the page cache; the
-module `qedfuse.remote.localdata` lists the cases that this does not cover.
+`qedfuse.remote.localdata`).  So if an entry has several users, a unit is first read with
+``O_DIRECT``, around the page cache, and compared.  The module `qedfuse.remote.localdata` lists the
+cases in which unchecked bytes can be read nevertheless.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, another process removes or opens it (EWOULDBLOCK), it is
-                damaged or for an object of another size (EBADMSG), or the host refused.
+            OSError: The entry is missing, another process removes or opens the entry (EWOULDBLOCK),
+                the entry is damaged or is for an object of another size (EBADMSG), or the host
+                refused.
         """
         directory = open_directory(path)
         try:
@@ -306,7 +308,7 @@ def units_of(size: int) -> int:
 
 
 def blocks_of(first: int, content: Buffer) -> Iterator[tuple[int, memoryview]]:
-    """Yield the number and the content of each unit of a range that begins with ``first``."""
+    """Yield the number and the content of each unit in ``content``, which begins with ``first``."""
     view = memoryview(content)
     for begin in range(0, len(view), UNIT_BYTES):
         yield first + begin // UNIT_BYTES, view[begin : begin + UNIT_BYTES]

@@ -139,9 +139,9 @@ class UnitStore:
             return False
 
     def mark_usable_offline(self, needed: bytes) -> bool:
-        """Record that the cache has all units that readers need; return whether that succeeded.
+        """Record that the cache has all units that readers need; return whether it was recorded.
 
-        ``needed`` has 1 for each of these units, and 0 for the others.
+        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.
         """
         cache = self._cache
         return cache is not None and mark_usable_offline(cache, needed)

@@ -206,9 +206,9 @@ class Upload:
     def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        If the response of the store is lost, obstore repeats the request.  The store then reports
-        that the object exists, or that the upload does not exist any more, although the object has
-        been stored.
+        If the response of the store is lost, the request is repeated.  The store then reports that
+        the object exists, or that the upload does not exist any more, although the first request
+        has stored the object.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.

@@ -82,7 +82,7 @@ class UploadCheck:
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
-            is_stoppable: Whether to raise StoppedError when the upload is stopped.
+            is_stoppable: Whether to raise StoppedError when ``stopped`` is set.
 
         Raises:
             DifferentError: The object differs.

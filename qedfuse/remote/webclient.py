@@ -74,7 +74,7 @@ class WebClient:
 
         Raises:
             UnusableError: The environment names a proxy that cannot be used, or the credentials
-                are incomplete.
+                for web servers are not valid.
         """
         self._address = address
         self._options = options
