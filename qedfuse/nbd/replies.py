@@ -1,8 +1,8 @@
 """Parsing the replies of an NBD server, without any I/O.
 
-Every field of a reply is checked.  `ProtocolError` is raised for a reply to no request, and for a
-byte that lies outside its request, comes twice or is missing.  After `ProtocolError` the connection
-must be closed.
+Every field is checked before it is used.  For example, `ProtocolError` is raised for a reply to no
+request, and for a byte of data that lies outside its request, comes twice or is missing.  After
+`ProtocolError`, the caller must close the connection.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If more bytes than this are missing of a payload, they are received directly into their
-destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, in one call
-with the next reply, and copied to the destination."""
+"""If more bytes of a payload than this are missing, they are received directly into their
+destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, possibly in
+one call with the next reply, and copied to the destination."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES

@@ -134,7 +134,9 @@ class Header:
         return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR)
 
     def check_fits(self, file_size: int, name: str) -> None:
-        """Check the offsets against the length of the file in bytes.
+        """Check that the L1 table lies inside a file of ``file_size`` bytes.
+
+        Messages call the file ``name``.
 
         Raises:
             HeaderError: The L1 table is not wholly inside the file.

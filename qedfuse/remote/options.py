@@ -18,9 +18,11 @@ class Deadlines:
 
     Attributes:
         connect_seconds: Maximum time to connect.
-        attempt_seconds: Maximum time of one attempt, connecting included.
+        attempt_seconds: Maximum time of one attempt, connecting included.  For an NBD server:
+            maximum time of the handshake without connecting, and maximum time in which no byte of
+            a missing reply comes.
         total_seconds: Maximum time in which attempts of one request begin; the last attempt may
-            end later.
+            end later.  A reader of an NBD server does not wait for a reply after this time.
     """
 
     connect_seconds: float = 5.0

@@ -72,8 +72,8 @@ _AZURE_VARIABLES: Final = (
     *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
     "AZURE_STORAGE_USE_EMULATOR",
 )
-"""Variables that give credentials, or determine where obstore gets them.  `_GOOGLE_VARIABLES` has
-those of Google's stores."""
+"""Variables that give credentials for Azure, or determine where obstore gets them.
+`_GOOGLE_VARIABLES` are those for Google's stores."""
 _GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
 _STORE_VARIABLES: Final = {
     "s3": (_ENDPOINT_VARIABLES,),
@@ -143,7 +143,8 @@ class _Variables:
     def values_of_group(self, names: tuple[str, ...]) -> list[str]:
         """Return the values of variables that belong together; empty for each that is not set.
 
-        All come from the file if one of the variables is set there, or else from the environment.
+        If the file sets one of the variables, all values come from the file.  If it sets none, all
+        come from the environment.
         """
         source = self.own if any(self.own.get(name) for name in names) else os.environ
         return [source.get(name, "") for name in names]
@@ -323,7 +324,10 @@ def _add_identity(
 
 
 def _expand_home(path: str) -> Path:
-    """Return a path with the home directory for ``~``; unchanged if the user has no home."""
+    """Return a path with the home directory in place of ``~``.
+
+    If the user has no home directory, the path is returned unchanged.
+    """
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 

@@ -120,7 +120,7 @@ class Upload:
             progress=self._report,
             stopped=self._stopped,
         )
-        self._is_read_to_end = False  # whether obstore has all of the content
+        self._is_read_to_end = False  # whether the content was read up to its end
         self._has_begun = False
         self._may_remain = False
 
