@@ -180,7 +180,7 @@ class FetchThreads:
     def _next(self) -> _Step | None:
         """Take a step out of the queues, and count it; return the arguments of `_run`.
 
-        Returns None if no step may begin now.
+        Returns None if the queues are empty, or if their steps must wait for other steps to end.
         """
         if self._lookups:
             flight = self._lookups.popleft()
@@ -212,8 +212,8 @@ class FetchThreads:
         Args:
             step: The step.
             flights: The flights, from which the step may remove those that have ended.
-            fetching: 1 if the step counts as a fetch, otherwise 0.
-            prefetching: 1 if the step counts as a prefetch, otherwise 0.
+            fetching: 1 if the step counts as a fetch (`_MAX_FETCH_THREADS`), otherwise 0.
+            prefetching: 1 if the step also counts as a prefetch (`_MAX_PREFETCHES`), otherwise 0.
         """
         try:
             step()

@@ -10,9 +10,9 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
 
 - A read that misses the page cache can make the kernel read from the disk.  If the disk answers
   before the kernel looks for the bytes again, the same call returns the bytes; if not, the next
-  read returns them.  Three rules prevent this.  A read is tried only if the kernel reports that the
-  page cache has all of its bytes.  A miss makes the units of the range not ready (`RemoteFile`).
-  The kernel's readahead is off (`UnitFile`).
+  read returns them.  Three rules prevent such reads.  A read is tried only if the kernel reports
+  that the page cache has all of its bytes.  A miss makes the units of the range not ready
+  (`RemoteFile`).  The kernel's readahead is off (`UnitFile`).
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
   the object (`ZeroBlocks`).

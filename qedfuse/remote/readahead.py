@@ -35,7 +35,7 @@ class _Stream:
     end: int = -1
 
     def is_continued_by(self, first: int, last: int) -> bool:
-        """Return whether a read of the units ``first`` to ``last`` probably is by this reader."""
+        """Return whether this reader has probably read the units ``first`` to ``last``."""
         gap = min(self.window, _MAX_GAP_UNITS)
         is_near = self.last - gap <= first <= self.last + 1 + gap
         is_after_end = self.end >= 0 and first == self.end + 1
