@@ -5,8 +5,8 @@
  * constants for reflected bits.  Four accumulators of 128 bits are folded over the data, 64 bytes in
  * each step.  The four are then folded into one, and a Barrett reduction makes 32 bits of this one.
  *
- * The module cannot be imported on processors without this multiplication; its importer then uses
- * zlib.  The same holds for a module that was compiled by neither gcc nor clang.
+ * The module cannot be imported on processors without this multiplication, or if neither gcc nor
+ * clang has compiled it; its importer then uses zlib.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -17,7 +17,7 @@
 
 #include <immintrin.h>
 
-#define FOLD_BYTES 64u /* what the four accumulators take in one step; their minimum input */
+#define FOLD_BYTES 64u /* input of the four accumulators in one step, and their minimum input */
 #define RELEASE_BYTES 4096 /* a shorter input is not worth the time for releasing the GIL */
 #define POLYNOMIAL UINT32_C(0xedb88320) /* reflected */
 

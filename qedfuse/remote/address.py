@@ -276,7 +276,7 @@ def _port(text: str, parts: SplitResult) -> int | None:
     try:
         port = parts.port
     except ValueError:
-        port = 0  # refused below, as port 0 itself
+        port = 0  # refused below, like port 0
     if port == 0:
         raise invalid_url(text, "port", "no valid one", "a number from 1 to 65535")
     return port

@@ -39,7 +39,7 @@ _FREE_FRACTION: Final = 0.05
 """The fraction of the file system that the cache leaves free."""
 _MAX_GRANT_BYTES: Final = 64 << 20
 """How many bytes may be stored at most before the limits of the cache are checked again."""
-_MAX_CREATION_SECONDS: Final = 60.0
+_MAX_NEW_ENTRY_SECONDS: Final = 60.0
 """Maximum age of the directory of an entry that is being made or removed.  An older directory
 remains from a crash."""
 _MAX_ATTEMPTS: Final = 5
@@ -204,14 +204,14 @@ class CacheDirectory:
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes.
 
-        An entry that is being made or removed is kept for `_MAX_CREATION_SECONDS` and then removed,
+        An entry that is being made or removed is kept for `_MAX_NEW_ENTRY_SECONDS` and then removed,
         whatever the cache takes up.
 
         Raises:
             OSError: The host refused.
         """
         if entry.is_new:
-            return time.time() - entry.used / 1e9 > _MAX_CREATION_SECONDS
+            return time.time() - entry.used / 1e9 > _MAX_NEW_ENTRY_SECONDS
         return self._free_bytes(used) <= 0
 
     def _free_bytes(self, used: int) -> int:

@@ -123,7 +123,7 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
         found = about["version"]
         modified = found["modified"]
         # If there is an entity tag, the time is not in the entry's name, so the comparison below
-        # does not find a wrong time.  Therefore the conversion must refuse what is not a number.
+        # does not find a wrong time.  Therefore the conversion to float must refuse other types.
         modified = None if modified is None else float(modified)
         version = Version(int(found["size"]), str(found["etag"]), modified)
         name = entry_name(version)

@@ -45,8 +45,8 @@ class FetchThreads:
     Threads and tasks may use the object concurrently.
 
     Attributes:
-        lock: Protects this object, and what else the user of the object protects with it.  The lock
-            is reentrant.  It is not held while a step runs.
+        lock: Protects this object.  The owner of the object uses the lock for its own attributes as
+            well.  The lock is reentrant, and it is not held while a step runs.
         is_closed: Whether `close` was called.
     """
 

@@ -19,8 +19,8 @@ class Deadlines:
     Attributes:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.  For an NBD server:
-            maximum time of the handshake without connecting, and maximum time in which no byte of
-            a missing reply comes.
+            maximum time of the handshake without connecting, and maximum time without any byte
+            while a reply is missing.
         total_seconds: Maximum time in which attempts of one request begin; the last attempt may
             end later.  A reader of an NBD server does not wait for a reply after this time.
     """

@@ -308,7 +308,10 @@ def units_of(size: int) -> int:
 
 
 def blocks_of(first: int, content: Buffer) -> Iterator[tuple[int, memoryview]]:
-    """Yield the number and the content of each unit in ``content``, which begins with ``first``."""
+    """Yield the number and the content of each unit in ``content``.
+
+    ``first`` is the number of the first unit.
+    """
     view = memoryview(content)
     for begin in range(0, len(view), UNIT_BYTES):
         yield first + begin // UNIT_BYTES, view[begin : begin + UNIT_BYTES]

@@ -143,7 +143,7 @@ class Upload:
         return self._has_begun
 
     def stop(self) -> None:
-        """Make `run` end soon with `StoppedError`, which says what `run` removes from the store."""
+        """Make `run` end soon with `StoppedError`; see there what `run` removes from the store."""
         self._stopped.set()
 
     def run(self) -> Uploaded:
