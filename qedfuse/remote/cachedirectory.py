@@ -204,8 +204,8 @@ class CacheDirectory:
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes.
 
-        An entry that is being made or removed is kept for `_MAX_NEW_ENTRY_SECONDS` and then removed,
-        whatever the cache takes up.
+        An entry that is being made or removed is kept for `_MAX_NEW_ENTRY_SECONDS`, and removed
+        afterwards, whatever the cache takes up.
 
         Raises:
             OSError: The host refused.
