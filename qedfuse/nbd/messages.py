@@ -86,9 +86,9 @@ ERROR: Final = struct.Struct(">IH")
 DATA_OFFSET: Final = struct.Struct(">Q")
 """Offset in the export of the data that follows, or of an error."""
 EXTENT: Final = struct.Struct(">II")
-"""Length, flags."""
+"""Length in bytes, flags."""
 HOLE: Final = struct.Struct(">QI")
-"""Offset, length."""
+"""Offset in the export, length in bytes."""
 
 _MAX_SHOWN_CHARACTERS: Final = 200
 

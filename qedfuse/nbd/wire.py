@@ -83,7 +83,10 @@ class PlainWire:
 
 
 class TlsWire:
-    """A connection with TLS; the caller must finish the handshake of TLS before other calls."""
+    """A connection with TLS.
+
+    The caller must call `try_handshake` until the handshake has ended, before it sends or receives.
+    """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:
         """Use a connected socket; ``host`` is the name that the certificate must have."""

@@ -1,7 +1,7 @@
 """Numbers of the QED format, and the limits of the kernel and of this program.
 
 Source of the numbers of the format: QEMU's "QED Image File Format Specification", and the limits
-of its driver.
+of QEMU's driver.
 """
 
 from __future__ import annotations
