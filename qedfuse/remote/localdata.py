@@ -161,10 +161,10 @@ class LocalData:
         )
 
     def is_whole(self) -> bool:
-        """Return False if the file was cut, even if it has become longer again since then.
+        """Return False if the file was cut, even if writes have made it longer again since then.
 
-        A file that was cut never gets a valid length again (`qedfuse.remote.sharing`).  Returns
-        True if this object is closed or not `is_readable`, and False if the host refuses.
+        Writes never restore a valid length (`qedfuse.remote.sharing`).  Returns True if this object
+        is closed or not `is_readable`, and False if the host refuses.
         """
         if not self.is_readable:
             return True  # the length cannot be read without a call that may wait

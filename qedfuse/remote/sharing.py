@@ -2,7 +2,8 @@
 
 The data file is longer than the object by one byte while one opener uses the entry, and by two
 bytes while several may use it.  One lseek(2) shows whether there are other openers.  No write
-reaches the added bytes, so if the file was cut, no write restores one of the two lengths.
+reaches the added bytes, so if the file was cut, no write restores one of the two lengths.  Only
+`join` can restore one, if another program cuts the file while `join` sets the length.
 
 An *opener* is an open `UnitFile`.  Each opener holds a read lock on the first byte of the data
 file.  The next opener finds this lock, and so knows that it is not alone.  The lock belongs to the
