@@ -58,7 +58,7 @@ class Content(Protocol):
         """Fill ``view`` from an offset; return how many bytes were read.
 
         Raises:
-            HostError: The content cannot be read.
+            QedError: The content cannot be read, or has changed.
         """
 
 
@@ -154,7 +154,7 @@ class Upload:
             RemoteError: The store cannot be reached, refuses, or has other content afterwards.  If
                 the store does not answer after the upload, the object may exist, as the message
                 says.
-            HostError: The content cannot be read, or the host cannot start a thread.
+            QedError: The content cannot be read or has changed, or no thread can be started.
             StoppedError: `stop` was called.
         """
         self._refuse_existing()
@@ -335,7 +335,7 @@ class Upload:
         Raises:
             UsageError: There is an object, and ``overwrite`` is false.
             RemoteError: The content is shorter than before, or the store does not answer.
-            HostError: The content cannot be read, or the host cannot start a thread.
+            QedError: The content cannot be read or has changed, or no thread can be started.
             StoppedError: `stop` was called.
         """
         for start in range(0, self._size, self._part_bytes):
