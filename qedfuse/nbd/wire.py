@@ -18,7 +18,7 @@ class Wire(Protocol):
     """A connection as a stream of bytes.
 
     Attributes:
-        socket: The socket, so that callers can wait until bytes can be received.
+        socket: The socket, on which callers wait until bytes can be received.
     """
 
     socket: socket.socket

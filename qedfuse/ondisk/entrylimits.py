@@ -78,7 +78,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest marker: the largest entry that has another meaning than an offset.
+        """The largest marker; a marker is an entry that has another meaning than an offset.
 
         It is 0 (unallocated) in the L1 table, and 1 (zero cluster) in L2 tables.
         """
@@ -106,7 +106,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def before_l1(self) -> int:
-        """The offset whose target ends where the L1 table begins; 0 instead of a negative one."""
+        """The offset whose target ends where the L1 table begins; 0 if it would be negative."""
         return max(0, self.l1_start - self.target_bytes)
 
     def is_valid(self, offset: int) -> bool:

@@ -176,8 +176,8 @@ def require_local(name: str) -> None:
 def require_storable(name: str, hint: str = "") -> None:
     """Refuse the name of a backing file that an image must not store.
 
-    Every user who may read the image can read the name, and the query of a URL may be a secret.
-    The query may also expire.
+    Every user who can read the image can read the name, and the query of a URL can be a secret.
+    The query can also expire.
 
     Args:
         name: The name of the backing file.
@@ -211,8 +211,8 @@ def parse_prefix(text: str) -> Address:
     """Return the address of a prefix, which stands for all objects below it (`is_below`).
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query, which only
-            a prefix for an NBD server may have.
+        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query although it
+            is not a URL of an NBD server.
     """
     address = _parse(text)
     if address.may_have_secret or address.version:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS: Final = 0.2
 """Time between two checks of a waiting thread whether its task was cancelled.  Also the time
 between two attempts of a reader to start a thread that fetches, in case the host could not start
-one before."""
+a thread before."""
 
 
 class Flight:

@@ -233,8 +233,8 @@ class Upload:
     def _raise_with_parts(self, error: RemoteError | UsageError) -> NoReturn:
         """Raise the error of a failed upload, and add whether the store may have parts.
 
-        obstore has tried to remove them, but does not report whether that succeeded.  If the store
-        did not answer to the upload, it may not have answered to the removal either.
+        obstore has tried to remove the parts, but does not report whether they were removed.  If
+        the store did not answer to the upload, it may not have answered to the removal either.
         """
         cause = error.__cause__
         is_unanswered = isinstance(cause, AttemptError) and not isinstance(cause, RefusedError)
