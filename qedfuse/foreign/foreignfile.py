@@ -31,10 +31,10 @@ READ_SECONDS: Final = 600.0
 class ForeignFile(ReadOnlyFile):
     """A disk that qemu-nbd serves; the file has the bytes that the guest sees.
 
-    If qemu-nbd ends, one line is logged, and every read that needs it fails from then on.  qemu-nbd
-    is not started again: its locks ended with it, so another program may have changed a file of the
-    chain since then.  Reads that need no QEMU go on, under the locks of this process
-    (`LocalReads`).
+    After qemu-nbd has ended, every read that needs it fails, and the first of these reads logs one
+    line.  qemu-nbd is not started again: its locks ended with it, so another program may have
+    changed a file of the chain since then.  Reads that need no QEMU go on, under the locks of this
+    process (`LocalReads`).
 
     Attributes:
         path: The path of the image.
@@ -56,9 +56,9 @@ class ForeignFile(ReadOnlyFile):
         Args:
             image: The file of the image.
             driver: The format of the image as QEMU calls it.
-            disk: The disk, read from ``server``.
+            disk: The disk as a file, whose reads go to ``server``.
             server: The process of qemu-nbd.
-            graph: The files of the chain, which the process reads.
+            graph: The files of the chain, which qemu-nbd reads.
             local: Reads the files of ``graph`` directly, where they have the bytes of the disk.
         """
         super().__init__(image.name)
@@ -172,7 +172,8 @@ class ForeignFile(ReadOnlyFile):
     def stop_fetching(self) -> None:
         """Kill qemu-nbd, so that all reads that need it fail: those that wait, and later ones."""
         self._is_stopped = True
-        # Kill the program first: a thread may wait in a handshake, which nothing else ends.
+        # Kill the program first: a thread may wait for it in the handshake of a new connection.
+        # The calls below do not know this connection yet, so they cannot end that wait.
         self._server.kill()
         self._direct.close()
         self._disk.stop_fetching()
@@ -195,7 +196,10 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """If a read fails because qemu-nbd has ended, raise the reason instead; log it once."""
+        """If a read fails after the end of qemu-nbd, raise ForeignError with the reason of the end.
+
+        The error is logged once.
+        """
         try:
             yield
         except HostError as error:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _MAX_FILES: Final = 64
 """Maximum number of files in a chain, not counting the extents of VMDK images."""
 _MAX_EXTENTS: Final = 512
-"""Maximum number of extents in a chain: 1 TiB if VMware splits a disk into files of 2 GiB."""
+"""Maximum number of extents in a chain: enough for a disk of 1 TiB that VMware has split into files
+of 2 GiB."""
 
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
 """Names of formats by which images state that their backing file is raw."""
@@ -43,8 +44,9 @@ class Limits:
 
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
-        any_file: Whether images may name any file.  If not, images that name files are refused when
-            the kernel has no Landlock.
+        any_file: Whether images may name any file.  If not, and if the kernel has no Landlock, an
+            image that names another file is refused: QEMU could open files that ``open_named``
+            refuses.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """
@@ -131,7 +133,10 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
 
 
 def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options:
-    """Add an image and all files that it names to a graph; return the image's options."""
+    """Add an image and all files that it names to a graph.
+
+    Returns the options of the image's block node.
+    """
     graph.files.append(file)
     links = read_links(file.fd, driver, file.name)
     graph.read.append((file, driver, links))
@@ -142,13 +147,14 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
             "because this kernel has no Landlock to confine QEMU (backing=any allows it)"
         )
         raise ForeignError(msg)
-    # The names of the extents of a VMDK image are relative to the path of the image.  So QEMU must
-    # open such an image by its path, and not as an inherited descriptor.
+    # QEMU takes the names of a VMDK image's extents as relative to the path by which it has opened
+    # the image.  So QEMU must open an image with extents by the image's own path, and not as an
+    # inherited descriptor.
     path = os.path.abspath(file.path) if links.extents else _inherited_path(graph)  # noqa: PTH100
     options = _image_options(driver, _file_options(path, limits), limits)
     for name in links.extents:
         if len(graph.extents) >= _MAX_EXTENTS:
-            msg = f"{file.name}: found more than {_MAX_EXTENTS} extents, expected fewer"
+            msg = f"{file.name}: found more than {_MAX_EXTENTS} extents in the chain"
             raise ForeignError(msg)
         extent = _open(graph, name, file, limits)
         graph.extents.append(extent)
@@ -203,7 +209,7 @@ def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixF
 
 
 def _open_counted(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
-    """Open a base or a data file, which counts as a file of the chain, as `_open` does.
+    """Open a base or a data file like `_open`; refuse a chain of more than `_MAX_FILES` files.
 
     Raises:
         BackingError: As for `_open`, or the chain is too long.

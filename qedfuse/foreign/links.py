@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _START_BYTES: Final = 4096
-"""Number of bytes that are read for the fields of a header."""
+"""Number of bytes that are read at the start of a file; they include all header fields used here,
+but not the extensions of qcow2."""
 
 _QCOW2_EXTENSIONS_AT: Final = 72
 """Offset of the header extensions in version 2 of qcow2."""
@@ -37,7 +38,8 @@ _MAX_EXTENSIONS: Final = 32
 """Maximum number of header extensions that are read; further ones are ignored."""
 
 _MAX_NAME_BYTES: Final = 1023
-"""Maximum length of the name of a backing file, as in QEMU."""
+"""Maximum length in bytes of the name of a file or of a format; QEMU has the same maximum for the
+name of a backing file."""
 
 _VHD_TYPE_AT: Final = 60
 _VHD_DIFFERENCING: Final = 4
@@ -66,7 +68,7 @@ class Links:
 
 
 def read_links(fd: int, driver: str, name: str) -> Links:
-    """Return the files that an image names.
+    """Return the names of other files in the header of an image.
 
     Args:
         fd: The open file.
@@ -128,9 +130,10 @@ def _qcow2(fd: int, name: str) -> Links:
 
 
 def _qcow2_extensions(fd: int, at: int) -> dict[int, bytes]:
-    """Return the header extensions of a qcow2 image by type.
+    """Return the contents of the header extensions of a qcow2 image by their types.
 
-    Extensions longer than `_MAX_NAME_BYTES` are left out.
+    The first extension is at file offset ``at``.  Extensions longer than `_MAX_NAME_BYTES`, and
+    those after the first `_MAX_EXTENSIONS`, are left out.
     """
     found: dict[int, bytes] = {}
     for _ in range(_MAX_EXTENSIONS):
@@ -193,7 +196,7 @@ def _start(fd: int, size: int, name: str) -> bytes:
 
 
 def _refuse_encrypted(start: bytes, at: int, name: str) -> None:
-    """Refuse an image whose 32 bits at ``at``, the method of encryption, are not zero."""
+    """Refuse an image whose method of encryption is not 0: the 32 bits at header offset ``at``."""
     method = struct.unpack_from(">I", start, at)[0]
     if method:
         kinds = {1: "AES", 2: "LUKS"}

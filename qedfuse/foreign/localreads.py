@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READS_BEFORE_MAP: Final = 16
-"""Number of lookups of ranges that only QEMU can read, after which the map is made.
+"""Number of lookups after which the map is made, of which each has found only `UNKNOWN` parts.
 
-One read looks up its range up to three times.  A command that reads only the partition table does
-not need the map.
+Before the map is made, every lookup is of this kind.  One read looks up its range up to three
+times.  The map is not made sooner, because a command that reads only the partition table does not
+need it.
 """
 _START_SECONDS: Final = 5.0
 """Maximum time for which `LocalReads.start_map` waits for the start of the program."""
@@ -43,8 +44,9 @@ class LocalReads:
     The map is valid as long as no program changes the files.  So all of `Graph.files` are locked
     before the map is made, as qemu-nbd locks them, and the locks last as long as the files are
     open, even if qemu-nbd ends.  This process does not lock the extents of a VMDK image; the lock
-    on the descriptor of the image keeps out programs that open the image.  If locking is off, there
-    is no map; if a file cannot be locked, the map stays empty.
+    on the image's own file, which names the extents, keeps out programs that open the image.  If a
+    file cannot be locked, the map stays empty.  There is no map at all if locking is off, if no
+    file or more than `MAX_FILES` files have data, or if the host has no memory for it.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
@@ -63,7 +65,8 @@ class LocalReads:
         )
         self._map: RunMap | None = None
         self._lock = threading.Lock()
-        """Held while the state is changed, never while a thread waits."""
+        """Held while the attributes below are changed, and while the thread or the program is
+        started; never while a thread waits for the program's output or end."""
         self._lookups_before_map = READS_BEFORE_MAP
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,7 +105,7 @@ class LocalReads:
         return found
 
     def file_of(self, piece: Piece) -> PosixFile:
-        """Return the file that has the bytes of a part; `UNKNOWN` and `ZEROS` are not allowed."""
+        """Return the file that has the bytes of ``piece``, which must not be unknown or zeros."""
         return self._files[piece.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
@@ -125,7 +128,7 @@ class LocalReads:
         """Start a read in a native thread, if one file has the range as one run.
 
         Returns whether the read was started: see `ReadableFile.try_start_read`.  Returns None if
-        only QEMU can read any part of the range.
+        all parts of the range are `UNKNOWN`, or if there is no map: QEMU must read the whole range.
         """
         found = self.pieces(offset, len(view))
         if found is None:
@@ -149,7 +152,10 @@ class LocalReads:
             raise HostError(msg)
 
     def close(self) -> None:
-        """Stop making the map; afterwards the caller can close the files."""
+        """Stop making the map; afterwards the caller can close the files.
+
+        The call waits at most `_JOIN_SECONDS`.
+        """
         with self._lock:
             self._is_closed = True
             process, thread = self._process, self._thread
@@ -159,11 +165,11 @@ class LocalReads:
             thread.join(_JOIN_SECONDS)
 
     def start_map(self) -> None:
-        """Begin to make the map, unless that has begun before; return when the program runs.
+        """Begin to make the map, unless that has begun before; wait until the program runs.
 
-        A process that gives up the right to run programs must call this method first.  The call
-        waits at most `_START_SECONDS`, and not at all if no thread makes the map, for example
-        because the host cannot start one.
+        A process that will give up the right to run programs must call this method before.  The
+        call waits at most `_START_SECONDS`.  It stops waiting when the program will not be started,
+        and does not wait if there is no thread that makes the map.
         """
         with self._lock:
             self._lookups_before_map = 0
@@ -173,15 +179,19 @@ class LocalReads:
             self._has_started.wait(_START_SECONDS)
 
     def _count_lookup(self) -> None:
-        """Count a lookup of a range that only QEMU can read; start the thread after enough."""
+        """Count a lookup that has found only `UNKNOWN` parts; start the thread after the last one.
+
+        The last one is lookup number `READS_BEFORE_MAP`.
+        """
         with self._lock:
             self._lookups_before_map = max(0, self._lookups_before_map - 1)
             if not self._lookups_before_map:
                 self._start_thread()
 
     def _start_thread(self) -> None:
-        """Start the thread that makes the map, if none was started; the caller holds the lock.
+        """Start the thread that makes the map; the caller holds the lock.
 
+        Does nothing if the thread was started before, there is no map, or `close` was called.
         If the host cannot start a thread, `_count_lookup` tries again after `READS_BEFORE_MAP`
         further lookups; until then QEMU makes the reads.
         """
@@ -205,7 +215,7 @@ class LocalReads:
             self._has_started.set()
 
     def _run_program(self, run_map: RunMap) -> None:
-        """Run the program, and add what it prints to the map; do nothing after `close`.
+        """Run ``qemu-img map``, and add what it prints to the map; do nothing after `close`.
 
         Raises:
             ForeignError: The program is missing, or its output is not a map.

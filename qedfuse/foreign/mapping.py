@@ -1,7 +1,8 @@
 """Finding out from QEMU where the files of a chain have the bytes of the disk.
 
 ``qemu-img map`` runs in a sandbox like that of qemu-nbd, and prints one JSON object per line.  The
-output is not trusted: the ranges must follow each other, and the data must lie within the file.
+output is not trusted: each range must begin where the range before it ends, and what lies past the
+end of a file is left to QEMU.
 So a hostile image that takes over the program gains nothing: the output can only name other ranges
 of the files of the image's own chain.  A hostile image that takes over qemu-nbd could serve these
 ranges as the disk without any map.
@@ -32,7 +33,7 @@ more bytes than this follow the last complete line."""
 
 
 def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
-    """Start the program, which prints to the descriptor ``output``.
+    """Start ``qemu-img map``, which prints to the descriptor ``output``.
 
     The caller must wait for the end of the process that this function returns.
     The kernel kills the program when the calling thread ends.
@@ -70,7 +71,7 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
             if not _add(run_map, found, files):
                 return
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        msg = f"{_PROGRAM}: found output of another form: {error!r}"
+        msg = f"{_PROGRAM}: found output that is not a map: {error!r}"
         raise ForeignError(msg) from error
 
 

@@ -26,18 +26,20 @@ class ForeignOpening:
     def __init__(self, image: PosixFile, driver: str, limits: Limits) -> None:
         """Open the files that an image names, and start qemu-nbd.
 
-        The calling thread must not end before the file is closed; see `QemuNbd`.
+        The calling thread must not end before the file that `finish` returns is closed; see
+        `QemuNbd`.
 
         Args:
-            image: The file of the image.  If the constructor fails, it closes the file.  Otherwise
-                the file is closed by `abandon`, or by the close of the file that `finish` returns.
+            image: The file of the image.  If the constructor fails, it closes this file.  After a
+                success `abandon` closes it, or `ForeignFile.close`.
             driver: The format of the image as QEMU calls it.
             limits: Which files the images of the chain may name.
 
         Raises:
             BackingError: A file that the image names is missing or refused.
             ForeignError: qemu-nbd is not installed, or `open_graph` refuses an image.
-            QedError: A file cannot be read, or the host refused.
+            ImageError: The header of a QED image of the chain is not valid.
+            HostError: A file cannot be read, or the host refused.
         """
         self._image = image
         self._driver = driver
@@ -98,10 +100,10 @@ class ForeignOpening:
         self._image.close()
 
     def _connect(self) -> socket.socket:
-        """Return a new connection to the program.
+        """Return a new connection to qemu-nbd.
 
         Raises:
-            ForeignError: The program has ended, so no later attempt can succeed.
+            ForeignError: qemu-nbd has ended, so no later attempt can succeed.
             OSError: The host refused.
         """
         if self._server.has_ended():

@@ -28,8 +28,8 @@ READY_SECONDS: Final = 30.0
 """Maximum time for which a new connection waits for each part of an answer of the program, which
 answers only after it has opened the image."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
-"""Maximum times until the program has ended: after its last client has disconnected, after SIGTERM,
-and after SIGKILL."""
+"""Maximum times in seconds for which `QemuNbd.close` waits for the end of the program: after its
+last client has disconnected, after SIGTERM, and after SIGKILL."""
 
 _GREETING: Final = messages.INIT_MAGIC + messages.OPTION_MAGIC
 _FLAGS: Final = messages.FLAG_FIXED_NEWSTYLE | messages.FLAG_NO_ZEROES
@@ -274,7 +274,8 @@ def _negotiate(client: socket.socket) -> None:
     """Choose the default export by the option ``NBD_OPT_EXPORT_NAME``.
 
     Raises:
-        OSError: The server does not answer or closed the connection, or is no NBD server.
+        OSError: The server does not answer, closes the connection, or does not greet as an NBD
+            server.
     """
     greeting = _receive(client, len(_GREETING) + 2)
     if not greeting.startswith(_GREETING):

@@ -37,7 +37,7 @@ _ZEROS_TARGET: Final = 1
 
 
 class Piece(NamedTuple):
-    """A part of a range.
+    """A part of a range of the disk, which one file has, or no file.
 
     Attributes:
         file: The number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
@@ -95,7 +95,7 @@ class RunMap:
         Args:
             length: Length of the range in bytes.
             file: Number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.
-            offset: File offset of the range's first byte.
+            offset: File offset of the range's first byte; ignored if no file has the bytes.
         """
         cells = self.cells
         count, start = cells[_COUNT], cells[_END]

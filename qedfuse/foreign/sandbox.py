@@ -37,13 +37,15 @@ _SYSTEM_PATHS = (
 """What every program may read and execute: the directories of libraries, of QEMU's modules, and of
 the commands that a wrapper script of QEMU calls."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
-"""Where a program with another prefix has its libraries and modules, relative to the prefix."""
+"""Where a program that is installed elsewhere has its libraries and modules.  The paths are relative
+to the prefix, which is the directory above that of the program."""
 
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""
 
 _FIRST_TEMPORARY_DESCRIPTOR = 300
-"""Lowest number of the temporary copies from which the descriptors get their final numbers."""
+"""Lowest number of the temporary copies of the descriptors.  Each copy is above all final numbers,
+so giving one descriptor its final number does not close a copy."""
 
 _MAX_MESSAGE_BYTES = 64 << 10
 """Maximum length of a file that the program writes: it writes only its messages to a file."""
@@ -141,8 +143,10 @@ def _main(text: str) -> None:
     listeners = [] if parameters["listener"] is None else [parameters["listener"]]
     given = (*parameters["files"], *parameters["named"], *listeners)
     opened = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_TEMPORARY_DESCRIPTOR) for fd in given]
+    # The program must not inherit the originals.  closerange leaves those open that have numbers
+    # above the range, so all are marked to be closed by execve.
     for fd in given:
-        os.set_inheritable(fd, False)  # noqa: FBT003  those that closerange leaves open
+        os.set_inheritable(fd, False)  # noqa: FBT003
     os.closerange(3, _FIRST_TEMPORARY_DESCRIPTOR)
     if listeners:
         os.dup2(opened.pop(), 3)

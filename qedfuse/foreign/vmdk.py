@@ -111,7 +111,7 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
 
 
 def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
-    """Return the name of the parent in a file with both extent and descriptor; empty if none.
+    """Return the name of the parent in the descriptor inside an image; empty if there is none.
 
     Args:
         fd: The open file.

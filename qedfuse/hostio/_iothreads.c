@@ -75,7 +75,8 @@ struct job {
     enum kind kind;
     int fd;
     int mode;              /* of fallocate(2) */
-    int64_t offset;        /* in the file or the export; of a truncate: the new size */
+    int64_t offset;        /* in the file or the export; of a truncate: the new size; -1 in a READ:
+                            * the position of the descriptor */
     int64_t length;        /* of fallocate(2) */
     struct iovec *parts;   /* what is left to read or write; the array lies behind `buffers` */
     size_t part_count;
@@ -340,8 +341,9 @@ static void notify(struct pool *pool)
     }
 }
 
-/* Mark a finished job as answered.  If the collector is done with the job, the job becomes garbage
- * or, if the pool is closed, its memory is lost.  The caller must hold the mutex. */
+/* Mark a finished job as answered.  If the collector is done with the job, the job becomes garbage.
+ * If the pool is closed, no collector is left, and the memory of the job is lost.  The caller must
+ * hold the mutex. */
 static void set_answered(struct pool *pool, struct job *job)
 {
     job->is_answered = 1;
@@ -352,8 +354,8 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, put the job on the list of finished calls, call its answer if it
- * has one, and notify the collector.  The caller must not hold the mutex; run() returns with the
- * mutex locked. */
+ * has one, and notify the collector.  If the pool is closed during the system call, do nothing
+ * after the call.  The caller must not hold the mutex; run() returns with the mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -415,7 +417,7 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job to the thread that fell asleep last, or NULL to end that thread.  The last one has the
+/* Give a job to the thread that fell asleep last; NULL ends that thread.  That thread has the
  * warmest caches, and threads that are not needed sleep on until their idle time has passed.  The
  * caller must hold the mutex, and a thread must be asleep.  Return the address that the caller must
  * pass to wake(). */

@@ -37,7 +37,7 @@ class ReadableFile(Protocol):
 
     @property
     def identity(self) -> FileIdentity:
-        """The value by which two open files can be compared."""
+        """A value that is equal for two open files if they are the same file."""
 
     @property
     def read_policy(self) -> ReadPolicy | None:
@@ -81,19 +81,19 @@ class ReadableFile(Protocol):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that then answers a request; return whether it could be started.
+        """Start a read in a thread that then answers a request; return whether the read was started.
 
-        The thread answers by a C function, without the event loop.  The read is started only if
-        `try_read` has not found the data in memory, or would not look for the data in memory.
+        The thread answers by a C function, without the event loop.  Returns False unless
+        `try_read` has just failed to find the data in memory, or would not look for it there.
 
         Args:
             offset: File offset.
             view: The buffer.  The caller must not change it before the C function has returned.
             take_answer: Called once, just before the read is started; returns a capsule with the C
                 function, which the thread calls at the end of the read (see ``_iothreads.c``).
-            ended: Called once in the event loop, if the read was started.  The
-                argument is the number of bytes read, or a negative errno.  At the time of the call
-                the C function can still be running.
+            ended: Called once in the event loop after the end of the read, if the read was started.
+                The argument is the number of bytes read, or a negative errno.  At the time of the
+                call the C function can still be running.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.

@@ -49,7 +49,7 @@ class ReadOnlyFile(ABC):
     can_punch = False
 
     def __init__(self, name: str) -> None:
-        """Refuse all changes of a file, whose name in messages is ``name``."""
+        """Make the file; ``name`` is its name in messages."""
         self.name = name
 
     @property

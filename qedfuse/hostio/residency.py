@@ -32,7 +32,7 @@ class Residency:
     """
 
     def __init__(self, fd: int, length: int) -> None:
-        """Map the first ``length`` bytes of a file; ``length`` is at least one.
+        """Map the first ``length`` bytes of a file; ``length`` must be at least 1.
 
         The user of this process must own the file or have permission to write to it.  For other
         files mincore(2) reports every page as present.

@@ -69,7 +69,7 @@ class DataSlices:
         slice_bytes: int = SLICE_BYTES,
         skip: int = 0,
     ) -> None:
-        """Walk through the first ``length`` bytes of a table, except for the first ``skip``.
+        """Prepare to walk through the first ``length`` bytes of a table, except the first ``skip``.
 
         Args:
             file: The image.
