@@ -1,4 +1,4 @@
-"""A map of a disk: for each range, whether it is zeros, or which file has its bytes, and where.
+"""A map of a disk: for each range, which file has its bytes, and where; or zeros; or only QEMU.
 
 The map is made from the beginning of the disk to its end, and can be read while it is made.  It has
 a fixed maximum size, so it may end before the disk does.
@@ -89,8 +89,8 @@ class RunMap:
     def add(self, length: int, file: int, offset: int = 0) -> bool:
         """Add a range that follows the last run; return False if the map is full.
 
-        A range whose target continues that of the last run makes this run longer.  Any other range
-        becomes a new run.
+        A range whose target continues that of the last run makes this run longer, also if the map
+        is full.  Any other range becomes a new run, for which the map must have space.
 
         Args:
             length: Length of the range in bytes.

@@ -1,7 +1,8 @@
 """The descriptor of a VMDK image: its parent, and the extents that QEMU opens under their names.
 
 If the descriptor is a file of its own, QEMU itself searches it for names of extents, and skips each
-line that it does not understand.  So such a descriptor is refused unless every line has one of the
+line that it does not understand.  If QEMU understood a line that this module skips, QEMU would open
+a file that was never checked.  So such a descriptor is refused unless every line has one of the
 forms below, which QEMU and this module read alike.
 """
 

@@ -3,15 +3,16 @@
  *
  * A thread that holds the GIL submits calls and collects the finished ones.  A thread of the pool
  * never touches a Python object: it makes the system call, appends the call to the list of
- * finished calls, and makes an eventfd readable unless that was done since the last collection.
+ * finished calls, and makes an eventfd readable unless a thread has done so since the last
+ * collection.
  *
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a read with an answer (see below)
  * has two owners at its end, the collector and the thread that answers.  When both are done with
  * it, a thread with the GIL releases it.  Everything else that threads share is in struct pool.
- * The pool's mutex protects struct pool, except the atomic fields and the use of the eventfd.  The
- * eventfd is closed only when the IoThreads object has been freed and no thread is writing to the
- * eventfd.
+ * The pool's mutex protects struct pool, except the atomic fields.  The eventfd is read and written
+ * without the mutex.  It is closed only when the IoThreads object has been freed and no thread is
+ * writing to it.
  *
  * Answers.  A read can have an answer: a function that the thread itself calls after the read,
  * without the event loop.  The argument `answer` of submit_read is a capsule named
@@ -283,7 +284,8 @@ static int64_t read_export(struct job *job)
     return failed ? failed : (int64_t)length;
 }
 
-/* Make a job's system call; return the number of bytes or 0, or -errno. */
+/* Make the system calls of a job; return the number of bytes read or written, or 0 for other calls; or
+ * -errno. */
 static int64_t make_call(struct pool *pool, struct job *job)
 {
     int failed;

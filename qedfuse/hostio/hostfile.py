@@ -81,7 +81,7 @@ class ReadableFile(Protocol):
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a thread that then answers a request; return whether the read was started.
+        """Start a read in a thread that then answers a request; return whether it was started.
 
         The thread answers by a C function, without the event loop.  Returns False unless
         `try_read` has just failed to find the data in memory, or would not look for it there.
@@ -89,8 +89,9 @@ class ReadableFile(Protocol):
         Args:
             offset: File offset.
             view: The buffer.  The caller must not change it before the C function has returned.
-            take_answer: Called once, just before the read is started; returns a capsule with the C
-                function, which the thread calls at the end of the read (see ``_iothreads.c``).
+            take_answer: Called just before the read is started, and not if no read is started.
+                Returns a capsule with the C function that the thread calls at the end of the read
+                (see ``_iothreads.c``).
             ended: Called once in the event loop after the end of the read, if the read was started.
                 The argument is the number of bytes read, or a negative errno.  At the time of the
                 call the C function can still be running.

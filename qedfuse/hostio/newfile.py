@@ -1,4 +1,4 @@
-"""A new file that gets its final name only when complete, so that no partial file is seen.
+"""A new file that gets its final name only when it is complete: no program finds a partial file.
 
 If no file is replaced and the file system has no hard links, an empty file has the final name for
 a moment.  That empty file stays if the rename to the final name fails.
@@ -32,7 +32,7 @@ _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class NewFile:
-    """A temporary file next to the final name, for the length of a ``with`` block.
+    """A temporary file in the directory of the final name, for the length of a ``with`` block.
 
     If the file has not got its final name by the end of the block, the file is removed.
 

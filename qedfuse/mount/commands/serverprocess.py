@@ -55,7 +55,10 @@ class ServerProcess:
     """The process that served a mount, and for whose end the caller waits."""
 
     def __init__(self, pidfd: int, pid: int, entry: MountEntry) -> None:
-        """Use the process ``pid``, open as ``pidfd``, which served the mount ``entry``."""
+        """Use the process ``pid``, which served the mount ``entry``, and is open as ``pidfd``.
+
+        The caller must close the descriptor when it no longer uses this object.
+        """
         self._pidfd = pidfd
         self._pid = pid
         self._entry = entry

@@ -33,7 +33,7 @@ class NoStatisticsError(QedError):
     """A mount has no statistics to show.
 
     The process that serves the mount does not answer, has ended, cannot be found, or has sent
-    something that is not a document of this version.
+    something that is not a document of statistics of this version.
     """
 
 
@@ -156,7 +156,7 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
 
 
 def mountpoints(path: str | None) -> Sequence[str]:
-    """Return the paths of the mounts to ask: ``path``, or for None all that this user may ask.
+    """Return the mountpoints to ask: only ``path``, or if it is None all that this user may ask.
 
     Raises:
         MountpointError: ``path`` is None, and there is no mount that this user may ask.

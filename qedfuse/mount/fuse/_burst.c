@@ -18,8 +18,8 @@
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
- * until the next request arrives.  If no request is there, pyfuse3 gets EINTR in place of EAGAIN,
- * because pyfuse3 takes EAGAIN for a failure of the mount, and reads again after EINTR.
+ * until the next request arrives.  If the kernel has no request, pyfuse3 gets EINTR in place of
+ * EAGAIN, because pyfuse3 takes EAGAIN for a failure of the mount, and reads again after EINTR.
  */
 
 #include "_extraops.h"
@@ -32,11 +32,12 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-/* The same while polling is permitted. */
+/* The maximum of a burst while polling is permitted. */
 #define MAX_POLLED_REQUESTS 15
 
-/* Number of pause instructions between two looks for a request, which leave the processor's shared parts
- * to its other hardware thread, and the lock of the kernel's queue to the program that sends a request. */
+/* Number of pause instructions between two looks for a request.  During the pause the other hardware
+ * thread of the core can use the parts that both share, and the program that sends a request can take
+ * the lock of the kernel's queue. */
 #define PAUSES 8
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -55,7 +56,7 @@ static unsigned long taken; /* requests taken in bursts since the last call of t
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
 static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
-static int64_t polled_nanoseconds; /* how long was polled in vain for the request to come, for the scheduler */
+static int64_t polled_nanoseconds; /* how long the last poll has lasted, if its request has not come yet */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -99,7 +100,7 @@ int receive_request(struct fuse_session *from, struct fuse_buf *into)
 
     is_interposed = 1;
     if (result > 0)
-        polled_nanoseconds = 0; /* that time was the wait for this request, and not for the next one */
+        polled_nanoseconds = 0; /* the request for which the last poll has waited has come */
     return result == -EAGAIN ? -EINTR : result;
 }
 
@@ -114,8 +115,8 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     return PyBool_FromLong(is_nonblocking);
 }
 
-/* Returns whether the event loop is needed because a call on a host file has finished; also if the
- * function that says so fails. */
+/* Returns whether the event loop is needed: a call on a host file has finished, or has_finished() has
+ * raised an exception, so that this is not known. */
 static int must_stop_polling(void)
 {
     PyObject *result = PyObject_CallNoArgs(has_finished);
@@ -151,8 +152,9 @@ static int poll_and_receive(void)
     return result;
 }
 
-/* Receives the next request of a burst, of which `count` requests were taken.  Returns what receive()
- * returns, and 0 if the burst must end. */
+/* Receives the next request of a burst in which `count` requests have been taken.  Returns what receive()
+ * returns; or 0 if the burst has reached its maximum, or if the kernel has no request and a receive()
+ * would block.  The burst must end if the result is not positive. */
 static int receive_next(int count)
 {
     struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};

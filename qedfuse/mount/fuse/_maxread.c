@@ -1,9 +1,9 @@
 /*
- * Limits the reads of the kernel to the length of which a reply can be spliced.
+ * Limits the length of the kernel's reads to the maximum length of a reply that can be spliced.
  *
  * A reply to a longer read does not fit into a pipe, so its data would be copied twice (_splice.c).  Two
- * reads whose replies are spliced take less time than one read whose reply is not.  Writes keep their
- * length: their data is copied in any case, and fewer requests cost less.
+ * reads whose replies are spliced take less time than one read of twice the length whose reply is not.
+ * Writes keep their length: their data is copied in any case, and fewer requests cost less.
  *
  * The kernel learns the limit from a mount option, and libfuse demands that the file system repeats it
  * in FUSE INIT.  So this module adds the option to the arguments that pyfuse3 passes to libfuse, and
@@ -27,8 +27,8 @@ struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *c
 
     snprintf(option, sizeof option, "-omax_read=%d", MAX_SPLICE_BYTES);
     is_limited = 1;
-    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned, so the arguments may come
-     * a second time. */
+    /* From 3.17 on, libfuse's fuse_session_new calls fuse_session_new_versioned, so this function may be
+     * called a second time, with arguments that already have the option. */
     if (given->argc && strcmp(given->argv[given->argc - 1], option) == 0)
         return given;
     for (at = 0; at < given->argc; at++)

@@ -1,5 +1,5 @@
 /*
- * Whether the page cache has a range of a file, without reading the range.
+ * Finds out whether the page cache has a range of a file, without reading the range.
  *
  * The functions that other files call are described in _extraops.h.
  */
@@ -28,7 +28,7 @@ struct page_counts {
     uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-static int has_no_cachestat; /* whether the kernel has proved to lack it, as before Linux 6.5 */
+static int has_no_cachestat; /* whether cachestat(2) has failed because the kernel is older than Linux 6.5 */
 
 int can_count_pages(void)
 {

@@ -7,12 +7,13 @@
  * The event loop calls end_queued_reads() between two requests and while it polls, and an eventfd
  * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
  *
- * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, in the
- *   same step in which its cluster was found, and leaves the epoch after its end.  So until its end
- *   the cluster gets no other data, even if a request of the same burst frees the cluster.
+ * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, and no other
+ *   request or task runs between the lookup of its cluster and this.  The read leaves the epoch after
+ *   its end.  So until its end the cluster gets no other data, even if a request of the same burst
+ *   frees the cluster.
  * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
  *   the end, as any read(2) does.  A write that was answered before queue_read() is in the page
- *   cache by then.
+ *   cache by then, so the read returns what the write has written.
  * - Failures.  If the kernel reports an error or too few bytes, or does not take the read, a
  *   Python function gets the request, and begins the read anew in a task that may wait.
  * - Files that do not answer.  At most MAX_READS_OF_FILE reads of one file are queued; the caller
@@ -35,8 +36,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() in which the kernel does all work that there can be: each read has at
- * most one piece of work at a time, and a call does at least 20 pieces (before Linux 6.13 all). */
+/* Number of calls of ring_run() in which the kernel does all work (_ring.c) that there can be: each read
+ * has at most one piece of work at a time, and a call does at least 20 pieces (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a submission that took too long. */
@@ -95,7 +96,8 @@ static void put_back(struct queued_read *read)
     unused = read;
 }
 
-/* Returns whether reads may be queued now, as far as that depends on earlier reads. */
+/* Returns whether a read of a file may be queued now: the queue is open and not full, the file has not
+ * too many queued reads, and no pause after a slow submission is running. */
 static int can_queue(const struct read_file *file)
 {
     if (!ring_is_open() || reads >= RING_ENTRIES || file->queued >= MAX_READS_OF_FILE)
@@ -222,7 +224,8 @@ static void submit(void)
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
     /* ring_submit() does no work (_ring.c), so reads that have ended by now found their data in the page
-     * cache. */
+     * cache.  Their ends have made the eventfd readable.  If work has made it readable too, the work has
+     * set the flag before, and the caller looks at the flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)

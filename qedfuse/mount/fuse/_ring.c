@@ -3,23 +3,23 @@
  *
  * The submission queue and the completion queue are memory that is shared with the kernel.  An
  * entry of the first describes a read of a file, and an entry of the second reports its end.  Each
- * carries a pointer, by which the caller knows the read.  The index of an entry is a counter,
- * without its upper bits.
+ * entry carries a pointer, by which the caller knows the read.  The index of an entry in its queue
+ * consists of the lower bits of a counter.
  *
  * If the data is not in the page cache, the kernel asks the disk for it, and returns.  When the
  * data has arrived, the kernel notes that there is *work*: copying the data and reporting the end.
- * That work is done only during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN), so
- * no signal or interrupt disturbs that thread, and the end of such a read is never reported at
- * another time.  A flag in the shared memory says that there is work; and an eventfd becomes
+ * That work is done only during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN).  So
+ * no signal or interrupt disturbs that thread, and the end of such a read is reported only during
+ * ring_run().  A flag in the shared memory says that there is work; and an eventfd becomes
  * readable, which wakes an event loop that sleeps.  For each piece of work the kernel takes three
  * steps: it adds the work to a list, sets the flag, and writes to the eventfd; the last two only if
- * the list was empty.  If ring_run() comes after the first step, the flag may be set for work that
- * is done, and stay set.  So a caller must not wait until the flag is clear.
+ * the list was empty.  If ring_run() does the work between the first step and the second, the flag
+ * is set for work that is done, and can stay set.  So a caller must not wait until the flag is clear.
  *
  * All functions must be called by the thread that has called ring_open(), as the kernel demands
  * (IORING_SETUP_SINGLE_ISSUER).  The caller must not have more than RING_ENTRIES reads between
- * ring_add() and ring_next().  Then neither queue ever overflows, because the completion queue is
- * twice as long.
+ * ring_add() and ring_next().  Then neither queue ever overflows, because the submission queue has
+ * RING_ENTRIES entries, and the completion queue has twice that number.
  *
  * Linux 6.1 or newer is needed.  The kernel refuses a queue if the administrator has turned
  * io_uring off (sysctl kernel.io_uring_disabled), or if a sandbox forbids it.

@@ -2,8 +2,9 @@
  * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)).  So the
  * data is copied once instead of twice.
  *
- * The pages of a file with checked units are put into a pipe of this module first, and the length of the
- * file is checked (keeps_length()) before libfuse passes the pages of the pipe on.
+ * The pages of a file with checked units (CheckedUnits in hostio/pagesource.py) are put into a pipe of
+ * this module first, and the length of the file is checked (keeps_length()) before libfuse passes the
+ * pages of the pipe on.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.
@@ -28,8 +29,8 @@ int may_splice(size_t size)
 }
 
 /* Returns whether the page cache holds all of a range, so that a reply with these pages does not
- * wait for the disk.  Returns 0 also if the file ends within the range, or if the kernel cannot
- * say. */
+ * wait for the disk.  Returns 0 also if the file ends within the range, or if a system call for this
+ * test fails. */
 static int is_cached(int fd, off_t offset, size_t size)
 {
     struct statx status;
@@ -64,7 +65,7 @@ static int open_pipe(void)
     return staging[0] >= 0;
 }
 
-/* Puts the pages of a range into the empty pipe; returns whether they are all there. */
+/* Puts the pages of a range into the empty pipe; returns whether the pipe has all of them. */
 static int stage(int fd, off_t offset, size_t size)
 {
     off_t at = offset, end = offset + (off_t)size;

@@ -51,7 +51,7 @@ class BlocksInvalidator:
     def flushed(self) -> None:
         """Note that a flush has ended; check now, or later in `run` if the last check was recent.
 
-        Does nothing if the kernel has no ``st_blocks`` cached.
+        Does nothing if the kernel has cached the ``st_blocks`` of none of the files.
         """
         if all(exported.blocks < 0 for exported in self._files()):
             return

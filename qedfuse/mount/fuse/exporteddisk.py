@@ -100,7 +100,7 @@ class ExportedDisk:
         return min(share, self.disk.size // _BLOCK_BYTES)
 
     def shares_bytes(self, other: ExportedDisk) -> bool:
-        """Return whether this file and another file have bytes in common."""
+        """Return whether another file has bytes in common with this file; False for this file."""
         if self is other or self.image is not other.image:
             return False
         mine, its = self.disk, other.disk
@@ -207,7 +207,7 @@ class ExportedDisks:
 
     @property
     def use_servers(self) -> bool:
-        """Whether a file of the chain of a disk is on a server."""
+        """Whether the chain of any disk has a file that is on a server."""
         return any(disk.uses_server for disk in self.images)
 
     @property
@@ -219,7 +219,8 @@ class ExportedDisks:
         """Count a new handle of a file; ``writer`` says whether the handle may write.
 
         Raises:
-            FileInUseError: A file with the same bytes is open, and it or the new handle may write.
+            FileInUseError: Another file with bytes of this file is open, and a handle of the other
+                file or the new handle may write.
         """
         self._exclude_others(exported, writer=writer)
         exported.handles += 1
@@ -255,7 +256,7 @@ class ExportedDisks:
         exported.is_stale = exported.is_stale or bool(self._sharing_bytes(exported))
 
     def _sharing_bytes(self, exported: ExportedDisk) -> list[ExportedDisk]:
-        """Return the other files that have bytes of a file."""
+        """Return the other files that have bytes in common with a file."""
         files = self.files_of(exported.image)
         return [other for other in files if other.shares_bytes(exported)]
 

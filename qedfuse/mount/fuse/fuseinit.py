@@ -18,7 +18,8 @@ This module also changes four values in libfuse's reply:
   default the kernel has at most 12 of them in flight.  So a program with a queue depth of 16
   would have only 12 requests in flight, and a long read-ahead would be cut short.  The kernel
   accepts a larger value from an unprivileged user too, up to a limit of its own.
-- ``congestion_threshold``.  It is three quarters of ``max_background``, as by default.
+- ``congestion_threshold``, the number of background requests in flight from which on the kernel
+  treats the mount as congested.  It is three quarters of ``max_background``, as by default.
 - ``max_readahead``.  The kernel reads ahead at most this number of bytes.  For an unprivileged
   user, who cannot write to ``/sys`` (`qedfuse.mount.system.readahead`), this value is the only
   way to lower the read-ahead.
@@ -83,7 +84,7 @@ def mask_request(message: bytes, unwanted: int) -> bytes:
         unwanted: The features to remove, as bits of ``flags``.
 
     Raises:
-        FuseError: The message is no INIT request.
+        FuseError: The message is not an INIT request.
     """
     min_bytes = _IN_HEADER.size + _INIT_IN.size
     if len(message) < min_bytes or _IN_HEADER.unpack_from(message)[1] != _FUSE_INIT:

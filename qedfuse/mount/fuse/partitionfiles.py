@@ -38,7 +38,7 @@ class PartitionFiles:
         try_drop_pages: Callable[[ExportedDisk], Awaitable[bool]],
         files_changed: Callable[[], object],
     ) -> None:
-        """Update the files in ``disks``.
+        """Prepare to update the files in ``disks``.
 
         Args:
             disks: The disks.
@@ -61,7 +61,7 @@ class PartitionFiles:
         A disk whose table cannot be read has no files of partitions.  The first call at least
         `_RETRY_SECONDS` after the failed attempt reads the table again.
 
-        Between the last check of the tables and the return, no other task runs.
+        Between the last test whether a table must be read and the return, no other task runs.
         """
         if self._unread:
             self._retry_unread()
