@@ -66,7 +66,7 @@ def read_record(fd: int, path: str) -> bytes | None:
 def set_attribute(fd: int, record: bytes) -> bool:
     """Store the record of an image as an attribute; return False if the host cannot hold it.
 
-    After False an older attribute was removed, if the host could do so.
+    After False the image has no older record as an attribute, unless the host refused to remove it.
 
     Raises:
         OSError: The host refused for another reason.
@@ -127,7 +127,7 @@ def remove_record(fd: int, path: str) -> None:
 
 
 def remove_record_file(path: str) -> None:
-    """Remove the file with the record of an image of this name, if there is such a file.
+    """Remove the file with the record of the image ``path``, if the file exists and is a record.
 
     An error of the host is ignored, as by `remove_record`.
     """

@@ -171,7 +171,10 @@ class HostFile(ReadableFile, Protocol):
         """
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write ``parts`` one after another, beginning at a file offset, as one write."""
+        """Write ``parts`` one after another, beginning at a file offset.
+
+        If an error is raised, some of the bytes may have been written.
+        """
 
     def try_datasync(self) -> bool:
         """Make all earlier writes and the file's length durable, if that takes little time.

@@ -1,9 +1,9 @@
 """The disks that a mount exports as files, and the handles that are open on them.
 
 A file has the bytes of a disk or of a partition.  The kernel caches the pages of each file
-separately.  So files that have bytes in common exclude each other: while one of them is open for
-writing, the others cannot be open.  docs/concurrency.md argues that therefore the files never
-disagree.
+separately.  So files that have bytes in common, in short files with the same bytes, exclude each
+other: while one of them is open for writing, the others cannot be open.  docs/concurrency.md argues
+that therefore the files never disagree.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class ExportedDisks:
         """Count a new handle of a file; ``writer`` says whether the handle may write.
 
         Raises:
-            FileInUseError: Another file with bytes of this file is open, and a handle of the other
-                file or the new handle may write.
+            FileInUseError: Another file with the same bytes is open, and a handle of the other file
+                or the new handle may write.
         """
         self._exclude_others(exported, writer=writer)
         exported.handles += 1
@@ -267,7 +267,7 @@ class ExportedDisks:
         The change needs no open handle of the file.
 
         Raises:
-            FileInUseError: A file with the same bytes is open.
+            FileInUseError: Another file with the same bytes is open.
         """
         self._exclude_others(exported, writer=True)
         exported.writers += 1

@@ -120,7 +120,12 @@ class MetadataOperations(pyfuse3.Operations):
         return self.growable and not exported.is_partition
 
     async def grow(self, exported: ExportedDisk, end: int) -> None:
-        """Grow a disk to ``end`` bytes, rounded up to whole sectors (`Truncation.grow`)."""
+        """Grow a disk to ``end`` bytes, rounded up to whole sectors.
+
+        Raises:
+            FUSEError: As in `Truncation.grow`.
+            QedError: As in `Truncation.grow`.
+        """
         await self._truncation.grow(exported, end)
 
     def _is_root(self, inode: int) -> bool:

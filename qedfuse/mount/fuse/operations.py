@@ -37,6 +37,10 @@ class Operations(MetadataOperations):
     pyfuse3 calls a handler for each request that pyfuse3 gets.  `DataRequests` answers some reads,
     writes and fsyncs before pyfuse3 gets them.  pyfuse3 cannot receive fallocate and lseek, so
     `qedfuse.mount.fuse.fallocate` answers these requests.
+
+    Attributes:
+        enable_writeback_cache: Whether the kernel may delay writes; pyfuse3 reads this attribute.
+        fast: Answers reads, writes and fsyncs that need not wait.
     """
 
     def __init__(
@@ -217,7 +221,7 @@ class Operations(MetadataOperations):
 
         With the write-back cache the kernel accepts a write past the end without a request,
         increases the size that it has cached, and sends the write later.  If the disk cannot grow,
-        the server then requests a correction of the cached size.  If the write starts at or past
+        this method requests a correction of the cached size.  If the write starts at or past
         the end, the reply is an error, and the kernel reports the error to the writer.  If the
         write starts before the end, the reply says that fewer bytes were written, but the kernel
         ignores this number.  So ``overrun`` is set, and the next flush or fsync of a handle that

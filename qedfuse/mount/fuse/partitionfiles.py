@@ -1,11 +1,12 @@
 """Keeping the files of partitions in step with the partition tables of their disks.
 
-A program can write a different partition table through the file of a disk.  So the table is read
-again after the last writer of the disk has closed that file.  While a partition is open, the disk
-has no writer (`ExportedDisks`), so an open partition keeps its start and its size.
+A program can write a different partition table through the file of a disk.  So after the last
+writer of the disk has closed that file, the next lookup, open or opendir reads the table again
+(`PartitionFiles.refresh`).  While a partition is open, the disk has no writer (`ExportedDisks`), so
+an open partition keeps its start and its size.
 
-While a table cannot be read, for example during an outage of a server, its disk has no files of
-partitions.  The table is read again some seconds later.
+If a table cannot be read, for example during an outage of a server, its disk has no files of
+partitions.  The next of these requests after `_RETRY_SECONDS` tries to read the table again.
 """
 
 from __future__ import annotations
