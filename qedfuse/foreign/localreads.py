@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READS_BEFORE_MAP: Final = 16
-"""Number of lookups after which the map is made, of which each has found only `UNKNOWN` parts.
+"""The map is made after this number of lookups that have found only `UNKNOWN` parts.
 
-Before the map is made, every lookup is of this kind.  One read looks up its range up to three
+Every lookup before the map is made finds only such parts.  One read looks up its range up to three
 times.  The map is not made sooner, because a command that reads only the partition table does not
 need it.
 """
@@ -179,9 +179,9 @@ class LocalReads:
             self._has_started.wait(_START_SECONDS)
 
     def _count_lookup(self) -> None:
-        """Count a lookup that has found only `UNKNOWN` parts; start the thread after the last one.
+        """Count a lookup that has found only `UNKNOWN` parts.
 
-        The last one is lookup number `READS_BEFORE_MAP`.
+        After `READS_BEFORE_MAP` of these lookups, start the thread that makes the map.
         """
         with self._lock:
             self._lookups_before_map = max(0, self._lookups_before_map - 1)

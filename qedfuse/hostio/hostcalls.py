@@ -29,7 +29,7 @@ HOST_CALLS_VARIABLE: Final = "QEDFUSE_HOST_CALLS"
 THREADS: Final = "threads"
 """Value: threads of trio make all calls."""
 NATIVE: Final = "native"
-"""Value: native threads make all calls, and no queue of the kernel is used."""
+"""Value: no queue of the kernel is used, so native threads also make a mount's short reads."""
 
 
 class HostCalls(Protocol):

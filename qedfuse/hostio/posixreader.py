@@ -60,7 +60,8 @@ class PosixReader:
         self.name = printable(path)
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
-        # The offset of a read that `try_read` has not found in the page cache; -1 for none.
+        # The file offset of the last read whose data `try_read` has not found in the page cache; -1
+        # for none, or once another method has begun this read.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()

@@ -31,10 +31,10 @@ makes the deferred check at most this time after the flush; du(1) may show a wro
 
 
 class BlocksInvalidator:
-    """Compares, after flushes, the kernel's ``st_blocks`` of one disk with that of the image file.
+    """Compares, after flushes, the kernel's ``st_blocks`` of one disk's files with the real values.
 
-    If the two differ, the attributes that the kernel has cached are invalidated: those of the
-    file of the disk, or those of the files of its partitions.
+    The files are that of the whole disk and those of its partitions.  If the value of a file is
+    wrong, the attributes of the file that the kernel has cached are invalidated.
     """
 
     def __init__(
