@@ -179,7 +179,7 @@ class ForeignFile(ReadOnlyFile):
         self._disk.stop_fetching()
 
     def close(self) -> None:
-        """Close the disk and end the program; a second call does nothing."""
+        """Close the disk and all files, and end qemu-nbd; a second call does nothing."""
         if self._is_closed:
             return
         self._is_closed = True

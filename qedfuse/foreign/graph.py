@@ -45,8 +45,8 @@ class Limits:
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
         any_file: Whether images may name any file.  If not, and if the kernel has no Landlock, an
-            image that names another file is refused: QEMU could open files that ``open_named``
-            refuses.
+            image that names another file is refused, because nothing would confine QEMU to the
+            files that ``open_named`` has opened.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """
@@ -179,7 +179,7 @@ def _inherited_path(graph: Graph) -> str:
 
 
 def _image_options(driver: str, file: Options, limits: Limits) -> Options:
-    """Return the options of the block node of an image, except those for its backing file."""
+    """Return the options of an image's block node without those for backing file and data file."""
     share: Options = {"force-share": True} if limits.share else {}
     return {"driver": driver, "read-only": True, "file": file, **share}
 

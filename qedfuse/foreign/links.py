@@ -68,7 +68,7 @@ class Links:
 
 
 def read_links(fd: int, driver: str, name: str) -> Links:
-    """Return the names of other files in the header of an image.
+    """Return the names of other files that an image has in its header or its descriptor.
 
     Args:
         fd: The open file.
@@ -196,7 +196,7 @@ def _start(fd: int, size: int, name: str) -> bytes:
 
 
 def _refuse_encrypted(start: bytes, at: int, name: str) -> None:
-    """Refuse an image whose method of encryption is not 0: the 32 bits at header offset ``at``."""
+    """Refuse an image if the 32 bits at offset ``at``, its method of encryption, are not 0."""
     method = struct.unpack_from(">I", start, at)[0]
     if method:
         kinds = {1: "AES", 2: "LUKS"}

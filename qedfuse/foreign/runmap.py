@@ -37,7 +37,7 @@ _ZEROS_TARGET: Final = 1
 
 
 class Piece(NamedTuple):
-    """A part of a range of the disk, which one file has, or no file.
+    """A part of a range of the disk: it lies in one file, is zeros, or only QEMU can read it.
 
     Attributes:
         file: The number of the file that has the bytes, or `UNKNOWN`, or `ZEROS`.

@@ -284,8 +284,8 @@ static int64_t read_export(struct job *job)
     return failed ? failed : (int64_t)length;
 }
 
-/* Make the system calls of a job; return the number of bytes read or written, or 0 for other calls; or
- * -errno. */
+/* Make the system calls of a job; return -errno, or the number of bytes read or written, which is 0 for
+ * jobs of other kinds. */
 static int64_t make_call(struct pool *pool, struct job *job)
 {
     int failed;
@@ -356,8 +356,9 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, put the job on the list of finished calls, call its answer if it
- * has one, and notify the collector.  If the pool is closed during the system call, do nothing
- * after the call.  The caller must not hold the mutex; run() returns with the mutex locked. */
+ * has one, and notify the collector.  If the pool is closed by the end of the system call, the job
+ * is neither put on the list nor answered.  The caller must not hold the mutex; run() returns with
+ * the mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -419,10 +420,10 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job to the thread that fell asleep last; NULL ends that thread.  That thread has the
- * warmest caches, and threads that are not needed sleep on until their idle time has passed.  The
- * caller must hold the mutex, and a thread must be asleep.  Return the address that the caller must
- * pass to wake(). */
+/* Give a job to the thread that fell asleep last; NULL in place of a job makes it end.  The thread
+ * that fell asleep last has the warmest caches, and threads that are not needed sleep on until their
+ * idle time has passed.  The caller must hold the mutex, and a thread must be asleep.  Return the
+ * address that the caller must pass to wake(). */
 static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;

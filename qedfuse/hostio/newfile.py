@@ -119,8 +119,8 @@ class NewFile:
             ImageInUseError: A file other than ``old`` has the final name now, and the user has
                 agreed to replace a file.  The caller has not locked that file, so it may be in
                 use.
-            HostError: The host refused.  If only the last step failed, which makes the name
-                durable, the file has its final name.
+            HostError: The host refused.  The file has its final name nevertheless if the host
+                refused only to remove the temporary name or to make the final name durable.
         """
         try:
             # The file is opened first, because its new mode may forbid the owner to open it.
@@ -200,7 +200,7 @@ def _copy_attributes(old: int, new: int) -> None:
     the host refuses to set is skipped (only root can change the owner).
 
     Raises:
-        OSError: The host refused to set the mode.
+        OSError: The host refused to return the attributes of the old file, or to set the mode.
     """
     status = os.fstat(old)
     with suppress(OSError):

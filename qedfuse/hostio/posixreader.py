@@ -42,7 +42,7 @@ class PosixReader:
 
     Attributes:
         fd: The descriptor; -1 after `close`.
-        path: The file's name as the user gave it.
+        path: The file's name as it was given: by the user, or by the image that names the file.
         name: The file's name in messages.
         read_policy: Decides whether reads are tried in the event loop.
     """
@@ -52,7 +52,7 @@ class PosixReader:
 
         Args:
             fd: The descriptor.
-            path: The file's name as the user gave it.
+            path: The file's name, as in the attribute.
             has_server: Whether the file system sends requests to a server (`waits_for_server`).
         """
         self.fd = fd

@@ -48,8 +48,9 @@ class Residency:
         self._length = length
 
     def has_range(self, offset: int, length: int) -> bool:
-        """Return whether the page cache has all pages of a range, which must not be empty.
+        """Return whether the page cache has all pages of a range.
 
+        The range must not be empty, and must lie within the bytes that are mapped.
         A page of a hole that no program has read is not in the page cache.  Also returns False if
         mincore(2) fails, or after `close`.
         """

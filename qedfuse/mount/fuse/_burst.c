@@ -56,7 +56,7 @@ static unsigned long taken; /* requests taken in bursts since the last call of t
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
 static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
-static int64_t polled_nanoseconds; /* how long the last poll has lasted, if its request has not come yet */
+static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since it began */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -116,7 +116,7 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
 }
 
 /* Returns whether the event loop is needed: a call on a host file has finished, or has_finished() has
- * raised an exception, so that this is not known. */
+ * raised an exception. */
 static int must_stop_polling(void)
 {
     PyObject *result = PyObject_CallNoArgs(has_finished);
@@ -153,8 +153,8 @@ static int poll_and_receive(void)
 }
 
 /* Receives the next request of a burst in which `count` requests have been taken.  Returns what receive()
- * returns; or 0 if the burst has reached its maximum, or if the kernel has no request and a receive()
- * would block.  The burst must end if the result is not positive. */
+ * returns; or 0 if the burst has reached its maximum, or if the kernel has no request and receive()
+ * would wait for one.  The burst must end if the result is not positive. */
 static int receive_next(int count)
 {
     struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};

@@ -7,8 +7,8 @@
  * The event loop calls end_queued_reads() between two requests and while it polls, and an eventfd
  * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
  *
- * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns, and no other
- *   request or task runs between the lookup of its cluster and this.  The read leaves the epoch after
+ * - Clusters.  A read enters an epoch (disk/space/epochs.py) before queue_read() returns.  Between the
+ *   lookup of its cluster and this step no other request or task runs.  The read leaves the epoch after
  *   its end.  So until its end the cluster gets no other data, even if a request of the same burst
  *   frees the cluster.
  * - Order.  The kernel copies the data from the page cache at some time between queue_read() and
@@ -52,7 +52,7 @@ struct queued_read {
     int64_t begun; /* when the read was queued, for count_waited() */
     off_t start;   /* guest offset */
     size_t size;
-    struct read_place place; /* its `view` is a reference of this read */
+    struct read_place place; /* this read holds a reference to its `view` */
     PyObject *epoch;
     int was_tried; /* whether _cachedread.c has looked for the data in the page cache in vain */
     char data[MAX_QUEUED_BYTES];
@@ -210,7 +210,9 @@ static long waits(void)
     return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nvcsw;
 }
 
-/* Passes the reads of a burst to the kernel. */
+/* Passes the reads of a burst to the kernel, and ends those whose data was in the page cache and those
+ * that the kernel has not taken.  If the kernel has waited too long during the submission, a pause
+ * begins. */
 static void submit(void)
 {
     int64_t since = monotonic_time(), until;

@@ -277,7 +277,10 @@ class ExportedDisks:
             self._writer_ended(exported)
 
     def _writer_ended(self, exported: ExportedDisk) -> None:
-        """Count a writer as ended; after the last writer of a disk, its partitions are outdated."""
+        """Count a writer as ended; after the last writer of a whole disk, add it to `outdated`.
+
+        Nothing is added if the mount has no files of partitions.
+        """
         exported.writers -= 1
         if not exported.writers and self._with_partitions and not exported.is_partition:
             self.outdated.add(exported)

@@ -141,7 +141,7 @@ async def negotiate_init(fd: int, readahead: int | None = None, disks: int = 1) 
         disks: Number of disks of the mount.
 
     Raises:
-        FuseError: The first request is no INIT request, a message cannot be passed on, or no
+        FuseError: The first request is not an INIT request, a message cannot be passed on, or no
             descriptor is free.  ``fd`` refers to the device again, as before the call, but the
             mount cannot be used.
     """
