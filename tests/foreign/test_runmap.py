@@ -167,12 +167,12 @@ def test_long_output() -> None:
         (line(100, 0), "found a range at 100"),
         (line(100, -5), "found a range at 100"),
         (line(100, 1 << 62), "found a range at 100"),
-        (line(100, 10, depth=2), "another form"),
-        (line(100, 10, offset="5"), "another form"),
-        (line(100, 10, offset=0.5), "another form"),
-        (line(100, 0.5), "another form"),
-        (line(100, "10"), "another form"),
-        ({"start": 100}, "another form"),
+        (line(100, 10, depth=2), "not a map"),
+        (line(100, 10, offset="5"), "not a map"),
+        (line(100, 10, offset=0.5), "not a map"),
+        (line(100, 0.5), "not a map"),
+        (line(100, "10"), "not a map"),
+        ({"start": 100}, "not a map"),
     ],
 )
 def test_wrong_output(second: dict[str, object], message: str) -> None:
@@ -191,7 +191,7 @@ def test_no_objects(text: str) -> None:
     text = text.encode(errors="surrogateescape").decode(errors="replace")
     found, error = filled(text, (0, 1000))
     assert not found
-    assert "another form" in error
+    assert "not a map" in error
 
 
 def test_offsets_before_and_far_past_the_file() -> None:
