@@ -86,7 +86,7 @@ def _objects(output: BinaryIO) -> Iterator[dict[str, Any]]:
         lines, newline, rest = (rest + data).rpartition(b"\n")
         if newline:
             # The output is an array.  So the first line begins with a bracket, the last line ends
-            # with one, and every other line ends with a comma.
+            # with a bracket, and each line before the last ends with a comma.
             text = lines.strip().removeprefix(b"[").removesuffix(b"]").removesuffix(b",")
             yield from json.loads(b"[" + text + b"]")
         elif len(rest) > _CHUNK_BYTES:

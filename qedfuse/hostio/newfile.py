@@ -188,7 +188,7 @@ class NewFile:
             os.close(os.open(self._final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.replace(self.path, self._final)  # noqa: PTH105
         else:
-            with suppress(FileNotFoundError):  # the file has its final name already
+            with suppress(FileNotFoundError):  # harmless: the file has its final name already
                 os.unlink(self.path)  # noqa: PTH108
 
 

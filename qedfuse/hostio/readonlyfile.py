@@ -96,7 +96,7 @@ class ReadOnlyFile(ABC):
         return False
 
     def stored_blocks(self) -> int:
-        """Return the number of blocks of 512 bytes in the file."""
+        """Return the number of blocks of 512 bytes that a file of this size without holes has."""
         return -(-self.size() // STAT_BLOCK_BYTES)
 
     def _status(self, modified: float) -> os.stat_result:

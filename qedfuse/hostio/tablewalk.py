@@ -35,7 +35,7 @@ async def holds_data(file: HostFile, offset: int, length: int) -> bool:
 def read_table(
     file: HostFile, table_offset: int, length: int
 ) -> AsyncIterator[tuple[int, NDArray[np.uint64]]]:
-    """Read the slices of a table that hold data; skip the holes.
+    """Return an iterator that reads the slices of a table that hold data, and skips the holes.
 
     Args:
         file: The image.
