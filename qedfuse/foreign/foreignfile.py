@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time for which a read waits for qemu-nbd, which itself may wait for the host's disk."""
+"""Maximum time for which a read waits for qemu-nbd; a read of `DirectReads` waits so long for each
+part of the answer.  The time is long, because qemu-nbd itself can wait for the host's disk."""
 
 
 class ForeignFile(ReadOnlyFile):

@@ -100,14 +100,14 @@ def _qed(fd: int, name: str) -> Links:
 
 def _qcow(fd: int, name: str) -> Links:
     """Return the backing file of an image of version 1 of QCOW."""
-    start = _start(fd, 48, name)
+    start = _read_start(fd, 48, name)
     _refuse_encrypted(start, 36, name)
     return Links(_qcow_backing(fd, start, name))
 
 
 def _qcow2(fd: int, name: str) -> Links:
     """Return the backing file and the data file of a qcow2 image."""
-    start = _start(fd, 104, name)
+    start = _read_start(fd, 104, name)
     _refuse_encrypted(start, 32, name)
     version = struct.unpack_from(">I", start, 4)[0]
     at, features = _QCOW2_EXTENSIONS_AT, 0
@@ -169,7 +169,7 @@ def _qcow_backing(fd: int, start: bytes, name: str) -> bytes:
 
 def _vmdk(fd: int, name: str) -> Links:
     """Return the parent and the extents of a VMDK image."""
-    start = _start(fd, 64, name)
+    start = _read_start(fd, 64, name)
     if start.startswith(DESCRIPTOR_START):
         descriptor = read_descriptor(fd, name)
         return Links(descriptor.parent, "vmdk", extents=descriptor.extents)
@@ -186,7 +186,7 @@ def _vpc(fd: int, name: str) -> Links:
     return Links()
 
 
-def _start(fd: int, size: int, name: str) -> bytes:
+def _read_start(fd: int, size: int, name: str) -> bytes:
     """Return the first bytes of a file, at least ``size``; a shorter file is refused."""
     start = os.pread(fd, _START_BYTES, 0)
     if len(start) < size:

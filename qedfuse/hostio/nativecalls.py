@@ -128,28 +128,28 @@ class NativeCalls:
         """Fill ``view``; return the number of bytes and the seconds that the call took."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._threads.submit_read(fd, offset, view, trio.lowlevel.current_task())
-        return await self._finish()
+        return await self._wait_delivered()
 
     @trio.lowlevel.enable_ki_protection
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
         """Write all of ``parts``; return how many seconds that took."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._threads.submit_write(fd, offset, parts, trio.lowlevel.current_task())
-        return (await self._finish())[1]
+        return (await self._wait_delivered())[1]
 
     @trio.lowlevel.enable_ki_protection
     async def datasync(self, fd: int) -> None:
         """Call fdatasync(2)."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._threads.submit_datasync(fd, trio.lowlevel.current_task())
-        await self._finish()
+        await self._wait_delivered()
 
     @trio.lowlevel.enable_ki_protection
     async def truncate(self, fd: int, size: int) -> None:
         """Call ftruncate(2)."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._threads.submit_truncate(fd, size, trio.lowlevel.current_task())
-        await self._finish()
+        await self._wait_delivered()
 
     @trio.lowlevel.enable_ki_protection
     async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
@@ -157,9 +157,9 @@ class NativeCalls:
         await trio.lowlevel.checkpoint_if_cancelled()
         for offset, length in ranges:
             self._threads.submit_fallocate(fd, mode, offset, length, trio.lowlevel.current_task())
-            await self._finish()
+            await self._wait_delivered()
 
-    async def _finish(self) -> tuple[int, float]:
+    async def _wait_delivered(self) -> tuple[int, float]:
         """Sleep until the call of this task is delivered; return its result and time in seconds.
 
         Raises:

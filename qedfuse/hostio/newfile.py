@@ -80,7 +80,7 @@ class NewFile:
             HostError: The host refused.
         """
         if self._old is None and os.path.lexists(self._final):
-            raise self._taken()
+            raise self._name_taken_error()
         try:
             # Start with mode 0600, because the replaced file may be private; `commit` gives the
             # new file the mode of the replaced file.
@@ -144,7 +144,7 @@ class NewFile:
                 with suppress(PermissionError):
                     fsync_path(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
-            raise self._taken() from error
+            raise self._name_taken_error() from error
         except OSError as error:
             if error.errno == errno.ENOENT and not os.path.lexists(self.path):
                 msg = f"{self._name}: cannot make: another program has removed the temporary file"
@@ -159,7 +159,7 @@ class NewFile:
             return False
         return os.path.samestat(found, os.fstat(old))
 
-    def _taken(self) -> QedError:
+    def _name_taken_error(self) -> QedError:
         """Return the error for a file of the final name that must not be replaced."""
         if self._overwrite:
             return ImageInUseError(

@@ -18,7 +18,7 @@ _munmap = _libc.munmap
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _mincore = _libc.mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-_FAILED: Final = ctypes.c_void_p(-1).value
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 class Residency:
@@ -41,7 +41,7 @@ class Residency:
             OSError: The host refused.
         """
         address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-        if address in (None, _FAILED):
+        if address in (None, _MAP_FAILED):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         self.address = address
