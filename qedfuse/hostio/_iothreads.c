@@ -32,8 +32,8 @@
  *
  * If a read is put on the list before the IoThreads object is freed, answer->call may be called
  * after the object was freed.  So before the owner of the capsule frees what answer->call uses
- * besides the capsule and the buffer, the owner must wait until `pending` is 0, or must exclude
- * answer->call with a lock (as _extraops.c does).
+ * besides the capsule and the buffer, the owner must wait until pending() returns 0, while the
+ * object still exists, or must exclude answer->call with a lock (as _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
