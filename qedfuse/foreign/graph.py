@@ -63,7 +63,8 @@ class Graph:
 
     Attributes:
         options: The options of the block node of the image.
-        files: The files that QEMU gets as descriptors, the image itself first.
+        files: The files that QEMU gets as descriptors, the image itself first.  A VMDK image that
+            names extents is among them, but QEMU opens it by its path.
         extents: The extents of VMDK images, which QEMU opens by their names.
         data_files: For each image, from the top one down, the file that has its data; None for a
             VMDK image whose data is in extents that it names.

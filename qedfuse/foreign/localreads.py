@@ -45,8 +45,9 @@ class LocalReads:
     before the map is made, as qemu-nbd locks them, and the locks last as long as the files are
     open, even if qemu-nbd ends.  This process does not lock the extents of a VMDK image; the lock
     on the image's own file, which names the extents, keeps out programs that open the image.  If a
-    file cannot be locked, the map stays empty.  There is no map at all if locking is off, if no
-    file or more than `MAX_FILES` files have data, or if the host has no memory for it.
+    lock is refused, the map stays empty; if the file system has no locks, the map is made without.
+    There is no map at all if locking is off, if no file or more than `MAX_FILES` files have data,
+    or if the host has no memory for it.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:

@@ -1,7 +1,8 @@
-"""A new file that gets its final name only when it is complete: no program finds a partial file.
+"""A new file that gets its final name only when it is complete.
 
-If no file is replaced and the file system has no hard links, an empty file has the final name for
-a moment.  That empty file stays if the rename to the final name fails.
+So under this name no program finds a partial file, with one exception.  If no file is replaced and
+the file system has no hard links, an empty file has the final name for a moment.  That empty file
+stays if the rename to the final name fails.
 """
 
 from __future__ import annotations
