@@ -3,8 +3,8 @@
 QEMU gets the backing files and data files as open descriptors, and looks up no name of these files.
 So even if QEMU read a header differently from this module, QEMU would read only files that the
 policy for backing files allows.  The exceptions are VMDK images that name extents: QEMU opens these
-images and their extents by their names, within the sandbox.  `qedfuse.foreign.vmdk` reads the names
-of the extents.
+images by their paths and the extents by their names, within the sandbox.  `qedfuse.foreign.vmdk`
+reads the names of the extents.
 """
 
 from __future__ import annotations
