@@ -70,7 +70,7 @@ class Ruleset:
     """
 
     def __init__(self, version: int, scopes: int = SCOPE_ABSTRACT_SOCKETS | SCOPE_SIGNALS) -> None:
-        """Make a ruleset that permits no access to files, and no TCP.
+        """Make a ruleset that permits no access to files, and no TCP if the kernel can forbid TCP.
 
         Args:
             version: The kernel's version of Landlock.

@@ -12,8 +12,8 @@ MAX_STEPS: Final = 32
 to the page cache: 20 to 100 microseconds."""
 
 _MAX_SECONDS: Final = 0.003
-"""Time after which the next step makes a checkpoint even if `MAX_STEPS` has not been reached,
-because on a busy host a single step can take milliseconds."""
+"""Time since the last checkpoint after which the next step makes a checkpoint, even if `MAX_STEPS`
+has not been reached: on a busy host a single step can take milliseconds."""
 
 
 class Pace:
@@ -25,7 +25,7 @@ class Pace:
         self._since = time.perf_counter()
 
     async def step(self) -> None:
-        """Count one step; make a checkpoint after `MAX_STEPS` steps or `_MAX_SECONDS`."""
+        """Count one step; make a checkpoint if `MAX_STEPS` steps or `_MAX_SECONDS` have passed."""
         self._steps += 1
         if self._steps >= MAX_STEPS or time.perf_counter() - self._since > _MAX_SECONDS:
             await trio.lowlevel.checkpoint()

@@ -15,8 +15,9 @@ A portal ends in one of these ways:
 - A portal that is still open when the program ends is closed by a watcher thread.  The watcher
   waits until all threads of the program have ended, the main thread included; daemon threads and
   the threads of portals do not count.  Python itself waits for the portal's thread before the
-  process ends.  A function of ``atexit`` would run too late: since Python 3.12 it cannot start
-  threads, and closing a file can need a new thread.
+  process ends, so the watcher has the time to close the portal.  A function of ``atexit`` would
+  run too late: since Python 3.12 it cannot start threads, and closing a file can need a new
+  thread.
 
 After ``os.fork`` the child process has no portal thread, so every call fails immediately there.
 In the parent process the portal stays open.

@@ -54,7 +54,8 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
 def foreign_driver_of(path: str) -> str | None:
     """Return QEMU's name for the foreign format of a file; None if the format is raw or QED.
 
-    Also returns None if the path is a URL or not a regular file, or if the file cannot be read.
+    A file that is encrypted by LUKS counts as raw.  The result is also None if ``path`` is a URL,
+    does not lead to a regular file, or leads to a file that cannot be read.
     """
     if is_url(path):
         return None
@@ -82,13 +83,14 @@ async def probe_any(
         expected: The end of the message about a foreign format, as for `probe_format`.
 
     Raises:
-        UsageError: As `probe_format`, or the URL is not valid.
+        UsageError: As `probe_format`.  Or the URL is not valid, or ``remote`` does not permit it.
         HostError: The file cannot be opened or read.
         ImageError: The file is neither a regular file nor a block device.
     """
     if not is_url(path):
         return probe_format(path, expected)
-    # Imported late, because this module must not load trio.
+    # Imported late, because this module must not load trio: commands that never open a URL would
+    # start more slowly.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
 
     async with open_image(path, None, remote) as file:
@@ -123,7 +125,7 @@ def is_qed_image(signature: bytes | bytearray, image_format: FormatChoice, name:
 
     Commands that only describe a file call this function.  Unlike in `format_of`, a file that is
     encrypted by LUKS counts as raw.  If the user has chosen QED or raw, the bytes of the file are
-    not examined.
+    not examined, so the result can be True for a file without the QED magic.
 
     Args:
         signature: The first `SIGNATURE_BYTES` bytes of the file, or all bytes of a shorter

@@ -28,9 +28,9 @@ class NewBase(NamedTuple):
     """A backing file for a new image.
 
     Attributes:
-        size: Bytes of its disk.
-        format: Its format.
-        versions: The version of the file, which the new image remembers.
+        size: Size in bytes of the disk that the backing file holds.
+        format: Format of the backing file.
+        versions: The version of the backing file, which the new image remembers.
     """
 
     size: int
@@ -39,7 +39,7 @@ class NewBase(NamedTuple):
 
 
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
-    """Refuse a backing file that is the image itself, or in whose chain the image is.
+    """Refuse a backing file that is the image itself, or whose chain contains the image.
 
     `chain_paths` follows the chain by the names in the headers.  Whether the files of the chain
     can be used as backing files is not tested.
@@ -72,7 +72,8 @@ def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBas
     Args:
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`.
-        wanted: Format of the backing file; None accepts only QED.
+        wanted: The format that the user has named; None if the user has named none.  Only ``raw``
+            accepts a file that is not QED.
 
     Raises:
         BackingError: The backing file is missing, cannot be read, is not QED although only QED
@@ -105,8 +106,8 @@ async def examine_url(
 
     Args:
         image: Path of the new image.
-        url: The backing file.
-        wanted: Format of the backing file; None accepts only QED.
+        url: The URL of the backing file.
+        wanted: The format that the user has named, as for `examine_base`.
         remote: How to read the URL.
 
     Raises:
@@ -133,14 +134,14 @@ async def examine_url(
 def _examined(
     start: bytes, size: int, versions: BaseVersions, shown: str, wanted: ImageFormat | None
 ) -> NewBase:
-    """Return what is known about a backing file.
+    """Return the size, the format and the version of a backing file.
 
     Args:
-        start: The first bytes of the file.
+        start: The first `HEADER_BYTES` of the file, or all bytes of a shorter file.
         size: Length of the file in bytes.
         versions: The version of the file.
         shown: Name of the file in messages.
-        wanted: Format of the file; None accepts only QED.
+        wanted: The format that the user has named, as for `examine_base`.
 
     Raises:
         ImageError: The file is not QED although only QED is accepted, or has an invalid header.

@@ -33,7 +33,7 @@ class Stream:
         self.name = name
 
     async def read(self, view: memoryview) -> int:
-        """Wait until bytes are available, and read them into ``view``.
+        """Wait until bytes are available or the stream ends; read the bytes into ``view``.
 
         Returns:
             The number of bytes, which may be less than the length of ``view``; 0 at the end of
@@ -144,9 +144,10 @@ async def open_stream(path: str, access: int) -> Stream:
 
 
 def _standard(access: int) -> Stream:
-    """Return a standard stream, with a descriptor of its own.
+    """Return standard input or output, with a new descriptor.
 
-    The stream may be a pipe, a file or a terminal.
+    So closing the result does not close the standard descriptor.  The stream can be a pipe, a file
+    or a terminal.
 
     Raises:
         OSError: The host refused.

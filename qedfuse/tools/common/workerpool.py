@@ -1,8 +1,9 @@
 """A pool of worker threads that take item after item from one iterator.
 
 Each thread keeps taking items until none is left, because switching from the event loop to a
-worker thread and back can cost more than the work on one item.  A worker uses the ticket of its
-item if a part of the work must be done in the order of the items.
+thread and back can cost more than the work on one item.  A *worker* is the function that a thread
+calls with each of its items.  The worker gets a *ticket* with the item, and waits for the ticket's
+turn if a part of the work must be done in the order of the items.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Ticket:
     """The position of an item in the order of the items.
 
     The turn of a ticket begins when the previous ticket is finished, and the turn of the first
-    ticket begins immediately.  If a worker raises before its turn, its ticket is finished early.
-    Then the next turn can begin while an earlier turn still runs.
+    ticket begins immediately.  The turns do not overlap, with one exception: if a worker raises
+    before the turn of its ticket, the ticket is finished early, so the turn of the next ticket can
+    begin while the turn of an earlier ticket still runs.
     """
 
     def __init__(self, previous: Ticket | None) -> None:
@@ -45,7 +47,7 @@ class Ticket:
             self._previous = None
 
     def finish(self) -> None:
-        """Let the turn of the next ticket begin.  A second call does nothing."""
+        """Finish the ticket; the turn of the next ticket begins.  A second call does nothing."""
         self._previous = None
         self._finished.set()
 
@@ -64,7 +66,7 @@ class WorkerPool(Generic[T]):
         self._last: Ticket | None = None
 
     async def run(self, items: Iterator[T]) -> None:
-        """Process all items; if a worker raises an exception, raise the same exception.
+        """Call the workers with all items; if a worker raises an exception, raise the exception.
 
         After an exception in one thread, or a cancellation, each thread finishes the item that
         it has taken and takes no further item.  If several threads raise, their exceptions are
@@ -81,7 +83,7 @@ class WorkerPool(Generic[T]):
                     nursery.start_soon(trio.to_thread.run_sync, self._serve, worker, remaining)
 
     def _serve(self, worker: Callable[[T, Ticket], None], items: Iterator[T]) -> None:
-        """Take items and call ``worker`` with them until none is left; for a worker thread."""
+        """Take items and call ``worker`` with each until none is left; runs in a thread."""
         while True:
             trio.from_thread.check_cancelled()
             with self._taking:
@@ -93,6 +95,6 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker that has raised may not have finished its ticket.  If the ticket were
-                # not finished here, the workers of later items would wait for it forever.
+                # A worker need not finish its ticket, above all if it raises.  If the ticket were
+                # not finished here, the workers of later items would wait for the ticket forever.
                 ticket.finish()

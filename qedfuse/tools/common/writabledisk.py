@@ -20,8 +20,9 @@ def open_writable(
 ) -> AbstractAsyncContextManager[Disk]:
     """Return a context manager that opens an image for writing.
 
-    The image is checked first if NEED_CHECK is set, or if the length of the file is not a
-    multiple of the cluster size.
+    Entering the context manager first checks the image if NEED_CHECK is set, or if the length of
+    the file is not a multiple of the cluster size.  The errors below are raised on entering and
+    leaving, not by this function.
 
     Args:
         path: The image.
@@ -30,7 +31,7 @@ def open_writable(
 
     Raises:
         CorruptImageError: The check found damage.
-        NeedsCheckError: The image is too large to be checked.
+        NeedsCheckError: The image is too large, or has too many tables, to be checked.
         QedError: The options contradict each other, the image or a base cannot be opened, locked
             or trusted, or at the close something could not be made durable.
     """

@@ -74,7 +74,8 @@ async def compare(
             the longer disk.
 
     Raises:
-        CorruptImageError: A table entry is bad, and no difference was found before its range.
+        CorruptImageError: A table entry is bad, and no difference was found before the range of
+            the entry.
         HostError: A file cannot be read.
     """
     sizes = first.size, second.size
@@ -185,7 +186,7 @@ class _Search:
 
 
 def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None:
-    """Return the first guest offset that is data in only one of two lists; None if none is.
+    """Return the first guest offset at which only one of two disks has data; None for none.
 
     Zeros and unallocated ranges count as the same allocation, because neither stores data.
 

@@ -48,9 +48,9 @@ class ConvertResult:
     Attributes:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
-        data_bytes: Bytes of the disk that were copied as data.  Blocks of zeros, which become
-            holes or zero clusters, do not count.  They do not count for a pipe either, although
-            they are written to the pipe.
+        data_bytes: Bytes of the disk that were copied as data.  Zeros that become holes or zero
+            clusters do not count.  For a pipe, the zeros that would become holes in a file do not
+            count, although they are written to the pipe.
     """
 
     size: int
@@ -126,8 +126,9 @@ class Conversion:
         of that disk.
 
         Raises:
-            UsageError: The target is smaller than the source's disk or of another format, or the
-                arguments name a backing file or a foreign format.
+            UsageError: The target is smaller than the source's disk.  Or the arguments name the
+                format raw, and the target is an image.  Or the arguments name a backing file or a
+                foreign format.
             QedError: The source cannot be read, the target cannot be opened, locked or
                 written, or the comparison found a difference.
         """
@@ -215,8 +216,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # Write-behind is off, because it would drop the raw file from the page cache, and
-            # qemu-img reads the whole raw file next.
+            # For a foreign format qemu-img reads the whole raw file next.  So write-behind is off:
+            # it would drop the raw file from the page cache.
             write_behind = "off"
         copy = DiskCopy(
             self._source,
@@ -341,8 +342,8 @@ class Conversion:
         """
         if self._source_disk is None:
             return
-        # The copy is compared even if another program has opened the copy for writing since this
-        # process released its lock of the copy.
+        # This process has released its lock of the copy.  With ``force_share`` the copy is compared
+        # even if another program has opened the copy for writing since then.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory

@@ -51,7 +51,7 @@ class DiskCopy:
 
     Attributes:
         data_bytes: Bytes of the disk that were copied as data so far.  If the target writes
-            nothing, the bytes that would have been written.
+            nothing, the bytes that would have been copied as data.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class DiskCopy:
     def _count(self, chunk: Chunk, data: Mask) -> None:
         """Add a copied chunk to `data_bytes` and the progress.
 
-        A worker thread must call this before it finishes the ticket of the chunk, because only
+        A worker thread must call this method during the turn of the chunk's ticket, because only
         one thread at a time may change the counters.
 
         Args:

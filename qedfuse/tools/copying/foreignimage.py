@@ -137,9 +137,9 @@ async def _try_options(
     with _host_errors(path, "cannot read a temporary directory"):
         made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
-        # The options are refused, because only one file can be moved to the final name.  For
-        # example, a VMDK of several extents consists of several files, and with "-o help"
-        # qemu-img makes no file.
+        # The options are refused, because exactly one file can be moved to the final name.  For
+        # example, qemu-img makes several files for a VMDK of several extents, and no file with
+        # "-o help".
         options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "no file"
         msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
@@ -151,7 +151,7 @@ async def _try_options(
 def _qemu_sparse_size(sparse_size: int) -> int:
     """Return a size for ``-S`` that qemu-img accepts: rounded up to sectors, at most 16 MiB.
 
-    A run of zeros consists of whole sectors, so the rounding changes nothing.
+    For qemu-img a run of zeros consists of whole sectors, so rounding up changes nothing.
     """
     whole = -(-sparse_size // _SPARSE_UNIT_BYTES) * _SPARSE_UNIT_BYTES
     return min(whole, _MAX_SPARSE_BYTES)

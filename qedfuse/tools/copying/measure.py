@@ -67,7 +67,9 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk; read the whole disk, because zeros take no space.
+    """Return the space for a copy of a disk.
+
+    All data of the disk is read, because blocks of zeros in the data take no space in the copy.
 
     Args:
         path: An image, a raw file or a block device; or a URL.

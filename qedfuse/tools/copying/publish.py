@@ -73,13 +73,14 @@ async def publish(
     then compared with the file.  An object that another program stores while the last parts are
     being sent is replaced even without ``overwrite``.
 
-    A failed or cancelled call leaves no object, with two exceptions.  If the store stops answering
-    at the end, the object may exist; the message of an error says so.  With ``overwrite``, a call
-    that is cancelled when the object is complete leaves the object, because the object that it has
-    replaced cannot be restored.
+    A failed or cancelled call leaves no object, with three exceptions.  If the store stops
+    answering at the end, the object may exist; the message of the error says so.  A cancelled call
+    waits at most `_STOP_SECONDS` until what it has stored is removed; a warning is logged if
+    anything may be left.  With ``overwrite``, a call that is cancelled when the object is complete
+    leaves the object, because the object that it has replaced cannot be restored.
 
     Args:
-        path: The image or raw file.
+        path: The image or raw file; with ``flatten`` also a URL.
         url: The URL of the object.
         flatten: Whether to publish one new image with the content of the whole chain.
         overwrite: Whether to replace an object that exists.
@@ -102,7 +103,8 @@ async def publish(
         msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
         raise UsageError(msg)
     connection = client_options(options.remote)
-    # Before any other work, because this call fails if the library is not installed.
+    # This client is not used.  It is made so that a missing library or invalid credentials are
+    # reported before any other work.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadwatch import watch_store  # noqa: PLC0415  only if needed
@@ -226,18 +228,22 @@ async def _run(
 ) -> Uploaded:
     """Run an upload in a thread; return its result.
 
-    If the task is cancelled, and the upload has sent anything, the task waits until the upload has
-    removed what it has stored, as `_wait_removed` does.
+    If the task is cancelled, and the upload has sent anything, `_wait_removed` waits until the
+    upload has removed what it has stored, but for a limited time.
 
-    ``watch`` runs as long as the upload.  If it raises RemoteError, the store does not answer, so
-    this function raises the error without waiting for the thread.
+    ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
+    answer, so this function raises the error without waiting for the thread.
 
     Args:
         upload: The upload, which has not begun.
         watch: Raises RemoteError when the store does not answer any more.
         stack: Closes the files that the upload reads.  The files stay open if this function ends
             before the thread.
-        shown: The URL of the object.
+        shown: The URL of the object, for the log.
+
+    Raises:
+        RemoteError: The upload has failed, or the store does not answer any more.
+        QedError: Any other error of the upload.
     """
     from qedfuse.remote.upload import MAY_REMAIN  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  as above
@@ -271,7 +277,9 @@ async def _run(
             outcome = error
         nursery.cancel_scope.cancel()
     if outcome is None:
-        # Only `stop` ends an upload without a result, and any other cancellation was raised above.
+        # `_cancel_in_outage` has cancelled the nursery, and the end of the nursery has absorbed
+        # that cancellation.  A cancellation from outside would have left this function above, and
+        # without a cancellation the upload has a result or an error.
         msg = f"{outages[0]}{MAY_REMAIN if upload.has_begun else ''}"
         raise RemoteError(msg) from outages[0]
     if isinstance(outcome, Exception):

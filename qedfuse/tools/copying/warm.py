@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MAX_REQUESTS: Final = 8
-"""Maximum number of requests that are queued at a time.
+"""Maximum number of requests that are queued or running at a time.
 
 With more requests, each would wait in the queue for longer, and a request that waits for longer
 than the time limit of a read fails.
@@ -123,7 +123,7 @@ class _NeededFile:
     """One remote file of the chain, and its units that a mount can need."""
 
     def __init__(self, file: RemoteFile, layer: Layer) -> None:
-        """Take the open file of ``layer``.  No unit is marked as needed yet."""
+        """Take the open file of ``layer``; the caller must then mark its needed units."""
         self.units = NeededUnits(layer)
         self._file = file
 

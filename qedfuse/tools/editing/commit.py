@@ -92,9 +92,9 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay.  The data of all images over the file is
-            written into the file.  The overlay keeps its data, because an empty overlay would
-            show the old data of images between the overlay and the file.  None for the overlay's
-            own base.
+            written into the file.  The overlay then keeps its data whatever ``keep`` is, because an
+            empty overlay would show the old data of images between the overlay and the file.  None
+            for the overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
@@ -154,7 +154,7 @@ async def _commit(
     progress: Progress | None,
     empty: Callable[[], Awaitable[None]] | None = None,
 ) -> CommitResult:
-    """Write a source's data into a base; call ``empty`` when the base is durable.
+    """Write a source's data into a base; call ``empty`` when the written data is durable.
 
     Args:
         source: The data.
@@ -186,6 +186,7 @@ async def _commit(
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
     """Store, in the overlay's record of its base, the version of the base after the commit.
 
+    With the old version in the record, the overlay would be refused, because its base has changed.
     Does nothing if no version of the base is recorded (`rememberedbase`).  The caller holds the
     lock of the overlay, if images are locked at all.
 

@@ -181,7 +181,8 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
 
     Args:
         path: The first image.
-        base: Name of the file, relative to the image that names the file or to ``directory``.
+        base: Name of the file, relative to ``directory``, or to the directory of the image that
+            names the file.
         layers: The chain below the first image.
         directory: The working directory; empty for that of the process.
 

@@ -72,7 +72,7 @@ def create(
     Args:
         path: Path of the image.
         size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
-            file; None is refused with ``unsafe``, and without a backing file.
+            file's disk; None is refused with ``unsafe``, and without a backing file.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
@@ -89,7 +89,7 @@ def create(
         UsageError: A size, the geometry or the backing file name is invalid, a size or format
             is missing, the path is a URL, or the file exists and ``overwrite`` is False.
         BackingError: The backing file cannot be read, has an invalid header or is not of the
-            given format, or the image is among the files of its chain.
+            given format, or the image is among the files of the backing file's chain.
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
             file has taken the name of the image during the call.

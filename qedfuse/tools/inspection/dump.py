@@ -113,6 +113,7 @@ class Dump:
         """
         header = self.header.header
         if header is None:
+            # The search for problems ends with the one that makes the header unusable.
             raise self.header.problems[-1].again()
         if header.l1_end > MAX_OFFSET:
             found, expected = header.l1_table_offset, "an L1 table that ends within a file"

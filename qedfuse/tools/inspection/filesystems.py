@@ -89,7 +89,7 @@ def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSyste
 
 
 def _parse(output: bytes) -> FileSystem | None:
-    """Return the file system in blkid's lines ``NAME=VALUE``; None if no line is ``TYPE=``."""
+    """Return the file system in blkid's lines ``NAME=VALUE``; None if no line has the name TYPE."""
     lines = output.decode(errors="replace").splitlines()
     values = dict(line.split("=", 1) for line in lines if "=" in line)
     if "TYPE" not in values:

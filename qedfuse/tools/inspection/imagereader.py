@@ -1,4 +1,4 @@
-"""Blocking reads for the description of an image, by a descriptor or a file of a chain."""
+"""Blocking reads for the description of an image, by a descriptor or through a `ReadableFile`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DescriptorReader:
 
 
 class FileReader:
-    """Reads a file of a chain that has no descriptor; the caller must be a worker thread."""
+    """Reads a file without a descriptor, such as a URL; only a worker thread may call `read`."""
 
     def __init__(self, file: ReadableFile) -> None:
         """Make a reader of an open file, which the caller must close later."""

@@ -37,7 +37,7 @@ class Layout:
 
     Attributes:
         file_clusters: Number of clusters in the file; an incomplete last one counts.
-        disk_clusters: Number of clusters of the disk.
+        disk_clusters: Number of clusters of the disk; 1 for a disk of 0 bytes.
         cluster_size: Bytes in a cluster.
         has_base: Whether the image has a backing file, from which unallocated clusters are read.
         tables: For each cell of the file the number of its clusters with the header or tables.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     SavedRange = tuple[int, bytes, bytes]  # file offset, old bytes, new bytes
 
 _MAX_LINE_BYTES: Final = 16 << 20
-"""Maximum length of a line.  A repair saves at most a slice of a table, 256 KiB of text."""
+"""Maximum length of a line.  A range is at most a slice of a table, so a repair writes lines of at
+most about 256 KiB."""
 
 
 class BackupReader:
@@ -36,9 +37,9 @@ class BackupReader:
     def __init__(self, path: str) -> None:
         """Open a backup and examine all of it; the caller must call `close`.
 
-        The first range is the header.  All other ranges consist of whole entries, lie between the
-        header and the end that the image had before the repair, and do not overlap.  The last of
-        them may end within an entry at the end of the image.
+        In a valid backup the first range is the header.  All other ranges consist of whole entries,
+        lie between the header and the end that the image had before the repair, and do not overlap.
+        Only at that end a range may end within an entry.
 
         Raises:
             UsageError: The file is not a backup, or is damaged or not complete.

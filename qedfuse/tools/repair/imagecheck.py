@@ -116,8 +116,8 @@ async def repair(
 
     Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may
     have been meant to point to one of these clusters.  Errors of the persistent free list are
-    errors of the image.  To reclaim clusters, the highest clusters of the file are moved into
-    their space, and the file is truncated.
+    errors of the image.  To reclaim leaked clusters, the highest clusters in use are moved into
+    the space of the leaked ones, and the file is truncated.
 
     After a repair the clusters of cleared entries are leaked, and hold all that is left of the
     lost data.  So with ``all``, leaked clusters are kept by a call that repairs errors, and by

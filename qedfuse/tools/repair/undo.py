@@ -43,7 +43,7 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
         CorruptImageError: The image has changed since the repair.  Nothing was written.
         UsageError: The file is not a backup, or is damaged or incomplete, or states ranges or
             lengths that no repair saves.  Nothing was written.
-        ImageError: The backup is not a regular file, the header in it or that of the image is
+        ImageError: The backup is not a regular file, the header in the backup or in the image is
             invalid, or the backup states a length that does not hold the image's L1 table.
             Nothing was written.
         HostError: The host refused.  The undo can be run again.
@@ -112,6 +112,9 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
 
     Raises:
         CorruptImageError: The range differs.
+        ImageError: The range is the header, and the header in the image or in the backup is
+            invalid.
+        HostError: The host cannot read the range.
     """
     offset, old, new = saved
     found = bytes(await file.pread(offset, len(old)))

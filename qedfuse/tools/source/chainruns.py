@@ -82,8 +82,8 @@ class ChainRunReader:
     Attributes:
         size: Bytes of the disk.
         files: Paths by which the chain's files were opened, the image itself first.
-        unknown_depths: Depths of the files of which only QEMU knows where they store a range; the
-            file offsets of their runs are guest offsets.
+        unknown_depths: Depths of the layers that QEMU serves.  Only QEMU knows where their files
+            store a range, so the offsets of their runs are guest offsets instead of file offsets.
     """
 
     def __init__(self, layers: list[Layer]) -> None:

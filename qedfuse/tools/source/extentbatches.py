@@ -85,7 +85,7 @@ async def extent_batches(
 async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
     """Return the extents from ``start`` on, for one batch.
 
-    The extents end at ``end`` or at the end of the disk, or earlier if a batch is complete.
+    The extents end at ``end`` or at the end of the disk, or earlier if they are enough for a batch.
     """
     found: list[Extent] = []
     at, end = start, min(end, source.size)

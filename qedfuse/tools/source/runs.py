@@ -40,7 +40,7 @@ _MAX_TABLE_READ_BYTES: Final = 1 << 18
 _MAX_TABLE_READS_PER_CALL: Final = 4
 """Maximum number of reads of L2 tables in one call of `QedRunReader.read`."""
 _MAX_RAW_RUNS_PER_CALL: Final = 1 << 16
-"""Maximum number of runs of a raw file that one call returns."""
+"""Maximum number of runs that one call of `RawRunReader.read` returns."""
 
 
 @dataclass(slots=True)

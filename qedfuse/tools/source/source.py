@@ -93,7 +93,7 @@ class Source(Protocol):
 
 
 class RawSource:
-    """A raw file, a block device, a raw URL, or an image that QEMU serves as a raw disk."""
+    """A raw file, a block device, a URL with raw content, or an image that QEMU serves."""
 
     format: ImageFormat = "raw"
 
@@ -175,7 +175,7 @@ async def open_source(
     if format == "auto":
         format = probe_format(path)  # noqa: A001
     if format == "qed":
-        if foreign_driver_of(path) is not None:  # the user has said that it is QED
+        if foreign_driver_of(path) is not None:  # the user has stated the format QED
             msg = f"{printable(path)}: not a QED image: found no QED magic at the file's beginning"
             raise NotQedError(msg)
         with open_image_file(path, options.read_lock) as image:
@@ -187,7 +187,7 @@ async def open_source(
         is_device = not stat.S_ISREG(file.stat().st_mode)
         if options.lock and not is_device:
             lock_image(file.fd, LockMode.to_read(share=options.force_share), file.name)
-        # fstat(2) reports 0 for a block device.
+        # fstat(2) reports the length 0 for a block device, so `length_of` is used.
         yield RawSource(file, length_of(file.fd, file.name), is_device=is_device)
     finally:
         file.close()
