@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DeferredClose:
-    """Counts the users of some files, and closes the files after `close` when no user is left.
+    """Counts the users of some files; closes the files once `close` is called and no user is left.
 
     A thread uses the files between a call of `enter` that returns True and a call of `leave`.
     Threads may call all methods concurrently.
@@ -29,7 +29,10 @@ class DeferredClose:
         self._is_closed = False
 
     def enter(self) -> bool:
-        """Count a user, which keeps the files open; after `close` count none and return False."""
+        """Count a user and return True: the files stay open until the user calls `leave`.
+
+        After a call of `close` the user is not counted, must not use the files, and gets False.
+        """
         with self._lock:
             if self._is_closed:
                 return False
@@ -37,7 +40,7 @@ class DeferredClose:
             return True
 
     def leave(self) -> None:
-        """Count a user as gone; close the files if no user is left after `close`."""
+        """Count a user as gone; close the files if no user is left and `close` was called."""
         with self._lock:
             self._users -= 1
             is_last = not self._users
@@ -45,7 +48,10 @@ class DeferredClose:
             self._close()
 
     def close(self) -> None:
-        """Close the files when no user is left, without waiting; a second call does nothing."""
+        """Close the files now, or when the last user leaves; a second call does nothing.
+
+        The call does not wait for the users.
+        """
         with self._lock:
             if self._is_closed:
                 return

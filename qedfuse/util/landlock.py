@@ -18,7 +18,7 @@ import struct
 _CREATE_RULESET = 444
 _ADD_RULE = 445
 _RESTRICT_SELF = 446
-"""Numbers of the system calls, which are the same on all architectures but Alpha."""
+"""Numbers of the system calls; some architectures have others, for example Alpha and MIPS."""
 
 _VERSION_FLAG = 1
 _RULE_PATH_BENEATH = 1

@@ -186,9 +186,9 @@ async def _commit(
 async def _accept_commit(path: str, base_file: BaseFile) -> None:
     """Store, in the overlay's record of its base, the version of the base after the commit.
 
-    With the old version in the record, the overlay would be refused, because its base has changed.
-    Does nothing if no version of the base is recorded (`rememberedbase`).  The caller holds the
-    lock of the overlay, if images are locked at all.
+    With the old version in the record, the next open of the overlay would warn that the base has
+    changed.  Does nothing if no version of the base is recorded (`rememberedbase`).  The caller
+    holds the lock of the overlay, if images are locked at all.
 
     Raises:
         QedError: The overlay or the attributes of the base cannot be read.

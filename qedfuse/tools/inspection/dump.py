@@ -159,7 +159,7 @@ class Dump:
             verdicts = np.zeros(len(values), np.uint8)
             for code, mask in classifier.l2_errors(values):
                 verdicts[mask] = _VERDICT_NUMBERS[code]
-            verdicts[values == ZERO] = _ZEROS
+            verdicts[values == ZERO] = _ZEROS_NUMBER
             for item in _ranges(values, verdicts, geometry.cluster_size, values != UNALLOCATED):
                 yield _entry_range(item, first, guest, geometry.cluster_size)
 
@@ -206,9 +206,9 @@ class Dump:
         return np.sort(np.concatenate(found))
 
 
-_NAMES: Final = (OK, ZEROS, *dict.fromkeys(VERDICTS.values()))
-_ZEROS: Final = _NAMES.index(ZEROS)
-_VERDICT_NUMBERS: Final = {code: _NAMES.index(word) for code, word in VERDICTS.items()}
+_VERDICT_NAMES: Final = (OK, ZEROS, *dict.fromkeys(VERDICTS.values()))
+_ZEROS_NUMBER: Final = _VERDICT_NAMES.index(ZEROS)
+_VERDICT_NUMBERS: Final = {code: _VERDICT_NAMES.index(word) for code, word in VERDICTS.items()}
 
 
 def _ranges(
@@ -218,13 +218,13 @@ def _ranges(
 
     Args:
         values: The entries of a slice.
-        verdicts: Index in `_NAMES` of the verdict on each entry.
+        verdicts: Index in `_VERDICT_NAMES` of the verdict on each entry.
         step: Difference in bytes between adjacent entries whose offsets are contiguous.
         used: Mask of the entries to yield; all other entries are in no range.
 
     Yields:
         Index of the first entry in the slice, number of entries, value of the first entry,
-        ``step`` (0 if the values are equal), and index in `_NAMES` of the verdict.
+        ``step`` (0 if the values are equal), and index in `_VERDICT_NAMES` of the verdict.
     """
     same_verdict = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
     rising = same_verdict & (values[1:] - values[:-1] == step)
@@ -270,7 +270,7 @@ def _entry_range(
     if count == 1:
         step = 0
     return EntryRange(
-        index, count, value, step, guest + index * span, count * span, _NAMES[verdict]
+        index, count, value, step, guest + index * span, count * span, _VERDICT_NAMES[verdict]
     )
 
 

@@ -158,7 +158,7 @@ async def repair(
                 _refuse_excess(file, repair_plan, force=force)
                 _refuse_without_space(file, repair_plan)
                 backup.finish(size, repair_plan.end)
-            # The image is changed only here, because now the backup is complete and durable.
+            # The image is changed only from here on, when the backup is complete and durable.
             backup_path = backup.path
             after = (await repair_image(file, header)).after
         elif keeps and header.need_check:
