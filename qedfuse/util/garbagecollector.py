@@ -15,7 +15,7 @@ _RARELY: Final = (50_000, *_DEFAULT[1:])
 
 
 def collect_rarely() -> None:
-    """Let the collector run rarely, until `collect_as_usual`."""
+    """Let the collector run rarely, until `collect_as_usual` is called."""
     gc.set_threshold(*_RARELY)
 
 

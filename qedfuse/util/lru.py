@@ -55,7 +55,7 @@ class LRU(Generic[K, V]):
         self._evictions = 0
 
     def get(self, key: K) -> V | None:
-        """Return a value and mark the value as just used; None if there is none."""
+        """Return the value for ``key``, and mark it as just used; None if there is no value."""
         value = self._items.get(key)
         if value is None:
             return None
@@ -77,7 +77,7 @@ class LRU(Generic[K, V]):
             self._shrink(key)
 
     def drop(self, key: K) -> None:
-        """Remove a value, even a pinned one; do nothing if there is none for ``key``."""
+        """Remove the value for ``key``, even a pinned one; do nothing if there is no value."""
         old = self._items.pop(key, None)
         if old is not None:
             self._weight -= self._weigh(old)

@@ -19,8 +19,8 @@ A portal ends in one of these ways:
   run too late: since Python 3.12 it cannot start threads, and closing a file can need a new
   thread.
 
-After ``os.fork`` the child process has no portal thread, so every call fails immediately there.
-In the parent process the portal stays open.
+After ``os.fork`` the child process has no portal thread, so every call in the child fails
+immediately.  In the parent process the portal stays open.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Portal(Generic[T]):
     def call(self, function: Callable[[*Args], Awaitable[R]], *args: *Args) -> R:
         """Run an async function in the event loop; return its result or raise its error.
 
-        The portal's own thread must not call this, because it would wait for itself.  If a
+        The portal's own thread must not call this method, because it would wait for itself.  If a
         KeyboardInterrupt interrupts the caller, ``function`` runs on in the event loop.
 
         Raises:
@@ -152,7 +152,7 @@ class Portal(Generic[T]):
     def close(self) -> None:
         """Leave the context manager and wait until the thread has ended.
 
-        A second call does nothing.  The portal's own thread must not call this, because it
+        A second call does nothing.  The portal's own thread must not call this method, because it
         would wait for itself.
 
         Raises:
@@ -181,8 +181,8 @@ class Portal(Generic[T]):
 
         If leaving the context manager fails, `close` raises the error, even if `close` is called
         later.  If `close` has not been called when leaving begins, the error is logged as well.
-        Unlike `close` this function is safe in a finalizer, which may run in the portal's own
-        thread.
+        A finalizer, which Python can run in the portal's own thread, may call this method, but must
+        not call `close`.
         """
         self._close_requested = True
         self.call_soon(self._begin_closing)
@@ -219,6 +219,7 @@ class Portal(Generic[T]):
 
         Raises:
             PortalClosedError: Closing was requested before the context manager was entered.
+            BaseException: Any error of the context manager or of one of its background tasks.
         """
         # `_serve` sets the token before it reads `_close_requested`.  `ask_to_close` sets
         # `_close_requested` before it reads the token.  So at least one of the two sees what
@@ -283,7 +284,7 @@ class _Watcher:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Watch no portal; those of the parent process have no threads in a forked child."""
+        """Watch no portal: in a forked child, the portals of the parent process have no threads."""
         self._lock = threading.Lock()
         self._portals: set[Portal[Any]] = set()
         self._thread: threading.Thread | None = None

@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
     a fraction of bytes (``1.5``) is refused.
 
     Raises:
-        UsageError: The text has another form.
+        UsageError: The text has another form, or means a fraction of bytes.
     """
     match = _PATTERN.fullmatch(text.strip())
     unit = match and match["unit"]

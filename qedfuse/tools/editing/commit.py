@@ -98,7 +98,8 @@ async def commit(
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
-        progress: Called with the work done and the whole work, in any unit.
+        progress: Called with the work done and the whole work, in the same unit, which has no
+            meaning for the caller.
 
     Raises:
         UsageError: The overlay or the base is a URL, or the base is an image that QEMU serves.

@@ -185,8 +185,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: How the overlay is opened.  The bases of the base are opened with the same
-            backing policy, but without the policy's ``trusted`` path, which is meant only for
+        options: The options with which the overlay is opened.  They apply to the base and its bases
+            as well, except for the ``trusted`` path of the backing policy, which is meant only for
             the overlay's own base.
 
     Raises:

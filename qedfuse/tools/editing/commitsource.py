@@ -93,10 +93,10 @@ class OverlayAlone:
 
 
 class UpperImages:
-    """The data of all images of a chain that lie over a base.
+    """The data of all images over a base; the first image is the one at the top of the chain.
 
     Attributes:
-        file_bytes: Length of the first image's file.
+        file_bytes: Length of the first image's file in bytes.
     """
 
     def __init__(self, chain: Chain, file: PosixFile) -> None:
@@ -140,13 +140,13 @@ class UpperImages:
 async def open_upper_images(
     path: str, base: str, options: OpenOptions
 ) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
-    """Open all images over a base read-only; yield the images and the base's file.
+    """Open all images over a base read-only; yield the images and a description of the base's file.
 
     The images are locked if ``options.lock`` is set.  The base and the images below the base are
     opened to find the base, and closed before the block begins.
 
     Args:
-        path: The first image.
+        path: The image at the top of the chain.
         base: A file of the chain.  The name may be relative to the directory of the image that
             names the file, as for qemu-img, or to the working directory of ``options``.
         options: How to open the chain.

@@ -88,8 +88,8 @@ async def rebase(
             damage.
         QedError: The image cannot be opened for writing, or the host refused.
 
-    After an error the image names the old or the new backing file.  Without ``unsafe`` its
-    disk reads the same in both cases.
+    After an error the image names the old or the new backing file.  Without ``unsafe`` the disk of
+    the image reads the same in both cases.
     """
     require_local(path)
     require_storable(backing or "")

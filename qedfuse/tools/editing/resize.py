@@ -56,8 +56,8 @@ async def resize(
         force: Allow the loss of data past the new end of a disk that shrinks, and of data that
             another program left past the old end of a disk that grows.
         options: How to open the image; ``writable`` is always set.  None for the defaults.
-        progress: Called with the work done and the whole work of shrinking, in any unit; not
-            called when the disk grows.
+        progress: Called with the work done and the whole work of shrinking, in the same unit, which
+            has no meaning for the caller; not called when the disk grows.
 
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can

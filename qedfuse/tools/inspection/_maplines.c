@@ -202,9 +202,10 @@ static PyMethodDef methods[] = {
      "cluster_size and table_bytes are the bytes in a cluster and in a table.\n"
      "pending (start, length, value) is the extent that the entries may continue.  It is\n"
      "replaced by the last extent of the entries, but stays unchanged if None is returned.\n"
-     "An offset below low or above high may be invalid.\n"
-     "tables are the file offsets of the L2 tables, ascending.  json selects the format: JSON,\n"
-     "or the text table.  name is the last column of the text table, with a newline."},
+     "tables are the file offsets of the L2 tables, ascending.  An offset may be invalid if it\n"
+     "is not a multiple of cluster_size, is below low or above high, or if its cluster overlaps\n"
+     "one of the tables.  json selects the format: JSON if true, else the text table.  name is\n"
+     "the last column of the text table, with a newline."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -40,7 +40,7 @@ async def describe_partitions(
     Args:
         path: An image, whose bases are read as well, or a regular file or block device with raw
             content; or a URL.
-        image_format: Format of the file; ``auto`` detects it.
+        image_format: Format of the file; ``auto`` detects the format from the first bytes.
         options: How to open the file.
 
     Raises:

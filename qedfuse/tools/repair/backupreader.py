@@ -131,9 +131,9 @@ class BackupReader:
         """Refuse a range that a repair does not save.
 
         Args:
-            number: How many ranges precede it in the backup.
-            offset: Its file offset.
-            length: Its length in bytes.
+            number: How many ranges precede the range in the backup.
+            offset: File offset of the range.
+            length: Length of the range in bytes.
 
         Raises:
             UsageError: The range is not one of a backup.

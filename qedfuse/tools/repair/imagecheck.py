@@ -55,7 +55,7 @@ async def check(
         progress: Called with the number of tables read so far and in all.
 
     Raises:
-        NeedsCheckError: The image is too large to be checked.
+        NeedsCheckError: The image is too large, or has too many tables, to be checked.
         QedError: The image cannot be opened, locked or read.
     """
     lock = LockMode.to_read(share=share)
@@ -82,7 +82,7 @@ async def plan(
 
     Raises:
         UsageError: The image is a URL.
-        NeedsCheckError: The image is too large to be checked.
+        NeedsCheckError: The image is too large, or has too many tables, to be checked.
         QedError: The image cannot be opened, locked or read.
     """
     async with _open_image(path, LockMode.to_read(share=share)) as (file, header):
@@ -138,8 +138,8 @@ async def repair(
         UsageError: The image is a URL.
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
-        NeedsCheckError: The image is too large to be checked, or has become too large by the
-            repair.
+        NeedsCheckError: The image is too large, or has too many tables, to be checked.  Or the
+            repair has made it too large, or has found too many invalid L1 entries.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
         QedError: The image cannot be opened or locked, or the host refused.  The image is
@@ -194,7 +194,8 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
         CorruptImageError: The image has changed since the repair.  Nothing was restored.
         UsageError: The image is a URL, or ``backup`` is not a backup, or is damaged or incomplete.
             Nothing was restored.
-        NeedsCheckError: The image is restored, but too large to be checked.
+        NeedsCheckError: The image is restored, but is too large, or has too many tables, to be
+            checked.
         QedError: The image or the backup cannot be opened, or the host refused.  The undo
             can be run again.
     """

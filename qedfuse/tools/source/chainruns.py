@@ -1,8 +1,8 @@
 """How a whole chain stores a range of the disk, as arrays: the runs of each layer combined.
 
-Where the upper layers store nothing, the disk reads as the next layer below.  One call returns
-a limited number of runs, so a disk of any size takes little memory.  For speed, numpy processes
-whole arrays instead of single entries.
+Where the upper layers store nothing, the disk reads as the next layer below.  One call of
+`ChainRunReader.read` returns a limited number of runs, so a disk of any size takes little memory.
+For speed, numpy processes whole arrays instead of single entries.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def _overlaid(
             ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
             the lower layer or a layer above it ends earlier.
         depth: Depth of the lower layer.
-        below_is_partial: Whether the last runs of ``below`` are missing, because one call returns
-            a limited number of runs.  The result then ends where ``below`` ends.
+        below_is_partial: Whether the last runs of ``below`` are missing, because one call of a
+            reader returns a limited number of runs.  The result then ends where ``below`` ends.
 
     Returns:
         The combined runs, and the depth of the layer that stores each run.

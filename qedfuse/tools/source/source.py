@@ -37,7 +37,7 @@ _EXTENTS_PER_CALL: Final = 1 << 14
 
 
 class BlockingReader(Protocol):
-    """An open file as worker threads use it: the part of `ReadableFile` that may block."""
+    """An open file, with those parts of `ReadableFile` that worker threads use."""
 
     @property
     def identity(self) -> FileIdentity:

@@ -95,7 +95,7 @@ class NewQedTarget(ParallelTarget):
         self._l2 = _TableSlice(self._slice_length)
 
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
-        """Assign offsets at the end of the file to the clusters of a chunk; return the writes.
+        """Assign offsets at the end of the file to a chunk's data clusters; return the writes.
 
         The entries are set in the table slices in memory.  If the chunk needs another slice of a
         table than the previous chunk, the previous slice is complete, and the result begins with
@@ -130,10 +130,10 @@ class NewQedTarget(ParallelTarget):
             raise UsageError(msg)
 
     def _select_slices(self, start: int) -> list[Write]:
-        """Begin the L1 and L2 slices for a guest offset; return the writes of the previous slices.
+        """Switch to the L1 and L2 slices for a guest offset; return the writes of the slices left.
 
-        Returns no writes if the offset lies in the present L2 slice, or at the first call.  If
-        the L1 entry points to no L2 table yet, a table is allocated at the end of the file.
+        If the L1 entry for the offset points to no L2 table yet, a table is allocated at the end of
+        the file.
         """
         l2_slice = (start >> self._geometry.cluster_bits) // self._slice_length
         if l2_slice == self._l2.slice_index:
