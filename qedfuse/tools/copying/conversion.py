@@ -127,8 +127,8 @@ class Conversion:
 
         Raises:
             UsageError: The target is smaller than the source's disk.  Or the arguments name the
-                format raw, and the target is an image.  Or the arguments name a backing file or a
-                foreign format.
+                format raw, and the target is an image or is encrypted by LUKS.  Or the arguments
+                name a backing file or a foreign format.
             QedError: The source cannot be read, the target cannot be opened, locked or
                 written, or the comparison found a difference.
         """
@@ -258,7 +258,8 @@ class Conversion:
             were copied as data.
 
         Raises:
-            UsageError: The target is an image of any format, or is smaller than the source's disk.
+            UsageError: The target is an image of any format, is encrypted by LUKS, or is smaller
+                than the source's disk.
         """
         expected = "raw content (qemu-img convert -n can write into an image of this format)"
         if probe_format(self._path, expected) == "qed":

@@ -72,11 +72,10 @@ class DiskCopy:
             base: The target's backing disk.  Only clusters that differ from the backing disk
                 are written.  None if the target has no backing disk.
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
-                data; 0 writes all zeros as data.  Only whole blocks of zeros make a run (a block
-                has `Target.block_size` bytes), and a run at an end of a chunk may be shorter.
-                Zeros that are in no chunk are never written as data.  With a base all values
-                except 0 mean the same: each cluster of zeros that differs from the base becomes a
-                zero cluster.
+                data; 0 writes all zeros as data.  Only whole blocks (`block_size` of the target)
+                of zeros make a run, and a run at an end of a chunk may be shorter.  Zeros that
+                are in no chunk are never written as data.  With a base all values except 0 mean
+                the same: each cluster of zeros that differs from the base becomes a zero cluster.
             write_behind: How the data of a parallel target is written back to the host's disk
                 during the copy.  ``wait``: always, and the copy waits for a slow disk.  The
                 wait costs no time if an fsync follows, because the fsync would wait for the

@@ -18,9 +18,10 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     An image that has a valid list keeps this list, and nothing is punched.
 
-    If the image has no free cluster, no list is written, and programs without support for
-    free lists can still open the image.  Once an image has a list, each writable mount with default
-    options that has changed the tables writes a new list, if possible, when it closes the image.
+    No list is written if the image has no free cluster, or if the list would be too long.  Programs
+    without support for free lists can then still open the image.  Once an image has a list, each
+    writable mount with default options that has changed the tables writes a new list, if possible,
+    when it closes the image.
 
     Args:
         path: The image.

@@ -41,7 +41,9 @@ class FileSystem:
 
 
 async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSystem | None:
-    """Return the file system in a range of a disk; None if blkid fails, or recognises none.
+    """Return the file system in a range of a disk, as blkid recognises it.
+
+    Returns None if blkid is missing, fails, takes too long, or recognises nothing.
 
     Args:
         read: Reads the disk.
@@ -58,7 +60,7 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
 
 
 def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:
-    """Return what blkid recognises in a partition; None if blkid fails, or recognises nothing.
+    """Return what blkid recognises in a partition; None as for `find_file_system`.
 
     Args:
         head: The first bytes of the partition.
