@@ -216,8 +216,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # For a foreign format qemu-img reads the whole raw file next.  So write-behind is off:
-            # it would drop the raw file from the page cache.
+            # For a foreign format qemu-img reads the whole raw file next.  So write-behind, which
+            # would drop the raw file from the page cache, is off.
             write_behind = "off"
         copy = DiskCopy(
             self._source,
@@ -283,8 +283,8 @@ class Conversion:
     def _refuse_too_small(self, size: int) -> None:
         """Raise UsageError if the source is larger than the target, which has ``size`` bytes.
 
-        Does nothing if the source is a stream, whose size is unknown.  `convert` refuses such a
-        source for an existing target.
+        Does nothing if the source is a stream, whose size is unknown.  But `convert` refuses a
+        stream as the source of an existing target.
         """
         if self._source_disk is not None and size < self._source_disk.size:
             expected = self._source_disk.size
@@ -331,8 +331,8 @@ class Conversion:
     async def _verify(self, path: str) -> None:
         """Compare the copy with the source.
 
-        Does nothing if the source is a stream, which cannot be read again.  `convert` refuses a
-        comparison with such a source.
+        Does nothing if the source is a stream, which cannot be read again.  But `convert` refuses
+        to compare a stream.
 
         Args:
             path: Present path of the copy.  A new file does not have its final name yet.

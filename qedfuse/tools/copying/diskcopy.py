@@ -149,7 +149,7 @@ class DiskCopy:
 
         The buffer for the base is empty if there is no base.  The worker uses the same
         buffers for all its chunks, because getting new memory from the kernel takes as long
-        as copying a chunk into it.
+        as copying a chunk into the memory.
         """
         base_bytes = self._chunk_bytes if self._base is not None else 0
         return np.empty(self._chunk_bytes, np.uint8), np.empty(base_bytes, np.uint8)

@@ -77,7 +77,7 @@ async def publish(
     answering at the end, the object may exist; the message of the error says so.  A cancelled call
     waits at most `_STOP_SECONDS` until what it has stored is removed; a warning is logged if
     anything may be left.  With ``overwrite``, a call that is cancelled when the object is complete
-    leaves the object, because the object that it has replaced cannot be restored.
+    leaves the object, because the replaced object cannot be restored.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.

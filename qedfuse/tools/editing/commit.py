@@ -4,7 +4,8 @@ Because of the order of the steps, the overlay reads the same after an interrupt
 moment:
 
 1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Before
-   the base grew, the overlay read as zeros past the end of the base, so it still reads the same.
+   the base grew, the overlay read as zeros past the end of the base wherever it stored nothing.  So
+   the overlay still reads the same.
 2. The overlay's data is written into the base.  The base changes only where the overlay stores a
    range itself, and such a range is not read from the base.  So the overlay reads the same,
    whether none, some or all of the data is written.

@@ -151,16 +151,16 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The format in the policy of the options is replaced, because it applies to the present bases
-    # of the image.  The format of a policy applies to every base of a chain.  So the new policy
-    # names the new base's format only if the format is one that only QEMU reads: a base of such a
-    # format is the last one of the chain.  The format raw is stated in the header above.  Without a
-    # stated format, and for QED, the first bytes of the new base decide.
+    # The policy in the options states the format of the present bases, so this format is replaced.
+    # The format of a policy applies to every base of a chain.  So the new policy names the new
+    # base's format only if the format is one that only QEMU reads: a base of such a format is the
+    # last one of the chain.  The format raw is stated in the header above.  Without a stated format,
+    # and for QED, the first bytes of the new base decide.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
-        # `image` lets `open_bases` detect a loop before it locks the image as a base.  That lock
-        # would conflict with the lock of the open disk, and the message would be "in use".
+        # `image` lets `open_bases` detect a loop before locking the image as a base.  The lock as a
+        # base would conflict with the lock of the open disk, and the message would be "in use".
         bases = await open_bases(
             disk.path,
             image,

@@ -1,6 +1,6 @@
 """The details of an image that do not follow from its header and L1 table.
 
-These are the free list and the numbers of tables and clusters.  The tables are read slice by
+The details are the free list and the numbers of tables and clusters.  The tables are read slice by
 slice, so counting takes little memory.
 """
 
