@@ -141,7 +141,7 @@ class Portal(Generic[T]):
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def raise_failure(self) -> None:
-        """Raise if the event loop has failed; do nothing otherwise.
+        """Raise an error if the event loop has failed; do nothing if it has not failed.
 
         Raises:
             PortalClosedError: The event loop has failed, and `close` has not raised the error yet.

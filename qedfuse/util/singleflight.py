@@ -36,10 +36,11 @@ class _Flight:
 class SingleFlight(Generic[K]):
     """Runs at most one fetch per key at a time.
 
-    The fetch must store its result in a cache, and the callers must look there when `run`
-    returns.  A caller that has only waited may find no result there: the other caller's fetch
-    may have failed or been cancelled, or the cache may have evicted the result since.  Such a
-    caller must call `run` again, and runs its own fetch if no other caller has started one.
+    The fetch must store its result in a cache, and the callers must look into the cache when `run`
+    returns.  A caller that has only waited may find no result in the cache: the other caller's
+    fetch may have failed or been cancelled, or the cache may have evicted the result since.  A
+    caller without a result must call `run` again, and this call runs the caller's own fetch if no
+    other caller has started one.
 
     Most errors of a fetch are raised only in the caller that has run the fetch.  An error of a
     server (`_SHARED_ERRORS`) is raised in the callers that have waited as well.  If each of those

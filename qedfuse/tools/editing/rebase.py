@@ -154,8 +154,8 @@ async def _new_chain(
     # The policy in the options states the format of the present bases, so this format is replaced.
     # The format of a policy applies to every base of a chain.  So the new policy names the new
     # base's format only if the format is one that only QEMU reads: a base of such a format is the
-    # last one of the chain.  The format raw is stated in the header above.  Without a stated format,
-    # and for QED, the first bytes of the new base decide.
+    # last one of the chain.  The format raw is stated in the header above.  Without a stated
+    # format, and for QED, the first bytes of the new base decide.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS: Final = 16
 """Maximum number of errors that are reported.
 
-The maximum is higher than the number of fields in a header.  So it hides no error, and only ensures
-that the search ends.
+The maximum is higher than the number of fields in a header.  So the maximum hides no error, and
+only ensures that the search ends.
 """
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)

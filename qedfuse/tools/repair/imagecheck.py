@@ -91,7 +91,7 @@ async def plan(
         if report.errors and level == "all":
             repair_plan = await plan_repair(file, header)
         # Even if no cluster is leaked now, the repair of errors can leak clusters: those in the
-        # free list, which the repair drops, and the old clusters of a table that it moves.
+        # free list, which the repair drops, and the old clusters of a table that the repair moves.
         keeps = _keeps_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(

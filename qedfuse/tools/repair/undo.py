@@ -71,8 +71,8 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
-    # The file has a length between the two only if a repair was interrupted, and then NEED_CHECK is
-    # set.
+    # The file has a length between these two only if a repair was interrupted, and then NEED_CHECK
+    # is set.
     if not header.need_check and file.size() not in (bytes_before, bytes_after):
         expected = f"{bytes_before} or {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))

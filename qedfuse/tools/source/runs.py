@@ -2,8 +2,8 @@
 
 `Layer.lookup` makes an object for each extent, which is too slow for a full disk with millions
 of extents.  So this module reads up to 256 KiB of an L2 table at a time, classifies all entries
-together with numpy, and joins them into runs.  In a raw file it also finds the holes, which
-`RawLayer.lookup` reports as data.
+together with numpy, and joins them into runs.  In a raw file this module also finds the holes,
+which `RawLayer.lookup` reports as data.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class NewRawTarget(ParallelTarget):
             name: Name of the file in messages.
             sparse_size: Minimum length in bytes of a run of zeros that the caller leaves as a
                 hole.  Here the length only selects the block size: 512 bytes for a length
-                from 512 to 4095, otherwise 4096 bytes.
+                from 512 to 4095, and 4096 bytes for all other lengths.
         """
         self.descriptor = descriptor
         self.name = name

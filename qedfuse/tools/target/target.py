@@ -61,7 +61,7 @@ class ParallelTarget(ABC):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
-        The caller must call this for one chunk at a time, in the order of the disk, and may
+        The caller must call this method for one chunk at a time, in the order of the disk, and may
         call it in worker threads.  A range that is in no chunk, and a block that is in neither
         mask, read as the base, or as zeros if there is no base.
 
