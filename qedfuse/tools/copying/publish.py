@@ -69,15 +69,16 @@ async def publish(
 ) -> Published:
     """Copy an image or a raw file to an object store as one object.
 
-    The file is locked for reading during the call.  The object appears when it is complete, and is
-    then compared with the file.  An object that another program stores while the last parts are
-    being sent is replaced even without ``overwrite``.
+    The file is locked for reading during the call, unless ``options.lock`` is False.  The object
+    appears when it is complete, and is then compared with the file.  If another program stores an
+    object of this name while the last parts are being sent, that object is replaced even without
+    ``overwrite``.
 
     A failed or cancelled call leaves no object, with three exceptions.  If the store stops
-    answering at the end, the object may exist; the message of the error says so.  A cancelled call
-    waits at most `_STOP_SECONDS` until what it has stored is removed; a warning is logged if
-    anything may be left.  With ``overwrite``, a call that is cancelled when the object is complete
-    leaves the object, because the replaced object cannot be restored.
+    answering, it may still have the object or parts of it; the message of the error says so.  A
+    cancelled call waits at most `_STOP_SECONDS` until what it has stored is removed; a warning is
+    logged if anything may be left.  With ``overwrite``, a call that is cancelled when the object is
+    complete leaves the object, because the replaced object cannot be restored.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.
