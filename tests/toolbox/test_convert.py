@@ -475,10 +475,10 @@ MISTAKES: Final = {
     "compared-pipe": ("-O raw --compare a.raw -", "without a backing file or --compare"),
     "image-pipe": ("top.qed -", "-: found a pipe, which can only be written with -O raw"),
     "foreign-option": ("-O qcow2 -o nonsense=1 a.raw x", "x: qemu-img: Invalid parameter 'non"),
-    "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found that qemu-img makes no file,"),
+    "foreign-help": ("-O qcow2 -o help a.raw x", "x: -o help: found no file made by qemu-img,"),
     "foreign-extents": (
         "-O vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=ide a.raw x",
-        "x: -o subformat=twoGbMaxExtentFlat,adapter_type=ide: found that qemu-img makes 2 files",
+        "x: -o subformat=twoGbMaxExtentFlat,adapter_type=ide: found 2 files made by qemu-img",
     ),
 }
 IN_BASE: Final = {

@@ -142,7 +142,7 @@ async def _try_options(
         # "-o help".
         options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "no file"
-        msg = f"{name}: -o {options}: found that qemu-img makes {found}, expected one file"
+        msg = f"{name}: -o {options}: found {found} made by qemu-img, expected one file"
         raise UsageError(msg)
     with _host_errors(path, "cannot remove a temporary file"):
         os.unlink(image)  # noqa: PTH108  a name, not a Path

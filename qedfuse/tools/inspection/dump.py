@@ -116,7 +116,7 @@ class Dump:
             # The search for problems ends with the one that makes the header unusable.
             raise self.header.problems[-1].again()
         if header.l1_end > MAX_OFFSET:
-            found, expected = header.l1_table_offset, "an L1 table that ends within a file"
+            found, expected = header.l1_table_offset, f"a table whose end is at most {MAX_OFFSET}"
             raise HeaderError(self.name, "l1_table_offset", found, expected)
         return header
 
