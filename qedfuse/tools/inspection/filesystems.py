@@ -47,7 +47,7 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
 
     Args:
         read: Reads the disk.
-        start: Guest offset of the range.
+        start: Guest offset in bytes where the range begins.
         length: Bytes in the range.
 
     Raises:

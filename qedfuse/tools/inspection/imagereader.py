@@ -35,7 +35,10 @@ class ImageReader(Protocol):
         """
 
     def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
-        """Yield the file offset of each slice of a table that may hold data.
+        """Yield the file offsets of those slices of a table that may hold data.
+
+        ``length`` is the length in bytes of the part of the table that is in the file.  If it is
+        not positive, nothing is yielded.
 
         Raises:
             OSError: The host refused.

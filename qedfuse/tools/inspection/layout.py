@@ -1,4 +1,4 @@
-"""The layout of a disk in its image, summarised for a picture.
+"""The layout of a disk in its image, summarised for the picture that ``qedimg map`` draws.
 
 The file and the disk are each divided into cells of nearly equal length, and the clusters of each
 cell are counted.  All L2 tables are read, slice by slice, and numpy counts the entries of a slice

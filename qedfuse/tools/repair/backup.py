@@ -32,7 +32,7 @@ class Backup:
     both files.
 
     Attributes:
-        path: Path of the backup; the first call of `save` may append a number.
+        path: Path of the backup; the first call of `save` appends a number if the file exists.
         complete: Whether all ranges are saved and durable; False until `finish` has made them
             durable, and always False if no range was saved.
     """

@@ -1,4 +1,4 @@
-"""A disk that is only read: a QED image with its chain, a raw file, or a block device."""
+"""A disk that is only read: a QED image with its chain, or a raw disk (see `RawSource`)."""
 
 from __future__ import annotations
 
