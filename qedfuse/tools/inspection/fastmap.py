@@ -59,7 +59,7 @@ _lines = _load()
 
 
 class FastMap:
-    """The map of an image without a base; the header and the used L1 entries must be valid.
+    """The map of an image without a base; its header and the L1 entries in use must be valid.
 
     Attributes:
         size: Bytes of the disk.
