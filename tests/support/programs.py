@@ -26,6 +26,8 @@ LOADED: Final = {
     # The sandbox of a mount depends on which modules are loaded: each mount loads these.
     "qedfuse": (
         "qedfuse.cli.qedfuse.main",
+        "qedfuse.mount.options",
+        "qedfuse.mount.process.logs",
         "qedfuse.mount.session",
         "qedfuse.mount.commands.umount",
         "qedfuse.mount.process.daemon",

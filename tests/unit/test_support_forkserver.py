@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -82,6 +83,57 @@ def test_an_exception_prints_a_traceback() -> None:
     assert (process.returncode, out) == (1, "")
     assert complaint.startswith("Traceback")
     assert complaint.endswith("ZeroDivisionError: division by zero\n")
+
+
+ENDS = {
+    "nothing": ("pass", 0, "", ""),
+    "functions of atexit": ("atexit.register(print, 'at exit')", 0, "at exit\n", ""),
+    "threads": ("threading.Timer(0.05, print, ['late']).start()", 0, "late\n", ""),
+    "None": ("print(1); sys.exit()", 0, "1\n", ""),
+    "a large number": ("sys.exit(258)", 2, "", ""),
+    "a negative number": ("sys.exit(-1)", 255, "", ""),
+    "a text": ("print(1); sys.exit('text')", 1, "1\n", "text\n"),
+    "an open file": ("file = open('/dev/null'); sys.exit(4)", 4, "", "unclosed file"),
+    "an open file in a cycle": (
+        "loop = [open('/dev/null')]; loop.append(loop); del loop",
+        0,
+        "",
+        "unclosed file",
+    ),
+    "an open file of a function": (
+        "def use():\n file = open('/dev/null')\n sys.exit(3)\nuse()",
+        3,
+        "",
+        "unclosed file",
+    ),
+    "a full device": (
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print(1); sys.exit(0)",
+        120,
+        "",
+        "No space left on device",
+    ),
+    "a closed stream": ("sys.stdout.close(); sys.exit(5)", 5, "", ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("new", [False, True], ids=["forked", "new interpreter"])
+def test_how_a_process_ends(name: str, *, new: bool) -> None:
+    """What code and a program can notice of the end is like that of a new interpreter."""
+    code, exit_code, out, complaint = ENDS[name]
+    code = f"import atexit, os, sys, threading\n{code}"
+    if new:
+        done = subprocess.run(
+            [sys.executable, "-EWerror", "-c", code], capture_output=True, text=True, check=False
+        )
+        found = (done.returncode, done.stdout, done.stderr)
+    else:
+        process = start(code)
+        streams = process.communicate(timeout=60)
+        found = (process.wait(), *streams)
+    assert found[:2] == (exit_code, out), found
+    assert complaint in found[2]
+    assert complaint or not found[2]
 
 
 @pytest.mark.parametrize("more", [{}, {"prelude": "pass"}, {"variables": {"PYTHONUTF8": "1"}}])
