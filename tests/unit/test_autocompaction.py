@@ -646,3 +646,11 @@ def test_where_a_number_of_used_clusters_begins(seed: int, anchor: int) -> None:
             left -= not flags[expected - 1]
             expected -= 1
         assert clusters.tail_start(limit, used) == expected
+
+
+def test_where_all_clusters_of_the_first_block_may_be_used() -> None:
+    """FreeMap.tail_start counts no used cluster below cluster 0, where block 0 begins."""
+    clusters = FreeMap(4, 5)
+    clusters.add(10, 5)
+    assert clusters.alignment == 3
+    assert [clusters.tail_start(20, used) for used in (14, 15, 16, 17, 18)] == [1, 0, 0, 0, 0]

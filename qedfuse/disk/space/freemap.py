@@ -265,6 +265,9 @@ class FreeMap:
         while position > self.alignment:
             block, bit = divmod(position - 1, BLOCK_CLUSTERS)
             taken = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
+            if block == 0:
+                # The lowest bits of block 0 stand for no cluster.
+                taken = taken >> self.alignment << self.alignment
             count = taken.bit_count()
             if count > left:
                 for _ in range(count - left - 1):

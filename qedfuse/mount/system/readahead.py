@@ -16,12 +16,9 @@ read-ahead must be set before the mount is announced.
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
-
-_log = logging.getLogger(__name__)
 
 Readahead: TypeAlias = int | Literal["kernel"] | None
 """The option ``readahead``: a number of bytes, ``kernel`` to keep the kernel's own read-ahead,
