@@ -15,6 +15,7 @@ import trio
 
 from qedfuse.cli.qedimg import mappicture
 from qedfuse.cli.qedimg.main import main
+from qedfuse.errors import CorruptImageError
 from qedfuse.hostio.imagefile import read_header
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.tools.inspection.layout import Layout, read_layout
@@ -54,9 +55,13 @@ def test_the_entries_past_the_end_of_an_empty_disk_are_not_counted(
     layout = layout_of(image, 7)
     assert layout.table_clusters > 0
     assert layout.data_clusters == 0
+    assert (layout.disk_bytes, layout.disk_clusters, layout.disk_data.tolist()) == (0, 0, [])
     for form in ("picture", "svg"):
         assert main(["map", "--output", form, str(image)]) == 0
-    assert not capsys.readouterr().err
+        output = capsys.readouterr()
+        assert not output.err
+        assert "disk, 0 bytes:" in output.out
+        assert form == "svg" or output.out.splitlines()[1].startswith("file, ")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -120,8 +125,33 @@ def test_invalid_entries_are_counted_apart(tmp_path: Path, capsys: Captured) -> 
     image.write_bytes(build_image(1 << 20, {0: b"a", 1: 1 << 50}))
     layout = layout_of(image, 64)
     assert (layout.bad, layout.data_clusters) == (1, 1)
+    for form in ("picture", "svg"):
+        assert main(["map", "--output", form, str(image)]) == CorruptImageError.exit_code
+        output = capsys.readouterr()
+        assert "1 bad entries" in output.out
+        assert output.err == (
+            f"qedimg: {image}: tables: found 1 entries that point nowhere, expected offsets inside "
+            "the file (see: qedimg check)\n"
+        )
+
+
+def test_an_invalid_entry_past_the_end_of_the_disk_is_not_counted(tmp_path: Path) -> None:
+    """The list and the picture exit with 0 if no range of the disk needs the bad L1 entry."""
+    image = tmp_path / "a.qed"
+    image.write_bytes(build_image(1 << 20, {0: b"a"}))
+    with image.open("r+b") as file:
+        file.seek(CLUSTER + 8)
+        file.write((1 << 50).to_bytes(8, "little"))
+    assert layout_of(image, 64).bad == 0
+    for form in ("human", "picture"):
+        assert main(["map", "--output", form, str(image)]) == 0
+
+
+def test_the_sizes_are_exact(tmp_path: Path, capsys: Captured) -> None:
+    """The title of the disk has its size, even if the last cluster is incomplete."""
+    image = qemu.create(tmp_path / "a.qed", CLUSTER + 1024)
     assert main(["map", "--output", "picture", str(image)]) == 0
-    assert "1 bad entries" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("disk, 65 KiB:\n")
 
 
 def test_a_picture_without_colors_has_characters(tmp_path: Path, capsys: Captured) -> None:

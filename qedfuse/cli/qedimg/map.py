@@ -27,8 +27,8 @@ holes, and where in which file they are stored.  The text lists only data.  The 
 lists all extents, with qemu-img's keys.
 
 If a table entry points nowhere, the content of its range is unknown, and the exit code
-is 13, but 0 for a picture.  The JSON lists such a range with "present" true and "zero"
-and "data" false.
+is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.  A
+picture shows how many of IMAGE's own entries are bad.
 
 --output picture and svg draw the disk and the file of IMAGE, a QED image.  In both, data
 has the colour of its position on the disk, so a fragmented file shows a mixture of
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     """List the extents, or draw a picture; return 0.
 
     Raises:
-        CorruptImageError: There are bad table entries.  All extents have been printed.  A picture
-            never raises this error for a bad entry.
+        CorruptImageError: There are bad table entries.  All extents, or the whole picture, have
+            been printed.
         QedError: The image or a base cannot be opened or read.
     """
     if arguments.output in {"picture", "svg"}:
@@ -95,6 +95,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     """Print a picture; return 0.
 
     Raises:
+        CorruptImageError: The image has bad table entries.  The picture has been printed.
         UsageError: The options ask for a part of the disk, or for the format raw.
         NotQedError: The file is not a QED image.
         QedError: The image cannot be opened or read.
@@ -114,6 +115,8 @@ def _draw(arguments: argparse.Namespace) -> int:
     else:
         colored = mappicture.uses_colors(is_terminal=sys.stdout.isatty())
         sys.stdout.write(mappicture.picture(layout, columns, colored=colored))
+    if layout.bad:
+        raise _bad_tables(arguments.image, f"{layout.bad} entries that point nowhere")
     return 0
 
 
@@ -214,8 +217,12 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
                 on_progress(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
         write(writer.tail(arguments.start_offset))
     if bad:
-        msg = (
-            f"{shown_name(arguments.image)}: tables: found {bad} extents whose entries point "
-            "nowhere, expected offsets inside the file (see: qedimg check)"
-        )
-        raise CorruptImageError(msg)
+        raise _bad_tables(arguments.image, f"{bad} extents whose entries point nowhere")
+
+
+def _bad_tables(image: str, found: str) -> CorruptImageError:
+    """Return the error for bad table entries, of which ``found`` says how many there are."""
+    return CorruptImageError(
+        f"{shown_name(image)}: tables: found {found}, expected offsets inside the file "
+        "(see: qedimg check)"
+    )

@@ -64,10 +64,8 @@ def summary(layout: Layout) -> str:
 
 def _parts(layout: Layout) -> Iterator[tuple[str, list[Cell]]]:
     """Yield the title and the cells of both parts of a picture: the disk, then the file."""
-    disk = format_size(layout.disk_clusters * layout.cluster_size)
-    file = format_size(layout.file_clusters * layout.cluster_size)
-    yield f"disk, {disk}:", disk_cells(layout)
-    yield f"file, {file}: {summary(layout)}", file_cells(layout)
+    yield f"disk, {format_size(layout.disk_bytes)}:", disk_cells(layout)
+    yield f"file, {format_size(layout.file_bytes)}: {summary(layout)}", file_cells(layout)
 
 
 def _row(cells: Sequence[Cell], *, colored: bool) -> str:

@@ -37,7 +37,9 @@ class Layout:
 
     Attributes:
         file_clusters: Number of clusters in the file; an incomplete last one counts.
-        disk_clusters: Number of clusters of the disk; 1 for a disk of 0 bytes.
+        disk_clusters: Number of clusters of the disk; an incomplete last one counts.
+        file_bytes: Size of the file.
+        disk_bytes: Size of the disk.
         cluster_size: Bytes in a cluster.
         has_base: Whether the image has a backing file, from which unallocated clusters are read.
         tables: For each cell of the file the number of its clusters with the header or tables.
@@ -48,11 +50,14 @@ class Layout:
         disk_zeros: For each cell of the disk the number of its zero clusters.
         runs: Number of runs of data.  A run is a sequence of clusters that are adjacent and in the
             same order on the disk and in the file.
-        bad: Number of invalid entries of the L1 and L2 tables; the other attributes leave them out.
+        bad: Number of invalid entries of the L1 and L2 tables that the disk needs; the other
+            attributes leave invalid entries out.
     """
 
     file_clusters: int
     disk_clusters: int
+    file_bytes: int
+    disk_bytes: int
     cluster_size: int
     has_base: bool
     tables: Counts
@@ -86,7 +91,9 @@ class Layout:
 
 def _edges(total: int, cells: int) -> Counts:
     """Return the index of the first cluster of each cell, followed by ``total``."""
-    # A cluster c is in the cell c * cells // total.
+    # A cluster c is in the cell c * cells // total.  A disk of 0 bytes has no cell.
+    if not cells:
+        return np.zeros(1, np.int64)
     return -(-np.arange(cells + 1, dtype=np.int64) * total // cells)
 
 
@@ -174,13 +181,17 @@ async def read_layout(
     """
     size = header.cluster_size
     file_clusters = max(-(-file.size() // size), 1)
-    disk_clusters = max(-(-header.image_size // size), 1)
+    disk_clusters = -(-header.image_size // size)
     counter = _Counter(
         header, file_clusters, min(file_cells, file_clusters), min(disk_cells, disk_clusters)
     )
 
-    def count_bad(_code: Code, _first: int, _values: Values, mask: Mask) -> None:
-        counter.bad += int(mask.sum())
+    entries = header.geometry.entries
+    used_tables = -(-disk_clusters // entries)
+
+    def count_bad(_code: Code, first: int, _values: Values, mask: Mask) -> None:
+        # Entries of tables past the end of the disk are not used, and so not counted.
+        counter.bad += int(mask[: max(0, used_tables - first)].sum())
 
     classifier = EntryClassifier(header, file.size())
     indices, tables = await read_l1_table(file, classifier, count_bad)
@@ -189,7 +200,6 @@ async def read_layout(
     counter.count_tables(np.array([0], np.int64), max(1, header.header_size))
     counter.count_tables(np.array([header.l1_table_offset // size], np.int64), length)
     counter.count_tables((tables // np.uint64(size)).astype(np.int64), length)
-    entries = header.geometry.entries
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
         start = index * entries
         # Entries of clusters past the end of the disk are not used, and so not counted.
@@ -204,6 +214,8 @@ async def read_layout(
     return Layout(
         file_clusters,
         disk_clusters,
+        file.size(),
+        header.image_size,
         size,
         header.has_backing,
         counter.tables,
