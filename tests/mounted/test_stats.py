@@ -212,6 +212,27 @@ def test_a_server_of_another_version(
     assert json.loads(capsys.readouterr().out)["mounts"] == [json.loads(text)]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("lines", [0, 2])
+def test_the_reader_of_the_tables_may_go(
+    image: Path, mnt: Path, *, terminal: bool, lines: int
+) -> None:
+    """A closed pipe ends the command without a message and with 0, as it ends the help."""
+    with mounted(image, mnt):
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "qedfuse", "stats", "--watch", mnt],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment(), **({"FORCE_COLOR": "1"} if terminal else {})},
+        )  # fmt: skip
+        assert watching.stdout is not None
+        found = "".join(watching.stdout.readline() for _ in range(lines))
+        assert ("\033[?25l" in found) == (terminal and lines > 0), "it hides the cursor"
+        watching.stdout.close()
+        watching.stdout = None
+        _out, error = watching.communicate(timeout=60)
+    assert (watching.returncode, error) == (0, "")
+
+
 def test_only_a_failed_write_names_standard_output(
     image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +242,16 @@ def test_only_a_failed_write_names_standard_output(
             done = subprocess.run(
                 [sys.executable, "-m", "qedfuse", "stats", mnt],
                 check=False, stdout=full, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.stderr == "qedfuse: standard output: No space left on device\n"
+        assert done.returncode == 2
+
+        # On a terminal, the live display writes when it begins, before any table.
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "qedfuse", "stats", "--watch", mnt],
+                check=False, stdout=full, stderr=subprocess.PIPE, text=True,
+                env={**environment(), "FORCE_COLOR": "1"},
             )  # fmt: skip
         assert done.stderr == "qedfuse: standard output: No space left on device\n"
         assert done.returncode == 2

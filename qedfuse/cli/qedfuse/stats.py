@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,7 +17,8 @@ from qedfuse.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.live import Live
 
 
 T = TypeVar("T")
@@ -85,14 +87,11 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
     the other.
     """
     # rich is slow to load.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.live import Live  # noqa: PLC0415
+    from qedfuse.cli.qedfuse.statstable import StdoutConsole  # noqa: PLC0415
 
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = StdoutConsole(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     before: dict[str, Mapping[str, Any]] = {}
-    # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
-    # in a process with several threads.
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with _live(console) as live:
         for documents, _code in _every_second(path, report):
             table = _with_fields(partial(_table, before, documents))
             before = {document["mountpoint"]: document for document in documents}
@@ -102,6 +101,34 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
                 else:
                     console.print(table)
                     sys.stdout.flush()
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Live]:
+    """Show a live display on stdout until the block ends; the errors are those of `writing_stdout`.
+
+    The block itself must use `writing_stdout` where it changes the display.
+    """
+    from rich.live import Live  # noqa: PLC0415  slow to load
+
+    # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
+    # in a process with several threads.  Messages are printed above the display if both are on
+    # the terminal.
+    live = Live(
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=sys.stderr.isatty(),
+    )
+    # The beginning and the end of the display write too: they hide and show the cursor.
+    with writing_stdout():
+        live.start()
+    try:
+        yield live
+    finally:
+        with writing_stdout():
+            live.stop()
 
 
 def _table(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import errno
+import os
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
 from qedfuse.cli.qedfuse.quantities import NONE, byte_count, milliseconds, percent, quantile
@@ -31,6 +33,18 @@ _STATE: Final = (
     *("state", "reads by file (%)"),
 )
 """The columns of the second table after the name of the disk; docs/stats.md explains them."""
+
+
+class StdoutConsole(Console):
+    """The console of stdout, which raises BrokenPipeError if the reader has gone."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise the error again that rich has caught; by default rich ends the program with 1.
+
+        Raises:
+            BrokenPipeError: Always.
+        """
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def render(mounts: Iterable[tuple[Mapping[str, Any], Sequence[Interval]]]) -> RenderableType:
