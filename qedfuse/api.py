@@ -18,6 +18,7 @@ import io
 import os
 import threading
 import warnings
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
@@ -118,6 +119,7 @@ class DiskFile(io.RawIOBase):
         self._position = 0
         # Held during each operation, which reads and changes the position.
         self._lock = threading.RLock()
+        _files.add(self)
 
     @property
     def size(self) -> int:
@@ -368,3 +370,20 @@ class DiskFile(io.RawIOBase):
         if self.mode != "r+b":
             msg = "not writable"
             raise io.UnsupportedOperation(msg)
+
+
+_files: Final[weakref.WeakSet[DiskFile]] = weakref.WeakSet()
+"""The files of this process, for `_replace_locks`."""
+
+
+def _replace_locks() -> None:
+    """Give each file a new lock, in a forked child.
+
+    If another thread was inside an operation during the fork, the child's copy of the lock would
+    stay locked.
+    """
+    for file in _files:
+        file._lock = threading.RLock()  # noqa: SLF001  the same module
+
+
+os.register_at_fork(after_in_child=_replace_locks)

@@ -365,6 +365,55 @@ disk.write(b"kept")
         assert disk.read(4) == b"kept"
 
 
+def test_a_fork_while_a_thread_is_inside_a_read(image: Path) -> None:
+    """A child has no operation that hangs: reads raise, and flush and close have no effect."""
+    program = """
+import os, signal, sys, threading, warnings
+import qedfuse
+from qedfuse.disk.disk import Disk
+
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+inside, go_on, read = threading.Event(), threading.Event(), Disk.read
+
+async def held(disk, *args):
+    inside.set()
+    go_on.wait()
+    return await read(disk, *args)
+
+Disk.read = held
+disk = qedfuse.open(sys.argv[1], "r+b")
+found = []
+reader = threading.Thread(target=lambda: found.append(disk.read(4)))
+reader.start()
+inside.wait()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    assert disk.seek(8) == 8
+    for call in (lambda: disk.read(4), lambda: disk.write(b"data"), lambda: disk.truncate(1 << 22)):
+        try:
+            call()
+        except RuntimeError as error:
+            print(error)
+    disk.flush()
+    disk.close()
+    assert disk.closed
+    print("closed", flush=True)
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+go_on.set()
+reader.join()
+print(status, found, disk.tell(), flush=True)
+disk.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, image],
+        capture_output=True, timeout=60, check=True, cwd=ROOT, text=True,
+    )  # fmt: skip
+    failure = "the event loop that the call needs is ending, has ended, or runs in another process"
+    assert done.stdout == f"{failure}\n" * 3 + f"closed\n0 [{bytes(4)}] 4\n"
+
+
 def mark_dirty(path: Path) -> None:
     """Set NEED_CHECK, as a program that died while writing leaves it."""
     header = header_of(path)
