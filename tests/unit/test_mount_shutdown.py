@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -320,3 +321,35 @@ def test_the_helper_unmounts_for_no_other_request(
         assert not unmounted.exists()
         helper.unmount()
         assert unmounted.exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_request_that_lost_its_descriptor_does_not_end_the_helper(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The request fails, and a later one is carried out when descriptors are free again."""
+    unmounted = tmp_path / "unmounted"
+    monkeypatch.setattr(unmounter, "unmount", lambda *_path, **_flags: unmounted.touch())
+    with HelperUnmounter("/mnt", None) as helper:
+        with pytest.raises(HostError, match="cannot carry out the request"):
+            helper._ask(b"x")  # the helper has started, and has closed its other descriptors
+        limits = resource.prlimit(helper.pid, resource.RLIMIT_NOFILE)
+        # The lowest free descriptor is 3, which is over the limit.
+        resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(HostError, match="has failed: Broken pipe"):
+            helper.unmount()
+        assert not unmounted.exists()
+        resource.prlimit(helper.pid, resource.RLIMIT_NOFILE, limits)
+        helper.unmount()
+        assert unmounted.exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_reply_that_lost_its_descriptor_is_a_lack_of_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A log handler that connects through the helper gets an OSError."""
+    with HelperUnmounter("/mnt", None) as helper:
+        monkeypatch.setattr(helper, "_ask", lambda _request: (None, []))
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            helper._connect_to_log_daemon()

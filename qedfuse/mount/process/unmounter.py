@@ -105,10 +105,12 @@ class HelperUnmounter(HelperProcess):
             OSError: The unmounter cannot connect, or has ended.
         """
         try:
-            _text, (descriptor,) = self._ask(_CONNECT)
+            _text, descriptors = self._ask(_CONNECT)
         except QedError as error:
             raise OSError(errno.ECONNREFUSED, str(error)) from error
-        return socket.socket(fileno=descriptor)
+        if not descriptors:  # the kernel drops a descriptor for which there is no room
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return socket.socket(fileno=descriptors[0])
 
     def unmount(self, *, lazy: bool = False) -> None:
         """Unmount the mountpoint; the errors are those of `Unmounter.unmount`."""
@@ -156,8 +158,12 @@ def _serve(mountpoint: str, system_log: SystemLogHandler | None, commands: socke
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets processes that have ended
     while True:
         request, received, _flags, _address = socket.recv_fds(commands, _MAX_MESSAGE_BYTES, 1)
-        if not received:
+        if not request:
             return
+        if not received:
+            # The kernel has dropped the descriptor, because the host had no room for it.  That has
+            # closed the socket for the reply, so `_ask` raises.
+            continue
         # If no process can be started, the descriptor is closed without a reply, and `_ask` raises.
         with suppress(OSError):
             if os.fork() == 0:
