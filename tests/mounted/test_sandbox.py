@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from qedfuse.mount.sandbox.privileges import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from qedfuse.util.landlock import landlock_version
 from tests.support import qemu
 from tests.support.extensions import needs_extensions
@@ -233,6 +234,38 @@ def test_log_and_statistics_say_what_is_in_force(image: Path, mnt: Path) -> None
     assert line.endswith(listed)
     assert f"  {listed}\n" in text
     assert f'qedfuse_sandbox_complete{{mountpoint="{mnt}"}} 1\n' in metrics
+
+
+def kept_capabilities(pid: int) -> int:
+    """Return the effective capabilities of a process, one bit each."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nCapEff:\t")[2].split()[0], 16)
+
+
+@pytest.mark.parametrize("owner", [0, USER_ID])
+@pytest.mark.parametrize("with_metrics", [False, True], ids=["pid file", "socket"])
+def test_files_in_a_directory_of_another_user_are_removed(
+    image: Path, mnt: Path, tmp_path: Path, *, with_metrics: bool, owner: int
+) -> None:
+    """Root's read-only server keeps CAP_DAC_OVERRIDE only if it removes a file there."""
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o755)
+    os.chown(directory, owner, owner)
+    pidfile, own = directory / "file", tmp_path / "pid"
+    options = "sandbox=strict"
+    if with_metrics:
+        pidfile, options = own, f"{options},metrics=unix:{directory / 'file'}"
+    done = qedfuse("-r", "-o", options, "--pidfile", pidfile, image, mnt)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in directory.iterdir()] == ["file"]
+        pid = int(pidfile.read_text())
+        expected = 1 << CAP_DAC_READ_SEARCH | (owner != 0) << CAP_DAC_OVERRIDE
+        assert kept_capabilities(pid) == expected
+    finally:
+        done = qedfuse("umount", mnt)
+    assert done.returncode == 0, done.stderr
+    assert list(directory.iterdir()) == []
 
 
 def test_an_ordinary_user(image: Path) -> None:

@@ -411,7 +411,7 @@ disk.close()
         capture_output=True, timeout=60, check=True, cwd=ROOT, text=True,
     )  # fmt: skip
     failure = "the event loop that the call needs is ending, has ended, or runs in another process"
-    assert done.stdout == f"{failure}\n" * 3 + f"closed\n0 [{bytes(4)}] 4\n"
+    assert done.stdout == f"{failure}\n" * 3 + f"closed\n0 [{bytes(4)!r}] 4\n"
 
 
 def mark_dirty(path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import signal
+import stat
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.util.landlock import check_result
@@ -68,6 +69,19 @@ def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
 def may_have_capabilities() -> bool:
     """Return whether the process runs as root, and so has capabilities to drop."""
     return os.geteuid() == 0
+
+
+def removing_needs_override(directory: int) -> bool:
+    """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
+
+    False if this user owns the directory and may change it.  For a directory of another user the
+    result is True, whatever its permissions are, because an access control list may change them.
+    """
+    try:
+        status = os.fstat(directory)
+    except OSError:  # nothing can be removed
+        return False
+    return status.st_uid != os.geteuid() or not status.st_mode & stat.S_IWUSR
 
 
 def capability_names(capabilities: int) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVarTuple
 from urllib.parse import urlsplit
 
 from qedfuse.errors import HostError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from qedfuse.mount.sandbox.needs import ServerNeeds
     from qedfuse.remote.address import Address
+
+Args = TypeVarTuple("Args")
 
 SandboxMode = Literal["on", "off", "strict"]
 """The values of the option ``sandbox``."""
@@ -65,6 +67,10 @@ class Sandbox:
         self.in_force: list[str] = []
         self.missing: list[str] = []
         self._is_strict = mode == "strict"
+        # Whether the server needs CAP_DAC_OVERRIDE to remove a file when it ends.
+        self._overrides_directory = needs.socket_directory is not None and (
+            privileges.removing_needs_override(needs.socket_directory)
+        )
         self._needs = needs
         self._rules: Ruleset | None = None
         self._filter: CallFilter | None = None
@@ -173,23 +179,42 @@ class Sandbox:
             parts.append("not dumpable")
         except OSError as error:
             self._add_missing("not dumpable", str(error.strerror))
-        if self._rules is not None:
-            try:
-                # fstat(2) cannot be used to find out whether the mountpoint is a directory, because
-                # the call would wait for this server itself.
-                rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
-                mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
-                try:
-                    self._rules.allow(mountpoint, rights)
-                finally:
-                    os.close(mountpoint)
-                for fd, rights in files:
-                    self._rules.allow(fd, rights)
-            except OSError as error:
-                self._add_missing("Landlock", str(error.strerror))
-                self._rules.close()
-                self._rules = None
+        self._allow(self._allow_mountpoint)
+        for fd, rights in files:
+            self._allow(Ruleset.allow, fd, rights)
+            if rights & REMOVE_FILE and privileges.removing_needs_override(fd):
+                self._overrides_directory = True
         self.in_force = [*self._restrict_threads(), *self._load_filter(), *parts]
+
+    def _allow(self, allow: Callable[[Ruleset, *Args], None], *args: *Args) -> None:
+        """Call ``allow`` with the ruleset and ``args``; if that fails, do without Landlock.
+
+        Raises:
+            HostError: The mode is ``strict``, and the kernel refused.
+        """
+        if self._rules is None:
+            return
+        try:
+            allow(self._rules, *args)
+        except OSError as error:
+            self._add_missing("Landlock", str(error.strerror))
+            self._rules.close()
+            self._rules = None
+
+    def _allow_mountpoint(self, rules: Ruleset) -> None:
+        """Add the mount itself to the ruleset.
+
+        Raises:
+            OSError: The kernel refused.
+        """
+        # fstat(2) cannot be used to find out whether the mountpoint is a directory, because the
+        # call would wait for this server itself.
+        rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
+        mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
+        try:
+            rules.allow(mountpoint, rights)
+        finally:
+            os.close(mountpoint)
 
     def _restrict_threads(self) -> list[str]:
         """Restrict all threads by the rules, and drop capabilities; return what is in force.
@@ -238,7 +263,9 @@ class Sandbox:
         """Return the set of the capabilities that root needs to serve this mount, one bit each.
 
         The mountpoint and the pid file may lie in a directory of another user, which root can
-        search and read only with CAP_DAC_READ_SEARCH.  If the mount can be written to, the server
+        search and read only with CAP_DAC_READ_SEARCH.  If the pid file or the socket for metrics
+        is in such a directory, root can remove the file only with CAP_DAC_OVERRIDE.  Landlock still
+        decides which files this capability can affect.  If the mount can be written to, the server
         truncates files of the mount, or sets their permissions, to correct their sizes
         (`qedfuse.mount.fuse.sizefixup`).  These files may have another owner, so the server also
         needs CAP_DAC_OVERRIDE and CAP_FOWNER.
@@ -246,6 +273,8 @@ class Sandbox:
         kept = 1 << privileges.CAP_DAC_READ_SEARCH
         if self._needs.writable:
             kept |= 1 << privileges.CAP_DAC_OVERRIDE | 1 << privileges.CAP_FOWNER
+        if self._overrides_directory:
+            kept |= 1 << privileges.CAP_DAC_OVERRIDE
         return kept
 
 
