@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.disk.datapath.appendfill import AppendFill
 from qedfuse.disk.datapath.discard import Discard
 from qedfuse.disk.datapath.fastpath import FastPath
 from qedfuse.disk.datapath.fastseek import FastSeek
 from qedfuse.disk.datapath.tablewriter import TableWriter
 from qedfuse.disk.datapath.writepath import WritePath
+from qedfuse.disk.datapath.zerofill import ZeroFill
 from qedfuse.disk.lookup.chain import Chain
 from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
 from qedfuse.disk.lookup.layer import QedLayer
@@ -157,7 +157,7 @@ class Components:
         self.table_writer = TableWriter(
             self.layer, space, self.writeback, self.flusher, options.cache_bytes // 2
         )
-        append_fill = AppendFill(self.writeback)
+        zero_fill = ZeroFill(file, self.writeback)
         self.write_path = WritePath(
             self.chain,
             self.layer,
@@ -166,7 +166,7 @@ class Components:
             self.writeback,
             self.needcheck,
             self.epochs,
-            append_fill,
+            zero_fill,
         )
         self.fast_path = FastPath(
             self.chain,
@@ -176,7 +176,7 @@ class Components:
             self.needcheck,
             self.table_writer,
             self.write_path,
-            append_fill,
+            zero_fill,
         )
         self.fast_seek = FastSeek(self.layer, has_base=self.chain.flattened is not None)
         self.discard = Discard(

@@ -64,50 +64,6 @@ async def test_new_clusters_get_only_the_data() -> None:
     assert inspect_image(file.content).leaks == 0
 
 
-@pytest.mark.parametrize("path", ["fast", "slow"])
-async def test_a_program_that_appends_and_flushes_writes_new_clusters_whole(path: str) -> None:
-    """The first write to a new cluster after a flush fills it with zeros, if it begins it."""
-    file = image()
-
-    async def write(start: int, data: bytes) -> tuple[int, ...]:
-        """Write, and return the lengths of the writes to the file."""
-        before = len(file.changes)
-        if path == "fast":
-            assert disk.try_write(start, data)
-        else:
-            await disk.write(start, data)
-        changes = file.changes[before:]
-        return tuple(len(change.data) for change in changes if isinstance(change, Write))
-
-    async with opened(file) as disk:
-        await make_ready(disk)
-        assert await write(7 * CLUSTER, b"a" * 512) == (512,), "no flush"
-        await disk.flush()
-        await disk.write(8 * CLUSTER, b"next")  # sets NEED_CHECK, and is the first after a flush
-        assert await write(9 * CLUSTER, b"a" * 512) == (512,), "no flush since the last one"
-        await disk.flush()
-        assert await write(10 * CLUSTER, b"b" * 512) == (CLUSTER,)
-        assert await write(10 * CLUSTER + 512, b"c" * 512) == (512,)
-        await disk.flush()
-        assert await write(11 * CLUSTER + 512, b"d" * 512) == (512,), "not at the start"
-        await disk.flush()
-        assert await write(12 * CLUSTER, b"e" * (17 * CLUSTER - 1)) == (17 * CLUSTER - 1,), "long"
-        await disk.flush()
-        before = len(file.changes)
-        await disk.allocate(40 * CLUSTER, CLUSTER)
-        assert not any(
-            isinstance(change, Write) and change.data for change in file.changes[before:]
-        )
-        await disk.flush()
-        assert await write(30 * CLUSTER, b"f" * (2 * CLUSTER - 1)) == (2 * CLUSTER,)
-    after = guest_bytes(file.content)
-    assert after[10 * CLUSTER : 11 * CLUSTER] == (b"b" * 512 + b"c" * 512).ljust(CLUSTER, b"\0")
-    assert after[30 * CLUSTER : 33 * CLUSTER] == (b"f" * (2 * CLUSTER - 1)).ljust(
-        3 * CLUSTER, b"\0"
-    )
-    assert inspect_image(file.content).errors == ()
-
-
 async def test_reused_clusters_are_written_whole() -> None:
     """A cluster that is used again is written whole and leaves the punch queue."""
     file = image(dict.fromkeys(range(5), b"s" * CLUSTER))

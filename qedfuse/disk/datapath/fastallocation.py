@@ -30,9 +30,9 @@ from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import UNALLOCATED
 
 if TYPE_CHECKING:
-    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
+    from qedfuse.disk.datapath.zerofill import ZeroFill
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.slices import Slice
@@ -53,7 +53,7 @@ class FastAllocation:
         needcheck: NeedCheck,
         table_writer: TableWriter,
         write_path: WritePath,
-        append_fill: AppendFill,
+        zero_fill: ZeroFill,
         buffer: memoryview,
     ) -> None:
         """Allocate for ``layer``, the top of ``chain``.
@@ -69,7 +69,7 @@ class FastAllocation:
         self._needcheck = needcheck
         self._is_within_budget = table_writer.is_within_budget
         self._is_unlocked = write_path.allocating.is_free
-        self._append_fill = append_fill
+        self._zero_fill = zero_fill
         self._buffer = buffer
         self._bits = layer.geometry.cluster_bits
         self._cluster_size = layer.geometry.cluster_size
@@ -102,9 +102,9 @@ class FastAllocation:
         # Read the base, and find out whether the write would block, before the allocation.
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.  `_fill` may still fail, because it may write more bytes than were
-        # checked: it writes all of the run if the run was written before, or if `AppendFill` wants
-        # the run filled.  Which bytes it must write is known only after the allocation.
+        # write all of it.  `_fill` may still fail, because it may have to write more bytes than
+        # were checked: it writes all of the run if the run was written before.  That is known only
+        # after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
@@ -169,9 +169,11 @@ class FastAllocation:
         write = self._layer.file.try_write
         if len(data) == run.length:
             return write(run.offset, data)
-        shows_base = base_bytes > 0
-        if self._append_fill.may_leave_hole(run, inside, len(data), shows_base=shows_base):
-            return write(run.offset + inside, data)
+        if run.never_written and not base_bytes:
+            if not write(run.offset + inside, data):
+                return False
+            self._zero_fill.fill_rest(run, inside, len(data))
+            return True
         if run.length > len(self._buffer):
             return False
         whole = self._buffer[: run.length]

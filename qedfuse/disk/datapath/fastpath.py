@@ -24,9 +24,9 @@ from qedfuse.ondisk.constants import ZERO
 if TYPE_CHECKING:
     from array import array
 
-    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
     from qedfuse.disk.datapath.writepath import WritePath
+    from qedfuse.disk.datapath.zerofill import ZeroFill
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.flattenedbacking import FlattenedBacking
     from qedfuse.disk.lookup.layer import QedLayer
@@ -58,7 +58,7 @@ class FastPath:
         needcheck: NeedCheck,
         table_writer: TableWriter,
         write_path: WritePath,
-        append_fill: AppendFill,
+        zero_fill: ZeroFill,
     ) -> None:
         """Serve requests for ``layer``, the top of ``chain``."""
         self._layer = layer
@@ -73,7 +73,7 @@ class FastPath:
         # zeros, would take as long as to read into it.
         self._buffer = memoryview(bytearray(_MAX_READ_BYTES))
         self._allocation = FastAllocation(
-            *(chain, layer, space, needcheck, table_writer, write_path, append_fill),
+            *(chain, layer, space, needcheck, table_writer, write_path, zero_fill),
             self._buffer,
         )
         self._bits = layer.geometry.cluster_bits

@@ -24,8 +24,8 @@ from qedfuse.util.pace import Pace
 from qedfuse.util.rangelock import RangeLock
 
 if TYPE_CHECKING:
-    from qedfuse.disk.datapath.appendfill import AppendFill
     from qedfuse.disk.datapath.tablewriter import TableWriter
+    from qedfuse.disk.datapath.zerofill import ZeroFill
     from qedfuse.disk.lookup.chain import Chain
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.space.allocator import Run
@@ -64,10 +64,10 @@ class WritePath:
         writeback: MetadataWriteback,
         needcheck: NeedCheck,
         epochs: Epochs,
-        append_fill: AppendFill,
+        zero_fill: ZeroFill,
     ) -> None:
         """Write to ``layer``, the top of ``chain``."""
-        self._append_fill = append_fill
+        self._zero_fill = zero_fill
         self._chain = chain
         self._epochs = epochs
         self._layer = layer
@@ -156,7 +156,8 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        If `AppendFill` permits a hole around the data, only the data is written.
+        If the clusters read as zeros already, only the data is written, and `ZeroFill` decides
+        whether the rest stays a hole.
 
         Args:
             kind: The kind of the guest clusters before the write: unallocated or zero.
@@ -172,8 +173,9 @@ class WritePath:
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
         inside = start - first
-        if self._append_fill.may_leave_hole(run, inside, len(data), shows_base=from_base):
+        if run.never_written and not from_base:
             await pwrite(run.offset + inside, data)
+            self._zero_fill.fill_rest(run, inside, len(data))
         elif run.length <= _MAX_COPY_BYTES:
             head = await self._previous_content(first, start, from_base=from_base)
             tail = await self._previous_content(end, run_end, from_base=from_base)
