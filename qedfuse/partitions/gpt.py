@@ -150,8 +150,9 @@ def _partitions(
     for number, entry in enumerate(entries, 1):
         if entry.type == bytes(16):
             continue
-        if not 1 <= entry.first <= entry.last <= last_sector:
-            problems.append(f"partition {number}: lies outside of the disk")
+        problem = _explain_range(entry.first, entry.last, last_sector)
+        if problem:
+            problems.append(f"partition {number}: {problem}")
             continue
         problem = explain_number(number)
         if problem:
@@ -161,6 +162,22 @@ def _partitions(
         start, length = entry.first * sector_bytes, (entry.last - entry.first + 1) * sector_bytes
         found.append(Partition(number, start, length, _uuid(entry.type), _uuid(entry.uuid), name))
     return found
+
+
+def _explain_range(first: int, last: int, last_sector: int) -> str:
+    """Return why no partition has the sectors ``first`` to ``last``; an empty string if one can.
+
+    ``last_sector`` is the last sector of the disk.
+    """
+    if last < first:
+        return f"ends at sector {last}, before its first sector {first}"
+    if not first:
+        return "begins at sector 0, which holds the boot record"
+    if first > last_sector:
+        return f"begins outside of the disk, at sector {first}"
+    if last > last_sector:
+        return f"ends outside of the disk, at sector {last}, is left out"
+    return ""
 
 
 def _uuid(raw: bytes) -> str:

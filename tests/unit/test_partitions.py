@@ -267,14 +267,25 @@ def test_two_damaged_gpts_are_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [(0, 5), (200, 100), (8000, 8192), (2**63, 2**63 + 5), (1, 2**64 - 1)]
+    ("entry", "problem"),
+    [
+        ((0, 5), "begins at sector 0, which holds the boot record"),
+        ((200, 100), "ends at sector 100, before its first sector 200"),
+        ((9000, 0), "ends at sector 0, before its first sector 9000"),
+        ((8000, 8192), "ends outside of the disk, at sector 8192, is left out"),
+        ((1, 2**64 - 1), f"ends outside of the disk, at sector {2**64 - 1}, is left out"),
+        ((8192, 8192), "begins outside of the disk, at sector 8192"),
+        ((2**63, 2**63 + 5), f"begins outside of the disk, at sector {2**63}"),
+    ],
 )
-def test_entries_of_a_gpt_outside_of_the_disk_are_left_out(entry: tuple[int, int]) -> None:
-    """An entry that does not lie within the disk is no partition, and is reported."""
+def test_entries_of_a_gpt_outside_of_the_disk_are_left_out(
+    entry: tuple[int, int], problem: str
+) -> None:
+    """An entry that does not lie within the disk is no partition, and the problem says why."""
     table = Reader(gpt_disk((100, 199), entry)).table()
     assert ranges(table) == [(1, 100, 100)]
     assert table is not None
-    assert table.problems == ("partition 2: lies outside of the disk",)
+    assert table.problems == (f"partition 2: {problem}",)
 
 
 def test_a_gpt_with_other_entries_is_none() -> None:
