@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from qedfuse.cli.qedimg.main import main
+from qedfuse.disk.lookup.baseversion import url_checksum
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import BackingError, RemoteError
@@ -101,6 +104,17 @@ def test_another_version_on_the_server(tmp_path: Path, caplog: pytest.LogCapture
         caplog.clear()
         assert first_byte(old, server) == 2
         assert not caplog.records
+
+
+def test_a_record_with_an_impossible_size(tmp_path: Path) -> None:
+    """A remembered size of thousands of digits, with a valid checksum, is no version."""
+    with serving(b"") as server:
+        _, new = overlays(server, tmp_path, warm=False)
+        body = f"{url_checksum(server.url)} {'f' * 3600} etag".encode()
+        checksum = zlib.crc32(server.url.encode() + b"\0" + body)
+        os.setxattr(new, "user.qedfuse.base", b"%08x\n" % checksum + body)
+        assert first_byte(new, server) == 2
+        assert b"f" * 3600 not in os.getxattr(new, "user.qedfuse.base")
 
 
 def test_a_version_that_is_not_in_the_cache(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from qedfuse.cli.qedimg.main import main
 from qedfuse.disk.creation.create import create_image
+from qedfuse.disk.lookup.baseversion import BaseVersions
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.hostio.newfile import NewFile
@@ -212,12 +213,16 @@ def checksummed(body: bytes) -> bytes:
         checksummed(b"u1"),
         checksummed(b"\xff 2.3"),
         checksummed(b"1 2.3")[:-1],
+        checksummed(b"-1 2.3"),
+        checksummed(b"%x 2.3" % (1 << 63)),
+        checksummed(b"u1 " + b"f" * 8000 + b" 2.3"),
     ],
 )
 async def test_a_damaged_record_is_replaced(
     overlay: Path, caplog: pytest.LogCaptureFixture, record: bytes
 ) -> None:
     """A record that is not valid is ignored, and replaced when the image is opened for writing."""
+    assert BaseVersions.decode(record, "base.qed") is None
     os.setxattr(overlay, ATTRIBUTE, record)
     assert await warnings(overlay, WRITABLE, caplog) == []
     assert os.getxattr(overlay, ATTRIBUTE) != record

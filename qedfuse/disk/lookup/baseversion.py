@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qedfuse.hostio.hostfile import ReadableFile
+
+_MAX_SIZE: Final = (1 << 63) - 1
+"""Maximum size of a file in bytes."""
 
 
 class FileVersion(NamedTuple):
@@ -60,6 +63,8 @@ class BaseVersions(NamedTuple):
 
         Returns None if the record is damaged, or was made when the image stored another name.  A
         line for a file on a server begins with ``u``, and other lines with a hexadecimal digit.
+
+        The record may come with an image from another machine, and its checksum is no proof.
         """
         checksum, _, body = record.partition(b"\n")
         if checksum != b"%08x" % _checksum(name, body):
@@ -69,10 +74,10 @@ class BaseVersions(NamedTuple):
             for line in body.decode().split("\n"):
                 if line.startswith("u"):
                     url, size, validator = line.split(" ", 2)
-                    remote[url] = FileVersion(int(size, 16), validator)
+                    remote[url] = FileVersion(_parsed_size(size), validator)
                 else:
                     size, validator = line.split(" ", 1)
-                    local = FileVersion(int(size, 16), validator)
+                    local = FileVersion(_parsed_size(size), validator)
         except ValueError:
             return None
         return cls(local, remote)
@@ -100,6 +105,22 @@ def versions_of(bases: Sequence[ReadableFile]) -> BaseVersions:
 def version_of_status(status: os.stat_result) -> FileVersion:
     """Return the version of a local file with the attributes ``status``."""
     return FileVersion(status.st_size, f"{status.st_mtime_ns:x}.{status.st_ino:x}")
+
+
+def _parsed_size(text: str) -> int:
+    """Return a size in a record, which is in hexadecimal digits.
+
+    A size that no file can have is refused, because Python converts an integer of many digits to
+    text only with an error.
+
+    Raises:
+        ValueError: The text is no number, or no size of a file.
+    """
+    size = int(text, 16)
+    if not 0 <= size <= _MAX_SIZE:
+        msg = "found no size of a file"
+        raise ValueError(msg)
+    return size
 
 
 def _checksum(name: str, body: bytes) -> int:
