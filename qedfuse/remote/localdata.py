@@ -84,16 +84,17 @@ class LocalData:
             OSError: The host has no free descriptor, or refused another call, such as the mapping.
         """
         self._fd = os.dup(entry.data_fd)
-        self._flags = inline_flags(self._fd)
         self._size = entry.size
-        self._use = DeferredClose(self._close_files)
         try:
+            self._flags = inline_flags(self._fd)
             self._space = os.fstatvfs(self._fd)
+            self._waits_for_server = waits_for_server(self._fd)
+            # The mapping comes last, because a failure must not leave it behind.
             self._residency = Residency(self._fd, self._size + SHARED_BYTES)
-        except OSError:
+        except BaseException:
             os.close(self._fd)
             raise
-        self._waits_for_server = waits_for_server(self._fd)
+        self._use = DeferredClose(self._close_files)
         self.is_readable = not self._waits_for_server and self._space.f_bsize >= BLOCK_BYTES
 
     def page_source(
