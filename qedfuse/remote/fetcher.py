@@ -15,6 +15,7 @@ from qedfuse.errors import HostError, RemoteError
 from qedfuse.remote.bufferpool import BufferPool
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
+from qedfuse.remote.object import closed_error
 from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.readahead import ReadAhead
 from qedfuse.remote.recentfailures import RecentFailures
@@ -148,8 +149,9 @@ class Fetcher:
     def mark_usable_offline(self, needed: bytes) -> bool:
         """Record that the cache has all units that readers need; return whether it was recorded.
 
-        From then on, the object can be opened while no server answers.  ``needed`` has a byte for
-        each unit: 1 if readers need the unit, and 0 if they do not.
+        From then on, the object can be opened while no server answers.  If there is a cache and
+        nothing was recorded, the reason is logged.  ``needed`` has a byte for each unit: 1 if
+        readers need the unit, and 0 if they do not.
         """
         return self._store.mark_usable_offline(needed)
 
@@ -181,8 +183,8 @@ class Fetcher:
     def close(self) -> None:
         """End the threads, and end all flights with an error; a second call does nothing.
 
-        The call does not wait for a thread that is fetching: the thread ends when the requests for
-        its flights have succeeded or failed.
+        The call does not wait for a thread that is fetching: the thread ends when its running
+        request has (`RemoteObject.close`), and sends no further one.
         """
         with self._lock:
             self._threads.close()
@@ -191,13 +193,8 @@ class Fetcher:
             self._wanted.clear()
         self._source.close()
         for flight in flights:
-            flight.end(self._closed_error())
+            flight.end(closed_error(self._name))
         self._store.close()
-
-    def _closed_error(self) -> RemoteError:
-        error = RemoteError(f"{self._name}: found the file closed, expected it open")
-        error.is_logged = True  # not worth a line: the file was closed on purpose
-        return error
 
     def _begin(
         self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
@@ -212,7 +209,7 @@ class Fetcher:
             RemoteError: The fetcher is closed.
         """
         if self._threads.is_closed:
-            raise self._closed_error()
+            raise closed_error(self._name)
         found: list[Flight] = []
         unit = first
         while unit <= last:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MAX_SIZE: Final = 16 << 40
+MAX_OBJECT_BYTES: Final = 16 << 40
 """Maximum size of an object in bytes: that of a file on ext4.  Each unit takes one byte of memory
 (64 MiB for the largest object), up to eight bytes more if the unit has blocks of zeros
 (`ZeroBlocks`), and eight bytes in the map of the cache."""
@@ -100,12 +100,14 @@ class RemoteObject:
         Raises:
             ObjectChangedError: The server now has another version of the object, or no object.
             RemoteError: The server cannot be reached, refuses, or does not serve the range, or
-                `close` was called before an attempt succeeded.
+                `close` was called before all parts had arrived.
         """
         done = 0
 
         def attempt() -> None:
             nonlocal done
+            if self._closed.is_set():
+                raise closed_error(self.address.shown)
             begun = done
             start = offset + sum(lengths[:begun])
             parts = self._client.get(start, lengths[begun:], self.version, allocate)
@@ -114,8 +116,10 @@ class RemoteObject:
                     for part in parts:
                         done += 1
                         deliver(part)
+                        if self._closed.is_set():
+                            break
             except (AttemptError, RefusedError):
-                if done == begun or self._closed.is_set():
+                if done == begun:
                     raise
 
         try:
@@ -136,9 +140,9 @@ class RemoteObject:
             raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
-        """Stop the repetition of failed attempts; a running attempt ends at its deadline.
+        """Begin no further attempt; a running attempt ends with the present part of its response.
 
-        Only an attempt with refused credentials is still repeated once with renewed ones.
+        If the server does not send the part, the attempt ends at its deadline.
         """
         self._closed.set()
 
@@ -202,8 +206,8 @@ def open_object(
         threading.Event(),
         unreachable_seconds=deadlines.attempt_seconds,
     )
-    if version.size > _MAX_SIZE:
-        msg = f"{address.shown}: found {version.size} bytes, expected at most {_MAX_SIZE}"
+    if version.size > MAX_OBJECT_BYTES:
+        msg = f"{address.shown}: found {version.size} bytes, expected at most {MAX_OBJECT_BYTES}"
         raise RemoteError(msg, errno.EFBIG)
     is_pinned = version.validator or address.version or not version.size
     if not is_pinned and not allow_unpinned:
@@ -235,8 +239,8 @@ def retry(
             `Client.renew`.  The next refusal is an error.
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
             end of this time at the latest.
-        closed: The event that ends the repetition.  Only an attempt with refused credentials is
-            still repeated once.
+        closed: The event that ends the repetition.  After a refusal of the credentials ``attempt``
+            is called once more nevertheless, and has to look at the event itself.
         unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
             a wrong name of a server is reported sooner.
 
@@ -282,6 +286,13 @@ def retry(
                 raise RemoteError(msg) from error
         number += 1
         pause = min(_MAX_PAUSE_SECONDS, 2 * pause)
+
+
+def closed_error(name: str) -> RemoteError:
+    """Return the error of a read of the file ``name`` that was closed."""
+    error = RemoteError(f"{name}: found the file closed, expected it open")
+    error.is_logged = True  # not worth a line: the file was closed on purpose
+    return error
 
 
 def _renewed(renew: Callable[[], object]) -> str:

@@ -14,16 +14,17 @@ from qedfuse.remote import deadline
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import AttemptError, ClientOptions
 from qedfuse.remote.fetcher import Fetcher
-from qedfuse.remote.object import make_client, open_object
+from qedfuse.remote.object import RemoteObject, make_client, open_object
 from qedfuse.remote.storeclient import _cut
-from tests.support.remotes import PATIENT, HeldObject, some_bytes
-from tests.support.webserver import serving
+from qedfuse.remote.unitfile import UNIT_BYTES
+from tests.support.remotes import PATIENT, HeldObject, fetching_threads, opened, read, some_bytes
+from tests.support.webserver import serving, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from qedfuse.hostio.hostfile import Buffer
-    from qedfuse.remote.object import RemoteObject
     from tests.support.webserver import WebServer
 
 PART = 100_000
@@ -187,3 +188,64 @@ def test_a_flight_ends_when_its_part_has_arrived() -> None:
         assert fetcher.fetched_bytes == 8 << 18
     finally:
         fetcher.close()
+
+
+def test_close_ends_a_response(source_of: Callable[[WebServer], RemoteObject]) -> None:
+    """After a close during a response, no further part is read, and no attempt begins."""
+    with serving(CONTENT) as server:
+        source = source_of(server)
+        parts: list[bytes] = []
+
+        def deliver(part: Buffer) -> None:
+            parts.append(bytes(part))
+            source.close()
+
+        for _ in range(2):
+            with pytest.raises(RemoteError, match="found the file closed, expected it open"):
+                source.get_parts(0, LENGTHS, deliver)
+        assert parts == [CONTENT[:PART]]
+        assert len(server.requests) == 1
+
+
+def test_close_before_the_credentials_are_tried_again(
+    source_of: Callable[[WebServer], RemoteObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a close, a refused attempt is not repeated with the renewed credentials."""
+    with serving(CONTENT) as server:
+        source = source_of(server)
+        server.faults = ["status 403"]
+        monkeypatch.setattr(source._client, "renew", source.close)
+        with pytest.raises(RemoteError, match="found the file closed, expected it open"):
+            source.get(0, PART)
+        assert server.struck["status 403"] == 1
+        assert not server.requests
+
+
+def test_close_between_the_requests_of_a_prefetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that has several requests to send ends after the one during which it was closed."""
+    content = some_bytes(16)
+    with serving(content) as server:
+        with opened(server.url, tmp_path) as file:
+            for unit in (11, 7, 3):  # backwards, so that nothing is read ahead
+                assert read(file, unit * UNIT_BYTES, UNIT_BYTES)
+        with opened(server.url, tmp_path) as file:
+            server.requests.clear()
+            get_parts, sent = RemoteObject.get_parts, []
+
+            def close_after(*arguments: object, **options: object) -> None:
+                sent.append(arguments[1])
+                get_parts(*arguments, **options)  # type: ignore[arg-type]
+                file.close()
+
+            monkeypatch.setattr(RemoteObject, "get_parts", close_after)
+            with file.fetcher._lock:
+                flights = file.fetcher._begin(0, 15, is_wanted=False, is_long=True)
+            assert len(flights) == 4
+            wait_until(lambda: sent and not fetching_threads())
+            flights[0].wait_blocking()
+            for flight in flights[1:]:
+                with pytest.raises(RemoteError, match="closed"):
+                    flight.wait_blocking()
+        assert server.requests == [(0, 3 * UNIT_BYTES - 1)]
