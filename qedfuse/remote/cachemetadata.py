@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
 import zlib
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from qedfuse.errors import CacheError
 from qedfuse.remote.client import Version
+from qedfuse.remote.object import MAX_OBJECT_BYTES
 from qedfuse.remote.unitfile import open_directory, units_of
+from qedfuse.text import printable
 
 if TYPE_CHECKING:
     from qedfuse.remote.unitfile import UnitFile
@@ -22,8 +27,10 @@ _NEW_NAME: Final = "about.new"
 METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
 """The names of the files with metadata; ``about.new`` is renamed to ``about.json`` when it is
 complete."""
-_MAX_BYTES: Final = 1 << 20
-"""How many bytes of ``about.json`` are read; a longer file counts as damaged."""
+_MAX_BYTES: Final = 32 << 20
+"""Maximum length of ``about.json`` in bytes: a longer file is not written, and one that is found
+counts as damaged.  The needed units take up less than 2 bits each, even if they are scattered
+without any pattern, so 16 MiB hold those of the largest object (`MAX_OBJECT_BYTES`)."""
 
 
 class EntryMetadata(NamedTuple):
@@ -52,7 +59,7 @@ def write_metadata(path: str, shown: str, version: Version) -> None:
     """
     directory = open_directory(path)
     try:
-        _write_json(directory, _NAME, {"url": shown, "version": asdict(version)})
+        _write_file(directory, _NAME, _json_text({"url": shown, "version": asdict(version)}))
     finally:
         os.close(directory)
 
@@ -71,36 +78,53 @@ def read_metadata(path: str) -> EntryMetadata:
         os.close(directory)
 
 
-def mark_usable_offline(entry: UnitFile, needed: bytes) -> bool:
-    """Record that an entry has all units that readers need; return whether it was recorded.
+def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
+    """Record that an entry has all units that readers need.
 
-    Nothing is recorded if the entry lacks one of these units.  If the entry loses one of them
-    later, the entry cannot be used without a server until it has the unit again.  If the entry was
-    removed from the cache, nothing is recorded, even if another entry has its name now.
+    If the entry loses one of these units later, the entry cannot be used without a server until it
+    has the unit again.
 
     Args:
         entry: The entry.
         needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
+
+    Raises:
+        HostError: Nothing was recorded, because the host refused (`NoSpaceError`, `CacheError`).
+        CacheError: Nothing was recorded, because the entry lacks one of the units, has damaged
+            metadata, or was removed from the cache, where another entry may have its name now; or
+            because the record would be too long.
     """
+    shown = printable(entry.path)
     try:
         if not entry.has_units(needed):
-            return False
+            msg = f"{shown}: found units missing, expected all units that readers need"
+            raise CacheError(msg)
         packed = base64.b64encode(zlib.compress(needed)).decode()
         directory = open_directory(entry.path)
         try:
             if not entry.is_in(directory):
-                return False
+                msg = f"{shown}: found another entry of this name, expected the open one"
+                raise CacheError(msg, errno.ESTALE)
             about = _read_json(directory)
             _parsed(about, entry.path)
+            text = _json_text(about | {"needed": packed})
+            if len(text) > _MAX_BYTES:
+                msg = f"{shown}: {_NAME}: found {len(text)} bytes, expected at most {_MAX_BYTES}"
+                raise CacheError(msg, errno.EFBIG)
             with suppress(FileNotFoundError):
                 os.unlink(_NEW_NAME, dir_fd=directory)
-            _write_json(directory, _NEW_NAME, about | {"needed": packed})
+            _write_file(directory, _NEW_NAME, text)
             os.rename(_NEW_NAME, _NAME, src_dir_fd=directory, dst_dir_fd=directory)
         finally:
             os.close(directory)
-    except (OSError, ValueError):
-        return False
-    return True
+    except OSError as error:
+        raise CacheError.from_os(error, shown, f"record in {_NAME}") from error
+    except ValueError as error:
+        msg = (
+            f"{shown}: {_NAME}: found damaged metadata, expected those of the entry (a new entry "
+            "is made after this directory has been removed)"
+        )
+        raise CacheError(msg) from error
 
 
 def entry_name(version: Version) -> str:
@@ -121,18 +145,35 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
     """
     try:
         found = about["version"]
-        modified = found["modified"]
-        # If there is an entity tag, the time is not in the entry's name, so the comparison below
-        # does not find a wrong time.  Therefore the conversion to float must refuse other types.
-        modified = None if modified is None else float(modified)
-        version = Version(int(found["size"]), str(found["etag"]), modified)
+        version = Version(int(found["size"]), str(found["etag"]), _parsed_time(found["modified"]))
         name = entry_name(version)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(_NAME) from error
-    if version.size < 0 or name != os.path.basename(path):  # noqa: PTH119  str paths
+    is_possible = 0 <= version.size <= MAX_OBJECT_BYTES
+    if not is_possible or name != os.path.basename(path):  # noqa: PTH119  str paths
         raise ValueError(_NAME)
     packed = about.get("needed")
     return EntryMetadata(version, None if packed is None else _unpacked(packed, version.size))
+
+
+def _parsed_time(modified: object) -> float | None:
+    """Return the time of the last change in the file ``about.json``; see `Version.modified`.
+
+    If there is an entity tag, the time is not in the name of the entry, so that the comparison of
+    the names does not find a wrong time.  Therefore this function accepts no other types, and only
+    times that clients and `RemoteFile.stat` can convert; JSON also has NaN and Infinity.
+
+    Raises:
+        ValueError: The value is not null, and not a number of seconds in the years 1 to 9999.
+        OverflowError: The number of seconds is far outside of these years.
+    """
+    if modified is None:
+        return None
+    if isinstance(modified, bool) or not isinstance(modified, int | float):
+        raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
+    seconds = float(modified)
+    datetime.fromtimestamp(seconds, UTC)
+    return seconds
 
 
 def _unpacked(packed: object, size: int) -> bytes:
@@ -161,12 +202,14 @@ def _read_json(directory: int) -> dict[str, Any]:
 
     Raises:
         OSError: The host refused.
-        ValueError: The file is no JSON object.
+        ValueError: The file is no JSON object, or is too long.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(_NAME, flags, dir_fd=directory)
     with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
-        content = file.read(_MAX_BYTES)
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(_NAME)
     try:
         found = json.loads(content)
     except RecursionError as error:
@@ -176,7 +219,12 @@ def _read_json(directory: int) -> dict[str, Any]:
     return found
 
 
-def _write_json(directory: int, name: str, about: dict[str, Any]) -> None:
+def _json_text(about: dict[str, Any]) -> bytes:
+    """Return the content of a file ``about.json``."""
+    return json.dumps(about).encode()
+
+
+def _write_file(directory: int, name: str, content: bytes) -> None:
     """Write a new file, which only this user can read, in an open directory.
 
     Raises:
@@ -184,5 +232,5 @@ def _write_json(directory: int, name: str, about: dict[str, Any]) -> None:
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=directory)
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
-        file.write(json.dumps(about))
+    with open(fd, "wb") as file:  # noqa: PTH123  a descriptor
+        file.write(content)

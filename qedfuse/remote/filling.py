@@ -68,9 +68,13 @@ async def fill(
 async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
     """Record that the cache has all that readers of a file need; return whether it was recorded.
 
-    ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  A thread
-    makes the record, because calls on the cache's file system may block.  A task that is cancelled
-    does not wait for the thread.
+    If there is a cache and nothing was recorded, the reason is logged.  A thread makes the record,
+    because calls on the cache's file system may block.  A task that is cancelled does not wait for
+    the thread.
+
+    Args:
+        file: The file.
+        needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
     """
     record = file.fetcher.mark_usable_offline
     return await trio.to_thread.run_sync(record, needed, abandon_on_cancel=True)

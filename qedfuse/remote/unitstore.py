@@ -10,6 +10,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.errors import HostError
 from qedfuse.remote.cachemetadata import mark_usable_offline
 from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of, units_of
@@ -141,10 +142,21 @@ class UnitStore:
     def mark_usable_offline(self, needed: bytes) -> bool:
         """Record that the cache has all units that readers need; return whether it was recorded.
 
-        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.
+        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  If
+        there is a cache and nothing was recorded, the reason is logged.
         """
         cache = self._cache
-        return cache is not None and mark_usable_offline(cache, needed)
+        if cache is None:
+            return False
+        try:
+            mark_usable_offline(cache, needed)
+        except HostError as error:
+            with self._lock:
+                is_closed = self._is_closed
+            if not is_closed:
+                _log.warning("%s; not recorded as usable without a server", error)
+            return False
+        return True
 
     @property
     def is_evicting(self) -> bool:

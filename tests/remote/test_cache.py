@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import json
@@ -10,9 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import pytest
 import trio
@@ -20,8 +23,10 @@ import trio
 from qedfuse.errors import CacheError, RemoteError
 from qedfuse.hostio.residency import Residency
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
+from qedfuse.remote import localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
+from qedfuse.remote.cachemetadata import entry_name, read_metadata
 from qedfuse.remote.cacheroot import default_directory
 from qedfuse.remote.client import Version
 from qedfuse.remote.localdata import LocalData
@@ -766,6 +771,38 @@ def test_damaged_description(about: bytes, tmp_path: Path) -> None:
         open_remote(parse_address(server.url), options(tmp_path))
 
 
+@pytest.mark.expect_log("reading it from the cache")
+def test_damaged_time(tmp_path: Path) -> None:
+    """An entry whose time of the last change is no time is not used while the server is out."""
+    with serving(CONTENT) as server:
+        entry = fill(server, tmp_path)
+    about = entry / "about.json"
+    text = about.read_text()
+    good = ["1000000000.0", "-62135596800", "253402300799.5"]
+    bad = ["NaN", "Infinity", "-Infinity", "1e400", "1e300", "-1e300", "1e12", "true", '"1e9"']
+    for modified in good + bad:
+        about.write_text(text.replace('"modified": 1000000000.0', f'"modified": {modified}'))
+        assert f'"modified": {modified}' in about.read_text()
+        if modified in bad:
+            directory = CacheDirectory(CacheOptions(str(tmp_path)))
+            assert not list(directory.offline_entries(parse_address(server.url))), modified
+            continue
+        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            assert file.stat().st_mtime == float(modified)
+
+
+@pytest.mark.parametrize("size", [-1, (16 << 40) + 1, 1 << 70, 10**300])
+def test_impossible_size(size: int, tmp_path: Path) -> None:
+    """Metadata with a size that no object has are damaged, also if they match the entry's name."""
+    version = Version(size, '"one"')
+    entry = tmp_path / entry_name(version)
+    entry.mkdir()
+    about = {"version": asdict(version), "needed": base64.b64encode(zlib.compress(b"")).decode()}
+    (entry / "about.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"about\.json"):
+        read_metadata(str(entry))
+
+
 def test_description_of_another_version(tmp_path: Path) -> None:
     """An entry that describes another version than its name does is not used."""
     with serving(CONTENT) as server:
@@ -1020,6 +1057,33 @@ def test_descriptor_stays_open_during_a_read(
         os.fstat(descriptors[0])
     assert not local.try_read(0, memoryview(buffer), ZeroBlocks(1))
     assert len(descriptors) == 1
+
+
+@pytest.mark.parametrize("refused", ["inline_flags", "waits_for_server", "Residency"])
+def test_a_failed_open_leaves_nothing(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a call at the opening of the data file fails, no descriptor and no mapping stays."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    def in_use() -> tuple[int, int]:
+        mappings = Path("/proc/self/maps").read_text().count(str(tmp_path))
+        return len([*Path("/proc/self/fd").iterdir()]), mappings
+
+    make_files(str(tmp_path), UNIT_BYTES)
+    with UnitFile.open(str(tmp_path), UNIT_BYTES) as entry:
+        before = in_use()
+        monkeypatch.setattr(localdata, refused, refuse)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            LocalData(entry)
+        assert in_use() == before
+        monkeypatch.undo()
+        local = LocalData(entry)
+        assert in_use() == (before[0] + 1, before[1] + 1)
+        local.close()
+        assert in_use() == before
 
 
 def test_space_of_a_cache_after_a_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import stat
 import struct
@@ -17,10 +18,10 @@ import pytest
 import trio
 
 from qedfuse.errors import CacheError, RemoteError
-from qedfuse.remote import cachedirectory, cacheroot, cachespace, localdata
+from qedfuse.remote import cachedirectory, cachemetadata, cacheroot, cachespace, localdata
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions
-from qedfuse.remote.cachemetadata import mark_usable_offline
+from qedfuse.remote.cachemetadata import mark_usable_offline, read_metadata
 from qedfuse.remote.cachespace import CacheSpace
 from qedfuse.remote.client import ClientOptions, Version
 from qedfuse.remote.object import make_client
@@ -286,6 +287,7 @@ def test_entries_of_stores_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
 
 
+@pytest.mark.expect_log("found units missing, expected all units")
 @from_cache
 def test_entry_that_suffices_without_a_server(tmp_path: Path) -> None:
     """An entry that was recorded as sufficient is used while it has the units that are needed.
@@ -321,14 +323,73 @@ def test_another_entry_of_the_same_name(tmp_path: Path) -> None:
     directory = CacheDirectory(CacheOptions(str(tmp_path)))
     with directory.open_entry(ADDRESS, VERSION) as entry:
         shutil.rmtree(entry.path)
-        assert not mark_usable_offline(entry, b"\0")
+        with pytest.raises(CacheError, match="No such file"):
+            mark_usable_offline(entry, b"\0")
         with directory.open_entry(ADDRESS, VERSION) as other:
             assert other.path == entry.path
-            assert not mark_usable_offline(entry, b"\0")
+            with pytest.raises(CacheError, match="found another entry of this name"):
+                mark_usable_offline(entry, b"\0")
             assert not list(directory.offline_entries(ADDRESS))
-            assert mark_usable_offline(other, b"\0")
+            mark_usable_offline(other, b"\0")
         ((_, found),) = directory.offline_entries(ADDRESS)
         found.close()
+
+
+def test_needed_units_without_a_pattern(tmp_path: Path) -> None:
+    """The record of needed units all over an object of 1.25 TiB is read back."""
+    directory = CacheDirectory(CacheOptions(str(tmp_path)))
+    version = Version(5 << 38, '"one"')
+    units = version.size // UNIT_BYTES
+    bits = int.from_bytes(random.Random(1).randbytes(units // 8), "big")
+    needed = f"{bits:0{units}b}".encode().translate(bytes.maketrans(b"01", b"\0\1"))
+    with directory.open_entry(ADDRESS, version) as entry:
+        Path(entry.path, "map").write_bytes(struct.pack("<II", 0, 0x51454455) * units)
+        mark_usable_offline(entry, needed)
+        assert read_metadata(entry.path) == (version, needed)
+    assert Path(entry.path, "about.json").stat().st_size > 1 << 20, "longer than the former limit"
+
+
+@pytest.mark.expect_log("about.json: found 158 bytes, expected at most 154")
+@from_cache
+def test_record_that_would_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A record at the limit is written and read; a longer one is refused, and the old one stays."""
+    with serving(CONTENT) as server:
+        with opened(server.url, tmp_path) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+            assert file.fetcher.mark_usable_offline(b"\1" * 6)
+            (about,) = tmp_path.glob("object-*/version-*/about.json")
+            recorded = about.read_bytes()
+            monkeypatch.setattr(cachemetadata, "_MAX_BYTES", len(recorded))
+            assert file.fetcher.mark_usable_offline(b"\1" * 6)
+            assert not caplog.records
+            assert not file.fetcher.mark_usable_offline(b"\0\1\1\0\1\0")
+            (record,) = caplog.records
+            found = record.getMessage()
+            assert f"{about.parent}: about.json: found " in found
+            assert f"bytes, expected at most {len(recorded)}; not recorded as usable" in found
+            assert about.read_bytes() == recorded
+        with opened(server.url, tmp_path):
+            pass
+    with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        assert read(file, 0, len(CONTENT)) == CONTENT
+    monkeypatch.setattr(cachemetadata, "_MAX_BYTES", len(recorded) - 1)
+    with pytest.raises(RemoteError):
+        open_remote(
+            parse_address(server.url),
+            RemoteOptions(cache_directory=str(tmp_path), deadlines=DEADLINES),
+        )
+
+
+@pytest.mark.expect_log("found damaged metadata")
+def test_no_record_beside_damaged_metadata(tmp_path: Path) -> None:
+    """Nothing is recorded in an entry whose metadata are damaged; the log says why."""
+    with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
+        (about,) = tmp_path.glob("object-*/version-*/about.json")
+        about.write_bytes(b"{")
+        assert not file.fetcher.mark_usable_offline(bytes(6))
+        assert about.read_bytes() == b"{"
 
 
 @from_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,35 @@ async def test_image_is_read_without_the_server(tmp_path: Path) -> None:
         url = server.url
     with pytest.raises(RemoteError):
         await warm(url.replace("disk", "other"), options(tmp_path / "cache"))
+
+
+@pytest.mark.expect_log("found damaged metadata")
+def test_what_cannot_be_recorded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """If the cache cannot record what it has, `warm` says why, and promises nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with serving(some_bytes(2)) as server:
+        assert main(["warm", server.url]) == 0
+        assert capsys.readouterr().out.endswith(
+            "bytes in the cache, fetched now: 524288, no server is needed to read it\n"
+        )
+        (about,) = tmp_path.glob("qedfuse/object-*/version-*/about.json")
+        about.write_bytes(b"{")
+        assert main(["warm", server.url]) == 0
+        assert capsys.readouterr().out.endswith("bytes in the cache, fetched now: 0\n")
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            f"{about.parent}: about.json: found damaged metadata, expected those of the "
+            "entry (a new entry is made after this directory has been removed); not recorded as "
+            "usable without a server"
+        )
+        shutil.rmtree(about.parent)
+        assert main(["warm", server.url]) == 0
+        assert capsys.readouterr().out.endswith(", no server is needed to read it\n")
 
 
 @pytest.mark.expect_log("reading it from the cache")
