@@ -197,7 +197,7 @@ class Polled:
         self.server = server
         self.asked = 0
         self._answer = answer
-        extraops.permit_polling(seconds, seconds, self._has_finished)
+        extraops.permit_waiting(seconds, seconds, self._has_finished)
 
     def _has_finished(self) -> bool:
         self.asked += 1
@@ -226,7 +226,7 @@ def test_a_finished_call_ends_polling_until_it_is_permitted_again(server: Server
     assert polled.asked == 2
     server.wire.send(READ, READ_BODY)
     assert polled.asked == 2, "the burst has not polled"
-    extraops.permit_polling(60.0, 60.0, polled._has_finished)
+    extraops.permit_waiting(60.0, 60.0, polled._has_finished)
     server.wire.send(READ, READ_BODY)
     assert polled.asked == 3
 
@@ -253,8 +253,8 @@ def test_polling_ends_after_its_time(server: Server) -> None:
     polled = Polled(server, lambda _number: False, seconds=1e-4)
     server.wire.send(READ, READ_BODY)
     assert polled.asked
-    assert extraops.take_polled_seconds() >= 1e-4
-    assert extraops.take_polled_seconds() == 0.0, "the time is reported once"
+    assert extraops.take_waited_seconds() >= 1e-4
+    assert extraops.take_waited_seconds() == 0.0, "the time is reported once"
     asked = polled.asked
     server.wire.send(READ, READ_BODY)
     assert polled.asked == asked, "the time that is permitted in all is over"
@@ -267,16 +267,16 @@ def test_polling_in_vain_does_not_count_for_a_later_request(server: Server) -> N
     assert server.wire.receive() == -errno.EINTR, "no request has come"
     server.wire.queue(READ, READ_BODY)
     assert server.wire.receive() > 0
-    assert extraops.take_polled_seconds() == 0.0
+    assert extraops.take_waited_seconds() == 0.0
 
 
 def test_polling_that_is_forbidden_ends(server: Server) -> None:
     """After polling is forbidden, a burst ends where the kernel has no request."""
     polled = Polled(server, lambda _number: False)
-    extraops.forbid_polling()
+    extraops.forbid_waiting()
     server.wire.send(READ, READ_BODY)
     assert (polled.asked, len(server.wire.answers)) == (0, 1)
-    assert extraops.take_polled_seconds() == 0.0
+    assert extraops.take_waited_seconds() == 0.0
 
 
 def test_the_end_of_the_connection_ends_polling(server: Server) -> None:

@@ -327,9 +327,9 @@ class Permissions:
         """Stand between the scheduler and the extension, which ``polled`` in vain for seconds."""
         self.said: list[tuple[object, ...]] = []
         for name, function in {
-            "permit_polling": lambda *said: self.said.append(said),
-            "forbid_polling": lambda: self.said.append(()),
-            "take_polled_seconds": lambda: polled,
+            "permit_waiting": lambda *said: self.said.append(said),
+            "forbid_waiting": lambda: self.said.append(()),
+            "take_waited_seconds": lambda: polled,
         }.items():
             monkeypatch.setattr(f"qedfuse.mount.fuse.scheduler.{name}", function)
 

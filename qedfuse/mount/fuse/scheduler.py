@@ -57,11 +57,11 @@ import trio
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.mount.fuse.extraops import (
     end_queued_reads,
-    forbid_polling,
-    permit_polling,
+    forbid_waiting,
+    permit_waiting,
     queued_reads,
     take_burst_count,
-    take_polled_seconds,
+    take_waited_seconds,
 )
 from qedfuse.mount.fuse.unfairlock import UnfairLock
 from qedfuse.util.adaptivepoll import AdaptivePoll
@@ -91,6 +91,10 @@ as the kernel has no request."""
 
 EXTENSION_POLL_SECONDS: Final = 500e-6
 """Maximum time for which the extension polls in all between two runs of the other tasks."""
+
+EXTENSION_SLEEP_SECONDS: Final = 2e-3
+"""Maximum time for which the extension sleeps until a request comes.  During such a sleep the event
+loop notices no event of other descriptors than those of requests and of calls on host files."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -148,6 +152,7 @@ class Scheduler:
         self.statistics = SchedulerStatistics()
         self._load = loop_load()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
+        self._extension_sleep = AdaptivePoll(EXTENSION_SLEEP_SECONDS)
         self._clock = clock
         self._calls = host_calls() if calls is None else calls
         self._poller = select.poll()
@@ -172,7 +177,7 @@ class Scheduler:
             return
         statistics = self.statistics
         # The wait began when the extension began to poll for this request.
-        since = self._clock() - take_polled_seconds()
+        since = self._clock() - take_waited_seconds()
         if self._poll_beside_reads(since):
             statistics.polled += self._count_taken()
             self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
@@ -185,7 +190,7 @@ class Scheduler:
             while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:
-                self._permit_polling()
+                self._permit_waiting()
                 statistics.polled += 1
                 self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
                 return
@@ -204,10 +209,10 @@ class Scheduler:
         end_queued_reads()
         is_loop_needed = self._is_loop_needed()
         if is_loop_needed:
-            forbid_polling()
+            forbid_waiting()
         if self._burst >= (MAX_BURST_BESIDE_OTHERS if is_loop_needed else MAX_BURST):
             await self._run_other_tasks()
-            self._permit_polling()
+            self._permit_waiting()
 
     async def _sleep(self, fd: int, since: float) -> None:
         """Let the event loop sleep until a request arrives.
@@ -223,20 +228,50 @@ class Scheduler:
         is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
         if is_loop_free:
-            self._adaptive_poll.record(self._clock() - since, slept=True)
-        self._permit_polling()
+            self._record_sleep(self._clock() - since)
+        self._permit_waiting()
 
-    def _permit_polling(self) -> None:
-        """Let the extension poll, if polling pays off and the event loop is not needed.
+    def _record_sleep(self, seconds: float) -> None:
+        """Record how long a request was awaited that came while the event loop's thread slept."""
+        self._adaptive_poll.record(seconds, slept=True)
+        self._extension_sleep.record(seconds, slept=True)
 
-        The caller must have let all other tasks run since the last request.
+    def _permit_waiting(self) -> None:
+        """Let the extension poll and sleep, as far as each pays off.
+
+        The extension may do neither while the event loop is needed.  All other tasks must have run
+        since the last request.
         """
-        if self._adaptive_poll.seconds and not self._is_loop_needed():
-            permit_polling(
-                self._adaptive_poll.seconds, EXTENSION_POLL_SECONDS, self._calls.has_finished
-            )
+        if self._is_loop_needed():
+            forbid_waiting()
         else:
-            forbid_polling()
+            permit_waiting(
+                *(self._adaptive_poll.seconds, EXTENSION_POLL_SECONDS),
+                self._prepare_sleep if self._extension_sleep.seconds else None,
+                self._calls,
+            )
+
+    def _prepare_sleep(self, waited: float) -> float:
+        """Return how many seconds the extension may sleep now; 0 if another task can run.
+
+        Called by the extension; see `permit_waiting`.  ``waited`` is the time for which the last
+        request was awaited that came during a sleep of the extension; 0 if there is none.
+        """
+        if waited:
+            self._record_sleep(waited)
+        state = trio.lowlevel.current_statistics()
+        if (
+            state.tasks_runnable
+            or state.run_sync_soon_queue_size
+            or self._closing
+            or self._is_loop_needed()
+            or self._calls.has_finished()
+        ):
+            forbid_waiting()
+            return 0.0
+        # No other task can run, so the extension may wait as if all of them had just run.
+        self._permit_waiting()
+        return min(self._extension_sleep.seconds, state.seconds_to_next_deadline)
 
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
