@@ -35,6 +35,7 @@ setup(
                 "qedfuse/mount/fuse/_dataops.c",
                 "qedfuse/mount/fuse/_burst.c",
                 "qedfuse/mount/fuse/_cachedread.c",
+                "qedfuse/mount/fuse/_inplacewrite.c",
                 "qedfuse/mount/fuse/_checkedunits.c",
                 "qedfuse/mount/fuse/_counters.c",
                 "qedfuse/mount/fuse/_maxread.c",

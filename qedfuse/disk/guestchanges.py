@@ -6,8 +6,10 @@ D1 and D7 are rules in docs/durability.md.
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
+from qedfuse.disk.datapath.readtables import InPlaceWrites, ReadTables
 from qedfuse.disk.guestreads import GuestReads
 from qedfuse.errors import BackingError, PastEndError
 
@@ -59,6 +61,25 @@ class GuestChanges(GuestReads):
     def failure(self) -> str | None:
         """The message of the error that made the disk read-only; None if no error has done so."""
         return None if self._writeback.failure is None else str(self._writeback.failure)
+
+    def tables_for_reads(self) -> ReadTables:
+        """Return the objects with which the mount's extension answers reads and makes writes."""
+        tables = super().tables_for_reads()
+        target = self._file.write_target
+        if target is None or not self._plain_writes:
+            return tables
+        writes = InPlaceWrites(
+            *(target.fd, target.inode, self._first_write_guard, self._writeback),
+            partial(self._record_in_place, target.record_write),
+        )
+        return tables._replace(writes=writes)
+
+    def _record_in_place(
+        self, record_write: Callable[[int, float], None], length: int, seconds: float
+    ) -> None:
+        """Record that the extension has written ``length`` bytes in ``seconds``."""
+        record_write(length, seconds)
+        self._writeback.note_write()
 
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.pagesource import PageSource, WriteTarget
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -46,6 +46,10 @@ class ReadableFile(Protocol):
     @property
     def page_source(self) -> PageSource | None:
         """What the mount's C extension needs to read the file; None if the extension must not."""
+
+    @property
+    def write_target(self) -> WriteTarget | None:
+        """What the mount's C extension needs to write to the file; None if it must not."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if no descriptor gives access to its bytes."""

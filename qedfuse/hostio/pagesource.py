@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qedfuse.hostio.inodelock import InodeLock
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 
@@ -66,6 +67,21 @@ class PageSource(NamedTuple):
     units: CheckedUnits | None = None
     runs: StoredRuns | None = None
     flags: int = os.RWF_NOWAIT
+
+
+class WriteTarget(NamedTuple):
+    """A file to which the extension may write while nothing holds up its writes.
+
+    Attributes:
+        fd: The descriptor.
+        inode: The lock of the file's inode; the extension writes only while there is no contention.
+        record_write: Must be called after each write, with its length in bytes and the seconds that
+            it took.
+    """
+
+    fd: int
+    inode: InodeLock
+    record_write: Callable[[int, float], None]
 
 
 class StoredRuns(NamedTuple):

@@ -14,6 +14,7 @@ from qedfuse.errors import HostError
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.hostio.inlinepolicy import InlinePolicy
 from qedfuse.hostio.inodelock import InodeLock, acquire
+from qedfuse.hostio.pagesource import WriteTarget
 from qedfuse.hostio.posixreader import PosixReader
 from qedfuse.hostio.regular import identity_of, open_regular, status_of
 from qedfuse.hostio.sparse import seek
@@ -76,6 +77,13 @@ class PosixFile(PosixReader):
     def identity(self) -> FileIdentity:
         """The device and the inode of the file."""
         return identity_of(self.stat())
+
+    @property
+    def write_target(self) -> WriteTarget | None:
+        """What the extension needs to write; None if the file is not open for writing."""
+        if not self.writable:
+            return None
+        return WriteTarget(self.fd, self._inode, self._record_write)
 
     def size(self) -> int:
         """Return the file's length in bytes.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.hostio.hostfile import Buffer
-    from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.pagesource import PageSource, WriteTarget
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 
@@ -55,6 +55,11 @@ class ReadOnlyFile(ABC):
     @property
     def page_source(self) -> PageSource | None:
         """None, so the mount's extension does not read the file; a subclass may override this."""
+        return None
+
+    @property
+    def write_target(self) -> WriteTarget | None:
+        """None: the file cannot be written."""
         return None
 
     @property

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qedfuse.hostio.hostfile import Buffer, FileIdentity, HostFile
-    from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.pagesource import PageSource, WriteTarget
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 SECTOR: Final = 512
@@ -107,6 +107,7 @@ class MemoryFile:
         self.can_punch = True
         self.read_policy: ReadPolicy | None = None
         self.page_source: PageSource | None = None
+        self.write_target: WriteTarget | None = None
         self.in_page_cache = False
         self.closed = False
         self.counts: Counter[Action] = Counter()
@@ -474,6 +475,7 @@ class FailingFile:
         self.can_punch = inner.can_punch
         self.read_policy: ReadPolicy | None = None
         self.page_source: PageSource | None = None
+        self.write_target: WriteTarget | None = None
         self.calls: Counter[Action] = Counter()
         self.struck: Counter[Action] = Counter()
         self._faults: dict[tuple[Action, int], _Fault] = {}

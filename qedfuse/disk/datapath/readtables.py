@@ -16,7 +16,31 @@ if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import QedLayer
     from qedfuse.disk.lookup.slices import Slice
     from qedfuse.disk.space.epochs import Epochs
+    from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
+    from qedfuse.disk.writeback.metadata import MetadataWriteback
+    from qedfuse.hostio.inodelock import InodeLock
     from qedfuse.hostio.pagesource import PageSource
+
+
+class InPlaceWrites(NamedTuple):
+    """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
+
+    A write is made only while ``guard`` is prepared, ``writeback`` has no failure, and there is no
+    contention for ``inode``.
+
+    Attributes:
+        fd: The descriptor of the top image.
+        inode: The lock of its inode.
+        guard: The first-write guard.
+        writeback: The write-back of the tables.
+        record: Called after each such write, with its length in bytes and the seconds that it took.
+    """
+
+    fd: int
+    inode: InodeLock
+    guard: FirstWriteGuard
+    writeback: MetadataWriteback
+    record: Callable[[int, float], None]
 
 
 class ReadTables(NamedTuple):
@@ -37,6 +61,8 @@ class ReadTables(NamedTuple):
         file_reads: The cells of `FileReads`, in which the extension counts its reads.
         window_start: Guest offset of the range to which reads are confined (`DiskWindow`).
         window_bytes: Length of that range; -1 for the whole disk.
+        writes: What is needed for writes to allocated clusters; None if the extension must not
+            write.
     """
 
     layer: QedLayer
@@ -50,3 +76,4 @@ class ReadTables(NamedTuple):
     file_reads: array[int]
     window_start: int = 0
     window_bytes: int = -1
+    writes: InPlaceWrites | None = None

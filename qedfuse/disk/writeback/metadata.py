@@ -97,6 +97,7 @@ class MetadataWriteback:
         self._running: _Cycle | None = None
         self._waiting: _Cycle | None = None
         self._activity = trio.Event()
+        self._is_active = False  # whether `_activity` is set
         self._datasyncs = self._table_writes = 0
         self.cycles = 0
         self.failure: HostError | None = None
@@ -104,10 +105,12 @@ class MetadataWriteback:
     def note_write(self) -> None:
         """Note that the file, or a table in memory, was changed, and that a cycle must follow."""
         self._changes += 1
-        self._activity.set()
+        if not self._is_active:  # without a call of `Event.set` for each write
+            self.wake()
 
     def wake(self) -> None:
         """Let `wait_for_activity` return although nothing was changed."""
+        self._is_active = True
         self._activity.set()
 
     async def wait_for_activity(self) -> None:
@@ -117,6 +120,7 @@ class MetadataWriteback:
         """
         await self._activity.wait()
         self._activity = trio.Event()
+        self._is_active = False
 
     @property
     def dirty_tables(self) -> bool:

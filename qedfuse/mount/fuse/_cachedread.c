@@ -53,6 +53,7 @@ typedef struct {
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
     uint64_t window_start;     /* guest offset of the range that reads see as the file */
     long long window_bytes;    /* length of that range, which is within the disk; -1: the whole disk */
+    struct in_place_writes *writes; /* NULL if Python must carry out all writes */
 } ReadView;
 
 static PyTypeObject *view_type;
@@ -283,34 +284,63 @@ static enum cached_read serve(struct read_place place, fuse_req_t request, fuse_
                                                                                          : PASSED_ON;
 }
 
-enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
-                                    size_t size)
+/* Returns a new reference to the view of the disk of a handle, if a range lies within the disk, or within
+ * the window.  Otherwise returns NULL; an exception may be set then. */
+static ReadView *view_with(uint64_t handle, off_t start, size_t size)
 {
     PyObject *key, *found;
-    ReadView *view;
-    uint64_t offset, depth;
     long long end;
-    enum cached_read result = PASSED_ON;
 
-    if (views == NULL || size == 0 || size > MAX_READ_BYTES || start < 0)
-        return PASSED_ON;
+    if (views == NULL || size == 0 || start < 0)
+        return NULL;
     key = PyLong_FromUnsignedLongLong(handle & handle_mask);
     found = key == NULL ? NULL : PyDict_GetItemWithError(views, key);
     Py_XDECREF(key);
-    if (found != NULL) {
-        view = (ReadView *)Py_NewRef(found);
-        end = view_size(view);
-        if (end >= 0 && (uint64_t)start + size <= (uint64_t)end) {
-            if (find_range(view, view->window_start + (uint64_t)start, size, &offset, &depth) &&
-                depth < view->file_count)
-                result = serve((struct read_place){found, view->files + depth, view->epochs, offset,
-                                                   (uint64_t *)view->file_reads.buf + 2 * depth},
-                               request, inode, handle, start, size);
-        }
+    if (found == NULL)
+        return NULL;
+    Py_INCREF(found);
+    end = view_size((ReadView *)found);
+    if (end < 0 || (uint64_t)start + size > (uint64_t)end)
+        Py_CLEAR(found);
+    return (ReadView *)found;
+}
+
+enum cached_read answer_cached_read(fuse_req_t request, fuse_ino_t inode, uint64_t handle, off_t start,
+                                    size_t size)
+{
+    ReadView *view = size > MAX_READ_BYTES ? NULL : view_with(handle, start, size);
+    uint64_t offset, depth;
+    enum cached_read result = PASSED_ON;
+
+    if (view != NULL) {
+        if (find_range(view, view->window_start + (uint64_t)start, size, &offset, &depth) &&
+            depth < view->file_count)
+            result = serve((struct read_place){(PyObject *)view, view->files + depth, view->epochs,
+                                               offset,
+                                               (uint64_t *)view->file_reads.buf + 2 * depth},
+                           request, inode, handle, start, size);
         Py_DECREF(view);
     }
     PyErr_Clear();
     return result;
+}
+
+int find_allocated(uint64_t handle, off_t start, size_t size, struct write_place *place)
+{
+    ReadView *view = view_with(handle, start, size);
+    uint64_t depth;
+
+    if (view == NULL)
+        return 0;
+    if (view->writes != NULL &&
+        find_range(view, view->window_start + (uint64_t)start, size, &place->offset, &depth) &&
+        depth == 0) {
+        place->view = (PyObject *)view;
+        place->writes = view->writes;
+        return 1;
+    }
+    Py_DECREF(view);
+    return 0;
 }
 
 /* --- the type and the functions of the module ------------------------------------------ */
@@ -326,6 +356,7 @@ static void view_free(PyObject *object)
     Py_XDECREF(self->codes_key);
     Py_XDECREF(self->epochs);
     free_files(self->files, self->file_count);
+    free_writes(self->writes);
     if (self->file_reads.obj != NULL)
         PyBuffer_Release(&self->file_reads);
     type->tp_free(object);
@@ -358,16 +389,16 @@ int init_cached_reads(void)
 
 PyObject *read_view(PyObject *module, PyObject *args)
 {
-    PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads;
+    PyObject *layer, *keys, *get_slice, *codes_key, *files, *epochs, *file_reads, *writes = Py_None;
     unsigned int cluster_bits, slice_bits;
     unsigned long long window_start = 0;
     long long window_bytes = -1;
     ReadView *self;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "OO!OOO!IIOO|KL", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
+    if (!PyArg_ParseTuple(args, "OO!OOO!IIOO|KLO", &layer, &PyDict_Type, &keys, &get_slice, &codes_key,
                           &PyTuple_Type, &files, &cluster_bits, &slice_bits, &epochs, &file_reads,
-                          &window_start, &window_bytes))
+                          &window_start, &window_bytes, &writes))
         return NULL;
     self = PyObject_New(ReadView, view_type);
     if (self == NULL)
@@ -384,7 +415,8 @@ PyObject *read_view(PyObject *module, PyObject *args)
     self->window_start = window_start;
     self->window_bytes = window_bytes;
     memset(&self->file_reads, 0, sizeof self->file_reads);
-    if (self->files == NULL ||
+    self->writes = writes == Py_None || self->files == NULL ? NULL : make_writes(writes);
+    if (self->files == NULL || (writes != Py_None && self->writes == NULL) ||
         PyObject_GetBuffer(file_reads, &self->file_reads, PyBUF_WRITABLE)) {
         Py_CLEAR(self);
     } else if (self->file_reads.len < PyTuple_GET_SIZE(files) * 2 * (Py_ssize_t)sizeof(uint64_t)) {

@@ -5,7 +5,8 @@
  * requests need neither.  So this module replaces these three operations in the copy of pyfuse3's
  * table (_extraops.c).  Each replacement calls a Python function that tries to answer the request.
  * If the function does not answer the request, pyfuse3's own operation gets it.  A read whose
- * tables and data are in memory is answered without the Python function (_cachedread.c).
+ * tables and data are in memory is answered without the Python function (_cachedread.c), and so is a
+ * write to allocated clusters (_inplacewrite.c).
  *
  * The function for reads can answer in three ways.  It can return the data.  It can call
  * reply_from_file(): then the kernel takes the data from the pages of the host's file (splice(2)),
@@ -170,14 +171,14 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     PyGILState_STATE state = PyGILState_Ensure();
     int64_t start = sampled_start(inode, COUNT_WRITE);
     PyObject *view = NULL, *result = NULL;
-    int answered;
+    int answered = write_in_place(info->fh, data, size, offset);
 
     /* The function must not keep the view, because libfuse reuses the memory. */
-    if (try_write != NULL)
+    if (!answered && try_write != NULL)
         view = PyMemoryView_FromMemory((char *)data, (Py_ssize_t)size, PyBUF_READ);
     if (view != NULL)
         result = call(try_write, info->fh, offset, view);
-    answered = result == Py_True;
+    answered |= result == Py_True;
     Py_XDECREF(result);
     Py_XDECREF(view);
     if (answered) {

@@ -443,7 +443,8 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL || init_cached_reads() || init_queued_reads())
+    if (request_type == NULL || init_cached_reads() || init_queued_reads() ||
+        init_in_place_writes())
         return NULL;
     return PyModule_Create(&module_definition);
 }

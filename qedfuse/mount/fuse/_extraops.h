@@ -138,6 +138,36 @@ void count_waited(fuse_ino_t inode, enum operation operation, size_t size, int64
  * are counted (_counters.c). */
 PyObject *set_counters(PyObject *module, PyObject *args);
 
+/* What a disk needs so that writes are carried out here, from an InPlaceWrites
+ * (disk/datapath/readtables.py). */
+struct in_place_writes;
+
+/* Makes the struct from an InPlaceWrites.  Returns the struct, which free_writes() frees, or NULL with an
+ * exception (_inplacewrite.c). */
+struct in_place_writes *make_writes(PyObject *source);
+
+/* Frees the struct, which may be NULL (_inplacewrite.c). */
+void free_writes(struct in_place_writes *writes);
+
+/* Where the bytes of a write belong. */
+struct write_place {
+    PyObject *view; /* ReadView, which keeps `writes`; a reference of the caller */
+    const struct in_place_writes *writes;
+    uint64_t offset; /* offset in the file of the top image */
+};
+
+/* Finds the place of a range that the top image of the disk of a handle has allocated as one run, if
+ * writes to the disk are carried out by the extension.  Returns 1 and sets `place`, or returns 0; an
+ * exception may be set then (_cachedread.c). */
+int find_allocated(uint64_t handle, off_t start, size_t size, struct write_place *place);
+
+/* Writes all of `data` to the disk of a handle at a guest offset, and returns 1; or returns 0, and may have
+ * written a part.  The caller must hold the GIL (_inplacewrite.c). */
+int write_in_place(uint64_t handle, const char *data, size_t size, off_t start);
+
+/* Prepares write_in_place().  Returns 0, or -1 with an exception (_inplacewrite.c). */
+int init_in_place_writes(void);
+
 /* Prepares the following two functions.  Returns 0, or -1 with an exception (_cachedread.c). */
 int init_cached_reads(void);
 

@@ -1,6 +1,7 @@
 from array import array
 from collections.abc import Callable
 
+from qedfuse.disk.datapath.readtables import InPlaceWrites
 from qedfuse.hostio.pagesource import PageSource
 
 class Request:
@@ -35,6 +36,7 @@ def read_view(
     file_reads: array[int],
     window_start: int = 0,
     window_bytes: int = -1,
+    writes: InPlaceWrites | None = None,
     /,
 ) -> ReadView: ...
 def set_read_views(views: dict[int, ReadView], mask: int, /) -> None: ...
