@@ -205,8 +205,10 @@ static int sleep_and_receive(void)
         found = ppoll(awaited, sizeof awaited / sizeof *awaited, &time, NULL);
         Py_END_ALLOW_THREADS
         end_queued_reads();
-        if (awaited[1].revents)
+        if (awaited[1].revents) {
+            forbid();
             break;
+        }
         result = receive(session, &buffer);
     }
     waited_nanoseconds += now - since;

@@ -242,12 +242,14 @@ class Scheduler:
         The extension may do neither while the event loop is needed.  All other tasks must have run
         since the last request.
         """
-        if self._is_loop_needed():
+        poll_seconds = self._adaptive_poll.seconds
+        may_sleep = self._extension_sleep.seconds > 0
+        if self._is_loop_needed() or not (poll_seconds or may_sleep):
             forbid_waiting()
         else:
             permit_waiting(
-                *(self._adaptive_poll.seconds, EXTENSION_POLL_SECONDS),
-                self._prepare_sleep if self._extension_sleep.seconds else None,
+                *(poll_seconds, EXTENSION_POLL_SECONDS if poll_seconds else 0.0),
+                self._prepare_sleep if may_sleep else None,
                 self._calls,
             )
 

@@ -1,0 +1,135 @@
+/*
+ * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  A write is
+ * carried out here only if the top image has allocated its range as one run, if the slice (part) of the
+ * table that locates the run is in memory, and if nothing must be done before the write.  Such a write
+ * changes no table.  Two Python functions are called: the one that looks up a slice in the table cache,
+ * and the one that records the write.
+ *
+ * The objects of InPlaceWrites (disk/datapath/readtables.py) decide whether a write is carried out here,
+ * by the conditions of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range is found and
+ * the conditions are checked in one step, with the GIL held.  The GIL is released during the write itself,
+ * as os.pwrite() does, so other threads may run meanwhile; but only the thread of the event loop changes
+ * tables.
+ *
+ * Every other write, and every write that fails here or ends early, goes to the Python function for writes
+ * (_dataops.c), which writes the whole range again.
+ */
+
+#include "_extraops.h"
+
+#include <unistd.h>
+
+/* INLINE_WRITE_BYTES in hostio/inlinepolicy.py. */
+#define MAX_WRITE_BYTES (1 << 18)
+
+struct in_place_writes {
+    int fd;               /* of the top image */
+    PyObject *inode;      /* InodeLock of that file */
+    PyObject *guard;      /* FirstWriteGuard */
+    PyObject *writeback;  /* MetadataWriteback */
+    PyObject *record;     /* called with the bytes of a write, and the seconds that it took */
+};
+
+static PyObject *name_prepared, *name_failure, *name_contention;
+
+void free_writes(struct in_place_writes *writes)
+{
+    if (writes == NULL)
+        return;
+    Py_XDECREF(writes->inode);
+    Py_XDECREF(writes->guard);
+    Py_XDECREF(writes->writeback);
+    Py_XDECREF(writes->record);
+    PyMem_Free(writes);
+}
+
+struct in_place_writes *make_writes(PyObject *source)
+{
+    struct in_place_writes *writes = PyMem_Calloc(1, sizeof *writes);
+    PyObject *inode, *guard, *writeback, *record;
+
+    if (writes == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(source, "iOOOO", &writes->fd, &inode, &guard, &writeback, &record)) {
+        PyMem_Free(writes);
+        return NULL;
+    }
+    writes->inode = Py_NewRef(inode);
+    writes->guard = Py_NewRef(guard);
+    writes->writeback = Py_NewRef(writeback);
+    writes->record = Py_NewRef(record);
+    return writes;
+}
+
+/* Returns whether an attribute is an object; also returns 0, with an exception, if there is no attribute. */
+static int attribute_is(PyObject *object, PyObject *name, PyObject *expected)
+{
+    PyObject *value = PyObject_GetAttr(object, name);
+
+    Py_XDECREF(value);
+    return value == expected;
+}
+
+/* Returns whether a write of a range that is allocated may be made now, without waiting.  If not, an
+ * exception may be set. */
+static int can_write(const struct in_place_writes *writes)
+{
+    PyObject *contention;
+    int is_free;
+
+    if (!attribute_is(writes->guard, name_prepared, Py_True) ||
+        !attribute_is(writes->writeback, name_failure, Py_None))
+        return 0;
+    contention = PyObject_GetAttr(writes->inode, name_contention);
+    is_free = contention != NULL && PyObject_IsTrue(contention) == 0;
+    Py_XDECREF(contention);
+    return is_free;
+}
+
+/* Records a write.  Reports an exception, because the write was made, and must not be made again. */
+static void record(const struct in_place_writes *writes, size_t size, int64_t nanoseconds)
+{
+    PyObject *result = PyObject_CallFunction(writes->record, "nd", (Py_ssize_t)size,
+                                             (double)nanoseconds * 1e-9);
+
+    if (result == NULL)
+        PyErr_WriteUnraisable(writes->record);
+    Py_XDECREF(result);
+}
+
+int write_in_place(uint64_t handle, const char *data, size_t size, off_t start)
+{
+    struct write_place place;
+    int64_t since;
+    ssize_t count = -1;
+
+    if (size > MAX_WRITE_BYTES || !find_allocated(handle, start, size, &place)) {
+        PyErr_Clear();
+        return 0;
+    }
+    if (can_write(place.writes)) {
+        since = monotonic_time();
+        Py_BEGIN_ALLOW_THREADS
+        count = pwrite(place.writes->fd, data, size, (off_t)place.offset);
+        Py_END_ALLOW_THREADS
+        /* A write that ended early is recorded by the function that makes it again. */
+        if (count == (ssize_t)size)
+            record(place.writes, size, monotonic_time() - since);
+    }
+    Py_DECREF(place.view);
+    PyErr_Clear();
+    return count == (ssize_t)size;
+}
+
+int init_in_place_writes(void)
+{
+    const struct interned_name names[] = {
+        {&name_prepared, "prepared"},
+        {&name_failure, "failure"},
+        {&name_contention, "contention"},
+    };
+
+    return intern_names(names, sizeof names / sizeof *names);
+}
