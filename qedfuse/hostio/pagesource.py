@@ -1,14 +1,16 @@
-"""What the mount's extension needs to read a file by itself (``mount/fuse/_cachedread.c``)."""
+"""What the mount's extension needs to read and write a file by itself.
+
+See ``_cachedread.c`` and ``_inplacewrite.c`` in ``mount/fuse``.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.hostio.inodelock import InodeLock
     from qedfuse.hostio.readpolicy import ReadPolicy
 
 
@@ -69,18 +71,28 @@ class PageSource(NamedTuple):
     flags: int = os.RWF_NOWAIT
 
 
+class Contended(Protocol):
+    """An object that knows whether a change of a file would wait (`InodeLock`).
+
+    Attributes:
+        contention: How many reasons there are for which a change would wait.
+    """
+
+    contention: int
+
+
 class WriteTarget(NamedTuple):
     """A file to which the extension may write while nothing holds up its writes.
 
     Attributes:
         fd: The descriptor.
-        inode: The lock of the file's inode; the extension writes only while there is no contention.
+        inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """
 
     fd: int
-    inode: InodeLock
+    inode: Contended
     record_write: Callable[[int, float], None]
 
 

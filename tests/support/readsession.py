@@ -1,6 +1,7 @@
-"""A session whose reads the extension answers from the tables of an image, for tests of both ways.
+"""A session whose reads and writes the extension carries out with the tables of an image.
 
-The ways are reads from memory (``_cachedread.c``) and queued reads (``_queuedread.c``).
+Reads are answered from memory (``_cachedread.c``) or queued (``_queuedread.c``), and writes are
+made to allocated clusters (``_inplacewrite.c``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tests.support.fusewire import (
     NODE,
     READ,
     READ_SLOT,
+    WRITE,
     WRITE_SLOT,
     Operation,
     Wire,
@@ -47,21 +49,27 @@ def read_body(offset: int, size: int, handle: int) -> bytes:
 
 
 class Session:
-    """A session whose other reads go to a function that answers nothing.
+    """A session whose other reads and writes go to functions that answer nothing.
 
     Attributes:
-        asked: The offsets and lengths of the reads that the function got.
+        asked: The offsets and lengths of the reads that the function for reads got.
+        passed: The offsets and the bytes of the writes that the function for writes got.
         wire: The session.
     """
 
     def __init__(self, *, can_splice: bool = False) -> None:
         """Make a session; see `Wire` for ``can_splice``."""
         self.asked: list[tuple[int, int]] = []
+        self.passed: list[tuple[int, bytes]] = []
         self._kept = Operation(lambda _request, _inode: None)
         slots = (INIT_SLOT, READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
         self.wire = Wire(filled=dict.fromkeys(slots, self._kept), can_splice=can_splice)
         assert extraops._extension is not None
-        extraops._extension.set_data_handlers(self._read, None, None)
+        extraops._extension.set_data_handlers(self._read, self._write, None)
+
+    def _write(self, _handle: int, offset: int, data: memoryview) -> bool:
+        self.passed.append((offset, bytes(data)))
+        return False
 
     def _read(self, _handle: int, offset: int, size: int) -> None:
         self.asked.append((offset, size))
@@ -88,6 +96,19 @@ class Session:
     def queue(self, offset: int, size: int, handle: int = INODE) -> int:
         """Let the kernel have a read for the next burst; return the number of the request."""
         return self.wire.queue(READ, read_body(offset, size, handle))
+
+    def write(self, offset: int, data: bytes, handle: int = INODE) -> bool:
+        """Let the kernel request a write; return False if the function was asked."""
+        self.wire.answers.clear()
+        self.passed.clear()
+        head = struct.pack("=QQIIQII", handle, offset, len(data), 0, 0, 0, 0)
+        self.wire.send(WRITE, head + data)
+        if self.passed:
+            assert (self.passed, self.wire.answers) == ([(offset, data)], [])
+            return False
+        ((_number, error, answer),) = self.wire.answers
+        assert (error, struct.unpack("=II", answer)) == (0, (len(data), 0))
+        return True
 
     def read(self, offset: int, size: int, handle: int = INODE) -> bytes | None:
         """Return what the extension answers; None if the function was asked."""

@@ -414,13 +414,19 @@ def test_a_burst_does_not_sleep_where_it_must_not(server: Server) -> None:
 
 def test_a_sleep_can_be_forbidden_while_it_is_prepared(server: Server) -> None:
     """The function may withdraw the permission of which it is a part."""
-    sleeper = Sleeper(server, extraops.forbid_waiting)
-    sleeper.prepare = lambda _waited: (extraops.forbid_waiting(), 0.0)[1]  # type: ignore[method-assign]
-    extraops.permit_waiting(0.0, 0.0, sleeper.prepare, sleeper)
+    sleeper = Sleeper(server)
+    asked: list[float] = []
+
+    def forbid(waited: float) -> float:
+        asked.append(waited)
+        extraops.forbid_waiting()
+        return 0.0
+
+    extraops.permit_waiting(0.0, 0.0, forbid, sleeper)
     for _ in range(2):
         server.wire.send(READ, READ_BODY)
     sleeper.close()
-    assert len(server.wire.answers) == 2
+    assert (asked, len(server.wire.answers)) == ([0.0], 2)
 
 
 def test_an_error_of_the_function_prevents_the_sleep(server: Server) -> None:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.epochs import Epochs
     from qedfuse.disk.writeback.firstwrite import FirstWriteGuard
     from qedfuse.disk.writeback.metadata import MetadataWriteback
-    from qedfuse.hostio.inodelock import InodeLock
-    from qedfuse.hostio.pagesource import PageSource
+    from qedfuse.hostio.pagesource import Contended, PageSource
 
 
 class InPlaceWrites(NamedTuple):
@@ -37,7 +36,7 @@ class InPlaceWrites(NamedTuple):
     """
 
     fd: int
-    inode: InodeLock
+    inode: Contended
     guard: FirstWriteGuard
     writeback: MetadataWriteback
     record: Callable[[int, float], None]
