@@ -23,10 +23,10 @@
     ├── PrivilegeError            EPERM    19  the user has no permission for the mount
     └── FuseError                 EIO      21  libfuse or the kernel's FUSE module failed
 
-The columns are the class, the errno with which a request of a guest fails, the exit code of a
-command, and the cause.  A RemoteError can have another errno, for example EACCES if the server
-refuses.  ``str(error)`` is one line that can be printed unchanged, because the names in it are
-escaped.
+The columns are the class, the errno with which a request of a guest fails, the exit code of
+``qedfuse``, and the cause.  A RemoteError can have another errno than EIO, for example EACCES if
+the server refuses.  ``str(error)`` is one line that can be printed unchanged, because the names in
+it are escaped.
 """
 
 from __future__ import annotations

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 class Disk(GuestChanges):
     """One opened image: what a guest can request, and what only the owner of the image can do.
 
-    Tasks may call all methods concurrently, unless the method says otherwise.  A method that
-    would modify the image raises `ReadOnlyError` if the disk is open read-only, or if an error
-    has made it read-only (`failure`).  But `try_write` returns False, and `autocompact` returns
-    without an error.
+    Tasks may call all methods concurrently, except where a docstring demands that no other request
+    is running.  If the disk is open read-only, or an error has made it read-only (`failure`), a
+    method that would modify the image raises `ReadOnlyError`.  There are two exceptions:
+    `try_write` returns False, and `autocompact` returns without an error.
 
     Attributes:
         path: The path of the image as the user gave it; empty if unknown.
@@ -57,9 +57,10 @@ class Disk(GuestChanges):
     ) -> None:
         """Build a disk over open files.
 
-        The caller must have locked the files if ``options`` demand locks, and must have checked the
-        image if it is open for writing and its tables must not be trusted (`open_disk`).  After
-        this call the caller must enter `serving` before it calls any other method.
+        The caller must have locked the files if ``options`` demand locks.  If the image is open for
+        writing, and its tables must not be trusted before a check (`open_disk`), the caller must
+        have checked the image.  After this call the caller must enter `serving` before it calls
+        any other method.
         """
         components = Components(file, header, bases, options, store)
         super().__init__(components)
@@ -129,7 +130,7 @@ class Disk(GuestChanges):
         return await self._components.compaction.run(progress, within_bound=within_bound)
 
     async def autocompact(self) -> None:
-        """Compact the image now as far as the options demand a compaction at the close.
+        """Compact the image now, as the close would do, if the options demand a compaction.
 
         A command calls this method if it reports the final length of the file while the disk is
         still open.  The file may become longer than its bound for a moment: the bound protects
@@ -147,7 +148,7 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Fail every read that waits for a server, now or later; other reads go on."""
+        """Make all reads fail that wait for a server now, or would later; other reads go on."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 

@@ -99,8 +99,8 @@ class Lifecycle:
 
         Raises:
             HostError: The host refused, or something written before could not be made
-                durable (D7).  The files are closed in this case, too.  NEED_CHECK stays set,
-                unless the close had cleared it before the error.
+                durable (D7).  The files are closed nevertheless.  If NEED_CHECK was set, it stays
+                set, unless the error came after the close had cleared it.
         """
         if self._closed:
             return

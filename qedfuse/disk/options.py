@@ -32,10 +32,10 @@ class BackingPolicy:
         format: The format of every base, with the name that QEMU has for it; None to decide for
             each base by the header of the image that names it and by the magic of the base.
         foreign: ``qemu`` allows images to name bases in formats other than QED and raw, which
-            QEMU then serves; ``off`` forbids such names.  With either value, a base that the user
+            QEMU then serves; ``off`` forbids such bases.  With either value, a base that the user
             has named, or whose format the user has given, may have any of these formats.
         trusted: A path or URL that is allowed as the first base because the user has named it;
-            None if there is none.  Ignored if the mode is ``none``.
+            None if the user has named no base.  Ignored if the mode is ``none``.
         base_changed: Whether to accept a base of another version than the one that the image
             remembers, and to remember the new version if the image is opened for writing.
         working_directory: The directory to which the path in a backing file name of the form
@@ -64,7 +64,7 @@ class OpenOptions:
             ``writable``.
         lock: Whether to take locks, which QEMU respects as well.
         backing: Which backing files may be used.
-        remote: How URLs are read, and which URLs backing files may be.
+        remote: How URLs are read, and which URLs an image may name as its backing file.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
             Parts of tables that are in use, or whose changes are not in the file yet, stay in
             memory even if they exceed the maximum.

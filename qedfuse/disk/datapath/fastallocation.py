@@ -7,13 +7,15 @@ below are met, which is usual:
 - The L2 table exists, the slice with the entries is in memory, and host space for the slice's
   write-back is reserved.
 - NEED_CHECK is set.
-- No other task holds the range lock of the clusters, or waits for it.
-- No table must be written back first (`TableWriter.limit_dirty`).
+- No task holds the range lock of the clusters (`WritePath.allocating`), and none waits for it.
+- The dirty slices fit in their budget (`TableWriter.is_within_budget`).
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.  If
   neither is the case, the slow path reclaims clusters before the file grows.
 - The image has no base, or the clusters are zero clusters, or the data covers the clusters
-  completely, or there is only one cluster.
+  completely, or there is only one cluster, whose code in `FlattenedBacking` is in memory and is
+  not `MIXED`.
+- If new clusters must be filled around the data, their content fits in the buffer.
 - Reading the base, growing the file and writing the data would not block.
 
 If a condition is not met, the slow path must carry out the write.
@@ -126,9 +128,10 @@ class FastAllocation:
         return True
 
     def _read_base(self, entry: int, start: int, length: int) -> int | None:
-        """Read the backing data of clusters at guest offset ``start`` into the buffer.
+        """Read what the base has for guest clusters into the buffer.
 
-        ``entry`` is the common value of the entries of the clusters.
+        ``start`` is the guest offset of the clusters, ``length`` their length in bytes, and
+        ``entry`` the value that all their entries have.
 
         Returns:
             How many bytes were read; the rest of the clusters must become zeros, except where the

@@ -24,7 +24,10 @@ class FastSeek:
     """Searches for data and holes without waiting."""
 
     def __init__(self, layer: QedLayer, *, has_base: bool) -> None:
-        """Search in ``layer``, the top of a chain; with an open base every search gives up."""
+        """Search in ``layer``, the top of a chain; every search gives up if ``has_base`` is True.
+
+        ``has_base`` is whether a base is open.
+        """
         self._layer = layer
         self._has_base = has_base
         self._empty_slice = layer.tables.empty_slice

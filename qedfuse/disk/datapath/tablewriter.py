@@ -57,8 +57,8 @@ class TableWriter:
     async def limit_dirty(self) -> None:
         """Flush if the dirty slices exceed the budget; do nothing if they fit (D4).
 
-        A request awaits this before it allocates or deallocates clusters.  So the memory for
-        dirty slices stays bounded, and if the tables cannot be written back, the request fails
+        A request awaits this method before it allocates or deallocates clusters.  So the memory
+        for dirty slices stays bounded, and if the tables cannot be written back, the request fails
         instead of making more slices dirty.
 
         Raises:

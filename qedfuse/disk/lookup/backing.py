@@ -2,10 +2,10 @@
 
 An untrusted image can name, as its backing file, any file that the user can read, and the guest
 would see the content of that file.  So a base must lie inside the directory of the image that names
-the base, unless the user allows other directories.  For a local base the policy is applied to the
-file that was opened and not to its name, so that symbolic links and renames cannot evade the
-policy.  A URL is allowed or refused by its name, before a connection is made.  ``backing=none``
-refuses every base before it is opened.
+the base, unless the user has named the base, or allows further directories or all files.  For a
+local base the policy is applied to the file that was opened and not to its name, so that symbolic
+links and renames cannot evade the policy.  A URL is allowed or refused by its name, before a
+connection is made.  ``backing=none`` refuses every base before it is opened.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ async def open_bases(
             know.
         ImageInUseError: A base is locked by another process.
         HostError: The host cannot read or lock a base, the cache cannot be used, or QEMU cannot
-            serve a base in another format.
+            serve a base in a format other than QED and raw.
 
     After any error all bases are closed.
     """
     layers: list[Layer] = []
     # The images above the base that is opened next, each with the name of the base that it stores.
-    # The name is empty if the caller has given another one.
+    # The name with ``file`` is empty if the caller has passed ``name``.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
@@ -214,7 +214,7 @@ async def open_base(
             is ``none``; None for no such path.
         images: The images above the backing file; see `verify_bases`.  A file on a server is read
             from the cache if the server no longer has the version that the images remember, and the
-            cache has all of that version.
+            cache has all of that version; not if the policy accepts other versions.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
@@ -284,8 +284,8 @@ async def _format_of(
         is_trusted: Whether the user has named the base.
 
     Raises:
-        BackingError: The magic is that of another image format, the policy does not allow this
-            format, and the user has not named the base.
+        BackingError: The magic is that of an image format other than QED, the policy does not allow
+            that format, and the user has not named the base.
         HostError: The host cannot read the base.
     """
     if policy.format is not None:
@@ -315,7 +315,7 @@ async def _open_foreign_base(
         base: The base.
         image: The name of the image that names the base, for messages.
         driver: The format of the base as QEMU calls it.
-        options: The policy for what the base itself names.
+        options: The policy for the files that the base itself names.
 
     Raises:
         QedError: See `open_foreign`.

@@ -35,9 +35,9 @@ def lacks_path(name: bytes) -> bool:
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name is relative to the directory of the image.  If the image has a URL, the result is a
-    URL, too, without the query of the image's URL.  A path after ``file:`` is relative to the
-    working directory, as in QEMU.
+    A plain name that is not absolute is relative to the directory of the image; if the image has a
+    URL, the result is a URL without the query of the image's URL.  A path after ``file:`` that is
+    not absolute is relative to the working directory, as in QEMU.
 
     Args:
         image: The path or URL of the image.

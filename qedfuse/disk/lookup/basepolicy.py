@@ -45,6 +45,8 @@ def open_local_base(
 ) -> PosixFile:
     """Open a backing file that is a local file, if the policy allows it.
 
+    The caller must have refused the file if the mode of the policy is ``none``.
+
     Args:
         path: The path of the backing file.
         image: The image that names it.
@@ -88,7 +90,7 @@ def is_named(path: str, base: HostFile, trusted: str | None) -> bool:
         trusted: The path or URL that the user has named; None if the user has named no base.
 
     Raises:
-        UsageError: ``path`` is a URL, and ``trusted`` is a URL that is not valid.
+        UsageError: ``path`` is a URL, and ``path`` or ``trusted`` is a URL that is not valid.
     """
     if trusted is None:
         return False

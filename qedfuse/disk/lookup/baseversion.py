@@ -61,8 +61,9 @@ class BaseVersions(NamedTuple):
     def decode(cls, record: bytes, name: str) -> BaseVersions | None:
         """Return the versions in a record of an image that stores ``name`` as the name of its base.
 
-        Returns None if the record is damaged, or was made when the image stored another name.  A
-        line for a file on a server begins with ``u``, and other lines with a hexadecimal digit.
+        Returns None if the record is damaged, or was made when the image stored another name.  In
+        a record the line of a file on a server begins with ``u``, and the line of a local file with
+        a hexadecimal digit.
 
         The record may come with an image from another machine, and its checksum is no proof.
         """

@@ -20,7 +20,7 @@ class FileReadStatistics(NamedTuple):
 
     Attributes:
         reads: Number of reads.
-        bytes: Number of bytes.
+        bytes: Number of bytes that were read.
     """
 
     reads: int

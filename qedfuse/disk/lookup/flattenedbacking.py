@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 MIXED: Final = 0
 ZEROS: Final = ZERO
-"""The cluster reads as zeros; equal to the table entry, so that entries need no conversion."""
+"""The cluster reads as zeros; equal to the table entry of a zero cluster, so that such entries need
+no conversion."""
 _DEPTH_BIAS: Final = 2
 """What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095

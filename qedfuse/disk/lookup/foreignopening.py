@@ -1,4 +1,4 @@
-"""Opening an image of another format as a raw disk that QEMU serves."""
+"""Opening an image in a format other than QED and raw, as a raw disk that QEMU serves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
         ImageInUseError: Another program has locked a file.
         HostError: A file cannot be read, or the host refused.
     """
-    # Imported late, because only images of other formats need these modules.
+    # Imported late, because only images that QEMU serves need these modules.
     from qedfuse.foreign.graph import Limits  # noqa: PLC0415  late, see above
     from qedfuse.foreign.opening import ForeignOpening  # noqa: PLC0415
 
@@ -109,7 +109,7 @@ def start_maps(layers: Iterable[Layer]) -> None:
 
 
 def refuse_foreign(layer: Layer) -> None:
-    """Refuse to change an image in another format.
+    """Raise if QEMU serves a layer, because such an image cannot be changed.
 
     Raises:
         UsageError: QEMU serves the layer, which can only be read.

@@ -71,6 +71,8 @@ async def open_url(
         UsageError: The URL is not valid, or the options do not permit it.
         RemoteError: The server cannot be reached, or does not serve the object.
         CacheError: The user has named a directory for the cache that cannot be used.
+        HostError: The data file of the cache cannot be opened, for example because the host has no
+            free descriptor.
     """
     address = parse_address(url)
     handover = _Handover()

@@ -30,7 +30,10 @@ class NeededUnits:
     """
 
     def __init__(self, layer: Layer) -> None:
-        """Start with no needed unit of the file of ``layer``; no program may write to the file."""
+        """Start with no needed unit of the file of ``layer``.
+
+        The caller must ensure that no program changes the file while this object is used.
+        """
         self._layer = layer
         self._size = layer.file.size()
         self._needed = bytearray(units_of(self._size))

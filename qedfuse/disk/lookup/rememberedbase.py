@@ -66,8 +66,8 @@ def verify_bases(
         bases: The bases of the first image, from its first base downwards.
         accept: Whether to accept other versions.
     """
-    # From the bottom up: if a base of a lower image is refused, nothing has been stored yet with
-    # the first image.
+    # The lowest image comes first.  So if a base of an image is refused, nothing has been stored
+    # with the images above it.
     for depth, (image, name) in reversed(list(enumerate(images))):
         if name:
             verify_base(image, name, bases[depth:], accept=accept)
@@ -245,9 +245,9 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no place for the attribute and a base is on a server, a file beside the
-    image is made.  If it has no place and no base is on a server, nothing is remembered, and an
-    earlier record is removed.
+    If the file system has no place for the attribute, it depends on the bases.  If one is on a
+    server, a file beside the image is made.  If none is, nothing is remembered, and an earlier
+    record is removed.
     """
     record = versions.encode(name)
     try:

@@ -49,7 +49,7 @@ class DiskGrowth:
         self._writeback = writeback
 
     async def grow(self, size: int, *, force: bool = False) -> None:
-        """Grow the disk to ``size`` bytes, durably; do nothing if the disk is at least as large.
+        """Grow the disk to ``size`` bytes, durably; do nothing if it has that many bytes or more.
 
         Args:
             size: The new size, which the caller must have passed to `DiskSize.check`.

@@ -5,13 +5,14 @@ Shrinking has three steps, each durable before the next one begins:
 1. The bytes past the new end in the new last cluster are zeroed, and the later clusters are
    deallocated.
 2. The size changes.
-3. The tables past the new end are removed.
+3. The tables past the new end are removed.  A table stays if it still refers to data, which can
+   only lie past the old end, or has a bad entry.
 
 After a crash before step 2 the disk has its old size, and the range to be cut off may read
 as zeros where it held data.  The user has asked to lose that data, and the image is sound.
 If step 2 came first, a crash could leave entries past the end of the disk.  A program that
-later grew the disk without looking for such entries would show the old data there.  Tables
-are removed only after step 2, because they hold the zero clusters that hide the base.  If
+later grew the disk without looking for such entries would show the old data in the added range.
+Tables are removed only after step 2, because they hold the zero clusters that hide the base.  If
 they were removed before step 2, a crash could leave an overlay of the old size that shows its
 base's data in the range to be cut off.
 """
@@ -145,8 +146,8 @@ class DiskShrinking:
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, so that the disk shows only its base, durably.
 
-        After that all L2 tables are removed, and the free clusters are cut off or punched.  A
-        table past the end of the disk stays if it refers to data or has a bad entry.
+        After that, the L2 tables are removed, and free clusters are cut off or punched.  A table
+        stays if one of its entries past the end of the disk refers to data or is bad.
 
         Args:
             progress: As for `shrink`.

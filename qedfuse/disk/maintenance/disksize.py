@@ -53,7 +53,7 @@ class DiskSize:
 
         Args:
             size: The new size in bytes.
-            shrink: Whether the disk will shrink; otherwise the disk will grow.
+            shrink: Whether the disk will shrink; if not, the disk will grow.
 
         Raises:
             UsageError: ``size`` is less than the present size without ``shrink``, or more

@@ -76,9 +76,10 @@ class Mover:
                 allocated.
 
         Raises:
-            HostError: The host refused.  If only making the move durable has failed, the
-                table has moved; otherwise the new clusters are free again.
-            ReadOnlyError: The disk has become read-only during the call; the table has moved.
+            HostError: The host refused.  If only the flush at the end has failed, the table has
+                moved.  After an earlier failure the table is where it was, and the new clusters
+                are free again.
+            ReadOnlyError: The disk has become read-only during the flush; the table has moved.
         """
         layer = self._layer
         old, new, length = table << self._bits, slot << self._bits, layer.geometry.table_bytes
@@ -146,6 +147,9 @@ class Mover:
             indices: The indices of the entries in the slice, ascending.
             lowest: See `move_data`.
             moved: See `move_data`.
+
+        Raises:
+            HostError: The host refused; clusters that were moved before stay moved.
         """
         size = self._layer.geometry.cluster_size
         edges = np.flatnonzero(np.diff(indices) != 1) + 1

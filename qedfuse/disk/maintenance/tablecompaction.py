@@ -137,7 +137,7 @@ class TableCompaction:
 
         Moves nothing in three cases: if the tables would reach past the target of a compaction
         without limits, if ``within_bound`` is True and the file could become longer than its
-        bound, or if more than ``max_moves`` clusters could have to move.
+        bound, or if the compaction could then have moved more than ``max_moves`` clusters in all.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()

@@ -47,7 +47,8 @@ class FileLength:
         has_odd_tail: Whether the file holds bytes past `end`, less than a cluster.  No valid
             entry refers to these bytes, but a new cluster at `end` would show them.
         lock: Held while a task waits for a change of the length.  `try_grow` does not take the
-            lock, because it does not await; it returns False while the lock is held.
+            lock, because it does not await; if the lock is held and the file is too short, it
+            returns False.
     """
 
     def __init__(self, file: HostFile, geometry: Geometry, allocator: Allocator) -> None:
@@ -84,9 +85,9 @@ class FileLength:
             except HostError:
                 if target == end:
                     raise
-                # The host may refuse only the step: a limit of the length of files (RLIMIT_FSIZE,
-                # or that of the file system) lies within it, or the file system allocates space
-                # for it, as vfat does, and is nearly full.
+                # The host may refuse only the growth step: a limit of the length of files
+                # (RLIMIT_FSIZE, or that of the file system) lies within the step, or the file
+                # system allocates space for the step, as vfat does, and is nearly full.
                 target = end
                 await self._grow_file(target)
             self.end = target

@@ -46,9 +46,10 @@ class Marking:
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        self._marked_duplicates = 0  # found since `restart`
-        # Lost references to clusters that had lost another reference before.  A walk that is
-        # restarted does not find them, so `restart` does not reset this number.
+        # How many duplicates `mark` and `record_drop` have found by their marks since `restart`.
+        self._marked_duplicates = 0
+        # How many references were dropped whose cluster had lost another reference before.  A walk
+        # that is restarted does not find these references, so `restart` does not reset the number.
         self._dropped_twice = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()

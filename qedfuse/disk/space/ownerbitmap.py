@@ -98,7 +98,7 @@ class OwnerBitmap:
     def _order(self, clusters: NDArray[np.uint64]) -> NDArray[np.intp]:
         """Return the indices that sort clusters; equal ones stay in their order."""
         bits = len(clusters).bit_length()
-        if self.clusters.bit_length() + bits > 64:  # noqa: PLR2004  bits of an entry
+        if self.clusters.bit_length() + bits > 64:  # noqa: PLR2004  bits of a word
             return np.argsort(clusters, kind="stable")
         # Sort words that consist of cluster and index, which is three times as fast as argsort.
         words = clusters << np.uint64(bits) | np.arange(len(clusters), dtype=np.uint64)

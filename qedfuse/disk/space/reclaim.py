@@ -147,8 +147,8 @@ class Reclaim:
     def pending_clusters(self) -> int:
         """How many clusters are in quarantine, or are free but still take up space on the host.
 
-        Clusters that may be holes do not count.  If the host cannot punch holes, or punching
-        is suspended, only the clusters in quarantine count.
+        Clusters that may be holes (`Allocator.maybe_holes`) do not count.  If the host cannot punch
+        holes, or punching is suspended, only the clusters in quarantine count.
         """
         allocator = self._allocator
         return self._quarantine.count + (allocator.unpunched.count if self._can_punch else 0)

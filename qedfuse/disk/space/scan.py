@@ -270,8 +270,8 @@ class Scan:
             if not block:
                 inside &= -1 << alignment
             # There must be no await from here to `adopt_block`.  Otherwise a cluster that was
-            # handed out in between would be adopted as free.  After `adopt_block` the allocator
-            # removes each cluster that it hands out from its own map.
+            # handed out in between would be adopted as free.  After `adopt_block` the clusters are
+            # in `Allocator.free`, from which the allocator removes each cluster that it hands out.
             owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged

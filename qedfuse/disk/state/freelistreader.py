@@ -113,8 +113,8 @@ class _Reader:
         """
         if self._header.need_check:
             # A list is written only while NEED_CHECK is clear.  So a program has set the bit
-            # after the list was written.  It may have changed the tables, and clusters in the
-            # list may be in use now.
+            # after the list was written.  That program may have changed the tables, and clusters
+            # in the list may be in use now.
             refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
         if backing_name_covers_descriptor(self._header):
             refuse("descriptor", "the backing file name in its bytes", "no overlap")
