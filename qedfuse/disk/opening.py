@@ -122,7 +122,9 @@ async def open_disk_in(
 async def _open_foreign_disk(
     file: HostFile, driver: str, options: OpenOptions, store: SliceStore, path: str
 ) -> AsyncIterator[Disk]:
-    """Open an image of another format, as the base of an empty image in memory; see `open_disk`.
+    """Open a foreign image, as the base of an empty image in memory; see `open_disk`.
+
+    A foreign image is one in a format of QEMU other than QED and raw.
 
     Raises:
         UsageError: The options ask for writing, or the image is not a local file.

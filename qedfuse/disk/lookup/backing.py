@@ -211,7 +211,7 @@ async def open_base(
         image: The image that names it.
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
-            is ``none``; None for no such path.
+            is ``none``; None if there is no such path or URL.
         images: The images above the backing file; see `verify_bases`.  A file on a server is read
             from the cache if the server no longer has the version that the images remember, and the
             cache has all of that version; not if the policy accepts other versions.

@@ -103,7 +103,7 @@ class QedLayer:
 
     @property
     def l2_tables(self) -> NDArray[np.uint64]:
-        """The file offsets of all L2 tables, ascending."""
+        """The file offsets of the L2 tables, ascending; see `TableRegistry.l2_tables`."""
         return self.registry.l2_tables
 
     @property
@@ -270,7 +270,8 @@ class QedLayer:
     ) -> Iterator[Extent]:
         """Yield the extents from ``start`` to ``end``, which lie within one slice of an L2 table.
 
-        ``slice_start`` is the guest offset of the slice's first cluster.
+        ``slice_start`` is the guest offset of the slice's first cluster, and ``l1_index`` the index
+        of the table's L1 entry, for messages.
         """
         geometry = self.geometry
         size = geometry.cluster_size
@@ -296,9 +297,9 @@ class QedLayer:
                 yield from self._data(here, stop, value + here - run_start)
 
     def _data(self, start: int, stop: int, file_offset: int) -> Iterator[Extent]:
-        """Yield the extents of a run of data that begins at ``file_offset`` in the file.
+        """Yield the extents of a guest range whose data begins at ``file_offset`` in the file.
 
-        If the image is open for reading only, the part of the run past the end of the file is
+        If the image is open for reading only, the part of the data past the end of the file is
         a bad extent.  In an image that is open for writing, entries that were read from the
         file are bad already if their clusters reach past its end (`TableRegistry.find_bad`).
         """

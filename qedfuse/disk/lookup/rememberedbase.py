@@ -76,7 +76,7 @@ def verify_bases(
 def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
     """Return the version that the images above a base on a server remember for this base.
 
-    If the images remember different versions, the result is the version that the first of them
+    If the images remember different versions, the result is the version that the uppermost of them
     remembers.  None if no image remembers a version of this base.
 
     Args:
@@ -107,7 +107,8 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
         accept: Whether to accept bases that differ, without a comparison.
 
     Raises:
-        BackingError: A base is a file on a server and of another version, and ``accept`` is False.
+        BackingError: A base is a file on a server whose version is not the remembered one, and
+            ``accept`` is False.
         HostError: The attributes of a local base cannot be read.
     """
     if image.fileno() < 0:
@@ -126,7 +127,7 @@ def _compare(
     """Compare the versions of the bases of an image; log a difference of a local base.
 
     Raises:
-        BackingError: A base is a file on a server and of another version.
+        BackingError: A base is a file on a server whose version is not the remembered one.
     """
     for base in bases:
         checksum = url_checksum(base.path)
@@ -177,7 +178,7 @@ def replace_versions(image: HostFile, name: str, versions: BaseVersions | None) 
 def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
     """Remember the new version of an image's local base after a commit of the image to that base.
 
-    Does nothing if no version is remembered.
+    Does nothing if no version of a local base is remembered.
 
     Args:
         image: The image.
@@ -212,7 +213,10 @@ class NewRecord:
         self._is_stored = False
 
     def store(self, fd: int) -> None:
-        """Store the record in the open image, if possible, before the image has its final name."""
+        """Store the record as an attribute of the open image, if possible.
+
+        The caller must call this method before the image gets its final name.
+        """
         if self._versions is not None:
             with suppress(OSError):
                 self._is_stored = set_attribute(fd, self._versions.encode(self._name))
@@ -245,9 +249,8 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no place for the attribute, it depends on the bases.  If one is on a
-    server, a file beside the image is made.  If none is, nothing is remembered, and an earlier
-    record is removed.
+    If the file system has no place for the attribute, a file beside the image is made if a base is
+    on a server.  If no base is, nothing is remembered, and an earlier record is removed.
     """
     record = versions.encode(name)
     try:

@@ -100,7 +100,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
     If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where
     the range of the next L1 entry that is not 0 begins.  The search for this entry ends with the
     slice of the L1 table that has the entry for ``start``.  If the search finds nothing, the result
-    is where the range of the last entry of this slice ends.
+    is where the range of the last L1 entry in this slice ends.
 
     Raises:
         HostError: The host cannot read a table.

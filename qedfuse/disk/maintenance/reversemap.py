@@ -3,7 +3,7 @@
 The format does not record which entry refers to a cluster, so all tables may have to be read.
 If the caller knows how many entries to expect, the reading ends when all have been found.
 In most cases the range is at the end of the file, and the tables that refer to clusters there also
-lie near the end.  So the tables are read in reverse order, to find the entries early.
+lie near the end.  So the last table of the file is read first, to find the entries early.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_FREE_CLUSTERS: Final = 1 << 28
 """Number of free clusters after which the scan looks for no more: 16 TiB in clusters of 64 KiB.
 
-If a sparse file has more free clusters, some of them are not used in this session.
+If a sparse file has more free clusters, some of them are not used before the next opening.
 """
 
 
@@ -76,7 +76,7 @@ class Allocator:
             here.
         free: Clusters below ``end`` that may be handed out.
         unpunched: Free clusters that may take up space on the host, because they were in
-            use in this session, or were skipped when `end` rose.  `Reclaim` punches them
+            use after the opening, or were skipped when `end` rose.  `Reclaim` punches them
             without asking the host whether they are holes already.
         maybe_holes: Free clusters that the scan found, except those that it assumes to be
             holes of the host's file (`adopt_block`, `finish_scan`).  Many of the clusters in this
@@ -272,7 +272,7 @@ class Allocator:
             self.shrink((end - count) << self._bits)
 
     def shrink(self, end: int) -> None:
-        """Lower `end` to a file offset, unless it is lower already.
+        """Lower `end` to the file offset ``end``, unless `end` is lower already.
 
         The caller must ensure that no cluster past the new `end` is in use or in `free`.
         """
@@ -284,7 +284,7 @@ class Allocator:
     # The free tail of the file
 
     def note_tail_handled(self) -> None:
-        """Note that no free tail waits: it is being cut off now, or the file has none."""
+        """Note that no free tail waits to be cut off: this is done now, or the file has none."""
         self.tail_is_free = False
 
     def note_tail_remains(self) -> None:

@@ -6,8 +6,8 @@ without a free cluster takes no memory.  Finding, taking or adding a run within 
 few operations on the block's integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  For slots, a run that crosses the border of a block counts as one run in each
-block.
+tables fit into it.  In the number of slots, a run that crosses the border of two blocks counts as
+two runs, one in each block.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FreeMap:
         return FreeMap(self.table_clusters, -self.alignment, counts_slots=False)
 
     def _set_bits(self, block: int, old: int, new: int) -> None:
-        """Replace the bits ``old`` of a block by ``new``, and update the counters."""
+        """Change all bits of a block from ``old`` to ``new``, and update the counters."""
         self.count += new.bit_count() - old.bit_count()
         if self._counts_slots:
             self.slots += self._slots(new, old ^ new) - self._slots(old, old ^ new)
@@ -84,7 +84,10 @@ class FreeMap:
             self._blocks.pop(block, None)
 
     def _slots(self, bits: int, changed: int) -> int:
-        """Count the slots in those runs of a block that the bits ``changed`` can affect."""
+        """Count the slots in those runs of a block that a change of some bits can affect.
+
+        ``bits`` are all bits of the block; ``changed`` has only the bits that change.
+        """
         if not changed:
             return 0
         # Only the part from the lowest to the highest changed bit, and the runs that touch this
@@ -189,6 +192,7 @@ class FreeMap:
         return self._cluster(block, _lowest_bit(self._blocks[block]))
 
     def _cluster(self, block: int, bit: int) -> int:
+        """Return the cluster for which a bit of a block stands."""
         return block * BLOCK_CLUSTERS + bit - self.alignment
 
     def take(self, limit: int) -> tuple[int, int] | None:
@@ -344,5 +348,5 @@ def _lowest_bit(bits: int) -> int:
 
 
 def _ones_below(bits: int, position: int) -> int:
-    """Count the set bits directly below a bit position."""
+    """Return the length of the run of set bits that ends directly below a bit position."""
     return position - (~bits & ((1 << position) - 1)).bit_length()

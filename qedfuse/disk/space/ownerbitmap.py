@@ -148,8 +148,8 @@ class OwnerBitmap:
         Some of them may have an owner already.  Clusters past the end of the file are ignored.
 
         Raises:
-            NeedsCheckError: As for `claim`, but a cluster of the range that has an owner counts
-                twice.
+            NeedsCheckError: As for `claim`, but a cluster of the range that has an owner already
+                counts twice towards the limit.
         """
         last = min(last, self.clusters)
         if first >= last:

@@ -93,15 +93,15 @@ class Reclaim:
     # Into quarantine
 
     def retire(self, offset: int, length: int, dropped_by: int) -> None:
-        """Put a run of clusters into quarantine, after its reference was removed.
+        """Put a run of clusters into quarantine, after the references to it were removed.
 
-        The caller must not await anything between removing the reference and this call:
+        The caller must not await anything between removing the references and this call:
         see `Quarantine.retire`.
 
         Args:
             offset: File offset of the run.
             length: Length of the run in bytes.
-            dropped_by: File offset of the slice that held the reference.
+            dropped_by: File offset of the slice that held the references.
         """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)
@@ -113,7 +113,8 @@ class Reclaim:
         The caller must not await anything between removing the references and this call.
 
         Args:
-            offsets: File offset of each cluster, in the order of the entries that held them.
+            offsets: File offset of each cluster, in the order of the entries that referred to the
+                clusters.
             dropped_by: File offset of the slice that held the references.
         """
         if not len(offsets):
@@ -131,9 +132,8 @@ class Reclaim:
     def pending(self) -> bool:
         """Whether there are clusters to free, cut off or punch.
 
-        False until the scan has ended, and also afterwards if the scan could not read the
-        tables.  Clusters in quarantine count even if `run` can free them only after the next
-        write-back cycle.
+        False until the scan has ended, and also afterwards if the scan has failed.  Clusters in
+        quarantine count even if `run` can free them only after the next write-back cycle.
         """
         allocator = self._allocator
         if not allocator.scan_complete:
@@ -199,7 +199,7 @@ class Reclaim:
 
         Frees only clusters that need not stay in quarantine any longer.  Punches at most
         ``max_runs`` runs, or all if ``max_runs`` is None.  Does nothing before the scan has
-        ended, or if the scan could not read the tables.
+        ended, or if the scan has failed.
 
         If the host refuses to cut or to punch, the file takes up more space than necessary,
         and nothing else is wrong.  So a HostError is logged, only the first time, and not
@@ -262,7 +262,9 @@ class Reclaim:
             left = None if left is None else left - done
 
     async def _punch_some(self, clusters: FreeMap, max_runs: int) -> int:
-        """Punch at most ``max_runs`` runs of one of the allocator's maps of unpunched clusters.
+        """Punch at most ``max_runs`` of the runs in ``clusters`` out of the file.
+
+        ``clusters`` is `Allocator.unpunched` or `Allocator.maybe_holes`.
 
         Returns:
             How many runs were removed from the map, including those that were holes already.

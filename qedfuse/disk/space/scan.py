@@ -63,7 +63,8 @@ class ScanStatistics:
     Attributes:
         state: ``postponed`` until a table is about to change; ``waiting`` before the walk begins;
             ``running`` during the walk; ``complete`` if the walk has read all tables, whether or
-            not it found damage; or ``failed`` if it could not read them.
+            not it found damage; or ``failed`` if a table could not be read, or too many clusters
+            are in use (`OwnerBitmap`).
         tables: Number of L2 tables to scan.
         scanned_tables: Number of those that the walk has passed or skipped as holes.
         loaded_slices: Number of slices of tables that the walk has loaded into memory.
@@ -79,8 +80,8 @@ class Scan:
     """The one scan of an open image.
 
     Attributes:
-        finished: Set when the scan has ended.  Then the free clusters are known or, if the tables
-            could not be read or the image is damaged, will not become known.
+        finished: Set when the scan has ended.  Then the free clusters are known or, if the scan has
+            failed or the image is damaged, will not become known.
     """
 
     def __init__(
