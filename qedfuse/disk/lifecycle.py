@@ -151,6 +151,8 @@ class Lifecycle:
         free clusters are known.  So this method runs the scan, or waits for its end, if clusters
         are in quarantine, or if a free list is wanted and cannot be written without the scan.  In
         other cases, for example if the disk was not changed, the close does not wait for the scan.
+        But if the scan has ended, the free clusters that it found are cut off and punched even if
+        the disk was not changed.
 
         Raises:
             HostError: The host refused.

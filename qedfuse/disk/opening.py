@@ -50,7 +50,7 @@ async def open_disk(
             refuse it.  If None, such an image is refused.
         with_bases: Whether to open the bases.  Without its base an image can still be inspected,
             compacted, emptied and given another base.  But unallocated ranges cannot be read, and
-            no range can be written.
+            no data can be written.
 
     Raises:
         QedError: The options contradict each other, the image or a base cannot be opened or

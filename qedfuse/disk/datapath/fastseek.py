@@ -2,7 +2,7 @@
 
 Like the fast path of reads and writes (`qedfuse.disk.datapath.fastpath`), the search gives up if a
 slice is not in memory or has a bad entry.  The caller then starts the search again with
-`qedfuse.disk.lookup.seek`, which waits, and for which bad entries count as data.
+`qedfuse.disk.lookup.seek`, which waits, and which counts bad entries as data.
 """
 
 from __future__ import annotations

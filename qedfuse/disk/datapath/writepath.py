@@ -132,7 +132,7 @@ class WritePath:
     async def _allocate_extent(self, extent: Extent, data: memoryview) -> None:
         """Allocate and fill every cluster of an unallocated or zero extent.
 
-        The caller must hold the range lock of the clusters.  If this raises, some clusters at
+        The caller must hold the range lock of the clusters.  After an error, some clusters at
         the beginning of the extent may have been allocated and filled.
         """
         geometry = self._layer.geometry

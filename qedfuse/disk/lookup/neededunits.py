@@ -40,7 +40,7 @@ class NeededUnits:
 
     @property
     def mask(self) -> bytes:
-        """1 for each unit that is needed, and 0 for the others."""
+        """One byte for each unit of the file: 1 if the unit is needed, 0 if not."""
         return bytes(self._needed)
 
     @property
@@ -51,7 +51,7 @@ class NeededUnits:
         return total - (past_end if self._needed[-1:] == b"\1" else 0)
 
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
-        """Yield the first and last unit of each run of adjacent needed units, in their order.
+        """Yield the first and last unit of each run of adjacent needed units, ascending.
 
         The file is divided into blocks of ``max_units`` units, and a run lies within one block.  A
         cache between this machine and the server may keep such blocks, and then fetches each block

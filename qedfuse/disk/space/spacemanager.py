@@ -110,9 +110,8 @@ class SpaceManager:
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
-        Does not wait for clusters to become free.  `allocate_table` has waited in vain when it
-        calls this method, and a compaction, the other caller, frees the clusters of the table
-        that it moves.
+        Does not wait for clusters to become free: one caller, `allocate_table`, has waited in vain,
+        and the other caller, a compaction, frees the old clusters of the table that it moves.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
@@ -151,8 +150,8 @@ class SpaceManager:
     async def _hand_out_and_grow(self, first: int, count: int) -> Run:
         """Hand out clusters that were just chosen, and grow the file if it is too short for them.
 
-        The caller must not have awaited anything since the clusters were chosen.  If this
-        raises, the clusters are free again.
+        The caller must not have awaited anything since the clusters were chosen.  After an error
+        the clusters are free again.
 
         Raises:
             NoSpaceError: The file would be longer than `MAX_OFFSET`, or the host is full.
