@@ -2,7 +2,7 @@
 
     QedError                      EIO      32  any other failure
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
-    ├── ReadOnlyError             EROFS     1  a change of a disk that is read-only
+    ├── ReadOnlyError             EROFS     1  the disk is read-only and cannot be changed
     ├── HostError                 (host's)  2  the host's file system or kernel refused
     │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
@@ -78,7 +78,7 @@ class UsageError(QedError):
 
 
 class ReadOnlyError(QedError):
-    """A change of a disk that is open read-only, or has become read-only after a failure."""
+    """The disk cannot be changed: it is open read-only, or a failure has made it read-only."""
 
     errno = errnos.EROFS
     exit_code = 1

@@ -54,7 +54,7 @@ def spawn_confined(
         output: Where the program's standard output goes, as for `subprocess.Popen`.
         errors: Where the program's standard error goes, as for `subprocess.Popen`.
         listener: Descriptor of a listening socket for the program; None if it needs no socket.
-        cpu_seconds: Maximum processor time of the program; None for no limit.
+        cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
 
     Raises:
         OSError: The host refused.

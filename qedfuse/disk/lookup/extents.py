@@ -17,7 +17,7 @@ class Kind(enum.Enum):
     ZERO = "zero"
     """Reads as zeros, even where a base has data."""
     UNALLOCATED = "unallocated"
-    """Not stored in this image: reads as the base, or as zeros without a base."""
+    """Not stored in this image: reads as the base, or as zeros if the image has no base."""
     BAD = "bad"
     """The table entry is invalid, or the file ends before the data ends; see ``reason``."""
 

@@ -6,8 +6,8 @@ for a write-back of the tables, and then calls `Reclaim.run` itself:
 - before the file grows, if enough clusters are in quarantine to be worth the write-back;
 - before the file would exceed its bound, if any clusters are in quarantine.
 
-In both cases the request first waits for clusters that are being punched, and in the second case
-also for the end of the scan.
+In both cases the request first waits for the end of punching that is under way, and in the second
+case also for the end of the scan.
 
 A write-back cycle seals the clusters that are in quarantine when the cycle begins.  `Quarantine`
 describes when sealed clusters may become free.
