@@ -117,10 +117,8 @@ def make_parser(name: str) -> Parser:
     codes = "; ".join(f"{code} {meaning}" for code, meaning in exit_codes(name).items())
     parser = Parser(
         prog=f"qedimg {name}",
-        description="\n\n".join(
-            fill(part, _HELP_COLUMNS) for part in module.DESCRIPTION.split("\n\n")
-        ),
-        epilog=f"Example:\n  {module.EXAMPLE}\n\n{fill(f'Exit codes: {codes}.', _HELP_COLUMNS)}",
+        description="\n\n".join(map(_wrapped, module.DESCRIPTION.split("\n\n"))),
+        epilog=f"Example:\n  {module.EXAMPLE}\n\n{_wrapped(f'Exit codes: {codes}.')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -129,6 +127,11 @@ def make_parser(name: str) -> Parser:
     verbosity.add_argument("-q", "--quiet", action="store_true", help="print only errors and JSON")
     verbosity.add_argument("-v", "--verbose", action="store_true", help="print what is being done")
     return parser
+
+
+def _wrapped(text: str) -> str:
+    """Return a paragraph in lines that fit the help, without breaks inside words."""
+    return fill(text, _HELP_COLUMNS, break_on_hyphens=False)
 
 
 def usage() -> str:
