@@ -84,7 +84,7 @@ class Server:
         sandbox: Sandbox | None,
         *,
         metrics: socket.socket | None = None,
-        directory: bool,
+        is_directory: bool,
     ) -> None:
         """Build the handlers of requests; nothing is mounted yet.
 
@@ -96,7 +96,7 @@ class Server:
             unmounter: Unmounts the mountpoint; a helper process if there is a sandbox.
             sandbox: The sandbox to enter before the first request; None for no sandbox.
             metrics: The socket at which the metrics are served; None for nowhere.
-            directory: Whether the mountpoint is a directory.
+            is_directory: Whether the mountpoint is a directory.
         """
         self._unmounter = unmounter
         self._sandbox = sandbox
@@ -104,14 +104,14 @@ class Server:
         self._options = options
         self._mountpoint = mountpoint
         self._laundering = Laundering(launderer)
-        self._size_fixup = SizeFixup(mountpoint, directory=directory)
+        self._size_fixup = SizeFixup(mountpoint, is_directory=is_directory)
         truncation = Truncation(options, self._laundering.try_drop_pages)
         self._partition_files = PartitionFiles(
             *(disks, self._laundering.try_drop_pages, self._share_files)
         )
         self._operations = Operations(
             *(disks, options, truncation, self._size_fixup, self._partition_files),
-            directory=directory,
+            is_directory=is_directory,
         )
         self._data_requests: DataRequests | None = None
         self._is_ready = False

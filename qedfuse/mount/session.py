@@ -261,8 +261,8 @@ class _Session:
             msg = f"option partition: found {len(sources)} images, expected one"
             raise UsageError(msg)
         lock_name = mountpoint_lock_name(request.mountpoint)
-        directory = check_mountpoint(request.mountpoint, len(sources))
-        if options.partitions and not directory:
+        is_directory = check_mountpoint(request.mountpoint, len(sources))
+        if options.partitions and not is_directory:
             msg = (
                 f"{printable(request.mountpoint)}: option partitions: found a file as mountpoint, "
                 "expected a directory; partition=NUMBER shows one partition"
@@ -272,7 +272,7 @@ class _Session:
             check_privileges(for_others=options.allow_other or options.allow_root)
         async with AsyncExitStack() as stack:
             with explained_limit(len(sources)):
-                disks = await self._open(stack, sources, directory=directory)
+                disks = await self._open(stack, sources, is_directory=is_directory)
             if request.fake:
                 return
             # Other users can read the mount table, and the query of a URL may be a secret.
@@ -282,13 +282,13 @@ class _Session:
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
-            sandbox = self._prepare_sandbox(disks, listener, directory=directory)
+            sandbox = self._prepare_sandbox(disks, listener, is_directory=is_directory)
             unmounter = self._unmounter
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer),
                 *(unmounter or DirectUnmounter(request.mountpoint), sandbox),
                 metrics=None if listener is None else listener.socket,
-                directory=directory,
+                is_directory=is_directory,
             )
             self._failure = await server.run(
                 *(shown[0], lock_name, signals, announcement, self._protection_failure)
@@ -315,7 +315,7 @@ class _Session:
         return listener
 
     def _prepare_sandbox(
-        self, disks: ExportedDisks, listener: Listener | None, *, directory: bool
+        self, disks: ExportedDisks, listener: Listener | None, *, is_directory: bool
     ) -> Sandbox | None:
         """Return a sandbox for serving ``disks``, to be entered later.
 
@@ -324,7 +324,7 @@ class _Session:
         Args:
             disks: The disks.
             listener: Where requests of metrics arrive; None for nowhere.
-            directory: Whether the mountpoint is a directory.
+            is_directory: Whether the mountpoint is a directory.
 
         Raises:
             HostError: The sandbox is ``strict``, and a part of it is not available.
@@ -348,7 +348,7 @@ class _Session:
             start_maps(disk.chain.layers)
         needs = server_needs(
             *(request.mountpoint, request.sources, options),
-            directory=directory,
+            is_directory=is_directory,
             mode=file_mode(options),
             uses_servers=disks.use_servers,
             socket_directory=None if listener is None else listener.directory,
@@ -356,7 +356,7 @@ class _Session:
         return Sandbox(options.sandbox, needs)
 
     async def _open(
-        self, stack: AsyncExitStack, sources: list[Source], *, directory: bool
+        self, stack: AsyncExitStack, sources: list[Source], *, is_directory: bool
     ) -> ExportedDisks:
         """Open one disk for each source; the caller closes the disks by closing ``stack``.
 
@@ -365,7 +365,7 @@ class _Session:
         """
         options = self._request.options
         disks = []
-        first_inode = pyfuse3.ROOT_INODE + 1 if directory else pyfuse3.ROOT_INODE
+        first_inode = pyfuse3.ROOT_INODE + 1 if is_directory else pyfuse3.ROOT_INODE
         read_only = find_read_only(sources, options)
         for inode, source in enumerate(sources, first_inode):
             disk_options = options.for_read_only_disk() if source in read_only else options

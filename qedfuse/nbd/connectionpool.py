@@ -53,7 +53,7 @@ class Slot:
         self.backoff_until = 0.0
 
     @property
-    def ready(self) -> Connection | None:
+    def working_connection(self) -> Connection | None:
         """The connection; None if there is none that works."""
         connection = self._connection
         return None if connection is None or connection.is_broken else connection
@@ -81,7 +81,7 @@ class Slot:
         while not self._lock.acquire(timeout=CANCEL_POLL_SECONDS):
             check_wanted(self._closed)
         try:
-            connection = self.ready
+            connection = self.working_connection
             if connection is not None:
                 return connection
             if self._failure is not None and self._failed_at >= since:
@@ -149,11 +149,11 @@ class ConnectionPool:
         while True:
             # One connection is enough for tasks.  One thread runs all tasks and receives all of
             # their replies, so further connections would not make the tasks faster.
-            connection = None if self.is_closed else self._slots[0].ready
+            connection = None if self.is_closed else self._slots[0].working_connection
             if connection is not None:
                 return connection
             slot = self._choose()
-            connection = slot.ready
+            connection = slot.working_connection
             if connection is not None:
                 return connection
             try:
@@ -177,7 +177,7 @@ class ConnectionPool:
         """
         while True:
             slot = self._choose()
-            connection = slot.ready
+            connection = slot.working_connection
             if connection is not None:
                 return connection
             try:
@@ -205,7 +205,9 @@ class ConnectionPool:
             msg = "closed"
             raise BrokenError(msg)
         now = time.monotonic()
-        slots = [slot for slot in self._slots if slot.ready or slot.backoff_until <= now]
+        slots = [
+            slot for slot in self._slots if slot.working_connection or slot.backoff_until <= now
+        ]
         return min(slots or self._slots, key=_in_flight)
 
     def _try_back_off(self, slot: Slot) -> bool:
@@ -214,7 +216,7 @@ class ConnectionPool:
         Returns False and does nothing if no slot is connected.  If another slot is connected, the
         server probably allows fewer connections than `MAX_CONNECTIONS`.
         """
-        if not any(other.ready for other in self._slots):
+        if not any(other.working_connection for other in self._slots):
             return False
         slot.backoff_until = time.monotonic() + _BACKOFF_SECONDS
         return True

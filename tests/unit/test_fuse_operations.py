@@ -103,9 +103,9 @@ def operations(disks: ExportedDisks, options: MountOptions | None = None) -> Ope
     """Make the handlers of requests for disks in a directory."""
     chosen = options or MountOptions()
     truncation = Truncation(chosen, drop_pages)
-    size_fixup = SizeFixup("/mnt", directory=True)
+    size_fixup = SizeFixup("/mnt", is_directory=True)
     files = PartitionFiles(disks, drop_pages, lambda: None)
-    return Operations(disks, chosen, truncation, size_fixup, files, directory=True)
+    return Operations(disks, chosen, truncation, size_fixup, files, is_directory=True)
 
 
 class Context:

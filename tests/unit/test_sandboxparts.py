@@ -37,7 +37,7 @@ def test_a_missing_extension_is_listed_once(version: int, monkeypatch: pytest.Mo
     """Without the extension, the version of Landlock makes no difference."""
     monkeypatch.setattr(module, "landlock_version", lambda: version)
     monkeypatch.setitem(sys.modules, "qedfuse.mount.sandbox._threads", None)
-    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    sandbox = Sandbox("on", ServerNeeds("/mnt", is_directory=True))
     assert landlock_lines(sandbox) == ["Landlock (the extension was not built)"]
 
 
@@ -48,7 +48,7 @@ def test_landlock_is_listed_once(
 ) -> None:
     """If the threads cannot be restricted either, another part is listed for that."""
     monkeypatch.setattr(module, "landlock_version", lambda: version)
-    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    sandbox = Sandbox("on", ServerNeeds("/mnt", is_directory=True))
     assert landlock_lines(sandbox) == [f"Landlock ({reason})"]
     sandbox._restrict = refuse
     assert sandbox._restrict_threads() == []
@@ -62,7 +62,7 @@ def test_landlock_is_listed_once(
 @pytest.mark.skipif(landlock_version() < 2, reason="needs Landlock")
 def test_the_ruleset_is_closed_after_a_failure() -> None:
     """If the kernel refuses to restrict the threads, the descriptor does not stay open."""
-    sandbox = Sandbox("on", ServerNeeds("/mnt", directory=True))
+    sandbox = Sandbox("on", ServerNeeds("/mnt", is_directory=True))
     assert sandbox._rules is not None
     descriptor = sandbox._rules.fd
     os.fstat(descriptor)
@@ -91,7 +91,7 @@ def test_a_user_without_a_home_directory_has_no_cache(
         "/mnt",
         ["https://example.org/vm.qed"],
         MountOptions(remote_cache_directory=option),
-        directory=True,
+        is_directory=True,
         mode=0o600,
         uses_servers=True,
         socket_directory=None,

@@ -33,11 +33,11 @@ class Slice:
         bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
         pins: How many write-backs and `Pins` keep this slice in memory.
         changed_first: Index of the first dirty entry.
-        changed_last: Index past the last dirty entry; equal to ``changed_first`` if the slice
+        changed_end: Index past the last dirty entry; equal to ``changed_first`` if the slice
             is clean.
     """
 
-    __slots__ = ("bad", "changed_first", "changed_last", "entries", "level", "offset", "pins")
+    __slots__ = ("bad", "changed_end", "changed_first", "entries", "level", "offset", "pins")
 
     def __init__(self, offset: int, level: int, entries: array[int], bad: bytes | None) -> None:
         """Hold ``entries``, clean and not pinned."""
@@ -46,20 +46,20 @@ class Slice:
         self.entries = entries
         self.bad = bad
         self.pins = 0
-        self.changed_first = self.changed_last = 0
+        self.changed_first = self.changed_end = 0
 
     @property
     def dirty(self) -> bool:
         """Whether the slice has changes that the next write-back must take."""
-        return self.changed_first < self.changed_last
+        return self.changed_first < self.changed_end
 
-    def touch(self, first: int, last: int) -> None:
-        """Mark the entries from ``first`` up to ``last``, exclusive, as dirty."""
+    def touch(self, first: int, end: int) -> None:
+        """Mark the entries from ``first`` up to ``end``, exclusive, as dirty."""
         if self.dirty:
             self.changed_first = min(self.changed_first, first)
-            self.changed_last = max(self.changed_last, last)
+            self.changed_end = max(self.changed_end, end)
         else:
-            self.changed_first, self.changed_last = first, last
+            self.changed_first, self.changed_end = first, end
 
 
 class Pins:
@@ -100,24 +100,24 @@ class WriteBack:
     Attributes:
         source: The slice.
         first: Index of the first changed entry.
-        last: Index past the last changed entry.
+        stop: Index past the last changed entry.
         offset: File offset of ``data``.
-        data: The entries from ``first`` up to ``last``, exclusive, as bytes for the file.
+        data: The entries from ``first`` up to ``stop``, exclusive, as bytes for the file.
     """
 
-    __slots__ = ("data", "first", "last", "offset", "source")
+    __slots__ = ("data", "first", "offset", "source", "stop")
 
     def __init__(self, source: Slice) -> None:
         """Take the changes of a dirty slice, which is clean and pinned afterwards."""
         self.source = source
-        self.first, self.last = source.changed_first, source.changed_last
+        self.first, self.stop = source.changed_first, source.changed_end
         self.offset = source.offset + self.first * ENTRY_BYTES
-        self.data = encode(source.entries, self.first, self.last)
-        source.changed_first = source.changed_last = 0
+        self.data = encode(source.entries, self.first, self.stop)
+        source.changed_first = source.changed_end = 0
         source.pins += 1
 
     def end(self, *, written: bool) -> None:
         """Unpin the slice; its changes are dirty again unless they were ``written``."""
         self.source.pins -= 1
         if not written:
-            self.source.touch(self.first, self.last)
+            self.source.touch(self.first, self.stop)

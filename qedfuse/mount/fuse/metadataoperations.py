@@ -59,7 +59,7 @@ class MetadataOperations(pyfuse3.Operations):
         size_fixup: SizeFixup,
         partition_files: PartitionFiles,
         *,
-        directory: bool,
+        is_directory: bool,
     ) -> None:
         """Export the disks as files of a directory, or a single disk as the mountpoint itself.
 
@@ -69,7 +69,7 @@ class MetadataOperations(pyfuse3.Operations):
             truncation: Changes the size of a disk.
             size_fixup: Gets a request when the kernel may have cached a wrong size of a disk.
             partition_files: Keeps the files of partitions in step with the disks.
-            directory: Whether the mountpoint is a directory.  If not, the mountpoint is the file
+            is_directory: Whether the mountpoint is a directory.  If not, the mountpoint is the file
                 of the only disk.
         """
         super().__init__()
@@ -81,7 +81,7 @@ class MetadataOperations(pyfuse3.Operations):
         self._truncation = truncation
         self._size_fixup = size_fixup
         self._partition_files = partition_files
-        self._directory = directory
+        self._is_directory = is_directory
         self._attributes = Attributes(options)
         # The kernel does not know the option ``allow_root``.  So the kernel gets ``allow_other``
         # in its place, and the handlers refuse all users but root and the user who mounts
@@ -130,7 +130,7 @@ class MetadataOperations(pyfuse3.Operations):
 
     def _is_root(self, inode: int) -> bool:
         """Return whether an inode is that of the directory; False if the mountpoint is a file."""
-        return self._directory and inode == pyfuse3.ROOT_INODE
+        return self._is_directory and inode == pyfuse3.ROOT_INODE
 
     # Names and attributes
 

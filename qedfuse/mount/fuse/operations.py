@@ -51,18 +51,18 @@ class Operations(MetadataOperations):
         size_fixup: SizeFixup,
         partition_files: PartitionFiles,
         *,
-        directory: bool,
+        is_directory: bool,
     ) -> None:
         """Serve the disks; the arguments are those of `MetadataOperations`."""
         super().__init__(
-            disks, options, truncation, size_fixup, partition_files, directory=directory
+            disks, options, truncation, size_fixup, partition_files, is_directory=is_directory
         )
         # If the mountpoint is a file, the kernel starts with the size 0 for that file.  With the
         # write-back cache the kernel would never replace this size, so the cache is off.
         # `qedfuse.mount.fuse.truncation` explains why the write-back cache is off with
         # truncate=zero.
         self.enable_writeback_cache = (
-            directory
+            is_directory
             and not (options.read_only or options.direct_io)
             and options.truncate == "refuse"
         )

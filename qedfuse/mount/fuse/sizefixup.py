@@ -34,16 +34,16 @@ _log = logging.getLogger(__name__)
 class SizeFixup:
     """Corrects the kernel's cached sizes, in the background and one disk at a time."""
 
-    def __init__(self, mountpoint: str, *, directory: bool) -> None:
+    def __init__(self, mountpoint: str, *, is_directory: bool) -> None:
         """Make an object for the files of one mount; only `run` corrects sizes.
 
         Args:
             mountpoint: The path of the mountpoint.
-            directory: Whether the mountpoint is a directory; if not, the mountpoint is the file of
-                the only disk.
+            is_directory: Whether the mountpoint is a directory; if not, the mountpoint is the file
+                of the only disk.
         """
         self._mountpoint = mountpoint
-        self._is_directory = directory
+        self._is_directory = is_directory
         self._pending: dict[int, ExportedDisk] = {}
         self._wake = trio.Event()
 

@@ -22,7 +22,7 @@ class ServerNeeds:
 
     Attributes:
         mountpoint: The mountpoint, absolute and free of symbolic links.
-        directory: Whether the mountpoint is a directory.
+        is_directory: Whether the mountpoint is a directory.
         modes: The modes that the process can need for chmod(2); empty if it never calls chmod(2).
             The process sets the present mode of a disk's file again, to correct the size that the
             kernel has cached (`SizeFixup`).
@@ -38,7 +38,7 @@ class ServerNeeds:
     """
 
     mountpoint: str
-    directory: bool
+    is_directory: bool
     modes: Sequence[int] = ()
     writable: bool = False
     uses_servers: bool = False
@@ -54,7 +54,7 @@ def server_needs(
     sources: Iterable[str],
     options: MountOptions,
     *,
-    directory: bool,
+    is_directory: bool,
     mode: int,
     uses_servers: bool,
     socket_directory: int | None,
@@ -65,7 +65,7 @@ def server_needs(
         mountpoint: The mountpoint, absolute and free of symbolic links.
         sources: The images, or directories of images: absolute paths or URLs.
         options: The options of the mount.
-        directory: Whether the mountpoint is a directory.
+        is_directory: Whether the mountpoint is a directory.
         mode: The permissions of the disks.  A disk that is read-only in a writable mount has the
             same permissions without those for writing.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
@@ -74,7 +74,7 @@ def server_needs(
     """
     needs = ServerNeeds(
         mountpoint,
-        directory=directory,
+        is_directory=is_directory,
         modes=() if options.read_only else (mode, mode & ~0o222),
         writable=not options.read_only,
         socket_directory=socket_directory,

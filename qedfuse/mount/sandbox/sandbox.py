@@ -209,7 +209,7 @@ class Sandbox:
         """
         # fstat(2) cannot be used to find out whether the mountpoint is a directory, because the
         # call would wait for this server itself.
-        rights = allowedfiles.SERVE if self._needs.directory else allowedfiles.SERVE_FILE
+        rights = allowedfiles.SERVE if self._needs.is_directory else allowedfiles.SERVE_FILE
         mountpoint = os.open(self._needs.mountpoint, os.O_PATH | os.O_CLOEXEC)
         try:
             rules.allow(mountpoint, rights)
