@@ -25,8 +25,8 @@ class Attempts:
     """The attempts of one read.
 
     Attributes:
-        end: The time (`time.monotonic`) after which no attempt begins, and at which waiting for
-            replies ends.  The read can fail later, because making a connection has its own limit.
+        end: The time (`time.monotonic`) after which no attempt begins, and at which waiting for a
+            connection or for replies ends.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import select
 import ssl
 import threading
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from qedfuse.nbd.connection import Connection
 from qedfuse.nbd.failures import BrokenError, RefusedError
 from qedfuse.nbd.handshake import Receive, Send, handshake
-from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
+from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, NO_CONNECTION, check_wanted
 from qedfuse.nbd.wire import PlainWire, TlsWire
 from qedfuse.text import printable
 from qedfuse.util.threads import start_thread
@@ -43,6 +44,7 @@ def make_connection(
     tls: Tls | None,
     attempt_seconds: float,
     closed: threading.Event,
+    end: float = math.inf,
 ) -> Connection:
     """Connect to an export; the call blocks.
 
@@ -53,6 +55,7 @@ def make_connection(
         attempt_seconds: Maximum time in seconds of the handshake.  A reader that later waits for
             a reply gives the connection up if no byte has come for the same time.
         closed: Event that ends the call when it is set.
+        end: The time (`time.monotonic`) at which the call ends at the latest.
 
     Raises:
         BrokenError: The server cannot be reached, does not answer in time, is shutting down, has a
@@ -64,11 +67,11 @@ def make_connection(
         trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     try:
-        sock = _Connecting(connect).wait(closed)
+        sock = _Connecting(connect).wait(closed, end)
         try:
             # The time that connecting has taken does not count, because connecting has its own
             # limit.
-            deadline = _Deadline(time.monotonic() + attempt_seconds, closed)
+            deadline = _Deadline(min(end, time.monotonic() + attempt_seconds), closed)
             wire, export = _shake_hands(PlainWire(sock), name, tls, deadline)
         except BaseException:
             sock.close()
@@ -80,8 +83,7 @@ def make_connection(
         )
         raise BrokenError(msg) from error
     except TimeoutError as error:
-        msg = "found no connection in time"
-        raise BrokenError(msg) from error
+        raise BrokenError(NO_CONNECTION) from error
     except OSError as error:
         raise BrokenError(error.strerror or str(error)) from error
     return Connection(wire, export, attempt_seconds)
@@ -104,19 +106,19 @@ class _Connecting:
         self._is_given_up = False
         start_thread(self._run, name="qedfuse connect")
 
-    def wait(self, closed: threading.Event) -> socket.socket:
+    def wait(self, closed: threading.Event, end: float) -> socket.socket:
         """Return the socket, or raise the exception of ``connect``.
 
-        If ``closed`` was set or the task was cancelled, the socket is closed, even if ``connect``
-        returns it later.
+        If ``closed`` was set, the time ``end`` has come or the task was cancelled, the socket is
+        closed, even if ``connect`` returns it later.
 
         Raises:
-            BrokenError: ``closed`` was set.
+            BrokenError: ``closed`` was set, or the time ``end`` (`time.monotonic`) has come.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         try:
             while not self._ended.wait(CANCEL_POLL_SECONDS):
-                check_wanted(closed)
+                check_wanted(closed, end)
         except BaseException:
             with self._lock:
                 self._is_given_up = True
@@ -167,7 +169,7 @@ class _Deadline:
         while (seconds := self.end - time.monotonic()) > 0:
             if poll.poll(1 + 1000 * min(seconds, CANCEL_POLL_SECONDS)):
                 return
-            check_wanted(self.closed)
+            check_wanted(self.closed, math.inf)  # the loop looks at the time
         msg = "found no answer in time during the handshake"
         raise BrokenError(msg)
 

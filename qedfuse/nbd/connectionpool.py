@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from qedfuse.nbd.failures import BrokenError
-from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, check_wanted
+from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, NO_CONNECTION, check_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,14 +33,15 @@ class Slot:
 
     def __init__(
         self,
-        make: Callable[[], Connection],
+        make: Callable[[float], Connection],
         connection: Connection | None,
         closed: threading.Event,
     ) -> None:
         """Begin with ``connection``; None for a slot without a connection.
 
         Args:
-            make: Function that makes a connection; it blocks the thread.
+            make: Function that makes a connection until a time (`time.monotonic`); it blocks the
+                thread.
             connection: The first connection.
             closed: The event that is set when the pool is closed.
         """
@@ -64,22 +65,23 @@ class Slot:
         connection = self._connection
         return 0 if connection is None else connection.in_flight
 
-    def connect(self, since: float) -> Connection:
+    def connect(self, since: float, end: float) -> Connection:
         """Return the connection; make one if there is none.  The call blocks the thread.
 
         Args:
             since: The time (`time.monotonic`) at which the caller began to wait.  If an attempt of
                 another caller has failed since then, its error is raised again.
+            end: The time at which the call ends at the latest.
 
         Raises:
-            BrokenError: The connection cannot be made, or the pool was closed.
+            BrokenError: The connection cannot be made, or not in time, or the pool was closed.
             RefusedError: The server does not serve the export in a way that can be used.
             QedError: An error of the function that connects the socket.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
-        check_wanted(self._closed)
+        check_wanted(self._closed, end)
         while not self._lock.acquire(timeout=CANCEL_POLL_SECONDS):
-            check_wanted(self._closed)
+            check_wanted(self._closed, end)
         try:
             connection = self.working_connection
             if connection is not None:
@@ -87,9 +89,12 @@ class Slot:
             if self._failure is not None and self._failed_at >= since:
                 raise BrokenError(*self._failure.args)
             try:
-                connection = self._make()
+                connection = self._make(end)
             except BrokenError as error:
-                self._failed_at, self._failure = time.monotonic(), error
+                # If only the time of this caller is over, other callers make their own attempts.
+                now = time.monotonic()
+                if now < end:
+                    self._failed_at, self._failure = now, error
                 raise
             self._connection, self._failure = connection, None
         finally:
@@ -116,13 +121,14 @@ class ConnectionPool:
     """
 
     def __init__(
-        self, make: Callable[[], Connection], first: Connection, closed: threading.Event
+        self, make: Callable[[float], Connection], first: Connection, closed: threading.Event
     ) -> None:
         """Begin with the connection ``first``.
 
         Args:
             make: Function that makes a connection: a further one, if the server allows several, or
-                one in place of a broken one.  The function ends when ``closed`` is set.
+                one in place of a broken one.  The function ends when ``closed`` is set, and at the
+                time (`time.monotonic`) that is its argument.
             first: The first connection.
             closed: Event that `close` sets.
         """
@@ -138,11 +144,14 @@ class ConnectionPool:
         """Whether `close` was called."""
         return self.closed.is_set()
 
-    async def connection(self) -> Connection:
+    async def connection(self, end: float) -> Connection:
         """Return the connection for the next request of a task.
 
+        Args:
+            end: The time (`time.monotonic`) at which the call ends at the latest.
+
         Raises:
-            BrokenError: No connection can be made, or the pool was closed.
+            BrokenError: No connection can be made, or not in time, or the pool was closed.
             RefusedError: The server does not serve the export in a way that can be used.
             QedError: An error of the function that connects the socket.
         """
@@ -157,20 +166,32 @@ class ConnectionPool:
             if connection is not None:
                 return connection
             try:
-                return await trio.to_thread.run_sync(
-                    partial(slot.connect, time.monotonic()),
-                    abandon_on_cancel=True,
-                    limiter=self._threads,
-                )
+                return await self._connect_in_thread(slot, end)
             except BrokenError:
                 if not self._try_back_off(slot):
                     raise
 
-    def connection_blocking(self) -> Connection:
+    async def _connect_in_thread(self, slot: Slot, end: float) -> Connection:
+        """Call `Slot.connect` in a thread; the errors are those of that method.
+
+        The time limit also applies to the wait for a thread of the limiter.
+        """
+        with trio.move_on_after(max(0.0, end - time.monotonic())):
+            return await trio.to_thread.run_sync(
+                partial(slot.connect, time.monotonic(), end),
+                abandon_on_cancel=True,
+                limiter=self._threads,
+            )
+        raise BrokenError(NO_CONNECTION)
+
+    def connection_blocking(self, end: float) -> Connection:
         """Return the connection for the next request of a thread.
 
+        Args:
+            end: The time (`time.monotonic`) at which the call ends at the latest.
+
         Raises:
-            BrokenError: No connection can be made, or the pool was closed.
+            BrokenError: No connection can be made, or not in time, or the pool was closed.
             RefusedError: The server does not serve the export in a way that can be used.
             QedError: An error of the function that connects the socket.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
@@ -181,7 +202,7 @@ class ConnectionPool:
             if connection is not None:
                 return connection
             try:
-                return slot.connect(time.monotonic())
+                return slot.connect(time.monotonic(), end)
             except BrokenError:
                 if not self._try_back_off(slot):
                     raise

@@ -93,7 +93,7 @@ class NbdFile(ReadOnlyFile):
         while True:
             sent = time.monotonic()
             try:
-                connection = await self._connections.connection()
+                connection = await self._connections.connection(attempts.end)
                 read = AlignedRead(connection.export, offset, view[:length])
                 await connection.run(read.requests, attempts.end)
                 read.finish()
@@ -118,7 +118,7 @@ class NbdFile(ReadOnlyFile):
         while True:
             sent = time.monotonic()
             try:
-                connection = self._connections.connection_blocking()
+                connection = self._connections.connection_blocking(attempts.end)
                 read = AlignedRead(connection.export, offset, view[:length])
                 connection.run_blocking(read.requests, attempts.end)
                 read.finish()
@@ -241,7 +241,7 @@ class NbdFile(ReadOnlyFile):
         while True:
             sent = time.monotonic()
             try:
-                connection = await self._connections.connection()
+                connection = await self._connections.connection(attempts.end)
                 export = connection.export
                 if export.context is None:
                     self._extents.set_all_data()

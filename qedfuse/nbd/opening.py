@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,10 @@ def open_nbd(
     size: int | None = None
     closed = threading.Event()
 
-    def make() -> Connection:
+    def make(end: float = math.inf) -> Connection:
         """Make a connection; refuse an export whose size has changed.  See `make_connection`."""
-        connection = make_connection(connect, export_name, tls, deadlines.attempt_seconds, closed)
+        seconds = deadlines.attempt_seconds
+        connection = make_connection(connect, export_name, tls, seconds, closed, end)
         if size is not None and connection.export.size != size:
             connection.close()
             msg = f"found an export of {connection.export.size} bytes, expected {size} as before"

@@ -20,6 +20,9 @@ CANCEL_POLL_SECONDS: Final = 0.2
 """Interval of the checks that end waiting: a thread checks whether its task was cancelled; threads
 and tasks check whether the file was closed."""
 
+NO_CONNECTION: Final = "found no connection in time"
+"""The message of the error if no connection could be made in time."""
+
 
 class Waiter(Protocol):
     """A reader that waits for replies."""
@@ -103,16 +106,18 @@ async def pause(closed: threading.Event, seconds: float) -> None:
         await trio.sleep(min(left, CANCEL_POLL_SECONDS))
 
 
-def check_wanted(closed: threading.Event) -> None:
-    """Raise an exception if a thread must not wait any longer.
+def check_wanted(closed: threading.Event, end: float) -> None:
+    """Raise an exception if a thread must not wait any longer for a connection.
 
     Raises:
-        BrokenError: ``closed`` is set.
+        BrokenError: ``closed`` is set, or the time ``end`` (`time.monotonic`) has come.
         trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     if closed.is_set():
         msg = "closed"
         raise BrokenError(msg)
+    if time.monotonic() >= end:
+        raise BrokenError(NO_CONNECTION)
     check_cancelled()
 
 

@@ -302,6 +302,45 @@ class Connector:
         return self._connect() if self.count == 1 else self.later()
 
 
+@BEGINS
+@ENDS
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("where", ["socket", "handshake"])
+def test_a_connection_has_no_more_time_than_the_read(
+    server: FaultyServer, where: str, reader: str
+) -> None:
+    """A read ends in time if a server accepts no connection, or sends no greeting.
+
+    All reads that wait for the connection end, and the reads after them work if the server does.
+    """
+    limits = Deadlines(connect_seconds=100, attempt_seconds=100, total_seconds=0.5)
+    server.choose_connection = lambda number: None if number == 1 else "stall in the handshake"
+    connector = Connector(server)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        if where == "socket":
+            connector.later = partial(socket.create_connection, address, 100)
+        # The queue of the listener has space for one connection.
+        with socket.create_connection(address), ThreadPoolExecutor(3) as pool:
+            file = open_nbd(connector, "", "x", limits)
+            server.break_connections()
+            count = 3 if reader == "thread" else 1  # a file belongs to one event loop
+            start = time.monotonic()
+            reads = [pool.submit(READERS[reader], file) for _ in range(count)]
+            for failed in reads:
+                error = failed.exception()
+                assert isinstance(error, RemoteError)
+                assert "in time" in str(error)
+            assert time.monotonic() - start < MAX_SECONDS
+            assert connector.count > 1
+    server.choose_connection = lambda _number: None
+    connector.later = server.connect
+    try:
+        assert READERS[reader](file) == server.content[:LENGTH]
+    finally:
+        file.close()
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_stop_ends_the_wait_for_a_socket(server: FaultyServer, reader: str) -> None:
     """A read fails as soon as fetching is stopped, also while connect(2) waits.
