@@ -39,6 +39,9 @@ class OutageLog:
         self._lock = threading.Lock()
         self._kind: type[RemoteError] | None = None  # of the present outage
         self._is_logged = False  # whether the present outage was logged
+        # Whether an outage was logged since the last answer.  An outage of one kind may follow
+        # another without an answer in between.
+        self._awaits_end = False
         self._begun = 0.0  # when the present outage began
         # For each kind, when the last outage that was logged began.
         self._last_logged: dict[type[RemoteError], float] = {}
@@ -58,12 +61,13 @@ class OutageLog:
                 must_log = self._is_logged = last is None or now - last >= _MIN_SECONDS_BETWEEN
                 if must_log:
                     self._last_logged[kind] = now
+                    self._awaits_end = True
             error.is_logged = self._is_logged
         if must_log:
             _log.error("%s; %s", error, self._consequence)
 
     def answered(self, sent: float = math.inf) -> None:
-        """End the present outage; log its end if its beginning was logged.
+        """End the present outage; log the end if a beginning was logged since the last answer.
 
         Args:
             sent: The time (`time.monotonic`) at which the request was sent.  The answer to a
@@ -73,7 +77,7 @@ class OutageLog:
         with self._lock:
             if self._kind is not None and sent <= self._begun:
                 return
-            must_log = self._is_logged
-            self._kind, self._is_logged = None, False
+            must_log = self._awaits_end
+            self._kind, self._is_logged, self._awaits_end = None, False, False
         if must_log:
             _log.warning("%s: answers again", self._name)

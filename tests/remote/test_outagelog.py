@@ -77,3 +77,22 @@ def test_a_late_answer_does_not_end_an_outage(
     assert caplog.messages == [f"x: changed; {CANNOT}"]
     log.answered(6.0)
     assert caplog.messages[1:] == ["x: answers again"]
+
+
+@pytest.mark.expect_log(CANNOT)
+@pytest.mark.expect_log("answers again")
+def test_the_end_of_several_outages_is_logged_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end is logged if any of the outages was logged, even if the last one was not."""
+    clock.now = 5.0
+    log = OutageLog("x", CANNOT)
+    log.failed(RemoteError("x: out"))
+    log.failed(ObjectChangedError("x: changed"))
+    unlogged = RemoteError("x: out again")
+    log.failed(unlogged)
+    assert not unlogged.is_logged
+    log.answered()
+    log.answered()
+    expected = [f"x: out; {CANNOT}", f"x: changed; {CANNOT}", "x: answers again"]
+    assert caplog.messages == expected
