@@ -212,6 +212,34 @@ def test_a_server_of_another_version(
     assert json.loads(capsys.readouterr().out)["mounts"] == [json.loads(text)]
 
 
+def test_a_server_with_impossible_values(
+    image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A value of another type, or out of range, makes one line for each kind of output."""
+    with mounted(image, mnt):
+        document = read_statistics(str(mnt))
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(stats, "read_statistics", lambda _: found[-1])
+    for field, value in (
+        ("disks", "x"),
+        ("disks", [1]),
+        ("disks", 1),
+        ("resident_bytes", "x"),
+        ("resident_bytes", 10**400),
+        ("uptime_seconds", []),
+    ):
+        found.append({**document, field: value})
+        outputs = ["human", "prometheus"] if field == "disks" else ["human"]
+        for output in outputs:
+            assert main(["stats", "--output", output, str(mnt)]) == 32, (field, value, output)
+            assert capsys.readouterr().err == (
+                "qedfuse: statistics: found an impossible value in a field, expected those of this "
+                "version (--output json prints what there is)\n"
+            )
+        assert main(["stats", "--output", "json", str(mnt)]) == 0
+        capsys.readouterr()
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("lines", [0, 2])
 def test_the_reader_of_the_tables_may_go(

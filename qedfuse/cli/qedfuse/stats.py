@@ -155,7 +155,8 @@ def _with_fields(show: Callable[[], T]) -> T:
     """Return the result of ``show``, which makes output of documents.
 
     Raises:
-        NoStatisticsError: A document lacks a field.
+        NoStatisticsError: A document lacks a field, or has an impossible value in one: root also
+            reads the documents of mounts of other users.
     """
     try:
         return show()
@@ -163,6 +164,12 @@ def _with_fields(show: Callable[[], T]) -> T:
         msg = (
             f"statistics: found no field {printable(str(error.args[0]))}, expected one (the mount "
             "runs another version of qedfuse; --output json prints what there is)"
+        )
+        raise NoStatisticsError(msg) from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        msg = (
+            "statistics: found an impossible value in a field, expected those of this version "
+            "(--output json prints what there is)"
         )
         raise NoStatisticsError(msg) from error
 
