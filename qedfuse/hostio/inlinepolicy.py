@@ -14,6 +14,7 @@ from qedfuse.util.loopload import loop_load
 
 if TYPE_CHECKING:
     from qedfuse.hostio.inodelock import InodeLock
+    from qedfuse.util.loopload import LoopLoad
 
 INLINE_WRITE_BYTES: Final = 1 << 18
 """Maximum length of a write that always counts as short, because the copy to the page cache
@@ -46,6 +47,7 @@ class InlinePolicy:
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)
         self._unsynced_bytes = 0  # written since the last datasync began
+        self._load: LoopLoad | None = None  # looked up once, because that takes time
 
     def is_short(self, length: int) -> bool:
         """Return whether a write of ``length`` bytes counts as short.
@@ -97,8 +99,14 @@ class InlinePolicy:
             self._datasyncs.seconds > 0
             and self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
             and self._inode.recheck_free()
-            and not loop_load().has_requests()
+            and not self._loop_load().has_requests()
         )
+
+    def _loop_load(self) -> LoopLoad:
+        """Return the load of the event loop, which is the same for all calls."""
+        if self._load is None:
+            self._load = loop_load()
+        return self._load
 
     def record_datasync(self, seconds: float, *, is_inline: bool) -> None:
         """Record how long a datasync took; in a thread, the round trip to the thread included."""

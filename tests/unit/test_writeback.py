@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from qedfuse.disk.writeback.metadata import WritebackStatistics
 from qedfuse.errors import HeaderError, HostError, NeedsCheckError, NoSpaceError, ReadOnlyError
 from tests.support.disks import (
     WRITABLE,
@@ -371,21 +372,79 @@ async def test_a_flush_without_tables_is_one_datasync_that_waits_for_nothing() -
         assert disk.statistics().writeback.datasyncs == 1
 
 
-async def test_a_flush_that_needs_more_than_a_datasync_does_nothing_on_the_fast_path() -> None:
-    """With a dirty table, and if a datasync would wait, the fast path of a flush does nothing."""
+async def test_a_flush_of_few_slices_waits_for_nothing() -> None:
+    """After a new cluster, the entries are written between two datasyncs on the fast path (D2)."""
     file = RecordingFile(build_image(SIZE, {0: b"a"}))
+    async with opened(file) as disk:
+        await disk.write(CLUSTER, b"new cluster")
+        file.in_page_cache = True
+        before = len(file.changes)
+        assert disk.try_flush()
+        first, entries, last = file.changes[before:]
+        assert (first, last) == (Sync(), Sync())
+        assert table_writes(file) == [entries.offset]  # type: ignore[union-attr]
+        assert disk.try_flush(), "nothing was written since"
+        assert len(file.changes) == before + 3
+        assert disk.statistics().writeback == WritebackStatistics(1, 2, 1)
+    assert inspect_image(file.content).errors == ()
+
+
+async def test_a_flush_that_would_wait_does_nothing_on_the_fast_path() -> None:
+    """If a datasync would wait, if many slices are dirty or the L1 table is, nothing happens."""
+    file = RecordingFile(build_image(16 * SPAN, {number * 512: b"a" for number in range(15)}))
     async with opened(file) as disk:
         await disk.write(0, b"in place")
         before = len(file.changes)
         assert not disk.try_flush(), "the datasync would wait"
+        assert len(file.changes) == before
+        await disk.write(15 * SPAN, b"new table")
         file.in_page_cache = True
-        await disk.write(CLUSTER, b"new cluster")
-        dirty = len(file.changes)
-        assert not disk.try_flush(), "a table is dirty"
-        assert Sync() not in file.changes[before:dirty]
-        assert len(file.changes) == dirty
+        before = len(file.changes)
+        assert not disk.try_flush(), "the L1 table is dirty"
+        assert len(file.changes) == before
         await disk.flush()
-        assert table_writes(file)
+        for number in range(5):
+            await disk.write(number * SPAN + CLUSTER, b"new cluster")
+        before = len(file.changes)
+        assert not disk.try_flush(), "many slices are dirty"
+        assert len(file.changes) == before
+        await disk.flush()
+        assert len(file.changes) > before
+    assert inspect_image(file.content).errors == ()
+
+
+@pytest.mark.parametrize("refused", ["write", "datasync"])
+async def test_a_flush_that_the_fast_path_cannot_complete_is_completed_by_the_slow_path(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not written is dirty again, and what was written is made durable."""
+    file = RecordingFile(build_image(SIZE, {0: b"a"}))
+    async with opened(file) as disk:
+        await disk.write(CLUSTER, b"new cluster")
+        file.in_page_cache = True
+        refusals: list[int] = []
+
+        def refuse(*_: object) -> bool:
+            refusals.append(len(file.changes))
+            return False
+
+        if refused == "write":
+            monkeypatch.setattr(file, "try_write", refuse)
+        else:
+            datasync = file.try_datasync
+            monkeypatch.setattr(
+                file, "try_datasync", lambda: datasync() if not table_writes(file) else refuse()
+            )
+        assert not disk.try_flush()
+        assert len(refusals) == 1
+        monkeypatch.undo()
+        assert len(table_writes(file)) == (refused == "datasync")
+        before = len(file.changes)
+        await disk.flush()
+        assert file.changes[before] == Sync()
+        assert file.changes[-1] == Sync()
+        assert len(table_writes(file)) == 1
+    assert inspect_image(file.content).errors == ()
 
 
 async def test_a_flush_on_the_fast_path_does_not_overtake_a_cycle() -> None:

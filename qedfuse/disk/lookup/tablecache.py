@@ -216,6 +216,12 @@ class TableCache:
         """How many bytes the entries of the dirty slices take."""
         return len(self._dirty) * self._slice_bytes
 
+    def has_few_dirty(self, max_count: int) -> bool:
+        """Return whether at most ``max_count`` slices are dirty, and none of the L1 table."""
+        return len(self._dirty) <= max_count and not any(
+            dirty.level == L1 for dirty in self._dirty.values()
+        )
+
     def take_dirty(self) -> tuple[list[WriteBack], list[WriteBack]]:
         """Take the changes of all dirty slices, which are clean and pinned afterwards.
 

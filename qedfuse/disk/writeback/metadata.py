@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import HostFile
 
 log = logging.getLogger(__name__)
+
+_MAX_INLINE_SLICES: Final = 4
+"""Maximum number of dirty slices that a cycle writes in the event loop, without waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,32 +160,56 @@ class MetadataWriteback:
     def try_write_back(self) -> bool:
         """Make everything written so far durable without waiting; return whether that succeeded.
 
-        Returns True if one datasync in the event loop suffices and succeeds, or if nothing was
-        written since the last successful cycle began.  Returns False if a table must be written,
-        if a cycle is running or waiting, if the datasync might take long, or if the host refuses,
-        which makes the disk read-only.  After False the caller must use `write_back`, which raises
-        the host's error, if any.
+        Returns True if a cycle in the event loop suffices and succeeds, or if nothing was written
+        since the last successful cycle began.  Returns False if more than `_MAX_INLINE_SLICES`
+        slices or a part of the L1 table must be written, if a cycle is running or waiting, if a
+        datasync might take long, or if the host refuses; a datasync that fails makes the disk
+        read-only.  After False the caller must use `write_back`, which raises the host's error, if
+        any.
         """
         if (
             self.failure is not None
             or self._running is not None
             or self._waiting is not None
-            or self._tables.dirty_bytes
+            or not self._tables.has_few_dirty(_MAX_INLINE_SLICES)
         ):
             return False
         if self._changes == self._durable_changes:
             return True
-        # The rest of this method is a cycle without tables.  It awaits nothing, so the counter and
-        # what the observer notes describe the same moment: see `_cycle`.
         try:
-            if not self._file.try_datasync():
-                return False
+            return self._try_cycle()
         except HostError as error:
             self._become_read_only(error)
             return False
+
+    def _try_cycle(self) -> bool:
+        """Run a cycle without waiting; return False if it cannot be completed.
+
+        After False the changes that were not written are dirty again, and the next cycle makes the
+        others durable.
+
+        Raises:
+            HostError: A datasync failed.
+        """
+        # This method awaits nothing, so nothing changes between its steps, and the first datasync
+        # covers all that the tables refer to, although the tables are taken after it.  The order
+        # of what becomes durable is that of `_cycle`.
+        if not self._file.try_datasync():
+            return False
         self.cycles += 1
         self._datasyncs += 1
+        l2, _ = self._tables.take_dirty()
         self._observer.cycle_began()
+        for index, write in enumerate(l2):
+            if not self._file.try_write(write.offset, write.data):
+                self._give_back(l2[index:])
+                return False
+            self._table_writes += 1
+            self._tables.end_write_back(write, written=True)
+        if l2:
+            if not self._file.try_datasync():
+                return False
+            self._datasyncs += 1
         self._durable_changes = self._changes
         self._observer.cycle_durable()
         return True
