@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 60
 
 SAFE_TO_SHARE: Final = {
+    "qedfuse.api._files": "changes in single steps; only a forked child, with one thread, iterates",
     "qedfuse.mount.sandbox.sandbox.urlsplit": "a cache of the standard library, with a lock",
     "qedfuse.nbd.export.RESOLVER": "has a lock",
     "qedfuse.nbd.export.urlsplit": "a cache of the standard library, with a lock",
