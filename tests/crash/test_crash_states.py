@@ -21,7 +21,7 @@ from tests.support.share import share
 if TYPE_CHECKING:
     from pathlib import Path
 
-STATES: Final = share(3_000, of=9_000)
+STATES: Final = share(1_500, of=9_000)
 """How many states of power failures are judged for each case and seed, beside all prefixes.
 
 With as many, `tests/crash/test_barriers.py` finds the absence of each barrier.

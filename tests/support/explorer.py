@@ -39,7 +39,7 @@ CHECK_EVERY_STATES: Final = 101
 """Of this many states one is handed to the project's check."""
 OPEN_EVERY_STATES: Final = 499
 """Of this many states one is opened, repaired and written to."""
-QEMU_EVERY_STATES: Final = 1499
+QEMU_EVERY_STATES: Final = 701
 """Of this many states one is shown to QEMU's check."""
 
 
