@@ -78,8 +78,8 @@ class GuestChanges(GuestReads):
         self, record_write: Callable[[int, float], None], length: int, seconds: float
     ) -> None:
         """Record that the extension has written ``length`` bytes in ``seconds``."""
+        self._writeback.note_write()  # first: without it a flush might not cover the write
         record_write(length, seconds)
-        self._writeback.note_write()
 
     def try_write(self, start: int, data: Buffer) -> bool:
         """Write bytes without waiting; return False if that would block or fails.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -189,6 +190,27 @@ async def test_the_time_of_a_write_is_recorded(session: Session, tmp_path: Path)
         ((length, seconds),) = recorded
         assert length == 4
         assert 0.0 < seconds < 60.0
+
+
+async def test_a_write_is_durable_after_a_flush_even_if_its_time_cannot_be_recorded(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk learns of the write first, so the next flush makes it durable (D1)."""
+    async with shown(session, tmp_path) as disk:
+
+        def fail(_length: int, _seconds: float) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(disk._file, "_record_write", fail)
+        reported: list[object] = []
+        monkeypatch.setattr(sys, "unraisablehook", reported.append)
+        session.show(*disk.tables_for_reads())
+        cycles = disk.statistics().writeback.cycles
+        assert session.write(0, b"data")
+        assert len(reported) == 1
+        await disk.flush()
+        assert disk.statistics().writeback.cycles == cycles + 1
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,6 +16,7 @@ from qedfuse.mount.fuse.scheduler import (
     MAX_BURST,
     MAX_BURST_BESIDE_OTHERS,
     MAX_BURST_BESIDE_READS,
+    MAX_DELAY_SECONDS,
     Scheduler,
     default_poll_seconds,
     scheduled,
@@ -412,6 +413,24 @@ async def test_the_extension_may_not_sleep_while_the_event_loop_has_work(
     scheduler.notify_closing(pipe[0])
     assert scheduler._prepare_sleep(0.0) == 0.0
     assert permissions.said.count(()) == 5
+
+
+async def test_the_event_loop_looks_for_other_events_between_sleeps() -> None:
+    """The extension sleeps for some milliseconds in all, and again after other tasks have run."""
+    scheduler = Scheduler(0.0, Clock(step=MAX_DELAY_SECONDS / 2))
+    await wait_all_tasks_blocked()
+    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
+    assert [scheduler._prepare_sleep(0.0) > 0.0 for _ in range(5)] == [True] * 3 + [False] * 2
+    await scheduler._run_other_tasks()
+    assert scheduler._prepare_sleep(0.0) > 0.0
+
+
+async def test_the_extension_does_not_sleep_beside_servers() -> None:
+    """The answer of a server would wait until the sleep is over."""
+    with scheduled(0.0, extension_sleeps=False) as scheduler:
+        await wait_all_tasks_blocked()
+        scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
+        assert scheduler._prepare_sleep(0.0) == 0.0
 
 
 async def test_long_waits_end_the_sleeps_of_the_extension() -> None:

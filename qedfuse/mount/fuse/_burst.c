@@ -198,13 +198,15 @@ static int sleep_and_receive(void)
     int result = -EAGAIN, found = 1;
 
     end = since + permitted_sleep();
-    for (now = monotonic_time(); result == -EAGAIN && found > 0 && now < end; now = monotonic_time()) {
+    now = monotonic_time();
+    while (result == -EAGAIN && found > 0 && now < end) {
         struct timespec time = {(end - now) / 1000000000, (end - now) % 1000000000};
 
         Py_BEGIN_ALLOW_THREADS
         found = ppoll(awaited, sizeof awaited / sizeof *awaited, &time, NULL);
         Py_END_ALLOW_THREADS
         end_queued_reads();
+        now = monotonic_time();
         if (awaited[1].revents) {
             forbid();
             break;
@@ -212,7 +214,7 @@ static int sleep_and_receive(void)
         result = receive(session, &buffer);
     }
     waited_nanoseconds += now - since;
-    if (result != -EAGAIN) {
+    if (result > 0) {
         last_wait = waited_nanoseconds;
         waited_nanoseconds = 0;
     }

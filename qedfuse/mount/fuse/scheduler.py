@@ -18,6 +18,8 @@ After a request the extension itself polls for the next one (`_burst.c`), becaus
 one request in flight sends the next request before the event loop calls the scheduler again.  The
 scheduler permits this polling only while polling pays off, and only after all other tasks have run.
 Until the other tasks run again, the extension polls for at most `EXTENSION_POLL_SECONDS` in all.
+After that it may sleep until the next request comes, if no other task can run and no file of the
+mount is on a server (`Scheduler._prepare_sleep`).
 
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
@@ -96,6 +98,10 @@ EXTENSION_SLEEP_SECONDS: Final = 2e-3
 """Maximum time for which the extension sleeps until a request comes.  During such a sleep the event
 loop notices no event of other descriptors than those of requests and of calls on host files."""
 
+MAX_DELAY_SECONDS: Final = 10e-3
+"""The extension does not begin to sleep if the event loop has looked for no other events for so
+long."""
+
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
 
@@ -139,6 +145,8 @@ class Scheduler:
         poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
         calls: HostCalls | None = None,
+        *,
+        extension_sleeps: bool = True,
     ) -> None:
         """Make a scheduler for the event loop that runs now.
 
@@ -147,12 +155,18 @@ class Scheduler:
             clock: Returns the time in seconds.
             calls: Makes calls on host files; the scheduler asks it whether calls have ended.  None
                 for the object of the current event loop (`host_calls`).
+            extension_sleeps: Whether the extension may sleep.  It should not if tasks wait for a
+                server, because it would not notice the answer of the server meanwhile.
         """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
         self._load = loop_load()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
-        self._extension_sleep = AdaptivePoll(EXTENSION_SLEEP_SECONDS)
+        self._extension_sleep = AdaptivePoll(EXTENSION_SLEEP_SECONDS if extension_sleeps else 0.0)
+        # Whether the event loop has looked for other events since the extension last asked whether
+        # it may sleep, and the time of the first such question after it had.
+        self._others_ran = True
+        self._others_ran_at = 0.0
         self._clock = clock
         self._calls = host_calls() if calls is None else calls
         self._poller = select.poll()
@@ -227,6 +241,7 @@ class Scheduler:
         # is not recorded.
         is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
+        self._others_ran = True
         if is_loop_free:
             self._record_sleep(self._clock() - since)
         self._permit_waiting()
@@ -254,17 +269,25 @@ class Scheduler:
             )
 
     def _prepare_sleep(self, waited: float) -> float:
-        """Return how many seconds the extension may sleep now; 0 if another task can run.
+        """Return how many seconds the extension may sleep now; 0 if it must not.
+
+        It must not if another task can run, if a timer has ended, or if the event loop has looked
+        for no other events for `MAX_DELAY_SECONDS`.
 
         Called by the extension; see `permit_waiting`.  ``waited`` is the time for which the last
         request was awaited that came during a sleep of the extension; 0 if there is none.
         """
         if waited:
             self._record_sleep(waited)
+        now = self._clock()
+        if self._others_ran:
+            self._others_ran, self._others_ran_at = False, now
         state = trio.lowlevel.current_statistics()
         if (
             state.tasks_runnable
             or state.run_sync_soon_queue_size
+            or state.seconds_to_next_deadline <= 0
+            or now - self._others_ran_at > MAX_DELAY_SECONDS
             or self._closing
             or self._is_loop_needed()
             or self._calls.has_finished()
@@ -340,6 +363,7 @@ class Scheduler:
     async def _run_other_tasks(self) -> None:
         """Let all other runnable tasks run, those whose calls have finished included."""
         self._burst = 0
+        self._others_ran = True
         self.statistics.yields += 1
         end_queued_reads()
         if self._calls.has_finished():
@@ -381,7 +405,7 @@ def default_poll_seconds() -> float:
 
 
 @contextmanager
-def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
+def scheduled(poll_seconds: float | None, *, extension_sleeps: bool = True) -> Iterator[Scheduler]:
     """Make pyfuse3 use a `Scheduler` in the block, and yield the scheduler.
 
     The caller must make all calls of `pyfuse3.main` in one block, because pyfuse3 makes its lock
@@ -390,8 +414,12 @@ def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     Args:
         poll_seconds: Maximum time in seconds to poll for a request; 0 to poll only once; None
             for `default_poll_seconds`.
+        extension_sleeps: See `Scheduler`.
     """
-    scheduler = Scheduler(default_poll_seconds() if poll_seconds is None else poll_seconds)
+    scheduler = Scheduler(
+        default_poll_seconds() if poll_seconds is None else poll_seconds,
+        extension_sleeps=extension_sleeps,
+    )
     # pyfuse3 documents this attribute for its asyncio mode; its type hints lack it.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
     try:
