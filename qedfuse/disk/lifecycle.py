@@ -42,8 +42,8 @@ class Lifecycle:
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
                 where its descriptor must be.
-            HostError: The host refused at the start or at the close, or something written before
-                the close could not be made durable (D7).
+            HostError: The host refused an access to the file at the start or at the close, or
+                something written before the close could not be made durable (D7).
 
         After any error the files are closed.
         """

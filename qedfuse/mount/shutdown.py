@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
-"""Maximum time between two attempts to unmount while the mount is in use.  When the last open
+"""Maximum pause between two attempts to unmount while the mount is in use.  When the last open
 handle is closed, the next attempt starts earlier.  Attempts without such a close are needed because
 the kernel does not report when a process leaves a working directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0

@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object in bytes: that of a file on ext4.  Each unit takes one byte of memory
-(64 MiB for the largest object), up to eight bytes more if the unit has blocks of zeros
-(`ZeroBlocks`), and eight bytes in the map of the cache."""
+"""Maximum size of an object in bytes: that of a file on ext4.  In memory each unit takes one byte
+(64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
+(`ZeroBlocks`).  On disk it takes eight bytes in the file of checksums of the cache (`UnitFile`)."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
-"""For how long attempts of a brief call are repeated.  If a brief call failed after one attempt, a
-program that repeats failed reads could make many requests a second."""
+"""For how long failed attempts are repeated in a call of `get_parts` with ``is_brief``.
+
+The time is not 0, because a program that repeats failed reads without a pause would otherwise make
+many requests a second."""
 
 
 class RemoteObject:
@@ -62,8 +64,8 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # The last attempt may begin when the time is over, and may be repeated once with other
-        # credentials.
+        # The last attempt may begin at the very end of the time, and take its own full time.  If
+        # the server refuses its credentials, one more attempt follows.
         self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
         self._total_seconds = deadlines.total_seconds
         self._brief_seconds = min(_BRIEF_SECONDS, deadlines.total_seconds)
@@ -230,7 +232,8 @@ def retry(
 ) -> T:
     """Repeat an attempt until it succeeds; return its result.
 
-    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated.
+    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated,
+    except for the first attempt whose credentials the server refuses.
 
     Args:
         address: The address of the object.
@@ -238,7 +241,7 @@ def retry(
         renew: Called when the server refuses the credentials for the first time; see
             `Client.renew`.  The next refusal is an error.
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
-            end of this time at the latest.
+            end of this time at the latest, but one with renewed credentials may follow.
         closed: The event that ends the repetition.  After a refusal of the credentials ``attempt``
             is called once more nevertheless, and has to look at the event itself.
         unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
@@ -291,7 +294,7 @@ def retry(
 def closed_error(name: str) -> RemoteError:
     """Return the error of a read of the file ``name`` that was closed."""
     error = RemoteError(f"{name}: found the file closed, expected it open")
-    error.is_logged = True  # not worth a line: the file was closed on purpose
+    error.is_logged = True  # the file was closed on purpose
     return error
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.errors import QedError
 
 BUG: Final = 70
-"""The exit code for an exception that is not a `QedError`."""
+"""The exit code for an exception that only a bug can cause."""
 INTERRUPTED: Final = 130
 """The exit code after Ctrl-C, as a shell shows it (128 + SIGINT)."""
 

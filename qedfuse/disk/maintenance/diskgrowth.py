@@ -53,8 +53,8 @@ class DiskGrowth:
 
         Args:
             size: The new size, which the caller must have passed to `DiskSize.check`.
-            force: Whether to deallocate the clusters to which table entries past the old
-                end refer, instead of raising an error.
+            force: Whether to deallocate the clusters to which table entries for the added range
+                refer, instead of raising an error.
 
         Raises:
             CorruptImageError: A table entry for the added range is bad, or refers to data and

@@ -32,24 +32,27 @@ class Marking:
         active: Whether changes are recorded: from `begin` to `end`.
         changed: The clusters whose state has changed since `begin`.
         owners: The clusters that have been marked so far, because a table entry or the header
-            refers to them.
+            refers to them, or has referred to them since `begin`.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
         """Mark and record nothing yet.
 
         Args:
-            empty: An empty map.  All maps of this object get the block borders of ``empty``.
+            empty: An empty map.  All maps of this object divide the clusters into blocks as
+                ``empty`` does (see `FreeMap`).
             name: Name of the file in messages.
         """
         self._name = name
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        # How many duplicates `mark` and `record_drop` have found by their marks since `restart`.
+        # How many references since `restart` have led `mark` or `record_drop` to a cluster that was
+        # marked already.
         self._marked_duplicates = 0
-        # How many references were dropped whose cluster had lost another reference before.  A walk
-        # that is restarted does not find these references, so `restart` does not reset the number.
+        # How often a cluster has lost a reference after it had lost another one since `begin`.  A
+        # walk that is restarted does not find these references, so `restart` does not reset the
+        # number.
         self._dropped_twice = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
@@ -121,9 +124,9 @@ class Marking:
 
         ``dropped_by`` is the file offset of the slice that held the references.  If the scan
         has not reached that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead.  A cluster that was marked already has two owners, and
-        counts as a duplicate.  A cluster that had already lost another reference since `begin`
-        also counts as a duplicate.
+        method marks the clusters instead.  If another reference has caused a cluster to be marked
+        before, the cluster has two owners, and counts as a duplicate.  A cluster that had already
+        lost another reference since `begin` also counts as a duplicate.
 
         The caller has changed the table already and must be able to finish its change.  So if the
         clusters exceed the limit of `OwnerBitmap.claim_range`, this method raises no error;

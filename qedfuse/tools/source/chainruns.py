@@ -37,9 +37,10 @@ class ChainRuns:
         depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
             stores the run, the depth of the last layer that was searched for the run.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
-        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer.
-            For each run of kind `BAD` the guest offset where the range of the invalid entry
-            begins.  Meaningless for the other kinds.
+        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer; the
+            guest offset if the depth is one of `ChainRunReader.unknown_depths`.  For each run of
+            kind `BAD` the guest offset where the range of the invalid entry begins.
+            Meaningless for the other kinds.
     """
 
     starts: Array
@@ -60,8 +61,8 @@ class ChainRuns:
     def count_bad(self) -> int:
         """Return the number of `BAD` runs.
 
-        The number can be higher than that of the invalid table entries, because an upper layer can
-        store a part in the middle of the range of a lower layer's invalid entry.
+        One invalid entry can give several runs: if an upper layer stores the middle of the entry's
+        range, a `BAD` run remains on each side.
         """
         return int((self.kinds == BAD).sum())
 
@@ -82,8 +83,8 @@ class ChainRunReader:
     Attributes:
         size: Bytes of the disk.
         files: Paths by which the chain's files were opened, the image itself first.
-        unknown_depths: Depths of the layers that QEMU serves.  Only QEMU knows where their files
-            store a range, so the offsets of their runs are guest offsets instead of file offsets.
+        unknown_depths: Depths of the layers that QEMU serves.  Their file offsets are not known
+            here, so the offsets of their runs are guest offsets instead of file offsets.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
