@@ -41,7 +41,7 @@ class Lifecycle:
             CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
-                where its descriptor must be.
+                where the header must hold the descriptor of the list.
             HostError: The host refused an access to the file at the start or at the close, or
                 something written before the close could not be made durable (D7).
 
@@ -71,7 +71,7 @@ class Lifecycle:
             CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
-                where its descriptor must be.
+                where the header must hold the descriptor of the list.
             HostError: The host refused.
         """
         components = self._components
@@ -80,8 +80,8 @@ class Lifecycle:
             components.scan.begin()
             await components.persistent_free_list.open()
             if components.header_store.value.need_check:
-                # `NeedCheck.run` will modify the image, because it clears NEED_CHECK, and does not
-                # call `prepare_write` before that.  So prepare the image now.
+                # `NeedCheck.run` will clear NEED_CHECK, which modifies the image, without a call of
+                # `prepare_write`.  So prepare the image now.
                 await components.first_write_guard.prepare_write()
             nursery.start_soon(components.flusher.run)
             nursery.start_soon(components.needcheck.run)
@@ -95,7 +95,8 @@ class Lifecycle:
         is shielded.
 
         Args:
-            compact: Whether to compact first, as the options say.
+            compact: Whether to compact first if the options ask for a compaction; if False, the
+                image is not compacted in any case.
 
         Raises:
             HostError: The host refused, or something written before could not be made

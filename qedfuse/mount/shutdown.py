@@ -38,8 +38,9 @@ _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
 """Maximum pause between two attempts to unmount while the mount is in use.  When the last open
-handle is closed, the next attempt starts earlier.  Attempts without such a close are needed because
-the kernel does not report when a process leaves a working directory in the mount."""
+handle is closed, the next attempt starts earlier.  The server also tries again
+when no handle was closed, because the kernel does not report when a process leaves a working
+directory in the mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until the disks are durable.  If a write-back cycle
 is running at the end of this time, the unmount also waits for the end of the cycle."""

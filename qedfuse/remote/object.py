@@ -142,7 +142,7 @@ class RemoteObject:
             raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
-        """Begin no further attempt; a running attempt ends with the present part of its response.
+        """Begin no further attempt, and end a running one after the part that it is receiving.
 
         If the server does not send the part, the attempt ends at its deadline.
         """
@@ -242,8 +242,8 @@ def retry(
             `Client.renew`.  The next refusal is an error.
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
             end of this time at the latest, but one with renewed credentials may follow.
-        closed: The event that ends the repetition.  After a refusal of the credentials ``attempt``
-            is called once more nevertheless, and has to look at the event itself.
+        closed: The event that ends the repetition.  Even if the event is set, ``attempt`` is called
+            once more after a refusal of the credentials, so it must look at the event too.
         unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
             a wrong name of a server is reported sooner.
 
@@ -292,7 +292,7 @@ def retry(
 
 
 def closed_error(name: str) -> RemoteError:
-    """Return the error of a read of the file ``name`` that was closed."""
+    """Return the error for a read of the file ``name`` after the file was closed."""
     error = RemoteError(f"{name}: found the file closed, expected it open")
     error.is_logged = True  # the file was closed on purpose
     return error
