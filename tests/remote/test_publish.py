@@ -231,6 +231,8 @@ def test_flattened_chain(store: Swift, tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("golden.qed", "target: found a path, expected one of s3://BUCKET/KEY"),
         ("https://localhost/golden.qed", "target: found a web server, expected one of s3://"),
+        ("nbd://localhost/golden", "target: found an NBD server, expected one of s3://"),
+        ("nbd+unix:///golden?socket=/x", "target: found an NBD server, expected one of s3://"),
         ("s3://golden/x?versionId=1", "target: found a version, expected none"),
         ("s3://golden/", "URL path: found no object"),
     ],

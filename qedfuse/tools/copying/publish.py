@@ -184,8 +184,9 @@ def _address_in_store(url: str) -> Address:
         msg = f"{printable(url)}: target: found a path, expected {expected}"
         raise UsageError(msg)
     address = parse_address(url)
-    if address.is_web:
-        msg = f"{address.shown}: target: found a web server, expected {expected}"
+    if address.scheme not in STORES:
+        found = "a web server" if address.is_web else "an NBD server"
+        msg = f"{address.shown}: target: found {found}, expected {expected}"
         raise UsageError(msg)
     if address.version:
         msg = f"{address.shown}: target: found a version, expected none"
