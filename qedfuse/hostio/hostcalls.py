@@ -55,10 +55,6 @@ class HostCalls(Protocol):
     def resuming(self) -> int:
         """Number of tasks that `deliver` has made runnable, but that have not run yet."""
 
-    @property
-    def finished_fd(self) -> int:
-        """A descriptor that is readable while `has_finished` returns True; -1 if there is none."""
-
     def has_finished(self) -> bool:
         """Return whether there is a finished call that `deliver` has not delivered."""
 

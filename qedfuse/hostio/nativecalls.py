@@ -66,7 +66,6 @@ class NativeCalls:
 
     Attributes:
         resuming: Number of tasks that `deliver` has made runnable, but that have not run yet.
-        finished_fd: Descriptor that becomes readable when a call is finished.
     """
 
     retries_reads = False
@@ -77,7 +76,6 @@ class NativeCalls:
         self._threads = threads
         self.has_finished = threads.has_finished
         """Return whether there is a finished call that `deliver` has not delivered."""
-        self.finished_fd = threads.fileno()
         self.resuming = 0
         trio.lowlevel.spawn_system_task(self._deliver_when_notified)
 

@@ -24,7 +24,6 @@ class ThreadCalls:
     retries_reads = True
     can_start_reads = False
     resuming = 0
-    finished_fd = -1
 
     def has_finished(self) -> bool:
         """Return False: trio itself resumes the tasks."""

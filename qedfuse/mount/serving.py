@@ -179,9 +179,7 @@ class Server:
         try:
             entry = find_new_mount(mountpoint, mounts_before, connection)
             refuse_to_cover(entry)
-            with scheduled(
-                self._options.poll_seconds, extension_sleeps=not self._disks.use_servers
-            ):
+            with scheduled(self._options.poll_seconds):
                 await negotiate_init(
                     *(connection, readahead_bytes(self._options.readahead)),
                     disks=len(self._disks.images),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.hostio.threadcalls import ThreadCalls
 from qedfuse.mount.fuse import extraops
 from tests.support.fusewire import (
     FSYNC,
@@ -40,8 +37,8 @@ WRITE_BODY = struct.pack("=QQIIQII", 1, 4096, 4, 0, 0, 0, 0) + b"data"
 FSYNC_BODY = struct.pack("=QII", 1, 1, 0)
 LSEEK_BODY = struct.pack("=QQII", 1, 0, 3, 0)
 MAX_REQUESTS = 7
-MAX_PERMITTED_REQUESTS = 15
-"""The limits in ``_burst.c``, without waiting and while waiting is permitted."""
+MAX_POLLED_REQUESTS = 15
+"""The limits in ``_burst.c``, without polling and while polling is permitted."""
 
 
 class Server:
@@ -178,8 +175,8 @@ def stop_blocking(wire: Wire) -> None:
     assert extraops._extension.stop_blocking()
 
 
-class Polled(ThreadCalls):
-    """A server of which bursts may poll, and calls of which it is asked whether one has finished.
+class Polled:
+    """A server of which bursts may poll, and which is asked whether a call has finished.
 
     Attributes:
         server: The server.
@@ -200,10 +197,9 @@ class Polled(ThreadCalls):
         self.server = server
         self.asked = 0
         self._answer = answer
-        extraops.permit_waiting(seconds, seconds, None, self)
+        extraops.permit_polling(seconds, seconds, self._has_finished)
 
-    def has_finished(self) -> bool:
-        """Count the question, and return the answer to it."""
+    def _has_finished(self) -> bool:
         self.asked += 1
         return self._answer(self.asked)
 
@@ -230,7 +226,7 @@ def test_a_finished_call_ends_polling_until_it_is_permitted_again(server: Server
     assert polled.asked == 2
     server.wire.send(READ, READ_BODY)
     assert polled.asked == 2, "the burst has not polled"
-    extraops.permit_waiting(60.0, 60.0, None, polled)
+    extraops.permit_polling(60.0, 60.0, polled._has_finished)
     server.wire.send(READ, READ_BODY)
     assert polled.asked == 3
 
@@ -257,8 +253,8 @@ def test_polling_ends_after_its_time(server: Server) -> None:
     polled = Polled(server, lambda _number: False, seconds=1e-4)
     server.wire.send(READ, READ_BODY)
     assert polled.asked
-    assert extraops.take_waited_seconds() >= 1e-4
-    assert extraops.take_waited_seconds() == 0.0, "the time is reported once"
+    assert extraops.take_polled_seconds() >= 1e-4
+    assert extraops.take_polled_seconds() == 0.0, "the time is reported once"
     asked = polled.asked
     server.wire.send(READ, READ_BODY)
     assert polled.asked == asked, "the time that is permitted in all is over"
@@ -271,16 +267,16 @@ def test_polling_in_vain_does_not_count_for_a_later_request(server: Server) -> N
     assert server.wire.receive() == -errno.EINTR, "no request has come"
     server.wire.queue(READ, READ_BODY)
     assert server.wire.receive() > 0
-    assert extraops.take_waited_seconds() == 0.0
+    assert extraops.take_polled_seconds() == 0.0
 
 
 def test_polling_that_is_forbidden_ends(server: Server) -> None:
     """After polling is forbidden, a burst ends where the kernel has no request."""
     polled = Polled(server, lambda _number: False)
-    extraops.forbid_waiting()
+    extraops.forbid_polling()
     server.wire.send(READ, READ_BODY)
     assert (polled.asked, len(server.wire.answers)) == (0, 1)
-    assert extraops.take_waited_seconds() == 0.0
+    assert extraops.take_polled_seconds() == 0.0
 
 
 def test_the_end_of_the_connection_ends_polling(server: Server) -> None:
@@ -300,10 +296,10 @@ def test_the_end_of_the_connection_ends_polling(server: Server) -> None:
 def test_a_burst_may_be_longer_while_polling_is_permitted(server: Server) -> None:
     """No other task needs the event loop then, but the number of requests stays limited."""
     Polled(server, lambda _number: False)
-    for _ in range(MAX_PERMITTED_REQUESTS + 2):
+    for _ in range(MAX_POLLED_REQUESTS + 2):
         server.wire.queue(WRITE, WRITE_BODY)
     server.wire.send(WRITE, WRITE_BODY)
-    assert len(server.wire.answers) == 1 + MAX_PERMITTED_REQUESTS
+    assert len(server.wire.answers) == 1 + MAX_POLLED_REQUESTS
     assert server.wire.queued() == 2
 
 
@@ -318,137 +314,3 @@ def test_a_new_session_does_not_poll_before_it_is_permitted(server: Server) -> N
     assert (polled.asked, len(again.wire.answers)) == (0, 1)
     extraops.end()
     again.wire.close()
-
-
-# --- sleeping --------------------------------------------------------------------------------
-
-
-class Sleeper(ThreadCalls):
-    """A server whose bursts may sleep.  What ends a sleep happens in another thread meanwhile.
-
-    Attributes:
-        server: The server.
-        waited: What the extension has said before each sleep about the wait before.
-        finished_fd: A descriptor that becomes readable when a call has finished.
-    """
-
-    def __init__(self, server: Server, *happens: Callable[[], object] | None) -> None:
-        """Permit a sleep for each of ``happens``, which is called during the sleep, and no other.
-
-        None stands for a sleep that may last one millisecond and during which nothing happens.
-        """
-        stop_blocking(server.wire)
-        self.server = server
-        self.waited: list[float] = []
-        self._happens = list(happens)
-        self._threads: list[threading.Thread] = []
-        self.finished_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        extraops.permit_waiting(0.0, 0.0, self.prepare, self)
-
-    def prepare(self, waited: float) -> float:
-        """Start the thread of the next sleep; return how long the extension may sleep."""
-        self.waited.append(waited)
-        if not self._happens:
-            return 0.0
-        happens = self._happens.pop(0)
-        if happens is None:
-            return 1e-3
-        # The thread can run only when the extension has released the GIL.
-        self._threads.append(threading.Thread(target=happens))
-        self._threads[-1].start()
-        return 60.0
-
-    def close(self) -> None:
-        """End the threads, and close the descriptor."""
-        for thread in self._threads:
-            thread.join()
-        os.close(self.finished_fd)
-
-
-def test_a_request_that_comes_during_a_sleep_is_taken(server: Server) -> None:
-    """A burst sleeps until the next request, and says afterwards how long it has waited."""
-
-    def write() -> None:
-        server.wire.queue(WRITE, WRITE_BODY)
-
-    sleeper = Sleeper(server, write, write)
-    server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert len(server.wire.answers) == 3
-    assert extraops.take_burst_count() == 2
-    first, second, third = sleeper.waited
-    assert first == 0.0
-    assert 0.0 < second < 60.0
-    assert 0.0 < third < 60.0
-
-
-def test_a_sleep_ends_when_a_call_has_finished(server: Server) -> None:
-    """The event loop runs the task that waits for the call; what was permitted is over."""
-    sleeper = Sleeper(server, lambda: os.eventfd_write(sleeper.finished_fd, 1))
-    server.wire.send(READ, READ_BODY)
-    assert len(server.wire.answers) == 1
-    assert len(sleeper.waited) == 1
-    server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert len(sleeper.waited) == 1, "the burst has asked whether it may sleep"
-
-
-def test_a_sleep_ends_after_its_time(server: Server) -> None:
-    """If no request comes, the scheduler gets the time, and the next sleep begins anew."""
-    sleeper = Sleeper(server, None)
-    server.wire.send(READ, READ_BODY)
-    assert extraops.take_waited_seconds() >= 1e-3
-    assert extraops.take_waited_seconds() == 0.0, "the time is reported once"
-    server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert sleeper.waited == [0.0, 0.0], "no request has come during a sleep"
-
-
-def test_a_burst_does_not_sleep_where_it_must_not(server: Server) -> None:
-    """If another task can run, the burst ends where the kernel has no request."""
-    sleeper = Sleeper(server)
-    server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert (sleeper.waited, len(server.wire.answers)) == ([0.0], 1)
-
-
-def test_a_sleep_can_be_forbidden_while_it_is_prepared(server: Server) -> None:
-    """The function may withdraw the permission of which it is a part."""
-    sleeper = Sleeper(server)
-    asked: list[float] = []
-
-    def forbid(waited: float) -> float:
-        asked.append(waited)
-        extraops.forbid_waiting()
-        return 0.0
-
-    extraops.permit_waiting(0.0, 0.0, forbid, sleeper)
-    for _ in range(2):
-        server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert (asked, len(server.wire.answers)) == ([0.0], 2)
-
-
-def test_an_error_of_the_function_prevents_the_sleep(server: Server) -> None:
-    """If the extension cannot learn how long it may sleep, the event loop takes over."""
-    sleeper = Sleeper(server)
-
-    def fail(_waited: float) -> float:
-        raise ZeroDivisionError
-
-    extraops.permit_waiting(0.0, 0.0, fail, sleeper)
-    with pytest.MonkeyPatch.context() as patch:
-        reported: list[object] = []
-        patch.setattr(sys, "unraisablehook", reported.append)
-        server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert (len(reported), len(server.wire.answers)) == (1, 1)
-
-
-def test_the_end_of_the_connection_ends_a_sleep(server: Server) -> None:
-    """After the end pyfuse3's loop gets control, and meets the end itself."""
-    sleeper = Sleeper(server, server.wire.abort)
-    server.wire.send(READ, READ_BODY)
-    sleeper.close()
-    assert len(sleeper.waited) == 1
-    assert server.wire.receive() == 0, "libfuse has not ended the session"

@@ -12,11 +12,9 @@ from trio.testing import wait_all_tasks_blocked
 from qedfuse.hostio.threadcalls import ThreadCalls
 from qedfuse.mount.fuse.scheduler import (
     EXTENSION_POLL_SECONDS,
-    EXTENSION_SLEEP_SECONDS,
     MAX_BURST,
     MAX_BURST_BESIDE_OTHERS,
     MAX_BURST_BESIDE_READS,
-    MAX_DELAY_SECONDS,
     Scheduler,
     default_poll_seconds,
     scheduled,
@@ -329,9 +327,9 @@ class Permissions:
         """Stand between the scheduler and the extension, which ``polled`` in vain for seconds."""
         self.said: list[tuple[object, ...]] = []
         for name, function in {
-            "permit_waiting": lambda *said: self.said.append(said),
-            "forbid_waiting": lambda: self.said.append(()),
-            "take_waited_seconds": lambda: polled,
+            "permit_polling": lambda *said: self.said.append(said),
+            "forbid_polling": lambda: self.said.append(()),
+            "take_polled_seconds": lambda: polled,
         }.items():
             monkeypatch.setattr(f"qedfuse.mount.fuse.scheduler.{name}", function)
 
@@ -347,7 +345,7 @@ async def test_the_extension_may_poll_after_other_tasks_have_run(
         nursery.start_soon(scheduler.wait_readable, pipe[0])
         await wait_all_tasks_blocked()
         os.write(pipe[1], b"x")
-    permitted = (POLL_SECONDS, EXTENSION_POLL_SECONDS, scheduler._prepare_sleep, calls)
+    permitted = (POLL_SECONDS, EXTENSION_POLL_SECONDS, calls.has_finished)
     assert permissions.said == [permitted]
     for _ in range(2 * MAX_BURST):
         await scheduler.wait_readable(pipe[0])
@@ -370,78 +368,6 @@ async def test_the_extension_may_not_poll_where_the_scheduler_does_not(
         for _ in range(MAX_BURST_BESIDE_OTHERS + 1):
             await scheduler.wait_readable(pipe[0])
     assert permissions.said == [()] * (MAX_BURST_BESIDE_OTHERS + 3)
-
-
-async def test_the_extension_may_sleep_while_no_other_task_can_run(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where polling does not pay off, sleeping may; the permission is renewed before each sleep."""
-    permissions = Permissions(monkeypatch)
-    calls = ThreadCalls()
-    scheduler = Scheduler(0.0, Clock(step=1e-6), calls)
-    os.write(pipe[1], b"x")
-    await scheduler.wait_readable(pipe[0])
-    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-    assert scheduler._prepare_sleep(0.0) == EXTENSION_SLEEP_SECONDS
-    assert permissions.said == [(0.0, 0.0, scheduler._prepare_sleep, calls)]
-    with trio.move_on_after(EXTENSION_SLEEP_SECONDS / 2):
-        assert scheduler._prepare_sleep(0.0) <= EXTENSION_SLEEP_SECONDS / 2, "a timer ends sooner"
-        await trio.lowlevel.checkpoint()
-
-
-async def test_the_extension_may_not_sleep_while_the_event_loop_has_work(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A task that can run, a finished call, a thread of trio and the end of the mount count."""
-    permissions = Permissions(monkeypatch)
-    calls = FinishedCalls()
-    scheduler = Scheduler(0.0, Clock(step=1e-6), calls)
-    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.lowlevel.checkpoint)
-        assert scheduler._prepare_sleep(0.0) == 0.0
-    assert scheduler._prepare_sleep(0.0) > 0.0
-    calls.finished = 1
-    assert scheduler._prepare_sleep(0.0) == 0.0
-    calls.finished = 0
-    async with trio.to_thread.current_default_thread_limiter():
-        assert scheduler._prepare_sleep(0.0) == 0.0
-    trio.lowlevel.current_trio_token().run_sync_soon(lambda: None)
-    assert scheduler._prepare_sleep(0.0) == 0.0
-    await wait_all_tasks_blocked()
-    assert scheduler._prepare_sleep(0.0) > 0.0
-    scheduler.notify_closing(pipe[0])
-    assert scheduler._prepare_sleep(0.0) == 0.0
-    assert permissions.said.count(()) == 5
-
-
-async def test_the_event_loop_looks_for_other_events_between_sleeps() -> None:
-    """The extension sleeps for some milliseconds in all, and again after other tasks have run."""
-    scheduler = Scheduler(0.0, Clock(step=MAX_DELAY_SECONDS / 2))
-    await wait_all_tasks_blocked()
-    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-    assert [scheduler._prepare_sleep(0.0) > 0.0 for _ in range(5)] == [True] * 3 + [False] * 2
-    await scheduler._run_other_tasks()
-    assert scheduler._prepare_sleep(0.0) > 0.0
-
-
-async def test_the_extension_does_not_sleep_beside_servers() -> None:
-    """The answer of a server would wait until the sleep is over."""
-    with scheduled(0.0, extension_sleeps=False) as scheduler:
-        await wait_all_tasks_blocked()
-        scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-        assert scheduler._prepare_sleep(0.0) == 0.0
-
-
-async def test_long_waits_end_the_sleeps_of_the_extension() -> None:
-    """A server with few requests sleeps only in the event loop."""
-    scheduler = Scheduler(0.0, Clock())
-    await wait_all_tasks_blocked()
-    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-    assert scheduler._prepare_sleep(0.0) > 0.0
-    assert scheduler._prepare_sleep(1.0) == 0.0, "the wait that the extension reports counts"
-    scheduler._record_sleep(EXTENSION_SLEEP_SECONDS)
-    assert scheduler._prepare_sleep(0.0) > 0.0
 
 
 async def test_the_time_that_the_extension_has_polled_counts(

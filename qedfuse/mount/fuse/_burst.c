@@ -12,11 +12,9 @@
  *
  * If the kernel has no request, the burst polls for the next one, as far as the scheduler permits it
  * (permit_polling()).  A program with one request in flight sends the next request a few microseconds
- * after the answer, in less time than pyfuse3's loop and the Python code of the scheduler take.  After
- * that the thread sleeps here for some milliseconds, if the scheduler finds no other task that could run:
- * to wake the thread here takes much less time than to wake the event loop, whose Python code has left
- * the processor's caches by then.  The scheduler permits both only if no other task needs the event loop,
- * so the burst may be longer then (MAX_PERMITTED_REQUESTS).
+ * after the answer, in less time than pyfuse3's loop and the Python code of the scheduler take.  The
+ * scheduler permits polling only if no other task needs the event loop, so the burst may be longer then
+ * (MAX_POLLED_REQUESTS).
  *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
@@ -34,8 +32,8 @@
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
-/* The maximum of a burst while the scheduler permits waiting for further requests. */
-#define MAX_PERMITTED_REQUESTS 15
+/* The maximum of a burst while polling is permitted. */
+#define MAX_POLLED_REQUESTS 15
 
 /* Number of pause instructions between two looks for a request.  During the pause the other hardware
  * thread of the core can use the parts that both share, and the program that sends a request can take
@@ -58,10 +56,7 @@ static unsigned long taken; /* requests taken in bursts since the last call of t
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
 static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
-static int finished_fd = -1;       /* readable when a call on a host file has finished; -1 if there is none */
-static PyObject *prepare_sleep;    /* called before a sleep; NULL if the thread must not sleep here */
-static int64_t last_wait;          /* how long the last request was awaited that came during a sleep */
-static int64_t waited_nanoseconds; /* how long a request was awaited that has not come yet */
+static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since it began */
 
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
@@ -70,16 +65,15 @@ void begin_bursts(void *made)
 {
     session = made;
     is_interposed = is_nonblocking = 0;
-    poll_budget = last_wait = waited_nanoseconds = 0;
+    poll_budget = polled_nanoseconds = 0;
 }
 
 void end_bursts(void)
 {
     session = NULL;
     taken = 0;
-    poll_budget = last_wait = waited_nanoseconds = 0;
+    poll_budget = polled_nanoseconds = 0;
     Py_CLEAR(has_finished);
-    Py_CLEAR(prepare_sleep);
     free(buffer.mem);
     buffer = (struct fuse_buf){0};
 }
@@ -106,7 +100,7 @@ int receive_request(struct fuse_session *from, struct fuse_buf *into)
 
     is_interposed = 1;
     if (result > 0)
-        waited_nanoseconds = 0; /* the request that was awaited has come */
+        polled_nanoseconds = 0; /* the request for which the last poll has waited has come */
     return result == -EAGAIN ? -EINTR : result;
 }
 
@@ -119,13 +113,6 @@ PyObject *stop_blocking(PyObject *module, PyObject *unused)
     (void)unused;
     is_nonblocking = flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
     return PyBool_FromLong(is_nonblocking);
-}
-
-/* Withdraws what the scheduler has permitted. */
-static void forbid(void)
-{
-    poll_budget = 0;
-    Py_CLEAR(prepare_sleep);
 }
 
 /* Returns whether the event loop is needed: a call on a host file has finished, or has_finished() has
@@ -151,7 +138,7 @@ static int poll_and_receive(void)
     while (result == -EAGAIN && now < end) {
         end_queued_reads(); /* submits the reads of this burst, and answers those that have ended */
         if (must_stop_polling()) {
-            forbid();
+            poll_budget = 0;
             break;
         }
         for (pause = 0; pause < PAUSES; pause++)
@@ -161,63 +148,7 @@ static int poll_and_receive(void)
     }
     poll_budget -= now - since;
     if (result == -EAGAIN)
-        waited_nanoseconds += now - since;
-    return result;
-}
-
-/* Returns how many nanoseconds the thread may sleep now; 0 if it must not, or if the function that says
- * so fails.  The function gets the seconds for which the last request was awaited that came during a
- * sleep; 0 if there is no such request, or if an earlier call got its time. */
-static int64_t permitted_sleep(void)
-{
-    PyObject *function = Py_NewRef(prepare_sleep); /* the call may set another one */
-    PyObject *argument = PyFloat_FromDouble((double)last_wait * 1e-9);
-    PyObject *result = argument == NULL ? NULL : PyObject_CallOneArg(function, argument);
-    double seconds = result == NULL ? 0 : PyFloat_AsDouble(result);
-
-    if (PyErr_Occurred()) {
-        PyErr_WriteUnraisable(function);
-        seconds = 0;
-    }
-    Py_DECREF(function);
-    Py_XDECREF(argument);
-    Py_XDECREF(result);
-    last_wait = 0;
-    return seconds > 0 ? (int64_t)(seconds * 1e9) : 0;
-}
-
-/* Sleeps until a request comes, and receives it.  Returns what receive() returns: -EAGAIN if no request
- * has come in the time that is permitted, if a call on a host file has finished, or after a signal, whose
- * handler in Python runs when the burst has ended. */
-static int sleep_and_receive(void)
-{
-    int64_t since = monotonic_time(), now, end;
-    struct pollfd awaited[] = {{.fd = fuse_session_fd(session), .events = POLLIN},
-                               {.fd = finished_fd, .events = POLLIN},
-                               {.fd = ring_event(), .events = POLLIN}};
-    int result = -EAGAIN, found = 1;
-
-    end = since + permitted_sleep();
-    now = monotonic_time();
-    while (result == -EAGAIN && found > 0 && now < end) {
-        struct timespec time = {(end - now) / 1000000000, (end - now) % 1000000000};
-
-        Py_BEGIN_ALLOW_THREADS
-        found = ppoll(awaited, sizeof awaited / sizeof *awaited, &time, NULL);
-        Py_END_ALLOW_THREADS
-        end_queued_reads();
-        now = monotonic_time();
-        if (awaited[1].revents) {
-            forbid();
-            break;
-        }
-        result = receive(session, &buffer);
-    }
-    waited_nanoseconds += now - since;
-    if (result > 0) {
-        last_wait = waited_nanoseconds;
-        waited_nanoseconds = 0;
-    }
+        polled_nanoseconds = now - since;
     return result;
 }
 
@@ -229,16 +160,12 @@ static int receive_next(int count)
     struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
     int result;
 
-    if (count >= (poll_budget > 0 || prepare_sleep != NULL ? MAX_PERMITTED_REQUESTS : MAX_REQUESTS))
+    if (count >= (poll_budget > 0 ? MAX_POLLED_REQUESTS : MAX_REQUESTS))
         return 0;
     if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
         return 0;
     result = receive(session, &buffer);
-    if (result == -EAGAIN && is_nonblocking && poll_budget > 0)
-        result = poll_and_receive();
-    if (result == -EAGAIN && is_nonblocking && prepare_sleep != NULL)
-        result = sleep_and_receive();
-    return result;
+    return result == -EAGAIN && is_nonblocking && poll_budget > 0 ? poll_and_receive() : result;
 }
 
 void take_more(void)
@@ -274,37 +201,34 @@ PyObject *take_burst_count(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLong(count);
 }
 
-PyObject *permit_waiting(PyObject *module, PyObject *args)
+PyObject *permit_polling(PyObject *module, PyObject *args)
 {
     double each, all;
-    PyObject *finished, *prepare;
-    int fd;
+    PyObject *function;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "ddOOi", &each, &all, &finished, &prepare, &fd))
+    if (!PyArg_ParseTuple(args, "ddO", &each, &all, &function))
         return NULL;
     poll_nanoseconds = (int64_t)(each * 1e9);
     poll_budget = (int64_t)(all * 1e9);
-    finished_fd = fd;
-    Py_XSETREF(has_finished, Py_NewRef(finished));
-    Py_XSETREF(prepare_sleep, prepare == Py_None ? NULL : Py_NewRef(prepare));
+    Py_XSETREF(has_finished, Py_NewRef(function));
     Py_RETURN_NONE;
 }
 
-PyObject *forbid_waiting(PyObject *module, PyObject *unused)
+PyObject *forbid_polling(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    forbid();
+    poll_budget = 0;
     Py_RETURN_NONE;
 }
 
-PyObject *take_waited_seconds(PyObject *module, PyObject *unused)
+PyObject *take_polled_seconds(PyObject *module, PyObject *unused)
 {
-    double seconds = (double)waited_nanoseconds * 1e-9;
+    double seconds = (double)polled_nanoseconds * 1e-9;
 
     (void)module;
     (void)unused;
-    waited_nanoseconds = 0;
+    polled_nanoseconds = 0;
     return PyFloat_FromDouble(seconds);
 }

@@ -410,14 +410,12 @@ static PyMethodDef module_methods[] = {
      "Make reads of the session's device non-blocking; return whether that was possible."},
     {"take_burst_count", take_burst_count, METH_NOARGS,
      "Return how many requests were taken in bursts since the last call."},
-    {"permit_waiting", permit_waiting, METH_VARARGS,
-     "Let bursts wait for requests: the maximum seconds to poll for one request, the maximum seconds to "
-     "poll in all, a function that returns whether a call on a host file has finished, which ends the "
-     "permission, a function that returns how long to sleep or None, and a descriptor that is readable "
-     "when such a call has finished or -1."},
-    {"forbid_waiting", forbid_waiting, METH_NOARGS, "Let bursts wait no more."},
-    {"take_waited_seconds", take_waited_seconds, METH_NOARGS,
-     "Return how many seconds the last burst has waited in vain; 0.0 if that was returned before."},
+    {"permit_polling", permit_polling, METH_VARARGS,
+     "Let bursts poll for requests: the maximum seconds for one request, the maximum seconds in all, "
+     "and a function that returns whether a call on a host file has finished, which ends polling."},
+    {"forbid_polling", forbid_polling, METH_NOARGS, "Let bursts poll no more."},
+    {"take_polled_seconds", take_polled_seconds, METH_NOARGS,
+     "Return how many seconds the last burst has polled in vain; 0.0 if that was returned before."},
     {"open_read_queue", open_read_queue, METH_VARARGS,
      "Make the queue of reads; return the eventfd that becomes readable when reads have ended.\n"
      "The first argument is called with each read that has failed: request, handle, offset, size.\n"

@@ -38,7 +38,7 @@ void begin_bursts(void *session);
 /* Takes no more requests, and frees the memory (_burst.c). */
 void end_bursts(void);
 
-/* Takes the requests that the kernel has or, while waiting is permitted, will soon have, up to a limit.
+/* Takes the requests that the kernel has or, while polling is permitted, will soon have, up to a limit.
  * The caller must hold the GIL, and must have answered or queued the request that is being handled, or
  * have made its Request (_burst.c). */
 void take_more(void);
@@ -46,14 +46,14 @@ void take_more(void);
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
 PyObject *take_burst_count(PyObject *module, PyObject *unused);
 
-/* Permits bursts to poll for requests, and to sleep until one comes (_burst.c). */
-PyObject *permit_waiting(PyObject *module, PyObject *args);
+/* Permits bursts to poll for requests (_burst.c). */
+PyObject *permit_polling(PyObject *module, PyObject *args);
 
-/* Lets bursts end where they would have to wait (_burst.c). */
-PyObject *forbid_waiting(PyObject *module, PyObject *unused);
+/* Lets bursts end where they would have to poll (_burst.c). */
+PyObject *forbid_polling(PyObject *module, PyObject *unused);
 
-/* Returns how many seconds the last burst has waited in vain, each time once (_burst.c). */
-PyObject *take_waited_seconds(PyObject *module, PyObject *unused);
+/* Returns how many seconds the last burst has polled in vain, each time once (_burst.c). */
+PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file.  A copy of a
  * shorter reply costs less.  A longer reply might not fit into a pipe, whose size the kernel limits
@@ -305,9 +305,6 @@ int ring_open(void);
 
 /* Removes the ring, if there is one; the kernel must have ended all reads (_ring.c). */
 void ring_close(void);
-
-/* Returns the eventfd of the ring; -1 if there is no ring (_ring.c). */
-int ring_event(void);
 
 /* Returns whether there is a ring (_ring.c). */
 int ring_is_open(void);

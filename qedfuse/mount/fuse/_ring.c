@@ -173,11 +173,6 @@ void ring_close(void)
     ring.fd = ring.eventfd = -1;
 }
 
-int ring_event(void)
-{
-    return ring.eventfd;
-}
-
 int ring_is_open(void)
 {
     return ring.fd >= 0;

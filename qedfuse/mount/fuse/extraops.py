@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from qedfuse.disk.datapath.readtables import ReadTables
-    from qedfuse.hostio.hostcalls import HostCalls
     from qedfuse.mount.fuse._extraops import Request
     from qedfuse.mount.fuse.datarequests import DataRequests
     from qedfuse.mount.fuse.requestcounters import SharedCells
@@ -163,33 +162,22 @@ def close_read_queue() -> None:
     _loaded().close_read_queue()
 
 
-def permit_waiting(
-    poll_seconds: float,
-    all_poll_seconds: float,
-    prepare_sleep: Callable[[float], float] | None,
-    calls: HostCalls,
+def permit_polling(
+    each_seconds: float, all_seconds: float, has_finished: Callable[[], bool]
 ) -> None:
-    """Let the extension wait for the next request after it has answered one (`_burst.c`).
+    """Let the extension poll for the next request after it has answered one (`_burst.c`).
 
-    The extension polls first, and then sleeps.  If a call on a host file finishes meanwhile, the
-    extension waits no more until this function is called again.  Without the extension nothing is
-    done.
+    Without the extension nothing is done.
 
     Args:
-        poll_seconds: Maximum time to poll for one request; 0 to sleep without polling first.
-        all_poll_seconds: Time after which the extension polls no more until this function is
-            called again.
-        prepare_sleep: Called before a sleep, with the seconds for which the last request was
-            awaited that came during a sleep (0 if there is none, or if an earlier call got its
-            seconds).  Returns the maximum time to sleep, in seconds; 0 if the extension must not
-            sleep.  None: the extension never sleeps.
-        calls: Makes the calls on the host's files.
+        each_seconds: Maximum time to poll for one request.
+        all_seconds: Time after which the extension polls no more until this function is called
+            again.
+        has_finished: Returns whether a call on a host file has finished.  If the result is True,
+            the extension polls no more until this function is called again.
     """
     if _extension is not None:
-        _extension.permit_waiting(
-            *(poll_seconds, all_poll_seconds),
-            *(calls.has_finished, prepare_sleep, calls.finished_fd),
-        )
+        _extension.permit_polling(each_seconds, all_seconds, has_finished)
 
 
 def _zero() -> int:
@@ -198,7 +186,7 @@ def _zero() -> int:
 
 
 def _do_nothing() -> None:
-    """Do nothing, because without the extension there are no queued reads, and nothing waits."""
+    """Do nothing, because without the extension there are no queued reads, and nothing polls."""
 
 
 take_burst_count: Final[Callable[[], int]] = (
@@ -209,17 +197,17 @@ take_burst_count: Final[Callable[[], int]] = (
 After pyfuse3 has read a request, the extension reads a few more if the kernel has more
 (`_burst.c`)."""
 
-forbid_waiting: Final[Callable[[], None]] = (
-    _do_nothing if _extension is None else _extension.forbid_waiting
+forbid_polling: Final[Callable[[], None]] = (
+    _do_nothing if _extension is None else _extension.forbid_polling
 )
-"""Ends what `permit_waiting` permits."""
+"""Ends what `permit_polling` permits."""
 
-take_waited_seconds: Final[Callable[[], float]] = (
-    _zero if _extension is None else _extension.take_waited_seconds
+take_polled_seconds: Final[Callable[[], float]] = (
+    _zero if _extension is None else _extension.take_polled_seconds
 )
-"""Returns how many seconds the extension has waited for the request that has not come yet.
+"""Returns how many seconds the extension has polled for the request that has not come yet.
 
-A second call returns 0, until the extension has waited in vain again."""
+A second call returns 0, until the extension has polled in vain again."""
 
 queued_reads: Final[Callable[[], int]] = _zero if _extension is None else _extension.queued_reads
 """Returns how many reads are in the queue of the kernel (`_queuedread.c`)."""

@@ -18,8 +18,6 @@ After a request the extension itself polls for the next one (`_burst.c`), becaus
 one request in flight sends the next request before the event loop calls the scheduler again.  The
 scheduler permits this polling only while polling pays off, and only after all other tasks have run.
 Until the other tasks run again, the extension polls for at most `EXTENSION_POLL_SECONDS` in all.
-After that it may sleep until the next request comes, if no other task can run and no file of the
-mount is on a server (`Scheduler._prepare_sleep`).
 
 Other tasks are not starved.  After `MAX_BURST` requests in a row, all other runnable tasks run,
 and trio checks for finished threads, timers and signals.  While the event loop is needed for
@@ -59,11 +57,11 @@ import trio
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.mount.fuse.extraops import (
     end_queued_reads,
-    forbid_waiting,
-    permit_waiting,
+    forbid_polling,
+    permit_polling,
     queued_reads,
     take_burst_count,
-    take_waited_seconds,
+    take_polled_seconds,
 )
 from qedfuse.mount.fuse.unfairlock import UnfairLock
 from qedfuse.util.adaptivepoll import AdaptivePoll
@@ -93,14 +91,6 @@ as the kernel has no request."""
 
 EXTENSION_POLL_SECONDS: Final = 500e-6
 """Maximum time for which the extension polls in all between two runs of the other tasks."""
-
-EXTENSION_SLEEP_SECONDS: Final = 2e-3
-"""Maximum time for which the extension sleeps until a request comes.  During such a sleep the event
-loop notices no event of other descriptors than those of requests and of calls on host files."""
-
-MAX_DELAY_SECONDS: Final = 10e-3
-"""The extension does not begin to sleep if the event loop has looked for no other events for so
-long."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6
 """Maximum time for which the descriptor is polled before the event loop sleeps."""
@@ -145,8 +135,6 @@ class Scheduler:
         poll_seconds: float = DEFAULT_POLL_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
         calls: HostCalls | None = None,
-        *,
-        extension_sleeps: bool = True,
     ) -> None:
         """Make a scheduler for the event loop that runs now.
 
@@ -155,18 +143,11 @@ class Scheduler:
             clock: Returns the time in seconds.
             calls: Makes calls on host files; the scheduler asks it whether calls have ended.  None
                 for the object of the current event loop (`host_calls`).
-            extension_sleeps: Whether the extension may sleep.  It should not if tasks wait for a
-                server, because it would not notice the answer of the server meanwhile.
         """
         self.lowlevel = self
         self.statistics = SchedulerStatistics()
         self._load = loop_load()
         self._adaptive_poll = AdaptivePoll(poll_seconds)
-        self._extension_sleep = AdaptivePoll(EXTENSION_SLEEP_SECONDS if extension_sleeps else 0.0)
-        # Whether the event loop has looked for other events since the extension last asked whether
-        # it may sleep, and the time of the first such question after it had.
-        self._others_ran = True
-        self._others_ran_at = 0.0
         self._clock = clock
         self._calls = host_calls() if calls is None else calls
         self._poller = select.poll()
@@ -191,7 +172,7 @@ class Scheduler:
             return
         statistics = self.statistics
         # The wait began when the extension began to poll for this request.
-        since = self._clock() - take_waited_seconds()
+        since = self._clock() - take_polled_seconds()
         if self._poll_beside_reads(since):
             statistics.polled += self._count_taken()
             self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
@@ -204,7 +185,7 @@ class Scheduler:
             while not (found := self._poll(end)) and self._calls.resuming:
                 await self._run_other_tasks()
             if found:
-                self._permit_waiting()
+                self._permit_polling()
                 statistics.polled += 1
                 self._adaptive_poll.record(0.0, slept=False)  # 0: polling has found the request
                 return
@@ -223,10 +204,10 @@ class Scheduler:
         end_queued_reads()
         is_loop_needed = self._is_loop_needed()
         if is_loop_needed:
-            forbid_waiting()
+            forbid_polling()
         if self._burst >= (MAX_BURST_BESIDE_OTHERS if is_loop_needed else MAX_BURST):
             await self._run_other_tasks()
-            self._permit_waiting()
+            self._permit_polling()
 
     async def _sleep(self, fd: int, since: float) -> None:
         """Let the event loop sleep until a request arrives.
@@ -241,62 +222,21 @@ class Scheduler:
         # is not recorded.
         is_loop_free = not self._is_loop_needed()
         await trio.lowlevel.wait_readable(fd)
-        self._others_ran = True
         if is_loop_free:
-            self._record_sleep(self._clock() - since)
-        self._permit_waiting()
+            self._adaptive_poll.record(self._clock() - since, slept=True)
+        self._permit_polling()
 
-    def _record_sleep(self, seconds: float) -> None:
-        """Record how long a request was awaited that came while the event loop's thread slept."""
-        self._adaptive_poll.record(seconds, slept=True)
-        self._extension_sleep.record(seconds, slept=True)
+    def _permit_polling(self) -> None:
+        """Let the extension poll, if polling pays off and the event loop is not needed.
 
-    def _permit_waiting(self) -> None:
-        """Let the extension poll and sleep, as far as each pays off.
-
-        The extension may do neither while the event loop is needed.  All other tasks must have run
-        since the last request.
+        The caller must have let all other tasks run since the last request.
         """
-        poll_seconds = self._adaptive_poll.seconds
-        may_sleep = self._extension_sleep.seconds > 0
-        if self._is_loop_needed() or not (poll_seconds or may_sleep):
-            forbid_waiting()
-        else:
-            permit_waiting(
-                *(poll_seconds, EXTENSION_POLL_SECONDS if poll_seconds else 0.0),
-                self._prepare_sleep if may_sleep else None,
-                self._calls,
+        if self._adaptive_poll.seconds and not self._is_loop_needed():
+            permit_polling(
+                self._adaptive_poll.seconds, EXTENSION_POLL_SECONDS, self._calls.has_finished
             )
-
-    def _prepare_sleep(self, waited: float) -> float:
-        """Return how many seconds the extension may sleep now; 0 if it must not.
-
-        It must not if another task can run, if a timer has ended, or if the event loop has looked
-        for no other events for `MAX_DELAY_SECONDS`.
-
-        Called by the extension; see `permit_waiting`.  ``waited`` is the time for which the last
-        request was awaited that came during a sleep of the extension; 0 if there is none.
-        """
-        if waited:
-            self._record_sleep(waited)
-        now = self._clock()
-        if self._others_ran:
-            self._others_ran, self._others_ran_at = False, now
-        state = trio.lowlevel.current_statistics()
-        if (
-            state.tasks_runnable
-            or state.run_sync_soon_queue_size
-            or state.seconds_to_next_deadline <= 0
-            or now - self._others_ran_at > MAX_DELAY_SECONDS
-            or self._closing
-            or self._is_loop_needed()
-            or self._calls.has_finished()
-        ):
-            forbid_waiting()
-            return 0.0
-        # No other task can run, so the extension may wait as if all of them had just run.
-        self._permit_waiting()
-        return min(self._extension_sleep.seconds, state.seconds_to_next_deadline)
+        else:
+            forbid_polling()
 
     def _poll_beside_reads(self, since: float) -> bool:
         """Poll before other tasks run, if reads are in the queue; return whether a request arrived.
@@ -363,7 +303,6 @@ class Scheduler:
     async def _run_other_tasks(self) -> None:
         """Let all other runnable tasks run, those whose calls have finished included."""
         self._burst = 0
-        self._others_ran = True
         self.statistics.yields += 1
         end_queued_reads()
         if self._calls.has_finished():
@@ -405,7 +344,7 @@ def default_poll_seconds() -> float:
 
 
 @contextmanager
-def scheduled(poll_seconds: float | None, *, extension_sleeps: bool = True) -> Iterator[Scheduler]:
+def scheduled(poll_seconds: float | None) -> Iterator[Scheduler]:
     """Make pyfuse3 use a `Scheduler` in the block, and yield the scheduler.
 
     The caller must make all calls of `pyfuse3.main` in one block, because pyfuse3 makes its lock
@@ -414,12 +353,8 @@ def scheduled(poll_seconds: float | None, *, extension_sleeps: bool = True) -> I
     Args:
         poll_seconds: Maximum time in seconds to poll for a request; 0 to poll only once; None
             for `default_poll_seconds`.
-        extension_sleeps: See `Scheduler`.
     """
-    scheduler = Scheduler(
-        default_poll_seconds() if poll_seconds is None else poll_seconds,
-        extension_sleeps=extension_sleeps,
-    )
+    scheduler = Scheduler(default_poll_seconds() if poll_seconds is None else poll_seconds)
     # pyfuse3 documents this attribute for its asyncio mode; its type hints lack it.
     before, pyfuse3.trio = pyfuse3.trio, scheduler  # type: ignore[attr-defined]
     try:
