@@ -165,6 +165,12 @@ def translating(hint: str) -> Iterator[None]:
         yield
     except ERRORS as error:
         raise translated(error, hint) from error
+    except BaseException as error:
+        # obstore has no importable name for the exception of a panic.
+        if type(error).__name__ == "PanicException":
+            msg = "found an error inside obstore, expected none (its text is on standard error)"
+            raise UnusableError(msg) from None
+        raise
 
 
 def version_of(meta: ObjectMeta) -> Version:

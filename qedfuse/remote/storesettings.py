@@ -22,10 +22,23 @@ from typing import TYPE_CHECKING, Any, Final
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from qedfuse.errors import UsageError
-from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
 from qedfuse.remote.storeerrors import translated
+from qedfuse.remote.storevariables import (
+    AZURE_VARIABLES,
+    CONTAINER_VARIABLES,
+    ENDPOINT_VARIABLES,
+    GOOGLE_VARIABLES,
+    KEY_VARIABLES,
+    REGION_VARIABLES,
+    STORE_VARIABLES,
+    WEB_IDENTITY_VARIABLES,
+    Variables,
+    check_google_files,
+    check_value,
+    check_variables,
+    find_endpoint,
+)
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -43,50 +56,13 @@ _MAX_PAUSE_SECONDS: Final = 5.0
 """Maximum pause between two attempts of obstore."""
 _PREFIXES: Final = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 """The prefix of the variables that configure each kind of store."""
-_KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _UNKNOWN_TO_OBSTORE: Final = (
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_EC2_METADATA_DISABLED",
 )
 """Variables that obstore does not know."""
-_WEB_IDENTITY_VARIABLES: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
-_CONTAINER_VARIABLES: Final = (
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
-_GOOGLE_VARIABLES: Final = (
-    "GOOGLE_APPLICATION_CREDENTIALS",
-    "GOOGLE_SERVICE_ACCOUNT",
-    "GOOGLE_SERVICE_ACCOUNT_PATH",
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
-    "GOOGLE_BEARER_TOKEN",
-)
-_AZURE_VARIABLES: Final = (
-    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
-    *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
-    *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
-    *("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET", "AZURE_CREDENTIAL_TYPE"),
-    *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
-    "AZURE_STORAGE_USE_EMULATOR",
-)
-"""Variables that give credentials for Azure, or determine where obstore gets them.
-`_GOOGLE_VARIABLES` are those for Google's stores."""
 _GOOGLE_DEFAULT_FILE: Final = "~/.config/gcloud/application_default_credentials.json"
-_STORE_VARIABLES: Final = {
-    "s3": (_ENDPOINT_VARIABLES,),
-    "gs": (("GOOGLE_BASE_URL",),),
-    "az": (
-        ("AZURE_STORAGE_ACCOUNT_NAME",),
-        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-        ("AZURE_STORAGE_USE_EMULATOR",),
-        ("AZURITE_BLOB_STORAGE_URL",),
-    ),
-}
-"""Groups of variables that determine which store has the bucket or container; the first variable of
-each group that is set counts."""
 _CLOUD_MACHINES: Final = {
     "s3": ("sys_vendor", "Amazon EC2"),
     "gs": ("product_name", "Google Compute Engine"),
@@ -109,49 +85,12 @@ class Store:
     Attributes:
         handle: obstore's object.
         hint: How to give credentials, for messages; empty if requests have credentials.
-        store_id: The values of `_STORE_VARIABLES`: the endpoint or account that has the bucket.
+        store_id: The values of `STORE_VARIABLES`: the endpoint or account that has the bucket.
     """
 
     handle: ObjectStore
     hint: str
     store_id: str
-
-
-class _Variables:
-    """The variables of a credentials file, and those of the environment that the file does not set.
-
-    A variable with an empty value counts as not set.
-
-    Attributes:
-        own: The variables of the file.
-    """
-
-    def __init__(self, own: dict[str, str]) -> None:
-        self.own = own
-
-    def first(self, names: tuple[str, ...]) -> str | None:
-        """Return the value of the first variable of ``names`` that is set; None if none is set.
-
-        All variables of the file precede those of the environment.
-        """
-        for source in (self.own, os.environ):
-            for name in names:
-                if source.get(name):
-                    return source[name]
-        return None
-
-    def values_of_group(self, names: tuple[str, ...]) -> list[str]:
-        """Return the values of variables that belong together; empty for each that is not set.
-
-        If the file sets one of the variables, all values come from the file.  If it sets none, all
-        come from the environment.
-        """
-        source = self.own if any(self.own.get(name) for name in names) else os.environ
-        return [source.get(name, "") for name in names]
-
-    def is_true(self, name: str) -> bool:
-        """Return whether the value of a variable is 1, true, yes or on."""
-        return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
 
 
 def make_store(
@@ -173,9 +112,15 @@ def make_store(
     Raises:
         UnusableError: The variables, or a file with credentials, configure no usable store.
     """
-    variables = _Variables(dict(options.credentials))
+    variables = Variables(dict(options.credentials))
+    check_variables(address.scheme, variables)
     prefix = _PREFIXES[address.scheme]
-    handled_here = (*_KEY_VARIABLES, *_ENDPOINT_VARIABLES, *_REGION_VARIABLES, *_UNKNOWN_TO_OBSTORE)
+    handled_here = (
+        *KEY_VARIABLES,
+        *ENDPOINT_VARIABLES["s3"],
+        *REGION_VARIABLES,
+        *_UNKNOWN_TO_OBSTORE,
+    )
     config: Any = {
         name.lower(): value
         for name, value in variables.own.items()
@@ -185,7 +130,6 @@ def make_store(
         "client_options": {
             "connect_timeout": timedelta(seconds=options.connect_seconds),
             "timeout": timedelta(seconds=options.attempt_seconds),
-            "allow_http": False,
         },
         # `qedfuse.remote.object` repeats reads, for all clients in the same way.
         "retry_config": {
@@ -194,14 +138,14 @@ def make_store(
             "backoff": {"max_backoff": timedelta(seconds=_MAX_PAUSE_SECONDS)},
         },
     }
+    endpoint = find_endpoint(variables, ENDPOINT_VARIABLES[address.scheme], options)
+    common["client_options"]["allow_http"] = bool(endpoint and endpoint.startswith("http://"))
     try:
         if address.scheme == "s3":
-            endpoint = _endpoint(variables, options)
             if endpoint is not None:
                 # obstore prefers this name to all others, so no variable can replace the value.
                 common["aws_endpoint_url_s3"] = endpoint
-                common["client_options"]["allow_http"] = endpoint.startswith("http://")
-            common["region"] = variables.first(_REGION_VARIABLES) or "us-east-1"
+            common["region"] = variables.first(REGION_VARIABLES) or "us-east-1"
             has_credentials = _add_s3_identity(
                 variables,
                 common,
@@ -210,21 +154,22 @@ def make_store(
             )
             handle: ObjectStore = S3Store(address.host, config=config, **common)
         elif address.scheme == "gs":
-            has_credentials = _add_identity("gs", variables, _GOOGLE_VARIABLES, common)
+            has_credentials = _add_identity("gs", variables, GOOGLE_VARIABLES, common)
+            check_google_files(variables)
             handle = GCSStore(address.host, config=config, **common)
         else:
-            has_credentials = _add_identity("az", variables, _AZURE_VARIABLES, common)
+            has_credentials = _add_identity("az", variables, AZURE_VARIABLES, common)
             handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
     hint = "" if has_credentials else _HINTS[address.scheme]
     return Store(
-        handle, hint, " ".join(variables.first(n) or "-" for n in _STORE_VARIABLES[address.scheme])
+        handle, hint, " ".join(variables.first(n) or "-" for n in STORE_VARIABLES[address.scheme])
     )
 
 
 def _add_s3_identity(
-    variables: _Variables,
+    variables: Variables,
     settings: dict[str, Any],
     *,
     is_amazon: bool,
@@ -244,7 +189,7 @@ def _add_s3_identity(
     credential = _s3_credential(variables)
     if credential is None:
         if not variables.is_true("AWS_SKIP_SIGNATURE") and (
-            variables.first((*_WEB_IDENTITY_VARIABLES, *_CONTAINER_VARIABLES))
+            variables.first((*WEB_IDENTITY_VARIABLES, *CONTAINER_VARIABLES))
             or (is_amazon and _has_metadata_service("s3", variables))
         ):
             return True
@@ -259,7 +204,7 @@ def _add_s3_identity(
             return last
         # A file that cannot be used may be in the middle of a change: the last key remains.
         with suppress(UnusableError):
-            last = _s3_credential(_Variables(dict(renewed().credentials))) or last
+            last = _s3_credential(Variables(dict(renewed().credentials))) or last
         # The credential expires right away, so obstore calls this function for each request.
         return {**last, "expires_at": datetime.now(UTC)}
 
@@ -269,7 +214,7 @@ def _add_s3_identity(
     return True
 
 
-def _s3_credential(variables: _Variables) -> S3Credential | None:
+def _s3_credential(variables: Variables) -> S3Credential | None:
     """Return the key in the variables, or else in the credentials file of Amazon's tools.
 
     Returns None if there is no key.  The file is not read if the variables have a key, or choose
@@ -278,17 +223,19 @@ def _s3_credential(variables: _Variables) -> S3Credential | None:
     Raises:
         UnusableError: One half of a key is missing, or the file cannot be used.
     """
-    key, secret, token = variables.values_of_group(_KEY_VARIABLES)
+    key, secret, token = variables.values_of_group(KEY_VARIABLES)
     if bool(key) != bool(secret):
-        key_name, secret_name, _ = _KEY_VARIABLES
+        key_name, secret_name, _ = KEY_VARIABLES
         found = key_name if key else secret_name
         msg = f"credentials: found {found} alone, expected {key_name} and {secret_name}"
         raise UnusableError(msg)
-    is_other = variables.is_true("AWS_SKIP_SIGNATURE") or variables.first(_WEB_IDENTITY_VARIABLES)
+    is_other = variables.is_true("AWS_SKIP_SIGNATURE") or variables.first(WEB_IDENTITY_VARIABLES)
     if not key and not is_other:
         key, secret, token = _shared_credentials(variables)
     if not key:
         return None
+    for name, value in zip(KEY_VARIABLES, (key, secret, token), strict=True):
+        check_value(name, value)
     return {
         "access_key_id": key,
         "secret_access_key": secret,
@@ -298,7 +245,7 @@ def _s3_credential(variables: _Variables) -> S3Credential | None:
 
 
 def _add_identity(
-    scheme: str, variables: _Variables, names: tuple[str, ...], settings: dict[str, Any]
+    scheme: str, variables: Variables, names: tuple[str, ...], settings: dict[str, Any]
 ) -> bool:
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
@@ -331,7 +278,7 @@ def _expand_home(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111  Path.expanduser raises without a home
 
 
-def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
+def _has_metadata_service(scheme: str, variables: Variables) -> bool:
     """Return whether the machine has an instance metadata service, which can give credentials."""
     if scheme == "s3":
         if variables.is_true("AWS_EC2_METADATA_DISABLED"):
@@ -345,7 +292,7 @@ def _has_metadata_service(scheme: str, variables: _Variables) -> bool:
         return False
 
 
-def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
+def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     """Return key, secret and token of the profile in the credentials file of Amazon's tools.
 
     Returns empty texts if there is no complete key.
@@ -380,30 +327,3 @@ def _shared_credentials(variables: _Variables) -> tuple[str, str, str]:
     if not key or not secret:
         return "", "", ""
     return key, secret, found.get("aws_session_token", "")
-
-
-def _endpoint(variables: _Variables, options: ClientOptions) -> str | None:
-    """Return the URL of the endpoint of the S3 store; None for Amazon's own.
-
-    Raises:
-        UnusableError: The endpoint is not the URL of a web server, or it is on another machine,
-            without TLS, and the options do not allow that.
-    """
-    text = variables.first(_ENDPOINT_VARIABLES)
-    if text is None:
-        return None
-    try:
-        endpoint = parse_prefix(text)
-    except UsageError as error:
-        msg = f"endpoint: {error}"
-        raise UnusableError(msg) from error
-    if not endpoint.is_web:
-        msg = f"endpoint: found {endpoint.shown}, expected https://HOST"
-        raise UnusableError(msg)
-    if endpoint.scheme == "http" and not (endpoint.is_loopback or options.allow_http):
-        msg = (
-            f"endpoint: found {endpoint.shown} without TLS on another machine, expected https:// "
-            "(allow it with allow_http)"
-        )
-        raise UnusableError(msg)
-    return endpoint.url.rstrip("/")

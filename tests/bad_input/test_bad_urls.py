@@ -285,6 +285,37 @@ def test_half_a_key(place: Place) -> None:
     assert not place.server.authorizations
 
 
+def test_control_character_in_a_token(place: Place) -> None:
+    """A token with the end of a line, at which obstore panics, is refused before any request."""
+    place.use_store()
+    place.variables |= {"AWS_SESSION_TOKEN": "hush\n"}
+    refused(place)
+    assert not place.server.authorizations
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variables"),
+    [
+        ("az", {}),
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/nosuch.json"}),
+        (
+            "az",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "account",
+                "AZURE_STORAGE_ENDPOINT": "http://10.0.0.1/account",
+            },
+        ),
+    ],
+)
+def test_incomplete_variables_of_a_store(
+    place: Place, scheme: str, variables: dict[str, str]
+) -> None:
+    """Variables that configure no usable store are named."""
+    place.url = f"{scheme}://images/vm.qed"
+    place.variables |= variables
+    refused(place)
+
+
 def test_no_ranges(place: Place) -> None:
     """A server that ignores ranges is refused."""
     place.server.always = "no range"

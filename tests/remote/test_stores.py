@@ -203,6 +203,42 @@ def test_endpoint_without_tls(
     assert expected in failure("s3://golden/disk", options)
 
 
+@pytest.mark.usefixtures("store")
+def test_empty_variables(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable counts as not set; obstore would panic at an empty endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")
+    monkeypatch.setenv("AWS_ENDPOINT", "")
+    assert "found no such object" in failure("s3://golden/none", options)
+    assert "AWS_ENDPOINT" not in os.environ
+    # Amazon's own endpoint, which has no address or no such bucket here.
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_ENDPOINT", "")
+    handle = make_store(parse_address("s3://golden/none"), ClientOptions()).handle
+    assert "endpoint" not in str(handle)
+
+
+def test_panic_of_obstore(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic inside obstore is an error of the file, with one line."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setattr("qedfuse.remote.storesettings.check_value", lambda *_: None)
+    monkeypatch.setattr("qedfuse.remote.storevariables.check_value", lambda *_: None)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a\nb")
+    assert "found an error inside obstore" in failure("s3://golden/disk", options)
+
+
+@pytest.mark.parametrize(("host", "is_allowed"), [("127.0.0.1:9", True), ("10.0.0.1", False)])
+def test_endpoint_of_azure_without_tls(
+    options: RemoteOptions, monkeypatch: pytest.MonkeyPatch, host: str, *, is_allowed: bool
+) -> None:
+    """The rule for an endpoint without TLS is the same for all stores."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"http://{host}/account")
+    text = failure("az://golden/disk", replace(options, deadlines=SHORT))
+    assert ("Connection refused" if is_allowed else "without TLS on another machine") in text
+
+
 def test_half_a_key(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key without its secret is an error, and no reason to go on without credentials."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")

@@ -1,0 +1,199 @@
+"""The variables that configure an object store, and the checks before obstore reads them.
+
+obstore panics at a value that no header or URL can have, and takes an empty value for a value.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.errors import UsageError
+from qedfuse.remote.address import parse_prefix
+from qedfuse.remote.client import UnusableError
+from qedfuse.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qedfuse.remote.client import ClientOptions
+
+KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+ENDPOINT_VARIABLES: Final = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+"""The variables that can give the endpoint of each kind of store."""
+REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
+WEB_IDENTITY_VARIABLES: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
+CONTAINER_VARIABLES: Final = (
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+GOOGLE_VARIABLES: Final = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+    "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "GOOGLE_BEARER_TOKEN",
+)
+AZURE_VARIABLES: Final = (
+    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
+    *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"),
+    *("AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE"),
+    *("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET", "AZURE_CREDENTIAL_TYPE"),
+    *("AZURE_IDENTITY_ENDPOINT", "AZURE_MSI_ENDPOINT", "AZURE_USE_AZURE_CLI"),
+    "AZURE_STORAGE_USE_EMULATOR",
+)
+"""Variables that give credentials for Azure, or determine where obstore gets them.
+`GOOGLE_VARIABLES` are those for Google's stores."""
+STORE_VARIABLES: Final = {
+    "s3": (ENDPOINT_VARIABLES["s3"],),
+    "gs": (ENDPOINT_VARIABLES["gs"],),
+    "az": (
+        ("AZURE_STORAGE_ACCOUNT_NAME",),
+        ENDPOINT_VARIABLES["az"],
+        ("AZURE_STORAGE_USE_EMULATOR",),
+        ("AZURITE_BLOB_STORAGE_URL",),
+    ),
+}
+"""Groups of variables that determine which store has the bucket or container; the first variable of
+each group that is set counts."""
+_FILE_VARIABLES: Final = (
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "GOOGLE_SERVICE_ACCOUNT_PATH",
+)
+"""Variables with the name of a file that obstore reads when it makes a store."""
+_WITH_LINES: Final = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
+"""Variables whose value may have several lines."""
+_CHECKED: Final = {
+    "s3": (
+        *KEY_VARIABLES,
+        *ENDPOINT_VARIABLES["s3"],
+        *REGION_VARIABLES,
+        *WEB_IDENTITY_VARIABLES,
+        *CONTAINER_VARIABLES,
+    ),
+    "gs": (*GOOGLE_VARIABLES, *ENDPOINT_VARIABLES["gs"]),
+    "az": (*AZURE_VARIABLES, *(name for group in STORE_VARIABLES["az"] for name in group)),
+}
+"""The variables of each kind of store."""
+
+
+class Variables:
+    """The variables of a credentials file, and those of the environment that the file does not set.
+
+    A variable with an empty value counts as not set.
+
+    Attributes:
+        own: The variables of the file.
+    """
+
+    def __init__(self, own: dict[str, str]) -> None:
+        self.own = own
+
+    def first(self, names: tuple[str, ...]) -> str | None:
+        """Return the value of the first variable of ``names`` that is set; None if none is set.
+
+        All variables of the file precede those of the environment.
+        """
+        for source in (self.own, os.environ):
+            for name in names:
+                if source.get(name):
+                    return source[name]
+        return None
+
+    def values_of_group(self, names: tuple[str, ...]) -> list[str]:
+        """Return the values of variables that belong together; empty for each that is not set.
+
+        If the file sets one of the variables, all values come from the file.  If it sets none, all
+        come from the environment.
+        """
+        source = self.own if any(self.own.get(name) for name in names) else os.environ
+        return [source.get(name, "") for name in names]
+
+    def is_true(self, name: str) -> bool:
+        """Return whether the value of a variable is 1, true, yes or on."""
+        return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
+
+
+def check_variables(scheme: str, variables: Variables) -> None:
+    """Check the variables of a kind of store, and unset those in the environment that are empty.
+
+    Raises:
+        UnusableError: A value has a control character, or the name of an account is missing.
+    """
+    for name in _CHECKED[scheme]:
+        # Amazon's tools ignore an empty variable as well.
+        if os.environ.get(name) == "":
+            del os.environ[name]
+        if name not in _WITH_LINES:
+            check_value(name, variables.first((name,)) or "")
+    if scheme == "az" and not (
+        variables.first(("AZURE_STORAGE_ACCOUNT_NAME",))
+        or variables.is_true("AZURE_STORAGE_USE_EMULATOR")
+    ):
+        msg = "found no name of the account, expected it in AZURE_STORAGE_ACCOUNT_NAME"
+        raise UnusableError(msg)
+
+
+def check_value(name: str, value: str) -> None:
+    """Check that a header can have the value of a variable.
+
+    Raises:
+        UnusableError: The value has a control character, such as the end of a line.
+    """
+    if any(character < " " or character == "\x7f" for character in value):
+        msg = (
+            f"credentials: {name}: found a control character, such as the end of a line, "
+            "expected none"
+        )
+        raise UnusableError(msg)
+
+
+def check_google_files(variables: Variables) -> None:
+    """Check that the files which variables name for Google's stores can be opened.
+
+    Raises:
+        UnusableError: A file cannot be opened.
+    """
+    for name in _FILE_VARIABLES:
+        path = variables.first((name,))
+        if path is None:
+            continue
+        try:
+            with Path(path).open("rb"):
+                pass
+        except OSError as error:
+            msg = f"credentials: {name}: {printable(path)}: {error.strerror}"
+            raise UnusableError(msg) from error
+
+
+def find_endpoint(variables: Variables, names: Iterable[str], options: ClientOptions) -> str | None:
+    """Return the URL of the endpoint of a store; None if no variable of ``names`` gives one.
+
+    Raises:
+        UnusableError: The endpoint is not the URL of a web server, or it is on another machine,
+            without TLS, and the options do not allow that.
+    """
+    text = variables.first(tuple(names))
+    if text is None:
+        return None
+    try:
+        endpoint = parse_prefix(text)
+    except UsageError as error:
+        msg = f"endpoint: {error}"
+        raise UnusableError(msg) from error
+    if not endpoint.is_web:
+        msg = f"endpoint: found {endpoint.shown}, expected https://HOST"
+        raise UnusableError(msg)
+    if endpoint.scheme == "http" and not (endpoint.is_loopback or options.allow_http):
+        msg = (
+            f"endpoint: found {endpoint.shown} without TLS on another machine, expected https:// "
+            "(allow it with allow_http)"
+        )
+        raise UnusableError(msg)
+    return endpoint.url.rstrip("/")
