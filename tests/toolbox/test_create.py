@@ -102,7 +102,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 ) -> None:
     """Each mistake is one line, and no file is created or changed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain").write_bytes(b"QFI\xfb" + bytes(5000))
+    (tmp_path / "plain").write_bytes(b"plain" + bytes(5000))
     (tmp_path / "link").symlink_to("new.qed")
     qemu.create(tmp_path / "base.qed", 1 << 20)
     broken = bytearray((tmp_path / "base.qed").read_bytes())
@@ -222,3 +222,20 @@ def test_a_full_host_leaves_nothing_behind(
     assert said.count("\n") == 1
     assert names(tmp_path) == {"full.qed"}
     assert path.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(("image_format", "shown"), [("qcow2", "qcow2"), ("vdi", "VDI")])
+def test_base_in_another_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, shown: str
+) -> None:
+    """No advice leads to an overlay that shows the bytes of such an image by mistake."""
+    base = qemu.create(tmp_path / "base", 1 << 20, image_format=image_format)
+    image = tmp_path / "vm.qed"
+    assert main(["create", "-b", str(base), str(image)]) == 17
+    expected = (
+        f"{image}: backing file {base}: found a {shown} image, expected a QED image (qedfuse -o "
+        "overlay=FILE makes an overlay over other formats; -F raw shows the bytes of the image "
+        "unchanged)"
+    )
+    assert expected in capsys.readouterr().err
+    assert not image.exists()

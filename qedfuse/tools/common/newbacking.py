@@ -14,7 +14,7 @@ from qedfuse.disk.lookup.baseversion import BaseVersions, version_of_status, ver
 from qedfuse.errors import BackingError, HostError, NotQedError, QedError
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.formats import is_qed
+from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.ondisk.header import parse_header
 from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
@@ -86,7 +86,7 @@ def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBas
         fd = open_regular(path, os.O_RDONLY)
         try:
             status = os.fstat(fd)
-            start = os.pread(fd, HEADER_BYTES, 0)
+            start = os.pread(fd, SIGNATURE_BYTES, 0)
         finally:
             os.close(fd)
         versions = BaseVersions(version_of_status(status), {})
@@ -121,7 +121,7 @@ async def examine_url(
 
     try:
         async with open_image(url, None, remote) as file:
-            start = bytes(await file.pread(0, HEADER_BYTES))
+            start = bytes(await file.pread(0, SIGNATURE_BYTES))
             return _examined(start, file.size(), versions_of([file]), file.name, wanted)
     except HostError as error:
         about = f"{printable(image)}: backing file "
@@ -137,7 +137,7 @@ def _examined(
     """Return the size, the format and the version of a backing file.
 
     Args:
-        start: The first `HEADER_BYTES` of the file, or all bytes of a shorter file.
+        start: The first `SIGNATURE_BYTES` of the file, or all bytes of a shorter file.
         size: Length of the file in bytes.
         versions: The version of the file.
         shown: Name of the file in messages.
@@ -149,9 +149,17 @@ def _examined(
     if wanted == "raw":
         return NewBase(size, "raw", versions)
     if is_qed(start):
-        header = parse_header(start, shown)
+        header = parse_header(start[:HEADER_BYTES], shown)
         header.check_fits(size, shown)
         return NewBase(header.image_size, "qed", versions)
+    found = foreign_format(start)
+    if found is not None and wanted is None:
+        # An overlay that shows the bytes of such an image unchanged is hardly what the user wants.
+        msg = (
+            f"{shown}: found a {found} image, expected a QED image (qedfuse -o overlay=FILE makes "
+            "an overlay over other formats; -F raw shows the bytes of the image unchanged)"
+        )
+        raise NotQedError(msg)
     expected = "a QED image" if wanted else "a QED image, or -F raw for any other content"
     msg = f"{shown}: found no QED magic, expected {expected}"
     raise NotQedError(msg)
