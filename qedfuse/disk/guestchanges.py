@@ -69,7 +69,7 @@ class GuestChanges(GuestReads):
         if target is None or not self._plain_writes:
             return tables
         writes = InPlaceWrites(
-            *(target.fd, target.inode, self._first_write_guard, self._writeback),
+            *(target.fd, target.inode, target.is_short, self._first_write_guard, self._writeback),
             partial(self._record_in_place, target.record_write),
         )
         return tables._replace(writes=writes)

@@ -87,12 +87,15 @@ class WriteTarget(NamedTuple):
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
+        is_short: Returns whether a write of a number of bytes counts as short.  The extension makes
+            only short writes; it does not ask for writes of at most `INLINE_WRITE_BYTES`.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """
 
     fd: int
     inode: Contended
+    is_short: Callable[[int], bool]
     record_write: Callable[[int, float], None]
 
 

@@ -83,7 +83,7 @@ class PosixFile(PosixReader):
         """What the extension needs to write; None if the file is not open for writing."""
         if not self.writable:
             return None
-        return WriteTarget(self.fd, self._inode, self._record_write)
+        return WriteTarget(self.fd, self._inode, self._is_short, self._record_write)
 
     def size(self) -> int:
         """Return the file's length in bytes.

@@ -83,7 +83,6 @@ async def test_a_write_to_allocated_clusters_is_made_by_the_extension(
         pytest.param(SIZE // 2 - 512, 1024, INODE, id="allocated in part"),
         pytest.param(SIZE - 512, 1024, INODE, id="past the end"),
         pytest.param(1 << 40, 512, INODE, id="far past the end"),
-        pytest.param(0, INLINE_WRITE_BYTES + 1, INODE, id="too long"),
         pytest.param(0, 512, INODE | HANDLE_SYNC, id="must be durable"),
         pytest.param(0, 512, INODE + 1, id="other disk"),
     ],
@@ -111,6 +110,23 @@ async def test_zero_clusters_and_scattered_clusters_are_passed_on(
         assert not session.write(2 * CLUSTER - 1, b"two")
         await disk.discard(4 * CLUSTER, CLUSTER)
         assert not session.write(4 * CLUSTER, b"zero")
+
+
+async def test_a_long_write_is_made_while_such_writes_are_fast(
+    session: Session, tmp_path: Path
+) -> None:
+    """A write that would take long, as the last one did, is left to a thread."""
+    length = INLINE_WRITE_BYTES + 1
+    data = random.Random("long").randbytes(length)
+    async with shown(session, tmp_path) as disk:
+        target = disk._file.write_target
+        assert target is not None
+        assert session.write(CLUSTER, data)
+        assert await disk.read(CLUSTER, length) == data
+        target.record_write(length, 60.0)
+        assert not session.write(CLUSTER, bytes(length))
+        assert await disk.read(CLUSTER, length) == data
+        assert session.write(CLUSTER, bytes(length - 1)), "a write that is always short is asked"
 
 
 @pytest.mark.parametrize("why", ["guard", "failure", "contention"])

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 class InPlaceWrites(NamedTuple):
     """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
 
-    A write is made only while ``guard`` is prepared, ``writeback`` has no failure, and there is no
-    contention for ``inode``.
+    A write is made only if it is short, and while ``guard`` is prepared, ``writeback`` has no
+    failure, and there is no contention for ``inode``.
 
     Attributes:
         fd: The descriptor of the top image.
         inode: The lock of its inode.
+        is_short: Returns whether a write of a number of bytes counts as short (`InlinePolicy`).
         guard: The first-write guard.
         writeback: The write-back of the tables.
         record: Called after each such write, with its length in bytes and the seconds that it took.
@@ -37,6 +38,7 @@ class InPlaceWrites(NamedTuple):
 
     fd: int
     inode: Contended
+    is_short: Callable[[int], bool]
     guard: FirstWriteGuard
     writeback: MetadataWriteback
     record: Callable[[int, float], None]

@@ -1,9 +1,10 @@
 /*
  * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  A write is
  * carried out here only if the top image has allocated its range as one run, if the slice (part) of the
- * table that locates the run is in memory, and if nothing must be done before the write.  Such a write
- * changes no table.  Two Python functions are called: the one that looks up a slice in the table cache,
- * and the one that records the write.
+ * table that locates the run is in memory, if nothing must be done before the write, and if the write is
+ * short (InlinePolicy in hostio/inlinepolicy.py).  Such a write changes no table.  Two Python functions are
+ * called: the one that looks up a slice in the table cache, and the one that records the write; and a
+ * third one before a write of more than ALWAYS_SHORT_BYTES, which may not be short.
  *
  * The objects of InPlaceWrites (disk/datapath/readtables.py) decide whether a write is carried out here,
  * by the conditions of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range is found and
@@ -19,12 +20,13 @@
 
 #include <unistd.h>
 
-/* INLINE_WRITE_BYTES in hostio/inlinepolicy.py. */
-#define MAX_WRITE_BYTES (1 << 18)
+/* INLINE_WRITE_BYTES in hostio/inlinepolicy.py: a write that is not longer always counts as short. */
+#define ALWAYS_SHORT_BYTES (1 << 18)
 
 struct in_place_writes {
     int fd;               /* of the top image */
     PyObject *inode;      /* InodeLock of that file */
+    PyObject *is_short;   /* called with the bytes of a write; only short writes are made */
     PyObject *guard;      /* FirstWriteGuard */
     PyObject *writeback;  /* MetadataWriteback */
     PyObject *record;     /* called with the bytes of a write, and the seconds that it took */
@@ -37,6 +39,7 @@ void free_writes(struct in_place_writes *writes)
     if (writes == NULL)
         return;
     Py_XDECREF(writes->inode);
+    Py_XDECREF(writes->is_short);
     Py_XDECREF(writes->guard);
     Py_XDECREF(writes->writeback);
     Py_XDECREF(writes->record);
@@ -46,17 +49,19 @@ void free_writes(struct in_place_writes *writes)
 struct in_place_writes *make_writes(PyObject *source)
 {
     struct in_place_writes *writes = PyMem_Calloc(1, sizeof *writes);
-    PyObject *inode, *guard, *writeback, *record;
+    PyObject *inode, *is_short, *guard, *writeback, *record;
 
     if (writes == NULL) {
         PyErr_NoMemory();
         return NULL;
     }
-    if (!PyArg_ParseTuple(source, "iOOOO", &writes->fd, &inode, &guard, &writeback, &record)) {
+    if (!PyArg_ParseTuple(source, "iOOOOO", &writes->fd, &inode, &is_short, &guard, &writeback,
+                          &record)) {
         PyMem_Free(writes);
         return NULL;
     }
     writes->inode = Py_NewRef(inode);
+    writes->is_short = Py_NewRef(is_short);
     writes->guard = Py_NewRef(guard);
     writes->writeback = Py_NewRef(writeback);
     writes->record = Py_NewRef(record);
@@ -72,15 +77,27 @@ static int attribute_is(PyObject *object, PyObject *name, PyObject *expected)
     return value == expected;
 }
 
+/* Returns whether a write counts as short; also returns 0, with an exception, if that is not known. */
+static int is_short(const struct in_place_writes *writes, size_t size)
+{
+    PyObject *result;
+
+    if (size <= ALWAYS_SHORT_BYTES)
+        return 1;
+    result = PyObject_CallFunction(writes->is_short, "n", (Py_ssize_t)size);
+    Py_XDECREF(result);
+    return result == Py_True;
+}
+
 /* Returns whether a write of a range that is allocated may be made now, without waiting.  If not, an
  * exception may be set. */
-static int can_write(const struct in_place_writes *writes)
+static int can_write(const struct in_place_writes *writes, size_t size)
 {
     PyObject *contention;
     int is_free;
 
     if (!attribute_is(writes->guard, name_prepared, Py_True) ||
-        !attribute_is(writes->writeback, name_failure, Py_None))
+        !attribute_is(writes->writeback, name_failure, Py_None) || !is_short(writes, size))
         return 0;
     contention = PyObject_GetAttr(writes->inode, name_contention);
     is_free = contention != NULL && PyObject_IsTrue(contention) == 0;
@@ -105,11 +122,11 @@ int write_in_place(uint64_t handle, const char *data, size_t size, off_t start)
     int64_t since;
     ssize_t count = -1;
 
-    if (size > MAX_WRITE_BYTES || !find_allocated(handle, start, size, &place)) {
+    if (!find_allocated(handle, start, size, &place)) {
         PyErr_Clear();
         return 0;
     }
-    if (can_write(place.writes)) {
+    if (can_write(place.writes, size)) {
         since = monotonic_time();
         Py_BEGIN_ALLOW_THREADS
         count = pwrite(place.writes->fd, data, size, (off_t)place.offset);
