@@ -98,6 +98,7 @@ class Wire:
     Attributes:
         answers: The replies of libfuse: number of the request, error, payload.
         spliced: How many replies came through a pipe.
+        memory: Address of the memory for the last request of `queue` that was taken.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Wire:
         assert extraops._extension is not None
         self.answers: list[tuple[int, int, bytes]] = []
         self.spliced = 0
+        self.memory = 0
         library = ctypes.CDLL(extraops._extension.__file__)
         if not hasattr(library, "fuse_session_custom_io"):
             pytest.skip("this libfuse talks to the kernel only")
@@ -179,6 +181,7 @@ class Wire:
             ctypes.set_errno(errno.ENODEV)
             return -1
         ctypes.memmove(buffer, said, len(said))
+        self.memory = buffer
         return len(said)
 
     def _request(self, operation: int, body: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support.fusewire import (
     Wire,
     session_of,
 )
+from tests.support.readsession import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ READ_BODY = struct.pack("=QQIIQII", 1, 4096, 8, 0, 0, 0, 0)
 WRITE_BODY = struct.pack("=QQIIQII", 1, 4096, 4, 0, 0, 0, 0) + b"data"
 FSYNC_BODY = struct.pack("=QII", 1, 1, 0)
 LSEEK_BODY = struct.pack("=QQII", 1, 0, 3, 0)
+HUGE_PAGE = 1 << 21
 MAX_REQUESTS = 7
 MAX_POLLED_REQUESTS = 15
 """The limits in ``_burst.c``, without polling and while polling is permitted."""
@@ -314,3 +317,30 @@ def test_a_new_session_does_not_poll_before_it_is_permitted(server: Server) -> N
     assert (polled.asked, len(again.wire.answers)) == (0, 1)
     extraops.end()
     again.wire.close()
+
+
+def may_be_huge(address: int) -> bool:
+    """Return whether the kernel may use huge pages for the memory at an address (proc(5))."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *fields = line.split()
+        if "-" in name:
+            low, high = (int(number, 16) for number in name.split("-"))
+            found = low <= address < high
+        elif found and name == "VmFlags:":
+            return "hg" in fields
+    return False
+
+
+def test_the_requests_of_bursts_are_received_into_a_huge_page() -> None:
+    """Each session has memory that is one huge page, if the kernel has such pages."""
+    for _ in range(2):
+        with session_of(Session()) as made:
+            assert extraops._extension is not None
+            extraops._extension.set_handler(lambda request, *_: request.offset(9))
+            made.wire.queue(LSEEK, LSEEK_BODY)
+            made.wire.send(LSEEK, LSEEK_BODY)
+            assert len(made.wire.answers) == 2
+            assert made.wire.memory % HUGE_PAGE == 0
+            if Path("/sys/kernel/mm/transparent_hugepage").exists():
+                assert may_be_huge(made.wire.memory)

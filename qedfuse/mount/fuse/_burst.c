@@ -16,6 +16,9 @@
  * scheduler permits polling only if no other task needs the event loop, so the burst may be longer then
  * (MAX_POLLED_REQUESTS).
  *
+ * The memory for the requests is a huge page if the kernel has one: a write of 1 MiB is copied into it
+ * and out of it, and with small pages the processor would look up the address of each page.
+ *
  * stop_blocking() makes reads of the device non-blocking.  A request may vanish after poll(2) has
  * found it, because its process was killed; a read(2) that blocks would then stop the event loop
  * until the next request arrives.  If the kernel has no request, pyfuse3 gets EINTR in place of
@@ -28,12 +31,22 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 /* Maximum number of requests of one burst, after the one that pyfuse3's loop has taken. */
 #define MAX_REQUESTS 7
 
 /* The maximum of a burst while polling is permitted. */
 #define MAX_POLLED_REQUESTS 15
+
+/* Size and alignment of a huge page; only a part of memory that has both can be one. */
+#define HUGE_PAGE_BYTES ((size_t)1 << 21)
+
+/* Maximum length of a request beyond the data of a write (FUSE_BUFFER_HEADER_SIZE in libfuse). */
+#define HEADER_BYTES 4096
+
+/* Maximum length of the data of a write for which this module allocates the memory. */
+#define MAX_WRITE_BYTES ((size_t)1 << 24)
 
 /* Number of pause instructions between two looks for a request.  During the pause the other hardware
  * thread of the core can use the parts that both share, and the program that sends a request can take
@@ -48,7 +61,7 @@
 #endif
 
 static struct fuse_session *session; /* NULL while there is no session */
-static struct fuse_buf buffer;       /* libfuse allocates its memory with the first request */
+static struct fuse_buf buffer;       /* without memory, libfuse allocates it with the first request */
 static int in_burst;
 static int answered;        /* whether the last request was answered, queued or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
@@ -76,6 +89,17 @@ void end_bursts(void)
     Py_CLEAR(has_finished);
     free(buffer.mem);
     buffer = (struct fuse_buf){0};
+}
+
+void reserve_request_memory(size_t max_write)
+{
+    size_t size = (max_write + HEADER_BYTES + HUGE_PAGE_BYTES - 1) & ~(HUGE_PAGE_BYTES - 1);
+
+    if (max_write > MAX_WRITE_BYTES || buffer.mem != NULL)
+        return;
+    buffer.mem = aligned_alloc(HUGE_PAGE_BYTES, size);
+    if (buffer.mem != NULL)
+        (void)madvise(buffer.mem, size, MADV_HUGEPAGE); /* a kernel without huge pages refuses */
 }
 
 /* Receives a request as libfuse's function does; returns -EAGAIN if none is there and reads of the

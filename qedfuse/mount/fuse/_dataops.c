@@ -90,12 +90,13 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
-/* Called by libfuse at the start of a session: limits reads, and lets libfuse splice replies if the
+/* Called by libfuse at the start of a session: limits reads, reserves memory for requests, and lets libfuse splice replies if the
  * kernel can. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
     limit_reads(connection);
+    reserve_request_memory(connection->max_write);
     if (connection->capable & FUSE_CAP_SPLICE_WRITE) {
         connection->want |= FUSE_CAP_SPLICE_WRITE;
         begin_splicing();

@@ -35,6 +35,10 @@ PyObject *reply_from_file(PyObject *module, PyObject *args);
 /* Takes requests of a session in bursts from now on (_burst.c). */
 void begin_bursts(void *session);
 
+/* Allocates the memory for the requests of the bursts.  `max_write` is the maximum length in bytes of the
+ * data of a write.  If the memory cannot be allocated, libfuse does so later (_burst.c). */
+void reserve_request_memory(size_t max_write);
+
 /* Takes no more requests, and frees the memory (_burst.c). */
 void end_bursts(void);
 
