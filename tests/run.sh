@@ -41,6 +41,7 @@ types() {
 }
 
 all_tests() {
+    install_azurite
     run_tests tests
 }
 
@@ -67,8 +68,8 @@ thread_sanitizer() {
     tests/sanitize.sh "${share[@]}" thread
 }
 
-install_for_tests
 if [ $# -gt 0 ]; then
+    install_for_tests
     say "Lint"
     lint
     say "Types"
@@ -76,6 +77,7 @@ if [ $# -gt 0 ]; then
     say "Tests"
     exec "$venv/bin/python" -m pytest "$@"
 fi
+begin_install_for_tests
 # The tests wait half of their time for programs, servers and disks; what needs one processor
 # without a pause runs beside them.
 run_lanes all_tests \

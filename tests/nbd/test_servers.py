@@ -91,14 +91,15 @@ async def test_tasks_and_threads_read_what_the_server_has(
 
 def test_reads_go_on_after_the_server_was_started_again(exported: Path, tmp_path: Path) -> None:
     """A read after a restart of the server makes a new connection."""
-    if reason := why_no_server("nbdkit"):
+    if reason := why_no_server("qemu-nbd"):
         pytest.skip(reason)
     buffer = bytearray(4096)
-    with serving_nbd(tmp_path, "nbdkit", "file", exported) as connect:
+    server = ("qemu-nbd", "-r", "-f", "raw", exported)  # ends although a client is connected
+    with serving_nbd(tmp_path, *server) as connect:
         file = open_nbd(connect, "", "x", DEADLINES)
         file.read_blocking(0, memoryview(buffer))
     try:
-        with serving_nbd(tmp_path, "nbdkit", "file", exported):
+        with serving_nbd(tmp_path, *server):
             assert file.read_blocking(4096, memoryview(buffer)) == len(buffer)
         assert buffer == exported.read_bytes()[4096:8192]
     finally:
