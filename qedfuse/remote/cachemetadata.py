@@ -32,6 +32,10 @@ _MAX_BYTES: Final = 32 << 20
 counts as damaged.  The needed units take up less than 2 bits each, even if they are scattered
 without any pattern, so 16 MiB hold those of the largest object (`MAX_OBJECT_BYTES`)."""
 
+_FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+_END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
+"""The first possible time of a change, and the end of all possible times, in seconds since 1970."""
+
 
 class EntryMetadata(NamedTuple):
     """The metadata of an entry, which are in its file ``about.json``.
@@ -165,14 +169,16 @@ def _parsed_time(modified: object) -> float | None:
 
     Raises:
         ValueError: The value is not null, and not a number of seconds in the years 1 to 9999.
-        OverflowError: The number of seconds is far outside of these years.
+        OverflowError: The value is an integer that no float can represent.
     """
     if modified is None:
         return None
     if isinstance(modified, bool) or not isinstance(modified, int | float):
         raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
     seconds = float(modified)
-    datetime.fromtimestamp(seconds, UTC)
+    # Not `datetime.fromtimestamp`, which raises a different error for each kind of other time.
+    if not _FIRST_SECOND <= seconds < _END_SECOND:
+        raise ValueError(_NAME)
     return seconds
 
 

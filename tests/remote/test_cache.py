@@ -779,7 +779,18 @@ def test_damaged_time(tmp_path: Path) -> None:
     about = entry / "about.json"
     text = about.read_text()
     good = ["1000000000.0", "-62135596800", "253402300799.5"]
-    bad = ["NaN", "Infinity", "-Infinity", "1e400", "1e300", "-1e300", "1e12", "true", '"1e9"']
+    bad = [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e400",
+        "1e300",
+        "-1e300",
+        "1e12",
+        "1.5e17",
+        "true",
+        '"1e9"',
+    ]
     for modified in good + bad:
         about.write_text(text.replace('"modified": 1000000000.0', f'"modified": {modified}'))
         assert f'"modified": {modified}' in about.read_text()
