@@ -5,11 +5,10 @@ What is done for each kind of damage, and why:
 - If several entries refer to one data cluster, the entry with the lowest guest offset keeps the
   cluster.  Each other entry gets a copy of the cluster, so that every guest offset reads as before.
 - If two L2 tables overlap in the file, the table at the higher file offset moves: it is copied to
-  the end of the file, and its L1 entry then points to the copy.  A table that moves for this reason
-  makes no other table move, so a table stays if it overlaps only such tables.  If two L1 entries
-  point to the same table, the entry with the higher guest offset gets a copy of the table.  After
-  that, two tables refer to the same data clusters, so the clusters are copied as described in the
-  first item.
+  the end of the file, and its L1 entry then points to the copy.  A table stays where it is if it
+  overlaps only tables that move away for this reason.  If two L1 entries point to the same table,
+  the entry with the higher guest offset gets a copy of the table.  After that, two tables refer to
+  the same data clusters, so the clusters are copied as described in the first item.
 - If a cluster is both data and part of an L2 table, the table moves and the data stays.  Either the
   entry of the data or the L1 entry of the table is wrong, and the tables do not show which of the
   two.  If the L1 entry is wrong, the cluster holds guest data only: clearing the entry of the data
@@ -22,9 +21,10 @@ What is done for each kind of damage, and why:
 - In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
   zero clusters.  If these entries became unallocated, the guest would read old data of the backing
   file as if it were valid.
-- Data past the end of the disk is never copied, because the copies for a manipulated image of a
-  small disk could fill the host's file system.  An entry for such data is cleared if its cluster
-  or its table would have to be copied.
+- Data past the end of the disk is never copied.  The tables can describe far more data than the
+  disk has, so a crafted image of a small disk could make the copies fill the host's file system.
+  An L2 entry past the end is cleared if its cluster would have to be copied, and an L1 entry if
+  the table to which it points would have to be copied.
 
 Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.
 The persistent free list is dropped whenever the repair changes the image, even if only NEED_CHECK
@@ -90,8 +90,9 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
             which clears NEED_CHECK.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
             memory.  Normally the check before the first write finds this, and nothing has been
-            changed.  Two limits can be exceeded later: the number of invalid L1 entries, and the
-            size of the file, which the repair makes longer.  In these cases NEED_CHECK stays set.
+            changed.  Three limits can be exceeded later: the number of invalid L1 entries, that of
+            tables, and the size of the file, which the repair makes longer.  In these cases
+            NEED_CHECK stays set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

@@ -9,7 +9,8 @@
  * A call is a struct job.  Its fields belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a read with an answer (see below)
  * has two owners at its end, the collector and the thread that answers.  When both are done with
- * it, a thread with the GIL releases it.  Everything else that threads share is in struct pool.
+ * it, a thread with the GIL releases it.  A thread that sleeps gets its call in a struct sleeper;
+ * everything else that threads share is in struct pool.
  * The pool's mutex protects struct pool, except the atomic fields.  The eventfd is read and written
  * without the mutex.  It is closed only when the IoThreads object has been freed and no thread is
  * writing to it.
@@ -31,9 +32,9 @@
  * loop may be waiting for a queued call that only this thread can make.
  *
  * If a read is put on the list before the IoThreads object is freed, answer->call may be called
- * after the object was freed.  So before the owner of the capsule frees what answer->call uses
- * besides the capsule and the buffer, the owner must wait until pending() returns 0, while the
- * object still exists, or must exclude answer->call with a lock (as _extraops.c does).
+ * after the object was freed.  Before the owner of the capsule frees anything else that answer->call
+ * uses, the owner must do one of two things: wait until pending() returns 0, while the IoThreads
+ * object still exists; or use a lock that keeps answer->call from running (as _extraops.c does).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -356,9 +357,9 @@ static void set_answered(struct pool *pool, struct job *job)
 }
 
 /* Make the system call of a job, put the job on the list of finished calls, call its answer if it
- * has one, and notify the collector.  If the pool is closed by the end of the system call, the job
- * is neither put on the list nor answered.  The caller must not hold the mutex; run() returns with
- * the mutex locked. */
+ * has one, and notify the collector.  If the pool has been closed before the system call begins, the
+ * call is not made.  If it has been closed before the call returns, the job is neither put on the
+ * list nor answered.  The caller must not hold the mutex; run() returns with the mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -366,7 +367,7 @@ static void run(struct pool *pool, struct job *job)
     int64_t since, result;
 
     since = now();
-    result = make_call(pool, job);
+    result = atomic_load(&pool->stop) ? -ECANCELED : make_call(pool, job);
     job->result = result;
     job->nanoseconds = now() - since;
     pthread_mutex_lock(&pool->mutex);
@@ -957,9 +958,9 @@ static PyObject *new_object(PyTypeObject *type, PyObject *args, PyObject *keywor
     return (PyObject *)self;
 }
 
-/* Leave the pool to its threads, the last of which frees it.  Calls that no thread has begun are
- * never made.  Calls and answers in progress end some time later, and what their jobs hold is never
- * released, because no thread of the pool may touch Python's objects. */
+/* Leave the pool to its threads, the last of which frees it, or free it if there are none.  Calls
+ * that no thread has begun are never made.  Calls and answers in progress end some time later, and
+ * what their jobs hold is never released, because no thread of the pool may touch Python's objects. */
 static void free_object(PyObject *object)
 {
     IoThreads *self = (IoThreads *)object;

@@ -1,6 +1,6 @@
 """Which writes and datasyncs the event loop makes itself, and which a worker thread makes.
 
-A round trip to a worker thread takes longer than a copy of some 100 KiB into the page cache,
+A round trip to a worker thread takes longer than a copy of a few hundred KiB into the page cache,
 and longer than a datasync on a fast disk.  But a call that blocks the event loop stops all
 requests.  So the event loop makes a call itself only if the call is expected to be fast.
 """
@@ -42,7 +42,7 @@ class InlinePolicy:
     """
 
     def __init__(self, inode: InodeLock) -> None:
-        """Decide for the file whose inode lock ``inode`` observes; no call has been made yet."""
+        """Decide for one file, before its first call; ``inode`` observes its inode's lock."""
         self._inode = inode
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)

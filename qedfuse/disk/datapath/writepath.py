@@ -1,4 +1,4 @@
-"""The write path: a write is cut into runs, and each run is overwritten or allocated.
+"""The write path: a write is cut into extents, and each is overwritten or allocated.
 
 Overwrites in place need no lock, because two overwrites of the same bytes may end in either
 order, as on any disk.  An overwrite enters an epoch instead (`Epochs`), so that the clusters to
@@ -156,8 +156,8 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        If the clusters read as zeros already, only the data is written, and `ZeroFill` decides
-        whether the rest stays a hole.
+        Only the data is written if the new clusters are known to read as zeros, and the previous
+        content is zeros too; `ZeroFill` then decides whether the rest stays a hole.
 
         Args:
             kind: The kind of the guest clusters before the write: unallocated or zero.

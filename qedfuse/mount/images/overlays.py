@@ -15,7 +15,7 @@ from qedfuse.disk.lookup.backing import read_backing_name
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
-from qedfuse.errors import BackingError, HostError, UsageError, cannot_open
+from qedfuse.errors import BackingError, HostError, RemoteError, UsageError, cannot_open
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import identity_of
 from qedfuse.mount.images.naming import shown_source
@@ -78,7 +78,7 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
 
     Raises:
         QedError: The image cannot be opened.  If the host does not permit a writable open, the
-            message suggests ``-o ro``.
+            message suggests ``-o ro``; not if a server of a backing file has refused.
     """
     is_open = False
     try:
@@ -87,9 +87,9 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
             yield disk
     except HostError as error:
         is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if is_open or options.read_only or not is_forbidden:
+        if is_open or options.read_only or not is_forbidden or isinstance(error, RemoteError):
             raise
-        msg = f"{error} (for reading and writing; with -o ro, permission to read is enough)"
+        msg = f"{error} (opened for reading and writing; with -o ro, permission to read is enough)"
         raise HostError(msg, error.errno) from error
 
 
@@ -127,7 +127,7 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 
     Raises:
         UsageError: The overlay exists, and the image at ``path`` is not its backing file; or the
-            image's URL has a query, which would be stored in the overlay.
+            image's URL has a query that may hold a secret, which would be stored in the overlay.
         QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
     """
     require_storable(path, " (-o snapshot keeps no file)")

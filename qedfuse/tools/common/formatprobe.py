@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     """A format, or ``auto`` to detect the format from the first bytes."""
 
 _EXPECTED_SOURCE: Final = (
-    "raw or qed (qemu-img convert can read this format; if an option states the format raw, the "
-    "bytes are read unchanged)"
+    "raw or qed (qemu-img convert can read the format that was found; the bytes are read unchanged "
+    "if an option says that the format is raw)"
 )
 """The end of the message about a source of a foreign format."""
 
@@ -34,7 +34,7 @@ def probe_format(path: str, expected: str = _EXPECTED_SOURCE) -> ImageFormat:
     Args:
         path: The file or block device.
         expected: The end of the message about a foreign format: what was expected, in the words
-            of the user's options.  The default is for the source of a copy.
+            of the user's options.  The default is for sources that are read.
 
     Raises:
         UsageError: The file is an image of a foreign format, or is encrypted by LUKS.

@@ -62,9 +62,10 @@ async def resize(
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can
             address.  Or the disk would become smaller without ``shrink``, or lose data
-            without ``force``.
-        CorruptImageError: A table entry for the removed or the added range is bad, or a check
-            found damage.  Or the disk would grow over data past its old end without ``force``.
+            without ``force``; a bad table entry counts as data.
+        CorruptImageError: A table entry for the removed range, with ``force``, or for the added
+            range is bad, or a check found damage.  Or the disk would grow over data past its old
+            end without ``force``.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:
