@@ -4,8 +4,10 @@
 
 Two mounts have the same content.  Both are read at the same time by one fio each, of which one is
 stopped while the other runs, by turns of 50 ms.  So what else the machine does costs both the same.
-For each cell the ratio is that of the processor time for each read; the table has the median of the
-repetitions, with the smallest and the largest ratio.  The cells are measured in three states:
+For each cell the ratio is that of the processor time for each read.  A repetition measures it
+twice, with each of the two mounts as the first, and takes the geometric mean; the table has the
+median of the repetitions, with the smallest and the largest.  The cells are measured in
+three states:
 
     fetched            the disk was read from the server; what this wrote is on the disk
     restarted          the page cache was emptied, the server is gone, and both mounts are new;
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -130,10 +133,24 @@ def compare(mounts: Mapping[System, Mount], cell: Cell) -> float:
     Raises:
         BenchmarkError: fio or a server failed.
     """
+    # The order in which the loads start changes their figures by some per cent.
+    one, other = SYSTEMS
+    first, last = measure_turns(mounts, cell, SYSTEMS), measure_turns(mounts, cell, (other, one))
+    return math.sqrt(first[one] / first[other] * last[one] / last[other])
+
+
+def measure_turns(
+    mounts: Mapping[System, Mount], cell: Cell, order: tuple[System, System]
+) -> dict[System, float]:
+    """Return the processor seconds for each read of two systems, which read by turns.
+
+    Raises:
+        BenchmarkError: fio or a server failed.
+    """
     seconds = START_SECONDS + 2 * TURNS * TURN_SECONDS
     loads = []
     with ExitStack() as stack:
-        for system in SYSTEMS:
+        for system in order:
             load = Load(mounts[system], cell, seconds)
             stack.callback(load.kill)
             loads.append(load)
@@ -142,8 +159,7 @@ def compare(mounts: Mapping[System, Mount], cell: Cell) -> float:
         for _ in range(TURNS):
             for load in loads:
                 load.take_turn()
-        of_remote, of_local = [load.seconds_per_read() for load in loads]
-    return of_remote / of_local
+        return {system: load.seconds_per_read() for system, load in zip(order, loads, strict=True)}
 
 
 def print_state(state: str, mounts: Mapping[System, Mount], repetitions: int) -> None:
