@@ -15,8 +15,6 @@ from qedfuse.remote.client import UnusableError
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from qedfuse.remote.client import ClientOptions
 
 KEY_VARIABLES: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -172,14 +170,16 @@ def check_google_files(variables: Variables) -> None:
             raise UnusableError(msg) from error
 
 
-def find_endpoint(variables: Variables, names: Iterable[str], options: ClientOptions) -> str | None:
+def find_endpoint(
+    variables: Variables, names: tuple[str, ...], options: ClientOptions
+) -> str | None:
     """Return the URL of the endpoint of a store; None if no variable of ``names`` gives one.
 
     Raises:
         UnusableError: The endpoint is not the URL of a web server, or it is on another machine,
             without TLS, and the options do not allow that.
     """
-    text = variables.first(tuple(names))
+    text = variables.first(names)
     if text is None:
         return None
     try:

@@ -90,8 +90,8 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
-/* Called by libfuse at the start of a session: limits reads, reserves memory for requests, and lets libfuse splice replies if the
- * kernel can. */
+/* Called by libfuse at the start of a session: limits reads, reserves memory for requests, and lets
+ * libfuse splice replies if the kernel can. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);
