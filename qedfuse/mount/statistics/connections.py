@@ -31,9 +31,9 @@ async def serve_connections(
     """Serve the connections of a listening socket until cancelled, and then close the socket.
 
     Args:
-        listening: The socket, which does not block.
+        listening: The socket, in non-blocking mode.
         serve: Serves one connection.  The connection is closed when ``serve`` has returned, raised
-            an exception, or taken `_MAX_SECONDS`.  An exception ends no other connection.
+            an exception, or taken `_MAX_SECONDS`.  An exception does not affect other connections.
     """
     connections = 0
 

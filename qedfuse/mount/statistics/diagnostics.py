@@ -30,8 +30,8 @@ async def log_on_signals(
     """Log a summary after each SIGUSR1 and SIGUSR2, and after SIGUSR2 also a line for each task.
 
     The caller must make the process ignore both signals before the call.  When this task is
-    cancelled, trio restores the dispositions that the signals had before, and with the default
-    disposition the next signal would end the process.
+    cancelled, trio restores the dispositions that the signals had before.  If these were the
+    default dispositions, the next signal would end the process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()
@@ -65,9 +65,9 @@ def summary(document: Mapping[str, Any]) -> str:
 
 
 def describe_tasks() -> Iterator[str]:
-    """Yield a line for each task: its name, and where it waits, the outermost frame first.
+    """Yield a line for each task, up to `_MAX_TASKS`, and then a line with the number of all tasks.
 
-    At most `_MAX_TASKS` tasks get a line.  The last line is the number of all tasks.
+    The line of a task has its name and its stack, the outermost frame first.
     """
     root = trio.lowlevel.current_root_task()
     unvisited = [] if root is None else [root]

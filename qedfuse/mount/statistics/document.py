@@ -1,7 +1,7 @@
 """The statistics of one mount as a document: values that JSON can express.
 
-docs/stats.md describes the fields.  Nothing is counted here: each layer has its own counters, which
-are read when a program asks for them.
+docs/stats.md describes the fields.  This module counts nothing.  Each layer has its own counters,
+and this module reads them when a program asks for the document.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StatisticsSource:
     async def document(self) -> dict[str, Any]:
         """Return the document.
 
-        After each disk other tasks can run, so the figures of two disks can be from different
+        Other tasks can run after each disk, so the values of two disks can be from different
         moments.
         """
         disks = []

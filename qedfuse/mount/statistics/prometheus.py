@@ -19,7 +19,10 @@ _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class _Families:
-    """Metric families in the order of their first sample; each family's samples stay together."""
+    """Metric families, in the order in which their first samples were added.
+
+    In the text, all samples of a family stay together.
+    """
 
     def __init__(self) -> None:
         self._families: dict[str, list[str]] = {}
@@ -27,7 +30,7 @@ class _Families:
     def add(
         self, name: str, kind: str, meaning: str, value: float | None, labels: Mapping[str, object]
     ) -> None:
-        """Add a sample with the name of its family, unless its value is None.
+        """Add a sample that has the name of its family; do nothing if ``value`` is None.
 
         The arguments are those of `add_to`.
         """
@@ -229,7 +232,7 @@ def _add_files(
 
 
 def _number(value: float) -> str:
-    """Return the value of a sample as text."""
+    """Return the value of a sample as text; a boolean becomes 0 or 1."""
     return str(int(value)) if isinstance(value, int) else repr(value)
 
 

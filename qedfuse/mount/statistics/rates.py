@@ -1,6 +1,7 @@
-"""Hit rates, computed from the counters of a disk in a document of statistics.
+"""Hit rates of a disk, computed from its counters in a document of statistics.
 
-The counters may also be differences between two documents, for the rates of an interval.
+For the rates of an interval, the caller passes the differences between the counters of two
+documents.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 ONE_STEP_OPERATIONS: Final = ("read", "write", "flush")
-"""The operations that can be answered in one step.  A discard always has a task."""
+"""The operations that can be answered in one step, without waiting.  A discard always gets a task
+of its own."""
 
 
 def hit_rates(disk: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the hit rates of a disk, from 0 to 1; a rate without any request or read is None.
+    """Return the hit rates of a disk, from 0 to 1.
+
+    Each rate is the share of hits in the requests or reads that the rate counts; None if there were
+    none.  These are the hits:
 
     - ``fast_path``: reads, writes and flushes that were answered in one step, without waiting.
     - ``table_cache``: reads, writes and discards that made the server load no slice of a table.
@@ -51,6 +56,7 @@ def _requests(requests: Mapping[str, Any], names: Iterable[str]) -> int:
 def _share(hits: int, all_of_them: int) -> float | None:
     """Return a rate from 0 to 1; None if ``all_of_them`` is 0.
 
-    Several misses can belong to one request, so ``hits`` may be less than 0.
+    The caller computes the hits as requests minus misses.  One request can cause several misses, so
+    ``hits`` may be less than 0.
     """
     return max(0.0, min(1.0, hits / all_of_them)) if all_of_them > 0 else None

@@ -1,9 +1,9 @@
 """Calling a function that may block in the kernel, with a time limit.
 
 A system call that waits for the server of a FUSE mount cannot always be interrupted, not even by
-SIGKILL.  A worker thread does not help, because a process ends only when all its threads have
-ended.  Therefore the function is called in a child process.  When the time is over, the caller
-goes on without waiting for the end of the child.
+SIGKILL.  A call in a worker thread could keep the process from ending, because a process ends only
+when all its threads have ended.  Therefore the function is called in a child process.  When the
+time is over, the caller continues without waiting for the end of the child.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Deadline:
 def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     """Call a function in a child process and return its result.
 
-    The calling process must have only one thread.  The child would lack a second thread, and a lock
-    that the second thread held during the fork would stay locked in the child forever.
+    The calling process must have only one thread.  The child would lack any other thread, and a
+    lock that the other thread held during the fork would stay locked in the child forever.
 
     Args:
         function: The function.  Its result and its exceptions must be plain data that can be
@@ -84,8 +84,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
     if not reply:
         msg = "a child process ended without a result"
         raise RuntimeError(msg)
-    # The reply of `_run`: the class, the arguments and the attributes of an exception, or None
-    # and the result.
+    # `_run` has replied with the class, the arguments and the attributes of an exception, or with
+    # None, the result and an empty dictionary.
     error_class, value, attributes = pickle.loads(reply)  # noqa: S301  from this process's child
     if error_class is None:
         result: T = value

@@ -23,7 +23,8 @@ _EXPECTED: Final = "a port, 127.0.0.1:PORT, [::1]:PORT or unix:PATH"
 _MAX_PORT: Final = 65535
 _MAX_NAME_BYTES: Final = 107 - len("/proc/self/fd/2147483647/")
 """Maximum length of a socket's file name.  The address of a socket has at most 107 bytes.  The
-address names the directory by a descriptor, so the length of the user's path does not matter."""
+address names the directory by its descriptor, as in ``/proc/self/fd/9/NAME``, so the length of the
+user's path does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,9 @@ class ListenAddress:
         """Parse the value of the option ``name``.
 
         Raises:
-            UsageError: The value is not a valid address, the path can only be that of a directory,
-                the file name of the socket is too long, or other machines could reach the address.
+            UsageError: The value is not a valid address, the path ends in a slash or in the name
+                ``.`` or ``..``, the file name of the socket is too long, or other machines could
+                reach the address.
         """
         path = value.removeprefix(_UNIX)
         if value.startswith(_UNIX) and path:
@@ -87,7 +89,7 @@ class Listener:
     """A listening socket, and the directory of the socket if the socket is in the file system.
 
     Attributes:
-        socket: The socket, which does not block.
+        socket: The socket, in non-blocking mode.
     """
 
     def __init__(self, address: ListenAddress) -> None:
@@ -126,7 +128,7 @@ class Listener:
                 if not stat.S_ISSOCK(status.st_mode):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 client.connect(f"/proc/self/fd/{self._directory}/{self._name}")
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionRefusedError):  # no file, or no process listens
                 return listen(self._directory, self._name)
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -136,7 +138,7 @@ class Listener:
         return self._directory if self._directory >= 0 else None
 
     def close(self) -> None:
-        """Close the socket; if the socket is in the file system, remove its file as well."""
+        """Close the socket, and remove its file if it has one."""
         self.socket.close()
         if self._directory >= 0:
             with suppress(OSError):  # the directory is gone, or the socket was removed

@@ -41,10 +41,11 @@ def resolve(mountpoint: str) -> str:
 def resolve_mounted(path: str) -> str:
     """Resolve the path of a mountpoint as `resolve` does, without accessing the mount.
 
-    It is possible that the server of the mount does not answer.  So only the directories that lead
-    to the mountpoint are accessed.  But if the last component of the path is ``.`` or ``..``, an
-    access to the mount is possible.  If the path leads to no mountpoint, the result is the path as
-    far as it can be resolved.
+    The server of the mount may not answer.  So this function accesses only the directories that
+    lead to the mountpoint.  There is one exception: if the last component of the path is ``.`` or
+    ``..``, the function may access the mount.
+
+    If the path leads to no mountpoint, the result is the path, resolved as far as possible.
 
     Raises:
         HostError: /proc is not mounted.
@@ -75,7 +76,7 @@ def is_below(path: str, mountpoint: str) -> bool:
 def check_mountpoint(mountpoint: str, disks: int) -> bool:
     """Refuse a path that cannot carry a mount of ``disks`` disks.
 
-    A directory need not be empty.  As with mount(8), the mount hides the content of the directory.
+    A directory need not be empty: the mount hides its content, as with mount(8).
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -85,10 +86,14 @@ def check_mountpoint(mountpoint: str, disks: int) -> bool:
         True if the mountpoint is a directory, and False if it is a regular file.
 
     Raises:
-        MountpointError: The path is missing or cannot be accessed, or a mount of qedfuse is there,
-            in use or stale.  Or the path is neither a directory nor a regular file, or is a
-            regular file although ``disks`` is not 1.  Or the path is /proc or /sys, lies below
-            one of them, or is or contains a path that the server or libfuse needs.
+        MountpointError: One of the following:
+
+            - The path is missing or cannot be accessed.
+            - A mount of qedfuse is there, in use or stale.
+            - The path is neither a directory nor a regular file.
+            - The path is a regular file, and ``disks`` is not 1.
+            - The path is /proc or /sys, or lies below one of them.
+            - The path is, or contains, a path that the server or libfuse needs.
         HostError: /proc is not mounted.
     """
     shown = printable(mountpoint)
@@ -173,7 +178,7 @@ def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
 
 
 def _c_library() -> list[str]:
-    """Return the path of the C library, in a list that is empty if the path is not found.
+    """Return a list with the path of the C library; empty if the path is not found.
 
     The other libraries that mount(8) needs normally lie in the directory of the C library.  So a
     mount that covers one of those libraries normally covers the C library as well.

@@ -8,12 +8,16 @@ The lock is a socket bound to an abstract name (unix(7)) that contains the devic
 inode of the mountpoint.  The name is the same for all users and for every path to the
 mountpoint.  The lock leaves no file behind, and the kernel frees the lock when the process ends.
 
-The lock does not exclude every other qedfuse.  A process in another network namespace can hold a
-lock of the same name, because each network namespace has its own abstract names.  And any user can
-bind such a name and keep it, so the wait for the lock is limited, and then the mount is made
-without the lock.  Therefore the caller must search the mount table after the mount
-(`find_new_mount`, `refuse_to_cover`).  If the new mount covers another mount of qedfuse, the caller
-must undo the new mount.
+The lock does not exclude every other qedfuse:
+
+- Each network namespace has its own abstract names, so a process in another network namespace can
+  hold a lock of the same name.
+- Any user can bind such a name and keep it.  So each process waits for the lock only for a limited
+  time, and then mounts without the lock.
+
+Therefore the caller must search the mount table after the mount (`find_new_mount`,
+`refuse_to_cover`).  If the new mount covers another mount of qedfuse, the caller must undo the new
+mount.
 """
 
 from __future__ import annotations
@@ -46,8 +50,8 @@ _RETRY_SECONDS: Final = 0.01
 def mountpoint_lock_name(mountpoint: str) -> bytes | None:
     """Return the name of the lock of a mountpoint; None if the path cannot be accessed.
 
-    The caller must call this before the mount, because the root of the mount has another device
-    number and inode than the mountpoint.
+    The caller must call this before the mount.  After the mount, stat(2) on the path would return
+    the device number and the inode of the root of the mount.
     """
     try:
         status = os.stat(mountpoint)  # noqa: PTH116
@@ -75,8 +79,8 @@ async def mountpoint_locked(name: bytes | None) -> AsyncIterator[None]:
 def _try_bind(lock: socket.socket, name: bytes) -> bool:
     """Bind a socket to a name; return False if another socket has the name.
 
-    If binding fails for any other reason, the result is also True, and the socket has no name.
-    After False the caller would repeat the attempt in vain.
+    If bind(2) fails for any other reason, another attempt would fail as well.  So the result is
+    True then, and the socket has no name.
     """
     try:
         lock.bind(name)
@@ -88,9 +92,9 @@ def _try_bind(lock: socket.socket, name: bytes) -> bool:
 def find_new_mount(mountpoint: str, before: Iterable[MountEntry], connection: int) -> MountEntry:
     """Find the mount that the caller has made on a path.
 
-    Recent kernels report the device number of the connection's file system, and the mount
-    with this number is returned.  On other kernels the topmost new mount of qedfuse on the path
-    is returned, even if another process has made it.
+    Recent kernels report the device number of the connection's file system, and this function
+    returns the mount with this number.  On other kernels, this function returns the topmost new
+    mount of qedfuse on the path, even if another process has made that mount.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -134,7 +138,7 @@ def _device(connection: int) -> str | None:
 def refuse_to_cover(mount: MountEntry) -> None:
     """Refuse a mount of the caller that covers another mount of qedfuse.
 
-    The mount stays, and the caller must unmount it.
+    After an error the caller must unmount its mount.
 
     Raises:
         MountpointError: The mount lies on another mount of qedfuse on the same path.

@@ -8,10 +8,10 @@ record, in a file of its own:
     /run/user/UID/qedfuse/0:42.1234        otherwise, if this directory can be made or opened
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
-The file name is the device number of the mount and the pid of the server.  The mount table
-shows the device number even of a mount whose server has ended, or which the caller may not
-access.  The pid is needed as well, because the kernel can give the device number to a new mount
-while the server of the old one is still closing its images.
+The file name is the device number of the mount and the pid of the server.  The mount table shows
+the device number of every mount, even if the server of the mount has ended, or the caller may not
+access the mount.  The pid is needed as well, because the kernel can give the device number to a
+new mount while the server of the old mount is still closing its images.
 
 The server removes its record when all images are safely closed.  If something failed, the
 server writes the reason into the record instead.  If the server is killed, its record stays
@@ -50,7 +50,7 @@ class MountRecord:
         mountpoint: The mountpoint.
         sources: The images.
         failure: What failed during the mount or at its end; None while the server is running, or
-            if it was killed.
+            if the server was killed.
         exit_code: The exit code of the server; 0 if ``failure`` is None.
         options: All mount options, each as for ``-o``, with absolute paths; empty in a record of
             an earlier version of qedfuse.
@@ -137,7 +137,7 @@ def _parse(text: bytes) -> MountRecord:
     Raises:
         ValueError: The text is not JSON.
         KeyError: The field ``sources`` is missing.
-        TypeError: The text is no JSON object, another required field is missing, a field is
+        TypeError: The text is not a JSON object, another required field is missing, a field is
             unknown, or a field has a wrong type or an impossible value.
         RecursionError: The text is nested too deeply.
     """
@@ -161,5 +161,5 @@ def _parse(text: bytes) -> MountRecord:
 
 
 def _is_number(value: object, minimum: int, maximum: int) -> bool:
-    """Return whether a value is an integer, and no boolean, from ``minimum`` to ``maximum``."""
+    """Return whether a value is an `int` from ``minimum`` to ``maximum``; False for a boolean."""
     return type(value) is int and minimum <= value <= maximum

@@ -56,8 +56,8 @@ def parse_mounts(table: str) -> Iterator[MountEntry]:
     r"""Yield the mounts in the text of a mountinfo file (proc_pid_mountinfo(5)).
 
     Incomplete lines are skipped.  In names the kernel escapes space, tab, newline, backslash and
-    ``#``.  Names may contain all other characters that Python counts as white space or as a line
-    end, so lines are split only at newlines, and fields only at spaces.
+    ``#``.  All other characters can be in a name unescaped, also those that Python counts as white
+    space or as a line end.  So lines are split only at newlines, and fields only at spaces.
     """
     for line in table.split("\n"):
         # 36 35 0:42 / /mnt rw,noatime shared:1 - fuse.qedfuse /a.qed rw,user_id=0,group_id=0
@@ -96,9 +96,10 @@ def read_mounts(process: int | None = None) -> list[MountEntry]:
 def find_mount(mountpoint: str) -> MountEntry | None:
     """Find the mount on a path; return None if there is none.
 
-    If several mounts lie on the path, the topmost is returned.  Only the mount table is read.  An
-    access to the mount itself would wait for the server of the mount, and would fail if the
-    server has ended or the mount belongs to another user.
+    If several mounts lie on the path, the topmost is returned.
+
+    Only the mount table is read.  An access to the mount itself would wait for the server of the
+    mount, and would fail if the server has ended or the mount belongs to another user.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

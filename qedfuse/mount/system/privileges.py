@@ -25,10 +25,10 @@ def find_fusermount() -> str | None:
 
 
 def can_gain_privileges() -> bool:
-    """Return whether a program that this process starts can gain privileges, as fusermount3 does.
+    """Return whether a program that this process starts can gain privileges, as fusermount3 must.
 
-    A program gains them by its set-user-ID bit or its file capabilities.  The result is also True
-    if /proc is not mounted.
+    A program gains privileges by its set-user-ID bit or its file capabilities.  The result is also
+    True if /proc is not mounted.
     """
     try:
         return "\nNoNewPrivs:\t1\n" not in Path("/proc/self/status").read_text("ascii", "replace")

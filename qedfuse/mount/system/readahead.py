@@ -5,8 +5,8 @@ read-ahead of 128 KiB, the kernel's default, a program that reads 512 KiB causes
 instead of one.
 
 The read-ahead is a property of the mount.  In its first request, FUSE INIT, the kernel offers its
-own read-ahead.  If the value in the reply is lower, the kernel uses that value; a higher value has
-no effect.  So an unprivileged process can lower the read-ahead but never raise it
+own read-ahead.  If the server replies with a lower value, the kernel uses the lower value; a higher
+value has no effect.  So an unprivileged server can lower the read-ahead but never raise it
 (`qedfuse.mount.fuse.fuseinit`).  Only root can raise the read-ahead, by writing to a file below
 ``/sys``.
 
@@ -25,12 +25,12 @@ Readahead: TypeAlias = int | Literal["kernel"] | None
 or None (the user did not set the option) for `DEFAULT_READAHEAD_BYTES`."""
 
 DEFAULT_READAHEAD_BYTES: Final = 1 << 19
-"""The read-ahead that a mount gets without the option: the maximum length of a read that the C
-extension answers by splicing pages of the host's page cache (``MAX_SPLICE_BYTES`` in
-``_extraops.h``).
+"""The read-ahead that a mount gets without the option ``readahead``.
 
-With the extension no read is longer, whatever the read-ahead is (``_maxread.c``).  With a shorter
-read-ahead the kernel would send more requests."""
+This is the maximum length of a read that the C extension answers by splicing pages of the host's
+page cache (``MAX_SPLICE_BYTES`` in ``_extraops.h``).  A longer read-ahead gains nothing, because
+the extension limits all read requests to this length (``_maxread.c``).  With a shorter read-ahead
+the kernel would send more requests."""
 
 _BDI: Final = Path("/sys/class/bdi")
 """The directory in which the kernel has a directory for each backing device, such as a mount."""
@@ -59,9 +59,8 @@ def set_readahead(device: str, option: Readahead, bdi: Path = _BDI) -> str | Non
         bdi: The directory in which the kernel has a directory for each backing device.
 
     Returns:
-        None if the mount has the wanted read-ahead now, or if the kernel must keep its own
-        read-ahead; otherwise one line with the reason and the command by which root can set the
-        read-ahead.
+        None if the mount has the wanted read-ahead now, or if ``option`` is ``kernel``.  After a
+        failure, one line with the reason and the command by which root can set the read-ahead.
     """
     wanted_bytes = readahead_bytes(option)
     if wanted_bytes is None:

@@ -1,6 +1,6 @@
 """The directories of mount records (`mountrecord`).
 
-`open_directory` refuses a directory to which other users than the mount's user can write.
+`open_directory` refuses a directory if other users than the mount's user can write to it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ other error there may be a record that cannot be read."""
 
 
 STATISTICS_SUFFIX: Final = ".stats"
-"""What follows the name of a record in the name of the socket for the mount's statistics.  The
-socket lies beside the record; `qedfuse.mount.system.statisticssocket` makes it."""
+"""The suffix of the socket for a mount's statistics.  The socket lies beside the record of the
+mount and has the name of the record with this suffix, such as ``0:42.1234.stats``.
+`qedfuse.mount.system.statisticssocket` makes the socket."""
 
 
 def remove_socket(directory: int, record: str) -> None:
-    """Remove the socket beside the record of this name; ignore a failure."""
+    """Remove the socket beside the record in the file ``record``; ignore a failure."""
     with contextlib.suppress(OSError):
         os.unlink(record + STATISTICS_SUFFIX, dir_fd=directory)
 
@@ -60,7 +61,7 @@ def open_directory(path: Path, user: int, *, make: bool) -> int:
         A descriptor of the directory.
 
     Raises:
-        OSError: The directory cannot be made or opened, or the path is no directory.
+        OSError: The directory cannot be made or opened, or the path is not a directory.
         PrivilegeError: The directory has another owner, or others can write to it.
     """
     if make:
@@ -71,8 +72,8 @@ def open_directory(path: Path, user: int, *, make: bool) -> int:
     if status.st_uid != user or stat.S_IMODE(status.st_mode) & 0o022:
         os.close(fd)
         msg = (
-            f"{printable(path)}: found a directory of another user, or to which others can write, "
-            "expected a directory of this user, to which no other can write"
+            f"{printable(path)}: found a directory that another user owns or can write to, "
+            "expected a directory of this user that no other user can write to"
         )
         raise PrivilegeError(msg)
     return fd

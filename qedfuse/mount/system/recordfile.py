@@ -52,7 +52,7 @@ class MountRecordFile:
     def __init__(self) -> None:
         """Open a directory of records, and remove old records of servers that have ended.
 
-        If old records cannot be read or removed, they are left to a later mount.
+        Old records that cannot be read or removed stay.
 
         Raises:
             HostError: No directory of records can be made or opened.
@@ -123,7 +123,7 @@ class MountRecordFile:
         return self._written is not None
 
     def listen(self) -> socket.socket:
-        """Make the socket for statistics beside the record; the caller must call `write` before.
+        """Make the socket for statistics beside the record, which `write` must have written.
 
         `finish` removes the socket from the directory.
 
@@ -142,7 +142,7 @@ class MountRecordFile:
         Nothing is removed or added if no record was written.  An error of the host is ignored.
 
         Args:
-            failure: What failed; None if nothing failed, and the record must be removed.
+            failure: What failed; None if nothing failed, which removes the record.
             exit_code: The exit code of the server, recorded with the failure.
         """
         try:
@@ -169,8 +169,8 @@ def _remove_stale(directory: int) -> None:
     read-only, and the first mount that begins at least a minute later removes the record.  Mounts
     that are only in other mount namespaces count as gone.
 
-    If a server was killed while it wrote its record, the unfinished file is removed as well, and so
-    is the socket for statistics of a server that was killed.
+    This function also removes what killed servers have left: unfinished files of records, and
+    sockets for statistics.
 
     Args:
         directory: A descriptor of the directory of records.

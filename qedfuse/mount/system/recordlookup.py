@@ -42,7 +42,7 @@ def find_record(device: str, user: int) -> FoundRecord | None:
 
     Returns:
         The record; if there are several, that of the mount that was made last.  None if there is
-        no record in a directory to which only ``user`` can write.
+        none.  Directories to which others than ``user`` can write are not searched.
 
     Raises:
         HostError: A directory or a record cannot be read, and no record of the mount was found.
@@ -67,10 +67,10 @@ def find_record(device: str, user: int) -> FoundRecord | None:
     # number.  The record with the latest mount time is returned.  The start times of the servers
     # are compared only if no mount time was recorded, because the order of the starts can differ
     # from the order of the mounts: a server may wait for another machine before it mounts.
-    return max(records, key=_mount_time, default=None)
+    return max(records, key=_mount_order, default=None)
 
 
-def _mount_time(found: FoundRecord) -> tuple[int, int]:
+def _mount_order(found: FoundRecord) -> tuple[int, int]:
     """Return the key that sorts records by the times of their mounts, the earliest first.
 
     Records without a mount time come before all others, sorted by the start times of their servers.
@@ -114,8 +114,9 @@ def take_record(path: Path, user: int) -> MountRecord | None:
         user: The user who has mounted.
 
     Returns:
-        The record, even if its file cannot be removed.  None, with nothing removed, if the file is
-        gone or has no valid record any more, or if others than ``user`` can write to its directory.
+        The record, even if its file cannot be removed.  None if the file is gone or has no valid
+        record any more, or if others than ``user`` can write to its directory; then nothing is
+        removed.
 
     Raises:
         HostError: The directory or the file cannot be read.

@@ -1,9 +1,9 @@
 """The socket beside the record of a mount, from which a program reads the mount's statistics.
 
 A server sends one JSON document on each connection, and closes the connection.  The socket lies in
-the directory of the mount record (`qedfuse.mount.system.recorddirectory`).  Its name is that of the
-record with `STATISTICS_SUFFIX` at the end, and its mode admits only the user of the server and
-root.
+the directory of the mount record (`qedfuse.mount.system.recorddirectory`).  The name of the socket
+is the name of the record, followed by `STATISTICS_SUFFIX`.  The mode of the socket admits only the
+user of the server and root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BACKLOG: Final = 16
 _CREDENTIALS: Final = struct.Struct("iII")
 """``struct ucred`` of unix(7): pid, uid, gid."""
 _MAX_DOCUMENT_BYTES: Final = 1 << 28
-"""Maximum length of a document that is read; a disk takes some KiB."""
+"""Maximum length of a document that is read.  The part for one disk has some KiB."""
 _RECEIVE_BYTES: Final = 1 << 16
 
 
@@ -37,7 +37,7 @@ def listen(directory: int, name: str) -> socket.socket:
 
     Args:
         directory: A descriptor of the socket's directory.
-        name: The name of the socket in the directory.  An old file of this name is removed.
+        name: The name of the socket in the directory.  An existing file of this name is removed.
 
     Raises:
         OSError: The host refused.
@@ -58,12 +58,12 @@ def listen_at(
     address: str | tuple[str, int],
     prepare: Callable[[socket.socket], None],
 ) -> socket.socket:
-    """Make a listening stream socket that does not block.
+    """Make a listening stream socket in non-blocking mode.
 
     Args:
         family: The address family of the socket.
         address: The address of the socket (`socket.socket.bind`).
-        prepare: Called with the socket before it is bound.
+        prepare: Called with the socket, before the socket is bound.
 
     Raises:
         OSError: The host refused.
@@ -90,7 +90,7 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
             because that user may have put a link in place of the socket.
 
     Returns:
-        The document; only its beginning if the server ends before it has sent everything.
+        The document; only its beginning if the server ends while it sends the document.
 
     Raises:
         UnusableServerError: The server runs as another user, or the document is too long.

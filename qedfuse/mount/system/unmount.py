@@ -26,8 +26,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is mounted on a path.
 
     The call may block until the kernel has sent its dirty pages to the server of the mount.
-    Therefore the server itself, while it answers requests, must call this function in a worker
-    thread and never in its event loop.
+    Therefore a server that still answers requests must call this function in a worker thread, never
+    in its event loop.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.
@@ -76,7 +76,7 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
             env={**os.environ, "LC_ALL": "C"},
             check=False,
         )
-    except OSError as error:  # no room for another process, or no free descriptor
+    except OSError as error:  # for example too many processes, or no free descriptor
         reason = f"cannot start fusermount3: {error.strerror}"
         raise _error(mountpoint, 0, reason) from error
     if done.returncode != 0:

@@ -50,19 +50,19 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     The mounts that the caller sees come first.  Each further mount is listed with the process
     that has the lowest pid of those that see the mount.  Two kinds of mounts are left out:
 
-    - mounts in other namespaces that the kernel normally unmounts together with a mount that the
-      caller sees: the mounts in the same peer group as that mount (`MountEntry.peer_group`), the
-      slaves of this group, and all mounts to which the unmount of such a slave propagates.  The
-      kernel keeps a bind mount in the same peer group if it lies on a mount without peers; such a
-      mount is left out as well until the caller's own mount is gone,
-    - mounts that are visible only to processes that the caller may not inspect.
+    - Mounts in other namespaces that the kernel normally unmounts together with a mount M that the
+      caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
+      group, and all mounts to which the unmount of such a slave propagates.  The kernel does not
+      unmount a bind mount in the peer group if the mount below this bind mount has no peers.  But
+      this function leaves out such a bind mount as well, as long as M exists.
+    - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
-        original: A mount of the file system, as the mount table showed it earlier.  If the file
-            system has ended since, the kernel may have given its device number to another file
-            system.  So mounts whose source or owner differs from that of ``original`` are left
-            out.  If ``original`` is None, sources and owners are not compared.
+        original: A mount of the file system, as the mount table showed it earlier; mounts with
+            another source or owner are left out.  They can belong to another file system, because
+            the kernel may have given the device number to that one after the end of the first.
+            If ``original`` is None, sources and owners are not compared.
 
     Raises:
         HostError: /proc is not mounted.
