@@ -147,7 +147,7 @@ def shown_name(name: str) -> str:
     """Return the name of a file for messages, without what may be a secret.
 
     The result shows neither the user in a URL nor the query for a web server.  If the URL is not
-    valid, the result shows no query at all.
+    valid, the result shows neither query nor fragment.
     """
     if not is_url(name):
         return printable(name)

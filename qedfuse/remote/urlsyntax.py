@@ -101,13 +101,17 @@ def parse_version(text: str, query: str) -> str:
 
 
 def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
-    """Return the error for a part of the URL ``text``; the message has no query and no user."""
+    """Return the error for a part of the URL ``text``.
+
+    The message has no user, no query and no fragment.
+    """
     return UsageError(f"{hide_secrets(text)}: URL {field}: found {found}, expected {expected}")
 
 
 def hide_secrets(text: str) -> str:
-    """Return a URL, which need not be valid, for messages: without its user and its query."""
+    """Return a URL, which need not be valid, for messages: without user, query and fragment."""
     # A password that is not escaped may contain any character, so the end of the password is
-    # unknown.  Therefore all of a URL with a user is hidden, except its scheme.
-    shown = text.partition("://")[0] + "://..." if "@" in text else text.partition("?")[0]
+    # unknown.  Therefore all of a URL with a user is hidden, except its scheme.  Some applications
+    # pass a secret in a fragment, because it is not sent to the server.
+    shown = text.partition("://")[0] + "://..." if "@" in text else re.split("[?#]", text)[0]
     return printable(shown)

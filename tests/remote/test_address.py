@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qedfuse.errors import UsageError
-from qedfuse.remote.address import Address, is_below, is_url, parse_address, parse_prefix
+from qedfuse.remote.address import (
+    Address,
+    is_below,
+    is_url,
+    parse_address,
+    parse_prefix,
+    shown_name,
+)
 from qedfuse.text import printable
 
 SEGMENT = st.one_of(
@@ -184,13 +191,19 @@ def test_refused(url: str) -> None:
         "s3://b/a?token=SECRET",
         "https://h/a b?SECRET",
         "https://user@h/a?SECRET",
+        "https://h/a#SECRET",
+        "https://h/a#SECRET?b",
+        "https://h/a?b#SECRET",
+        "nbd://h/a#SECRET",
+        "ftp://h/a#SECRET",
     ],
 )
 def test_no_secret_in_an_error(url: str) -> None:
-    """The error for a URL shows neither its user nor its query."""
+    """The error for a URL shows neither its user nor its query nor its fragment."""
     with pytest.raises(UsageError) as caught:
         parse_address(url)
     assert "SECRET" not in str(caught.value)
+    assert "SECRET" not in shown_name(url)
 
 
 @given(HOST, PATH, st.text(string.ascii_letters, min_size=3))
