@@ -168,8 +168,8 @@ def _conflict(fd: int, byte: int) -> int | None:
 
     The pid is -1 if the lock belongs to an open file description.
     """
-    # Ask as if for a write lock, because a write lock conflicts with the read locks of other
-    # openers.
+    # Ask whether a write lock would be granted: only a write lock conflicts with the read locks of
+    # other openers.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -186,8 +186,8 @@ def _release(fd: int, mode: LockMode) -> None:
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
     """Drop the locks of a mode, and raise an error that names the processes with conflicting locks.
 
-    ``byte`` is the byte that these processes have locked.  ``pid`` is one of them if it is
-    positive; otherwise they are searched for in /proc.
+    ``byte`` is the byte that these processes have locked.  If ``pid`` is positive, the message
+    names only this process.  Otherwise this function searches /proc for the processes.
 
     Raises:
         ImageInUseError: Always.
@@ -210,8 +210,8 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 def _lock_table_name(fd: int) -> str:
     """Return ``MAJOR:MINOR:INODE`` of a file as in the kernel's lock tables; empty if unknown.
 
-    The name is read from the locks of this process on the file.  fstat(2) cannot give the
-    name: on btrfs and overlayfs it returns another device than the lock tables.
+    The name is read from the locks of this process on the file.  fstat(2) cannot give the name: on
+    btrfs and overlayfs the device that it returns differs from the one in the lock tables.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
     return next((file for file, _first, _last in own), "")
@@ -220,9 +220,9 @@ def _lock_table_name(fd: int) -> str:
 def holders(file: str, byte: int) -> Iterator[Holder]:
     """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
-    Only error messages use this function, because it reads the descriptors of every process that
-    this process can inspect.  ``/proc/locks`` does not suffice, because it shows a pid of -1 for
-    locks of open file descriptions.
+    Only error messages use this function.  It is slow, because it reads the descriptors of every
+    process that this process can inspect.  ``/proc/locks`` does not suffice, because it shows a pid
+    of -1 for locks of open file descriptions.
 
     Args:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.
@@ -273,6 +273,6 @@ def _locks(table: str) -> Iterator[tuple[str, int, float]]:
 
 
 def _holder(pid: int) -> Holder:
-    """Return a process with its command name, or with "a process" if the name cannot be read."""
+    """Return a process with its command name; the name is "a process" if it cannot be read."""
     command = _read(Path(f"/proc/{pid}/comm")).removesuffix("\n")
     return Holder(pid, printable(command) if command else "a process")

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_THREADS: Final = 1024
-"""Maximum number of native threads, and of threads of trio in an event loop.  `PosixFile` lets one
-file occupy at most 32, so 31 files that do not answer leave threads for another file."""
+"""Maximum number of native threads; the same maximum holds for trio's threads of an event loop.
+`PosixFile` lets one file occupy at most 32, so 31 files that do not answer leave threads for
+another file."""
 
 
 def _load() -> ModuleType | None:
@@ -48,7 +49,7 @@ _extension = _load()
 
 
 def make_io_threads() -> IoThreads[Tag] | None:
-    """Return a pool of native threads, none of which exists yet; None without the extension.
+    """Return a pool that starts a native thread when a call needs one; None without the extension.
 
     Raises:
         OSError: The host refused an eventfd.
@@ -80,13 +81,13 @@ class NativeCalls:
         trio.lowlevel.spawn_system_task(self._deliver_when_notified)
 
     async def _deliver_when_notified(self) -> None:
-        """Deliver finished calls, at the latest before the event loop would sleep."""
+        """Deliver finished calls each time the threads have notified the event loop."""
         while True:
             await trio.lowlevel.wait_readable(self._threads.fileno())
             self.deliver()
 
     def deliver(self) -> None:
-        """Resume the task of each finished call, or call the function given instead of a task."""
+        """For each finished call, resume its task, or call the function given in its place."""
         for tag, result, nanoseconds in self._threads.finished():
             if isinstance(tag, trio.lowlevel.Task):
                 self.resuming += 1
@@ -120,8 +121,8 @@ class NativeCalls:
         self._threads.submit_export_read(fd, offset, view, ended, answer)
 
     # The methods below are protected from a KeyboardInterrupt between the submission of a call and
-    # the sleep of its task.  After such an interrupt the end of the call would wake the task from a
-    # later sleep, in which the task waits for something else.
+    # the sleep of its task.  After such an interrupt, the end of the call would wake the task from
+    # a later sleep, while the task waits for something else.
 
     @trio.lowlevel.enable_ki_protection
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
@@ -160,7 +161,7 @@ class NativeCalls:
             await self._wait_delivered()
 
     async def _wait_delivered(self) -> tuple[int, float]:
-        """Sleep until the call of this task is delivered; return its result and time in seconds.
+        """Sleep until the call of this task is delivered; return the call's result and its seconds.
 
         Raises:
             OSError: The kernel refused.
@@ -174,5 +175,5 @@ class NativeCalls:
 
 
 def _refuse_to_abort(_: object) -> trio.lowlevel.Abort:
-    """Let a task that is cancelled sleep on."""
+    """Refuse to wake a cancelled task, which must sleep until its call is delivered."""
     return trio.lowlevel.Abort.FAILED

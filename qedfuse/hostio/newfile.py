@@ -56,8 +56,9 @@ class NewFile:
                 the block.  The new file gets the permissions of the old one, and, as far as the
                 host permits, its owner, group and extended attributes, except those with
                 `CONTENT_ATTRIBUTE_PREFIX`.
-            overwrite: Whether the user has agreed to replace a file.  A file other than ``old`` is
-                not replaced in any case; this argument chooses the error that is raised.
+            overwrite: Whether the user has agreed to replace a file.  Even then only ``old`` is
+                replaced: for any other file this argument chooses the error, `ImageInUseError` if
+                True and `UsageError` if False.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -100,8 +101,8 @@ class NewFile:
     ) -> None:
         """Remove the temporary file if it was not committed.
 
-        Raises nothing, because an error of the block, or a cancellation, would be lost.  If the
-        host refuses to remove the file, it stays.
+        Raises nothing, because an exception here would hide an error or a cancellation of the
+        block.  If the host refuses to remove the temporary file, the file stays.
         """
         if self._exists:
             with suppress(OSError):
@@ -120,8 +121,8 @@ class NewFile:
             ImageInUseError: A file other than ``old`` has the final name now, and the user has
                 agreed to replace a file.  The caller has not locked that file, so it may be in
                 use.
-            HostError: The host refused.  The file has its final name nevertheless if the host
-                refused only to remove the temporary name or to make the final name durable.
+            HostError: The host refused.  If it refused only to remove the temporary name, or to
+                make the final name durable, the file has its final name nevertheless.
         """
         try:
             # The file is opened first, because its new mode may forbid the owner to open it.
@@ -153,7 +154,7 @@ class NewFile:
             raise HostError.from_os(error, self._name, "cannot make") from error
 
     def _is_at_name(self, old: int) -> bool:
-        """Return whether the final name still leads to the file that is open as ``old``."""
+        """Return whether the final name is still the name of the file that is open as ``old``."""
         try:
             found = os.lstat(self._final)
         except FileNotFoundError:
@@ -198,10 +199,11 @@ def _copy_attributes(old: int, new: int) -> None:
 
     Both files are open; the new one has mode 0600.  Extended attributes include access control
     lists; attributes with `CONTENT_ATTRIBUTE_PREFIX` are not copied.  An owner or an attribute that
-    the host refuses to set is skipped (only root can change the owner).
+    the host refuses to return or to set is skipped (only root can change the owner).
 
     Raises:
-        OSError: The host refused to return the attributes of the old file, or to set the mode.
+        OSError: The host refused to return the owner and the mode of the old file, or to set the
+            mode.
     """
     status = os.fstat(old)
     with suppress(OSError):

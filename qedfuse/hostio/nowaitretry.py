@@ -1,8 +1,5 @@
 """Retrying reads that the host's page cache cannot answer yet, but soon will.
 
-Reads are retried only if the worker threads are those of trio.  Native threads cost less, so
-reads go to native threads without a retry.
-
 When a read with ``RWF_NOWAIT`` finds nothing in the page cache, the kernel starts to fetch the
 pages, and the read fails with EAGAIN (preadv2(2)).  On a fast disk the pages arrive after about 100
 microseconds.  A round trip to a worker thread takes as long.  So the read is retried in each pass
@@ -10,8 +7,11 @@ of the event loop, while the other tasks go on.  If retries have failed lately, 
 thread is running, the read is not retried.  A read that is not retried, or whose retries do not
 succeed in time, goes to a worker thread.
 
-Only the task of the oldest read retries.  While the data of this read is missing, the
-later reads are not tried, and their tasks sleep.
+Only the task of the oldest read retries.  While the data of this read is missing, the later reads
+are not tried, and their tasks sleep.
+
+All this is done only if the worker threads are those of trio.  A round trip to a native thread
+costs less, so a read goes to a native thread without a retry.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class _Read:
         attempt: Tries the read; returns whether the read has ended, with data or an error.
         deadline: When to give up, in seconds of the clock that `_RetryQueue.retry` gets.
         task: The task of this read while the task sleeps, otherwise None.  The task sleeps
-            until ``succeeded`` is set, or until this read is the first of the queue.
-        succeeded: Whether the read ended before the retries were given up; None while the
-            read is being retried.
+            until ``has_ended`` is set, or until this read is the first of the queue.
+        has_ended: True if the read has ended, with data or an error; False if the retries were
+            given up; None while the read is being retried.
     """
 
-    __slots__ = ("attempt", "deadline", "succeeded", "task")
+    __slots__ = ("attempt", "deadline", "has_ended", "task")
 
     def __init__(self, attempt: Callable[[], bool], deadline: float) -> None:
         self.attempt = attempt
         self.deadline = deadline
         self.task: trio.lowlevel.Task | None = None
-        self.succeeded: bool | None = None
+        self.has_ended: bool | None = None
 
     def wake(self) -> None:
         """Wake the task of this read if it sleeps."""
@@ -62,7 +62,7 @@ class _Read:
 
 
 class _RetryQueue:
-    """The reads of all files of one event loop that are being retried, the oldest first.
+    """The reads that are being retried in one event loop, of any file, the oldest first.
 
     The task of the first read retries.  When the first read is done or given up, the task of
     the next read takes over.  Each event loop has a queue of its own (`_retry_queue`), because a
@@ -80,7 +80,7 @@ class _RetryQueue:
     async def retry(
         self, attempt: Callable[[], bool], deadline: float, clock: Callable[[], float]
     ) -> bool:
-        """Return True once ``attempt`` has returned True, False if the retries are given up.
+        """Retry ``attempt``; return True once it succeeds, False if the retries are given up.
 
         The retries are given up when ``deadline`` has passed by ``clock``.  They are also
         given up when a worker thread runs, because an event loop that never sleeps starves the
@@ -95,16 +95,16 @@ class _RetryQueue:
                 # This wait cannot be cancelled.  That is acceptable, because all earlier
                 # reads, and so the wait, end after about `MAX_RETRY_SECONDS`.
                 await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
-            while read.succeeded is None:
+            while read.has_ended is None:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 self._attempt_oldest(clock)
         finally:
             self.load.polled_reads -= 1
-            if read.succeeded is None:
+            if read.has_ended is None:
                 self._reads.remove(read)
             if self._reads:
                 self._reads[0].wake()
-        return read.succeeded
+        return read.has_ended
 
     def _attempt_oldest(self, clock: Callable[[], float]) -> None:
         """Try the reads in their order, up to the first that is neither done nor given up.
@@ -113,15 +113,15 @@ class _RetryQueue:
         """
         reads = self._reads
         while reads:
-            succeeded = reads[0].attempt()
+            has_ended = reads[0].attempt()
             if (
-                not succeeded
+                not has_ended
                 and clock() < reads[0].deadline
                 and not self.load.has_running_threads()
             ):
                 break
             read = reads.popleft()
-            read.succeeded = succeeded
+            read.has_ended = has_ended
             read.wake()
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CheckedUnits(NamedTuple):
-    """Which parts of a file of the cache for remote files the extension may read.
+    """Which parts of a local file that caches a remote file the extension may read.
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
     The result of a read may be used only if all of its bytes were in the page cache, and if each
@@ -25,9 +25,9 @@ class CheckedUnits(NamedTuple):
 
     Attributes:
         ready: For each unit a byte: 0 if the extension must not read the unit; 1 if it may; 2 if it
-            may, and has found all pages of the unit valid and none of them waiting to be written.
-            The extension keeps a view of the bytes, looks at them before each read, and changes 1
-            to 2.
+            may, and has found that all pages of the unit are valid and that none waits to be
+            written.  The extension keeps a view of the bytes, looks at them before each read, and
+            changes 1 to 2.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  The numbers of the last units may be missing, and
             then count as 0.
@@ -36,9 +36,10 @@ class CheckedUnits(NamedTuple):
         file_bytes: Length of the file while one process uses it.  While several processes use it,
             the file is one byte longer.  If the file has any other length after a read, the file
             was truncated, and the bytes that were read are not used.
-        address: Address at which the file is mapped.  A read is tried only if the page cache has
-            the whole range.  The extension asks mincore(2), which needs this address, if the kernel
-            has no cachestat(2), or if the pages must also be known to be valid.
+        address: Address at which the file is mapped, for mincore(2).  A read is tried only if the
+            page cache has the whole range.  The extension asks cachestat(2) for that.  It asks
+            mincore(2) if the kernel has no cachestat(2), or if it must also know that the pages are
+            valid.
         forget: Called with the numbers of the first and the last unit of a read that failed; makes
             these units not ready.
     """
@@ -72,23 +73,24 @@ class PageSource(NamedTuple):
 
 
 class Contended(Protocol):
-    """An object that knows whether a change of a file would wait (`InodeLock`).
+    """An object that knows whether a change of a file would have to wait (`InodeLock`).
 
     Attributes:
-        contention: How many reasons there are for which a change would wait.
+        contention: Number of reasons why a change would have to wait now; 0 if it would not wait.
     """
 
     contention: int
 
 
 class WriteTarget(NamedTuple):
-    """A file to which the extension may write while nothing holds up its writes.
+    """A file to which the extension may write while a write would not wait.
 
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
-        is_short: Returns whether a write of a number of bytes counts as short.  The extension makes
-            only short writes; it does not ask for writes of at most `INLINE_WRITE_BYTES`.
+        is_short: Returns whether a write of the given number of bytes counts as short.  The
+            extension makes only short writes.  Writes of at most `INLINE_WRITE_BYTES` are always
+            short, so the extension does not call the function for them.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """

@@ -1,4 +1,4 @@
-"""A regular file of the host: its attributes, and its changes, in the event loop or in a thread."""
+"""Attributes and changes of a regular file of the host, in the event loop or in a thread."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class PosixFile(PosixReader):
             self._record_write(len(data), time.perf_counter() - since)
 
     async def pwrite(self, offset: int, *parts: Buffer) -> None:
-        """Write ``parts`` one after another, beginning at a file offset, as one write."""
+        """Write ``parts`` one after another, beginning at a file offset."""
         length = sum(map(len, parts))
         is_short = self._is_short(length)
         if is_short and self._inode.contention:
@@ -166,7 +166,7 @@ class PosixFile(PosixReader):
         """Make all earlier writes and the file's length durable, if that takes little time.
 
         Returns:
-            False, and has done nothing, if the caller must call `datasync` instead.
+            True if all is durable.  False if nothing was done, so the caller must call `datasync`.
 
         Raises:
             HostError: The host refused.

@@ -227,7 +227,7 @@ class PosixReader:
         take_answer: Callable[[], object],
         ended: Callable[[int], object],
     ) -> bool:
-        """Start a read in a native thread, which answers it: see `ReadableFile.try_start_read`.
+        """Start a read in a native thread, which answers it; see `ReadableFile.try_start_read`.
 
         Also returns False if there are no native threads, or if `_MAX_WAITING_CALLS` calls on this
         file already wait in threads.

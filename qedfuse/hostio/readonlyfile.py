@@ -24,7 +24,7 @@ class ServerReads(NamedTuple):
 
     Attributes:
         requests: Number of requests that the server has answered with data.
-        awaited_requests: Number of those for whose data a reader waited.
+        awaited_requests: Number of these requests for whose data a reader waited.
         bytes: Number of bytes of the file that the server has sent.
     """
 
@@ -36,8 +36,8 @@ class ServerReads(NamedTuple):
 class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
 
-    Unless a subclass says otherwise, no descriptor gives access to the bytes of the file, and
-    `stored_blocks` covers the whole file, as if the file had no holes.
+    Unless a subclass overrides this, no descriptor gives access to the bytes of the file, and
+    `stored_blocks` counts the file as one without holes.
 
     Attributes:
         name: The file's name in messages.

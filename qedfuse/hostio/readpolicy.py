@@ -35,10 +35,10 @@ class ReadPolicy:
         misses: How many inline reads in a row have not found all their data.  The caller must set
             this to 0 when an inline read has found all its data.  There is no method for it,
             because the call would cost more than all other bookkeeping of such a read.
-        uncached: How many reads have had to wait for data that the page cache did not have.
+        uncached: How many reads have found that the page cache lacked some of their data.
         can_queue: Whether a queue of the kernel (``_ring.c``) can make reads of the file.  False if
-            the kernel itself would need a thread for each of these reads: if the file system asks
-            a server, or does not support RWF_NOWAIT.
+            the file system asks a server, or does not support RWF_NOWAIT, because the kernel itself
+            would then need a thread for each of these reads.
     """
 
     def __init__(self, *, can_queue: bool = False) -> None:

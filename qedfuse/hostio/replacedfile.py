@@ -30,8 +30,8 @@ def lock_replaced_file(
             If so, messages mention this option.
 
     Raises:
-        UsageError: The file exists and ``overwrite`` is False, or ``offers_in_place`` is True
-            and the file is not a regular file.
+        UsageError: The file exists, and ``overwrite`` is False.  Or the file is not a regular file,
+            and ``offers_in_place`` is True.
         ImageError: The file is not a regular file, and ``offers_in_place`` is False.
         ImageInUseError: Another process has the file open as an image.
         HostError: The file cannot be opened or locked.

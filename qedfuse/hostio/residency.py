@@ -24,8 +24,9 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 class Residency:
     """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
-    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not replace mincore(2): if a
-    page is missing, the kernel begins to read the page from the disk, and a hole is read as zeros.
+    The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not replace mincore(2),
+    because it makes the kernel fetch missing pages from the disk, and because it reads a hole as
+    zeros.
 
     Attributes:
         address: Address at which the file is mapped; 0 after `close`.
@@ -51,8 +52,8 @@ class Residency:
         """Return whether the page cache has all pages of a range.
 
         The range must not be empty, and must lie within the bytes that are mapped.
-        A page of a hole that no program has read is not in the page cache.  Also returns False if
-        mincore(2) fails, or after `close`.
+        Returns False for a hole that no program has read, because its pages are not in the page
+        cache.  Also returns False if mincore(2) fails, or after `close`.
         """
         start = offset & -mmap.PAGESIZE
         size = offset + length - start

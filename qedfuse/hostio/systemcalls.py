@@ -26,7 +26,7 @@ FALLOC_PUNCH_HOLE: Final = 3
 SYNC_START: Final = 2
 """SYNC_FILE_RANGE_WRITE: start to write the dirty pages of a range to the disk."""
 SYNC_AND_WAIT: Final = 7
-"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range and wait for the end."""
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER: write a range, and wait for the disk."""
 
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_STATX_DONT_SYNC: Final = 0x4000
@@ -81,13 +81,13 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     The values come from statx(2) without the times, and without a request to a server on a network.
     If statx(2) cannot be called, they come from fstat(2).
 
-    Reading the times would make later writes slower.  Since Linux 6.13 the next change of a file
-    whose times were read gets a time stamp of a fine granularity.  From then on no file on the
-    machine gets an older time stamp.  If the times of an image were read at each flush, the next
-    write would therefore change the times of the image, and the next fdatasync(2) would have to
-    write the inode.  In a file system on the exported disk, the next write would change the times
-    of the written file, which the next fsync(2) would have to commit.  If no times are read, the
-    times of each of these files change at most once per tick of the kernel's clock.
+    Reading the times would make later writes slower.  Normally a write sets the time of the last
+    tick of the kernel's clock, so most writes leave the times of the file unchanged.  But since
+    Linux 6.13, the first write after the times were read sets the exact time, and from then on no
+    file on the machine gets an older time.  So if each flush read the times of an image, the write
+    after each flush would change them, and the next fdatasync(2) would have to write the inode.  In
+    the same way the writes to files in a file system on the exported disk would change the times of
+    these files, which the next fsync(2) there would have to commit.
 
     Raises:
         OSError: The host refused.
@@ -154,7 +154,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
     """Write a range of a file from the page cache to the disk (sync_file_range(2)).
 
-    ``flags`` is `SYNC_START`, to return without waiting for the end, or `SYNC_AND_WAIT`.  Neither
+    ``flags`` is `SYNC_START`, to return without waiting for the disk, or `SYNC_AND_WAIT`.  Neither
     makes anything durable.
 
     Raises:

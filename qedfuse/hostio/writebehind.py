@@ -21,7 +21,7 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Minimum number of bytes sent per second spent in sync_file_range(2), with ``waits=False``.
+"""Minimum rate of sending with ``waits=False``: bytes per second of time in sync_file_range(2).
 
 The call only starts the writing, and takes long only if the disk's request queue is full.  So if
 fewer bytes are sent per second, the disk is slow, and the rest of the work is left to the kernel.
@@ -62,9 +62,9 @@ class WriteBehind:
 
         If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits until the oldest
         ranges are on the disk, and then drops the pages of these ranges.  With ``waits=False`` the
-        method does not wait, and drops only those of the pages that are on the disk already.  Does
-        nothing if the file does not support sync_file_range(2), or if the disk has proved too slow
-        with ``waits=False``.
+        method does not wait, and drops only the pages that are on the disk already.  Does nothing
+        if the file does not support sync_file_range(2), or if the disk has proved too slow with
+        ``waits=False``.
 
         Args:
             offset: File offset of the range in bytes.
@@ -100,7 +100,7 @@ class WriteBehind:
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
     def _sync(self, offset: int, length: int, flags: int) -> None:
-        """Call sync_file_range(2); if it is not supported, leave all work to the kernel.
+        """Call sync_file_range(2); if it is not supported, leave all later work to the kernel.
 
         Raises:
             HostError: Earlier data did not reach the disk.
