@@ -48,8 +48,8 @@ _MODULES = {
     "open_disk": "disk.opening",
 }
 
-# Hidden from type checkers, because they would accept any attribute of a module that has a
-# function __getattr__.
+# Type checkers accept every attribute of a module that defines __getattr__.  So the function is
+# hidden from them.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

@@ -50,9 +50,9 @@ def open(  # noqa: A001  a module's open, like gzip.open
     """Open the disk in an image as an unbuffered binary file.
 
     With the default options, the image is locked until the file is closed, with the locks that QEMU
-    takes.  The locks affect only programs that lock images as well.  With ``rb`` these programs can
-    open the image for reading, but not for writing.  With ``r+b`` they can open the image only for
-    reading, and only with ``force_share``.
+    takes.  The locks affect only programs that lock images as well.  With ``rb`` such a program can
+    open the image for reading, but not for writing.  With ``r+b`` such a program can open the image
+    only for reading, and only if it ignores the lock (the option ``force_share``).
 
     With ``r+b`` an image is checked first if it was not closed cleanly, or if its length is not a
     multiple of its cluster size.  The image is refused if the check finds an error in the tables.
@@ -69,9 +69,9 @@ def open(  # noqa: A001  a module's open, like gzip.open
 
     Raises:
         ValueError: The mode is neither ``rb`` nor ``r+b``.
-        QedError: The options contradict the mode; or the image or a base cannot be opened or
-            locked, or is damaged; or the backing file policy refuses a base.  Each cause has a
-            class of its own, and an ``errno``.
+        QedError: The image or a base is damaged, or cannot be opened or locked; the backing file
+            policy refuses a base; or the options contradict the mode.  Each cause has a subclass
+            and an ``errno``.
     """
     if mode not in ("rb", "r+b"):
         msg = f"mode: found {mode!r}, expected 'rb' or 'r+b'"
@@ -89,18 +89,20 @@ def open(  # noqa: A001  a module's open, like gzip.open
 class DiskFile(io.RawIOBase):
     """A disk as a seekable binary file, as `qedfuse.open` returns it.
 
-    Reads and writes are short only at the end of the disk.  A write of data that begins at or past
-    the end raises `NoSpaceError`.  Failures of the image or the host raise a `QedError`
+    Reads and writes are short only at the end of the disk.  A write that begins at or past the end
+    raises `NoSpaceError`, unless it is empty.  Failures of the image or the host raise a `QedError`
     with ``errno`` set.  Misuse raises the same exceptions as other file objects: `ValueError`
     if the file is closed, and `io.UnsupportedOperation` for a write to a file opened with
     ``rb``.
 
     Writes become durable with `flush` or `close`, or in the background after some seconds.  Several
     threads can share a file, because its operations are serialised.  For many small reads, wrap the
-    file in an `io.BufferedReader`.  In a child of ``os.fork`` reads, writes and `truncate` raise
-    `RuntimeError`, and `flush` and `close` have no effect on the image.  Each file has a thread
-    with an event loop.  If this event loop fails, reads, writes, `truncate` and, with ``r+b``,
-    `flush` raise `RuntimeError` from then on, and `close` raises the cause.
+    file in an `io.BufferedReader`.
+
+    In a child of ``os.fork`` reads, writes and `truncate` raise `RuntimeError`, and `flush` and
+    `close` have no effect on the image.  Each file has a thread with an event loop.  After a
+    failure of this event loop, reads, writes and `truncate` raise `RuntimeError`.  So does
+    `flush` with ``r+b``.  `close` raises the cause of the failure.
 
     If the program does not close a file, the file is closed when it is garbage collected or
     when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
@@ -243,8 +245,8 @@ class DiskFile(io.RawIOBase):
     def write(self, data: Buffer, /) -> int:
         """Write ``data``; return the number of bytes written, fewer only at the end of the disk.
 
-        Without data, return 0.  If an error is raised, part of the data may have been written,
-        and the position is unchanged.
+        If ``data`` is empty, return 0.  If an error is raised, part of the data may have been
+        written, and the position is unchanged.
 
         Raises:
             ValueError: The file is closed.
@@ -309,9 +311,10 @@ class DiskFile(io.RawIOBase):
             if self._portal.is_alive():
                 self._portal.call(self._disk.flush)
             else:
-                # Nothing can be flushed.  Either the portal has closed the disk, and IOBase.close()
-                # calls this method, or this process is a forked child, or the event loop has
-                # failed.  Only a failed event loop is an error.
+                # Nothing can be flushed, for one of three reasons:
+                # - The portal has closed the disk, and IOBase.close() calls this method.
+                # - This process is a forked child.
+                # - The event loop has failed.  Only this is an error.
                 self._portal.raise_failure()
 
     def close(self) -> None:
@@ -321,7 +324,8 @@ class DiskFile(io.RawIOBase):
         locks are released.  If the file is closed already, nothing is done.
 
         The close waits for no server.  If another thread waits for a server in a read or a write,
-        that operation fails.  If the event loop of the file has failed, its error is raised.
+        that operation fails.  If the event loop of the file has failed, the error of the event loop
+        is raised.
 
         Raises:
             HostError: Something could not be made durable.  Even then the file is closed.  If the
@@ -379,8 +383,7 @@ _files: Final[weakref.WeakSet[DiskFile]] = weakref.WeakSet()
 def _replace_locks() -> None:
     """Give each file a new lock, in a forked child.
 
-    If another thread was inside an operation during the fork, the child's copy of the lock would
-    stay locked.
+    If another thread held a lock during the fork, the child's copy of the lock stays locked.
     """
     for file in _files:
         file._lock = threading.RLock()  # noqa: SLF001  the same module

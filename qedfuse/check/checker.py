@@ -1,8 +1,8 @@
 """The check: read all tables, and find the owner of each cluster of the file.
 
 The header and the tables own the clusters in which they lie.  A data cluster is owned by the table
-entry that refers to it.  The persistent free list owns the free clusters that it lists.  It is an
-error if a cluster would have two owners.  A cluster without an owner is leaked.
+entry that refers to it.  The persistent free list owns the free clusters that it lists.  A second
+owner of a cluster is an error.  A cluster without an owner is leaked.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class _Checker:
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
         """Report L2 tables, each of which overlaps an earlier table.
 
-        Of two tables the one at the lower file offset is the earlier one, or if both are at the
-        same file offset, the one with the lower L1 index.
+        The earlier of two tables is the one at the lower file offset.  If both are at the same file
+        offset, the earlier one has the lower L1 index.
 
         Args:
             indices: The L1 indices of the tables.
@@ -214,7 +214,7 @@ class _Checker:
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
         """Count the entries whose cluster does not directly follow the previous entry's cluster.
 
-        The first entry of a table that holds an offset does not count.
+        In each table, the first entry with an offset does not count.
 
         Args:
             values: Those entries of a slice that hold an offset, valid or not; at least one.

@@ -30,8 +30,8 @@ _EXPECTED_IN_CONFLICTS: Final = {
     Code.DUPLICATE_CLUSTER: "a cluster that no other entry refers to",
     Code.FREE_LIST_CONTRADICTED: "a cluster that is not in the free list",
 }
-"""What a message says was expected, for an entry that is valid by itself but conflicts with
-another entry or the free list."""
+"""The end of the message "found ..., expected ..." for each conflict of an entry with another
+entry or with the free list.  The entry is valid by itself."""
 
 
 class EntryClassifier:

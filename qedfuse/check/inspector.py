@@ -18,9 +18,9 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
     The caller must pass only an image that has NEED_CHECK set, or whose length is not a multiple of
-    the cluster size.  The messages name one of these two reasons: the second only if NEED_CHECK is
-    clear.  Leaked clusters cost only space, so they are only logged.  Errors of the free list are
-    ignored.
+    the cluster size.  The messages name NEED_CHECK as the reason if it is set, and the length if
+    NEED_CHECK is clear.  Leaked clusters cost only space, so they are only logged.  Errors of the
+    free list are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.
@@ -32,7 +32,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     from qedfuse.check.checker import check_image  # noqa: PLC0415
     from qedfuse.check.findings import FREE_LIST_CODES, Severity  # noqa: PLC0415
 
-    why = "was not closed cleanly" if header.need_check else "has a partial last cluster"
+    reason = "was not closed cleanly" if header.need_check else "has a partial last cluster"
     report = await check_image(file, header)
     # `table_errors` does not count errors of the free list, because the disk itself drops an
     # invalid free list.
@@ -45,7 +45,7 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         errors = report.table_errors
         counted = f"{errors} errors" if errors > 1 else "1 error"
         msg = (
-            f"{file.name}: {why}: not opened for writing: the check found {counted} "
+            f"{file.name}: {reason}: not opened for writing: the check found {counted} "
             f"(first: {first.message}) and leaked clusters: {report.leaks}; nothing has been "
             f"changed; open the image read-only (mount: -o ro), or repair the image: "
             f"qedimg check -r all {file.name}"
@@ -55,8 +55,10 @@ async def inspect_image(file: HostFile, header: Header) -> None:
         _log.warning(
             "%s: %s: leaked clusters found by the check: %d; no errors in the tables",
             file.name,
-            why,
+            reason,
             report.leaks,
         )
     else:
-        _log.info("%s: %s: the check found no errors in the tables, and no leaks", file.name, why)
+        _log.info(
+            "%s: %s: the check found no errors in the tables, and no leaks", file.name, reason
+        )

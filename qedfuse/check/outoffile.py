@@ -9,12 +9,12 @@ order is:
 2. A datasync makes the overwritten entries durable.
 3. Only after the datasync does the file grow.
 
-Most entries get their final value in step 1.  An L2 entry becomes unallocated or, in an overlay, a
-zero cluster.  An L1 entry becomes unallocated if the image has no backing file, or if the entry is
-for guest offsets past the end of the disk.  Any other L1 entry of an overlay must not become
-unallocated, because the guest would then read the backing file.  At the end of the repair, such an
-entry points to a new table of zero clusters.  The new table needs a longer file, so in step 1 the
-entry becomes `POISON_ENTRY`.
+Most entries get their final value in step 1.  An L2 entry becomes unallocated or, in an overlay (an
+image with a backing file), a zero cluster.  An L1 entry becomes unallocated if the image has no
+backing file, or if the entry is for guest offsets past the end of the disk.  Any other L1 entry of
+an overlay must not become unallocated, because the guest would then read the backing file.  At the
+end of the repair, such an entry points to a new table of zero clusters.  The new table needs a
+longer file, so in step 1 the entry becomes `POISON_ENTRY`.
 
 A table that overlaps data, or another table before it in the file, must not be written to, because
 its bytes may be that data or part of the other table.  The repair copies the table and corrects the
@@ -139,10 +139,10 @@ class OutOfFileEntries:
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must prevent that a table is allocated at one of the returned offsets.  If an
-        entry got a new table at its own old offset, the entry would have the same value before and
-        after the repair.  The backup of the changed bytes would then not contain the entry,
-        although the entry is `POISON_ENTRY` until the end of the repair.
+        The caller must not allocate a table at one of the returned offsets.  If an entry got a new
+        table at its own old offset, the entry would have the same value before and after the
+        repair, and the backup of the changed bytes would not contain the entry.  But until the end
+        of the repair the entry is `POISON_ENTRY`, so the undo of an interrupted repair needs it.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -23,8 +23,8 @@ What is done for each kind of damage, and why:
   file as if it were valid.
 - Data past the end of the disk is never copied.  The tables can describe far more data than the
   disk has, so a crafted image of a small disk could make the copies fill the host's file system.
-  An L2 entry past the end is cleared if its cluster would have to be copied, and an L1 entry if
-  the table to which it points would have to be copied.
+  If the cluster of an L2 entry past the end, or the table of an L1 entry past the end, would have
+  to be copied, the entry is cleared instead.
 
 Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.
 The persistent free list is dropped whenever the repair changes the image, even if only NEED_CHECK
@@ -75,10 +75,10 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     durable before the entries that point to them.  If the interrupted repair had already made the
     file longer, the next repair does not report the data that the end of the file had cut short.
 
-    If the tables have no error, they are not changed.  But if NEED_CHECK is set or the free list
-    has an error, NEED_CHECK is cleared, and the list, valid or not, is dropped.  If the tables
-    still have an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For
-    a backup, the caller must first call `plan_repair` with ``save``.
+    Tables without an error are not changed.  Only the header may change then: if NEED_CHECK is set
+    or the free list has an error, NEED_CHECK is cleared and the free list is dropped.  If the
+    tables still have an error after the repair, NEED_CHECK stays set.  This function makes no
+    backup.  For a backup, the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
@@ -86,13 +86,12 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set, unless the failed access belongs to the last step,
-            which clears NEED_CHECK.
+            changed, NEED_CHECK is still set.  Only if the last step fails, which clears NEED_CHECK,
+            can NEED_CHECK be clear.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.  Normally the check before the first write finds this, and nothing has been
-            changed.  Three limits can be exceeded later: the number of invalid L1 entries, that of
-            tables, and the size of the file, which the repair makes longer.  In these cases
-            NEED_CHECK stays set.
+            memory.  Normally the check before the first write raises this error, and nothing has
+            been changed.  After the first write it is raised if there are too many invalid L1
+            entries or tables, or if the repair made the file too large.  Then NEED_CHECK stays set.
     """
     without_need_check = header.with_need_check(value=False)
     rewriter = Rewriter(file, header)

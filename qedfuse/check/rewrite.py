@@ -139,7 +139,7 @@ class Rewriter:
             count -= entries_per_write
 
     async def replace_entries(self, offset: int, old: Values, new: Values) -> None:
-        """Write the new entries from the first to the last that differs from the old entry.
+        """Write the new entries, from the first to the last one that differs from its old entry.
 
         If no entry differs, nothing is written.  All earlier writes are made durable first, so
         everything to which the entries point is durable.  The entries themselves are not durable
@@ -167,7 +167,7 @@ class Rewriter:
         await self._file.pwrite(offset, new)
 
     async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write entries at a file offset: some are cleared, the others are as in the file.
+        """Write entries at a file offset: some are cleared, the others are those in the file.
 
         `sync_pending` makes the entries durable.  No earlier write needs to be durable first,
         because a cleared entry points to no cluster.
@@ -180,7 +180,7 @@ class Rewriter:
 
         After `clear_entries`, and after a `fill` or an `overwrite` that completes a table in use,
         the caller must call this method before it makes the file longer.  Without the call a crash
-        could leave a longer file with the old entries, which may be valid in the longer file.
+        could leave a longer file with the old entries.  In the longer file they may be valid.
         After `new_table` no call is needed, because no entry points to a new table yet.
         """
         if self._has_pending:

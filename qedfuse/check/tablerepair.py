@@ -77,17 +77,17 @@ class TableRepair:
         """
         await self.rewriter.write_need_check(need_check=True)
         indices, tables = await self._find_tables()
-        move = await self._find_moves(tables)
+        must_move = await self._find_moves(tables)
         out_of_file = OutOfFileEntries(
             self._file, self._classifier, self.rewriter, self.lost_ranges
         )
-        table_moves = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        table_moves = zip(indices.tolist(), tables.tolist(), must_move.tolist(), strict=True)
         await out_of_file.clear_all(
             self._out_of_file_l1_entries, sorted(table_moves), self._cleared_value
         )
         await self._complete_tables(indices, tables)
         await self.rewriter.extend(self._rounded_size)
-        await self._separate_tables(indices, tables, move)
+        await self._separate_tables(indices, tables, must_move)
         await self._replace_bad_tables()
         await self._claim_metadata()
         for index, table, source in self._tables:
@@ -180,8 +180,8 @@ class TableRepair:
         If two tables overlap each other, the overlap makes only the later table move: the table at
         the higher file offset, or with the higher L1 index if both are at the same file offset.
 
-        `_tables_over_data` gets the offsets of the tables that move because of data.
-        `_classifier` gets all tables except those that overlap an earlier table.
+        Afterwards `_tables_over_data` has the offsets of the tables that move because of data, and
+        `_classifier` has all tables except those that overlap an earlier table.
         """
         overlaps_earlier = await overlapping(tables, self._geometry.table_bytes)
         self._classifier = self._classifier.with_tables(tables[~overlaps_earlier])
@@ -192,7 +192,7 @@ class TableRepair:
         positions = np.searchsorted(self._classifier.tables, tables, "right") - 1
         return overlaps_earlier | overlaps_data[positions]
 
-    async def _separate_tables(self, indices: Indices, tables: Values, move: Mask) -> None:
+    async def _separate_tables(self, indices: Indices, tables: Values, must_move: Mask) -> None:
         """Copy the tables that must move, so that no table overlaps another table or data.
 
         If an L1 entry past the end of the disk points to a table that must move, the L1 entry is
@@ -201,9 +201,9 @@ class TableRepair:
         Args:
             indices: The L1 indices of the tables.
             tables: The file offsets of the tables.
-            move: Which tables must move.
+            must_move: Which tables must move.
         """
-        table_moves = zip(indices.tolist(), tables.tolist(), move.tolist(), strict=True)
+        table_moves = zip(indices.tolist(), tables.tolist(), must_move.tolist(), strict=True)
         for index, table, moves in table_moves:
             if not moves:
                 self._tables.append((index, table, table))
@@ -258,9 +258,11 @@ class TableRepair:
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
         """Return the new entries of one slice, after copying clusters that have another owner.
 
-        Invalid entries get the value `_cleared_value`.  If an entry past the end of the disk refers
-        to a cluster that has another owner, the entry becomes unallocated, without a copy.  The
-        ranges of the disk whose data is lost or possibly wrong are recorded.
+        - An invalid entry gets the value `_cleared_value`.
+        - An entry inside the disk whose cluster has another owner gets a copy of the cluster.
+        - An entry past the end of the disk whose cluster has another owner becomes unallocated.
+
+        The ranges of the disk whose data is lost or possibly wrong are recorded.
 
         Args:
             l1_index: The L1 index of the table.
@@ -313,7 +315,7 @@ class TableRepair:
             self.lost_ranges.add(start + at * size, size, Code.L2_OVER_METADATA, cleared_entries=0)
 
     async def _write_l1(self) -> None:
-        """Change the L1 table; first make all tables durable to which the L1 table will point."""
+        """Change the L1 table, after making durable all tables to which it will point."""
         if not self._l1_changes:
             return
         changes = EntryChanges(self._l1_changes)

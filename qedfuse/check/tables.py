@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""Maximum number of L2 tables in an image that can be checked, and of invalid L1 entries in an
-image that can be repaired.  An image of 64 TiB has 32768 tables with the default geometry."""
+"""An image with more L2 tables cannot be checked.  An image with more invalid L1 entries cannot be
+repaired.  For comparison: an image of 64 TiB has 32768 tables with the default geometry."""
 
 _TABLES_PER_STEP: Final = 1 << 13
 """Maximum number of tables that are compared before other tasks run."""
