@@ -1,7 +1,7 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
-Ctrl-C ends the process without a traceback, and SIGTERM ends the process with one line.  SIGUSR1
-and SIGUSR2, which ask the server of a mount for statistics, have no effect on ``qedfuse`` then.
+Ctrl-C ends the process without a traceback, and SIGTERM ends the process with one line.
+``qedfuse`` ignores SIGUSR1 and SIGUSR2, which later ask the server of a mount for statistics.
 
 This module imports only ``_signal`` and ``posix``, which are built into the interpreter.  The
 module ``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.
@@ -38,9 +38,9 @@ def sigint_raises() -> None:
 def report_sigterm(program: str) -> None:
     """Let SIGTERM print a line with the name of the program before it ends the process.
 
-    The line is for the time in which the program does not handle the signal itself: while modules
-    are loaded, and during short commands.  The process still ends by the signal.  If SIGTERM is
-    ignored or has a handler already, nothing changes.
+    The line appears only while the program has no handler of its own: while modules are loaded, and
+    during short commands.  The wait status still shows that SIGTERM ended the process.  If SIGTERM
+    is ignored or has a handler already, nothing changes.
     """
 
     def end(number: int, _frame: object) -> None:

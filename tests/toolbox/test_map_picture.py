@@ -120,7 +120,7 @@ def test_the_cells_have_all_clusters(tmp_path: Path) -> None:
 
 
 def test_invalid_entries_are_counted_apart(tmp_path: Path, capsys: Captured) -> None:
-    """An entry that points nowhere is no data, and the picture names the number of them."""
+    """An invalid entry is not data, and the picture shows the number of invalid entries."""
     image = tmp_path / "a.qed"
     image.write_bytes(build_image(1 << 20, {0: b"a", 1: 1 << 50}))
     layout = layout_of(image, 64)
@@ -130,7 +130,7 @@ def test_invalid_entries_are_counted_apart(tmp_path: Path, capsys: Captured) -> 
         output = capsys.readouterr()
         assert "1 bad entries" in output.out
         assert output.err == (
-            f"qedimg: {image}: tables: found 1 entries that point nowhere, expected offsets inside "
+            f"qedimg: {image}: tables: found 1 invalid entries, expected offsets inside "
             "the file (see: qedimg check)\n"
         )
 

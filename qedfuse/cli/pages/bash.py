@@ -21,7 +21,7 @@ _HEAD: Final = """\
 _FUNCTIONS: Final = r"""
 _PROGRAM_offer() {
     # $1: the typed word; $2: the candidates.  readline completes only the part after the last
-    # "=" or ":", so all before this part is removed from each candidate.
+    # "=" or ":", so everything before this part is removed from each candidate.
     local done=''
     [[ $1 == *[=:]* ]] && done=${1%"${1##*[=:]}"}
     mapfile -t COMPREPLY < <(compgen -W "$2" -- "$1")
@@ -57,9 +57,12 @@ _PROGRAM_mount_options() {
 }
 
 _PROGRAM_value() {
-    # $1: an entry of the tables: the word -f (complete files), -d (directories) or mount-options;
-    # or a list of words to offer; or -f and such a list (both); or empty (complete nothing).
-    # $2: the typed beginning of the value.
+    # $1: an entry of the tables (see below); $2: the typed beginning of the value.
+    #   -f or -d: complete files or directories
+    #   -f WORDS: complete files, and offer the words
+    #   mount-options: complete mount options
+    #   WORDS: offer the words
+    #   empty: complete nothing
     case $1 in
         '') ;;
         -f | -d) _PROGRAM_names "$1" "$2" ;;
@@ -142,10 +145,10 @@ def script(program: Program) -> str:
 def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
-    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function looks
-    its arguments up in its table, and sets ``values``, a variable of the shell function that calls
-    it.  If the table has no entry for the arguments, the function ``option`` fails, and the other
-    functions make ``values`` empty.
+    The function ``is_command`` succeeds if its argument is a subcommand.  Each other function sets
+    ``values``, a variable of the shell function that calls it.  ``mount_words`` sets it to all
+    mount options; the others look their arguments up in a table.  If the table has no entry for the
+    arguments, ``option`` fails, and the other functions make ``values`` empty.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.

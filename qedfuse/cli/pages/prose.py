@@ -103,10 +103,9 @@ QEDFUSE_SIGNALS: Final = """\
 After `SIGTERM`, `SIGINT` or `SIGHUP` the process makes everything durable immediately and
 unmounts.  If a program has the disk open, the process serves the disk until the last
 close.  After a second signal the process does not wait for the last close, but tries for at
-most 10 seconds to make everything durable.  If changes are being written to the image at the
-end of this time, the mount ends when these changes are written.  If no changes are being
-written then, the mount ends immediately.  If the mount ends before everything is durable, the
-log says so and the exit code is 2.
+most 10 seconds to make everything durable.  A write to the image that is in progress after
+these 10 seconds is completed before the mount ends.  If the mount ends before everything is
+durable, the log says so and the exit code is 2.
 
 After `SIGUSR1` the process logs a summary of its statistics in one line.  After `SIGUSR2` it also
 logs what each of its tasks waits for, which helps in a bug report.

@@ -88,7 +88,7 @@ def example(text: str) -> Iterator[str]:
 
 
 def item(tag: str, text: str) -> Iterator[str]:
-    """Yield the paragraph ``text`` with the hanging tag ``tag``, which must be roff already."""
+    """Yield the paragraph ``text`` with the hanging tag ``tag``; only ``text`` is escaped."""
     yield ".TP"
     yield tag
     yield from sentences(text) if text else (r"\&",)

@@ -189,7 +189,7 @@ def _parse_timeout(value: str) -> float:
     """Return the seconds of ``--timeout``.
 
     Raises:
-        UsageError: The value is no number, is negative, or is more than the maximum.
+        UsageError: The value is not a number, is negative, or is more than the maximum.
     """
     try:
         seconds = float(value)

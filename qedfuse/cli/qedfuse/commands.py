@@ -110,8 +110,9 @@ def mount(arguments: Arguments) -> int:
     from qedfuse.mount.process.daemon import run_in_background  # noqa: PLC0415
 
     def serve_in_background(ready: Callable[[], None]) -> int:
-        # The system log is opened before the mount, because its path may lead through the mount
-        # later.  Until the disks can be used, messages go to stderr, where the user sees them.
+        # The system log is opened before the mount exists, because afterwards the path of the log's
+        # socket may lead through the mount.  Until the disks can be used, messages go to stderr,
+        # where the user sees them.
         handler = system_log()
 
         def ready_in_background() -> None:
@@ -161,9 +162,9 @@ def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        limit = explain_descriptor_limit(error)
-        if limit:
-            _log.critical("%s", limit)
+        explanation = explain_descriptor_limit(error)
+        if explanation:
+            _log.critical("%s", explanation)
             return HostError.exit_code
         _log.critical("internal error: %s: %s", type(error).__name__, printable(str(error)),
                       exc_info=error)  # fmt: skip

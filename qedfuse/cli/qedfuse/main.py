@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the help or of statistics has closed the pipe, as head(1) does.  Such an end
-        # is no failure.
+        # The reader of the help or of statistics has closed the pipe, as head(1) does.  This is not
+        # a failure.
         discard_unwritten(sys.stdout)
         return 0
     except Exception as error:
         if debug:
             raise
-        return _fail_with_bug(error, "" if is_subcommand else " (-d shows where)")
+        return _fail_unexpectedly(error, "" if is_subcommand else " (-d shows where)")
 
 
 def _umount(words: Sequence[str]) -> int:
@@ -126,15 +126,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _fail_with_bug(error: Exception, hint: str) -> int:
-    """Print a line about an exception that is not a `QedError`, and ``hint``; return the exit code.
+def _fail_unexpectedly(error: Exception, hint: str) -> int:
+    """Print a line about an exception that is not a `QedError`; return the exit code.
 
-    A failure that is due to a removed working directory, or to a lack of descriptors, is no bug,
-    and has its own message.
+    A removed working directory and a lack of descriptors have messages of their own.  Any other
+    exception is reported as a bug, with ``hint`` at the end of the line.
     """
-    limit = explain_descriptor_limit(error)
-    if limit:
-        return _fail(limit, HostError.exit_code)
+    explanation = explain_descriptor_limit(error)
+    if explanation:
+        return _fail(explanation, HostError.exit_code)
     if is_caused_by_removal(error):
         return _fail(REMOVED, HostError.exit_code)
     kind = type(error).__name__

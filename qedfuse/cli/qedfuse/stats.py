@@ -26,7 +26,7 @@ T = TypeVar("T")
 _INTERVAL_SECONDS: Final = 1.0
 """Time between two readings of the statistics with ``--watch``."""
 _PLAIN_WIDTH: Final = 200
-"""Number of characters in a line of the table if stdout is no terminal."""
+"""Number of characters in a line of the table if stdout is not a terminal."""
 
 
 def print_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
@@ -51,13 +51,13 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
     if output == "prometheus":
         from qedfuse.mount.statistics.prometheus import exposition  # noqa: PLC0415  only if needed
 
-        text = _with_fields(lambda: exposition(documents))
+        text = _formatted(lambda: exposition(documents))
     elif output == "json":
         text = f"{json.dumps({'version': 1, 'mounts': documents}, indent=4)}\n"
     else:
         from qedfuse.cli.qedfuse.statstext import mount_text  # noqa: PLC0415  only if needed
 
-        text = _with_fields(lambda: "".join(map(mount_text, documents)))
+        text = _formatted(lambda: "".join(map(mount_text, documents)))
     _print(text)
     return code
 
@@ -93,7 +93,7 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
     before: dict[str, Mapping[str, Any]] = {}
     with _live(console) as live:
         for documents, _code in _every_second(path, report):
-            table = _with_fields(partial(_table, before, documents))
+            table = _formatted(partial(_table, before, documents))
             before = {document["mountpoint"]: document for document in documents}
             with writing_stdout():
                 if console.is_terminal:
@@ -151,15 +151,17 @@ def _print(text: str) -> None:
         sys.stdout.flush()
 
 
-def _with_fields(show: Callable[[], T]) -> T:
-    """Return the result of ``show``, which makes output of documents.
+def _formatted(format_documents: Callable[[], T]) -> T:
+    """Return the result of ``format_documents``; turn errors in documents into one exception.
+
+    Documents are not trusted.  They can come from a mount of another version of qedfuse and, if
+    root asks, from a mount of another user.
 
     Raises:
-        NoStatisticsError: A document lacks a field, or has an impossible value in one: root also
-            reads the documents of mounts of other users.
+        NoStatisticsError: A document lacks a field, or a field has an impossible value.
     """
     try:
-        return show()
+        return format_documents()
     except KeyError as error:
         msg = (
             f"statistics: found no field {printable(str(error.args[0]))}, expected one (the mount "

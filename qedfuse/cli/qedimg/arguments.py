@@ -19,7 +19,7 @@ def size(text: str) -> int:
     """Convert a size such as ``10G`` to bytes, for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no size.
+        argparse.ArgumentTypeError: The text is not a size.
     """
     try:
         return parse_size(text)
@@ -152,7 +152,7 @@ def _cache_size(text: str) -> int:
     """Convert the maximum size of the cache to bytes, for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no size, or too small.
+        argparse.ArgumentTypeError: The text is not a size, or the size is too small.
     """
     from qedfuse.remote.options import MIN_CACHE_BYTES  # noqa: PLC0415  imported late: --help must not load it
 
@@ -167,7 +167,7 @@ def _prefix(text: str) -> Address:
     """Convert a prefix of URLs for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no prefix of URLs.
+        argparse.ArgumentTypeError: The text is not a prefix of URLs.
     """
     from qedfuse.remote.address import parse_prefix  # noqa: PLC0415  imported late: --help must not load it
 
@@ -181,7 +181,7 @@ def _seconds(text: str) -> float:
     """Convert a duration in seconds for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: The text is no number, or out of range.
+        argparse.ArgumentTypeError: The text is not a number, or the number is out of range.
     """
     try:
         value = float(text)
@@ -199,7 +199,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
         "-p",
         "--progress",
         action="store_true",
-        help="show the progress immediately, and even if stderr is no terminal",
+        help="show the progress immediately, and even if stderr is not a terminal",
     )
 
 

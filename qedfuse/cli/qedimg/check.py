@@ -32,11 +32,11 @@ az://, nbd:// and others.
 ones and shortens the file.  It does not change an image that has damage.
 
 -r all repairs damage.  If several table entries point to one cluster, each entry but the
-first gets a copy of it.  An entry that points nowhere is cleared.  The ranges of the disk
-whose content is lost or doubtful are listed.  Before anything is changed, the old content
-of all that will change is saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if
-that exists).  --undo with this file reverts the repair if nothing else has changed the
-image since.  If a repair is interrupted, run it again.
+first gets a copy of it.  An invalid entry is cleared.  The ranges of the disk whose
+content is lost or doubtful are listed.  Before anything is changed, all bytes that will
+change are saved in IMAGE.before-repair (IMAGE.before-repair.2 and so on if that exists).
+--undo with this file reverts the repair if nothing else has changed the image since.  If
+a repair is interrupted, run it again.
 
 After -r all has cleared entries, the clusters to which these entries pointed are leaked,
 and may hold your data.  Therefore the same run frees no space, and exits with 3 if
@@ -44,10 +44,10 @@ clusters are leaked.  Look at the disk, but only read it: a mount for writing re
 leaked space.  When you no longer need the leaked clusters, free them with -r leaks.  -r all
 frees them only if the image has no damage and IMAGE.before-repair does not exist.
 
-If no data cluster of a damaged or leaking image is in use, or if far more clusters are
-leaked than in use, the header may be damaged, and a repair could overwrite data.  Such a
-repair needs --force.  -r all also needs --force if the repair would write more than 64 MiB
-and more than the file takes up."""
+In two cases the header itself may be damaged: an image with damage or leaks has no data
+cluster in use, or far more clusters are leaked than in use.  A repair could then overwrite
+data, and needs --force.  -r all also needs --force if the repair would write more than
+64 MiB and more than the file takes up."""
 
 SOUND: Final = 0
 FAILED: Final = 1

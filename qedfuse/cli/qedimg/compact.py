@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 EXAMPLE: Final = "qedimg compact -p vm.qed"
 DESCRIPTION: Final = """\
-Move the highest clusters of an image into free clusters and shorten the file, until no
-cluster is free, or a table that would have to move fits into no run of free clusters.
-Data clusters that hold only zeros are not freed.  The image is sound at any moment.
+Move the highest clusters of an image into free clusters and shorten the file.  This ends
+when no cluster is free, or when no run of free clusters is long enough for the table that
+must move next.  Data clusters that hold only zeros are not freed.  The image is sound at
+any moment.
 After an interruption the clusters that were already moved stay at their new offsets."""
 
 

@@ -36,7 +36,7 @@ For a TARGET in a format other than raw and qed, qemu-img must be installed.
 SOURCE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 
 _MAX_STREAMS: Final = 16
-"""Maximum of the option ``-m``: the number of chunks that are copied in parallel."""
+"""Maximum value of ``-m``, the number of chunks that are copied in parallel."""
 _NATIVE_FORMATS: Final = ("raw", "qed")
 """The formats of a target for which no qemu-img is needed."""
 _CACHES: Final = ("writeback", "unsafe")

@@ -58,7 +58,7 @@ def _l1_index(arguments: argparse.Namespace) -> int:
     """Return the index of the L1 entry, which ``l2`` requires; 0 for ``header`` and ``l1``.
 
     Raises:
-        UsageError: The index is missing, superfluous, no number, or too long.
+        UsageError: The index is missing, superfluous, not a number, or too long.
     """
     text = arguments.l1_index
     if arguments.structure != "l2":

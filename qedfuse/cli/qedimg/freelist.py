@@ -24,9 +24,9 @@ drops the list.  An image with a list is opened without a scan for free space.  
 is an extension of the format: QEMU refuses an image that has one, and accepts the image
 again after "off".
 
-"on" finds the free clusters, and writes no list if no cluster is free.  If the image had
-a list, a mount for writing with default options leaves an up-to-date list when it ends,
-if possible."""
+"on" finds the free clusters, and writes no list if no cluster is free.  A mount for
+writing with default options keeps the list of an image that has one: when the mount ends,
+it writes an up-to-date list, if possible."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write or drop the list if the action is not "show"; print the list's description; return 0.
+    """Carry out the action "on" or "off"; print the description of the list; return 0.
+
+    The action "show" only prints the description.
 
     Raises:
         UsageError: -U was given with an action that changes the image.
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _work(arguments: argparse.Namespace) -> FreeListInfo:
-    """Write or drop the list if the action is not "show"; describe the list that the image has."""
+    """Carry out the action "on" or "off"; return the description of the list that the image has."""
     from qedfuse.hostio.locking import LockMode  # noqa: PLC0415  imported late: --help must not load it
     from qedfuse.remote.address import require_local  # noqa: PLC0415
     from qedfuse.tools.editing.freelist import drop, enable  # noqa: PLC0415

@@ -69,10 +69,10 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 _FAILED: Final = 1
 """The exit code for a failure that has no code of its own, as in qemu-img."""
 _MIN_OWN_CODE: Final = 12
-"""Minimum `QedError.exit_code` with which qedimg exits.
+"""The lowest `QedError.exit_code` that qedimg uses as its own exit code.
 
-qedimg replaces a lower code by the subcommand's code for a failure, because lower codes mean
-something else in qemu-img.
+In place of a lower code qedimg uses the subcommand's code for a failure, because the lower codes
+mean something else in qemu-img.
 """
 _BUG: Final = 70
 """The exit code for a bug: any exception but QedError, OSError, MemoryError, KeyboardInterrupt."""
@@ -291,11 +291,11 @@ def _report_os_error(error: OSError, code: int) -> int:
     if is_caused_by_removal(error):
         return _fail(REMOVED, code)
     if error.filename is None:
-        limit = explain_descriptor_limit(error)
-        if limit:
-            return _fail(limit, code)
+        explanation = explain_descriptor_limit(error)
+        if explanation:
+            return _fail(explanation, code)
         return output_failed(error, code)
-    # If the failed call got a descriptor in place of a path, ``filename`` is its number.
+    # If the failed call got a descriptor in place of a path, ``filename`` is the descriptor.
     name = error.filename if isinstance(error.filename, (str, bytes)) else str(error.filename)
     return _fail(f"{printable(name)}: {error.strerror}", code)
 

@@ -26,9 +26,9 @@ List the extents of a disk, those of its bases included: which ranges are data, 
 holes, and where in which file they are stored.  The text lists only data.  The JSON
 lists all extents, with qemu-img's keys.
 
-If a table entry points nowhere, the content of its range is unknown, and the exit code
-is 13.  The JSON lists such a range with "present" true and "zero" and "data" false.  A
-picture shows how many of IMAGE's own entries are bad.
+If a table entry is invalid, the content of its range is unknown, and the exit code is 13.
+The JSON lists such a range with "present" true, "zero" false and "data" false.  A picture
+shows how many entries of IMAGE itself, without its bases, are invalid ("bad").
 
 --output picture and svg draw the disk and the file of IMAGE, a QED image.  In both, data
 has the colour of its position on the disk, so a fragmented file shows a mixture of
@@ -116,7 +116,7 @@ def _draw(arguments: argparse.Namespace) -> int:
         colored = mappicture.uses_colors(is_terminal=sys.stdout.isatty())
         sys.stdout.write(mappicture.picture(layout, columns, colored=colored))
     if layout.bad:
-        raise _bad_tables(arguments.image, f"{layout.bad} entries that point nowhere")
+        raise _bad_tables(arguments.image, f"{layout.bad} invalid entries")
     return 0
 
 
@@ -155,8 +155,8 @@ def _list_fast(arguments: argparse.Namespace, on_progress: Progress) -> _Listed:
     """Print the extents that the fast map can list; return what was printed.
 
     The fast map (`open_fast_map`) needs neither numpy nor trio.  It stops before the first extent
-    that it cannot list.  Nothing is printed if the image is a URL or has no fast map, or if the
-    options need `_list_rest`, which prints what the fast map has not listed.
+    that it cannot list.  Nothing is printed for a URL, for an image without a fast map, and with
+    options that the fast map does not support.  `_list_rest` prints all that is missing.
     """
     nothing = _Listed(has_head=False, has_extents=False, end=arguments.start_offset)
     is_partial = arguments.start_offset or arguments.max_length is not None
@@ -217,7 +217,7 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
                 on_progress(int(batch.starts[-1] + batch.lengths[-1]) - start, end - start)
         write(writer.tail(arguments.start_offset))
     if bad:
-        raise _bad_tables(arguments.image, f"{bad} extents whose entries point nowhere")
+        raise _bad_tables(arguments.image, f"{bad} extents with invalid entries")
 
 
 def _bad_tables(image: str, found: str) -> CorruptImageError:

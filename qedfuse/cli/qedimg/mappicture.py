@@ -99,7 +99,7 @@ def _legend(layout: Layout, *, colored: bool) -> str:
         return "  ".join(f"{character} {name}" for character, name, _ in items)
     gradient = "".join(f"{_background(_data_color(at / 11))} " for at in range(12)) + "\033[0m"
     others = [f"{_background(color)} \033[0m {name}" for _, name, color in items[2:]]
-    return "  ".join([f"{gradient} data, by its place on the disk", *others])
+    return "  ".join([f"{gradient} data, by its position on the disk", *others])
 
 
 def svg(layout: Layout, title: str) -> str:
@@ -141,7 +141,7 @@ def _svg_legend(layout: Layout) -> Iterator[tuple[str, Color]]:
 def _grid(cells: Sequence[Cell], y: int) -> str:
     """Return one part of the picture as an SVG group, whose upper edge is ``y`` pixels down.
 
-    The group has for each colour a path with strokes one cell high.
+    The group has one path for each colour.  The path's strokes are horizontal and one cell high.
     """
     lines: dict[str, list[str]] = {}
     for row in range(0, len(cells), SVG_COLUMNS):

@@ -22,7 +22,8 @@ _HEX_ZERO: Final = re.compile(r"^0x0(?= )|(?<=^.{32})0x0(?= )", re.MULTILINE)
 
 
 _NO_OFFSET: Final = "-               %.0s"
-"""The format of a file offset that is not printed: a dash, and an empty field for the argument."""
+"""The format of a file offset that is not printed: a dash, and a conversion (``%.0s``) that takes
+the offset as its argument and prints nothing."""
 
 
 class Writer(Protocol):

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code that a shell shows for a program that was killed by SIGPIPE (128 + 13)."""
 _FAILED: Final = 1
-"""The default of `finish_output` for the exit code after any error but a closed pipe."""
+"""The exit code if stdout cannot be written to, unless the caller of `finish_output` has another.
+
+If the reader has closed the pipe, the exit code is `BROKEN_PIPE`.
+"""
 
 
 def print_line(arguments: argparse.Namespace, text: str) -> None:
