@@ -32,7 +32,7 @@ class AutoCompaction:
         """Compact the disk that consists of ``components``."""
         self._components = components
         self._has_run_within_limits = False
-        self._table_writes: int | None = None
+        self._table_writes_at_last_run: int | None = None
         """How often tables had been written when the last successful run ended; None if no run
         has succeeded yet."""
 
@@ -40,13 +40,12 @@ class AutoCompaction:
         """Compact as the options say, and make the result durable.
 
         Does nothing if compaction is not due (`_is_due`).  Also does nothing if an earlier run has
-        ended without an error and no table has changed since: one run may move as much as the
-        limits allow, and a second run would move more.  The caller must ensure that no request is
-        running.
+        succeeded and no table has changed since, because each further run would again move as much
+        as the limits allow.  The caller must ensure that no request is running.
 
-        A `QedError` ends the run, and is logged as a warning and not raised; the file may then keep
-        free clusters.  If the error has made the disk read-only, nothing is logged, because the
-        close raises that error.  See `Compaction.run` for ``within_bound``.
+        A `QedError` ends the run, and the file may then keep free clusters.  The error is logged as
+        a warning and not raised.  If the error has made the disk read-only, nothing is logged,
+        because the close raises that error.  See `Compaction.run` for ``within_bound``.
         """
         components, options = self._components, self._components.options
         if not self._is_due() or self._is_up_to_date():
@@ -65,7 +64,7 @@ class AutoCompaction:
                 await self._run_within_limits(within_bound=within_bound)
             # The table entries of the last moves may still be in memory only, so flush.
             await components.flusher.flush()
-            self._table_writes = components.writeback.statistics().table_writes
+            self._table_writes_at_last_run = components.writeback.statistics().table_writes
         except QedError as error:
             if components.writeback.failure is None:
                 log.warning("%s (while compacting)", error)
@@ -91,9 +90,8 @@ class AutoCompaction:
     def _is_up_to_date(self) -> bool:
         """Return whether a run has succeeded, and no table has changed since the last such run."""
         writeback = self._components.writeback
-        return (
-            not writeback.dirty_tables and self._table_writes == writeback.statistics().table_writes
-        )
+        table_writes = writeback.statistics().table_writes
+        return not writeback.dirty_tables and self._table_writes_at_last_run == table_writes
 
     def _is_due(self) -> bool:
         """Return whether to compact: always with ``full``, if useful with ``auto``, else never."""

@@ -82,12 +82,12 @@ class Components:
 
         # Write-back, which the quarantine observes; and the guard before the first write
         #
-        # A `FreeMap` divides the clusters of the file into blocks.  The number of clusters in a
-        # table and the anchor decide at which clusters the blocks begin.  The maps of the
-        # quarantine and of the marking are made like this empty map, which has the anchor of the
-        # allocator's map (`Allocator.anchor`).  So the blocks of all maps begin at the same
-        # clusters.
-        map_template = FreeMap(header.table_size, header.l1_end >> header.geometry.cluster_bits)
+        # A `FreeMap` divides the clusters of the file into blocks.  The maps of the quarantine and
+        # of the marking are made like this empty map.  It has the table size and the anchor of the
+        # allocator's map (`Allocator.anchor`), and these two decide where the blocks begin.  So the
+        # blocks of all maps begin at the same clusters.
+        anchor = header.l1_end >> header.geometry.cluster_bits
+        map_template = FreeMap(header.table_size, anchor)
         self.epochs = Epochs()
         self.quarantine = Quarantine(self.epochs, map_template)
         self.header_store = HeaderStore(file, header)

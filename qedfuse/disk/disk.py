@@ -90,7 +90,7 @@ class Disk(GuestChanges):
 
     @property
     def scan_is_short(self) -> bool:
-        """Whether the scan for free clusters is not postponed, and takes only some milliseconds.
+        """Whether the scan for free clusters takes only some milliseconds, and is not postponed.
 
         The scan is postponed if the image has a valid free list: see `Scan.postpone`.  False also
         if the disk is open read-only, because a read-only disk has no scan.
@@ -148,7 +148,7 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Make all reads fail that wait for a server now, or would later; other reads go on."""
+        """Make all reads fail that wait for a server, now and later; other reads go on."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 
@@ -191,8 +191,8 @@ class Disk(GuestChanges):
         Args:
             size: The new size in bytes, a multiple of 512.
             force: Whether to shrink even if the removed part holds data of this image.
-            progress: Called with the work done so far and all the work, in the same unit, which
-                has no meaning for the caller.
+            progress: Called with the amount of work done so far and the total amount.  Only their
+                ratio has a meaning for the caller.
 
         Raises:
             UsageError: The size is larger than the present one, is negative or is not a multiple
@@ -215,9 +215,9 @@ class Disk(GuestChanges):
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        `discard` would create zero clusters only where the present base has data.  ``start``
-        must be at a cluster boundary, and the end of the range at a cluster boundary, or at
-        or past the end of the disk.
+        `discard` would create zero clusters only where the present base has data.  ``start`` must
+        be at a cluster boundary.  So must the end of the range, unless it is at or past the end of
+        the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -235,8 +235,8 @@ class Disk(GuestChanges):
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, durably, so that the base shows everywhere.
 
-        The caller must ensure that no other request is running.  ``progress`` is called with
-        the work done so far and all the work, as for `shrink`.
+        The caller must ensure that no other request is running.  ``progress`` is called as by
+        `shrink`.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.

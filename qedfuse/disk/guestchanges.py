@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class GuestChanges(GuestReads):
     """Reads and changes an opened image with its chain.
 
-    Tasks may call all methods concurrently.  A method that would modify the image raises
-    `ReadOnlyError` if the disk is open read-only, or if an error has made it read-only
-    (`failure`).  But `try_write` returns False.
+    Tasks may call all methods concurrently.  If the disk is open read-only, or an error has made it
+    read-only (`failure`), `try_write` returns False, and any other method that would modify the
+    image raises `ReadOnlyError`.
 
     Attributes:
         name: The name of the image file, escaped for messages.
@@ -78,7 +78,7 @@ class GuestChanges(GuestReads):
         self, record_write: Callable[[int, float], None], length: int, seconds: float
     ) -> None:
         """Record that the extension has written ``length`` bytes in ``seconds``."""
-        self._writeback.note_write()  # first: without it a flush might not cover the write
+        self._writeback.note_write()  # first: without this call a flush might not cover the write
         record_write(length, seconds)
 
     def try_write(self, start: int, data: Buffer) -> bool:
@@ -211,9 +211,9 @@ class GuestChanges(GuestReads):
         """
         await self._flusher.flush()
 
-    def when_flushed(self, call: Callable[[], None]) -> None:
-        """Call ``call`` at the end of each successful flush, background flushes included.
+    def when_flushed(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` at the end of each successful flush, background flushes included.
 
-        ``call`` replaces the function that was passed before.
+        ``listener`` replaces the function that was passed before.
         """
-        self._flusher.listen(call)
+        self._flusher.listen(listener)

@@ -96,7 +96,7 @@ class Lifecycle:
 
         Args:
             compact: Whether to compact first if the options ask for a compaction; if False, the
-                image is not compacted in any case.
+                image is not compacted, whatever the options say.
 
         Raises:
             HostError: The host refused, or something written before could not be made

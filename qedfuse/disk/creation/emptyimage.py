@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 class EmptyImage(ReadOnlyFile):
-    """An image without data clusters and without a backing name, for a disk below the image.
+    """An image without data clusters and without a backing name, to stand above a disk in a chain.
 
-    The image is as large as that disk.  It has the name and the attributes of the disk's file.
+    The image describes a disk of the same size.  It has the name and the attributes of the file
+    that stores the disk below.
 
     Attributes:
-        path: The path of the disk.
+        path: The path of the disk below.
         header: The header of the image.
     """
 
     def __init__(self, disk: HostFile) -> None:
-        """Make an image for a disk, which the image does not close.
+        """Make an image to stand above ``disk``; `close` leaves ``disk`` open.
 
         Raises:
             UsageError: The disk is larger than an image can be.

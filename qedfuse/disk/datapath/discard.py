@@ -146,9 +146,8 @@ class Discard:
         Args:
             start: Guest offset of ``data``.
             data: The bytes to write; the range must lie within the disk.
-            mode: The value of ``detect_zeroes``.  It decides about a guest cluster for which
-                ``data`` has only zeros, and which is allocated: with ``unmap`` the cluster is
-                deallocated, and with ``on`` it is overwritten with zeros.
+            mode: The value of ``detect_zeroes``.  It matters for an allocated cluster that ``data``
+                covers with zeros: ``unmap`` deallocates the cluster, and ``on`` overwrites it.
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
@@ -305,6 +304,7 @@ class Discard:
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
+        # How many of the clusters lie over the base.  These become zero clusters, which hide it.
         hidden = 0 if clear else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)

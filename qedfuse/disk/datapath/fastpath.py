@@ -4,8 +4,8 @@ Most requests find tables and data in memory.  The slow path works with extents 
 several times as long as the access to the host's file.
 
 On the fast path no other task runs between the lookup and the read or write.  So the fast path
-needs no lock.  It also needs no epoch (`Epochs`), which would keep the clusters that a request uses
-from being reused while the request waits: on the fast path no request waits.
+needs no lock.  It also needs no epoch (`Epochs`): an epoch keeps the clusters of a request from
+being reused while the request waits, and on the fast path no request waits.
 
 If a slice or data is not in memory, an entry is bad, or the host fails, the fast path gives
 up.  The caller then starts the request again on the slow path, which waits, or reports the
@@ -69,8 +69,8 @@ class FastPath:
         self._file_reads = chain.file_reads
         self._file = layer.file
         self._try_write_file = layer.file.try_write
-        # All requests share one buffer: to allocate a buffer for each request, filled with
-        # zeros, would take as long as to read into it.
+        # All requests share one buffer.  Python fills each new buffer with zeros, which would take
+        # as long as the read into the buffer.
         self._buffer = memoryview(bytearray(_MAX_READ_BYTES))
         self._allocation = FastAllocation(
             *(chain, layer, space, needcheck, table_writer, write_path, zero_fill),
@@ -119,9 +119,9 @@ class FastPath:
         """Return the file and the file offset of a guest range that is stored as one run.
 
         Returns None if the range is empty, is not one run of data within one slice, ends past
-        the end of the disk, or needs a slice that is not in memory or has a bad entry.  The result
-        is valid until the caller awaits something; if the caller is in an epoch (`Epochs`), until
-        it leaves the epoch.
+        the end of the disk, or needs a slice that is not in memory or has a bad entry.  For a
+        caller in an epoch (`Epochs`) the result is valid until the caller leaves the epoch.  For
+        any other caller the result is valid until the caller awaits something.
         """
         end = start + length
         if not length or end > self._layer.header.image_size:

@@ -45,9 +45,8 @@ class FastSeek:
 
         Returns:
             The guest offset of the data or the hole; the size of the disk if there is none.
-            None if a base is open, or if the search meets a slice that is not in memory or has
-            a bad entry, meets a part of the L1 table that is not in memory, or needs more than
-            `_MAX_SLICES_PER_SEEK` slices.
+            None if a base is open, a slice or a part of the L1 table is not in memory, a slice
+            has a bad entry, or the search needs more than `_MAX_SLICES_PER_SEEK` slices.
         """
         size = self._layer.header.image_size
         if self._has_base:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class InPlaceWrites(NamedTuple):
     """What ``_inplacewrite.c`` needs to write to clusters that the top image has allocated.
 
-    A write is made only if it is short, and while ``guard`` is prepared, ``writeback`` has no
-    failure, and there is no contention for ``inode``.
+    The extension makes a write only if the write is short, ``guard`` is prepared, ``writeback`` has
+    no failure, and there is no contention for ``inode``.
 
     Attributes:
         fd: The descriptor of the top image.
-        inode: The lock of its inode.
+        inode: The lock of the top image's inode.
         is_short: Returns whether a write of a number of bytes counts as short (`InlinePolicy`).
         guard: The first-write guard.
         writeback: The write-back of the tables.

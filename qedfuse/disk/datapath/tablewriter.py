@@ -40,8 +40,7 @@ class TableWriter:
     ) -> None:
         """Change the tables of ``layer``.
 
-        ``dirty_budget`` is the maximum number of bytes in dirty slices for which `limit_dirty`
-        does not flush (D4).
+        `limit_dirty` flushes if the dirty slices have more than ``dirty_budget`` bytes (D4).
         """
         self._layer = layer
         self._space = space

@@ -35,7 +35,7 @@ _ZEROS: Final = memoryview(bytes(_MAX_BYTES))
 
 
 class ZeroFill:
-    """Fills the first run of new clusters after each flush with zeros."""
+    """Fills the rest of the first run of new clusters after each flush with zeros."""
 
     def __init__(self, file: HostFile, writeback: MetadataWriteback) -> None:
         """Fill clusters of ``file``, and observe the flushes of ``writeback``."""
@@ -51,7 +51,8 @@ class ZeroFill:
 
         Writes zeros if all of the following hold:
 
-        - A cycle of `MetadataWriteback` has begun since the previous call for a run with a rest.
+        - A cycle of `MetadataWriteback` has begun since the previous call.  Calls for a run that
+          the guest's data fills completely do not count.
         - The guest writes data, and does not only allocate clusters.
         - The run has at most `_MAX_BYTES`.
 
