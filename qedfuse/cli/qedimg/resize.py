@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Change the size, and print the sizes before and after; return 0."""
     with progress(arguments, "Resizing") as on_progress:
         result = run_async(_work, arguments, on_progress)
-    text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size}"
-    if result.size < result.size_before:
+    text = f"{printable(arguments.image)}: had {result.size_before} bytes, has {result.size_after}"
+    if result.size_after < result.size_before:
         text += f"; the file had {result.bytes_before} bytes and has {result.bytes_after}"
         if result.free_clusters:
             text += f"; {result.free_clusters} clusters in the file are free (see: qedimg compact)"

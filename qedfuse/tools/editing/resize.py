@@ -19,7 +19,7 @@ class ResizeResult:
 
     Attributes:
         size_before: Size of the disk before the change.
-        size: Size of the disk after the change.
+        size_after: Size of the disk after the change.
         bytes_before: Length of the file before the change.
         bytes_after: Length of the file after the change.
         free_clusters: Number of free clusters that the change has left in the file, for example
@@ -27,7 +27,7 @@ class ResizeResult:
     """
 
     size_before: int
-    size: int
+    size_after: int
     bytes_before: int
     bytes_after: int
     free_clusters: int
@@ -69,24 +69,24 @@ async def resize(
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:
-        before, bytes_before = disk.size, disk.fstat().st_size
-        target = before + size if relative else size
+        size_before, bytes_before = disk.size, disk.fstat().st_size
+        target = size_before + size if relative else size
         if target < 0:
             msg = f"{disk.name}: size: found {target}, expected at least 0"
             raise UsageError(msg)
-        if target < before:
+        if target < size_before:
             if not shrink:
                 msg = (
-                    f"{disk.name}: size: found {target}, expected at least {before} (--shrink "
+                    f"{disk.name}: size: found {target}, expected at least {size_before} (--shrink "
                     "lets the disk become smaller)"
                 )
                 raise UsageError(msg)
             await disk.shrink(target, force=force, progress=progress)
-        elif target > before:
+        elif target > size_before:
             await disk.grow(target, force=force)
         await disk.flush()
         await disk.autocompact()
         statistics = disk.statistics()
     return ResizeResult(
-        before, target, bytes_before, statistics.file_bytes, statistics.free_clusters or 0
+        size_before, target, bytes_before, statistics.file_bytes, statistics.free_clusters or 0
     )
