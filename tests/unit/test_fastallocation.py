@@ -196,10 +196,10 @@ async def test_writes_that_are_left_to_the_slow_path() -> None:
         )
         await make_ready(disk)
         assert not disk.try_write(701 * CLUSTER, b"x"), "no space is reserved for this slice"
-        async with disk._components.write_path.allocating.hold(9 * CLUSTER, 10 * CLUSTER):
+        async with disk._components.write_path.allocation_lock.hold(9 * CLUSTER, 10 * CLUSTER):
             assert not disk.try_write(8 * CLUSTER, b"x" * 2 * CLUSTER)
             assert disk.try_write(10 * CLUSTER, b"x")
-        async with disk._components.write_path.allocating.hold(4 * CLUSTER, 5 * CLUSTER):
+        async with disk._components.write_path.allocation_lock.hold(4 * CLUSTER, 5 * CLUSTER):
             assert not disk.try_write(0, b"x" * 5 * CLUSTER), "another task holds the last cluster"
         assert not disk.try_write(SIZE - 1, b"xx")
         disk._components.table_writer._dirty_budget = 0

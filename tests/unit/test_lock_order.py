@@ -78,14 +78,14 @@ class Watch:
             ("HeaderStore._lock", parts.header_store, "_lock"),
         ):
             setattr(owner, attribute, WatchedLock(self, name, getattr(owner, attribute)))
-        hold = parts.write_path.allocating.hold
+        hold = parts.write_path.allocation_lock.hold
 
         @asynccontextmanager
         async def watched(start: int, end: int) -> AsyncIterator[None]:
-            async with self.holding("WritePath.allocating"), hold(start, end):
+            async with self.holding("WritePath.allocation_lock"), hold(start, end):
                 yield
 
-        parts.write_path.allocating.hold = watched  # type: ignore[method-assign]
+        parts.write_path.allocation_lock.hold = watched  # type: ignore[method-assign]
 
 
 class WatchedLock:
@@ -167,7 +167,7 @@ async def test_the_order_is_that_of_the_page() -> None:
     wrong = [edge for edge in edges if order.index(edge[0]) >= order.index(edge[1])]
     assert not wrong
     # The less obvious ones are there.
-    assert ("WritePath.allocating", "Scan._lock") in edges
+    assert ("WritePath.allocation_lock", "Scan._lock") in edges
     assert ("Reclaim._lock", "FirstWriteGuard._lock") in edges
     assert ("DiskSize.lock", "HeaderStore._lock") in edges
 

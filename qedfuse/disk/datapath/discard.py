@@ -238,7 +238,7 @@ class Discard:
     ) -> None:
         """Deallocate clusters whose entries lie in one slice; see `_deallocate`."""
         geometry = self._layer.geometry
-        async with self._write_path.allocating.hold(start, end):
+        async with self._write_path.allocation_lock.hold(start, end):
             base_data_clusters = (
                 await self._base_data_clusters(start, end) if zero_unallocated else []
             )

@@ -7,7 +7,7 @@ below are met, which is usual:
 - The L2 table exists, the slice with the entries is in memory, and host space for the slice's
   write-back is reserved.
 - NEED_CHECK is set.
-- No task holds the range lock of the clusters (`WritePath.allocating`), and none waits for it.
+- No task holds the range lock of the clusters (`WritePath.allocation_lock`), and none waits for it.
 - The dirty slices fit in their budget (`TableWriter.is_within_budget`).
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.
@@ -71,7 +71,7 @@ class FastAllocation:
         self._space = space
         self._needcheck = needcheck
         self._is_within_budget = table_writer.is_within_budget
-        self._is_unlocked = write_path.allocating.is_free
+        self._is_unlocked = write_path.allocation_lock.is_free
         self._zero_fill = zero_fill
         self._buffer = buffer
         self._bits = layer.geometry.cluster_bits

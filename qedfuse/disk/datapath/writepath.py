@@ -51,8 +51,8 @@ class WritePath:
     """Carries out writes on the top image of a chain.
 
     Attributes:
-        allocating: A range lock.  A task holds it on a range of guest clusters while it allocates
-            or deallocates them.  The ends of the range are guest offsets in bytes.
+        allocation_lock: A range lock.  A task holds it on a range of guest clusters while it
+            allocates or deallocates them.  The ends of the range are guest offsets in bytes.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WritePath:
         self._table_writer = table_writer
         self._writeback = writeback
         self._needcheck = needcheck
-        self.allocating = RangeLock()
+        self.allocation_lock = RangeLock()
 
     async def write(self, start: int, data: memoryview) -> None:
         """Write ``data`` at a guest offset.
@@ -120,7 +120,7 @@ class WritePath:
         """
         geometry = self._layer.geometry
         await self._table_writer.limit_dirty()
-        async with self.allocating.hold(geometry.floor(start), geometry.ceil(end)):
+        async with self.allocation_lock.hold(geometry.floor(start), geometry.ceil(end)):
             for extent in await self._layer.lookup(start, end - start):
                 segment = data[extent.start - start : extent.end - start]
                 if extent.kind is Kind.DATA or extent.kind is Kind.BAD:
@@ -172,10 +172,10 @@ class WritePath:
         # driver copies the bytes of the base instead.)
         from_base = kind is Kind.UNALLOCATED and self._chain.has_base
         pwrite = self._layer.file.pwrite
-        inside = start - first
+        offset_in_run = start - first
         if run.never_written and not from_base:
-            await pwrite(run.offset + inside, data)
-            self._zero_fill.fill_rest(run, inside, len(data))
+            await pwrite(run.offset + offset_in_run, data)
+            self._zero_fill.fill_rest(run, offset_in_run, len(data))
         elif run.length <= _MAX_COPY_BYTES:
             head = await self._previous_content(first, start, from_base=from_base)
             tail = await self._previous_content(end, run_end, from_base=from_base)
@@ -183,7 +183,7 @@ class WritePath:
         else:
             # A cluster can be 64 MiB long.  If each write copied a whole cluster in memory, some
             # small concurrent writes would take gigabytes.  So copy in steps.
-            await pwrite(run.offset + inside, data)
+            await pwrite(run.offset + offset_in_run, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
                     upto = min(stop, at + _MAX_COPY_BYTES)
@@ -210,8 +210,10 @@ class WritePath:
         errors are those of `write`.
         """
         geometry = self._layer.geometry
-        max_step = min(_MAX_BYTES_PER_LOOKUP, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size)
-        step = max(max_step, geometry.cluster_size)
+        max_lookup_bytes = min(
+            _MAX_BYTES_PER_LOOKUP, _MAX_CLUSTERS_PER_LOOKUP * geometry.cluster_size
+        )
+        step = max(max_lookup_bytes, geometry.cluster_size)
         pace = Pace()
         for at in range(geometry.floor(start), end, step):
             stop = min(end, at + step)
@@ -265,7 +267,7 @@ class WritePath:
         """
         geometry = self._layer.geometry
         tables = self._layer.tables
-        async with self.allocating.hold(start, end), self._needcheck.changing():
+        async with self.allocation_lock.hold(start, end), self._needcheck.changing():
             while start < end:
                 table = await self._table_writer.ensure_table(geometry.l1_index(start))
                 index = geometry.l2_index(start)
