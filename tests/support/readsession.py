@@ -17,7 +17,7 @@ from qedfuse.disk.space.epochs import Epochs
 from qedfuse.hostio.pagesource import PageSource
 from qedfuse.hostio.readpolicy import ReadPolicy
 from qedfuse.mount.fuse import extraops
-from qedfuse.mount.fuse.handles import HANDLE_MASK
+from qedfuse.mount.fuse.handles import FAST_LOOKUP_MASK
 from tests.support.fusewire import (
     FSYNC_SLOT,
     INIT_SLOT,
@@ -82,7 +82,7 @@ class Session:
         """Let the extension answer reads of disks, given by inode, with what makes their views."""
         assert extraops._extension is not None
         views = {inode: extraops._extension.read_view(*view) for inode, view in tables.items()}
-        extraops._extension.set_read_views(views, HANDLE_MASK % (1 << 64))
+        extraops._extension.set_read_views(views, FAST_LOOKUP_MASK % (1 << 64))
 
     def count(self, counters: RequestCounters) -> None:
         """Let the extension count all requests of the session."""

@@ -59,7 +59,7 @@ typedef struct {
 static PyTypeObject *view_type;
 static PyObject *views; /* dict: inode number -> the ReadView of the disk */
 /* `handle & handle_mask` is the inode number, or no key of `views` if reads of the handle are not
- * answered here (HANDLE_MASK in handles.py). */
+ * answered here (FAST_LOOKUP_MASK in handles.py). */
 static uint64_t handle_mask;
 static char *buffer; /* for the data of one read at a time */
 static PyObject *name_header, *name_image_size, *name_bad, *name_entries, *name_is_inline,

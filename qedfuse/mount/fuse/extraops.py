@@ -16,7 +16,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.mount.fuse.handles import HANDLE_MASK
+from qedfuse.mount.fuse.handles import FAST_LOOKUP_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None
     if _extension is not None:
         _extension.set_counters(*counters)
         views = {inode: _extension.read_view(*found) for inode, found in tables.items()}
-        _extension.set_read_views(views, HANDLE_MASK % (1 << 64))
+        _extension.set_read_views(views, FAST_LOOKUP_MASK % (1 << 64))
 
 
 def reply_from_file(fd: int, offset: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qedfuse.mount.fuse.handles import HANDLE_FLAGS, HANDLE_MASK
+from qedfuse.mount.fuse.handles import FAST_LOOKUP_MASK, HANDLE_FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ class FastRequests:
 
     def disk_of(self, handle: int) -> ExportedDisk | None:
         """Return the disk of a handle; None if its reads and writes take the slow path."""
-        return self.disks.get(handle & HANDLE_MASK)
+        return self.disks.get(handle & FAST_LOOKUP_MASK)
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | None:
         """Read ``size`` bytes at guest offset ``offset``; return None if the read would wait.

@@ -14,7 +14,7 @@ HANDLE_WRITER: Final = 1 << 61
 HANDLE_SYNC: Final = 1 << 60
 """Bit of a file handle: each write must be durable before the server replies."""
 HANDLE_FLAGS: Final = HANDLE_DIRECT | HANDLE_WRITER | HANDLE_SYNC
-HANDLE_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
+FAST_LOOKUP_MASK: Final = ~(HANDLE_FLAGS & ~HANDLE_SYNC)
 """The bits of a handle by which `FastRequests.read` and `write` look up the disk.
 
 The mask keeps `HANDLE_SYNC`.  No inode number has this bit, so the lookup finds no disk for a
