@@ -875,7 +875,7 @@ static PyObject *reports(struct list jobs)
     return list;
 }
 
-static PyObject *finished(PyObject *self, PyObject *unused)
+static PyObject *collect_finished(PyObject *self, PyObject *unused)
 {
     struct pool *pool = pool_of(self);
     struct list jobs, garbage, answered = {0};
@@ -1023,7 +1023,7 @@ static PyMethodDef methods[] = {
      "Return how many calls have not been collected, or are still being answered."},
     {"has_finished", has_finished, METH_NOARGS,
      "Return whether there are finished calls that have not been collected."},
-    {"finished", finished, METH_NOARGS,
+    {"collect_finished", collect_finished, METH_NOARGS,
      "Collect the finished calls; return a list of (tag, result or -errno, nanoseconds)."},
     {"threads", get_threads, METH_NOARGS, "Return how many threads the pool has now."},
     {NULL, NULL, 0, NULL},

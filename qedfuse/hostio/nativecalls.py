@@ -88,7 +88,7 @@ class NativeCalls:
 
     def deliver(self) -> None:
         """For each finished call, resume its task, or call the function given in its place."""
-        for tag, result, nanoseconds in self._threads.finished():
+        for tag, result, nanoseconds in self._threads.collect_finished():
             if isinstance(tag, trio.lowlevel.Task):
                 self.resuming += 1
                 trio.lowlevel.reschedule(tag, outcome.Value((result, nanoseconds)))

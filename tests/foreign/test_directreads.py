@@ -49,7 +49,7 @@ def read(make: Callable[[bytes], bytes]) -> tuple[int, bytes]:
     buffer = bytearray(len(DATA))
     threads.submit_export_read(ours.fileno(), OFFSET, buffer, "tag")
     assert select.select([threads.fileno()], [], [], 20)[0]
-    ((tag, result, _nanoseconds),) = threads.finished()
+    ((tag, result, _nanoseconds),) = threads.collect_finished()
     thread.join()
     ours.close()
     assert tag == "tag"
@@ -86,7 +86,7 @@ def test_silent_server() -> None:
     threads = cast("IoThreads[str]", make_io_threads())
     threads.submit_export_read(ours.fileno(), OFFSET, bytearray(512), "tag")
     assert select.select([threads.fileno()], [], [], 20)[0]
-    assert threads.finished()[0][1] == -errno.EAGAIN
+    assert threads.collect_finished()[0][1] == -errno.EAGAIN
     theirs.close()
     ours.close()
 
@@ -98,7 +98,7 @@ def test_lengths() -> None:
     for length in (0, (32 << 20) + 1):
         threads.submit_export_read(ours.fileno(), 0, bytearray(length), "tag")
         assert select.select([threads.fileno()], [], [], 20)[0]
-        assert threads.finished()[0][1] == -errno.EINVAL
+        assert threads.collect_finished()[0][1] == -errno.EINVAL
     theirs.settimeout(0)
     with pytest.raises(BlockingIOError):
         theirs.recv(1)

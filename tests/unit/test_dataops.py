@@ -216,7 +216,7 @@ def finish(threads: IoThreads[str], count: int = 1) -> list[int]:
     results: list[int] = []
     while len(results) < count:
         select.select([threads.fileno()], [], [])
-        results += [result for _, result, _ in threads.finished()]
+        results += [result for _, result, _ in threads.collect_finished()]
     while threads.pending():
         os.sched_yield()
     return results

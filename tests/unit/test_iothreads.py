@@ -95,7 +95,7 @@ def collect(threads: IoThreads[object], count: int = 1) -> list[tuple[object, in
     found: list[tuple[object, int]] = []
     while len(found) < count:
         assert is_readable(threads.fileno(), WAIT_SECONDS), "it does not come"
-        for tag, result, nanoseconds in threads.finished():
+        for tag, result, nanoseconds in threads.collect_finished():
             assert nanoseconds >= 0
             found.append((tag, result))
     assert len(found) == count
@@ -279,11 +279,19 @@ def test_the_eventfd_is_readable_while_calls_wait_to_be_collected(tmp_path: Path
     threads = make(1)
     with opened(tmp_path / "file", b"0123") as fd, pipe() as (reader, writer):
         assert not is_readable(threads.fileno())
-        assert (threads.pending(), threads.has_finished(), threads.finished()) == (0, False, [])
+        assert (threads.pending(), threads.has_finished(), threads.collect_finished()) == (
+            0,
+            False,
+            [],
+        )
         threads.submit_read(reader, -1, bytearray(1), 1)
         threads.submit_read(fd, 0, bytearray(1), 2)
         threads.submit_read(fd, 0, bytearray(1), 3)
-        assert (threads.pending(), threads.has_finished(), threads.finished()) == (3, False, [])
+        assert (threads.pending(), threads.has_finished(), threads.collect_finished()) == (
+            3,
+            False,
+            [],
+        )
         assert not is_readable(threads.fileno())
         os.write(writer, b"x")
         assert is_readable(threads.fileno(), WAIT_SECONDS)
@@ -291,7 +299,11 @@ def test_the_eventfd_is_readable_while_calls_wait_to_be_collected(tmp_path: Path
         assert threads.pending() == 3
         assert collect(threads, 3) == [(1, 1), (2, 1), (3, 1)]
         assert not is_readable(threads.fileno())
-        assert (threads.pending(), threads.has_finished(), threads.finished()) == (0, False, [])
+        assert (threads.pending(), threads.has_finished(), threads.collect_finished()) == (
+            0,
+            False,
+            [],
+        )
         assert not os.get_inheritable(threads.fileno())
 
 
@@ -310,7 +322,7 @@ def test_the_duration_is_that_of_the_system_call(tmp_path: Path) -> None:
         os.write(writer, b"x")
         found: dict[object, int] = {}
         while len(found) < 2:
-            found |= {tag: nanoseconds for tag, _, nanoseconds in threads.finished()}
+            found |= {tag: nanoseconds for tag, _, nanoseconds in threads.collect_finished()}
         total = time.monotonic_ns() - since
     assert held <= found["slow"] <= total
     assert found["fast"] <= total - held
@@ -328,7 +340,7 @@ def test_buffers_and_tags_are_held_until_they_are_collected() -> None:
         os.write(writer, b"x")
         assert is_readable(threads.fileno(), WAIT_SECONDS)
         assert is_held(buffer)
-        found = threads.finished()
+        found = threads.collect_finished()
         assert found[0][0] is tag
         assert not is_held(buffer)
         del found
@@ -441,14 +453,18 @@ def test_a_buffer_outlives_its_answer(tmp_path: Path) -> None:
     with opened(tmp_path / "file", b"0123") as fd:
         threads.submit_read(fd, 0, buffer, tag, capsule)
         assert running.wait(WAIT_SECONDS)
-        assert [one[:2] for one in threads.finished()] == [(tag, 4)]
-        assert (threads.finished(), threads.has_finished(), threads.pending()) == ([], False, 1)
+        assert [one[:2] for one in threads.collect_finished()] == [(tag, 4)]
+        assert (threads.collect_finished(), threads.has_finished(), threads.pending()) == (
+            [],
+            False,
+            1,
+        )
         assert is_held(buffer)
         assert sys.getrefcount(capsule) == references[1] + 1
         go.set()
         wait_until(lambda: threads.pending() == 0)
         assert is_held(buffer), "only a thread with the GIL may release it"
-        assert threads.finished() == []
+        assert threads.collect_finished() == []
         assert not is_held(buffer)
         assert (sys.getrefcount(tag), sys.getrefcount(capsule)) == references
         assert answer.error is None
@@ -458,7 +474,7 @@ def test_a_buffer_outlives_its_answer(tmp_path: Path) -> None:
         go.clear()
         threads.submit_read(fd, 0, buffer, tag, capsule)
         assert running.wait(WAIT_SECONDS)
-        assert len(threads.finished()) == 1
+        assert len(threads.collect_finished()) == 1
         go.set()
         wait_until(lambda: threads.pending() == 0)
         threads.submit_datasync(fd, None)
@@ -621,7 +637,7 @@ def test_a_pool_may_be_freed_during_an_answer(tmp_path: Path, *, is_collected: b
         threads.submit_read(fd, 0, buffer, None, answer.capsule)
         assert running.wait(WAIT_SECONDS)
         if is_collected:
-            assert len(threads.finished()) == 1
+            assert len(threads.collect_finished()) == 1
         del threads
         go.set()
         assert over.wait(WAIT_SECONDS)
@@ -668,7 +684,7 @@ def test_a_forked_child_may_free_the_pool_but_not_use_it() -> None:
             code = 1
             try:
                 refused = 0
-                for call in (threads.finished, threads.threads):
+                for call in (threads.collect_finished, threads.threads):
                     try:
                         call()
                     except RuntimeError:
@@ -777,14 +793,14 @@ def test_many_calls_in_any_order(tmp_path: Path, seed: int) -> None:
                     fd, offset, memoryview(buffer), number, answer and answer.capsule
                 )
             while len(busy) > 48 or (busy and chance.random() < 0.3):
-                for tag, result, _ in threads.finished():
+                for tag, result, _ in threads.collect_finished():
                     assert isinstance(tag, int)
                     assert tag not in results
                     results[tag] = result
                     busy.remove(blocks[tag])
         while len(results) < 600:
             assert is_readable(threads.fileno(), WAIT_SECONDS)
-            results |= {tag: result for tag, result, _ in threads.finished()}
+            results |= {tag: result for tag, result, _ in threads.collect_finished()}
         wait_until(lambda: threads.pending() == 0)
         assert os.pread(fd, len(content), 0) == content
     assert set(results.values()) == {block}
