@@ -64,7 +64,7 @@ def test_extents_match_the_content(seed: int, tmp_path: Path) -> None:
         wanted = expected[extent.start : extent.end]
         if extent.kind is Kind.DATA:
             buffer = bytearray(extent.length)
-            file = source.readers()[extent.depth]
+            file = source.layer_files()[extent.depth]
             assert file.read_blocking(extent.file_offset, memoryview(buffer)) == extent.length
             assert buffer == wanted
         else:

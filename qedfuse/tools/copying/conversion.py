@@ -189,7 +189,7 @@ class Conversion:
                     if base is not None:
                         # The versions are read before the copy.  If a base changed during the copy,
                         # versions read after the copy would hide the change.
-                        record = NewRecord(spec.backing or "", versions_of(base.readers()))
+                        record = NewRecord(spec.backing or "", versions_of(base.layer_files()))
                         record.store(fd)
                     size, data_bytes = await self._copy(target, base)
                 if self._compare:

@@ -128,7 +128,7 @@ def _refuse_same_file(source: Source, target_path: str) -> None:
         target = os.stat(target_path)  # noqa: PTH116  a name, not a Path
     except OSError:
         return
-    for depth, file in enumerate(source.readers()):
+    for depth, file in enumerate(source.layer_files()):
         if file.identity == identity_of(target):
             found = "a base of the source" if depth else "the source itself"
             msg = f"{printable(target_path)}: target: found {found}, expected another file"

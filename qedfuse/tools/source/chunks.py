@@ -97,8 +97,8 @@ class Chunker:
         self._include_zeros = include_zeros
         self._has_base = base is not None
         # Each list has one item for each layer, by depth.
-        self._files = source.readers()
-        self._base_files = base.readers() if base else []
+        self._files = source.layer_files()
+        self._base_files = base.layer_files() if base else []
         self._identities = [file.identity for file in self._files]
         self._base_identities = [file.identity for file in self._base_files]
 

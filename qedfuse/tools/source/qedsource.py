@@ -42,17 +42,17 @@ class QedSource:
         runs = await self._reader.read(start, end)
         columns = (runs.starts, runs.lengths, runs.depths, runs.kinds, runs.offsets)
         result: list[Extent] = []
-        for at, count, depth, kind, offset in zip(
+        for run_start, run_length, depth, kind, offset in zip(
             *(column.tolist() for column in columns), strict=True
         ):
             if kind == BAD:
                 # The range is looked up again, because the message for the user needs the
                 # reason why the entry is invalid, which a run does not have.
-                result += await self._disk.extents(at, count)
+                result += await self._disk.extents(run_start, run_length)
             else:
-                result.append(Extent(_KINDS[kind], at, count, offset, depth))
+                result.append(Extent(_KINDS[kind], run_start, run_length, offset, depth))
         return result
 
-    def readers(self) -> list[HostFile]:
+    def layer_files(self) -> list[HostFile]:
         """Return the open files of the image and of its bases, by depth."""
         return [layer.file for layer in self._disk.chain.layers]

@@ -85,7 +85,7 @@ class Source(Protocol):
             HostError: The host cannot read a file.
         """
 
-    def readers(self) -> Sequence[ReadableFile]:
+    def layer_files(self) -> Sequence[ReadableFile]:
         """Return the open files of all layers, by depth.
 
         The file offset of a data extent refers to the file at the extent's depth.
@@ -122,7 +122,7 @@ class RawSource:
                 at = end
         return result
 
-    def readers(self) -> Sequence[ReadableFile]:
+    def layer_files(self) -> Sequence[ReadableFile]:
         """Return the only file."""
         return [self._file]
 

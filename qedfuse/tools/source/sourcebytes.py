@@ -25,14 +25,14 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
     """
     result = bytearray(length)
     at, end = start, start + length
-    readers = source.readers()
+    files = source.layer_files()
     while at < end:
         for extent in await source.extents(at, end - at):
             if extent.kind is Kind.BAD:
                 raise CorruptImageError(extent.reason)
             if extent.kind is Kind.DATA:
                 view = memoryview(result)[extent.start - start : extent.end - start]
-                reader = readers[extent.depth]
+                reader = files[extent.depth]
                 await trio.to_thread.run_sync(_read, source, reader, extent.file_offset, view)
             at = extent.end
     return bytes(result)
