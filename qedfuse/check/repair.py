@@ -97,12 +97,12 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     rewriter = Rewriter(file, header)
     # The check comes before the first write, so that an image that is too large to be checked is
     # refused unchanged.
-    before = await check_image(file, without_need_check)
-    if not before.table_errors:
-        if before.errors or header.need_check:
+    report = await check_image(file, without_need_check)
+    if not report.table_errors:
+        if report.errors or header.need_check:
             await rewriter.write_need_check(need_check=False)
-            before = await check_image(file, without_need_check.with_free_list(value=False))
-        return RepairReport((), 0, 0, before)
+            report = await check_image(file, without_need_check.with_free_list(value=False))
+        return RepairReport((), 0, 0, report)
     repair = TableRepair(file, header, rewriter)
     await repair.run()
     after = await check_image(file, without_need_check.with_free_list(value=False))

@@ -49,7 +49,7 @@ def qedfuse() -> Program:
     """Return the model of ``qedfuse``."""
     source = Operand(Value.named("SOURCE"), repeats=True, help=_operand_help("SOURCE"))
     mountpoint = Operand(Value.named("MOUNTPOINT"), help=_operand_help("MOUNTPOINT"))
-    mount = Command("", "show disk images as raw files", _mount_options(), (source, mountpoint))
+    mount = Command("", "show disk images as raw files", _options_in_help(), (source, mountpoint))
     umount = Command(
         "umount",
         "unmount, and wait until everything is durable",
@@ -112,7 +112,7 @@ def _operand_help(name: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
-def _mount_options() -> tuple[Option, ...]:
+def _options_in_help() -> tuple[Option, ...]:
     """Return the options of a mount, in the order of qedfuse's help."""
     options = []
     for line in _paragraphs()[3].splitlines():  # the options
