@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from qedfuse.hostio.inodelock import InodeLock
     from qedfuse.util.loopload import LoopLoad
 
-INLINE_WRITE_BYTES: Final = 1 << 18
+ALWAYS_SHORT_WRITE_BYTES: Final = 1 << 18
 """Maximum length of a write that always counts as short, because the copy to the page cache
 takes less time than a round trip to a worker thread."""
-MAX_INLINE_WRITE_BYTES: Final = 1 << 20
-"""Maximum length of a write that can count as short.  A write longer than `INLINE_WRITE_BYTES`
-counts as short only while such writes have lately been fast (`_INLINE_SECONDS`), because the kernel
-makes writers wait when memory is full of dirty pages."""
+MAX_SHORT_WRITE_BYTES: Final = 1 << 20
+"""Maximum length of a write that can count as short.  A write longer than
+`ALWAYS_SHORT_WRITE_BYTES` counts as short only while such writes have lately been fast
+(`_INLINE_SECONDS`), because the kernel makes writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
-"""Maximum time of a write longer than `INLINE_WRITE_BYTES`, or of a datasync, that counts as fast.
-For a datasync in a thread the maximum is twice as long, because its time includes the round trip.
-`AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
+"""Maximum time of a write longer than `ALWAYS_SHORT_WRITE_BYTES`, or of a datasync, that counts as
+fast.  For a datasync in a thread the maximum is twice as long, because its time includes the round
+trip.  `AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
 _THROTTLED_SECONDS: Final = 8e-3
-"""A write of at most `INLINE_WRITE_BYTES` counts as slow if it takes longer than this.  The kernel
-may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
+"""A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
+kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
 _MAX_INLINE_DATASYNC_BYTES: Final = 1 << 21
 """The event loop makes a datasync itself only if at most this number of bytes was written since the
 last datasync began."""
@@ -41,9 +41,9 @@ class InlinePolicy:
     The decisions depend on how long the last calls took, and on the file's `InodeLock`.
     """
 
-    def __init__(self, inode: InodeLock) -> None:
-        """Decide for one file, before its first call; ``inode`` observes its inode's lock."""
-        self._inode = inode
+    def __init__(self, inode_lock: InodeLock) -> None:
+        """Decide for one file, before its first call; ``inode_lock`` observes its inode's lock."""
+        self._inode_lock = inode_lock
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)
         self._unsynced_bytes = 0  # written since the last datasync began
@@ -54,8 +54,8 @@ class InlinePolicy:
 
         The event loop makes a short write itself unless the write might wait for the inode's lock.
         """
-        return length <= INLINE_WRITE_BYTES or (
-            length <= MAX_INLINE_WRITE_BYTES and self._long_writes.seconds > 0
+        return length <= ALWAYS_SHORT_WRITE_BYTES or (
+            length <= MAX_SHORT_WRITE_BYTES and self._long_writes.seconds > 0
         )
 
     def can_write_inline(self, length: int) -> bool:
@@ -63,25 +63,27 @@ class InlinePolicy:
 
         Returns False if the write is not short, or if it might wait for the inode's lock.
         """
-        return (not self._inode.contention or self._inode.recheck_free()) and self.is_short(length)
+        return (
+            not self._inode_lock.contention or self._inode_lock.recheck_free()
+        ) and self.is_short(length)
 
     def record_write(self, length: int, seconds: float) -> None:
         """Record how long a write of ``length`` bytes took, inline or in a thread.
 
-        After a slow write of at most `INLINE_WRITE_BYTES`, `InodeLock` may begin to assume
+        After a slow write of at most `ALWAYS_SHORT_WRITE_BYTES`, `InodeLock` may begin to assume
         throttling.  A write of any length that takes at most `_THROTTLED_SECONDS` ends this
         assumption.
         """
         self._unsynced_bytes += length
-        if length > INLINE_WRITE_BYTES:
+        if length > ALWAYS_SHORT_WRITE_BYTES:
             # Even if a thread makes the write, only the system call is timed.  So the time includes
             # no round trip to the thread, and ``slept`` is False.
             self._long_writes.record(seconds, slept=False)
         if seconds <= _THROTTLED_SECONDS:
-            if self._inode.is_throttled:
-                self._inode.end_throttling()
-        elif length <= INLINE_WRITE_BYTES:
-            self._inode.record_slow_write(seconds)
+            if self._inode_lock.is_throttled:
+                self._inode_lock.end_throttling()
+        elif length <= ALWAYS_SHORT_WRITE_BYTES:
+            self._inode_lock.record_slow_write(seconds)
 
     def begin_datasync(self) -> None:
         """Record that a datasync begins, which covers all writes that were recorded before."""
@@ -98,7 +100,7 @@ class InlinePolicy:
         return (
             self._datasyncs.seconds > 0
             and self._unsynced_bytes <= _MAX_INLINE_DATASYNC_BYTES
-            and self._inode.recheck_free()
+            and self._inode_lock.recheck_free()
             and not self._loop_load().has_requests()
         )
 

@@ -89,8 +89,8 @@ class WriteTarget(NamedTuple):
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
         is_short: Returns whether a write of the given number of bytes counts as short.  The
-            extension makes only short writes.  Writes of at most `INLINE_WRITE_BYTES` are always
-            short, so the extension does not call the function for them.
+            extension makes only short writes.  Writes of at most `ALWAYS_SHORT_WRITE_BYTES` are
+            always short, so the extension does not call the function for them.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """

@@ -12,7 +12,7 @@ import pytest
 
 from qedfuse.errors import HostError, ImageError, NoSpaceError
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
-from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
+from qedfuse.hostio.inlinepolicy import ALWAYS_SHORT_WRITE_BYTES
 from qedfuse.hostio.nativecalls import make_io_threads
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.hostio.regular import length_of, status_of
@@ -181,7 +181,7 @@ async def test_write_of_many_parts(file: PosixFile, count: int) -> None:
     assert await file.pread(0, 1 << 20) == bytes(3) + b"".join(parts)
 
 
-@pytest.mark.parametrize("length", [0, 1, INLINE_WRITE_BYTES, INLINE_WRITE_BYTES + 1])
+@pytest.mark.parametrize("length", [0, 1, ALWAYS_SHORT_WRITE_BYTES, ALWAYS_SHORT_WRITE_BYTES + 1])
 async def test_write_in_the_loop_and_in_a_thread(file: PosixFile, length: int) -> None:
     """Short and long writes of any buffer type are written completely."""
     data = os.urandom(length)
@@ -245,7 +245,7 @@ async def test_truncate_and_datasync(file: PosixFile) -> None:
     assert await file.pread(0, 10) == b"abc\0\0"
 
 
-@pytest.mark.parametrize("length", [1, INLINE_WRITE_BYTES + 1])
+@pytest.mark.parametrize("length", [1, ALWAYS_SHORT_WRITE_BYTES + 1])
 async def test_full_host(length: int) -> None:
     """A full host raises NoSpaceError, inline and in a thread."""
     full = PosixFile(os.open("/dev/full", os.O_RDWR), "full", writable=True)

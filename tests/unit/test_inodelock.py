@@ -20,7 +20,7 @@ from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
 from qedfuse.hostio import inlinepolicy, inodelock, systemcalls, threadcalls
 from qedfuse.hostio.hostcalls import HOST_CALLS_VARIABLE
-from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
+from qedfuse.hostio.inlinepolicy import ALWAYS_SHORT_WRITE_BYTES
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 
@@ -99,7 +99,7 @@ async def test_nothing_is_changed_inline_while_a_thread_changes_the_file(
     # Not because the machine is busy: a short write that takes long counts as throttled.
     monkeypatch.setattr(inlinepolicy, "_THROTTLED_SECONDS", math.inf)
     arguments: Any = {
-        "pwrite": (0, bytes(4 * INLINE_WRITE_BYTES + 1)),
+        "pwrite": (0, bytes(4 * ALWAYS_SHORT_WRITE_BYTES + 1)),
         "truncate": (1 << 20,),
         "punch": ((0, 4096),),
         "reserve": (0, 4096),
@@ -135,7 +135,7 @@ async def test_a_change_that_fails_in_a_thread_blocks_no_other(tmp_path: Path) -
         with trio.CancelScope() as scope:
             scope.cancel()
             await file.truncate(1)
-        assert file.can_write_inline(INLINE_WRITE_BYTES)
+        assert file.can_write_inline(ALWAYS_SHORT_WRITE_BYTES)
 
 
 async def test_threads_that_change_a_file_leave_others_for_reads(
@@ -156,7 +156,7 @@ async def test_threads_that_change_a_file_leave_others_for_reads(
         assert 0 < most <= 4
 
 
-@pytest.mark.parametrize("length", [4096, 2 * INLINE_WRITE_BYTES])
+@pytest.mark.parametrize("length", [4096, 2 * ALWAYS_SHORT_WRITE_BYTES])
 async def test_writers_do_not_keep_each_other_in_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
@@ -177,7 +177,7 @@ async def test_writers_do_not_keep_each_other_in_threads(
 
         async def write_long() -> None:
             nonlocal is_over
-            await file.pwrite(0, bytes(4 * INLINE_WRITE_BYTES + 1))
+            await file.pwrite(0, bytes(4 * ALWAYS_SHORT_WRITE_BYTES + 1))
             is_over = True
 
         async def write() -> None:
@@ -315,9 +315,9 @@ async def test_a_fast_long_write_ends_the_throttling(
     with opened(tmp_path / "file") as file:
         throttle.show(file)
         throttle.seconds = 0.0001
-        assert not file.try_write(0, bytes(2 * INLINE_WRITE_BYTES))
-        await file.pwrite(0, bytes(2 * INLINE_WRITE_BYTES))
-        assert file.try_write(0, bytes(2 * INLINE_WRITE_BYTES))
+        assert not file.try_write(0, bytes(2 * ALWAYS_SHORT_WRITE_BYTES))
+        await file.pwrite(0, bytes(2 * ALWAYS_SHORT_WRITE_BYTES))
+        assert file.try_write(0, bytes(2 * ALWAYS_SHORT_WRITE_BYTES))
         assert file.try_grow(1 << 20)
         assert throttle.threads == [False, False, True, False]
 
@@ -335,9 +335,9 @@ async def test_throttling_is_forgotten_after_a_second_without_a_slow_short_write
             assert not file.try_grow(1 << 20)
             await file.pwrite(0, b"x")
         throttle.seconds = 0.5
-        await file.pwrite(0, bytes(8 * INLINE_WRITE_BYTES))
+        await file.pwrite(0, bytes(8 * ALWAYS_SHORT_WRITE_BYTES))
         assert not file.can_write_inline(1)
-        await file.pwrite(0, bytes(8 * INLINE_WRITE_BYTES))
+        await file.pwrite(0, bytes(8 * ALWAYS_SHORT_WRITE_BYTES))
         assert file.try_grow(3 << 20)
         assert file.try_write(0, b"x")
         assert throttle.threads == [False] * 2 + [True] * 6 + [False]
@@ -388,7 +388,7 @@ async def test_the_loop_never_waits_for_the_lock(
             async with trio.open_nursery() as nursery:
                 for area in areas:
                     length = chance.choice(
-                        (512, CLUSTER, INLINE_WRITE_BYTES, (1 << 20) + 512, 3 << 20)
+                        (512, CLUSTER, ALWAYS_SHORT_WRITE_BYTES, (1 << 20) + 512, 3 << 20)
                     )
                     start = area + chance.randrange(0, (4 << 20) - length, 512)
                     task = discard if chance.random() < 0.3 else write

@@ -14,7 +14,7 @@ from qedfuse.disk.opening import open_disk
 from qedfuse.disk.options import OpenOptions
 from qedfuse.disk.window import DiskWindow
 from qedfuse.errors import HostError
-from qedfuse.hostio.inlinepolicy import INLINE_WRITE_BYTES
+from qedfuse.hostio.inlinepolicy import ALWAYS_SHORT_WRITE_BYTES
 from qedfuse.mount.fuse import extraops
 from qedfuse.mount.fuse.handles import HANDLE_DIRECT, HANDLE_SYNC, HANDLE_WRITER
 from tests.support.readsession import INODE, Session
@@ -95,7 +95,7 @@ async def test_other_writes_are_passed_on(
         before = await disk.read(0, SIZE)
         assert not session.write(start, bytes(length), handle)
         assert await disk.read(0, SIZE) == before
-        assert session.write(0, bytes(INLINE_WRITE_BYTES)), "no write is made"
+        assert session.write(0, bytes(ALWAYS_SHORT_WRITE_BYTES)), "no write is made"
 
 
 async def test_zero_clusters_and_scattered_clusters_are_passed_on(
@@ -116,7 +116,7 @@ async def test_a_long_write_is_made_while_such_writes_are_fast(
     session: Session, tmp_path: Path
 ) -> None:
     """A write that would take long, as the last one did, is left to a thread."""
-    length = INLINE_WRITE_BYTES + 1
+    length = ALWAYS_SHORT_WRITE_BYTES + 1
     data = random.Random("long").randbytes(length)
     async with shown(session, tmp_path) as disk:
         target = disk._file.write_target

@@ -4,7 +4,7 @@
  * table that locates the run is in memory, if nothing must be done before the write, and if the write is
  * short (InlinePolicy in hostio/inlinepolicy.py).  Such a write changes no table.  Two Python functions are
  * called: the one that looks up a slice in the table cache, and the one that records the write; and a
- * third one before a write of more than ALWAYS_SHORT_BYTES, which may not be short.
+ * third one before a write of more than ALWAYS_SHORT_WRITE_BYTES, which may not be short.
  *
  * The objects of InPlaceWrites (disk/datapath/readtables.py) decide whether a write is carried out here,
  * by the conditions of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range is found and
@@ -20,8 +20,9 @@
 
 #include <unistd.h>
 
-/* INLINE_WRITE_BYTES in hostio/inlinepolicy.py: a write that is not longer always counts as short. */
-#define ALWAYS_SHORT_BYTES (1 << 18)
+/* ALWAYS_SHORT_WRITE_BYTES in hostio/inlinepolicy.py: a write that is not longer always counts as
+ * short. */
+#define ALWAYS_SHORT_WRITE_BYTES (1 << 18)
 
 struct in_place_writes {
     int fd;               /* of the top image */
@@ -82,7 +83,7 @@ static int is_short(const struct in_place_writes *writes, size_t size)
 {
     PyObject *result;
 
-    if (size <= ALWAYS_SHORT_BYTES)
+    if (size <= ALWAYS_SHORT_WRITE_BYTES)
         return 1;
     result = PyObject_CallFunction(writes->is_short, "n", (Py_ssize_t)size);
     Py_XDECREF(result);
