@@ -2,8 +2,8 @@
 
 There are four kinds of options: qedfuse's own options, mount flags that the kernel enforces,
 options for mount(8) or systemd, and options of libfuse.  Options for mount(8) or systemd are
-dropped, and so are those of libfuse that qedfuse sets or leaves out itself.  An unknown option is
-an error, because it may be a misspelt ``ro``.  If it were ignored, the mount would be writable and
+dropped.  So are the options of libfuse on which qedfuse itself decides.  An unknown option is an
+error, because it may be a misspelt ``ro``.  If it were ignored, the mount would be writable and
 could change an image that the user wants to keep.  Only ``sloppy`` (``-s`` of mount(8)) drops
 unknown options.
 """
@@ -59,7 +59,7 @@ _DROPPED: Final = frozenset(
     }
 )
 """Options without a value that are dropped: options for mount(8) or systemd, and options of libfuse
-that qedfuse sets or leaves out itself."""
+on which qedfuse itself decides."""
 
 _DROPPED_WITH_VALUE: Final = frozenset(
     {"comment", "fsname", "subtype", "max_read", "user", "blksize"}
@@ -80,8 +80,8 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions
         sloppy: Whether to drop unknown options (``-s`` of mount(8)) instead of refusing them.
 
     Raises:
-        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or has one that it must not have, or two options exclude each other.
+        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks a value
+            or has a needless one; or two options exclude each other.
     """
     found = _parse((option for text in lists for option in split_options(text)), sloppy=sloppy)
     backing = found.backing
@@ -107,8 +107,8 @@ def is_in_effect(option: str, options: MountOptions, *, sloppy: bool = False) ->
         sloppy: Whether to return True for an unknown option instead of refusing it.
 
     Raises:
-        UsageError: The option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or has one that it must not have.
+        UsageError: The option is unknown (without ``sloppy``), has an invalid value, lacks a value
+            or has a needless one.
     """
     found = _parse((option,), sloppy=sloppy)
     return (
@@ -158,8 +158,8 @@ def _parse(options: Iterable[str], *, sloppy: bool) -> _Parsed:
     """Parse options without escapes; a later option overrides an earlier one.
 
     Raises:
-        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks its
-            value or has one that it must not have.
+        UsageError: An option is unknown (without ``sloppy``), has an invalid value, lacks a value
+            or has a needless one.
     """
     found = _Parsed()
     for option in options:

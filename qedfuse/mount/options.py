@@ -63,7 +63,8 @@ class MountOptions:
         snapshot: Writes go to a temporary overlay and are dropped when the mount ends.
         overlay: Path of a QED image that gets all writes, and that is made if it is missing; None
             if the image itself gets the writes.
-        base_changed: Whether to accept a base that is not of the version that the image remembers.
+        base_changed: Whether to accept a base whose version is not the one that the image
+            remembers.
         backing_urls: Prefixes of the URLs that images may name as backing files.
         remote_cache_directory: Directory of the cache for remote files; None for the default
             directory of the user.
@@ -202,7 +203,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; return them, read-only if ``force_share`` is set.
+    """Check the options against each other; return them, with ``read_only`` set by ``force_share``.
 
     Args:
         options: The options.

@@ -17,7 +17,7 @@ PATH_OPTIONS: Final[Mapping[str, Literal["file", "directory"]]] = {
     "backing_dir": "directory",
     "cache_dir": "directory",
 }
-"""Options whose value is a path, each with what the path leads to."""
+"""Options whose value is a path, each with the kind of file to which the path leads."""
 _UNIX_OPTION: Final = "metrics=unix:"
 """The beginning of an option that names a Unix socket; a path follows."""
 

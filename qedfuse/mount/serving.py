@@ -224,7 +224,7 @@ class Server:
         writeback_cache = operations.enable_writeback_cache
         async with background_tasks() as nursery:
             nursery.start_soon(operations.errors.log_summaries)
-            if self._disks.use_servers:
+            if self._disks.uses_servers:
                 nursery.start_soon(_call_at_end, connection, self._disks.stop_fetching)
             if writeback_cache or options.truncate == "zero":
                 nursery.start_soon(self._size_fixup.run, entry.device)
@@ -354,7 +354,7 @@ class Server:
 
 
 def _after_flush(invalidator: BlocksInvalidator, trim_heap: HeapTrimmer) -> None:
-    """Trim the heap and check ``st_blocks`` after a flush, unless that was done shortly before."""
+    """Trim the heap and check ``st_blocks`` after a flush, unless done shortly before."""
     trim_heap()
     invalidator.flushed()
 

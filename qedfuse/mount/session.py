@@ -350,7 +350,7 @@ class _Session:
             *(request.mountpoint, request.sources, options),
             is_directory=is_directory,
             mode=file_mode(options),
-            uses_servers=disks.use_servers,
+            uses_servers=disks.uses_servers,
             socket_directory=None if listener is None else listener.directory,
         )
         return Sandbox(options.sandbox, needs)

@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
 """Maximum pause between two attempts to unmount while the mount is in use.  When the last open
-handle is closed, the next attempt starts earlier.  The server also tries again
-when no handle was closed, because the kernel does not report when a process leaves a working
-directory in the mount."""
+handle is closed, the next attempt starts earlier.  The server also tries again when no handle was
+closed, because the kernel does not report when a process leaves a working directory in the
+mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until the disks are durable.  If a write-back cycle
 is running at the end of this time, the unmount also waits for the end of the cycle."""
@@ -111,7 +111,7 @@ class Shutdown:
         mounts are logged.  If the mountpoint no longer shows this mount, nothing is unmounted, and
         `pyfuse3.main` ends when no disk is open.
         """
-        is_flushed = is_failure_logged = False
+        has_tried_flush = is_failure_logged = False
         while True:
             all_closed = self._disks.all_closed_event()
             try:
@@ -126,8 +126,8 @@ class Shutdown:
                     self._terminate()
                     return
             except BusyError:
-                if not is_flushed:
-                    is_flushed = True
+                if not has_tried_flush:
+                    has_tried_flush = True
                     durable = await self._flush()
                     _log.warning(
                         "%s: %s: still in use: %s; the mount goes on until the last close; a "

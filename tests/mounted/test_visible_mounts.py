@@ -71,7 +71,7 @@ def test_a_copy_in_another_namespace_is_reported(
 ) -> None:
     """Process, name and mountpoint of a copy are reported first and again at the timeout."""
     # The unmount takes a part of the time limit, so the report must not wait for a part of it too.
-    monkeypatch.setattr(serverprocess, "_COPIES_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(serverprocess, "_OTHER_MOUNTS_REPORT_SECONDS", 0.0)
     lines: list[str] = []
     with front(image, tmp_path / "mnt") as mount, other_namespace() as other:
         copy = f"at {mount.mountpoint} for process {other.pid} (cat)"
@@ -217,7 +217,7 @@ def test_a_server_that_goes_on_without_a_visible_copy_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If no copy is found, one line lists the possible reasons and the wait goes on."""
-    for name in ("_COPIES_REPORT_SECONDS", "_REPORT_SECONDS"):
+    for name in ("_OTHER_MOUNTS_REPORT_SECONDS", "_REPORT_SECONDS"):
         monkeypatch.setattr(serverprocess, name, 0.0)
     lines: list[str] = []
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qedfuse.cli.streams import writing_stdout
 from qedfuse.errors import QedError
-from qedfuse.mount.commands.statistics import NoStatisticsError, mountpoints, read_statistics
+from qedfuse.mount.commands.statistics import NoStatisticsError, mountpoints_to_ask, read_statistics
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _read_all(
             mount.
     """
     documents, code = [], 0
-    found: Sequence[str] = mountpoints(path)
+    found: Sequence[str] = mountpoints_to_ask(path)
     for mountpoint in found:
         try:
             documents.append(read_statistics(mountpoint))

@@ -71,8 +71,8 @@ def remount(
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-        fake: Whether to check the options only, and to change nothing.  What only mount(2) can
-            refuse is not checked, such as a caller who is not root, or a disk that is open for
+        fake: Whether to check the options only, and to change nothing.  This check does not find
+            what only mount(2) can refuse: a caller who is not root, or a disk that is open for
             writing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
@@ -129,7 +129,7 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
 def _refuse_changes(
     shown: str, old: MountOptions, flags: set[str], others: list[str], *, sloppy: bool
 ) -> None:
-    """Raise an error if the options would change the mount in more than its mount flags.
+    """Raise an error if the options would change anything but the mount flags of the mount.
 
     Args:
         shown: The mountpoint, for messages.
@@ -139,9 +139,9 @@ def _refuse_changes(
         sloppy: Whether to ignore unknown options.
 
     Raises:
-        UsageError: An option is unknown or invalid, or would change more than mount flags; the
-            mount would become writable although its images are open read-only; or ``sync`` would
-            change although the mount has ``direct_io``.
+        UsageError: An option is unknown or invalid, or would change anything but mount flags; the
+            mount would become writable, but its images are open read-only; or ``sync`` would
+            change, but the mount has ``direct_io``.
     """
     if old.read_only and "ro" not in flags:
         msg = (

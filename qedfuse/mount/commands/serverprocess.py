@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.mount.system.mounttable import MountEntry
 
 _MILLISECONDS_PER_SECOND: Final = 1000
-_COPIES_REPORT_SECONDS: Final = 1.0
+_OTHER_MOUNTS_REPORT_SECONDS: Final = 1.0
 """Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
 as well.  If the caller's time limit is not longer than this, nothing is reported."""
 _REPORT_SECONDS: Final = 10.0
@@ -69,13 +69,13 @@ class ServerProcess:
         Args:
             seconds: The time limit; None for no limit; 0 to return immediately.
             report: Called at most once, with a line about why the process has not ended.  The
-                call is made after `_COPIES_REPORT_SECONDS` if the file system is mounted
+                call is made after `_OTHER_MOUNTS_REPORT_SECONDS` if the file system is mounted
                 elsewhere as well, and otherwise after `_REPORT_SECONDS`.  If the time limit is
                 over by then, there is no call.
         """
         start = time.monotonic()
         reported = False
-        for elapsed in (_COPIES_REPORT_SECONDS, _REPORT_SECONDS):
+        for elapsed in (_OTHER_MOUNTS_REPORT_SECONDS, _REPORT_SECONDS):
             if seconds is not None and seconds <= elapsed:
                 break
             if self._has_ended(start + elapsed - time.monotonic()):

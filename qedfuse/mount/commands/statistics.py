@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 def find_mountpoints() -> list[str]:
     """Return the mountpoints of qedfuse whose statistics this user may read, oldest mount first.
 
-    Root may read those of all users.
+    Root may read the statistics of the mounts of all users.
 
     Raises:
         HostError: /proc is not mounted.
@@ -155,8 +155,8 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
     return _Answer(mountpoint, document)
 
 
-def mountpoints(path: str | None) -> Sequence[str]:
-    """Return the mountpoints to ask: only ``path``, or if it is None all that this user may ask.
+def mountpoints_to_ask(path: str | None) -> Sequence[str]:
+    """Return ``path`` alone, or all mountpoints that this user may ask if ``path`` is None.
 
     Raises:
         MountpointError: ``path`` is None, and there is no mount that this user may ask.

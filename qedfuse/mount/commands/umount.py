@@ -50,10 +50,10 @@ def unmount_and_wait(
 
     Args:
         path: The mountpoint, or a symbolic link to the mountpoint.
-        seconds: The time limit; None for no limit.  With 0 this function does not wait for the
-            end of the process, and raises if the process has not ended.  The unmount itself may
-            take up to 2 seconds, even if the limit is shorter.
-        report: Called at most once, with a line about the reason if the wait is long.
+        seconds: The time limit; None for no limit.  With 0 this function does not wait for the end
+            of the process, and raises `UnmountFailedError` if the process has not ended.  The
+            unmount itself may take up to 2 seconds, even if the limit is shorter.
+        report: If the wait is long, called once, with a line about the reason.
 
     Raises:
         MountpointError: The path leads to no mount of qedfuse, or the mount is in use.
@@ -173,7 +173,7 @@ def _is_mounted(mountpoint: str, entry: MountEntry) -> bool:
 
 
 def _may_hide_records(mountpoint: str, owner: int) -> bool:
-    """Return whether a mount may cover a directory of its owner's mount records."""
+    """Return whether the owner's mount records may lie in a directory that the mount covers."""
     return any(is_below(resolve(str(path)), mountpoint) for path in record_directories(owner))
 
 

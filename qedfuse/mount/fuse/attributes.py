@@ -37,12 +37,12 @@ never change, except those of partitions, which the kernel must not cache."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
-"""`set_times` changes the image file if at least one new time differs from the time of the image
-file by at least this."""
+"""`set_times` does nothing if both new times differ by less than this from the times of the image
+file."""
 
 
 def _mask(options: MountOptions) -> int:
-    """Return the permissions that files and directory lack.
+    """Return the permission bits that are removed from those of the files and the directory.
 
     By default only the owner has access, because a disk may contain files of many users, and the
     permissions of those files do not protect the bytes of the disk.
@@ -51,7 +51,7 @@ def _mask(options: MountOptions) -> int:
 
 
 def file_mode(options: MountOptions) -> int:
-    """Return the permissions of a disk, which lack those for writing in a read-only mount."""
+    """Return the permissions of a disk; a read-only mount gives none to write."""
     write_bits = 0 if options.read_only else 0o222
     return (0o444 | write_bits) & ~_mask(options)
 

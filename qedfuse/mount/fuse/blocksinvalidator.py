@@ -31,10 +31,10 @@ makes the deferred check at most this time after the flush; du(1) may show a wro
 
 
 class BlocksInvalidator:
-    """Compares, after flushes, the kernel's ``st_blocks`` of one disk's files with the real values.
+    """Invalidates the kernel's ``st_blocks`` of one disk's files if a flush has made them wrong.
 
-    The files are that of the whole disk and those of its partitions.  If the value of a file is
-    wrong, the attributes of the file that the kernel has cached are invalidated.
+    The files are that of the whole disk and those of its partitions.  If the value that the kernel
+    has cached for a file is wrong, all cached attributes of the file are invalidated.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ _MAX_SPLICE_BYTES: Final = 1 << 19
 
 
 class DataRequests:
-    """Answers the requests that `_dataops.c` passes; see `FastRequests` for the results."""
+    """Answers the requests that `_dataops.c` passes on; see `FastRequests` for the results."""
 
     def __init__(
         self,
@@ -49,8 +49,7 @@ class DataRequests:
                 a descriptor, and returns True.  Returns False, and has not answered, if that would
                 wait or is not possible.
             defer_read: Returns an object that answers the read which is being handled.
-            nursery: Runs the tasks that answer the reads that neither a thread nor the queue of the
-                kernel has answered.
+            nursery: Runs the tasks of `answer_slowly`.
         """
         self._disk_of = operations.fast.disk_of
         self._operations = operations
@@ -95,8 +94,8 @@ class DataRequests:
         except Exception:
             if not read.is_taken:
                 raise
-            # No thread reads, but pyfuse3 does not get the read any more.  With any result other
-            # than the size, `_answer` answers the read.
+            # No thread reads, but the read was already taken from pyfuse3.  A result that is not
+            # the size makes `_answer` answer the read.
             read.ended(-1)
         return read.is_taken
 

@@ -1,9 +1,9 @@
 """The disks that a mount exports as files, and the handles that are open on them.
 
 A file has the bytes of a disk or of a partition.  The kernel caches the pages of each file
-separately.  So files that have bytes in common, in short files with the same bytes, exclude each
+separately.  So files that have bytes in common (below: files with the same bytes) exclude each
 other: while one of them is open for writing, the others cannot be open.  docs/concurrency.md argues
-that therefore the files never disagree.
+why the files then never disagree.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class ExportedDisk:
             if the kernel has none cached.
         read_only: Whether this disk is read-only in a writable mount, because its image is a
             backing file of another disk of the mount.  False in a read-only mount.
-        overrun: Whether a write from the kernel's cache began before the end of the disk and went
-            past the end, and no handle that may write has got the error ENOSPC yet.
+        overrun: True after a write from the kernel's cache began before the end of the disk and
+            went past the end, until a handle that may write gets the error ENOSPC.
         has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
             cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
         requests: Counts the requests to the file; those to a partition count for its disk.
-        is_stale: Whether pages that the kernel has cached of the file may differ from the disk,
-            because another file with the same bytes was opened for writing, or a write to this
-            file failed, after the kernel had cached the pages.
+        is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
+            This is so after another file with the same bytes was opened for writing, and after a
+            write to this file failed.
     """
 
     disk: Disk | DiskWindow
@@ -206,7 +206,7 @@ class ExportedDisks:
         return sum(exported.handles for exported in self)
 
     @property
-    def use_servers(self) -> bool:
+    def uses_servers(self) -> bool:
         """Whether the chain of any disk has a file that is on a server."""
         return any(disk.uses_server for disk in self.images)
 
@@ -277,7 +277,7 @@ class ExportedDisks:
             self._writer_ended(exported)
 
     def _writer_ended(self, exported: ExportedDisk) -> None:
-        """Count a writer as ended; after the last writer of a whole disk, add it to `outdated`.
+        """Count a writer as ended; add a whole disk that has no writer left to `outdated`.
 
         Nothing is added if the mount has no files of partitions.
         """

@@ -106,8 +106,8 @@ def reply_from_file(fd: int, offset: int) -> bool:
     cannot pass the bytes on.
 
     Raises:
-        RuntimeError: The extension is not calling the method ``read`` that `serve` has set, or that
-            call has answered or taken its read already, or the extension is not loaded.
+        RuntimeError: The extension is not loaded; the extension is not calling the method ``read``
+            that `serve` has set; or the read of this call was already answered or taken.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 
@@ -171,8 +171,7 @@ def permit_polling(
 
     Args:
         each_seconds: Maximum time to poll for one request.
-        all_seconds: Time after which the extension polls no more until this function is called
-            again.
+        all_seconds: Maximum time to poll for all requests until this function is called again.
         has_finished: Returns whether a call on a host file has finished.  If the result is True,
             the extension polls no more until this function is called again.
     """

@@ -72,7 +72,7 @@ class Launderer(HelperProcess):
 
 
 def _serve(commands: socket.socket) -> None:
-    """Send the server's notifications until the server closes its socket.
+    """Pass the server's notifications to the kernel until the server closes its socket.
 
     If a write(2) to the kernel is still waiting when the socket is closed, the kernel's requests
     are answered with errors until the write(2) has returned.  If the server closes its socket

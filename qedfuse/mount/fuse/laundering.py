@@ -57,7 +57,7 @@ class Laundering:
         self._stopped = False
         self._lock = trio.Lock()
         self._socket: trio.socket.SocketType | None = None
-        self._unread_answers = 0  # to notifications that were sent
+        self._unread_answers = 0  # answers to sent notifications that were not read yet
         self._request_poll = select.poll()
 
     def connect(self, fuse_connection: int) -> None:

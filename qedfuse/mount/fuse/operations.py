@@ -139,8 +139,8 @@ class Operations(MetadataOperations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write ``buf`` at guest offset ``off``; return how many bytes were written.
 
-        Fewer bytes than ``buf`` has are written only at the end of a disk that cannot grow.  The
-        slow path (`_write`) answers the request if the write would wait or would go past the
+        The result is less than the length of ``buf`` only at the end of a disk that cannot grow.
+        The slow path (`_write`) answers the request if the write would wait or would go past the
         end, or if it must be logged or be durable before the reply.
 
         Raises:

@@ -6,7 +6,7 @@ writer of the disk has closed that file, the next lookup, open or opendir reads 
 an open partition keeps its start and its size.
 
 If a table cannot be read, for example during an outage of a server, its disk has no files of
-partitions.  The next of these requests after `_RETRY_SECONDS` tries to read the table again.
+partitions.  The first lookup, open or opendir at least `_RETRY_SECONDS` later tries again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 5.0
-"""The least time between a failed attempt to read a table and the next attempt."""
+"""Minimum time between a failed attempt to read a table and the next attempt."""
 
 
 class PartitionFiles:
-    """Updates the files of partitions, and drops pages of files that are out of date."""
+    """Updates the files of partitions, and makes the kernel drop stale pages of files."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class PartitionFiles:
         A disk whose table cannot be read has no files of partitions.  The first call at least
         `_RETRY_SECONDS` after the failed attempt reads the table again.
 
-        Between the last test whether a table must be read and the return, no other task runs.
+        After the last test whether a table must be read, no other task runs before the return.
         """
         if self._unread:
             self._retry_unread()

@@ -5,9 +5,9 @@ the requests that are answered before pyfuse3 gets them, except the reads that a
 `DataRequests` counts these.  `Operations` and `FallocateLseek` count all others.  So no request is
 counted twice, and without the extension the counters have the same meaning.
 
-The time of a request is the time from its receipt until its answer.  Of the requests that the
-extension counts and that are answered in one step, the extension times only one in 16, and the time
-of that request counts for the following 15 requests as well.
+The time of a request is the time from its receipt until its answer.  The extension times only one
+in 16 of the requests that it counts and that are answered in one step.  The time of that request
+counts for the following 15 requests as well.
 """
 
 from __future__ import annotations

@@ -112,11 +112,11 @@ class SizeFixup:
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the size that the kernel has
                 # cached.  So the cached size is right, and the chmod(2) changes nothing.
-                # Without the write-back cache, fstat(2) returns the server's size, and does not
-                # always make the kernel cache this size while other requests are in progress.  But
-                # the kernel always caches the size in the reply to chmod(2), and the chmod(2) keeps
-                # the permissions.  A truncation would correct the cached size as well, but until
-                # its end the kernel ignores the size in replies to other requests, so other
+                # Without the write-back cache, fstat(2) returns the server's size, but the kernel
+                # does not always cache this size while other requests are in progress.  The kernel
+                # always caches the size in the reply to chmod(2), which sets the permissions that
+                # the file already has.  A truncation would also correct the cached size.  But until
+                # the end of a truncation the kernel ignores the size in other replies, so other
                 # programs would still get the wrong size.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return

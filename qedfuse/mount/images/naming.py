@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SUFFIX: Final = ".qed"
 _EXPORT: Final = "export"
-"""The name that is used in place of the empty name of an export."""
+"""The name for the disk of an NBD export whose own name is empty."""
 MAX_NAME_BYTES: Final = 255
 """Maximum length of the file name of a disk, as in other file systems."""
 

@@ -78,7 +78,7 @@ async def _open_itself(path: str, options: MountOptions) -> AsyncIterator[Disk]:
 
     Raises:
         QedError: The image cannot be opened.  If the host does not permit a writable open, the
-            message suggests ``-o ro``; not if a server of a backing file has refused.
+            message suggests ``-o ro``, except if the server of a backing file has refused.
     """
     is_open = False
     try:
@@ -142,8 +142,8 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
 def _overlay_options(source: str, options: MountOptions) -> OpenOptions:
     """Return the options for opening an overlay of ``source``.
 
-    The source is allowed as the backing file whatever its directory is, because the user has
-    named the source (`BackingPolicy.trusted`).
+    The source is allowed as the backing file in any directory, because the user has named the
+    source (`BackingPolicy.trusted`).
     """
     without_source = disk_options(options)
     return replace(without_source, backing=replace(without_source.backing, trusted=source))

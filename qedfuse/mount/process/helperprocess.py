@@ -1,8 +1,8 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
 A helper executes no program when it starts, because the files of the interpreter may lie under the
-mountpoint.  It sleeps until the server sends it a message, and ends after the server has closed its
-end of the socket or has ended.
+mountpoint.  The helper sleeps until the server sends a message.  It ends after the server has
+closed the server's end of the socket, or has ended itself.
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ def limit_memory(limit_bytes: int, statm: Path = _STATM) -> None:
         HostError: /proc is not mounted, or the present hard limit is lower.
     """
     try:
-        present = int(statm.read_text().split()[0]) * resource.getpagesize()
+        present_bytes = int(statm.read_text().split()[0]) * resource.getpagesize()
     except OSError as error:
         raise HostError.from_os(error, str(statm), "cannot read") from error
-    needed = -(-(present + _RESERVE_BYTES) // _MIB)
-    if limit_bytes < needed * _MIB:
+    needed_mib = -(-(present_bytes + _RESERVE_BYTES) // _MIB)
+    if limit_bytes < needed_mib * _MIB:
         msg = (
-            f"option memory_limit: found {limit_bytes // _MIB} MiB, expected at least {needed} MiB "
-            "of address space for the program itself"
+            f"option memory_limit: found {limit_bytes // _MIB} MiB, expected at least "
+            f"{needed_mib} MiB of address space for the program itself"
         )
         raise UsageError(msg)
     try:

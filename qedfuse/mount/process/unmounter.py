@@ -108,7 +108,7 @@ class HelperUnmounter(HelperProcess):
             _text, descriptors = self._ask(_CONNECT)
         except QedError as error:
             raise OSError(errno.ECONNREFUSED, str(error)) from error
-        if not descriptors:  # the kernel drops a descriptor for which there is no room
+        if not descriptors:  # the kernel drops a descriptor if this process can open no more
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return socket.socket(fileno=descriptors[0])
 
@@ -161,8 +161,8 @@ def _serve(mountpoint: str, system_log: SystemLogHandler | None, commands: socke
         if not request:
             return
         if not received:
-            # The kernel has dropped the descriptor, because the host had no room for it.  That has
-            # closed the socket for the reply, so `_ask` raises.
+            # The kernel has dropped the descriptor, because this process could open no more.  That
+            # has closed the socket for the reply, so `_ask` raises.
             continue
         # If no process can be started, the descriptor is closed without a reply, and `_ask` raises.
         with suppress(OSError):

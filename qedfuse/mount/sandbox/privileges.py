@@ -74,8 +74,8 @@ def may_have_capabilities() -> bool:
 def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
-    False if this user owns the directory and may change it.  For a directory of another user the
-    result is True, whatever its permissions are, because an access control list may change them.
+    False if this user owns the directory and may change it.  True for every directory of another
+    user, because an access control list can override its permission bits.
     """
     try:
         status = os.fstat(directory)

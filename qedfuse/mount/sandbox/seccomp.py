@@ -30,7 +30,7 @@ _BAD_ARCHITECTURE, _SYNC_THREADS, _LOG, _OPTIMIZE = 2, 4, 6, 8
 _EQUAL, _MASKED_EQUAL = 4, 7
 """Comparisons of an argument (seccomp_rule_add(3))."""
 _BINARY_TREE: Final = 2
-"""The value of the attribute that makes the filter search a tree."""
+"""The value of the attribute `_OPTIMIZE` that makes the filter search a binary tree."""
 
 _THREAD_FLAGS: Final = 0x100 | 0x10000
 """CLONE_VM and CLONE_THREAD: clone(2) with these two flags makes a thread, never a process."""
