@@ -152,7 +152,7 @@ class _Checker:
 
     async def read_free_list(self) -> None:
         """Read the free list if the image has one; report the list if it is invalid."""
-        if self._header.free_list:
+        if self._header.has_free_list:
             try:
                 tables = self._classifier.tables
                 self._free_list = await read_list(self._file, self._header, tables)

@@ -77,7 +77,7 @@ def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckRep
     """
     header, size = read_header_of(fd, name)
     geometry = header.geometry
-    if header.free_list or geometry.in_cluster(size):
+    if header.has_free_list or geometry.in_cluster(size):
         return None
     limits = EntryLimits.for_l2(header, size)
     swept = sweep(

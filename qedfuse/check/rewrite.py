@@ -66,7 +66,7 @@ class Rewriter:
         await self._file.datasync()
         await self._file.pwrite(0, self._built_header(need_check=need_check))
         await self._file.datasync()
-        if self._header.free_list:
+        if self._header.has_free_list:
             await erase_descriptor(self._file, self._header)
 
     def _built_header(self, *, need_check: bool) -> bytes:
@@ -256,7 +256,7 @@ class DryRunRewriter(Rewriter):
         """
         old = bytes(await self._file.pread(0, HEADER_BYTES))
         self._save(0, old, self._built_header(need_check=False))
-        if self._header.free_list and not backing_name_covers_descriptor(self._header):
+        if self._header.has_free_list and not backing_name_covers_descriptor(self._header):
             old = bytes(await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES))
             self._save(DESCRIPTOR_OFFSET, old, bytes(len(old)))
 

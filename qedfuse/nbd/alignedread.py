@@ -38,23 +38,24 @@ class AlignedRead:
         """
         block = export.min_block_bytes
         step = min(_MAX_REQUEST_BYTES, export.max_payload_bytes) // block * block
-        first = offset // block * block
         end = offset + len(view)
-        last = -(-end // block) * block
+        aligned_start = offset // block * block
+        aligned_end = -(-end // block) * block
+        length = aligned_end - aligned_start
         self._target = view
         self._bounce: memoryview | None = None
-        self._head_bytes = offset - first
-        if (first, last) != (offset, end):
-            self._bounce = memoryview(bytearray(last - first))
+        self._head_bytes = offset - aligned_start
+        if (aligned_start, aligned_end) != (offset, end):
+            self._bounce = memoryview(bytearray(length))
             view = self._bounce
         self.requests: Sequence[Request] = [
-            Read(first + at, view[at : at + step]) for at in range(0, last - first, step)
+            Read(aligned_start + at, view[at : at + step]) for at in range(0, length, step)
         ]
 
     def finish(self) -> None:
         """Copy the bytes of the range from the bounce buffer, if there is one.
 
-        The caller must wait for the replies to all requests before the call.
+        Before this call, the caller must wait for the replies to all requests.
 
         Raises:
             ReplyError: The server has answered a request with an error.
@@ -72,5 +73,5 @@ def block_status(export: Export, offset: int) -> BlockStatus:
     The request begins at ``offset``, rounded down to a multiple of the minimum block, and covers at
     most `_MAX_STATUS_BYTES`.
     """
-    first = offset // export.min_block_bytes * export.min_block_bytes
-    return BlockStatus(first, min(_MAX_STATUS_BYTES, export.size - first))
+    aligned_start = offset // export.min_block_bytes * export.min_block_bytes
+    return BlockStatus(aligned_start, min(_MAX_STATUS_BYTES, export.size - aligned_start))

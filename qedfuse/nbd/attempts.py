@@ -32,15 +32,15 @@ class Attempts:
     def __init__(
         self, name: str, deadlines: Deadlines, outages: OutageLog, *, is_brief: bool = False
     ) -> None:
-        """Start the time of the read.
+        """Start the time limit of the read.
 
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
             outages: Gets the error with which the read fails, unless the file was closed, or the
                 error is the server's answer to the read.
-            is_brief: Whether the read fails after `Deadlines.attempt_seconds`, if this time is
-                shorter.
+            is_brief: Whether the read fails after the shorter of `Deadlines.attempt_seconds` and
+                `Deadlines.total_seconds`.
         """
         seconds = deadlines.total_seconds
         if is_brief:
@@ -51,8 +51,10 @@ class Attempts:
         self._pause = _FIRST_PAUSE_SECONDS
         self._count = self._protocol_errors = 0
 
-    def failed(self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool) -> float:
-        """Return how many seconds to wait before the next attempt, after an attempt has failed.
+    def pause_after(
+        self, error: BrokenError | RefusedError | ReplyError, *, is_closed: bool
+    ) -> float:
+        """Return how many seconds to wait after a failed attempt before the next attempt.
 
         Args:
             error: Why the attempt failed.
@@ -60,8 +62,8 @@ class Attempts:
 
         Raises:
             RemoteError: No further attempt is made: the file was closed, the server refuses the
-                export or has answered the read with an error, the server has broken the protocol
-                `_MAX_PROTOCOL_ERRORS` times, or too little time is left.
+                export or has answered the read with an error, the server has violated the protocol
+                `_MAX_PROTOCOL_ERRORS` times, or the next attempt would begin after `end`.
         """
         self._count += 1
         if is_closed:
@@ -83,14 +85,14 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the server has closed an idle connection, so the attempt with a new
-            # connection needs no pause.
+            # Most likely the server has closed an idle connection, so the second attempt, with a
+            # new connection, needs no pause.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds
 
     def _final(self, text: str, number: int) -> RemoteError:
-        """Return the error of the read, after recording it as the beginning of an outage."""
+        """Report the error of the read to the log of outages, and return the error."""
         msg = f"{self._name}: {text}"
         is_changed = number == errno.ESTALE
         failure = ObjectChangedError(msg) if is_changed else RemoteError(msg, number)

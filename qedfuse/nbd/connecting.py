@@ -52,24 +52,23 @@ def make_connection(
         connect: Returns a connected socket, within a limited time.
         name: The name of the export.
         tls: How to use TLS; None to use none.
-        attempt_seconds: Maximum time in seconds of the handshake.  A reader that later waits for
-            a reply gives the connection up if no byte has come for the same time.
+        attempt_seconds: Maximum time in seconds of the handshake.  After the handshake, a reader
+            that waits for a reply gives the connection up if no byte comes for this time.
         closed: Event that ends the call when it is set.
         end: The time (`time.monotonic`) at which the call ends at the latest.
 
     Raises:
         BrokenError: The server cannot be reached, does not answer in time, is shutting down, has a
-            certificate that is not trusted, or does not keep to the protocol; or ``closed`` was
-            set.
-        RefusedError: The server does not serve the export in a way that can be used, or no
-            certificate can have the name of the host.
+            certificate that is not trusted, or violates the protocol; or ``closed`` was set.
+        RefusedError: The server does not serve the export, or this client cannot use the export, or
+            no certificate can have the name of the host.
         QedError: An error that ``connect`` has raised.
         trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
     """
     try:
         sock = _Connecting(connect).wait(closed, end)
         try:
-            # The time that connecting has taken does not count, because connecting has its own
+            # The handshake gets the whole ``attempt_seconds``, because connecting has its own
             # limit.
             deadline = _Deadline(min(end, time.monotonic() + attempt_seconds), closed)
             wire, export = _shake_hands(PlainWire(sock), name, tls, deadline)
@@ -90,7 +89,7 @@ def make_connection(
 
 
 class _Connecting:
-    """A thread that calls a function that connects; the thread that waits can abandon the call."""
+    """A thread that calls ``connect``; the thread that waits for the result can give up."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
         """Start a thread that calls ``connect``.
@@ -109,8 +108,7 @@ class _Connecting:
     def wait(self, closed: threading.Event, end: float) -> socket.socket:
         """Return the socket, or raise the exception of ``connect``.
 
-        If ``closed`` was set, the time ``end`` has come or the task was cancelled, the socket is
-        closed, even if ``connect`` returns it later.
+        If this method gives up, the socket is closed, even if ``connect`` returns the socket later.
 
         Raises:
             BrokenError: ``closed`` was set, or the time ``end`` (`time.monotonic`) has come.
@@ -169,7 +167,7 @@ class _Deadline:
         while (seconds := self.end - time.monotonic()) > 0:
             if poll.poll(1 + 1000 * min(seconds, CANCEL_POLL_SECONDS)):
                 return
-            check_wanted(self.closed, math.inf)  # the loop looks at the time
+            check_wanted(self.closed, math.inf)  # the loop itself checks the time
         msg = "found no answer in time during the handshake"
         raise BrokenError(msg)
 

@@ -83,8 +83,8 @@ class Connection:
             end: The time (`time.monotonic`) at which waiting ends.
 
         Raises:
-            BrokenError: The connection broke, or ``end`` has passed.  After ``end`` has passed, the
-                connection is broken for all readers.
+            BrokenError: The connection broke, or ``end`` has passed.  In both cases the connection
+                is broken for all readers.
         """
         waiter = WaitingTask()
         try:
@@ -223,10 +223,10 @@ class Connection:
         return [self._waiters.pop(request) for request in done if request in self._waiters]
 
     def _seconds_until(self, end: float) -> float:
-        """Return how many seconds are left for a reader; give the connection up if none are left.
+        """Return how many seconds are left until ``end``, the time limit of a reader.
 
         Raises:
-            BrokenError: ``end`` has passed.
+            BrokenError: ``end`` has passed.  The connection is given up.
         """
         seconds = end - time.monotonic()
         if seconds <= 0:
@@ -237,10 +237,9 @@ class Connection:
     def _seconds_to_wait(self, end: float) -> float:
         """Return for how many seconds the leader waits for the next bytes.
 
-        If the time is over, the connection is given up.
-
         Raises:
-            BrokenError: ``end`` has passed, or no byte has come for too long.
+            BrokenError: ``end`` has passed, or no byte has come for too long.  The connection is
+                given up.
         """
         idle = self._last_received + self._idle_seconds - time.monotonic()
         if idle <= 0:
@@ -249,9 +248,10 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """End all requests with ``failure``, and return ``failure``.
+        """Record that the connection broke; end all requests with ``failure``, and return that.
 
-        If the connection broke before, its requests have ended with an earlier failure.
+        If the connection broke before, only ``failure`` is returned: all requests have ended with
+        the earlier failure.
         """
         with self._lock:
             if self._failure is None:

@@ -1,4 +1,4 @@
-"""The connections to one export, made when they are needed, and again after they broke."""
+"""The connections to one export.  A needed connection is made if it is missing or broken."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Slot:
         """Begin with ``connection``; None for a slot without a connection.
 
         Args:
-            make: Function that makes a connection until a time (`time.monotonic`); it blocks the
-                thread.
+            make: Function that makes a connection.  Its argument is the time (`time.monotonic`) at
+                which it gives up.  The function blocks the thread.
             connection: The first connection.
             closed: The event that is set when the pool is closed.
         """
@@ -69,13 +69,14 @@ class Slot:
         """Return the connection; make one if there is none.  The call blocks the thread.
 
         Args:
-            since: The time (`time.monotonic`) at which the caller began to wait.  If an attempt of
-                another caller has failed since then, its error is raised again.
+            since: The time (`time.monotonic`) at which the caller began to wait.  If the attempt of
+                another caller has failed since then, this call fails with the same error.
             end: The time at which the call ends at the latest.
 
         Raises:
-            BrokenError: The connection cannot be made, or not in time, or the pool was closed.
-            RefusedError: The server does not serve the export in a way that can be used.
+            BrokenError: No connection can be made in time, or the pool was closed.
+            RefusedError: The server does not serve the export, or this client cannot use the
+                export.
             QedError: An error of the function that connects the socket.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
@@ -91,7 +92,9 @@ class Slot:
             try:
                 connection = self._make(end)
             except BrokenError as error:
-                # If only the time of this caller is over, other callers make their own attempts.
+                # Other callers that wait get the same error (see ``since``).  But if the time of
+                # this caller is over, the others may have more time, so they make their own
+                # attempts.
                 now = time.monotonic()
                 if now < end:
                     self._failed_at, self._failure = now, error
@@ -127,8 +130,8 @@ class ConnectionPool:
 
         Args:
             make: Function that makes a connection: a further one, if the server allows several, or
-                one in place of a broken one.  The function ends when ``closed`` is set, and at the
-                time (`time.monotonic`) that is its argument.
+                one in place of a broken one.  The function gives up when ``closed`` is set, and at
+                the time (`time.monotonic`) that is its argument.
             first: The first connection.
             closed: Event that `close` sets.
         """
@@ -151,8 +154,9 @@ class ConnectionPool:
             end: The time (`time.monotonic`) at which the call ends at the latest.
 
         Raises:
-            BrokenError: No connection can be made, or not in time, or the pool was closed.
-            RefusedError: The server does not serve the export in a way that can be used.
+            BrokenError: No connection can be made in time, or the pool was closed.
+            RefusedError: The server does not serve the export, or this client cannot use the
+                export.
             QedError: An error of the function that connects the socket.
         """
         while True:
@@ -191,8 +195,9 @@ class ConnectionPool:
             end: The time (`time.monotonic`) at which the call ends at the latest.
 
         Raises:
-            BrokenError: No connection can be made, or not in time, or the pool was closed.
-            RefusedError: The server does not serve the export in a way that can be used.
+            BrokenError: No connection can be made in time, or the pool was closed.
+            RefusedError: The server does not serve the export, or this client cannot use the
+                export.
             QedError: An error of the function that connects the socket.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
@@ -234,8 +239,9 @@ class ConnectionPool:
     def _try_back_off(self, slot: Slot) -> bool:
         """Start the backoff time of a slot in which no connection could be made.
 
-        Returns False and does nothing if no slot is connected.  If another slot is connected, the
-        server probably allows fewer connections than `MAX_CONNECTIONS`.
+        Returns False and does nothing if no slot is connected, because then the server probably
+        cannot be reached.  If another slot is connected, the server probably allows fewer
+        connections than `MAX_CONNECTIONS`.
         """
         if not any(other.working_connection for other in self._slots):
             return False

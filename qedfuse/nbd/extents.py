@@ -1,7 +1,7 @@
 """The extents of an export, as an NBD server has reported them: which ranges read as zeros.
 
-Only the last reply is kept.  This limits memory, and a search from the beginning to the end needs
-no earlier reply.
+Only the last reply is kept, to limit memory.  A search from the beginning to the end of the export
+never needs an earlier reply again.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class ExtentMap:
 class SmallSteps:
     """Limits the time that a search spends on replies that cover few bytes each.
 
-    Without a limit, a server that reports extents of one byte could make a search endless.  A
-    search asks for ascending offsets, so a request for a lower offset, or for offset 0, begins a
-    new search.
+    Without a limit, a server that reports extents of one byte could prolong a search almost without
+    end.  A search asks for ascending offsets.  So a request for a lower offset than the last one,
+    or for offset 0, begins a new search.
     """
 
     def __init__(self, max_seconds: float) -> None:
@@ -81,11 +81,14 @@ class SmallSteps:
         self._seconds = 0.0
         self._last_offset = 0
 
-    def is_too_slow(self, request: BlockStatus, seconds: float) -> bool:
-        """Count ``seconds``, the time of a reply, if the reply is a small step (`MIN_STEP_BYTES`).
+    def add_reply(self, request: BlockStatus, seconds: float) -> bool:
+        """Add the time of a reply; return whether the small steps have taken longer than permitted.
 
-        ``request`` is the request with the extents of its reply.  Returns True if the small steps
-        of this search have taken longer than permitted.
+        Only replies that are small steps (`MIN_STEP_BYTES`) of the present search count.
+
+        Args:
+            request: The request, with the extents of its reply.
+            seconds: How long the reply has taken.
         """
         if request.offset < self._last_offset or not request.offset:
             self._seconds = 0.0

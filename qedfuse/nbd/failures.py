@@ -15,7 +15,7 @@ class ProtocolError(BrokenError):
 
 
 class RefusedError(Exception):
-    """The server does not serve the export in a way that can be used.
+    """The server does not serve the export, or this client cannot use the export.
 
     Attributes:
         errno: The error number for readers.

@@ -1,7 +1,7 @@
 """The handshake with an NBD server (fixed newstyle), without any I/O.
 
-`handshake` is a generator.  Each step that it yields is performed by its caller, the driver, which
-has the socket.  The errors of the private functions are those of `handshake`.
+The generator `handshake` yields steps.  Its caller, the driver, has the socket and performs each
+step.  The errors of the private functions are those of `handshake`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _ERRORS: Final = {
     ),
     messages.REP_ERR_UNKNOWN: ("found no such export", errno.ENOENT),
 }
-"""For an error reply of the server: a message, in which ``{}`` stands for the feature that the
-client has asked for, and the error number for readers."""
+"""For each error reply: a message, in which ``{}`` stands for the feature that the client has asked
+for, and the error number that readers get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
         use_tls: Whether to start TLS first.
 
     Raises:
-        ProtocolError: The server does not keep to the protocol.
+        ProtocolError: The server violates the protocol.
         BrokenError: The server is shutting down.
-        RefusedError: The server does not serve the export, or not in a way that can be used.
+        RefusedError: The server does not serve the export, or this client cannot use the export.
     """
     greeting = yield Receive(18)
     if greeting[:8] != messages.INIT_MAGIC:
@@ -244,7 +244,10 @@ def _string(raw: bytes) -> bytes:
 
 
 def _refusal(feature: str, kind: int, data: bytes) -> tuple[str, int]:
-    """Return message and error number for a refused option, which was needed for ``feature``."""
+    """Return the message and the error number for a refused option.
+
+    ``feature`` is what the client wanted to use by the option, for the message.
+    """
     error_code = kind - messages.REP_IS_ERROR
     message, number = _ERRORS.get(kind, (f"found error {error_code} for {{}}", errno.EIO))
     message = message.format(feature)

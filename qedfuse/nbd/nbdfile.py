@@ -136,7 +136,8 @@ class NbdFile(ReadOnlyFile):
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        A range counts as data unless the server reports in time that the range reads as zeros.
+        Everything counts as data, except ranges of which the server reports in time that they read
+        as zeros.
 
         Raises:
             RemoteError: The server cannot be reached, or does not serve the same export any more;
@@ -146,9 +147,9 @@ class NbdFile(ReadOnlyFile):
         return await self._find(offset, is_zero=False)
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return where the first hole at or past ``offset`` begins; the end counts as a hole.
+        """Return where the first hole at or past ``offset`` begins.
 
-        Returns None if ``offset`` is at or past the end of the file.
+        The end of the file counts as a hole.  Returns None if ``offset`` is at or past the end.
 
         Raises:
             QedError: See `next_data`.
@@ -194,21 +195,21 @@ class NbdFile(ReadOnlyFile):
         offset: int,
         length: int,
     ) -> float:
-        """Return how long to wait before the next attempt, after an attempt of a read has failed.
+        """Return how long to wait after a failed attempt of a read before the next attempt.
 
         Raises:
             RemoteError: No further attempt is made.
         """
         try:
-            return attempts.failed(error, is_closed=self._connections.is_closed)
+            return attempts.pause_after(error, is_closed=self._connections.is_closed)
         except RemoteError:
             self._failures.record(*_units(offset, length))
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Return the offset of the first zeros, or else of the first data, at or past ``offset``.
+        """Search for zeros if ``is_zero``, otherwise for data; return the offset of the first ones.
 
-        Zeros are searched if ``is_zero``.  Returns None if none of the searched bytes follow.
+        The search begins at ``offset``.  Returns None if there are none up to the end of the file.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
@@ -219,8 +220,8 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over.  To report data is always correct, even for
-                # zeros.  The data is recorded, because the next search must have the same result.
+                # The time of the search is over.  Zeros may always be reported as data.  The data
+                # is recorded, because the next search must have the same result.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -234,7 +235,7 @@ class NbdFile(ReadOnlyFile):
         """Ask the server for the extents at ``offset``, and record them.
 
         The whole export is recorded as data if the server cannot report extents, or takes too long
-        for too few bytes.
+        for extents of few bytes (`SmallSteps`).
         """
         attempts = Attempts(self.name, self._deadlines, self._outages)
         start = time.monotonic()
@@ -249,14 +250,15 @@ class NbdFile(ReadOnlyFile):
                 request = block_status(export, offset)
                 await connection.run([request], attempts.end)
             except (BrokenError, RefusedError) as error:
-                seconds = attempts.failed(error, is_closed=self._connections.is_closed)
+                seconds = attempts.pause_after(error, is_closed=self._connections.is_closed)
                 await pause(self._connections.closed, seconds)
             else:
                 self._outages.answered(sent)
                 self._record_reply(request, offset)
-                is_too_slow = self._small_steps.is_too_slow(request, time.monotonic() - start)
-                # A reply can end before ``offset``, because the request can begin before it.  Then
-                # find() returns None, and asking the server again would not help.
+                is_too_slow = self._small_steps.add_reply(request, time.monotonic() - start)
+                # The request begins at the start of the block that contains ``offset``, so a reply
+                # can end before ``offset``.  Then find() returns None, and asking the server again
+                # would not help.
                 if is_too_slow or self._extents.find(offset) is None:
                     self._extents.set_all_data()
                 return

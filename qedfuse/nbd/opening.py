@@ -36,15 +36,15 @@ def open_nbd(
 
     Args:
         connect: Function that returns a connected stream socket within a limited time.  The
-            file calls the function again, also in other threads, when a connection has broken, and
-            for further connections if the server allows several.  If the function raises OSError, a
-            read calls it again until the time of the read is over.  If the function raises
-            `QedError`, the read fails with this error.
+            file calls the function again, possibly in another thread, when a connection has broken,
+            and for further connections if the server allows several.  If the function raises
+            OSError, a read repeats the call until the time of the read is over.  If the function
+            raises `QedError`, the read fails with this error.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.
-        path: The name of the file as the user or an image gives it, such as a URL; None if that
-            is ``shown_name``.
+        path: The name of the file as the user or an image gives it, such as a URL; None to use
+            ``shown_name``.
         tls: How to use TLS; None to use none.
 
     Raises:

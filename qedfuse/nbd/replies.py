@@ -1,8 +1,8 @@
 """Parsing the replies of an NBD server, without any I/O.
 
-Every field is checked before it is used.  For example, `ProtocolError` is raised for a reply to no
-request, and for a byte of data that lies outside its request, comes twice or is missing.  After
-`ProtocolError`, the caller must close the connection.
+Every field is checked before it is used.  For example, `ProtocolError` is raised for a reply that
+belongs to no request, and for a byte of data that lies outside its request, comes twice or is
+missing.  After `ProtocolError`, the caller must close the connection.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 _SCRATCH_BYTES: Final = 64 << 10
 _MAX_COPIED_BYTES: Final = 16 << 10
-"""If more bytes of a payload than this are missing, they are received directly into their
-destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, possibly in
-one call with the next reply, and copied to the destination."""
+"""If more than this many bytes of a payload are missing, they are received directly into their
+destination (`_Chunk.destination`).  Fewer bytes are received into the scratch buffer, possibly
+together with the next reply, and then copied to the destination."""
 _MAX_EXTENTS: Final = 1 << 20
 """Maximum number of extents in a reply, as the protocol recommends."""
 _MAX_ERROR_BYTES: Final = 2 * messages.MAX_STRING_BYTES
@@ -38,7 +38,7 @@ class Replies:
     """
 
     def __init__(self, context: int | None, *, is_structured: bool) -> None:
-        """Expect the kind of replies that was negotiated; `Export` describes the arguments."""
+        """Expect the kind of replies that was negotiated; the arguments are those of `Export`."""
         self.pending: dict[int, Request] = {}
         self._done: list[Request] = []
         self._context = context
@@ -113,7 +113,7 @@ class Replies:
             self._end_chunk(chunk)
 
     def _parse_header(self) -> bool:
-        """Parse the header of a reply or of a chunk, with the offset of its data if it has one.
+        """Parse the header of a reply or of a chunk, and the offset before the data of the chunk.
 
         Returns False if some of these bytes have not been received yet.
         """

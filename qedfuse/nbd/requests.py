@@ -24,7 +24,7 @@ _SPARE_CHUNKS: Final = 16
 
 
 class Request:
-    """A request for a range of an export, and what has become of it.
+    """A request for a range of an export, and the state of its reply.
 
     Attributes:
         command: The command.
@@ -126,8 +126,8 @@ class BlockStatus(Request):
     """A request for the extents of a range.
 
     Attributes:
-        extents: (length, flags) of the extents from the beginning of the range.  The extents may
-            end before the end of the range, and the last extent may end past it.
+        extents: (length, flags) of each extent, the first one at the beginning of the range.  The
+            last extent may end before or past the end of the range.
     """
 
     command = messages.CMD_BLOCK_STATUS

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""Interval of the checks that end waiting: a thread checks whether its task was cancelled; threads
-and tasks check whether the file was closed."""
+"""Interval at which waiting threads and tasks check whether the file was closed.  Threads also
+check whether their task was cancelled."""
 
 NO_CONNECTION: Final = "found no connection in time"
 """The message of the error if no connection could be made in time."""

@@ -30,8 +30,8 @@ RESERVED_BITS: Final = MIN_CLUSTER_SIZE - 1
 class EntryLimits(NamedTuple):
     """The limits for the entries of one level of tables; offsets and lengths in bytes.
 
-    The limits do not include two rules: L2 tables must not overlap each other, and a data cluster
-    must not overlap an L2 table.
+    Two further rules are not part of the limits: L2 tables must not overlap each other, and a data
+    cluster must not overlap an L2 table.
 
     Attributes:
         target: What the entries point to: the L1 table points to L2 tables, an L2 table to
@@ -78,9 +78,10 @@ class EntryLimits(NamedTuple):
 
     @property
     def largest_marker(self) -> int:
-        """The largest marker; a marker is an entry that has another meaning than an offset.
+        """The largest marker; a marker is an entry that is not an offset.
 
-        It is 0 (unallocated) in the L1 table, and 1 (zero cluster) in L2 tables.
+        The L1 table has the marker 0 (unallocated).  L2 tables have the markers 0 and 1 (zero
+        cluster).
         """
         return UNALLOCATED if self.target == "table" else ZERO
 
@@ -106,7 +107,7 @@ class EntryLimits(NamedTuple):
 
     @property
     def before_l1(self) -> int:
-        """The offset whose target ends where the L1 table begins; 0 if it would be negative."""
+        """The offset whose target ends where the L1 table begins, but at least 0."""
         return max(0, self.l1_start - self.target_bytes)
 
     def is_valid(self, offset: int) -> bool:

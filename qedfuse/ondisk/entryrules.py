@@ -87,16 +87,16 @@ class EntryRules:
         """
         used = values > self.limits.largest_marker
         offsets = values[used]
-        if not len(offsets) or self.all_valid(offsets):
+        if not len(offsets) or self._are_surely_valid(offsets):
             return None
         bad: Mask = used & ~self.valid_mask(values)
         return bad if bad.any() else None
 
-    def all_valid(self, offsets: Values) -> bool:
-        """Return True if a quick test shows that all ``offsets`` are valid.
+    def _are_surely_valid(self, offsets: Values) -> bool:
+        """Return whether a quick test shows that all ``offsets`` are valid.
 
-        False means that `valid_mask`, which is slower, must decide.  The caller must pass at least
-        one offset, and no markers.
+        If the result is False, the caller must call `valid_mask`, which is slower.  The caller must
+        pass at least one offset, and no markers.
         """
         limits = self.limits
         lowest = int(offsets.min())
@@ -193,6 +193,6 @@ class EntryRules:
             if broken[0] and not (violation is Violation.CUT_SHORT and self.allow_cut_short):
                 expected = self.expected(violation)
                 return f"found {value} ({violation.found}), expected {expected}"
-        # The entry breaks no rule now.  It broke one when it was found invalid, so the file has
+        # The entry breaks no rule now, but broke one when it was found invalid.  So the file has
         # become longer since then, and the limits are those of the longer file.
         return f"found {value}, which was outside the file, expected an offset inside it"

@@ -193,7 +193,7 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
 
     Raises:
         BadListError: The header is too short, has no magic bytes, has unused bytes that are
-            not zero, or has no runs or more than fit.
+            not zero, or has a number of runs that is 0 or does not fit into the cluster.
     """
     if len(data) < CLUSTER_HEADER_BYTES:
         refuse("list cluster", f"{len(data)} bytes", f"at least {CLUSTER_HEADER_BYTES}")
@@ -208,9 +208,7 @@ def parse_cluster_header(data: bytes | bytearray, cluster_size: int) -> ListClus
 
 
 def parse_runs(header: ListClusterHeader, data: bytes | bytearray) -> Runs:
-    """Decode the runs of the list cluster that begins with ``header``.
-
-    ``data`` are the bytes of the list cluster, header included.
+    """Decode the runs in ``data``, the bytes of a list cluster, which begin with ``header``.
 
     Raises:
         BadListError: The checksum of the header and the runs is wrong, or ``data`` ends

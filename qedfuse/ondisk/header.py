@@ -94,7 +94,7 @@ class Header:
 
     @property
     def backing_is_raw(self) -> bool:
-        """Whether the format of a backing file is raw and not probed (BACKING_FORMAT_NO_PROBE).
+        """Whether the backing file is raw, so its format is not probed (BACKING_FORMAT_NO_PROBE).
 
         Without a backing file the value has no meaning.
         """
@@ -106,7 +106,7 @@ class Header:
         return bool(self.features & Feature.NEED_CHECK)
 
     @property
-    def free_list(self) -> bool:
+    def has_free_list(self) -> bool:
         """Whether the image has a persistent list of its free clusters (FREE_LIST)."""
         return bool(self.features & Feature.FREE_LIST)
 

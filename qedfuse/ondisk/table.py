@@ -1,7 +1,7 @@
 """Table entries: eight bytes each, little-endian in the file, in memory an ``array('Q')``.
 
 An array decodes a table of the default size 300 times faster than the package ``construct``.
-Slicing, comparing and encoding an array creates no Python integer for each entry.
+Slicing, comparing and encoding an array does not create a Python integer for each entry.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ SECTOR_SIZES: Final = (512, 4096)
 _HEADER_BYTES: Final = 92
 _ENTRY_BYTES: Final = 128
 _MAX_TABLE_BYTES: Final = 1 << 20
-"""Maximum length in bytes of all entries together that is accepted; the specification demands space
-for at least 16 KiB."""
+"""Maximum length in bytes of all entries together.  A table with more is refused.  The
+specification demands space for at least 16 KiB."""
 
 _HEADER: Final[Any] = Struct(
     "signature" / Const(b"EFI PART"),
@@ -65,7 +65,7 @@ _ENTRIES: Final[Any] = GreedyRange(
 
 
 class _Table(NamedTuple):
-    """A header and its entries; both checksums in the header were correct."""
+    """A header and its entries, both with correct checksums."""
 
     header: Any
     entries: list[Any]
@@ -165,7 +165,7 @@ def _partitions(
 
 
 def _explain_range(first: int, last: int, last_sector: int) -> str:
-    """Return why no partition has the sectors ``first`` to ``last``; an empty string if one can.
+    """Return why a partition cannot have the sectors ``first`` to ``last``, or an empty string.
 
     ``last_sector`` is the last sector of the disk.
     """

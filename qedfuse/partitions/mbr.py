@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     Attributes:
         boot: 0x80 if the partition is bootable, otherwise 0.
         type: The type of the partition; 0 for an unused entry.
-        start: The first sector.  In the master boot record it is counted from the beginning of the
+        start: The first sector.  The master boot record counts sectors from the beginning of the
             disk; for extended boot records see `_logical`.
         length: Number of sectors; 0 for an unused entry.
     """
@@ -88,7 +88,7 @@ def parse_record(sector: bytes) -> Record | None:
     """Return the boot record in the first 512 bytes of a sector; None if there is none.
 
     The boot sector of a file system can have the same magic number, with program code in place of
-    the entries.  So a sector in which an entry begins with a byte other than 0 and 0x80 is refused.
+    the entries.  So the result is also None if an entry begins with a byte other than 0 and 0x80.
     """
     try:
         found = _RECORD.parse(sector)

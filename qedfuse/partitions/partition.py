@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 ReadDisk: TypeAlias = Callable[[int, int], Awaitable[bytes]]
-"""Called with a guest offset and a length, a range within the disk; returns all its bytes."""
+"""Returns the bytes of a range of the disk.  The arguments are the guest offset and the length of
+the range, which must lie within the disk."""
 
 Scheme: TypeAlias = Literal["dos", "gpt"]
 """The kind of a partition table, by the name that sfdisk uses."""

@@ -94,4 +94,4 @@ async def test_more_listed_clusters_than_fit_in_a_map(tmp_path: Path) -> None:
     assert found.listed_clusters == 1 << 28
     assert found.leaks == length // CLUSTER_BYTES - first - (1 << 28) - 1
     assert set(found.counts) == {Code.LEAKED_CLUSTERS, Code.MOSTLY_LEAKED}
-    assert header_of(content).free_list
+    assert header_of(content).has_free_list

@@ -267,4 +267,4 @@ def test_failure_around_the_free_list(action: Action) -> None:
         assert action == "datasync" or len(workload.errors) <= MAX_REPORTS[LISTED.name]
         if workload.clean and not workload.errors:
             # No request failed, so the failed call was for the list or for the scan it needs.
-            assert not header_of(workload.file.content).free_list
+            assert not header_of(workload.file.content).has_free_list

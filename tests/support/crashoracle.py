@@ -230,7 +230,7 @@ class CrashOracle:
             both = min(len(state.ids), len(self._initial))
             if (state.ids[1:both] != self._initial[1:both]).any():
                 problems.append("a change while autoclear bits may be set")
-        if header.free_list:
+        if header.has_free_list:
             content = self._contents.content(state)
             problems += free_list_problems(content, header, tables.owned)
         if failure is not None:

@@ -236,7 +236,7 @@ class Explorer:
         if bool(report.errors) != bool(tables.errors):
             return [f"the check finds {report.findings}, the oracle {tables.errors}"]
         # Clusters that the free list names are not leaked.
-        leaks = 0 if self._oracle.header(state).free_list else tables.leaks
+        leaks = 0 if self._oracle.header(state).has_free_list else tables.leaks
         if not tables.errors and report.leaks != leaks:
             return [f"the check finds {report.leaks} leaks, the oracle {leaks}"]
         return []
@@ -285,7 +285,7 @@ class Explorer:
             # QEMU opens the base, and does not read it.
             (self._scratch / "base").write_bytes(bytes(SECTOR))
         path.write_bytes(self.content(state))
-        if self._oracle.header(state).free_list:
+        if self._oracle.header(state).has_free_list:
             try:
                 qemu.check(path)
             except qemu.QemuError:

@@ -126,9 +126,9 @@ def test_the_header_and_a_dropped_list_are_restored(tmp_path: Path) -> None:
     put_list(content)
     struct.pack_into("<Q", content, 32, 1 << 40)
     put_entry(content, l2_entry_offset(content, 3), 1 << 50)
-    assert header_of(content).free_list
+    assert header_of(content).has_free_list
     path, backup = saved_and_repaired(tmp_path, content)
-    assert not header_of(path.read_bytes()).free_list
+    assert not header_of(path.read_bytes()).has_free_list
     assert main(["check", "-q", "--undo", str(backup), str(path)]) == 2
     assert path.read_bytes() == content
 

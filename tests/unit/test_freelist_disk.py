@@ -194,7 +194,7 @@ async def test_the_list_is_invalid_before_the_first_change(change: str) -> None:
         first, second, third = file.changes[:3]
         assert isinstance(first, Write)
         assert first.offset == 0
-        assert not header_of(first.data).free_list
+        assert not header_of(first.data).has_free_list
         assert not header_of(first.data).autoclear_features
         assert isinstance(second, Sync)
         assert third == Write(DESCRIPTOR, bytes(512))

@@ -208,7 +208,7 @@ def test_bits_are_read_by_name_and_changed_one_by_one() -> None:
     assert header.stale_autoclear == 3
     assert header.without_stale_autoclear() == replace(header, autoclear_features=0)
     listed = header.with_free_list(value=True)
-    assert listed.free_list
+    assert listed.has_free_list
     assert listed == replace(header, features=5 | 1 << 60)
     assert listed.with_free_list(value=False) == header
     assert header.with_size(512) == replace(header, image_size=512)

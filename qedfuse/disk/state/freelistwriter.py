@@ -47,7 +47,7 @@ class DescriptorEraser:
         self._file = file
         self._header_store = header_store
         self._writeback = writeback
-        self.has_descriptor = header_store.value.free_list
+        self.has_descriptor = header_store.value.has_free_list
 
     async def erase(self) -> None:
         """Erase the descriptor; do nothing if `has_descriptor` is False.
@@ -79,7 +79,7 @@ async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     found = ""
     if backing_name_covers_descriptor(header):
         found = "the backing file name"
-    elif not header.free_list and not can_be_replaced(
+    elif not header.has_free_list and not can_be_replaced(
         await file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)
     ):
         # Another program, which does not know the feature bit of the list, may have put its

@@ -49,7 +49,7 @@ class FirstWriteGuard:
         self._writeback = writeback
         self._hooks = hooks
         self._lock = trio.Lock()
-        self.prepared = not (header_store.value.stale_autoclear or header_store.value.free_list)
+        self.prepared = not (header_store.value.stale_autoclear or header_store.value.has_free_list)
 
     async def prepare_write(self) -> None:
         """Return when the image may be modified, which is immediately if `prepared` is True.

@@ -90,7 +90,7 @@ async def read_details(
         async with open_image(info.path, options.read_lock, options.remote) as file:
             counted = await count_allocation(file, await read_header(file), progress)
     listed = None
-    if info.qed.header.header is not None and info.qed.header.header.free_list:
+    if info.qed.header.header is not None and info.qed.header.header.has_free_list:
         try:
             listed = await describe_free_list(
                 info.path, lock=options.read_lock, remote=options.remote

@@ -77,7 +77,7 @@ async def describe_free_list(
     """
     async with open_image(path, lock, remote or RemoteOptions()) as file:
         header = await read_header(file)
-        if not header.free_list:
+        if not header.has_free_list:
             return FreeListInfo(present=False)
         # The layer is only used to find the L2 tables.  So its cache needs no memory.
         layer = QedLayer(file, header, make_store(0))

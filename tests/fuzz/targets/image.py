@@ -249,7 +249,7 @@ def ask_qemu(data: bytes) -> bool:
     header = trio.run(read_header, file)
     if (
         header.has_backing
-        or header.free_list
+        or header.has_free_list
         or header.table_size == 1  # refused by QEMU (docs/qemu-differences.md)
         or header.cluster_size > _QEMU_MAX_CLUSTER_BYTES
         or not 0 < header.image_size <= _QEMU_MAX_DISK_BYTES
