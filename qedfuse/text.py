@@ -21,7 +21,7 @@ _PUBLIC_QUERY: Final = r"(?i:(?:s3|gs|az)://\S*\?versionId=[^&]*|nbds?(?:\+unix)
 
 
 def shortened(text: str, limit: int) -> str:
-    """Return ``text``; a longer text is cut to ``limit`` characters, and three dots are added."""
+    """Return ``text``, cut to ``limit`` characters and three dots if it has more than ``limit``."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -29,10 +29,13 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a file name on one line, without characters that control a terminal.
 
     An empty name becomes two quotes, so that a reader sees it.  If all characters of the name are
-    printable, the name is returned unchanged.  In any other name, control characters become
-    ``\n``, ``\xNN`` or the like, and undecodable bytes ``\xNN``.  Other unprintable characters and
-    lone surrogates become ``\xNN``, ``\uNNNN`` or ``\UNNNNNNNN``, the shortest that can express
-    them, and each backslash is doubled.
+    printable, the name is returned unchanged.  In any other name, each backslash is doubled, and
+    these characters are replaced as in a Python string:
+
+    - control characters, by ``\n``, ``\xNN`` or the like
+    - undecodable bytes, by ``\xNN``
+    - other unprintable characters and lone surrogates, by the shortest of ``\xNN``, ``\uNNNN`` and
+      ``\UNNNNNNNN`` that can express the character
     """
     raw = os.fspath(name)
     text = os.fsdecode(raw)

@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 _MAX_HELD_BYTES: Final = 16 << 20
 """Maximum memory for units that could not be stored in the cache."""
 _MAX_CLEARED_UNITS: Final = 1 << 16
-"""How many units are made not ready in one step, which needs a byte of memory for each."""
+"""Maximum number of units that `UnitStore.discard` makes not ready in one step.
+
+A step needs memory in proportion to its units, and a large object has millions of units.
+"""
 
 
 class UnitStore:
@@ -38,9 +41,10 @@ class UnitStore:
     Attributes:
         ready: For each unit a byte, which is not 0 if the unit may be read from the page cache; see
             `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
-            compared with its checksum.  It becomes not ready when one of its bytes was not in the
-            page cache, when it is written, and when the cache is discarded.  The fetcher also makes
-            markers not ready.  The attribute always refers to the same bytearray.
+            compared with its checksum.  A unit becomes not ready when a read does not find one of
+            its bytes in the page cache, when the unit is written, and when the cache is discarded.
+            The fetcher also makes markers not ready.  The attribute always refers to the same
+            bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -52,7 +56,8 @@ class UnitStore:
         Args:
             units: Number of units of the object.
             cache: The entry of the cache, which the store closes; None for no cache.
-            evict: Removes entries of the cache (`CacheDirectory.evict`); None for no limit.
+            evict: Removes entries of the cache (`CacheDirectory.evict`); None if the size of the
+                cache is not limited.
         """
         self.ready = bytearray(units)
         self.zeros = ZeroBlocks(units if cache is not None else 0)
@@ -61,8 +66,8 @@ class UnitStore:
         if cache is not None and evict is not None:
             self._space = CacheSpace(lambda: evict(cache.unlinked_bytes()))
         self._lock = threading.Lock()
-        # The lock protects the following attributes, and this object's changes of `ready` and
-        # `_cache`.
+        # The lock protects the attributes below, and the changes that this object makes to `ready`
+        # and `_cache`.
         self._held: OrderedDict[int, Buffer] = OrderedDict()
         self._cannot_store = False
         self._is_closed = False
@@ -177,7 +182,8 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        The kernel may now have read the bytes from the disk, without a comparison.
+        Meanwhile the kernel may have read the bytes from the disk into the page cache, without a
+        comparison with the checksum.
         """
         with self._lock:
             self._forgotten += 1
@@ -204,7 +210,7 @@ class UnitStore:
                 self._held.popitem(last=False)
 
     def discard(self) -> None:
-        """Stop using the entry of the cache, because its data file was cut; log a warning."""
+        """Stop using the entry of the cache, whose data file has become shorter; log a warning."""
         with self._lock:
             cache, self._cache = self._cache, None
             for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):
@@ -228,8 +234,9 @@ class UnitStore:
     def _set_ready(self, first: int, count: int, cache: UnitFile, forgotten: int) -> bool:
         """Make units ready that were read or written; return False if ``cache`` was discarded.
 
-        The units do not become ready if `forget` was called since the caller read ``forgotten``,
-        because that call may have been for these units.
+        ``forgotten`` is the value of `_forgotten` before the units were read or written.  If
+        `forget` was called since then, the units do not become ready, because the call may have
+        been for these units.
         """
         with self._lock:
             is_used = self._cache is cache

@@ -46,7 +46,7 @@ _RETRY_SECONDS: Final = 60.0
 _DRAIN_SECONDS: Final = 3.0
 """How long running parts may go on before a failed upload is aborted."""
 MAY_REMAIN: Final = "; the store may still have the object or parts of it"
-"""The end of the message of a failure after which the store has not confirmed the removal."""
+"""The end of an error message if the store has not confirmed that the upload was removed."""
 _NOT_IMPLEMENTED: Final = "NotImplemented"
 """The error code of a store that does not support conditional puts."""
 
@@ -97,10 +97,10 @@ class Upload:
             size: Length of the content in bytes.
             options: How to connect.
             overwrite: Whether to replace an object that exists.
-            progress: Called with a number of bytes and ``size``.  During an upload in several
-                parts, the number is that of the bytes that obstore has taken.  If the comparison
-                after the upload must read the object, the number begins again at the first part,
-                and is that of the bytes that were compared.
+            progress: Called with a number of bytes and ``size``.  An upload in several parts
+                reports how many bytes obstore has taken.  If the comparison after the upload must
+                read the object, the comparison then reports how many bytes were compared, so the
+                number begins again at the first part.
             retry_seconds: For how long a request that sends content is repeated if it fails.
         """
         self._address = address
@@ -120,7 +120,7 @@ class Upload:
             progress=self._report,
             stopped=self._stopped,
         )
-        self._is_read_to_end = False  # whether the content was read up to its end
+        self._is_read_to_end = False  # if true, the store may have made the object
         self._has_begun = False
         self._may_remain = False
 
@@ -131,7 +131,7 @@ class Upload:
 
     @property
     def steps(self) -> int:
-        """Number of parts that were passed on or compared so far."""
+        """Number of parts that were passed to obstore or compared so far."""
         return self._steps
 
     @property
@@ -143,7 +143,7 @@ class Upload:
         return self._has_begun
 
     def stop(self) -> None:
-        """Make `run` end soon with `StoppedError`; see there what `run` removes from the store."""
+        """Make `run` end soon with `StoppedError`, which says what `run` removes from the store."""
         self._stopped.set()
 
     def run(self) -> Uploaded:
@@ -189,7 +189,9 @@ class Upload:
             UnusableError: The variables configure no usable store.
         """
         slow = replace(options, attempt_seconds=_MAX_PART_SECONDS)
-        # obstore repeats even a request that the store does not support, so it repeats only parts.
+        # obstore repeats the requests for parts.  A single request is repeated by `_call_store`
+        # instead, because obstore would also repeat a conditional put that the store does not
+        # support.
         seconds = self._retry_seconds if self._is_in_parts else 0.0
         return make_store(self._address, slow, retry_seconds=seconds, read_keys_again=True)
 
@@ -206,9 +208,9 @@ class Upload:
     def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        If the response of the store is lost, the request is repeated.  The store then reports that
-        the object exists, or that the upload does not exist any more, although the first request
-        has stored the object.
+        The store may have stored the object although its response was lost.  The request is then
+        repeated, and fails: the store reports that the object exists, or that the upload does not
+        exist any more.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
@@ -227,7 +229,7 @@ class Upload:
         except RemoteError as failure:
             if failure.errno == errno.ENOENT:
                 self._raise_with_parts(error)
-            msg = f"{error}; found no answer whether the object was stored nevertheless"
+            msg = f"{error}; the store did not answer whether it has the object nevertheless"
             raise RemoteError(msg, error.errno) from failure
 
     def _raise_with_parts(self, error: RemoteError | UsageError) -> NoReturn:

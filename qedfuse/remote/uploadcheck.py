@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StoppedError(Exception):
     """The upload was stopped.
 
-    What the upload has stored was removed, with two exceptions: the store did not answer, or the
+    The upload has removed what it had stored, except in two cases: the store did not answer, or the
     upload was complete before the stop and was allowed to replace an object.
     """
 
@@ -107,8 +107,8 @@ class UploadCheck:
         """Return the possible entity tags of S3 for the content: stored in parts, and stored whole.
 
         The tag for an object in parts is the MD5 checksum of the checksums of its parts, with the
-        number of parts.  Content of several parts is never stored whole, so the two results are
-        equal then.
+        number of parts.  For content of several parts both results are this tag, because such
+        content is never stored whole.
         """
         digests = b"".join(self._digests)
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"

@@ -1,8 +1,9 @@
 """Noticing during an upload that the store does not answer any more.
 
 obstore stores a part with one call, which reports nothing before it ends, and which may take many
-minutes on a slow line.  So a part that takes long does not show that the store has gone.  Instead
-the store is asked for the object whenever no part has begun for some time.
+minutes on a slow line.  So a part that takes long does not show that the store has gone.  If no
+part has begun for some time, a request for the object's metadata (HEAD) shows whether the store
+still answers.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ async def watch_store(
 ) -> NoReturn:
     """Raise RemoteError when a store has not answered for the total time of ``deadlines``.
 
-    While the upload makes progress, the store is not asked.  The beginning and the end of an outage
-    are logged.  A task that is cancelled does not wait for the answer to its last question.
+    While the upload makes progress, no request is sent.  The beginning and the end of an outage
+    are logged.  A task that is cancelled does not wait for the answer to its last request.
 
     Args:
         address: The address of the object that is stored.
-        options: How to connect, and the time limit of a question.
-        deadlines: After ``attempt_seconds`` without progress, the store is asked.  After
+        options: How to connect, and the time limit of a request.
+        deadlines: After ``attempt_seconds`` without progress, a request is sent.  After
             ``total_seconds`` without an answer, the call fails.
         position: Returns a number that changes when the upload makes progress.
     """
@@ -77,10 +78,10 @@ async def watch_store(
 
 
 def _ask(client: Client) -> str | None:
-    """Ask the store for the object; return the reason if it does not answer, None if it does.
+    """Request the object's metadata; return the reason if the store does not answer, else None.
 
     A failure that a retry may overcome, such as HTTP status 503 or 429, counts as no answer.  Any
-    other failure, such as a refusal, is an answer.
+    other failure, such as refused credentials, counts as an answer.
     """
     try:
         client.head()

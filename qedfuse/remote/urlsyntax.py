@@ -11,7 +11,8 @@ from urllib.parse import quote, unquote_to_bytes
 from qedfuse.errors import UsageError
 from qedfuse.text import printable
 
-# The expressions are compiled when first used: every mount loads this module, but few have URLs.
+# The expressions are compiled when first used: every mount loads this module, but few mounts have
+# URLs.
 _HOST: Final = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 _FORBIDDEN: Final = rb"[\x00-\x1f\x7f/\\]"
 _MAX_NAME_BYTES: Final = 4096
@@ -62,14 +63,14 @@ def parse_name(text: str, path: str) -> str:
     try:
         raw.decode()
     except UnicodeDecodeError:
-        raise invalid_url(text, "path", "bytes that are no UTF-8", "a name") from None
+        raise invalid_url(text, "path", "bytes that are not UTF-8", "a name") from None
     if len(raw) > _MAX_NAME_BYTES:
         raise invalid_url(text, "path", f"{len(raw)} bytes", f"at most {_MAX_NAME_BYTES}")
     return path
 
 
 def _segment(text: str, segment: str) -> str:
-    """Return one segment of a path, in which no character is escaped without need.
+    """Return one segment of a path, in which only characters that need it are escaped.
 
     Raises:
         UsageError: The segment is ``.`` or ``..``, or has an escaped slash, backslash or control
@@ -111,7 +112,7 @@ def invalid_url(text: str, field: str, found: str, expected: str) -> UsageError:
 def hide_secrets(text: str) -> str:
     """Return a URL, which need not be valid, for messages: without user, query and fragment."""
     # A password that is not escaped may contain any character, so the end of the password is
-    # unknown.  Therefore all of a URL with a user is hidden, except its scheme.  Some applications
-    # pass a secret in a fragment, because it is not sent to the server.
+    # unknown.  Therefore only the scheme of a URL with a user is shown.  A fragment is not sent to
+    # the server, so some applications pass a secret in it.
     shown = text.partition("://")[0] + "://..." if "@" in text else re.split("[?#]", text)[0]
     return printable(shown)

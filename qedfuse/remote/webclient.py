@@ -57,7 +57,7 @@ _MAX_REDIRECTS: Final = 5
 _MAX_SHOWN_CHARACTERS: Final = 300
 """How much of the target of a redirection is shown in a message."""
 _MAX_DRAINED_BYTES: Final = 1 << 16
-"""Maximum rest of a body that is read so that the connection can be used again."""
+"""If at most this many bytes of a body are left, they are read, and the connection is kept."""
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _RETRIED_STATUS: Final = (408, 409, 425, 429)
 """Statuses below 500 after which another attempt can succeed.  Swift answers 409 for an object
@@ -178,8 +178,8 @@ class WebClient:
     def _open(self, headers: dict[str, str]) -> Iterator[BaseHTTPResponse]:
         """Make a request and follow redirections; yield the response, whose body is not read yet.
 
-        At the end of the block, the connection is kept if little of the body is left, and closed
-        otherwise.
+        At the end of the caller's ``with`` block, the connection is kept if at most
+        `_MAX_DRAINED_BYTES` of the body are left, and closed if more are left.
         """
         end = time.monotonic() + self._options.attempt_seconds
         remembered = target = self._target
@@ -187,7 +187,7 @@ class WebClient:
             for _ in range(_MAX_REDIRECTS + 1):
                 with self._request(target, headers, end) as response:
                     if response.status not in _REDIRECTS:
-                        self._refuse(response, target)
+                        self._raise_for_status(response, target)
                         yield response
                         self._target = target
                         return
@@ -195,10 +195,10 @@ class WebClient:
         except BaseException as error:
             # After any failure, the next attempt follows the redirections from the beginning.
             self._target = self._address
-            # An error of the remembered target is not final, because the target may be a signed
-            # URL that has expired.
-            is_final = isinstance(error, (MissingError, UnusableError))
-            if is_final and target is remembered is not self._address:
+            # These two errors end all retries.  From the remembered target they become an error
+            # that permits a retry, because the target may be a signed URL that has expired.
+            is_permanent = isinstance(error, (MissingError, UnusableError))
+            if is_permanent and target is remembered is not self._address:
                 msg = f"{target.shown}: {str(error) or 'found no such object'}"
                 raise AttemptError(msg) from error
             raise
@@ -275,7 +275,7 @@ class WebClient:
         )
         raise UnusableError(msg)
 
-    def _refuse(self, response: BaseHTTPResponse, target: Address) -> None:
+    def _raise_for_status(self, response: BaseHTTPResponse, target: Address) -> None:
         """Raise the exception for the status of a response, unless the status is a success.
 
         Status 416 counts as a success: its header can have the size of an empty object.

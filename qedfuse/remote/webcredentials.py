@@ -1,7 +1,7 @@
 """Credentials for web servers: a user with a password, or a token, for one host.
 
 The credentials come only from a credentials file, and only the host that the file names gets them.
-So no URL in an image and no redirection can make the client send them to another server.
+So neither a URL in an image nor a redirection makes the client send them to another host.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class WebPools:
     def pool_for(self, target: Address) -> urllib3.PoolManager:
         """Return the pool for an address; each scheme and host has its own pool.
 
-        The pool connects through the proxy that the environment names for the scheme.  It connects
-        directly if the environment names none, if ``no_proxy`` excludes the host, or if the host is
-        this machine.
+        The pool connects through the proxy that the environment names for the scheme.  The pool
+        connects directly if the environment names no proxy, if ``no_proxy`` excludes the host, or
+        if the host is this machine.
 
         Raises:
             UnusableError: The URL of the proxy cannot be used.

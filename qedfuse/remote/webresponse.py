@@ -52,8 +52,8 @@ class TruncatedError(AttemptError):
 def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None:
     """Return the range in the header ``Content-Range``, and the size of the object.
 
-    The range is None if the header has only the size.  Returns None instead of both if the header
-    is missing or not valid.
+    If the header has only the size, the range is None.  If the header is missing or not valid, the
+    whole result is None.
     """
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if match is None:
@@ -98,7 +98,7 @@ def read_parts(
         TruncatedError: The body is shorter than the parts, or the connection broke off.
         AttemptError: The body is longer than the parts, or the header gives another length.
         OSError: A part did not arrive in time, or the connection failed in another way.
-        UnusableError: The body is encoded.
+        UnusableError: The body has a content encoding, such as gzip.
         TypeError: The response is not of a pool of `qedfuse.remote.deadline`.
     """
     encoding = response.headers.get("Content-Encoding", "identity")
@@ -150,8 +150,8 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
     """Read into ``view``; return how many bytes were read: 0 at the end of the body.
 
     Raises:
-        TruncatedError: The response breaks off; ``expected`` is the number of bytes for the
-            message.
+        TruncatedError: The response breaks off.  The message names ``expected``, the number of
+            bytes that the response should have.
         OSError: The connection failed in another way.
     """
     try:
@@ -205,7 +205,7 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
 
 
 def _time(response: BaseHTTPResponse, name: str) -> float | None:
-    """Return the time in the header ``name`` in seconds since 1970; None if there is none."""
+    """Return the time in the header ``name`` in seconds since 1970; None if missing or invalid."""
     with suppress(ValueError, TypeError, LookupError, ArithmeticError, OSError):
         moment: datetime = parsedate_to_datetime(response.headers.get(name, ""))
         if moment.tzinfo is None:  # the zone "-0000" means UTC

@@ -2,8 +2,8 @@
 
 `qedfuse.remote.unitfile` explains the units and the data file.  The kernel returns zeros for a hole
 without reading from the disk, and a failed write can leave a hole where the object has data.  So
-zeros from the data file are valid only in a block that was all zeros when its unit was fetched, or
-when the content of its unit was compared with the checksum.
+zeros from the data file are valid only in a block that is recorded as all zeros.  The record is
+made when a unit was fetched, or when its content was compared with the checksum.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class ZeroBlocks:
 
 def _zero_blocks(view: memoryview) -> Iterator[int]:
     """Yield the numbers of the blocks of ``view`` that are all zeros; the last may be shorter."""
-    firsts = bytes(view[::BLOCK_BYTES])
-    number = firsts.find(0)
+    first_bytes = bytes(view[::BLOCK_BYTES])  # of each block
+    number = first_bytes.find(0)
     while number >= 0:
         block = view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
         if block == _ZEROS[: len(block)]:
             yield number
-        number = firsts.find(0, number + 1)
+        number = first_bytes.find(0, number + 1)

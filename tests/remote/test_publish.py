@@ -599,7 +599,7 @@ def test_store_that_fails_before_the_comparison(
     text = failed(capsys, "--force", image, f"s3://golden/{key}", code=22)
     if lost:
         assert "HTTP error: lost" in text
-        assert text.endswith("; found no answer whether the object was stored nevertheless\n")
+        assert text.endswith("; the store did not answer whether it has the object nevertheless\n")
     else:
         assert text == (
             "qedimg: s3://golden/kept: found HTTP status 503 (attempts: 5); the object is stored, "

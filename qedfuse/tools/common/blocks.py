@@ -58,10 +58,10 @@ def classify(
     Args:
         content: A chunk of the disk.
         block_size: Bytes in a block.
-        min_zero_bytes: Minimum length in bytes of a run of zeros that does not count as data.
-            A run consists of blocks that hold only zeros.  A run at an end of the chunk may be
-            shorter.  0 makes all zeros count as data.  With a base all values except 0 mean the
-            same: no whole block of zeros counts as data.
+        min_zero_bytes: A run of blocks that hold only zeros counts as data if the run is shorter
+            than this number of bytes, unless the run touches an end of the chunk.  With 0, all
+            zeros count as data.  With a base, all values except 0 mean the same: no block of
+            zeros counts as data.
         base: Content of the base in the same range, as long as ``content``; None if there is
             no base.  Blocks that are equal in both are in neither mask.
     """
@@ -73,8 +73,8 @@ def classify(
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
             # A short run becomes data, unless the run touches an end of the chunk.  A run at an
-            # end may continue in the neighbouring chunk and be long enough there, so it stays
-            # zeros.
+            # end may continue in the neighbouring chunk, and be long enough together with that
+            # part, so the run stays zeros.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False

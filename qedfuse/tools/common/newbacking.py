@@ -1,7 +1,7 @@
 """Checks of a backing file before its name is written into an image.
 
-This module has no asynchronous functions and imports neither trio nor numpy, because loading
-them takes longer than creating an image.
+This module loads trio and numpy only for a backing file that is a URL, because loading them takes
+longer than creating an image.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class NewBase(NamedTuple):
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, or whose chain contains the image.
 
-    `chain_paths` follows the chain by the names in the headers.  Whether the files of the chain
-    can be used as backing files is not tested.
+    `chain_paths` follows the chain by the names in the headers.  The function does not test whether
+    the files of the chain can be used as backing files.
 
     Args:
         image: The file that will name the backing file; this file need not exist.
@@ -154,7 +154,8 @@ def _examined(
         return NewBase(header.image_size, "qed", versions)
     found = foreign_format(start)
     if found is not None and wanted is None:
-        # An overlay that shows the bytes of such an image unchanged is hardly what the user wants.
+        # With -F raw, the overlay would show the bytes of the foreign image unchanged.  The user
+        # hardly wants this, so the message names the other way first.
         msg = (
             f"{shown}: found a {found} image, expected a QED image (qedfuse -o overlay=FILE makes "
             "an overlay over other formats; -F raw shows the bytes of the image unchanged)"

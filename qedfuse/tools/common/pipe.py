@@ -144,10 +144,10 @@ async def open_stream(path: str, access: int) -> Stream:
 
 
 def _standard(access: int) -> Stream:
-    """Return standard input or output, with a new descriptor.
+    """Return standard input or output, as a stream with a new descriptor.
 
-    So closing the result does not close the standard descriptor.  The stream can be a pipe, a file
-    or a terminal.
+    Because the descriptor is new, closing the stream does not close the standard descriptor.  The
+    stream can be a pipe, a file or a terminal.
 
     Raises:
         OSError: The host refused.

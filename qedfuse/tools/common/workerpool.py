@@ -73,10 +73,10 @@ class WorkerPool(Generic[T]):
         raised as a group.
         """
         for first in items:
-            # The `for` statement takes the first item only to find out whether there is one.
-            # Without an item no thread is started.  This saves time, because callers call this
-            # method for each part of a disk, and many parts of a large disk have no items.  The
-            # threads process the first item and take all others, so this block runs at most once.
+            # This block runs at most once, because the threads take all items after the first one.
+            # The `for` statement only finds out whether there is an item: without one, no thread
+            # is started.  This saves time, because callers call this method for each part of a
+            # disk, and many parts of a large disk have no items.
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
@@ -95,6 +95,6 @@ class WorkerPool(Generic[T]):
             try:
                 worker(item, ticket)
             finally:
-                # A worker need not finish its ticket, above all if it raises.  If the ticket were
-                # not finished here, the workers of later items would wait for the ticket forever.
+                # A worker may return or raise without finishing its ticket.  Without this call,
+                # the workers of later items would then wait for the ticket forever.
                 ticket.finish()

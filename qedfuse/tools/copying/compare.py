@@ -43,10 +43,12 @@ class Comparison:
     Attributes:
         identical: Whether the content is equal, and with ``strict`` also the sizes and the
             allocation.
-        reason: What differs first.  ``size``: the sizes differ, so nothing else was compared;
-            only with ``strict``.  ``content``: the bytes at ``offset``.  ``allocation``: at
-            ``offset`` only one disk stores data, and before ``offset`` the content is equal;
-            only with ``strict``.  None if the disks are identical.
+        reason: What differs first; None if the disks are identical.
+
+            - ``content``: the bytes at ``offset`` differ.
+            - ``size``, only with ``strict``: the sizes differ, so nothing else was compared.
+            - ``allocation``, only with ``strict``: only one disk stores data at ``offset``, and
+              the content before ``offset`` is equal.
         offset: Guest offset in bytes of the first difference; None if the disks are identical
             or ``reason`` is ``size``.
         sizes: Sizes of the two disks in bytes.
@@ -133,8 +135,8 @@ class _Search:
 
     Attributes:
         lowest_difference: Guest offset of the lowest difference found so far; None for none.
-        progress_offset: Guest offset up to which the disks count as compared in reports of
-            progress: the start of the chunk that was begun last, or the end of the last batch.
+        progress_offset: Guest offset that is reported as progress: the start of the chunk that was
+            begun last, or the end of the last batch.
     """
 
     def __init__(self, one: Source, other: Source) -> None:

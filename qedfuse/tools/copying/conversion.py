@@ -154,9 +154,9 @@ class Conversion:
             overwrite: Whether to replace an existing file.
 
         Raises:
-            UsageError: The file exists and ``overwrite`` is False, or is not a regular file.  Or a
-                backing file is named for a format other than QED, the geometry is invalid or
-                too small for the disk, or a foreign format cannot be made or compared.
+            UsageError: The file exists, and ``overwrite`` is False or the file is not a regular
+                file.  Or a backing file is named for a format other than QED, the geometry is
+                invalid or too small for the disk, or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
             ImageInUseError: The old file is in use by another program.  Or ``overwrite`` is True,
                 and another file has taken the name of the new file during the copy.
@@ -283,8 +283,7 @@ class Conversion:
     def _refuse_too_small(self, size: int) -> None:
         """Raise UsageError if the source is larger than the target, which has ``size`` bytes.
 
-        Does nothing if the source is a stream, whose size is unknown.  But `convert` refuses a
-        stream as the source of an existing target.
+        A stream has no known size; `convert` has already refused a stream for an existing target.
         """
         if self._source_disk is not None and size < self._source_disk.size:
             expected = self._source_disk.size
@@ -295,7 +294,7 @@ class Conversion:
     async def _new_target(self, fd: int) -> AsyncIterator[tuple[Target, Source | None]]:
         """Yield the target for the empty file ``fd``, and the base of the target or None.
 
-        The base is open until the end of the block.
+        The base is open until the end of the caller's ``with`` block.
         """
         spec = self._spec
         if spec.format == "raw":
@@ -331,8 +330,7 @@ class Conversion:
     async def _verify(self, path: str) -> None:
         """Compare the copy with the source.
 
-        Does nothing if the source is a stream, which cannot be read again.  But `convert` refuses
-        to compare a stream.
+        A stream cannot be read again; `convert` has already refused to compare a stream.
 
         Args:
             path: Present path of the copy.  A new file does not have its final name yet.

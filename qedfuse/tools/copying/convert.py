@@ -52,7 +52,7 @@ async def convert(
             defaults.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
         into_existing: Write into an existing file, image or device.  Refused if the source is a
-            pipe.  Ignored if the target is a pipe and the source is not.
+            pipe.  For any other source, ignored if the target is a pipe.
         overwrite: Replace an existing file; ignored with ``into_existing``, and if the target
             is a pipe.
         compare: After the copy, read the source and the target and compare them.  A new file

@@ -72,15 +72,16 @@ class DiskCopy:
             base: The target's backing disk.  Only clusters that differ from the backing disk
                 are written.  None if the target has no backing disk.
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
-                data; 0 writes all zeros as data.  Only whole blocks (`block_size` of the target)
-                of zeros make a run, and a run at an end of a chunk may be shorter.  Zeros that
-                are in no chunk are never written as data.  With a base all values except 0 mean
-                the same: each cluster of zeros that differs from the base becomes a zero cluster.
-            write_behind: How the data of a parallel target is written back to the host's disk
-                during the copy.  ``wait``: always, and the copy waits for a slow disk.  The
-                wait costs no time if an fsync follows, because the fsync would wait for the
-                same data.  ``if fast``: as long as the disk keeps up.  ``off``: the kernel
-                decides.
+                data; 0 writes all zeros as data.  A run consists of whole blocks (`block_size` of
+                the target), and may be shorter at an end of a chunk.  Zeros that are in no chunk
+                are never written as data.  With a base all values except 0 mean the same: each
+                cluster of zeros that differs from the base becomes a zero cluster.
+            write_behind: When the data of a parallel target is written back to the host's disk.
+
+                - ``wait``: during the copy, which waits if the disk is slow.  The wait costs no
+                  time if an fsync follows, because the fsync would wait for the same data.
+                - ``if fast``: during the copy, as long as the disk keeps up.
+                - ``off``: when the kernel decides.
             progress: Called with the guest offset that the copy has reached, and the size of
                 the disk.
         """

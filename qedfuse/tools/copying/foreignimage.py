@@ -37,8 +37,8 @@ async def foreign_image(
 ) -> AsyncIterator[int]:
     """Yield the descriptor of an empty file, which the caller must fill with a raw disk.
 
-    At the end of the block qemu-img converts the raw file into the image.  If the block
-    raises, no image is made.  The raw file is removed in any case.
+    At the end of the caller's ``with`` block, qemu-img converts the raw file into the image.  If
+    the block raises, no image is made.  The raw file is removed in any case.
 
     Args:
         path: Final name of the image.
@@ -137,7 +137,7 @@ async def _try_options(
     with _host_errors(path, "cannot read a temporary directory"):
         made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
-        # The options are refused, because exactly one file can be moved to the final name.  For
+        # The options are refused, because only a single file can be moved to the final name.  For
         # example, qemu-img makes several files for a VMDK of several extents, and no file with
         # "-o help".
         options = printable(" ".join(words[1::2]))
@@ -159,7 +159,7 @@ def _qemu_sparse_size(sparse_size: int) -> int:
 
 @contextmanager
 def _host_errors(name: str, action: str) -> Iterator[None]:
-    """Turn an OSError in the ``with`` block into a HostError; ``name`` is not printable yet."""
+    """Turn an OSError in the ``with`` block into a HostError; ``name`` need not be printable."""
     try:
         yield
     except OSError as error:

@@ -85,7 +85,7 @@ def qed_target(
 
 @asynccontextmanager
 async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> AsyncIterator[Source]:
-    """Open the backing file of a new image as a source; close the source after the block.
+    """Open the backing file of a new image as a source for the caller's ``with`` block.
 
     Args:
         image: Path of the new image; the name of the backing file is relative to the directory

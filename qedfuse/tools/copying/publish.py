@@ -48,7 +48,8 @@ class Published:
     Attributes:
         url: The URL of the object.
         size: Length of the object in bytes.
-        version: The version of the object; empty if the store has none, or did not report it.
+        version: The version of the object; empty if the store keeps no versions, or did not report
+            the version.
         is_raw: Whether the object is a raw file and not an image.
     """
 
@@ -74,11 +75,14 @@ async def publish(
     object of this name while the last parts are being sent, that object is replaced even without
     ``overwrite``.
 
-    A failed or cancelled call leaves no object, with three exceptions.  If the store stops
-    answering, it may still have the object or parts of it; the message of the error says so.  A
-    cancelled call waits at most `_STOP_SECONDS` until what it has stored is removed; a warning is
-    logged if anything may be left.  With ``overwrite``, a call that is cancelled when the object is
-    complete leaves the object, because the replaced object cannot be restored.
+    A failed or cancelled call leaves no object, except in three cases:
+
+    - The store stops answering.  The message of the error says that the store may still have the
+      object or parts of it.
+    - The call is cancelled, and the removal of what it has stored takes more than `_STOP_SECONDS`.
+      A warning is logged if anything may be left.
+    - The call is cancelled with ``overwrite`` when the object is complete.  The object stays,
+      because the replaced object cannot be restored.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.
@@ -126,7 +130,7 @@ async def publish(
         lock = LockMode.to_read(share=options.force_share) if options.lock else None
         fd = open_locked(source, lock)
         stack.callback(os.close, fd)
-        file = _Source(fd, source)
+        file = _PublishedFile(fd, source)
         is_raw = not flatten and not _require_publishable(file)
         upload = Upload(
             *(address, file, file.size, connection),
@@ -139,7 +143,7 @@ async def publish(
         return Published(address.url, uploaded.size, uploaded.version, is_raw)
 
 
-class _Source:
+class _PublishedFile:
     """The file that is published, which must not change during the upload."""
 
     def __init__(self, fd: int, path: str) -> None:
@@ -194,7 +198,7 @@ def _address_in_store(url: str) -> Address:
     return address
 
 
-def _require_publishable(file: _Source) -> bool:
+def _require_publishable(file: _PublishedFile) -> bool:
     """Refuse an image that other machines could not use; return whether the file is an image.
 
     Raises:
@@ -230,8 +234,8 @@ async def _run(
 ) -> Uploaded:
     """Run an upload in a thread; return its result.
 
-    If the task is cancelled, and the upload has sent anything, `_wait_removed` waits until the
-    upload has removed what it has stored, but for a limited time.
+    If the task is cancelled after the upload has begun, this function waits until the upload has
+    removed what it has stored, for at most `_STOP_SECONDS`.
 
     ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
     answer, so this function raises the error without waiting for the thread.
@@ -280,8 +284,9 @@ async def _run(
         nursery.cancel_scope.cancel()
     if outcome is None:
         # `_cancel_in_outage` has cancelled the nursery, and the end of the nursery has absorbed
-        # that cancellation.  A cancellation from outside would have left this function above, and
-        # without a cancellation the upload has a result or an error.
+        # that cancellation.  There is no other way to this line: a cancellation from outside
+        # leaves this function with an exception, and without a cancellation the upload has a
+        # result or an error.
         msg = f"{outages[0]}{MAY_REMAIN if upload.has_begun else ''}"
         raise RemoteError(msg) from outages[0]
     if isinstance(outcome, Exception):

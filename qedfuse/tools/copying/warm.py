@@ -103,7 +103,7 @@ async def warm(
             item.units.add_tables()
         _require_within_limit(url, files, options.remote.cache_bytes)
         for item in files:
-            await item.fill(lambda _: None)
+            await item.fill(lambda _: None)  # only the tables, from which `add_data` finds the data
             await item.units.add_data()
         _require_within_limit(url, files, options.remote.cache_bytes)
         total = sum(item.units.total_bytes for item in files)

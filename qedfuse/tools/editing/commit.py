@@ -6,9 +6,9 @@ moment:
 1. The base grows if the overlay is larger.  The added range of the base reads as zeros.  Before
    the base grew, the overlay read as zeros past the end of the base wherever it stored nothing.  So
    the overlay still reads the same.
-2. The overlay's data is written into the base.  The base changes only where the overlay stores a
-   range itself, and such a range is not read from the base.  So the overlay reads the same,
-   whether none, some or all of the data is written.
+2. The overlay's data is written into the base.  The base changes only in ranges that the overlay
+   stores itself, and the overlay does not read these ranges from the base.  So the overlay reads
+   the same, whether none, some or all of the data is written.
 3. The base is made durable.  From now on the base reads the same as the overlay wherever the
    overlay stores anything.
 4. After step 3 the overlay's entries become unallocated, unless the overlay is kept.  Each entry
@@ -92,15 +92,14 @@ async def commit(
 
     Args:
         path: The overlay.
-        base: A file of the chain below the overlay.  The data of all images over the file is
-            written into the file.  The overlay then keeps its data whatever ``keep`` is, because an
-            empty overlay would show the old data of images between the overlay and the file.  None
-            for the overlay's own base.
+        base: A file of the chain below the overlay, into which the data of all images over it is
+            written.  The overlay then always keeps its data, because an empty overlay would show
+            the old data of images between the overlay and the file.  None for the overlay's own
+            base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.
-        progress: Called with the work done and the whole work, in the same unit, which has no
-            meaning for the caller.
+        progress: Called with the work done and the whole work, in the same unspecified unit.
 
     Raises:
         UsageError: The overlay or the base is a URL, or the base is an image that QEMU serves.
@@ -175,7 +174,7 @@ async def _commit(
             await base.grow(source.size)
         copied, zero = await _copy(source, base, progress)
         await base.flush()
-        await base.tidy()
+        await base.autocompact()
         if empty is not None:
             await empty()
         return CommitResult(

@@ -77,7 +77,7 @@ class Base(Protocol):
     async def flush(self) -> None:
         """Make all earlier changes durable."""
 
-    async def tidy(self) -> None:
+    async def autocompact(self) -> None:
         """Compact the file of a QED base as far as the options allow.
 
         The highest clusters are moved into free clusters, and the file is shortened.  Does
@@ -112,7 +112,7 @@ class _QedBase:
     async def flush(self) -> None:
         await self._disk.flush()
 
-    async def tidy(self) -> None:
+    async def autocompact(self) -> None:
         await self._disk.autocompact()
 
 
@@ -146,7 +146,7 @@ class _RawBase:
     async def flush(self) -> None:
         await self._file.datasync()
 
-    async def tidy(self) -> None:
+    async def autocompact(self) -> None:
         pass
 
 
@@ -181,7 +181,7 @@ async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
 
 @asynccontextmanager
 async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[Base]:
-    """Open a base for writing; close the base at the end of the block.
+    """Open a base for writing; close the base at the end of the caller's ``with`` block.
 
     Args:
         base_file: The base.

@@ -143,7 +143,7 @@ async def open_upper_images(
     """Open all images over a base read-only; yield the images and a description of the base's file.
 
     The images are locked if ``options.lock`` is set.  The base and the images below the base are
-    opened to find the base, and closed before the block begins.
+    opened to find the base, and closed before the caller's ``with`` block begins.
 
     Args:
         path: The image at the top of the chain.

@@ -39,7 +39,7 @@ class CreateResult:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: The name of the backing file, as stored; None if the image has none.
-        backing_format: Format of the backing file; meaningless if the image has none.
+        backing_format: Format of the backing file; meaningless if the image has no backing file.
     """
 
     path: str
@@ -83,7 +83,7 @@ def create(
         overwrite: Replace an existing file, unless that file is in use as an image.
         fill: Called with the temporary path of the image, before the image gets its name.  If
             ``fill`` raises an error, no image is created.
-        url_base: What `examine_url` has found out about the backing file, if it is a URL.
+        url_base: The result of `examine_url` if the backing file is a URL, else None.
 
     Raises:
         UsageError: A size, the geometry or the backing file name is invalid, a size or format
@@ -93,9 +93,9 @@ def create(
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
             file has taken the name of the image during the call.
-        HostError: The host refused, or is full.  The call leaves no new file, with two exceptions:
-            the complete image if only making its name durable has failed, and possibly an empty
-            file on a file system without hard links.
+        HostError: The host refused, or is full.  The call leaves no new file, except in two cases.
+            If only making the name durable has failed, the complete image is left.  On a file
+            system without hard links, an empty file may be left.
     """
     require_local(path)
     if backing == "":

@@ -18,10 +18,10 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     An image that has a valid list keeps this list, and nothing is punched.
 
-    No list is written if the image has no free cluster, or if the list would be too long.  Programs
-    without support for free lists can then still open the image.  Once an image has a list, each
-    writable mount with default options that has changed the tables writes a new list, if possible,
-    when it closes the image.
+    No list is written if the image has no free cluster, or if the list would be too long.  Without
+    a list, programs that do not support free lists can still open the image.  Once an image has a
+    list, each writable mount with default options renews the list: if the mount has changed the
+    tables, it writes a new list, if possible, when it closes the image.
 
     Args:
         path: The image.
@@ -29,8 +29,8 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
             the defaults.
 
     Returns:
-        The description of the list that the image has now; ``present`` is False if it has
-        none.
+        The description of the list that the image has now; ``present`` is False if the image has
+        no list.
 
     Raises:
         UsageError: The sector for the descriptor of the list already holds the backing file name or

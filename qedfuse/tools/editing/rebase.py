@@ -151,16 +151,18 @@ async def _new_chain(
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
     header = replace(disk.header, features=features, backing_filename_size=len(backing))
     base = backing_path(disk.path, backing, options.backing.working_directory)
-    # The policy in the options states the format of the present bases, so this format is replaced.
-    # The format of a policy applies to every base of a chain.  So the new policy names the new
-    # base's format only if the format is one that only QEMU reads: a base of such a format is the
-    # last one of the chain.  The format raw is stated in the header above.  Without a stated
-    # format, and for QED, the first bytes of the new base decide.
+    # A format in a policy applies to every base of a chain.  The format in the caller's policy is
+    # that of the present bases, so it is replaced.  There are three cases for the new base:
+    # - For raw, the header above states the format.
+    # - For QED, and without a format, the first bytes of the base decide.
+    # - A format that only QEMU reads is stated in the new policy.  A base of such a format is the
+    #   last one of its chain, so the policy applies to no other base.
     stated = None if backing_format in (None, "raw", "qed") else backing_format
     policy = replace(options.backing, trusted=base, format=stated)
     with open_image_file(disk.path, None) as image:
-        # `image` lets `open_bases` detect a loop before locking the image as a base.  The lock as a
-        # base would conflict with the lock of the open disk, and the message would be "in use".
+        # `image` lets `open_bases` detect a loop before it locks the image a second time, as a
+        # base.  The second lock would conflict with the lock of the open disk, and the message
+        # would be "in use" instead of a message about the loop.
         bases = await open_bases(
             disk.path,
             image,

@@ -89,9 +89,9 @@ class RebaseCopy:
         ``start`` must not decrease.  Bad table entries count as data.
 
         If no data follows in any base, the result is the size of the disk, rounded down to whole
-        clusters, or ``start``, whichever is larger.  So the caller compares a partial last cluster
-        even if the cluster holds no data.  If a base is longer than the disk, the result may lie
-        past the end of the disk.
+        clusters, but at least ``start``.  So a partial last cluster counts as data, and the caller
+        compares the cluster.  If a base is longer than the disk, the result may lie past the end
+        of the disk.
 
         Raises:
             HostError: The host cannot read a table or a base.

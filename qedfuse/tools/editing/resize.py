@@ -56,16 +56,16 @@ async def resize(
         force: Allow the loss of data past the new end of a disk that shrinks, and of data that
             another program left past the old end of a disk that grows.
         options: How to open the image; ``writable`` is always set.  None for the defaults.
-        progress: Called with the work done and the whole work of shrinking, in the same unit, which
-            has no meaning for the caller; not called when the disk grows.
+        progress: Called with the work done and the whole work of shrinking, in the same unspecified
+            unit; not called when the disk grows.
 
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can
             address.  Or the disk would become smaller without ``shrink``, or lose data
             without ``force``; a bad table entry counts as data.
-        CorruptImageError: A table entry for the removed range, with ``force``, or for the added
-            range is bad, or a check found damage.  Or the disk would grow over data past its old
-            end without ``force``.
+        CorruptImageError: A table entry for the added range is bad; or, with ``force``, a table
+            entry for the removed range.  Or a check found damage.  Or the disk would grow over data
+            past its old end without ``force``.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:
