@@ -104,8 +104,8 @@ class DiskFile(io.RawIOBase):
     failure of this event loop, reads, writes and `truncate` raise `RuntimeError`.  So does
     `flush` with ``r+b``.  `close` raises the cause of the failure.
 
-    If the program does not close a file, the file is closed when it is garbage collected or
-    when the program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
+    A file that the program does not close is closed when it is garbage collected or when the
+    program ends, with a `ResourceWarning`.  Errors of such a close are only logged.
 
     Attributes:
         name: The path or URL of the image, as given to `open`; always a ``str``.

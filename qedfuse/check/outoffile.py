@@ -93,11 +93,10 @@ class OutOfFileEntries:
                 therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
-        # If several L1 entries point to the same table, at most one keeps the table, and for the
-        # others the table moves.  If an L2 entry of the table points past the end of the file, data
-        # is lost in the range of each of these L1 entries.  All these losses must be recorded
-        # before the L2 entry is cleared.  So the tables that move are read before any entry is
-        # cleared.
+        # If several L1 entries point to the same table, at most one keeps the table, and the others
+        # get copies.  If an L2 entry of the table points past the end of the file, data is lost in
+        # the range of each of these L1 entries.  All these losses must be recorded before the L2
+        # entry is cleared.  So the tables that move are read before any entry is cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes

@@ -16,8 +16,8 @@ What is done for each kind of damage, and why:
   data is reported, because the entry of the data may be the wrong one.
 - A table that the end of the file cuts short keeps the entries that are in the file.  A data
   cluster that is cut short is completed with zeros.
-- An entry that points outside the file, is unaligned, has reserved bits, or points to the header or
-  the L1 table is cleared, because it refers to no data of the guest.
+- An entry is cleared if it points outside the file, is unaligned, has reserved bits, or points to
+  the header or the L1 table.  Such an entry refers to no data of the guest.
 - In an overlay, a lost L2 entry becomes a zero cluster, and a lost L1 entry gets a new table of
   zero clusters.  If these entries became unallocated, the guest would read old data of the backing
   file as if it were valid.

@@ -224,7 +224,7 @@ class Rewriter:
 
 
 class DryRunRewriter(Rewriter):
-    """Writes nothing, but counts what a repair would write, and reports what it would change.
+    """Writes nothing; counts what a repair would write, and passes each change to a function.
 
     Attributes:
         written: Approximate number of bytes that would have been written so far, without the holes
@@ -234,7 +234,7 @@ class DryRunRewriter(Rewriter):
     changes_file = False
 
     def __init__(self, file: HostFile, header: Header, save: Save | None = None) -> None:
-        """Prepare; ``save`` is called for each change inside the present file.
+        """Prepare; ``save``, if given, is called for each change inside the present file.
 
         Raises:
             NoSpaceError: The file, rounded up to a whole cluster, would be too long.

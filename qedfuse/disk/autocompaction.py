@@ -101,8 +101,8 @@ class AutoCompaction:
         return (
             # With ``discard`` False, the user wants clusters to stay where they are.
             components.options.discard
-            # If the image keeps a free list, the next open reads the free clusters from the
-            # list and uses them again, so they need not be filled or cut off.
+            # If the image keeps a free list, the disk can use the listed free clusters again
+            # after the next open.  So the close need not fill them or cut them off.
             and not components.persistent_free_list.wanted
             # Reading an image must not rewrite it, however many clusters are leaked in it.
             and components.writeback.has_changed_tables

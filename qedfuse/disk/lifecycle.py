@@ -149,11 +149,11 @@ class Lifecycle:
         """Cut off and punch out all free clusters that are known.
 
         Before the scan has ended, no cluster leaves the quarantine (`Reclaim.run`), and not all
-        free clusters are known.  So this method runs the scan, or waits for its end, if clusters
-        are in quarantine, or if a free list is wanted and cannot be written without the scan.  In
-        other cases, for example if the disk was not changed, the close does not wait for the scan.
-        But if the scan has ended, the free clusters that it found are cut off and punched even if
-        the disk was not changed.
+        free clusters are known.  This method runs the scan, or waits for its end, in two cases:
+        clusters are in quarantine, or a free list is wanted and cannot be written without the scan.
+        In other cases, for example if the disk was not changed, the close does not wait for the
+        scan.  But if the scan has ended already, the free clusters that it found are cut off and
+        punched, even if the disk was not changed.
 
         Raises:
             HostError: The host refused.

@@ -84,7 +84,7 @@ def mount(arguments: Arguments) -> int:
 
         def session() -> int:
             # This import loads numpy, so it must follow the assignment above.  It must also follow
-            # the fork, because a thread of numpy would not survive the fork.
+            # the fork, because a thread that a library of numpy starts would not survive the fork.
             from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
             log_uncaught()

@@ -28,7 +28,7 @@ def size(text: str) -> int:
 
 
 def add_qed_format(parser: argparse.ArgumentParser) -> None:
-    """Declare ``-f qed``, which changes nothing; scripts that were written for qemu-img give it."""
+    """Declare ``-f qed``, which has no effect, for scripts that were written for qemu-img."""
     parser.add_argument("-f", dest="format", choices=("qed",), help="the only supported format")
 
 

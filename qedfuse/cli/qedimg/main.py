@@ -86,8 +86,8 @@ _PACKAGE: Final = "qedfuse.cli.qedimg"
 class Command(Protocol):
     """The module of a subcommand.
 
-    The module can also define ``EXIT_CODES``, used in place of `EXIT_CODES` of this module, and
-    ``FAILED``, used in place of 1 as the exit code for a failure that has no code of its own.
+    The module can also define ``EXIT_CODES``, which replaces `EXIT_CODES` of this module, and
+    ``FAILED``, the exit code for a failure that has no code of its own (by default 1).
     """
 
     DESCRIPTION: str

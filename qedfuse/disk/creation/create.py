@@ -64,10 +64,10 @@ async def create_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
-        HostError: The host refused.  If the last step fails, which makes the final name durable,
-            the new file keeps that name.  After any other failure an existing file is unchanged,
-            and no new file is left behind; but a file system without hard links may keep an empty
-            file (`NewFile`).
+        HostError: The host refused.  If the new file had its final name already, for example
+            because only making the name durable failed, the file keeps that name.  Otherwise an
+            existing file is unchanged, and no new file is left behind; but a file system without
+            hard links may keep an empty file (`NewFile`).
     """
     import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
 
@@ -109,10 +109,10 @@ def make_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
-        HostError: The host refused, or its file system is full.  If the last step fails, which
-            makes the final name durable, the new file keeps that name.  After any other failure an
-            existing file is unchanged, and no new file is left behind; but a file system without
-            hard links may keep an empty file (`NewFile`).
+        HostError: The host refused, or its file system is full.  If the new file had its final name
+            already, for example because only making the name durable failed, the file keeps that
+            name.  Otherwise an existing file is unchanged, and no new file is left behind; but a
+            file system without hard links may keep an empty file (`NewFile`).
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:

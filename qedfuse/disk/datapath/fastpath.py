@@ -77,7 +77,7 @@ class FastPath:
             self._buffer,
         )
         self._bits = layer.geometry.cluster_bits
-        self._size = layer.geometry.cluster_size
+        self._cluster_size = layer.geometry.cluster_size
         self._cluster_mask = layer.geometry.cluster_mask
         self._slice_bits = layer.tables.slice_entries.bit_length() - 1
         self._slice_mask = layer.tables.slice_entries - 1
@@ -216,7 +216,7 @@ class FastPath:
         clusters.
         """
         value = entries[first]
-        size = self._size if value > ZERO else 0
+        size = self._cluster_size if value > ZERO else 0
         for at in range(first + 1, last + 1):
             value += size
             if entries[at] != value:
@@ -233,8 +233,8 @@ class FastPath:
             return None
         first, last = start >> self._bits, (end - 1) >> self._bits
         slice_ = self._layer.cached_slice(first >> self._slice_bits)
-        apart = (first ^ last) >> self._slice_bits
-        if slice_ is None or slice_.bad is not None or apart:
+        crosses_slices = (first ^ last) >> self._slice_bits
+        if slice_ is None or slice_.bad is not None or crosses_slices:
             return None
         runs = self._runs(slice_.entries, start, end)
         if runs is None:
