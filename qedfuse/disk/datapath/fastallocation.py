@@ -158,14 +158,14 @@ class FastAllocation:
             base_bytes if self._files[depth].try_read(offset, self._buffer[:base_bytes]) else None
         )
 
-    def _fill(self, run: Run, data_offset: int, data: Buffer, base_bytes: int) -> bool:
+    def _fill(self, run: Run, offset_in_run: int, data: Buffer, base_bytes: int) -> bool:
         """Fill a run with ``data`` and the bytes around it; False if that would block or fails.
 
         If it returns False, the content of the run is undefined.
 
         Args:
             run: The run of new clusters.
-            data_offset: Offset in bytes of ``data`` within the run.
+            offset_in_run: Offset in bytes of ``data`` within the run.
             data: The guest's data.
             base_bytes: How many bytes at the beginning of the buffer are data of the base.  The
                 run gets these bytes, followed by zeros up to its end, and ``data`` over both.
@@ -174,13 +174,13 @@ class FastAllocation:
         if len(data) == run.length:
             return write(run.offset, data)
         if run.never_written and not base_bytes:
-            if not write(run.offset + data_offset, data):
+            if not write(run.offset + offset_in_run, data):
                 return False
-            self._zero_fill.fill_rest(run, data_offset, len(data))
+            self._zero_fill.fill_rest(run, offset_in_run, len(data))
             return True
         if run.length > len(self._buffer):
             return False
         whole = self._buffer[: run.length]
         whole[base_bytes:] = bytes(run.length - base_bytes)
-        whole[data_offset : data_offset + len(data)] = data
+        whole[offset_in_run : offset_in_run + len(data)] = data
         return write(run.offset, whole)
