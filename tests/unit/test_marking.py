@@ -80,7 +80,31 @@ def test_two_drops_of_one_cluster_are_two_owners(marking: Marking) -> None:
     """Neither of them may have been marked."""
     marking.record_drop(5, 1, TABLE)
     marking.record_drop(5, 1, NEXT_TABLE)
-    assert marking.duplicates >= 1
+    assert marking.duplicates == 1
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 2])
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+@pytest.mark.parametrize("marked", range(4))
+def test_each_reference_beyond_the_first_counts_once(
+    marking: Marking, marked: int, dropped: int, restarts: int
+) -> None:
+    """Three references to a cluster are two duplicates, however they are found.
+
+    The first ``marked`` slices are marked before the first ``dropped`` references are dropped; the
+    walk then goes on, or begins again.
+    """
+    slices = [4096 * (number + 1) for number in range(3)]
+    for offset in slices[:marked]:
+        marking.mark(offset, refer_to(5))
+    for offset in slices[:dropped]:
+        marking.record_drop(5, 1, offset)
+    for _ in range(restarts):
+        marking.restart()
+    for number, offset in enumerate(slices):
+        if restarts or number >= marked:
+            marking.mark(offset, refer_to(5) if number >= dropped else refer_to())
+    assert marking.duplicates == 2
 
 
 def test_a_restart_counts_no_duplicate_twice(marking: Marking) -> None:

@@ -50,10 +50,11 @@ class Marking:
         # How many references since `restart` have led `mark` or `record_drop` to a cluster that was
         # marked already.
         self._marked_duplicates = 0
-        # How often a cluster has lost a reference after it had lost another one since `begin`.  A
-        # walk that is restarted does not find these references, so `restart` does not reset the
-        # number.
+        # How often a cluster has lost a reference after it had lost another one since `begin`.
         self._dropped_twice = 0
+        # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
+        # references any more.  It does find, or `record_drop` counts, those that are dropped later.
+        self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
         self._marked_up_to = _BEFORE_FIRST_SLICE
@@ -64,7 +65,7 @@ class Marking:
     @property
     def duplicates(self) -> int:
         """How many references were found whose cluster had another owner."""
-        return self._marked_duplicates + self._dropped_twice
+        return self._marked_duplicates + self._dropped_twice_before_walk
 
     def begin(self, clusters: int) -> None:
         """Start recording changes of a file that has ``clusters`` clusters."""
@@ -83,6 +84,7 @@ class Marking:
         """
         self.owners = OwnerBitmap(self._clusters, self._name)
         self._marked_duplicates = 0
+        self._dropped_twice_before_walk = self._dropped_twice
         self._marked_up_to = _BEFORE_FIRST_SLICE
         self._limit_error = None
         for first, count in self._dropped.runs():
@@ -125,8 +127,10 @@ class Marking:
         ``dropped_by`` is the file offset of the slice that held the references.  If the scan
         has not reached that slice yet, it will not find the dropped references there.  So this
         method marks the clusters instead.  If another reference has caused a cluster to be marked
-        before, the cluster has two owners, and counts as a duplicate.  A cluster that had already
-        lost another reference since `begin` also counts as a duplicate.
+        before, the cluster has two owners, and counts as a duplicate.  If the scan has reached the
+        slice, `mark` has counted the references already.  `restart` forgets what both have counted,
+        so this method also counts, for the walks after the next `restart`, the clusters that had
+        already lost another reference since `begin`.
 
         The caller has changed the table already and must be able to finish its change.  So if the
         clusters exceed the limit of `OwnerBitmap.claim_range`, this method raises no error;
