@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import pytest
 import trio
 
+from qedfuse.disk.creation.create import create_image
 from qedfuse.disk.lookup.extents import Extent, Kind
 from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import HostError, ImageError, ImageInUseError, UsageError
 from qedfuse.tools.source import extentbatches
-from qedfuse.tools.source.chunks import Chunk, Chunker
+from qedfuse.tools.source.chunks import Chunk, Chunker, read_segments
 from qedfuse.tools.source.extentbatches import ExtentBatch, extent_batches
 from qedfuse.tools.source.source import open_source
+from qedfuse.tools.source.sourcebytes import read_bytes
 from tests.support import chains, qemu
 from tests.support.devices import loop_device
 from tests.support.share import share
@@ -69,6 +73,34 @@ def test_extents_match_the_content(seed: int, tmp_path: Path) -> None:
             assert buffer == wanted
         else:
             assert not any(wanted)
+
+    trio.run(work)
+
+
+def test_a_short_read_names_the_file_that_has_the_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a base becomes shorter, the message has the name of the base: the offset is one of it."""
+    base, top = tmp_path / "base.raw", tmp_path / "top.qed"
+    base.write_bytes(bytes(8192) + b"data" * 1024)
+    expected = r"base\.raw: data at 8192: found 100 bytes, expected 4096$"
+
+    async def work() -> None:
+        await create_image(str(top), 12288, backing=str(base), backing_is_raw=True)
+        async with open_source(str(top), "auto", ANY) as source:
+            batch = ExtentBatch(0, source.size, await source.extents(0, source.size), [])
+            os.truncate(base, 8192 + 100)
+            (chunk,) = Chunker(source, 4096, 1 << 20).chunks(batch)
+            with pytest.raises(HostError, match=expected):
+                read_segments(np.empty(chunk.length, np.uint8), chunk.segments)
+
+            # The base becomes shorter after the lookup.
+            async def extents(_start: int, _length: int) -> list[Extent]:
+                return batch.extents[-1:]
+
+            monkeypatch.setattr(source, "extents", extents)
+            with pytest.raises(HostError, match=expected):
+                await read_bytes(source, 8192, 4096)
 
     trio.run(work)
 

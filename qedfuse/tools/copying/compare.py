@@ -86,7 +86,7 @@ async def compare(
     # `extent_batches` ends where its first disk ends.  So the longer disk is passed first, and
     # the part of it past the end of the shorter disk is compared as well.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
-    search = _Search(longer, shorter)
+    search = _Search()
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])
     chunker = Chunker(longer, _BLOCK_BYTES, _COMPARE_CHUNK_BYTES, base=shorter)
     report_progress = (lambda: progress(search.progress_offset, longer.size)) if progress else None
@@ -139,9 +139,8 @@ class _Search:
             begun last, or the end of the last batch.
     """
 
-    def __init__(self, one: Source, other: Source) -> None:
-        """Prepare a search in two disks."""
-        self._names = one.name, other.name
+    def __init__(self) -> None:
+        """Prepare a search that has found nothing yet."""
         self._lock = threading.Lock()
         self.lowest_difference: int | None = None
         self.progress_offset = 0
@@ -165,8 +164,8 @@ class _Search:
 
         def compare_chunk(chunk: Chunk, _ticket: Ticket) -> None:
             one, other = (buffer[: chunk.length] for buffer in buffers)
-            read_segments(one, chunk.segments, self._names[0])
-            read_segments(other, chunk.base_segments, self._names[1])
+            read_segments(one, chunk.segments)
+            read_segments(other, chunk.base_segments)
             equal = equal_blocks(one, other, _BLOCK_BYTES)
             if equal.all():
                 return

@@ -228,9 +228,9 @@ class DiskCopy:
             to write as zeros, because the base has other content there.
         """
         block_size = self._target.block_size
-        read_segments(content, chunk.segments, self._source.name)
+        read_segments(content, chunk.segments)
         if self._base is None:
             return classify(content, block_size, self._sparse_size)
         base_content = base_content[: chunk.length]
-        read_segments(base_content, chunk.base_segments, self._base.name)
+        read_segments(base_content, chunk.base_segments)
         return classify(content, block_size, self._sparse_size, base_content)

@@ -215,13 +215,12 @@ class _SegmentCursor:
         return tuple(result)
 
 
-def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None:
+def read_segments(buffer: Bytes, segments: Sequence[Segment]) -> None:
     """Fill a buffer with the segments of a chunk, and with zeros elsewhere; blocks the thread.
 
     Args:
         buffer: Buffer for the chunk, as long as the chunk.
         segments: The segments of the chunk in ascending order.
-        name: Name of the disk in messages.
 
     Raises:
         HostError: The host refused, or a file ends before the end of a segment.
@@ -232,11 +231,11 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment], name: str) -> None
         if segment.at > at:
             buffer[at : segment.at] = 0
         at = segment.at + segment.length
-        _read(view[segment.at : at], segment, name)
+        _read(view[segment.at : at], segment)
     buffer[at:] = 0
 
 
-def _read(view: memoryview, segment: Segment, name: str) -> None:
+def _read(view: memoryview, segment: Segment) -> None:
     """Read one whole segment into ``view``, which is as long as the segment.
 
     Raises:
@@ -244,5 +243,9 @@ def _read(view: memoryview, segment: Segment, name: str) -> None:
     """
     done = segment.file.read_blocking(segment.offset, view)
     if done < segment.length:
-        msg = f"{name}: data at {segment.offset}: found {done} bytes, expected {segment.length}"
+        # The offset is one of this file, which may be a base: the disk's name would not fit it.
+        msg = (
+            f"{segment.file.name}: data at {segment.offset}: found {done} bytes, "
+            f"expected {segment.length}"
+        )
         raise HostError(msg)

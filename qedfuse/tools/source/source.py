@@ -43,6 +43,10 @@ class BlockingReader(Protocol):
     def identity(self) -> FileIdentity:
         """What distinguishes the file from all others; see `ReadableFile`."""
 
+    @property
+    def name(self) -> str:
+        """The file's name in messages, as printable text."""
+
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from a file offset; return how many bytes were read.
 

@@ -32,19 +32,19 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
                 raise CorruptImageError(extent.reason)
             if extent.kind is Kind.DATA:
                 view = memoryview(result)[extent.start - start : extent.end - start]
-                reader = files[extent.depth]
-                await trio.to_thread.run_sync(_read, source, reader, extent.file_offset, view)
+                file = files[extent.depth]
+                await trio.to_thread.run_sync(_read, file, extent.file_offset, view)
             at = extent.end
     return bytes(result)
 
 
-def _read(source: Source, reader: BlockingReader, offset: int, view: memoryview) -> None:
-    """Fill ``view`` from the file offset ``offset``; the call blocks.
+def _read(file: BlockingReader, offset: int, view: memoryview) -> None:
+    """Fill ``view`` from a file offset of ``file``; the call blocks.
 
     Raises:
         HostError: The file cannot be read, or ends too early.
     """
-    found = reader.read_blocking(offset, view)
+    found = file.read_blocking(offset, view)
     if found < len(view):
-        msg = f"{source.name}: found {found} bytes of data at file offset {offset}, expected "
-        raise HostError(msg + str(len(view)))
+        msg = f"{file.name}: data at {offset}: found {found} bytes, expected {len(view)}"
+        raise HostError(msg)
