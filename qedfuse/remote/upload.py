@@ -34,7 +34,7 @@ _MIN_PART_BYTES: Final = 8 << 20
 _LONG_PART_BYTES: Final = 64 << 20
 """Parts get longer than this only if `_MAX_PARTS` of this length do not suffice."""
 _MAX_PARTS_EVERYWHERE: Final = 1_000
-"""Maximum number of parts that every store accepts: the limit of Swift.  Most stores accept
+"""Maximum number of parts that every store accepts.  Swift has this limit; most stores accept
 `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _MAX_PARALLEL_PARTS: Final = 4

@@ -23,8 +23,8 @@ _PROGRESS_INTERVAL_SECONDS: Final = 0.1
 async def background_tasks() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that raises a single error without an exception group.
 
-    The end of the block waits for the tasks.  If they do not end by themselves, the caller must
-    cancel the nursery's ``cancel_scope``.
+    The end of the ``async with`` block waits for the tasks.  If they do not end by themselves, the
+    caller must cancel the nursery's ``cancel_scope``.
 
     trio wraps every error that leaves a nursery in an exception group, because several tasks
     may fail concurrently.  Callers of a function that uses a nursery internally do not expect
@@ -42,10 +42,10 @@ async def background_tasks() -> AsyncIterator[trio.Nursery]:
 
 @asynccontextmanager
 async def periodic_progress(progress: Callable[[], None] | None) -> AsyncIterator[None]:
-    """Call ``progress`` every 0.1 seconds while the block runs, and once after its success.
+    """Call ``progress`` every 0.1 seconds during the ``async with`` block, and once after success.
 
-    The function serves operations that do not report their progress themselves.  If ``progress``
-    is None, nothing is called.
+    This is for operations that do not report their progress themselves.  If ``progress`` is None,
+    nothing is called.
     """
     if progress is None:
         yield

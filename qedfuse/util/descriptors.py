@@ -28,8 +28,8 @@ def open_descriptors() -> set[int]:
         raise proc_missing() from error
     found = set()
     for number in map(int, names):
-        # One of the numbers is the descriptor with which listdir() has read the directory.  It is
-        # closed now, so leave it out.
+        # One of the numbers is the descriptor with which listdir() has read the directory.  That
+        # descriptor is closed now, so fstat() fails, and the number is left out.
         with suppress(OSError):
             os.fstat(number)
             found.add(number)

@@ -18,7 +18,7 @@ import struct
 _CREATE_RULESET = 444
 _ADD_RULE = 445
 _RESTRICT_SELF = 446
-"""Numbers of the system calls; some architectures have others, for example Alpha and MIPS."""
+"""Numbers of the system calls; they differ on some architectures, for example Alpha and MIPS."""
 
 _VERSION_FLAG = 1
 _RULE_PATH_BENEATH = 1
@@ -40,8 +40,8 @@ NETWORK_VERSION = 4
 """The first version that can forbid TCP."""
 _BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
 _SCOPE_VERSION = 6
-"""The first version that can forbid signals to processes outside of the sandbox, and connections to
-their abstract sockets."""
+"""The first version that can forbid two things: signals to processes outside of the sandbox, and
+connections to abstract sockets of such processes."""
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1 << 0, 1 << 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -117,7 +117,7 @@ class Ruleset:
             False if the path cannot be opened; then nothing is permitted.
 
         Raises:
-            OSError: The kernel refused the rule, for example because no right is left.
+            OSError: The kernel refused the rule, for example because none of ``rights`` is left.
         """
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -40,13 +40,11 @@ class LoopLoad:
         self._threads = threads
 
     def has_running_threads(self) -> bool:
-        """Return whether a thread of trio is running, or a read waits for another thread.
+        """Return whether a thread of trio is running, or a read that `fetched_reads` counts waits.
 
-        The reads are those that `fetched_reads` counts.
-
-        If the result is True, the caller must not poll.  While a task polls, the event loop does
-        not notice that the thread has finished.  And an event loop that never sleeps starves the
-        thread of the GIL.
+        If the result is True, the caller must not poll, for two reasons.  While a task polls, the
+        event loop does not notice that the thread has finished.  And an event loop that never
+        sleeps starves the thread of the GIL.
         """
         return self._threads.borrowed_tokens > 0 or self.fetched_reads > 0
 

@@ -85,8 +85,8 @@ class Portal(Generic[T]):
         self._opened: Future[T] = Future()
         self._pending: set[Future[Any]] = set()
         self._failure: BaseException | None = None
-        self._close_requested = False
-        self._close_called = False
+        self._close_requested = False  # set by `ask_to_close`, which `close` calls too
+        self._close_called = False  # set only by `close`
         self._log_failure = False  # True if leaving began before `close` was called
         self._closing = trio.Event()
         # The scope of the whole event loop.  It is cancelled only while `_opened` is not done.

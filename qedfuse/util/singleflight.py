@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Hashable")
 
 _SHARED_ERRORS: Final = (RemoteError, ForeignError)
-"""Errors that are raised in every caller that waits for the same fetch.  The fetch has usually
-waited for a server already, and each further fetch would wait for as long."""
+"""Errors of a server or of QEMU, which are raised in every caller that waits for the same fetch.
+
+The fetch has usually taken long already, and each further fetch would take as long.
+"""
 
 
 class _Flight:
@@ -23,8 +25,8 @@ class _Flight:
 
     Attributes:
         ended: Set when the fetch has ended.
-        error: The server's error, if the fetch has ended with one (`_SHARED_ERRORS`): every caller
-            that waits gets it.  None if the fetch is running, or has ended in another way.
+        error: The error of `_SHARED_ERRORS` with which the fetch has ended; every caller that waits
+            gets this error.  None if the fetch is running, or has ended in another way.
     """
 
     def __init__(self) -> None:
@@ -43,8 +45,8 @@ class SingleFlight(Generic[K]):
     other caller has started one.
 
     Most errors of a fetch are raised only in the caller that has run the fetch.  An error of a
-    server (`_SHARED_ERRORS`) is raised in the callers that have waited as well.  If each of those
-    callers ran a fetch of its own, they would wait for the failed server one after another.
+    server or of QEMU (`_SHARED_ERRORS`) is also raised in the callers that have waited.  If each of
+    those callers ran a fetch of its own, they would wait for the failed server one after another.
     """
 
     def __init__(self) -> None:

@@ -114,7 +114,7 @@ class DiskCopy:
             target.block_size,
             self._chunk_bytes,
             base=self._base,
-            include_zeros=not self._sparse_size,
+            include_all=not self._sparse_size,
         )
         async with (
             periodic_progress(self._report_progress if self._progress else None),

@@ -278,7 +278,7 @@ def _entry_range(
 async def open_dump(
     path: str, *, share: bool = False, remote: RemoteOptions | None = None
 ) -> AsyncIterator[Dump]:
-    """Open an image to list its header and tables; close the image at the end of the block.
+    """Open an image to list its header and tables; close it at the end of the ``async with`` block.
 
     Args:
         path: The image, or its URL.

@@ -1,7 +1,7 @@
 """The file system in a partition, with its label and UUID, as blkid(8) recognises them.
 
-blkid gets a file in memory with the beginning and the end of the partition, where the file systems
-that blkid knows have their superblocks; the rest of the file is a hole.
+blkid reads a file in memory that is as long as the partition.  The file has the first and the last
+bytes of the partition, where file systems have their superblocks.  The rest of the file is a hole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
 
 _HEAD_BYTES: Final = 2 << 20
-"""How many bytes of the beginning blkid gets.  ZFS has labels in the first and last 512 KiB."""
+"""How many of the first bytes blkid gets.  ZFS has labels in the first and last 512 KiB."""
 _TAIL_BYTES: Final = 1 << 20
 _TIMEOUT_SECONDS: Final = 10.0
 _MAX_OUTPUT_BYTES: Final = 1 << 16

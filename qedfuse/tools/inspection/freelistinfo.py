@@ -26,8 +26,8 @@ class FreeListInfo:
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
         bytes: Total length in bytes of the free clusters in the list.
-        list_clusters: Number of clusters that store the list itself.  They are free as well, so
-            they are in the list and in ``clusters``.
+        list_clusters: Number of clusters that store the list itself.  The list is stored in free
+            clusters, so these clusters are in the list, and are counted in ``clusters``.
         problem: Why the list is invalid or could not be read, in one line; empty if the list is
             valid or there is no list.
     """

@@ -37,8 +37,8 @@ class ImageReader(Protocol):
     def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
         """Yield the file offsets of those slices of a table that may hold data.
 
-        ``length`` is the length in bytes of the part of the table that is in the file.  If it is
-        not positive, nothing is yielded.
+        ``length`` is the length in bytes of the part of the table that is in the file.  If
+        ``length`` is not positive, nothing is yielded.
 
         Raises:
             OSError: The host refused.
@@ -84,5 +84,5 @@ class FileReader:
         return bytes(buffer[:count])
 
     def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
-        """Yield all slices, because the file can be asked for holes only asynchronously."""
+        """Yield all slices, because only an asynchronous call could find the holes."""
         return iter(range(table_offset, table_offset + max(0, length), SLICE_BYTES))

@@ -42,16 +42,16 @@ class Layout:
         disk_bytes: Size of the disk.
         cluster_size: Bytes in a cluster.
         has_base: Whether the image has a backing file, from which unallocated clusters are read.
-        tables: For each cell of the file the number of its clusters with the header or tables.
-        data: For each cell of the file the number of its clusters with data.
-        positions: For each cell of the file with data the position on the disk of one of the cell's
-            clusters, from 0 for the beginning of the disk to 1 for its end; for other cells 0.
-        disk_data: For each cell of the disk the number of its clusters with data.
-        disk_zeros: For each cell of the disk the number of its zero clusters.
+        tables: For each cell of the file, the number of its clusters with the header or tables.
+        data: For each cell of the file, the number of its clusters with data.
+        positions: For each cell of the file, where on the disk one of its data clusters lies: 0 is
+            the beginning of the disk, 1 is its end.  0 for a cell without data.
+        disk_data: For each cell of the disk, the number of its clusters with data.
+        disk_zeros: For each cell of the disk, the number of its zero clusters.
         runs: Number of runs of data.  A run is a sequence of clusters that are adjacent and in the
             same order on the disk and in the file.
-        bad: Number of invalid entries of the L1 and L2 tables that the disk needs; the other
-            attributes leave invalid entries out.
+        bad: Number of invalid L1 and L2 entries, without the entries for ranges past the end of the
+            disk.  The other attributes leave invalid entries out.
     """
 
     file_clusters: int
@@ -190,7 +190,7 @@ async def read_layout(
     used_tables = -(-disk_clusters // entries)
 
     def count_bad(_code: Code, first: int, _values: Values, mask: Mask) -> None:
-        # Entries of tables past the end of the disk are not used, and so not counted.
+        # L1 entries for ranges past the end of the disk are not used, and so not counted.
         counter.bad += int(mask[: max(0, used_tables - first)].sum())
 
     classifier = EntryClassifier(header, file.size())
@@ -202,7 +202,7 @@ async def read_layout(
     counter.count_tables((tables // np.uint64(size)).astype(np.int64), length)
     for number, (index, table) in enumerate(zip(indices.tolist(), tables.tolist(), strict=True), 1):
         start = index * entries
-        # Entries of clusters past the end of the disk are not used, and so not counted.
+        # L2 entries of clusters past the end of the disk are not used, and so not counted.
         wanted = max(0, min(entries, counter.disk_clusters - start)) * ENTRY_BYTES
         async for first, values in read_table(file, table, wanted):
             invalid = np.zeros(len(values), bool)

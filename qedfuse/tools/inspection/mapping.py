@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MapEntry:
-    """A range of the disk of which all bytes are stored alike, by one layer or by none.
+    """A range of the disk whose bytes are all stored in the same way, by one layer or by none.
 
     Attributes:
         start: Guest offset of the range in bytes.

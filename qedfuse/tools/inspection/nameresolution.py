@@ -6,7 +6,7 @@ working directory, as in QEMU.
 The name is untrusted.  Even a test whether the file exists can have effects: an automounter may
 mount a file system, or the test may hang on a network server.  So a name is looked up only as far
 as it leads into the image's directory.  Symbolic links in that directory are untrusted as well,
-because they may be from the archive that the image was in.  A link that leads out is read, but not
+because they may come from the same archive as the image.  A link that leads out is read, but not
 followed.
 
 If the image is a URL, a plain name is relative to that URL, and nothing is looked up.
@@ -35,11 +35,12 @@ class BackingName:
         path: The path or URL that QEMU composes: the directory in the path of the image, followed
             by the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
-        resolved: Absolute path of the backing file without ``.`` and ``..``, and without
-            symbolic links if ``escapes`` is False; ``path`` if the image is a URL.  The name
-            itself if the name has a protocol or a NUL byte, if it begins with ``file:`` and the
-            working directory has been removed, or if it is the path of a local file in an image
-            that is a URL.
+        resolved: Absolute path of the backing file without ``.`` and ``..``; if ``escapes`` is
+            False, also without symbolic links.  If the image is a URL, the same as ``path``.  The
+            name itself in two more cases:
+
+            - The name has a protocol or a NUL byte.
+            - The name begins with ``file:``, and the working directory has been removed.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,

@@ -58,9 +58,9 @@ def _code(error: QedError) -> str:
 def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Problem]:
     """Yield the problems of an L1 table.
 
-    Only an L1 table that the host cannot read is fatal, because every mount reads this table.  With
-    the other problems the image can be mounted at least read-only.  Such a mount returns an I/O
-    error only for the ranges of the invalid entries.
+    Only an L1 table that the host cannot read is fatal, because every mount reads this table.  An
+    image with the other problems can be mounted at least read-only.  Such a mount returns I/O
+    errors only for the ranges of the invalid entries.
     """
     if summary.failure:
         msg = f"{name}: L1 table: cannot be read: {summary.failure}"

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _MAX_PROBLEMS: Final = 16
-"""Maximum number of errors that are reported.
+"""Maximum number of errors that are reported, which ensures that the search for errors ends.
 
-The maximum is higher than the number of fields in a header.  So the maximum hides no error, and
-only ensures that the search ends.
+A header has fewer fields, so the maximum hides no error.
 """
 
 _GEOMETRY_FIELDS: Final = frozenset(SIZE_LIMITS)

@@ -34,8 +34,8 @@ class CheckResult:
             repair without ``force``; always False unless ``dry``.
         leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
             this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
-            clusters for this reason.  A repair may itself leak clusters, so the value is also True
-            if there are errors to repair and no cluster is leaked yet.
+            clusters for this reason.  A repair may itself leak clusters, so with ``dry`` the value
+            can be True although no cluster is leaked yet.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
@@ -72,12 +72,12 @@ class CheckResult:
 
     @property
     def errors_fixed(self) -> int:
-        """How many fewer errors the last check has found than the first; 0 if it found no fewer."""
+        """The errors in the first check minus those in the last check; at least 0."""
         return max(0, self.before.errors - self.after.errors)
 
     @property
     def leaks_fixed(self) -> int:
-        """How many fewer leaked clusters the last check has found than the first; at least 0.
+        """The leaked clusters in the first check minus those in the last check; at least 0.
 
         The difference is not always due to reclaimed clusters: clusters that seemed leaked can
         belong to a table that the repair has made valid.

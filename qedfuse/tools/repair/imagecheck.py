@@ -92,7 +92,7 @@ async def plan(
             repair_plan = await plan_repair(file, header)
         # Even if no cluster is leaked now, the repair of errors can leak clusters: those in the
         # free list, which the repair drops, and the old clusters of a table that the repair moves.
-        keeps = _keeps_leaks(path, level, report) and bool(report.errors or report.leaks)
+        keep_leaks = _must_keep_leaks(path, level, report) and bool(report.errors or report.leaks)
         risky = repair_plan.written > _max_unforced_bytes(file) or _is_risky(report, level)
         return CheckResult.of_check(
             header,
@@ -101,7 +101,7 @@ async def plan(
             plan=repair_plan,
             dry=True,
             needs_force=risky,
-            leaks_kept=keeps,
+            leaks_kept=keep_leaks,
         )
 
 
@@ -139,7 +139,7 @@ async def repair(
         CorruptImageError: The repair is refused without ``force``.  Nothing has been
             changed.
         NeedsCheckError: The image is too large, or has too many tables, to be checked.  Or the
-            repair has made it too large, or has found too many invalid L1 entries.
+            repair has made the image too large, or has found too many invalid L1 entries.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
         QedError: The image cannot be opened or locked, or the host refused.  The image is
@@ -151,7 +151,7 @@ async def repair(
         if _is_risky(before, level) and not force:
             raise CorruptImageError(_implausible_message(file, before))
         repair_plan, backup_path = RepairPlan(), None
-        keeps = _keeps_leaks(path, level, before)
+        keep_leaks = _must_keep_leaks(path, level, before)
         if before.errors and level == "all":
             with Backup(_backup_path(path), file.stat()) as backup:
                 repair_plan = await plan_repair(file, header, backup.save)
@@ -161,13 +161,13 @@ async def repair(
             # The image is changed only from here on, when the backup is complete and durable.
             backup_path = backup.path
             after = (await repair_image(file, header)).after
-        elif keeps and header.need_check:
+        elif keep_leaks and header.need_check:
             # There are no errors, and leaks are kept because of the backup of an earlier
             # repair.  NEED_CHECK can still be set, for example because that repair was
             # interrupted after it had written all entries.  As there are no errors,
             # `repair_image` only clears NEED_CHECK here and drops the persistent free list.
             after = (await repair_image(file, header)).after
-        if not keeps and not after.errors and (after.leaks or header.need_check):
+        if not keep_leaks and not after.errors and (after.leaks or header.need_check):
             await _reclaim(file, path, progress)
             after = await check_image(file, await read_header(file), progress)
         return CheckResult(
@@ -178,7 +178,7 @@ async def repair(
             file.size(),
             repair_plan,
             backup_path,
-            leaks_kept=keeps and after.leaks > 0,
+            leaks_kept=keep_leaks and after.leaks > 0,
         )
 
 
@@ -214,7 +214,7 @@ def _backup_path(path: str) -> str:
     return f"{path}.before-repair"
 
 
-def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
+def _must_keep_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport) -> bool:
     """Return whether leaked clusters must be kept, because they may hold data lost by a repair.
 
     True with ``all`` if the check found errors, which will be repaired now, or if the first
@@ -227,8 +227,8 @@ def _keeps_leaks(path: str, level: Literal["leaks", "all"], report: CheckReport)
 def _is_risky(report: CheckReport, level: Literal["leaks", "all"]) -> bool:
     """Return whether a repair could overwrite bytes that are not a table, or reclaim used clusters.
 
-    True if the check suggests that the header names the wrong offset or size of the tables, unless
-    nothing will be changed because ``level`` is ``leaks`` and the image has errors.
+    True if the check suggests that the header names the wrong offset or size of the tables.  But
+    with ``leaks`` an image that has errors is not changed, so the result is then False.
     """
     return report.is_implausible and (level == "all" or not report.errors)
 
@@ -266,8 +266,8 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
     """Refuse a repair for which the host has too little space.
 
     The space that a repair needs has two upper limits: the bytes that the repair writes, and the
-    bytes by which the file becomes longer.  The first is lower if copies have holes, the second
-    if many entries are replaced in place.
+    bytes by which the file becomes longer.  The lower one counts.  It is the first if copies have
+    holes, and the second if many entries are replaced in place.
 
     Raises:
         NoSpaceError: Both limits are higher than the number of free bytes.

@@ -37,10 +37,12 @@ class ChainRuns:
         depths: Depth of the layer that stores each run; 0 is the image itself.  If no layer
             stores the run, the depth of the last layer that was searched for the run.
         kinds: `UNALLOCATED`, `ZEROS`, `DATA`, `HOLE` or `BAD` for each run.
-        offsets: Offset in bytes of each run of kind `DATA` or `HOLE` in the file of the layer; the
-            guest offset if the depth is one of `ChainRunReader.unknown_depths`.  For each run of
-            kind `BAD` the guest offset where the range of the invalid entry begins.
-            Meaningless for the other kinds.
+        offsets: An offset in bytes for each run, by the kind of the run:
+
+            - `DATA` and `HOLE`: the offset of the run in the file of the layer; for a depth in
+              `ChainRunReader.unknown_depths`, the guest offset of the run.
+            - `BAD`: the guest offset where the range of the invalid entry begins.
+            - Other kinds: meaningless.
     """
 
     starts: Array
@@ -154,8 +156,8 @@ class ChainRunReader:
                 break
             first = int(runs.starts[unallocated[0]])
             last = int(unallocated[-1]) + 1
-            # No layer is searched past the end of a layer above it, because a layer reads as
-            # zeros past its end, even where the layers below it are longer.
+            # A layer reads as zeros past its end, even where the layers below it are longer.  So
+            # no layer is searched past the end of a layer above it.
             size = min(size, reader.size)
             stop = min(size, int(runs.starts[last]) if last < len(runs.starts) else runs.end)
             if first >= stop:
@@ -193,14 +195,15 @@ def _overlaid(
     starts = starts[np.diff(starts, prepend=-1) != 0]
     upper = np.searchsorted(above.starts, starts, "right") - 1
     lower = np.searchsorted(below.starts, starts, "right") - 1
-    through = (above.kinds[upper] == UNALLOCATED) & (lower >= 0) & (starts < below.end)
-    kinds = np.where(through, below.kinds[lower], above.kinds[upper])
+    # Mask of the runs that the upper layers do not store and the lower layer describes.
+    is_below = (above.kinds[upper] == UNALLOCATED) & (lower >= 0) & (starts < below.end)
+    kinds = np.where(is_below, below.kinds[lower], above.kinds[upper])
     offsets = np.where(
-        through,
+        is_below,
         below.offsets[lower] + _offset_within(below, lower, starts),
         above.offsets[upper] + _offset_within(above, upper, starts),
     )
-    return Runs(starts, kinds, offsets, end), np.where(through, depth, depths[upper])
+    return Runs(starts, kinds, offsets, end), np.where(is_below, depth, depths[upper])
 
 
 def _offset_within(runs: Runs, indices: NDArray[np.intp], starts: Array) -> Array:

@@ -1,9 +1,9 @@
 """Cutting a disk into the chunks that a copy or a comparison reads, and reading a chunk.
 
-A range need not be read in two cases: if the extents show that the range is zeros on each disk, and
-if both of two disks store the range as the same bytes of the same file.  A range that need not be
-read is left out of the chunks, unless the range is too short to be worth a second chunk, or the
-caller wants all ranges (``include_zeros``).
+Two kinds of ranges need not be read: a range that is zeros on each disk according to the extents,
+and a range that two disks store as the same bytes of the same file.  Such a range is in no chunk,
+except in two cases: a short range between two others stays in their chunk, because a second chunk
+would cost more; and the caller can ask for all ranges (``include_all``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_CHUNK_BYTES: Final = 4 << 20
 """Maximum length in bytes of a chunk of a copy, unless a single block is longer.
 
-It is large enough that the cost per chunk is negligible.
+Chunks of this length are so long that the cost per chunk is negligible.
 """
 
 _MAX_BRIDGED_GAP_BYTES: Final = 1 << 18
@@ -78,7 +78,7 @@ class Chunker:
         max_chunk_bytes: int,
         *,
         base: Source | None = None,
-        include_zeros: bool = False,
+        include_all: bool = False,
     ) -> None:
         """Prepare to cut batches of ``source``; the caller must keep the files of both disks open.
 
@@ -89,12 +89,12 @@ class Chunker:
             max_chunk_bytes: Maximum length of a chunk, a multiple of ``block_size``; no chunk
                 crosses a multiple of this length.
             base: Another disk to read beside ``source``; None for no other disk.
-            include_zeros: Whether to put all ranges into chunks, even zeros and ranges that
-                both disks share.
+            include_all: Whether to put all ranges into chunks, even zeros and ranges that both
+                disks share.
         """
         self._block_size = block_size
         self._max_chunk_bytes = max_chunk_bytes
-        self._include_zeros = include_zeros
+        self._include_all = include_all
         self._has_base = base is not None
         # Each list has one item for each layer, by depth.
         self._files = source.layer_files()
@@ -106,7 +106,7 @@ class Chunker:
         """Yield the chunks of a batch in order."""
         data = [extent for extent in batch.extents if extent.kind is Kind.DATA]
         base_data = [extent for extent in batch.base_extents if extent.kind is Kind.DATA]
-        if self._include_zeros:
+        if self._include_all:
             ranges = [(batch.start, batch.end)]
         elif self._has_base:
             ranges = self._unshared(data, base_data)

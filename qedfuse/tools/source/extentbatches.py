@@ -64,9 +64,9 @@ async def extent_batches(
         base_extents: list[Extent] = []
         if base is not None and at < base.size:
             base_extents = await _read_batch(base, at, end, block_size)
-            # The extents of the other disk may end before `end`, because the other disk ends or
-            # because they are enough for a batch.  In the second case, this batch must end at the
-            # same offset as the extents of the other disk.
+            # The extents of the other disk may end before `end`, because the other disk ends, or
+            # because they fill a batch.  In the second case, this batch must end at the same
+            # offset as these extents.
             if base_extents[-1].end < base.size:
                 end = min(end, base_extents[-1].end)
         bad = [extent for extent in (*extents, *base_extents) if extent.kind is Kind.BAD]
@@ -85,7 +85,7 @@ async def extent_batches(
 async def _read_batch(source: Source, start: int, end: int, block_size: int) -> list[Extent]:
     """Return the extents from ``start`` on, for one batch.
 
-    The extents end at ``end`` or at the end of the disk, or earlier if they are enough for a batch.
+    The extents end at ``end`` or at the end of the disk, or earlier if they fill a batch.
     """
     found: list[Extent] = []
     at, end = start, min(end, source.size)

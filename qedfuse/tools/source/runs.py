@@ -114,11 +114,11 @@ class QedRunReader:
     async def _in_table(self, table_offset: int, start: int, end: int) -> Runs:
         """Return the runs that one read of an L2 table describes.
 
-        Nothing is read if the first entry lies in a hole of the file, and the hole reaches past the
-        last entry, or is at least `_MAX_TABLE_READ_BYTES` long from the first entry on.  The
-        entries in the hole are 0, so they become an `UNALLOCATED` run.  Entries past the end of the
-        file count as 0, too: another program may truncate the file between the search for the hole
-        and the read.
+        Entries in a hole of the file are 0, so they become an `UNALLOCATED` run.  Nothing is read
+        if the first entry lies in a hole that is long enough: it reaches past the last entry, or
+        is at least `_MAX_TABLE_READ_BYTES` long from the first entry on.  Entries past the end of
+        the file count as 0, too: another program may truncate the file between the search for the
+        hole and the read.
 
         Args:
             table_offset: File offset of the table.
@@ -155,8 +155,8 @@ class QedRunReader:
             end: Guest offset where the runs end.
         """
         size = self._geometry.cluster_size
-        # An entry with the value 0 or 1 has the same number as its kind, `UNALLOCATED` or `ZEROS`.
-        # Every greater value is an offset, so its kind is `DATA` (2).
+        # The entries 0 and 1 are equal to their kinds, `UNALLOCATED` (0) and `ZEROS` (1).  Every
+        # greater entry is an offset, so its kind is `DATA` (2).
         kinds = np.minimum(values.view(np.uint64), DATA).astype(np.uint8)
         before, after = values[:-1], values[1:]
         joined = (after - before == size) & (kinds[:-1] == DATA) & (kinds[1:] == DATA)

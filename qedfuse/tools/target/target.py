@@ -47,7 +47,7 @@ class ParallelTarget(ABC):
         block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
             at all.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  But if a block is longer than this length, each chunk is one block.
+            length.  Where a block is longer than this length, each chunk is one block instead.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -94,7 +94,7 @@ class SequentialTarget(ABC):
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  But if a block is longer than this length, each chunk is one block.
+            length.  Where a block is longer than this length, each chunk is one block instead.
     """
 
     block_size: int
