@@ -7,9 +7,11 @@ it uses and denies, and then tests whether another opener has locked a conflicti
 the other order two openers could both test before either has locked anything, and both would
 continue.
 
-The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the
-process: they survive when another descriptor of the same file is closed, two openers in one
-process exclude each other, and a child process keeps the locks of its parent.
+The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the process:
+
+- The locks survive when another descriptor of the same file is closed.
+- Two openers in one process exclude each other.
+- A child process keeps the locks of its parent.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class NewFile:
         """Make the content durable, give the file its final name, and make the name durable.
 
         The name is not made durable if this process has no permission to read the directory.
-        Without ``durable`` neither the content nor the name is made durable, and a power failure
-        soon after the call may lose all or part of the file.
+        With ``durable=False`` nothing is made durable: a power failure soon after the call may lose
+        all or part of the file.
 
         Raises:
             UsageError: A file other than ``old`` has the final name now, and the user has not

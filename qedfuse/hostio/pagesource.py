@@ -24,10 +24,10 @@ class CheckedUnits(NamedTuple):
     why.
 
     Attributes:
-        ready: For each unit a byte: 0 if the extension must not read the unit; 1 if it may; 2 if it
-            may, and has found that all pages of the unit are valid and that none waits to be
-            written.  The extension keeps a view of the bytes, looks at them before each read, and
-            changes 1 to 2.
+        ready: A byte for each unit.  0: the extension must not read the unit.  1: the extension may
+            read the unit.  2: the same, and the extension has found that all pages of the unit are
+            valid and that none waits to be written.  The extension keeps a view of the bytes, looks
+            at them before each read, and changes 1 to 2.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  The numbers of the last units may be missing, and
             then count as 0.

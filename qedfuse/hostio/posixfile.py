@@ -41,9 +41,9 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 class PosixFile(PosixReader):
     """A `HostFile` for a regular file, implemented with system calls.
 
-    The class adds the file's attributes and changes to `PosixReader`.  The event loop itself
-    changes the file only while no thread changes the file and the kernel does not throttle short
-    writes (`InodeLock`, `InlinePolicy`).  If the file system sends requests to a server
+    The class adds the file's attributes and changes to `PosixReader`.  The event loop itself makes
+    a short change only if no thread is changing the file (`InodeLock`) and the kernel does not
+    throttle short writes (`InlinePolicy`).  If the file system sends requests to a server
     (`waits_for_server`), threads make all changes.
     """
 
@@ -202,9 +202,8 @@ class PosixFile(PosixReader):
     def try_grow(self, size: int) -> bool:
         """Make the file ``size`` bytes long without blocking; return whether that succeeded.
 
-        ``size`` must not be less than the file's length: only an ftruncate(2) that cuts
-        nothing off is so fast (some microseconds) that no thread is needed.  After False the
-        file is unchanged.
+        ``size`` must not be less than the file's length.  An ftruncate(2) that cuts nothing off
+        takes some microseconds, so it needs no thread.  After False the file is unchanged.
         """
         if not self._inode.recheck_free():
             return False
@@ -222,8 +221,8 @@ class PosixFile(PosixReader):
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
-        The ranges read as zeros afterwards.  If the file system cannot punch holes, nothing
-        happens except that ``can_punch`` becomes False.
+        The ranges read as zeros afterwards.  If the file system cannot punch holes, only
+        ``can_punch`` changes: it becomes False.
         """
         if self.can_punch:
             self.can_punch = await self._fallocate("punch", FALLOC_PUNCH_HOLE, *ranges)

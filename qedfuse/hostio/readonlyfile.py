@@ -36,8 +36,8 @@ class ServerReads(NamedTuple):
 class ReadOnlyFile(ABC):
     """A base class of files that cannot be changed: every change is refused with EROFS.
 
-    Unless a subclass overrides this, no descriptor gives access to the bytes of the file, and
-    `stored_blocks` counts the file as one without holes.
+    By default no descriptor gives access to the bytes of the file, and `stored_blocks` counts the
+    file as one without holes.  A subclass can override this.
 
     Attributes:
         name: The file's name in messages.

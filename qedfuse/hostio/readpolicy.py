@@ -77,5 +77,5 @@ class ReadPolicy:
             self.misses = 0
 
     def disable_inline(self) -> None:
-        """Permit no inline and no queued read any more: the file system does not support them."""
+        """Forbid inline reads and queued reads from now on: the file system supports neither."""
         self.is_inline = self._is_supported = self.can_queue = False

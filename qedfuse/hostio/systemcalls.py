@@ -115,9 +115,10 @@ def waits_for_server(fd: int) -> bool:
 def inline_flags(fd: int) -> int:
     """Return the flags of preadv2(2) with which the event loop reads an open file without waiting.
 
-    The result is RWF_NOWAIT, with which a read fails if it would wait for a disk; or 0 for tmpfs
-    and ramfs.  tmpfs refuses the flag (EOPNOTSUPP), and its files are in memory.  A read of a page
-    of tmpfs that was swapped out waits, just as an access to swapped-out memory of this process.
+    The result is RWF_NOWAIT, with which a read fails if it would wait for a disk.  For tmpfs and
+    ramfs the result is 0: tmpfs refuses the flag (EOPNOTSUPP), and the files of both are in memory.
+    A read of a page of tmpfs that was swapped out waits, just as an access to swapped-out memory of
+    this process.
     """
     return 0 if _file_system_magic(fd) in _MEMORY_MAGICS else os.RWF_NOWAIT
 

@@ -124,8 +124,8 @@ def known_options() -> dict[str, tuple[str, ...] | None]:
     """Return all options that have an effect, and the possible values of each option.
 
     Returns:
-        A mapping from the name of each option to its values: a tuple of the possible values, an
-        empty tuple if the value is free, or None if the option has no value.  An option that may
+        A mapping from the name of each option to a tuple of its possible values.  The tuple is
+        empty if the value is free.  None stands for an option without a value.  An option that may
         have a value or none (``compact``) has the tuple of its values.
     """
     return {

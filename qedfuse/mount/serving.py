@@ -157,9 +157,9 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            An error if a forced unmount may have lost data, or if writes were lost because the rest
-            of their clusters could not be read from a server or by QEMU; otherwise None.  Whatever
-            the result is, the caller must close the disks to make the last changes durable.
+            None if no data was lost.  An error if a forced unmount may have lost data, or if writes
+            were lost because the rest of their clusters could not be read.  In both cases the
+            caller must close the disks to make the last changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -319,8 +319,7 @@ class Server:
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
         """Log what the sandbox covers, and what was refused: read-ahead, memory protection.
 
-        A missing protection of a read-only mount is not logged, because the kernel has no dirty
-        pages of such a mount.
+        For a read-only mount the missing protection is not logged: such a mount has no dirty pages.
 
         Args:
             readahead_failure: Why the read-ahead was not set; None if it was set.

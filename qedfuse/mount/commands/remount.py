@@ -71,9 +71,8 @@ def remount(
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         lists: The arguments of all ``-o``, in order; a later option overrides an earlier one.
-        fake: Whether to check the options only, and to change nothing.  This check does not find
-            what only mount(2) can refuse: a caller who is not root, or a disk that is open for
-            writing.
+        fake: Whether to check the options only, and to change nothing.  What only mount(2) can find
+            out is not checked: whether the caller is root, and whether a disk is open for writing.
         sloppy: Whether to ignore unknown options (``-s`` of mount(8)).
 
     Raises:
@@ -139,8 +138,8 @@ def _refuse_changes(
         sloppy: Whether to ignore unknown options.
 
     Raises:
-        UsageError: An option is unknown or invalid, or would change anything but mount flags; the
-            mount would become writable, but its images are open read-only; or ``sync`` would
+        UsageError: An option is unknown or invalid, or would change anything but mount flags.  Or
+            the mount would become writable, but its images are open read-only.  Or ``sync`` would
             change, but the mount has ``direct_io``.
     """
     if old.read_only and "ro" not in flags:

@@ -60,8 +60,8 @@ def unmount_and_wait(
         PrivilegeError: The mount belongs to another user, and the caller is not root; or the caller
             lacks the privilege to unmount.
         UnmountFailedError: The process does not answer, has failed, was killed, has not ended in
-            time, cannot be waited for, or has no record by which to find it.  The message says
-            whether the mount is still there.
+            time, or cannot be found or waited for.  The message says whether the mount is still
+            there.
         QedError: The mount cannot be unmounted for another reason.
         RuntimeError: See `call_in_child`.
     """
@@ -101,8 +101,8 @@ def unmount_and_wait(
                     return
                 pidfd = open_server(found.record)
         if found is None:
-            # The mount cannot have hidden a record from `_find`, so the mount had no record, or
-            # none that can be read.
+            # `_find` looked for the record in a directory that the mount does not cover.  So there
+            # was no record, or it could not be read.
             msg = (
                 f"{shown}: unmounted, but found no record of the process that served the mount: "
                 "the process may still be writing"

@@ -32,8 +32,8 @@ _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``.  The time is short, because this
 option permits that another program changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache which file a name stands for.  Any time is safe, because names
-never change, except those of partitions, which the kernel must not cache."""
+"""How long the kernel may cache which file a name stands for.  Any time is safe, because the names
+of disks never change.  Names of partitions can change, so the kernel must not cache them."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000
@@ -79,8 +79,9 @@ class Attributes:
         """Return the attributes of a disk for a reply, and note that the kernel may cache them.
 
         The caller must send the attributes next, and must not wait or raise an error before that.
-        If the attributes were not sent, ``exported.blocks`` would be a value that the kernel does
-        not have, and the server would not invalidate a wrong value that the kernel has cached.
+        If the attributes were not sent, the kernel would keep an older ``st_blocks``, but
+        ``exported.blocks`` would be the new one.  So the server would not notice that the kernel's
+        value is wrong.
         """
         attributes = self.of_disk(exported)
         exported.blocks = attributes.st_blocks

@@ -5,8 +5,8 @@ reads, writes and fsyncs before pyfuse3 gets them.
 
 The extension interposes a function between pyfuse3 and libfuse (see `_extraops.c`), so the
 extension must be loaded before pyfuse3.  Therefore the package `qedfuse.mount` imports this
-module first.  If the extension was not built or cannot be loaded, the mount works without
-fallocate and lseek, and pyfuse3 gets all other requests.
+module first.  The extension is optional.  Without it the mount lacks fallocate and lseek, and
+pyfuse3 gets all other requests.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.requestcounters import SharedCells
 
     Handler = Callable[[Request, str, int, int, int, int, int], None]
-    """Called with the request, its name (``fallocate`` or ``lseek``), the user, the inode, the
-    mode of fallocate or the whence of lseek, the guest offset at which the range or the search
-    begins, and the length of the range in bytes (without meaning for lseek)."""
+    """Called with the request, its name (``fallocate`` or ``lseek``), the user and the inode.
+    Three numbers follow: the mode of fallocate or the whence of lseek, the guest offset at which
+    the range or the search begins, and the length of the range in bytes (without meaning for
+    lseek)."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -101,9 +102,11 @@ def share_files(tables: Mapping[int, ReadTables], counters: SharedCells) -> None
 def reply_from_file(fd: int, offset: int) -> bool:
     """Answer the read that is being handled; its bytes are at file offset ``offset`` of ``fd``.
 
-    Returns False, and has not answered, if the bytes are not all in the host's page cache, if the
-    read is too short or too long for splice(2) (``_extraops.h``), or if the kernel or libfuse
-    cannot pass the bytes on.
+    Returns False, and has not answered, in three cases:
+
+    - The host's page cache lacks some of the bytes.
+    - The read is too short or too long for splice(2) (``_extraops.h``).
+    - The kernel or libfuse cannot pass the bytes on.
 
     Raises:
         RuntimeError: The extension is not loaded; the extension is not calling the method ``read``
@@ -185,7 +188,7 @@ def _zero() -> int:
 
 
 def _do_nothing() -> None:
-    """Do nothing, because without the extension there are no queued reads, and nothing polls."""
+    """Do nothing: without the extension there are no queued reads, and only the scheduler polls."""
 
 
 take_burst_count: Final[Callable[[], int]] = (

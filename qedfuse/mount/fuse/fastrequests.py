@@ -1,10 +1,10 @@
 """Answers read, write and fsync requests in one step, if they need not wait.
 
-With the extension, `DataRequests` handles a request first, and calls `disk_of`, `write` and
-`fsync`.  `Operations`, which calls `read` and `write`, gets the requests that `DataRequests` has
-not answered.  If the attempt of `DataRequests` has raised an error, the attempt of `Operations`
-meets the same error, and `Operations` reports the error to the kernel.  Without the extension,
-`Operations` gets every request.
+With the extension, `DataRequests` gets a request first; it calls `disk_of`, `write` and `fsync`.
+`Operations` gets the requests that `DataRequests` has not answered; it calls `read` and `write`.
+If the attempt of `DataRequests` has raised an error, the attempt of `Operations` meets the same
+error, and `Operations` reports the error to the kernel.  Without the extension, `Operations` gets
+every request.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ A short read whose data is not in the host's page cache waits in this queue, if 
 memory (``_queuedread.c``).  There are two ways to notice that reads have ended: `Scheduler` looks
 for ended reads while it polls, and a task of this module waits for a descriptor.
 
-Before Linux 6.1, without the extension, and where io_uring is not permitted, there is no queue, and
-threads make these reads.  The user can also choose threads (`HOST_CALLS_VARIABLE`).
+If the kernel is older than Linux 6.1, does not permit io_uring, or the extension is missing, there
+is no queue, and threads make these reads.  The user can also choose threads
+(`HOST_CALLS_VARIABLE`).
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ disk, and so has the event loop.  Then threads make the reads of the next second
 async def queued_reads(answer_slowly: SlowAnswer) -> AsyncIterator[None]:
     """Let reads wait in a queue of the kernel during the block, if there can be a queue.
 
-    The end of the block waits until the kernel has made all queued reads, even if the task is
-    cancelled, because the kernel uses the descriptors of the disks.  The caller must ensure that
-    no request arrives during this wait.  ``answer_slowly`` answers a read that the queue could
-    not make.
+    The end of the block waits until the kernel has made all queued reads, because the reads use the
+    descriptors of the disks.  A cancellation does not end this wait.  The caller must ensure that
+    no request arrives during this wait.  ``answer_slowly`` answers a read that the queue could not
+    make.
     """
     fd = _open(answer_slowly)
     if fd is None:

@@ -268,8 +268,9 @@ class Scheduler:
             end: The time of the clock at which to give up, in seconds.
 
         Returns:
-            True if a request has arrived.  False if the time is over, if the event loop is
-            needed for other work, such as a task whose call has finished, or if the mount ends.
+            True if a request has arrived.  False if the time is over, if the mount ends, or if the
+            event loop is needed for other work.  Such work is, for example, a task whose call has
+            finished.
         """
         poll, clock, has_finished = self._poller.poll, self._clock, self._calls.has_finished
         while not (self._is_loop_needed() or self._closing):
@@ -290,9 +291,7 @@ class Scheduler:
     def _is_loop_needed(self) -> bool:
         """Return whether the event loop is needed for other work, which polling would delay.
 
-        The result is True if another task retries a read of a host file, if a task is runnable
-        because its call on a host file has ended, or if a thread runs whose end only trio notices
-        (see the module).
+        The docstring of the module lists the three cases.
         """
         return (
             self._load.polled_reads > 0

@@ -15,8 +15,8 @@ would remain where the program expects zeros.
 With ``truncate=zero`` a request with a smaller size zeroes the range from the requested size to
 the end of the disk, as a discard does, and the disk keeps its size.  So the range reads as in a
 file that is truncated and made longer again.  The requested size is not always 0.  For example,
-cp(1) opens the disk with O_TRUNC and copies the data, and if the source ends in a hole, cp(1)
-truncates the disk to the size of the source at the end.
+cp(1) opens the disk with O_TRUNC and copies the data.  If the source ends in a hole, cp(1) then
+truncates the disk to the size of the source.
 
 After zeroing, the kernel's cached pages of the disk are out of date and must be dropped.  But
 while the kernel waits for the reply to SETATTR, it holds the lock of the inode and sends no
@@ -103,8 +103,8 @@ class Truncation:
     async def grow(self, exported: ExportedDisk, end: int) -> None:
         """Grow a disk to ``end`` bytes, rounded up to whole sectors.
 
-        Nothing is done if the disk is that large already, for example because another request has
-        grown the disk while the caller waited.
+        Does nothing if the disk is that large already.  For example, another request may have grown
+        the disk while the caller waited.
 
         Raises:
             FUSEError: ENOSPC, the options do not let disks grow, or the file is a partition; EFBIG,

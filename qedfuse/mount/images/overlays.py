@@ -113,8 +113,8 @@ async def _open_snapshot(path: str, options: MountOptions) -> AsyncIterator[Disk
         # the overlay after the close.
         snapshot_options = replace(_overlay_options(path, options), compact="off")
         async with open_disk(overlay, snapshot_options, inspector=inspect_image) as disk:
-            # The file is unlinked now, so that the kernel frees its space when this process ends,
-            # even after a crash.
+            # The file is unlinked now.  So the kernel frees the space of the file when this process
+            # ends, even if it crashes.
             shutil.rmtree(temporary, ignore_errors=True)
             yield disk
     finally:

@@ -52,9 +52,12 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
             child keeps the standard streams and all other descriptors of the caller.
 
     Returns:
-        The exit code for the caller's process: 130 if a signal was forwarded; 0 if the disk can
-        be used; 32 if the child was killed, or ended with 0 and without a report; otherwise the
-        exit code of the child.
+        The exit code for the caller's process:
+
+        - 0 if the disk can be used.
+        - 130 if a signal was forwarded.
+        - 32 if the child was killed, or ended with 0 before the disk could be used.
+        - Otherwise the exit code of the child.
 
     Raises:
         HostError: /proc is not mounted, or the host refuses a process.

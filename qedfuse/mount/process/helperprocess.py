@@ -2,7 +2,7 @@
 
 A helper executes no program when it starts, because the files of the interpreter may lie under the
 mountpoint.  The helper sleeps until the server sends a message.  It ends after the server has
-closed the server's end of the socket, or has ended itself.
+closed its own end of the socket, or has ended.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class DroppingHandler(logging.Handler):
         """Format and send a message without waiting.
 
         Returns:
-            True if the whole message was sent.  False if sending would wait or has failed, even if
-            a part of the message was sent.
+            True if the whole message was sent.  False if sending would wait or has failed; a part
+            of the message may have been sent.
         """
 
 

@@ -80,8 +80,8 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A missing file is created.  A file that is special, that was open in this process when
-        this object was made, or that cannot be replaced, is written in place.  Any other file is
+        A missing file is created.  A file is written in place if it is special, if it was open in
+        this process when this object was made, or if it cannot be replaced.  Any other file is
         replaced atomically.
 
         Raises:
@@ -196,7 +196,7 @@ class PidFile:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Return the result of stat(2); None if there is no file, or a link leads to none.
+    """Return the result of stat(2); None if the file, or the target of a link, is missing.
 
     Raises:
         OSError: The file cannot be examined.

@@ -10,8 +10,8 @@ The unmounter also connects to the log daemon for the server, after a restart of
 sandbox allowed the server to connect, the server could connect to every Unix socket of the host,
 because neither Landlock nor seccomp can permit single paths of sockets.
 
-Each request has a process of its own, because an ordinary unmount may wait until the server has
-answered the kernel's requests, and a forced unmount must not wait for the ordinary one.
+Each request has a process of its own, so that a forced unmount need not wait for an ordinary one.
+The ordinary unmount may wait until the server has answered the kernel's requests.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ def _answer(
 ) -> None:
     """Carry out a request, send the reply, and exit; the call never returns.
 
-    A reply is a JSON list of two items: the name of the class of the error, or null after a
-    success; and the message of the error, or the result of `_DESCRIBE`, or null.  The reply to
-    `_CONNECT` also carries a descriptor.
+    A reply is a JSON list of two items.  After a failure these are the name of the error's class
+    and the message.  After a success they are null and the result of `_DESCRIBE`, or null for other
+    requests.  The reply to `_CONNECT` also carries a descriptor.
     """
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that `unmount` can wait for fusermount3

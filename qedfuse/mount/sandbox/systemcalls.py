@@ -65,8 +65,8 @@ tested, the kernel has other numbers for these commands, so the commands fail.""
 
 CONNECT: Final = ("connect", "bind", "sendto", "sendmmsg")
 """Calls with the address of a socket.  These calls are permitted only if a file is on a server or
-is served by qemu-nbd, because an attacker could use them to make other services of the host do what
-the sandbox forbids to the server itself.  But sendto(2) without an address is always permitted."""
+is served by qemu-nbd.  With these calls an attacker could make other services of the host do what
+the sandbox forbids.  sendto(2) without an address is always permitted."""
 
 NOT_IMPLEMENTED: Final = ("clone3",)
 """Calls that fail with ENOSYS.  After this error the C library starts threads by clone(2).  A
