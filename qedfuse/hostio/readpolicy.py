@@ -33,8 +33,8 @@ class ReadPolicy:
     Attributes:
         is_inline: Whether the event loop should try to read from the page cache.
         misses: How many inline reads in a row have not found all their data.  The caller must set
-            this to 0 when an inline read has found all its data.  There is no method for it,
-            because the call would cost more than all other bookkeeping of such a read.
+            this to 0 when an inline read has found all its data.  There is no method for this,
+            because its call would cost more than all other bookkeeping of such a read.
         uncached: How many reads have found that the page cache lacked some of their data.
         can_queue: Whether a queue of the kernel (``_ring.c``) can make reads of the file.  False if
             the file system asks a server, or does not support RWF_NOWAIT, because the kernel itself

@@ -70,8 +70,8 @@ def _open(path: str, access: int, dir_fd: int | None, expected: dict[int, str]) 
     """
     flags = access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        # Find out the kind of the file before it is opened, because opening a FIFO can wait
-        # and opening a device can wake it.  O_PATH gives a descriptor that suffices for
+        # Find out the kind of the file before it is opened, because opening a FIFO can wait and
+        # opening a device can start the device.  O_PATH gives a descriptor that suffices for
         # fstat(2) without opening the file itself.
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:

@@ -79,7 +79,7 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     """Return the length in bytes, and the ``st_blocks`` in units of 512 bytes, of an open file.
 
     The values come from statx(2) without the times, and without a request to a server on a network.
-    If statx(2) cannot be called, they come from fstat(2).
+    If statx(2) cannot be called, the values come from fstat(2).
 
     Reading the times would make later writes slower.  Normally a write sets the time of the last
     tick of the kernel's clock, so most writes leave the times of the file unchanged.  But since

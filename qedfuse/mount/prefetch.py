@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_REQUESTS: Final = 3
 """Maximum number of requests of 1 MiB that the prefetch has in flight.  For each file at most 4
-requests ahead of the readers are in flight (`qedfuse.remote.fetchthreads`).  So one of them stays
-free for the read-ahead of sequential readers."""
+requests ahead of the readers are in flight (`qedfuse.remote.fetchthreads`).  So at least one of the
+4 stays free for the read-ahead of sequential readers."""
 _QUIET_SECONDS: Final = 0.1
 """A request begins only when no reader has waited for a server during the last 0.1 s."""
 _PAUSE_SECONDS: Final = 30.0

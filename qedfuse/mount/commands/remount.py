@@ -55,8 +55,8 @@ _NEGATIONS: Final = {
 _ALWAYS_SET: Final = ("nosuid", "nodev")
 """Mount flags that every mount of qedfuse has, and that no option clears."""
 _KERNEL_FUSE_OPTIONS: Final = ("user_id", "group_id", "blksize")
-"""Options that are ignored.  The kernel shows them in the mount table of FUSE mounts, and
-mount(8) copies them from the mount table, although the user has not written them."""
+"""Options that are ignored.  The kernel shows these options in the mount table, and mount(8) copies
+them from there, even if the user has not written them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

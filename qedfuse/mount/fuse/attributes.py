@@ -42,7 +42,7 @@ file."""
 
 
 def _mask(options: MountOptions) -> int:
-    """Return the permission bits that are removed from those of the files and the directory.
+    """Return the permission bits that the files and the directory must not have.
 
     By default only the owner has access, because a disk may contain files of many users, and the
     permissions of those files do not protect the bytes of the disk.
@@ -76,7 +76,7 @@ class Attributes:
         self._directory_mode = stat.S_IFDIR | (0o555 & ~mask)
 
     def for_reply(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
-        """Return the attributes of a disk for a reply, and note that the kernel may cache them.
+        """Return the attributes of a disk for a reply; record their ``st_blocks`` as cached.
 
         The caller must send the attributes next, and must not wait or raise an error before that.
         If the attributes were not sent, the kernel would keep an older ``st_blocks``, but

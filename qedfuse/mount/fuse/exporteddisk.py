@@ -56,7 +56,7 @@ class ExportedDisk:
             cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
-        requests: Counts the requests to the file; those to a partition count for its disk.
+        requests: Counts the requests to the file; a partition shares this object with its disk.
         is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
             This is so after another file with the same bytes was opened for writing, and after a
             write to this file failed.
@@ -89,10 +89,10 @@ class ExportedDisk:
     def visible_blocks(self, image_blocks: int) -> int:
         """Return the ``st_blocks`` of the file; ``image_blocks`` are those of the image file.
 
-        To count the clusters of a partition, all its tables would have to be read.  So a partition
-        gets a share of the disk's blocks in proportion to its size, but at most the blocks that
-        cover its size.  The share is rounded up, because programs treat a file without blocks as
-        one hole.
+        To count the clusters of a partition, the server would have to read all tables for its
+        range.  So a partition gets a share of the disk's blocks: the same share as it has of the
+        disk's bytes, but at most as many blocks as fit into the partition.  The share is rounded
+        up, because programs treat a file without blocks as one hole.
         """
         if not self.is_partition:
             return image_blocks

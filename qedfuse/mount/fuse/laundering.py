@@ -46,8 +46,8 @@ _WRITE_CHECK_SECONDS: Final = 0.001
 class Laundering:
     """Makes the kernel write back and drop cached pages, through the launderer.
 
-    Before `connect`, after `stop`, and if there is no launderer or it has failed, nothing is
-    laundered, and `launder` and `try_drop_pages` return False.
+    Nothing is laundered before `connect`, after `stop`, without a launderer, or after a failure of
+    the launderer.  In these cases `launder` and `try_drop_pages` return False.
     """
 
     def __init__(self, launderer: Launderer | None) -> None:

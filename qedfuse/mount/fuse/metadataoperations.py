@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 class MetadataOperations(pyfuse3.Operations):
     """The handlers of requests about metadata, for one mount.
 
-    Requests for extended attributes have no handler, so pyfuse3 answers them with ENOSYS, after
-    which the kernel sends no further ones.  After any other reply the kernel would send such a
+    Requests for extended attributes have no handler.  So pyfuse3 answers the first one with ENOSYS,
+    and then the kernel sends no further ones.  After any other reply the kernel would send such a
     request with each write(2).
 
     Attributes:

@@ -1,8 +1,8 @@
 """Reads in a queue of the kernel (io_uring), from the side of the event loop.
 
-A short read whose data is not in the host's page cache waits in this queue, if its tables are in
-memory (``_queuedread.c``).  There are two ways to notice that reads have ended: `Scheduler` looks
-for ended reads while it polls, and a task of this module waits for a descriptor.
+A short read whose data is not in the host's page cache waits in this queue, if the tables for its
+range are in memory (``_queuedread.c``).  There are two ways to notice that reads have ended:
+`Scheduler` looks for ended reads while it polls, and a task of this module waits for a descriptor.
 
 If the kernel is older than Linux 6.1, does not permit io_uring, or the extension is missing, there
 is no queue, and threads make these reads.  The user can also choose threads

@@ -190,9 +190,9 @@ class SystemLogHandler(DroppingHandler):
         """Send a message on the connection; connect first if there is no connection.
 
         Returns:
-            True if the whole message was sent.  False if the daemon has no space now; an existing
-            connection stays open.  False as well if sending has failed or only a part was sent; in
-            these cases the connection is closed.
+            True if the whole message was sent, otherwise False.  If the daemon has no space now, an
+            existing connection stays open.  If sending has failed, or only a part was sent, the
+            connection is closed.
         """
         try:
             if self._socket is None:

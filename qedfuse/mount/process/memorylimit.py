@@ -15,8 +15,8 @@ from qedfuse.errors import HostError, UsageError
 
 _RESERVE_BYTES: Final = 512 << 20
 """Address space for the threads, their heaps and libraries, in addition to the address space that
-the process has when the limit is set.  Most of the reserve is never used, but the C library takes
-64 MiB of address space for the heap of each of its arenas."""
+the process has when the limit is set.  Most of the reserve is never used, but the C library
+reserves 64 MiB of address space for each arena of its heap."""
 _STATM: Final = Path("/proc/self/statm")
 _MIB: Final = 1 << 20
 

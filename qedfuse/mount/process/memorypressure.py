@@ -1,8 +1,8 @@
 """Protection of the serving process while the machine is short of memory.
 
 To free memory the kernel writes dirty pages back.  If the pages belong to a mounted disk, their
-writeback needs the serving process.  If this process waits for free memory at the same time, or
-is throttled because it dirties pages, the kernel and the process wait for each other forever.
+writeback needs the serving process.  If this process itself then waits for free memory, or is
+throttled because it dirties pages, the kernel and the process wait for each other forever.
 ``PR_SET_IO_FLUSHER`` (prctl(2)) marks the calling thread as part of the kernel's writeback path.
 The kernel then allocates memory for the thread without starting I/O (``GFP_NOIO``), and throttles
 the thread by the state of the host's own disk only.  New threads and child processes inherit the

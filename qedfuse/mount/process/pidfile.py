@@ -4,9 +4,9 @@ The directory of the pid file is opened before the mount exists, and the pid fil
 removed through the open directory.  If the serving process resolved the path later, and the path
 led through the mount, the process would wait forever for its own reply.
 
-A file is *special* if it is not regular, such as a pipe, or has no name any more.  For a special
-file, the file itself is opened and not its directory.  A special file is written in place and is
-never removed.
+A file is *special* if it is not a regular file (for example a pipe), or if it has no name any more.
+For a special file, the file itself is opened and not its directory.  A special file is written in
+place and is never removed.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ _DEFAULT_PORTS: Final = (53, 80, 443)
 """The ports of name servers, of stores, and of the services that give credentials for stores.  A
 server that reads remote files can always connect to these ports."""
 _ADDRESS_VARIABLE_PREFIXES: Final = ("AWS_", "AZURE_", "GOOGLE_")
-"""Beginnings of the names of environment variables whose value can be the URL of a store or of a
-service that gives credentials."""
+"""Prefixes of names of environment variables.  The value of such a variable can be the URL of a
+store, or of a service that gives credentials."""
 
 
 class Sandbox:
