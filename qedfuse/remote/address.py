@@ -1,8 +1,9 @@
 """The address of an object: a URL of an object store, a web server or an NBD server, normalised.
 
 Equivalent spellings of a URL give equal addresses, as far as the equivalence can be decided without
-a request to the server.  So addresses can be compared, and can identify entries of the cache.  The
-query for a web server is not normalised, because only that server knows what the query means.
+a request to the server.  So addresses can be compared, and can identify entries of the cache.  A
+query is not normalised in a URL of a web server, because only that server knows what the query
+means.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Address:
 
     Attributes:
         scheme: One of `STORES`, `WEB` or `NBD`.
-        host: Name of the bucket or container; or the host of the server, followed by ``:PORT``
-            unless the port is the default of the scheme; empty for a Unix socket.
+        host: For a store: name of the bucket or container.  For a server: its host, followed by
+            ``:PORT`` unless the port is the default of the scheme.  Empty for a Unix socket.
         path: Path of the object, or name of the export, escaped as in a URL, without a slash at the
             beginning.
         query: Query of the URL of a web server or an NBD server, without ``?``.  The query for a
             web server may be a secret, so no message contains it.
-        version: Version of an object in a store; empty for the latest.
+        version: Version of an object in a store; empty for the latest version.
     """
 
     scheme: str
@@ -80,7 +81,7 @@ class Address:
 
     @property
     def server(self) -> str:
-        """The prefix (`parse_prefix`) that covers the whole server or bucket, for messages."""
+        """The prefix (`parse_prefix`) of all objects of the server or bucket, for messages."""
         query = f"?{self.query}" if self.is_nbd and self.query else ""
         return printable(f"{self.scheme}://{self.host}/{query}")
 
@@ -132,7 +133,7 @@ class Address:
 def is_url(text: str) -> bool:
     """Return whether ``text`` begins with a scheme and ``://``, and therefore is not a path.
 
-    ``file://`` does not count, because a path follows ``file:``, as in QEMU.
+    ``file://`` does not count: as in QEMU, the text after ``file:`` is a path.
     """
     return _URL_START.match(text) is not None
 
@@ -144,7 +145,7 @@ def is_nbd_url(name: str) -> bool:
 
 
 def shown_name(name: str) -> str:
-    """Return the name of a file for messages, without what may be a secret.
+    """Return the name of a file for messages, without parts that may be secret.
 
     The result shows neither the user in a URL nor the query for a web server.  If the URL is not
     valid, the result shows neither query nor fragment.
@@ -174,10 +175,10 @@ def require_local(name: str) -> None:
 
 
 def require_storable(name: str, hint: str = "") -> None:
-    """Refuse the name of a backing file that an image must not store.
+    """Refuse a URL with a query for a web server, which an image must not store as a backing file.
 
-    Every user who can read the image can read the name, and the query of a URL can be a secret.
-    The query can also expire.
+    Every user who can read the image can read the URL, and its query can be a secret.  The query
+    can also expire.
 
     Args:
         name: The name of the backing file.
@@ -211,8 +212,8 @@ def parse_prefix(text: str) -> Address:
     """Return the address of a prefix, which stands for all objects below it (`is_below`).
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query although it
-            is not a URL of an NBD server.
+        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query.  Only the
+            URL of an NBD server may have a query.
     """
     address = _parse(text)
     if address.may_have_secret or address.version:

@@ -1,7 +1,7 @@
-"""Buffers for parts of an object; a buffer is used again when no view of it is left.
+"""Buffers for parts of an object; a buffer is used again when no view of the buffer is left.
 
-Allocating a megabyte takes longer than receiving it: the kernel clears the pages, and then Python,
-holding the GIL, clears them again.
+Allocating a buffer of 1 MiB takes longer than receiving 1 MiB: the kernel clears the pages, and
+then Python, holding the GIL, clears them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BufferPool:
         the pool does not keep.
         """
         with self._lock:
-            # The first free buffer is the one that is used most often, so the processor caches it.
+            # Always the first free buffer: it is used most often, so the processor caches it.
             buffer = next(filter(_is_free, self._buffers), None)
             if buffer is None and len(self._buffers) < _MAX_BUFFERS and length <= BUFFER_BYTES:
                 buffer = bytearray(BUFFER_BYTES)

@@ -2,8 +2,8 @@
 
     DIRECTORY/object-<hash of URL and store>/version-<hash of the version>/{data,map,about.json}
 
-Entries that no process has open are removed, the least recently used ones first, if the cache is
-larger than its limit or the file system is nearly full.
+If the cache is larger than its limit, or the file system is nearly full, entries that no process
+has open are removed, the least recently used ones first.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 _FREE_FRACTION: Final = 0.05
 """The fraction of the file system that the cache leaves free."""
 _MAX_GRANT_BYTES: Final = 64 << 20
-"""How many bytes may be stored at most before the limits of the cache are checked again."""
+"""Maximum number of bytes that may be stored before the limits of the cache are checked again."""
 _MAX_NEW_ENTRY_SECONDS: Final = 60.0
-"""Maximum age of the directory of an entry that is being made or removed.  An older directory
-remains from a crash."""
+"""Maximum age of the directory of an entry that is being made or removed.  An older directory was
+left by a crash."""
 _MAX_ATTEMPTS: Final = 5
 """Maximum number of attempts to open or make an entry that other processes make or remove."""
 _RETRY_PAUSE_SECONDS: Final = 0.02
@@ -70,7 +70,7 @@ class CacheOptions:
 class CacheDirectory:
     """Finds, makes and removes the entries of a cache.
 
-    An object is identified by its URL and by the store that has the bucket (`Client.store_id`).
+    An object is identified by its URL and its store (`Client.store_id`).
     """
 
     def __init__(self, options: CacheOptions) -> None:
@@ -141,7 +141,8 @@ class CacheDirectory:
     ) -> Iterator[tuple[Version, UnitFile]]:
         """Open and yield the entries of an object that can be used without a server.
 
-        These entries have all units, or all those units that `mark_usable_offline` has recorded.
+        Such an entry has all units that `mark_usable_offline` has recorded for it.  Without a
+        record, the entry must have all units of the object.
         The most recently used entry comes first.  The caller must close each entry.  Entries that
         cannot be read are skipped.
         """
@@ -161,11 +162,11 @@ class CacheDirectory:
     def stored_part(
         self, address: Address, store_id: str = "", wanted: tuple[int, str] | None = None
     ) -> tuple[int, int] | None:
-        """Return how many bytes the cache has of an object, and the size of the object.
+        """Return how many bytes of an object the cache has, and the size of the object.
 
-        The numbers are for the version whose size and validator are ``wanted``.  If ``wanted`` is
-        None, they are for the version that was used last.  Returns None if the cache has no byte of
-        this version.
+        Both numbers are for one version: the version with the size and the validator in ``wanted``,
+        or the version that was used last if ``wanted`` is None.  Returns None if the cache has no
+        byte of this version.
         """
         for found in reversed(list_entries([self._directory_of(address, store_id)])):
             try:
@@ -183,8 +184,8 @@ class CacheDirectory:
         The directory of the cache is made again if it was removed.
 
         Args:
-            unlinked_bytes: Disk space in bytes of files that the caller has open, and that were
-                removed from the cache.
+            unlinked_bytes: Disk space in bytes of files that were removed from the cache, but that
+                the caller still has open.
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is still at a limit,
@@ -204,8 +205,8 @@ class CacheDirectory:
     def _must_evict(self, entry: Entry, used: int) -> bool:
         """Return whether an entry must be removed while the cache takes up ``used`` bytes.
 
-        An entry that is being made or removed is kept for `_MAX_NEW_ENTRY_SECONDS`, and removed
-        afterwards, whatever the cache takes up.
+        For an entry that is being made or removed, only the age counts: the entry must be removed
+        after `_MAX_NEW_ENTRY_SECONDS`.
 
         Raises:
             OSError: The host refused.
@@ -254,6 +255,6 @@ def _open_retrying(path: str, size: int) -> UnitFile:
 
 
 def mark_used(entry: UnitFile) -> None:
-    """Record the present time as that of the last use of an entry, if the host permits it."""
+    """Record the present time as the time of the last use of an entry; ignore a failure."""
     with suppress(OSError):
         os.utime(entry.path)

@@ -1,8 +1,8 @@
 """The files of one entry of the cache: how they are made and removed.
 
 An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
-removed, its name is new-RANDOM.  Directories with other names are never removed, and neither are
-files in an entry that the cache did not make.  No symbolic link is followed.
+removed, its name is new-RANDOM.  The cache never removes directories with other names, nor files
+with other names than its own in an entry.  No symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _FILE_NAMES: Final = METADATA_NAMES | {DATA_NAME, MAP_NAME}
 
 
 class Entry(NamedTuple):
-    """An entry in the directory of the cache, as it was when the directory was read.
+    """An entry in the directory of the cache, at the moment when the directory was read.
 
     Attributes:
-        used: Time of the last use or of the creation, in nanoseconds since 1970.
+        used: Time of the last use, or else of the creation, in nanoseconds since 1970.
         path: The directory of the entry.
         length: Disk space in bytes that the data of the entry takes up.
     """
@@ -110,7 +110,7 @@ def discard_entry(path: str) -> None:
     Processes that have the entry open keep using the open files.
 
     Raises:
-        OSError: The host refused, or ``path`` is no directory (ENOTDIR).
+        OSError: The host refused, or ``path`` is not a directory (ENOTDIR).
     """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -118,11 +118,11 @@ def discard_entry(path: str) -> None:
 
 
 def remove_entry(path: str) -> bool:
-    """Remove an entry that no process has open; return whether it was removed.
+    """Remove an entry if no process has it open; return whether it was removed.
 
     An entry with files that are not the cache's is kept.  If the host refuses to remove a file, the
-    result is True as well, and the rest of the entry is left under another name.  The directory of
-    the object is also removed if it is empty.
+    result is True nevertheless, and the rest of the entry stays under a new name (new-RANDOM).  If
+    the directory of the object is empty afterwards, it is removed as well.
     """
     fd = -1
     try:
@@ -164,8 +164,8 @@ def _data_bytes(path: str) -> int:
 def _open_data(path: str) -> int:
     """Open the data file of an entry; return its descriptor.
 
-    Returns -1 if there is no such file, or if it is a link, a directory or a socket, which no
-    process can have open as the data of an entry.
+    Returns -1 if there is no such file, or if it is a link, a directory or a socket: no process can
+    have such a file open as the data of an entry.
 
     Raises:
         OSError: The host refused.
@@ -182,7 +182,7 @@ def _open_data(path: str) -> int:
 
 
 def _new_path(parent: str) -> str:
-    """Return a new path in ``parent``; no process opens the entry at such a path."""
+    """Return an unused path new-RANDOM in ``parent``; no process opens an entry at such a path."""
     return os.path.join(parent, _NEW_PREFIX + secrets.token_hex(16))  # noqa: PTH118  str paths
 
 

@@ -28,13 +28,15 @@ METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
 """The names of the files with metadata; ``about.new`` is renamed to ``about.json`` when it is
 complete."""
 _MAX_BYTES: Final = 32 << 20
-"""Maximum length of ``about.json`` in bytes: a longer file is not written, and one that is found
-counts as damaged.  The needed units take up less than 2 bits each, even if they are scattered
-without any pattern, so 16 MiB hold those of the largest object (`MAX_OBJECT_BYTES`)."""
+"""Maximum length of ``about.json`` in bytes.  A longer file is never written, and a longer file
+that is found counts as damaged.  The record of the needed units takes up less than 2 bits for each
+unit of the object, even if the needed units have no pattern.  So 16 MiB are enough for the largest
+object (`MAX_OBJECT_BYTES`)."""
 
 _FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
-"""The first possible time of a change, and the end of all possible times, in seconds since 1970."""
+"""The first possible time of a change, and the first time that is too late, in seconds since
+1970."""
 
 
 class EntryMetadata(NamedTuple):
@@ -83,10 +85,10 @@ def read_metadata(path: str) -> EntryMetadata:
 
 
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
-    """Record that an entry has all units that readers need.
+    """Record that an entry has all units that readers need, so it can be used without a server.
 
-    If the entry loses one of these units later, the entry cannot be used without a server until it
-    has the unit again.
+    If the entry loses one of these units later, it cannot be used without a server until it has the
+    unit again.
 
     Args:
         entry: The entry.
@@ -94,9 +96,9 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
 
     Raises:
         HostError: Nothing was recorded, because the host refused (`NoSpaceError`, `CacheError`).
-        CacheError: Nothing was recorded, because the entry lacks one of the units, has damaged
-            metadata, or was removed from the cache, where another entry may have its name now; or
-            because the record would be too long.
+        CacheError: Nothing was recorded: the entry lacks one of the units, has damaged metadata, or
+            was removed from the cache, possibly replaced by another entry of the same name; or the
+            record would be too long.
     """
     shown = printable(entry.path)
     try:
@@ -125,8 +127,8 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
         raise CacheError.from_os(error, shown, f"record in {_NAME}") from error
     except ValueError as error:
         msg = (
-            f"{shown}: {_NAME}: found damaged metadata, expected those of the entry (a new entry "
-            "is made after this directory has been removed)"
+            f"{shown}: {_NAME}: found damaged metadata, expected those of the entry (remove this "
+            "directory, and the next opening makes a new entry)"
         )
         raise CacheError(msg) from error
 
@@ -163,9 +165,10 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 def _parsed_time(modified: object) -> float | None:
     """Return the time of the last change in the file ``about.json``; see `Version.modified`.
 
-    If there is an entity tag, the time is not in the name of the entry, so that the comparison of
-    the names does not find a wrong time.  Therefore this function accepts no other types, and only
-    times that clients and `RemoteFile.stat` can convert; JSON also has NaN and Infinity.
+    For an object with an entity tag, the name of the entry does not depend on the time, so the
+    check of the name does not find a wrong time.  Therefore this function accepts only null and
+    numbers, and only times that clients and `RemoteFile.stat` can convert.  For example, it refuses
+    NaN and Infinity, which Python's JSON allows.
 
     Raises:
         ValueError: The value is not null, and not a number of seconds in the years 1 to 9999.
@@ -176,7 +179,7 @@ def _parsed_time(modified: object) -> float | None:
     if isinstance(modified, bool) or not isinstance(modified, int | float):
         raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
     seconds = float(modified)
-    # Not `datetime.fromtimestamp`, which raises a different error for each kind of other time.
+    # Not `datetime.fromtimestamp`, which raises various errors for times outside of this range.
     if not _FIRST_SECOND <= seconds < _END_SECOND:
         raise ValueError(_NAME)
     return seconds
@@ -208,7 +211,7 @@ def _read_json(directory: int) -> dict[str, Any]:
 
     Raises:
         OSError: The host refused.
-        ValueError: The file is no JSON object, or is too long.
+        ValueError: The file is not a JSON object, or is too long.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(_NAME, flags, dir_fd=directory)

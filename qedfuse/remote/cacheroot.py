@@ -1,4 +1,7 @@
-"""The root directory of the cache: private, marked, and without files that are not the cache's."""
+"""The root directory of the cache.
+
+The directory is private, has a file that marks it as a cache, and has no files of other programs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ OBJECT_NAME: Final = re.compile(r"object-[0-9a-f]{32}")
 """The names of the directories for objects, each with the entries of one object."""
 
 _NAME: Final = "qedfuse"
-"""The name of the cache's own directory, inside the user's directory for caches, or inside a
-directory that the user has named and that has other content."""
+"""The name of the cache's own directory.  It lies in the user's directory for caches, or in the
+directory that the user has named if that one has other content."""
 _TAG_NAME: Final = "CACHEDIR.TAG"
 _TAG: Final = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -46,9 +49,9 @@ def default_directory() -> str:
 def prepare_directory(path: str) -> str:
     """Make and mark a directory for the cache, if that is necessary; return its path.
 
-    The result is ``path`` if ``path`` is new, empty or marked, or if ``path`` has only what a cache
-    has.  If ``path`` has other content, the result is its subdirectory ``qedfuse``, so that the
-    cache is apart from other files.
+    The result is ``path`` if ``path`` is new or empty, is marked, or has only files and directories
+    of a cache.  If ``path`` has other content, the result is its subdirectory ``qedfuse``, so that
+    the cache is apart from other files.
 
     Raises:
         CacheError: The directory cannot be used, other users can change it, or both ``path`` and
@@ -104,7 +107,9 @@ def _require_private(path: str, status: os.stat_result) -> None:
 
 
 def _is_cache(path: str) -> bool:
-    """Return whether a directory is marked as this cache, or has only what a cache has.
+    """Return whether a directory is marked as a cache of qedfuse, or could be an unmarked one.
+
+    It could be one if it is empty, or has only files and directories of a cache.
 
     Raises:
         OSError: The host refused.
@@ -121,7 +126,7 @@ def _is_cache(path: str) -> bool:
 
 
 def _is_cache_file(entry: os.DirEntry[str]) -> bool:
-    """Return whether a directory entry has the name and the type of one that a cache has."""
+    """Return whether a directory entry has the name and the type of an entry of a cache's root."""
     if entry.name == _TAG_NAME:  # with any content, because a crash may have cut the file
         return entry.is_file(follow_symlinks=False)
     return bool(OBJECT_NAME.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)

@@ -1,8 +1,8 @@
 """The interface of clients of object stores and web servers: ask for a version, read a range.
 
-Each call blocks the calling thread, and repeats no request that failed: `qedfuse.remote.object`
-repeats the failed calls.  Only `settled_version` asks several times, because an answer may not
-identify a version yet.
+Each call blocks the calling thread.  A client does not repeat a request that failed:
+`qedfuse.remote.object` repeats the failed call.  Only `settled_version` sends further requests,
+because a successful answer may not identify a version yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _STRONG_SECONDS: Final = 2.0
 """For how many seconds an object must have been unchanged before its Last-Modified time identifies
-the version.  Any later change then gets a later time (RFC 9110, 8.8.2.2)."""
+the version.  After this time, any further change gets a later Last-Modified time (RFC 9110,
+8.8.2.2)."""
 _MAX_FURTHER_QUERIES: Final = 5
 """Maximum number of further queries for a version whose validator does not identify it yet."""
 
@@ -43,7 +44,7 @@ class Version:
 
     @property
     def validator(self) -> str:
-        """The entity tag or else the time; empty if the server reports neither."""
+        """The entity tag, or the time if there is no tag; empty if the server reports neither."""
         if self.etag:
             return f"etag {self.etag}"
         return "" if self.modified is None else f"modified {self.modified:.0f}"
@@ -68,8 +69,8 @@ class ClientOptions:
         redirect_prefixes: Prefixes to which a web server may redirect, besides its own host.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read; it is read again when a
-            server refuses them.  None for no file.
+        credentials_file: The file from which ``credentials`` were read.  The file is read again
+            when a server refuses the credentials.  None for no file.
     """
 
     connect_seconds: float = 5.0
@@ -101,14 +102,11 @@ class AttemptError(Exception):
 
 
 class UnreachableError(AttemptError):
-    """No connection to the server was made, for example because no address was found for its name.
-
-    Also raised if the handshake of TLS fails.
-    """
+    """No connection to the server was made, because the name lookup, TCP or TLS failed."""
 
 
 class RefusedError(AttemptError):
-    """The server refuses the credentials, which may have expired, or demands some and got none."""
+    """The server refuses the credentials, which may have expired, or demands missing ones."""
 
 
 class MissingError(Exception):
@@ -136,7 +134,7 @@ class Client(Protocol):
     def store_id(self) -> str:
         """The endpoint or account of the store, without secrets; empty if the URL names the server.
 
-        Buckets of the same name in two stores have the same URL.
+        The URL alone does not identify the store: ``s3://bucket`` can be a bucket of any endpoint.
         """
 
     def head(self) -> Version:
@@ -152,8 +150,8 @@ class Client(Protocol):
         """Fetch adjacent parts of a version of the object with one request; yield each part.
 
         Each part is yielded as soon as it has arrived.  The time limit of an attempt applies to
-        each part separately if the library for the server permits that.  With other libraries, the
-        limit applies to all parts together.
+        each part separately, or to all parts together if the library of the client has only a
+        limit for a whole request.
 
         Args:
             offset: The offset of the first part in the object.
@@ -185,8 +183,8 @@ def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Versio
             unchanged, or None if that is unknown.
 
     Raises:
-        AttemptError: Each query found another version than the one before.
-        Exception: ``query`` has raised it.
+        AttemptError: Each query found another version than the query before it.
+        Exception: An exception of ``query``.
     """
     version, seconds = query()
     for _ in range(_MAX_FURTHER_QUERIES):

@@ -1,4 +1,4 @@
-"""Connections of urllib3 whose timeouts limit connecting as a whole, and a response as a whole.
+"""Connections of urllib3 with one time limit for all of connecting, and one for a whole response.
 
 The timeout of a socket applies to each read separately.  With that timeout alone, a server that
 sends one byte before each timeout could block a thread without limit, in the header as well as in
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _LONG_READ_BYTES: Final = 1 << 16
-"""Reads of at least this length from a plain socket fill their buffer with one system call."""
+"""From a socket without TLS, reads of at least this length fill their buffer with one system
+call."""
 
 
 class _TimedSocket(io.RawIOBase):
@@ -66,13 +67,13 @@ class _TimedSocket(io.RawIOBase):
         """Fill ``buffer`` with one system call; return how many bytes were read.
 
         The result is less than the length of the buffer only at the end of the stream, or when the
-        time is over.  One call is faster than one for each packet, because every call must take the
-        GIL again.
+        time is over.  One call for the whole buffer is faster than a call for each packet, because
+        each call must take the GIL again.
 
         Raises:
             TimeoutError: No byte came within ``seconds``.
         """
-        # The kernel applies SO_RCVTIMEO, to the call as a whole, only if the socket blocks.
+        # SO_RCVTIMEO limits the call as a whole.  The kernel applies it only to a blocking socket.
         self._sock.settimeout(None)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
         try:
@@ -87,7 +88,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 class TimedResponse(http.client.HTTPResponse):
-    """A response whose reads together are limited by the timeout that the socket has at first."""
+    """A response with one time limit for all reads: the timeout of the socket at the beginning."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
         """Prepare to read a response from ``sock``; see the base class."""
@@ -134,7 +135,7 @@ _POOLS: Final = {"http": _TimedHTTPPool, "https": _TimedHTTPSPool}
 
 
 def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
-    """Return a pool of connections whose timeouts apply to whole responses.
+    """Return a pool of connections with time limits as described at the top of this module.
 
     Args:
         proxy: The URL of a proxy, which may have a user and a password; None for no proxy.

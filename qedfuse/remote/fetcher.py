@@ -56,7 +56,7 @@ class Fetcher:
         fetched_bytes: Number of bytes of the object that the server has sent.
         requests: Number of requests that the server has answered with a range.  A request that is
             repeated for the rest of its units counts once.
-        awaited_requests: Number of these requests for whose units a reader waited.
+        awaited_requests: Number of these requests for which a reader waited.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ class Fetcher:
     def close(self) -> None:
         """End the threads, and end all flights with an error; a second call does nothing.
 
-        The call does not wait for a thread that is fetching: the thread ends when its running
-        request has (`RemoteObject.close`), and sends no further one.
+        The call does not wait for a thread that is fetching.  Such a thread ends after its running
+        request (`RemoteObject.close`), and sends no further request.
         """
         with self._lock:
             self._threads.close()
@@ -199,11 +199,16 @@ class Fetcher:
     def _begin(
         self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
     ) -> list[Flight]:
-        """Return the flights of those of the units ``first`` to ``last`` that are not ready.
+        """Return flights of the units ``first`` to ``last``, without the units that are ready.
 
-        Flights that are missing are started.  A unit that is held in memory gets a flight that has
-        already ended.  The caller holds the lock.  With ``is_wanted``, a reader waits for the
-        flights.  With ``is_long``, a request may fetch several of the flights.
+        Missing flights are started.  A unit that is held in memory gets a flight that has already
+        ended.  The caller holds the lock.
+
+        Args:
+            first: The first unit.
+            last: The last unit.
+            is_wanted: Whether a reader waits for the flights.
+            is_long: Whether one request may fetch several of the flights.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -279,8 +284,7 @@ class Fetcher:
         window = self._readers.record_read(first, last, max_units)
         end = min(last + window, self._units - 1)
         ahead = last + 1
-        # A marker counts as fetched also after its flight has ended, although the marker may have
-        # been made not ready then (`_held_back`).
+        # A marker in `_held_back` was fetched as well, although it is not ready.
         while ahead <= end and (
             self.ready[ahead] or ahead in self._flights or ahead in self._held_back
         ):

@@ -1,8 +1,9 @@
 """The threads that fetch, and the queues of their work.
 
-The threads are separate from trio's threads, whose number is limited, so a slow server does not
-delay reads of local files.  At most 16 of at most 20 threads fetch at a time; the others only look
-up units in the cache, so cached units can be read while the server does not answer.
+The number of trio's threads is limited.  The threads of this module are separate from trio's, so a
+slow server does not delay reads of local files.  There are at most 20 threads, of which at most 16
+fetch at a time.  The others only look up units in the cache, so cached units can be read even while
+the server does not answer.
 """
 
 from __future__ import annotations

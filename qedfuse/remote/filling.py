@@ -33,8 +33,8 @@ async def fill(
 ) -> None:
     """Fetch the runs of units that the cache does not have, in the order of ``runs``.
 
-    If the call is cancelled or fails, the requests that are running go on, and their units are
-    stored in the cache.
+    If the call is cancelled or fails, running requests continue, and their units are stored in the
+    cache.
 
     Args:
         file: The file.
@@ -43,7 +43,8 @@ async def fill(
         verify: Whether to compare each unit that the cache already has with its checksum, and fetch
             the unit again if it is damaged.  If false, readers compare these units when they need
             them.
-        wait_turn: Called and awaited before each run; it must be a checkpoint of trio.
+        wait_turn: Called and awaited before each run, for example to wait while readers need the
+            server.  The call must be a checkpoint of trio.
         report: Called with the length in bytes of a run when the run is in the cache.
 
     Raises:
@@ -68,9 +69,9 @@ async def fill(
 async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
     """Record that the cache has all that readers of a file need; return whether it was recorded.
 
-    If there is a cache and nothing was recorded, the reason is logged.  A thread makes the record,
-    because calls on the cache's file system may block.  A task that is cancelled does not wait for
-    the thread.
+    If there is a cache and nothing was recorded, the reason is logged.  A thread writes the record,
+    because calls on the cache's file system may block.  If the task is cancelled, it does not wait
+    for the thread.
 
     Args:
         file: The file.
@@ -97,7 +98,7 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
         if not fetcher.has_cache:
             msg = (
                 f"{file.name}: found the file of the cache cut by another program, expected it "
-                "whole (a new opening makes a new one)"
+                "whole (the next opening makes a new file)"
             )
             raise CacheError(msg)
         if not was_evicting and not fetcher.is_evicting:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from qedfuse.hostio.hostfile import Buffer
 
 _POLL_SECONDS: Final = 0.2
-"""Time between two checks of a waiting thread whether its task was cancelled.  Also the time
-between two attempts of a reader to start a thread that fetches, in case the host could not start
-a thread before."""
+"""Interval at which a waiting thread checks whether its task was cancelled.  At the same interval,
+a waiting reader tries to start a thread that fetches, in case the host could not start one
+before."""
 
 
 class Flight:
@@ -32,7 +32,8 @@ class Flight:
         blocks: The content of each unit that was read from the cache or fetched.  When the flight
             has ended without an error, only units that are ready can be missing.
         is_wanted: Whether a reader waits, or has waited, for the flight.
-        continues: Whether one request may fetch the flight together with that of the units before.
+        continues: Whether one request may fetch the flight together with the flight of the units
+            before it.
         is_brief: Whether attempts are repeated for a short time only, because a reader of one of
             the units has just waited for the server without success.
     """

@@ -25,10 +25,10 @@ process that uses the same entry could read them.
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
 It compares the length after a read with the length after the previous read, and it prefers
 cachestat(2) to mincore(2).  cachestat(2) also counts pages that are not valid, because a write has
-failed or because they are being read.  A read with ``RWF_NOWAIT`` takes no such page, but splice(2)
-would read the page from the disk.  So the extension calls mincore(2) before splice(2), unless it
-has found all pages of the unit valid while none of them waited to be written, and no other process
-has the entry open.
+failed or because they are being read.  A read with ``RWF_NOWAIT`` does not return such a page, but
+splice(2) would read the page from the disk.  So the extension calls mincore(2) before splice(2).
+It omits this call only if no other process has the entry open, and if it has found all pages of the
+unit valid while none of them waited to be written.
 
 Unchecked bytes can still be returned in these cases:
 

@@ -25,7 +25,7 @@ _CONTROL: Final = rb"[\x00-\x1f\x7f]"
 
 
 def nbd_query(text: str, scheme: str, query: str) -> str:
-    """Return the query of a URL in its normalised form: parameters escaped, in a fixed order.
+    """Return the normalised query of a URL: escaped parameters in a fixed order.
 
     Args:
         text: The whole URL, for messages.

@@ -35,7 +35,7 @@ T = TypeVar("T")
 MAX_OBJECT_BYTES: Final = 16 << 40
 """Maximum size of an object in bytes: that of a file on ext4.  In memory each unit takes one byte
 (64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
-(`ZeroBlocks`).  On disk it takes eight bytes in the file of checksums of the cache (`UnitFile`)."""
+(`ZeroBlocks`).  On disk each unit takes eight bytes in the map of the cache (`UnitFile`)."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
@@ -243,7 +243,7 @@ def retry(
         total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
             end of this time at the latest, but one with renewed credentials may follow.
         closed: The event that ends the repetition.  Even if the event is set, ``attempt`` is called
-            once more after a refusal of the credentials, so it must look at the event too.
+            once more after a refusal of the credentials.  So ``attempt`` must check the event too.
         unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
             a wrong name of a server is reported sooner.
 
@@ -252,8 +252,8 @@ def retry(
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None until the credentials are read again; from then on, the reason why reading them failed,
-    # or an empty string if it succeeded.
+    # None until the credentials are read again.  From then on, the reason why reading them failed,
+    # or an empty string if reading them succeeded.
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1
@@ -275,7 +275,7 @@ def retry(
             if renewal is not None:
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error
-            renewal = _renewed(renew)
+            renewal = _renewal_failure(renew)
             continue
         except AttemptError as error:
             seconds = total_seconds
@@ -298,11 +298,11 @@ def closed_error(name: str) -> RemoteError:
     return error
 
 
-def _renewed(renew: Callable[[], object]) -> str:
+def _renewal_failure(renew: Callable[[], object]) -> str:
     """Read the credentials again; return the reason of a failure, or an empty string."""
     try:
         renew()
     except UnusableError as error:
-        # The former credentials are used once more: this failure may be temporary.
+        # The former credentials are used once more, because this failure may be temporary.
         return str(error)
     return ""

@@ -37,18 +37,19 @@ def open_remote(
 ) -> RemoteFile:
     """Open the object at an address as a file; the caller closes the file.
 
-    The call blocks until the server answers or the time is over.  If the server cannot be reached,
-    fails or refuses the credentials, and the cache has an entry with all that readers need (see
-    `offline_entries`), that entry is used, which is logged.  If there is such an entry, failed
-    attempts are repeated for no longer than `Deadlines.connect_seconds`.
+    The call blocks until the server answers or the time is over.
+
+    The cache may have an entry with all that readers need (see `offline_entries`).  With such an
+    entry, failed attempts are repeated for at most `Deadlines.connect_seconds`.  If the server then
+    cannot be reached, fails or refuses the credentials, the entry is used, and a warning is logged.
 
     Args:
         address: The address.
         options: How to read the object, and where the cache is.
-        wanted: Size and validator of the version that the caller needs.  If the cache has an entry
-            for this version with all that readers need, the entry is used even if the server has
-            another version.  If the server does not answer, no entry for another version is used.
-            None if the caller needs no particular version.
+        wanted: Size and validator of the version that the caller needs; None if the caller needs no
+            particular version.  An entry for this version with all that readers need is used even
+            if the server has another version.  Entries for other versions are not used when the
+            server does not answer.
 
     Raises:
         RemoteError: The object is missing or cannot be read.
@@ -112,11 +113,11 @@ def client_options(options: RemoteOptions) -> ClientOptions:
 
 
 def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
-    """Return the directory of the cache.
+    """Return the directory of the cache; None if there is no cache.
 
-    If the default directory cannot be used, logs the reason and returns None.  A default directory
-    on a file system that waits for a server (NFS, FUSE) is not used, because a server that does not
-    answer would block the readers.
+    If the default directory cannot be used, the reason is logged, and there is no cache.  A default
+    directory on a file system that waits for a server (NFS, FUSE) is not used either, because a
+    server that does not answer would block the readers.
 
     Raises:
         CacheError: The directory that the user has named cannot be used.
@@ -139,10 +140,11 @@ def _open_directory(options: RemoteOptions) -> CacheDirectory | None:
 def _open_cache(
     directory: CacheDirectory | None, address: Address, version: Version, client: Client
 ) -> UnitFile | None:
-    """Open the entry of the cache for a version, or make it; return None if neither is possible.
+    """Open the entry of the cache for a version; make the entry if it is missing.
 
-    If the entry can neither be opened nor made, logs the reason.  A version of which only the size
-    is known has no entry, because another version may have the same size.
+    Returns None if there is no cache, or if the entry can neither be opened nor made; the reason of
+    such a failure is logged.  Also returns None for a version of which only the size is known,
+    because another version may have the same size.
     """
     if directory is None or not (version.validator or address.version):
         return None
@@ -161,8 +163,8 @@ def _offline_entry(
 ) -> tuple[Version | None, UnitFile | None]:
     """Return the entry of an object that can be used without a server.
 
-    The entry is that for the version ``wanted``.  If ``wanted`` is None, it is the entry that was
-    used last.
+    This is the entry for the version ``wanted``, or the entry that was used last if ``wanted`` is
+    None.
 
     Returns:
         The version and the open entry, which the caller closes; None for both if there is none.
@@ -182,9 +184,9 @@ def _with_stored_part(
     client: Client,
     wanted: tuple[int, str] | None,
 ) -> RemoteError:
-    """Return the error of an opening, with what the cache has of the object, after an outage.
+    """Return the error of a failed opening, with a note on how much of the object the cache has.
 
-    An error with another cause than `_OUTAGES` is returned unchanged.
+    The error is unchanged if the cache has nothing, or if the cause is not one of `_OUTAGES`.
     """
     if directory is None or not isinstance(error.__cause__, _OUTAGES):
         return error

@@ -19,10 +19,10 @@ class Deadlines:
     Attributes:
         connect_seconds: Maximum time to connect.
         attempt_seconds: Maximum time of one attempt, connecting included.  For an NBD server:
-            maximum time of the handshake without connecting, and maximum time without any byte
-            while a reply is missing.
-        total_seconds: Maximum time in which attempts of one request begin; the last attempt may
-            end later.  A reader of an NBD server does not wait for a reply after this time.
+            maximum time of the handshake, connecting not included, and maximum time without a
+            received byte while a reader waits for a reply.
+        total_seconds: Failed attempts of a request are repeated for this time; the last attempt may
+            end later.  A read from an NBD server fails after this time, even during an attempt.
     """
 
     connect_seconds: float = 5.0
@@ -51,14 +51,14 @@ class RemoteOptions:
         deadlines: How long to wait for a server.
         allow_http: Whether ``http://`` is allowed to other machines.
         allow_unpinned: Whether to read an object for which the server reports neither a strong
-            entity tag nor the time of the last change.  Of such an object only a change of the size
-            is noticed.
-        allowed: The addresses that images may name as backing files, and to which web servers may
-            redirect; each includes all addresses below it.
+            entity tag nor the time of the last change.  A change of such an object is noticed only
+            if the size changes.
+        allowed: The prefixes of the URLs that images may name as backing files, and to which web
+            servers may redirect.
         credentials: Name and value of each variable in the credentials file.  The variables take
             precedence over those of the environment.
-        credentials_file: The file from which ``credentials`` were read; it is read again when a
-            server refuses them.  None for no file.
+        credentials_file: The file from which ``credentials`` were read.  The file is read again
+            when a server refuses the credentials.  None for no file.
     """
 
     cache_directory: str | None = None

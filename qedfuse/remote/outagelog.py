@@ -42,14 +42,15 @@ class OutageLog:
         # Whether an outage was logged since the last answer.  An outage of one kind may follow
         # another without an answer in between.
         self._awaits_end = False
-        self._begun = 0.0  # when the present outage began
+        self._begun = 0.0  # time.monotonic() when the present outage began
         # For each kind, when the last outage that was logged began.
         self._last_logged: dict[type[RemoteError], float] = {}
 
     def failed(self, error: RemoteError) -> None:
-        """Log a failed request if it begins an outage; mark the error if the outage was logged.
+        """Record a failed request, and log the error if it begins an outage that must be logged.
 
-        An outage that begins too soon after the last logged one of its kind is not logged.
+        An outage that begins too soon after the last logged one of its kind is not logged.  If the
+        present outage was logged, `RemoteError.is_logged` of ``error`` is set.
         """
         kind = ObjectChangedError if isinstance(error, ObjectChangedError) else RemoteError
         with self._lock:

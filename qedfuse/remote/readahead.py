@@ -59,8 +59,9 @@ class ReadAhead:
         """Record a read of the units ``first`` to ``last``; return the window of its reader.
 
         The window is the number of units to fetch after ``last``: 0 for the first read of a reader,
-        and 1 for the second.  It doubles with each further read of the reader that ends in a later
-        unit, up to ``max_units``, and up to 8 MiB until the reader has read more than 8 MiB.
+        and 1 for the second.  The window doubles with each further read that ends in a later unit,
+        up to ``max_units``.  Until the reader has read more than 8 MiB, the window stays at most
+        8 MiB long.
         """
         found = [stream for stream in self._streams if stream.is_continued_by(first, last)]
         if found:

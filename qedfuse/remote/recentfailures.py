@@ -14,9 +14,9 @@ from typing import Final
 _RECENT_SECONDS: Final = 1.0
 """For how many seconds a failure is remembered."""
 _MAX_REPEATED_SECONDS: Final = 3.0
-"""For how many seconds after its first failure a unit that fails again and again is remembered.
-Without this limit, readers that never pause would get only early errors, and no reader would wait
-for the whole time limit any more."""
+"""A unit that fails again and again is remembered for at most this time after its first failure.
+Without this limit, a reader that repeats failed reads without a pause would get only early errors,
+and would never again wait for the whole time limit."""
 
 
 class RecentFailures:

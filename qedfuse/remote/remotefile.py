@@ -132,7 +132,7 @@ class RemoteFile(ReadOnlyFile):
         return offset if offset < self._size else None
 
     async def next_hole(self, offset: int) -> int | None:
-        """Return the end of the file; None if ``offset`` is at or past it."""
+        """Return the end of the file; None if ``offset`` is at or past the end."""
         await trio.lowlevel.checkpoint()
         return self._size if offset < self._size else None
 

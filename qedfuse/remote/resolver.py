@@ -63,12 +63,12 @@ class Resolver:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Forget all running lookups: in a forked child, those of the parent would never end."""
+        """Forget all running lookups: in a forked child, lookups of the parent would never end."""
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], _Lookup] = {}
 
     def resolve(self, host: str, port: int, seconds: float) -> Sequence[SocketAddress]:
-        """Return the addresses of a host, of which there is at least one.
+        """Return the addresses of a host, at least one.
 
         Raises:
             TimeoutError: The name servers did not answer within ``seconds``.

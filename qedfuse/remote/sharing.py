@@ -1,13 +1,14 @@
 """The length of the data file of an entry shows whether one opener uses the entry, or several.
 
-The data file is longer than the object by one byte while one opener uses the entry, and by two
-bytes while several may use it.  One lseek(2) shows whether there are other openers.  No write
-reaches the added bytes, so if the file was cut, no write restores one of the two lengths.  Only
-`join` can restore one, if another program cuts the file while `join` sets the length.
+An *opener* is an open `UnitFile`.  The data file is longer than the object by one byte while one
+opener uses the entry, and by two bytes while several may use it.  So one lseek(2) shows whether
+there are other openers.  No write reaches the added bytes, so if the file was cut, no write
+restores one of the two lengths.  Only `join` can restore one, if another program cuts the file
+while `join` sets the length.
 
-An *opener* is an open `UnitFile`.  Each opener holds a read lock on the first byte of the data
-file.  The next opener finds this lock, and so knows that it is not alone.  The lock belongs to the
-open file description (``F_OFD_SETLK``), like that of flock(2).
+Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock,
+and so knows that it is not alone.  The lock belongs to the open file description
+(``F_OFD_SETLK``), like a lock of flock(2).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
 
     Args:
         data_fd: The open data file.
-        lock_fd: Another open file of the entry.  The call locks it (flock(2)), so that only one
-            opener at a time sets the length.
+        lock_fd: Another open file of the entry.  The call locks this file (flock(2)), so that only
+            one opener at a time sets the length.
         size: The size of the object in bytes.
 
     Raises:
@@ -65,4 +66,4 @@ def _has_others(fd: int) -> bool:
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
         kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
         return kind != fcntl.F_UNLCK
-    return True  # the file system has no such locks, so other openers are not known
+    return True  # the file system has no such locks, so other openers cannot be found

@@ -184,7 +184,8 @@ def _add_s3_identity(
         renewed: Reads the credentials file again, for each request; None keeps the first key.
 
     Raises:
-        UnusableError: One half of a key is missing, or the file of Amazon's tools cannot be used.
+        UnusableError: Only the ID of a key or only its secret is set, or the file of Amazon's tools
+            cannot be used.
     """
     credential = _s3_credential(variables)
     if credential is None:
@@ -202,7 +203,7 @@ def _add_s3_identity(
         nonlocal last
         if renewed is None:
             return last
-        # A file that cannot be used may be in the middle of a change: the last key remains.
+        # Keep the last key if the file cannot be used: another program may just be writing it.
         with suppress(UnusableError):
             last = _s3_credential(Variables(dict(renewed().credentials))) or last
         # The credential expires right away, so obstore calls this function for each request.
@@ -221,7 +222,7 @@ def _s3_credential(variables: Variables) -> S3Credential | None:
     anonymous requests or a web identity.
 
     Raises:
-        UnusableError: One half of a key is missing, or the file cannot be used.
+        UnusableError: Only the ID of a key or only its secret is set, or the file cannot be used.
     """
     key, secret, token = variables.values_of_group(KEY_VARIABLES)
     if bool(key) != bool(secret):

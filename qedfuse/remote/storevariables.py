@@ -1,6 +1,7 @@
 """The variables that configure an object store, and the checks before obstore reads them.
 
-obstore panics at a value that no header or URL can have, and takes an empty value for a value.
+obstore panics at a value that no header or URL can have, and treats a variable with an empty value
+as set.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ _CHECKED: Final = {
     "gs": (*GOOGLE_VARIABLES, *ENDPOINT_VARIABLES["gs"]),
     "az": (*AZURE_VARIABLES, *(name for group in STORE_VARIABLES["az"] for name in group)),
 }
-"""The variables of each kind of store."""
+"""The variables of each kind of store that `check_variables` checks."""
 
 
 class Variables:
@@ -139,7 +140,7 @@ def check_variables(scheme: str, variables: Variables) -> None:
 
 
 def check_value(name: str, value: str) -> None:
-    """Check that a header can have the value of a variable.
+    """Check that the value of a variable can be sent in an HTTP header.
 
     Raises:
         UnusableError: The value has a control character, such as the end of a line.

@@ -9,7 +9,7 @@ from its checksum, and is fetched again.
 
 If several processes use an entry, no process may bring bytes that it has not compared from the disk
 into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
-`qedfuse.remote.localdata`).  So if an entry has several users, a unit is first read with
+`qedfuse.remote.localdata`).  So if several processes have an entry open, a unit is first read with
 ``O_DIRECT``, around the page cache, and compared.  The module `qedfuse.remote.localdata` lists the
 cases in which unchecked bytes can be read nevertheless.
 """
@@ -92,9 +92,9 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, another process removes or opens the entry (EWOULDBLOCK),
-                the entry is damaged or is for an object of another size (EBADMSG), or the host
-                refused.
+            OSError: The entry is missing, another process is just removing or opening the entry
+                (EWOULDBLOCK), the entry is damaged or is for an object of another size (EBADMSG),
+                or the host refused.
         """
         directory = open_directory(path)
         try:
@@ -337,7 +337,7 @@ def open_directory(path: str) -> int:
     """Open the directory of an entry, without following a symbolic link; return the descriptor.
 
     Raises:
-        OSError: The host refused, or ``path`` is no directory.
+        OSError: The host refused, or ``path`` is not a directory.
     """
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 

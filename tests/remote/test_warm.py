@@ -100,8 +100,8 @@ def test_what_cannot_be_recorded(
         (record,) = caplog.records
         assert record.getMessage() == (
             f"{about.parent}: about.json: found damaged metadata, expected those of the "
-            "entry (a new entry is made after this directory has been removed); not recorded as "
-            "usable without a server"
+            "entry (remove this directory, and the next opening makes a new entry); not recorded "
+            "as usable without a server"
         )
         shutil.rmtree(about.parent)
         assert main(["warm", server.url]) == 0
