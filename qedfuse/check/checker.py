@@ -55,8 +55,8 @@ async def check_image(
     Args:
         file: The image.
         header: The header of the image.
-        progress: Called before each L2 table is read, with the number of L2 tables that were
-            read so far, and the number of all L2 tables that the check reads.
+        progress: Called before each L2 table is read, with the number of L2 tables read so far and
+            the number of L2 tables that the check reads in all.
 
     Raises:
         HostError: The host cannot read the file.

@@ -74,8 +74,8 @@ class Disk(GuestChanges):
         Raises:
             CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
                 a change of one would damage the other.
-            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
-                where its descriptor must be.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
+                where the list's descriptor must be.
             HostError: The host refused at the start or at the close, or something written before
                 the close could not be made durable (D7).
 

@@ -40,8 +40,8 @@ class Lifecycle:
         Raises:
             CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
                 a change of one would damage the other.
-            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
-                where the header must hold the descriptor of the list.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
+                where the list's descriptor must be.
             HostError: The host refused an access to the file at the start or at the close, or
                 something written before the close could not be made durable (D7).
 
@@ -70,8 +70,8 @@ class Lifecycle:
         Raises:
             CorruptImageError: The image is open for writing, and two of its L2 tables overlap, so
                 a change of one would damage the other.
-            UsageError: A free list is requested (`OpenOptions.free_list`), but other data is
-                where the header must hold the descriptor of the list.
+            UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
+                where the list's descriptor must be.
             HostError: The host refused.
         """
         components = self._components

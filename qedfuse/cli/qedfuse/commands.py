@@ -38,8 +38,8 @@ def mount(arguments: Arguments) -> int:
     Raises:
         UsageError: An argument is missing, or an option is invalid.
         QedError: A remount failed, the file of credentials cannot be read, /proc is not mounted,
-            or the host refuses a process for the background.
-        OSError: The host refuses a pipe for the background.
+            or the background process cannot be started.
+        OSError: The pipe to the background process cannot be created.
         Exception: There is a bug or a lack of descriptors, and ``-d`` was given.
     """
     # Modules are imported in the functions, so that an action loads only what it needs.

@@ -304,7 +304,8 @@ class Discard:
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        # How many of the clusters lie over the base.  These become zero clusters, which hide it.
+        # How many of the clusters lie over the base.  Those with data become zero clusters, which
+        # hide the base.  With ``clear`` the base must show.
         hidden = 0 if clear else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)

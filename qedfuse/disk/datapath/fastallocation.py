@@ -106,8 +106,8 @@ class FastAllocation:
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
         # write all of it.  `_fill` may still fail, because it may have to write more bytes than
-        # were checked: it writes all of the run if the run was written before.  That is known only
-        # after the allocation.
+        # were checked: it writes all of the run if the run was written before.  Whether it was is
+        # known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )
@@ -135,13 +135,13 @@ class FastAllocation:
         ``entry`` the value that all their entries have.
 
         Returns:
-            How many bytes were read; the rest of the clusters must become zeros, except where the
-            guest's data goes.  None if the read would block or fails, or if the slow path must
-            assemble the data.
+            How many bytes were read.  The caller must fill the rest of the clusters with zeros,
+            except where the guest's data goes.  None if the read would block or fails, or if the
+            slow path must assemble the data.
         """
         if entry != UNALLOCATED or self._flattened is None:
             return 0
-        # Leave the backing data of several clusters to the slow path.
+        # If data of the base may be needed for several clusters, leave the write to the slow path.
         number = start >> self._bits
         entries = self._layer.tables.slice_entries
         codes = self._flattened.cached(number // entries) if length == self._cluster_size else None
