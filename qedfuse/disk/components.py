@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from qedfuse.disk.datapath.discard import Discard
 from qedfuse.disk.datapath.fastpath import FastPath
-from qedfuse.disk.datapath.fastseek import FastSeek
 from qedfuse.disk.datapath.tablewriter import TableWriter
 from qedfuse.disk.datapath.writepath import WritePath
 from qedfuse.disk.datapath.zerofill import ZeroFill
@@ -178,7 +177,6 @@ class Components:
             self.write_path,
             zero_fill,
         )
-        self.fast_seek = FastSeek(self.layer, has_base=self.chain.flattened is not None)
         self.discard = Discard(
             self.chain,
             self.layer,

@@ -33,7 +33,6 @@ class GuestReads:
         self._file_reads = components.chain.file_reads
         self._epochs = components.epochs
         self._fast_path = components.fast_path
-        self._fast_seek = components.fast_seek
 
     @property
     def size(self) -> int:
@@ -170,16 +169,6 @@ class GuestReads:
             return await self._chain.read(start, length)
         finally:
             self._epochs.leave(epoch)
-
-    def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first data at or past ``start``, or the first hole if ``data`` is False.
-
-        Returns:
-            The guest offset; the disk's size if there is none.  None if the search would block
-            or is not possible on the fast path, for example because the disk has a base.  After
-            None the caller must use `next_data` or `next_hole`.
-        """
-        return self._fast_seek.try_seek(start, data=data)
 
     async def next_data(self, start: int) -> int | None:
         """Return the guest offset of the first data at or past ``start``; None if there is none.

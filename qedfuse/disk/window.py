@@ -137,11 +137,6 @@ class DiskWindow:
         if length > 0:
             await self.disk.allocate(self.start + start, length)
 
-    def try_seek(self, start: int, *, data: bool) -> int | None:
-        """Find the first data or hole at or past ``start``; see `Disk.try_seek`."""
-        found = self.disk.try_seek(self.start + start, data=data)
-        return None if found is None else min(found - self.start, self.size)
-
     async def next_data(self, start: int) -> int | None:
         """Return the offset of the first data at or past ``start``; None if there is none.
 

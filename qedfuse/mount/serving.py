@@ -237,8 +237,12 @@ class Server:
             data_requests = DataRequests(
                 operations, extraops.reply_from_file, extraops.defer_read, nursery
             )
+            fallocate_lseek = FallocateLseek(
+                operations, self._laundering, self._size_fixup, nursery
+            )
             extraops_failure = extraops.serve(
-                FallocateLseek(operations, self._laundering, self._size_fixup, nursery),
+                fallocate_lseek,
+                fallocate_lseek.may_seek,
                 None if operations.debug else data_requests,
                 self._disks.shared_cells(),
             )

@@ -73,7 +73,7 @@ class Keeper:
 
 def served(handler: Handler) -> None:
     """Pass the requests of the session to a handler."""
-    assert extraops.serve(handler, None, SharedCells(0, ())) is None
+    assert extraops.serve(handler, None, None, SharedCells(0, ())) is None
 
 
 def test_a_request_arrives_as_the_kernel_sent_it(wire: Wire) -> None:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
-import pytest
-
 from qedfuse.disk.options import OpenOptions
 from tests.support.disks import (
     WRITABLE,
@@ -149,53 +147,6 @@ async def test_tables_that_were_moved_are_found_at_their_new_place() -> None:
             assert got is not None
             assert bytes(got) == pattern(CLUSTER, at)[1:100]
             assert (await disk.read(at * SLICE, 1)) == b"x"
-
-
-@pytest.mark.parametrize("seed", range(20))
-async def test_a_seek_finds_what_the_slow_path_finds(seed: int) -> None:
-    """Data and holes are found in slices that are full, empty or mixed, and past missing tables."""
-    chance = random.Random(seed)
-    size = 6 * SLICE - chance.randrange(8) * 512
-    clusters: dict[int, bytes | int] = {}
-    for table in range(6):
-        first = table * 512
-        kind = chance.choice(("full", "none", "mixed", "mixed"))
-        for at in range(first, min(first + 512, -(-size // CLUSTER))):
-            if kind == "full" or (kind == "mixed" and chance.random() < 0.02):
-                clusters[at] = 1 if chance.random() < 0.1 else b"x"
-    file = in_page_cache(build_image(size, clusters))
-    async with opened(file) as disk:
-        assert not clusters or disk.try_seek(0, data=True) is None, "no table is in memory yet"
-        await touch(disk)
-        for _ in range(60):
-            start = chance.randrange(size)
-            found = await disk.next_data(start)
-            assert disk.try_seek(start, data=True) == (size if found is None else found)
-            assert disk.try_seek(start, data=False) == await disk.next_hole(start)
-
-
-async def test_a_seek_skips_many_missing_tables() -> None:
-    """A seek skips missing tables by one search of the L1 table, and gives up after many slices."""
-    size = 512 * SLICE
-    file = in_page_cache(
-        build_image(size, {500 * 512 + 3: b"x", **{at * 512: 1 for at in range(100)}})
-    )
-    async with opened(file) as disk:
-        await touch(disk)
-        looks = 0
-        cached_slice = disk._components.layer.cached_slice
-
-        def counting(number: int) -> object:
-            nonlocal looks
-            looks += 1
-            return cached_slice(number)
-
-        with patch.object(disk._components.layer, "cached_slice", counting):
-            assert disk.try_seek(200 * SLICE + 5, data=True) == 500 * SLICE + 3 * CLUSTER
-            assert looks == 2
-            assert disk.try_seek(501 * SLICE, data=True) == size
-            assert disk.try_seek(200 * SLICE + 5, data=False) == 200 * SLICE + 5
-            assert disk.try_seek(0, data=True) is None, "that many zero clusters take too long"
 
 
 def is_one_range(disk: Disk, start: int, length: int) -> bool:

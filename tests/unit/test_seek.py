@@ -1,136 +1,254 @@
-"""Seeking data and holes agrees with the extents of the chain."""
+"""lseek(2) with SEEK_DATA and SEEK_HOLE, as the extension itself answers it (``_seek.c``)."""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import struct
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from qedfuse.disk.lookup.chain import Chain
-from qedfuse.disk.lookup.extents import Kind
-from qedfuse.ondisk.constants import ZERO
-from tests.support.disks import (
-    build_image,
-    get_entry,
-    header_of,
-    l2_entry_offset,
-    opened,
-    put_entry,
-)
+from qedfuse.disk.options import OpenOptions
+from qedfuse.disk.window import DiskWindow
+from qedfuse.mount.fuse import extraops
+from tests.support.disks import build_image, get_entry, l2_entry_offset, opened, put_entry
+from tests.support.fusewire import LSEEK, NODE, session_of
 from tests.support.hostfiles import MemoryFile
+from tests.support.readsession import Session
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from qedfuse.disk.datapath.readtables import ReadTables
     from qedfuse.disk.disk import Disk
-    from qedfuse.disk.lookup.extents import Extent
+    from qedfuse.mount.fuse._extraops import Request
+
+pytestmark = pytest.mark.skipif(
+    extraops._extension is None, reason=f"no extension: {extraops._load_error}"
+)
 
 CLUSTER: Final = 4096
-TABLE: Final = CLUSTER // 8
-"""Entries of a table, and so clusters that one covers."""
+TABLE: Final = 512
+"""Clusters that one table describes."""
+SPAN: Final = TABLE * CLUSTER
+USER: Final = 7
+"""The user of all requests (`Wire.send`)."""
 
 
-async def data_of(disk: Disk) -> list[tuple[int, int]]:
-    """Return the ranges of data by the extents."""
-    result: list[tuple[int, int]] = []
-    for extent in await disk.extents(0, disk.size):
-        if extent.kind in {Kind.DATA, Kind.BAD}:
-            if result and result[-1][1] == extent.start:
-                result[-1] = (result[-1][0], extent.end)
-            else:
-                result.append((extent.start, extent.end))
-    return result
+class Seeks:
+    """Sends lseek requests of the kernel, and keeps what the extension asks Python.
+
+    Attributes:
+        is_permitted: What the function returns that is asked whether the extension may answer.
+        asked: The arguments of that function.
+        passed: The whence and the offset of the requests that the handler got.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Send the requests of ``session``."""
+        self.is_permitted = True
+        self.asked: list[tuple[int, int]] = []
+        self.passed: list[tuple[int, int]] = []
+        self._session = session
+        assert extraops._extension is not None
+        extraops._extension.set_handler(self._handle, self._may_seek)
+
+    def _may_seek(self, uid: int, inode: int) -> bool:
+        self.asked.append((uid, inode))
+        return self.is_permitted
+
+    def _handle(self, request: Request, _name: str, *values: int) -> None:
+        _uid, _inode, whence, start, _length = values
+        self.passed.append((whence, start))
+        request.error(errno.ENOTSUP)
+
+    def show(self, tables: ReadTables) -> None:
+        """Let the extension use the tables of a disk."""
+        self._session.show_all({NODE: tables})
+
+    def seek(self, whence: int, start: int) -> int | None:
+        """Return the offset that the extension answers with; None if the handler was asked.
+
+        Raises:
+            OSError: The extension has answered with an error.
+        """
+        self._session.wire.answers.clear()
+        self.passed.clear()
+        self._session.wire.send(LSEEK, struct.pack("=QqII", 1, start, whence, 0))
+        ((_number, error, answer),) = self._session.wire.answers
+        if self.passed:
+            assert (self.passed, -error) == ([(whence, start)], errno.ENOTSUP)
+            return None
+        if error:
+            raise OSError(-error, os.strerror(-error))
+        return int.from_bytes(answer, "little")
+
+    def data(self, start: int) -> int | None:
+        """Return the first data at or past an offset; None if the extension has found none.
+
+        The extension must have answered.
+        """
+        try:
+            found = self.seek(os.SEEK_DATA, start)
+        except OSError as error:
+            assert error.errno == errno.ENXIO  # noqa: PT017  its number is the answer
+            return None
+        assert found is not None, "the handler was asked"
+        return found
 
 
-async def found_in(disk: Disk) -> list[tuple[int, int]]:
-    """Return the same by seeking from one to the next, as cp does."""
-    result = []
-    at = 0
-    while at < disk.size:
-        start = await disk.next_data(at)
-        if start is None:
-            break
-        at = await disk.next_hole(start)
-        result.append((start, at))
-    return result
+@pytest.fixture
+def seeks() -> Iterator[Seeks]:
+    """Make a session for lseek requests, and end it."""
+    with session_of(Session()) as made:
+        yield Seeks(made)
 
 
-def clusters(chance: random.Random, tables: int) -> dict[int, bytes | int]:
-    """Draw data clusters, zero clusters and many unallocated ones."""
-    result: dict[int, bytes | int] = {}
-    for table in chance.sample(range(tables), tables // 2):
-        at = table * TABLE
-        while at < (table + 1) * TABLE:
-            count = chance.choice((1, 2, 50, 300))
-            kind = chance.choice((None, None, ZERO, b"d"))
-            if kind is not None:
-                result |= dict.fromkeys(range(at, min(at + count, (table + 1) * TABLE)), kind)
-            at += count
-    return result
+@asynccontextmanager
+async def shown(
+    seeks: Seeks, image: bytes | bytearray, options: OpenOptions | None = None
+) -> AsyncIterator[Disk]:
+    """Open an image whose tables are all in memory, and let the extension search it."""
+    file = MemoryFile(image)
+    file.in_page_cache = True
+    async with opened(file, options=options or OpenOptions(writable=True)) as disk:
+        if options is None:
+            await disk.ensure_scanned()  # the scan drops the slices that it has read
+        for start in range(0, disk.size, SPAN):
+            await disk.next_data(start)
+        seeks.show(disk.tables_for_reads())
+        yield disk
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_seeking_agrees_with_the_extents(seed: int) -> None:
-    """For random chains, seeking finds the same ranges of data as the extents."""
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_search_finds_what_python_finds(seed: int, seeks: Seeks) -> None:
+    """Data and holes are found in tables that are full, empty, mixed or missing, up to the end."""
     chance = random.Random(seed)
-    sizes = [chance.randrange(3, 9) * TABLE * CLUSTER - 512 * chance.randrange(8) for _ in range(3)]
-    images = [
-        build_image(size, clusters(chance, size // CLUSTER // TABLE), backing=b"b" * (depth < 2))
-        for depth, size in enumerate(sizes)
-    ]
-    async with opened(MemoryFile(images[0]), images[1:]) as disk:
-        expected = await data_of(disk)
-        assert await found_in(disk) == expected
-        for _ in range(200):
-            at = chance.randrange(disk.size)
-            inside = next(((start, end) for start, end in expected if end > at), None)
-            first = None if inside is None else max(at, inside[0])
-            assert await disk.next_data(at) == first
-            hole = at if first != at or inside is None else inside[1]
-            assert await disk.next_hole(at) == hole
+    size = 6 * SPAN - chance.randrange(8) * 512
+    clusters: dict[int, bytes | int] = {}
+    for table in range(6):
+        first = table * TABLE
+        kind = chance.choice(("full", "none", "mixed", "mixed"))
+        for at in range(first, min(first + TABLE, -(-size // CLUSTER))):
+            if kind == "full" or (kind == "mixed" and chance.random() < 0.02):
+                clusters[at] = 1 if chance.random() < 0.1 else b"x"
+    async with shown(seeks, build_image(size, clusters)) as disk:
+        starts = [chance.randrange(size) for _ in range(60)]
+        for start in (0, *starts, *(at * CLUSTER for at in clusters), size - 1):
+            if start < size:
+                assert seeks.data(start) == await disk.next_data(start)
+                assert seeks.seek(os.SEEK_HOLE, start) == await disk.next_hole(start)
 
 
-@pytest.mark.expect_log("the image must be repaired")
-async def test_what_cannot_be_read_is_data() -> None:
-    """A bad entry counts as data, so that a copy meets its error."""
-    image = build_image(3 * TABLE * CLUSTER, {0: b"a", 5: 777, 2 * TABLE: b"c"})
-    put_entry(image, header_of(image).l1_table_offset + 8, 999)
-    async with opened(MemoryFile(image)) as disk:
-        assert await found_in(disk) == [
-            (0, CLUSTER),
-            (5 * CLUSTER, 6 * CLUSTER),
-            (TABLE * CLUSTER, (2 * TABLE + 1) * CLUSTER),
-        ]
+async def test_a_search_sees_each_change_of_the_disk(seeks: Seeks) -> None:
+    """A write, a discard and a larger disk show in the next answer, without new tables."""
+    async with shown(seeks, build_image(2 * SPAN, {3: b"x"})) as disk:
+        assert seeks.seek(os.SEEK_HOLE, 3 * CLUSTER) == 4 * CLUSTER
+        await disk.write(4 * CLUSTER, b"more")
+        assert seeks.seek(os.SEEK_HOLE, 3 * CLUSTER) == 5 * CLUSTER
+        await disk.write(SPAN, b"in a new table")
+        assert seeks.data(5 * CLUSTER) == SPAN
+        await disk.discard(3 * CLUSTER, CLUSTER)
+        assert seeks.data(0) == 4 * CLUSTER
+        assert seeks.data(SPAN + CLUSTER) is None
+        await disk.grow(3 * SPAN)
+        await disk.write(3 * SPAN - CLUSTER, b"in the new part")
+        assert seeks.data(SPAN + CLUSTER) == 3 * SPAN - CLUSTER
 
 
-async def test_the_end_of_the_disk() -> None:
-    """The end of the disk is a hole, and past it there is nothing."""
-    image = build_image(CLUSTER + 512, {1: b"x"})
-    async with opened(MemoryFile(image)) as disk:
-        assert await disk.next_hole(CLUSTER + 100) == CLUSTER + 512
-        assert await disk.next_data(CLUSTER + 512) is None
+async def test_missing_tables_are_skipped_by_the_l1_table_alone(seeks: Seeks) -> None:
+    """A long hole takes two slices; a search that needs more than 64 is left to Python."""
+    size = TABLE * SPAN
+    image = build_image(size, {500 * TABLE + 3: b"x", **{at * TABLE: 1 for at in range(100)}})
+    async with shown(seeks, image) as disk:
+        tables = disk.tables_for_reads()
+        looks = 0
+
+        def get_slice(key: tuple[int, int]) -> object:
+            nonlocal looks
+            looks += 1
+            return tables.get_slice(key)
+
+        seeks.show(tables._replace(get_slice=get_slice))  # type: ignore[arg-type]
+        assert seeks.data(200 * SPAN + 5) == 500 * SPAN + 3 * CLUSTER
+        assert looks == 2
+        assert seeks.data(501 * SPAN) is None
+        assert seeks.seek(os.SEEK_HOLE, 200 * SPAN + 5) == 200 * SPAN + 5
+        assert seeks.seek(os.SEEK_DATA, 38 * SPAN) == 500 * SPAN + 3 * CLUSTER
+        assert seeks.seek(os.SEEK_DATA, 37 * SPAN) is None, "needs 65 slices"
 
 
-async def test_scattered_clusters_are_searched_in_small_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A search through scattered clusters looks at a bounded number of entries per step."""
-    length = 3 * TABLE
-    image = build_image(length * CLUSTER, dict.fromkeys(range(0, length, 2), b"d"))
-    offsets = [l2_entry_offset(image, number) for number in range(0, length, 2)]
-    values = [get_entry(image, offset) for offset in offsets]
-    random.Random(2).shuffle(values)
-    for offset, value in zip(offsets, values, strict=True):
-        put_entry(image, offset, value)
-    looks: list[int] = []
-    original = Chain.extents
+async def test_a_search_goes_on_in_the_next_slice_of_the_l1_table(seeks: Seeks) -> None:
+    """Data is found behind the border between two slices of the L1 table."""
+    entries = 4 << 13
+    span, slice_entries = entries << 16, 1 << 13
+    data = (slice_entries + 5) * span + (9 << 16)
+    clusters = {data >> 16: b"x"}
+    image = build_image(3 * slice_entries * span, clusters, cluster_size=1 << 16, table_size=4)
+    file = MemoryFile(image)
+    async with opened(file, options=OpenOptions()) as disk:
+        seeks.show(disk.tables_for_reads())
+        assert seeks.seek(os.SEEK_DATA, 0) is None, "the table is in memory already"
+        assert await disk.next_data(0) == data
+        assert seeks.data(7 * span) == data
+        assert seeks.data(data + 1) == data + 1
+        assert seeks.seek(os.SEEK_HOLE, data) == data + (1 << 16)
+        assert await disk.next_data(data + (1 << 16)) is None
+        assert seeks.data(data + (1 << 16)) is None
 
-    async def counting(self: Chain, start: int, length: int, depth: int = 0) -> list[Extent]:
-        result = await original(self, start, length, depth)
-        looks.append(len(result))
-        return result
 
-    monkeypatch.setattr(Chain, "extents", counting)
-    async with opened(MemoryFile(image)) as disk:
-        assert len(await found_in(disk)) == length // 2
-        assert max(looks) <= TABLE
-        assert len(looks) > length // 2, "many steps"
+async def test_a_search_in_a_partition_ends_with_it(seeks: Seeks) -> None:
+    """Offsets count from the beginning of the partition; data and holes behind it do not count."""
+    async with shown(seeks, build_image(SPAN, {3: b"x", 4: b"x", 5: b"x", 12: b"x"})) as disk:
+        window = DiskWindow(disk, 4 * CLUSTER, 2 * CLUSTER, "part")
+        seeks.show(window.tables_for_reads())
+        assert seeks.data(1) == 1
+        assert seeks.seek(os.SEEK_HOLE, 1) == 2 * CLUSTER, "the end counts as a hole"
+        assert seeks.seek(os.SEEK_DATA, 2 * CLUSTER) is None, "Python refuses what is outside"
+        window = DiskWindow(disk, 6 * CLUSTER, 4 * CLUSTER, "part")
+        seeks.show(window.tables_for_reads())
+        assert seeks.data(0) is None
+        assert seeks.seek(os.SEEK_HOLE, 5) == 5
+
+
+async def test_only_a_permitted_search_is_answered(seeks: Seeks) -> None:
+    """Python is asked with the user and the inode, and gets the request if it says no."""
+    async with shown(seeks, build_image(SPAN, {3: b"x"})):
+        assert seeks.seek(os.SEEK_DATA, 0) == 3 * CLUSTER
+        assert seeks.asked == [(USER, NODE)]
+        seeks.is_permitted = False
+        assert seeks.seek(os.SEEK_DATA, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("whence", "start"),
+    [(os.SEEK_DATA, SPAN), (os.SEEK_HOLE, SPAN), (os.SEEK_HOLE, -1), (9, 0)],
+    ids=["data past the end", "a hole past the end", "a negative offset", "another whence"],
+)
+async def test_a_search_that_fails_is_left_to_python(whence: int, start: int, seeks: Seeks) -> None:
+    """Python knows the error of each wrong argument."""
+    async with shown(seeks, build_image(SPAN, {3: b"x"})):
+        assert seeks.seek(os.SEEK_HOLE, 0) == 0
+        assert seeks.seek(whence, start) is None
+
+
+async def test_a_slice_with_a_bad_entry_is_left_to_python(seeks: Seeks) -> None:
+    """Python counts a bad entry as data, so that a copy meets the error."""
+    image = build_image(2 * SPAN, dict.fromkeys((0, 1, TABLE), b"x"))
+    put_entry(image, l2_entry_offset(image, 1), get_entry(image, l2_entry_offset(image, 0)) + 7)
+    async with shown(seeks, image, OpenOptions()):
+        assert seeks.seek(os.SEEK_HOLE, 0) is None
+        assert seeks.data(SPAN) == SPAN
+
+
+@pytest.mark.parametrize("bases", [(), (bytes(SPAN),)], ids=["not open", "open"])
+async def test_a_disk_with_a_base_is_left_to_python(bases: tuple[bytes, ...], seeks: Seeks) -> None:
+    """Where the image has no cluster its base may have data, whether the base is open or not."""
+    image = build_image(SPAN, {3: b"x"}, backing=b"base.raw")
+    async with opened(MemoryFile(image), bases, OpenOptions()) as disk:
+        await disk.next_data(0)
+        seeks.show(disk.tables_for_reads())
+        assert seeks.seek(os.SEEK_HOLE, 3 * CLUSTER) is None

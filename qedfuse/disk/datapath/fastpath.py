@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.datapath.fastallocation import FastAllocation
-from qedfuse.disk.datapath.readtables import ReadTables
+from qedfuse.disk.datapath.readtables import ReadTables, SeekTables
 from qedfuse.disk.lookup.flattenedbacking import MIXED, ZEROS, data_location
 from qedfuse.ondisk.constants import ZERO
 
@@ -102,7 +102,9 @@ class FastPath:
         return self._gather(start, start + length)
 
     def tables_for_reads(self, epochs: Epochs) -> ReadTables:
-        """Return what ``_cachedread.c`` needs for reads; ``epochs`` counts the disk's requests."""
+        """Return what ``_readview.c`` needs for reads; ``epochs`` counts the disk's requests."""
+        has_base = self._lacks_base or self._flattened is not None
+        table_bits = self._layer.geometry.entries.bit_length() - 1
         return ReadTables(
             self._layer,
             self._layer.slice_keys,
@@ -113,6 +115,7 @@ class FastPath:
             self._slice_bits,
             epochs,
             self._file_reads.cells,
+            seeks=None if has_base else SeekTables(self._layer.tables.cache_key, table_bits),
         )
 
     def locate(self, start: int, length: int) -> tuple[HostFile, int] | None:

@@ -1,6 +1,6 @@
-"""The objects of a disk that the mount's extension uses to answer reads itself.
+"""The objects of a disk that the mount's extension uses to answer requests itself.
 
-``_cachedread.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
+``_readview.c`` finds data as `qedfuse.disk.datapath.fastpath.FastPath.locate` does, but without a
 call of Python code.  So the extension keeps references to the objects that `FastPath` uses.  While
 the disk is open, these objects change, but are never replaced by others.
 """
@@ -44,8 +44,21 @@ class InPlaceWrites(NamedTuple):
     record: Callable[[int, float], None]
 
 
+class SeekTables(NamedTuple):
+    """What ``_seek.c`` needs to search the tables of the top image for data and holes.
+
+    Attributes:
+        cache_key: First part of the keys of all slices of the top image's tables
+            (`TableCache.key`); the second part is the file offset of the slice.
+        table_bits: Binary logarithm of the number of entries in a table.
+    """
+
+    cache_key: int
+    table_bits: int
+
+
 class ReadTables(NamedTuple):
-    """The objects with which ``_cachedread.c`` finds data in a chain, as `FastPath.locate` does.
+    """The objects with which ``_readview.c`` finds data in a chain, as `FastPath.locate` does.
 
     Attributes:
         layer: The top image; its header has the size of the disk.
@@ -64,6 +77,8 @@ class ReadTables(NamedTuple):
         window_bytes: Length of that range; -1 for the whole disk.
         writes: What is needed for writes to allocated clusters; None if the extension must not
             write.
+        seeks: What is needed to search for data and holes; None if the extension must not search,
+            because the disk has a base.
     """
 
     layer: QedLayer
@@ -78,3 +93,4 @@ class ReadTables(NamedTuple):
     window_start: int = 0
     window_bytes: int = -1
     writes: InPlaceWrites | None = None
+    seeks: SeekTables | None = None

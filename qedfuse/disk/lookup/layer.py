@@ -200,18 +200,6 @@ class QedLayer:
             key = self.slice_keys[number] = self.tables.key(table, index)
         return self.tables.get(key)
 
-    def next_table_if_known(self, l1_index: int) -> int | None:
-        """Return the index of the first L1 entry at or past ``l1_index`` that is not 0.
-
-        Returns an index past the disk's last L1 entry if there is no such entry.  Returns None if
-        the search reaches a part of the L1 table that is not in memory.
-        """
-        index = self.skip_missing_tables(l1_index)
-        is_found = index >= self.geometry.l1_used(self.header.image_size) or self.tables.cached(
-            self.header.l1_table_offset, index
-        )
-        return index if is_found else None
-
     def skip_missing_tables(self, l1_index: int) -> int:
         """Return the index of the first L1 entry at or past ``l1_index`` that is not known to be 0.
 

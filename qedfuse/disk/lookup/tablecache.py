@@ -75,6 +75,8 @@ class TableCache:
         self.loads = 0
         """How many slices have been read from the file so far."""
         self._reads_under_way: SingleFlight[int] = SingleFlight()
+        self.cache_key = id(self)
+        """First part of each `key`, because the store has the slices of several images."""
         self.get = store.get
         """Return a slice by its `key`; None if it is not in memory."""
         self.empty_slice = Slice(0, L2, array("Q", bytes(self._slice_bytes)), None)
@@ -95,7 +97,7 @@ class TableCache:
 
     def key(self, table_offset: int, index: int) -> tuple[int, int]:
         """Return the key by which `get` finds the slice with entry ``index`` of a table."""
-        return id(self), table_offset + index // self.slice_entries * self._slice_bytes
+        return self.cache_key, table_offset + index // self.slice_entries * self._slice_bytes
 
     async def load(self, table_offset: int, index: int, level: int) -> Slice:
         """Return the slice with entry ``index`` of a table; read the slice if it is not in memory.
@@ -126,7 +128,7 @@ class TableCache:
         self.loads += 1
         entries = decode(raw)
         bad = self.bad_entries(level, offset, entries)
-        self._store.put((id(self), offset), Slice(offset, level, entries, bad))
+        self._store.put((self.cache_key, offset), Slice(offset, level, entries, bad))
 
     def bad_entries(self, level: int, offset: int, entries: array[int]) -> bytes | None:
         """Return `Slice.bad` for the entries of a slice that were read from a file offset."""
@@ -183,7 +185,7 @@ class TableCache:
     def evict(self, slice_: Slice) -> None:
         """Drop a slice from memory, unless it is dirty or pinned."""
         if not slice_.dirty and not slice_.pins:
-            self._store.drop((id(self), slice_.offset))
+            self._store.drop((self.cache_key, slice_.offset))
 
     def move(self, old: int, new: int, length: int) -> None:
         """Record that a table of ``length`` bytes was copied from file offset ``old`` to ``new``.
@@ -192,7 +194,7 @@ class TableCache:
         pinned or dirty.
         """
         for distance in range(0, length, self._slice_bytes):
-            self._store.drop((id(self), old + distance))
+            self._store.drop((self.cache_key, old + distance))
             self._reserved.discard(old + distance)
             if old + distance in self._known_bad:
                 # Entries that were written back must not be validated again at their new
@@ -207,7 +209,7 @@ class TableCache:
         The caller must ensure that no slice of the table is pinned or dirty.
         """
         for offset in range(table_offset, table_offset + length, self._slice_bytes):
-            self._store.drop((id(self), offset))
+            self._store.drop((self.cache_key, offset))
             self._reserved.discard(offset)
             self._known_bad.pop(offset, None)
 

@@ -27,6 +27,7 @@
 #include "../../hostio/_iothreads.h"
 
 static PyObject *handler;        /* the Python function that gets the requests, or NULL */
+static PyObject *may_seek;       /* decides whether an lseek may be answered without the handler, or NULL */
 static int in_session;           /* whether a session that this module made exists */
 static unsigned long generation; /* incremented when a session begins and when it ends */
 
@@ -242,11 +243,31 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t s
     call_handler(request, "fallocate", inode, mode, start, length);
 }
 
+/* Returns whether may_seek(uid, inode) permits the answer to an lseek request; 0 if it raises. */
+static int is_seek_permitted(fuse_req_t request, fuse_ino_t inode)
+{
+    PyObject *result = may_seek == NULL ? NULL
+                                        : PyObject_CallFunction(
+                                              may_seek, "IK", (unsigned int)fuse_req_ctx(request)->uid,
+                                              (unsigned long long)inode);
+
+    PyErr_Clear(); /* the handler meets the same error, and reports it */
+    Py_XDECREF(result);
+    return result == Py_True;
+}
+
 static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t start, int whence,
                      struct fuse_file_info *info)
 {
+    PyGILState_STATE state = PyGILState_Ensure();
+    int answered = is_seek_permitted(request, inode) && answer_seek(request, inode, whence, start);
+
     (void)info;
-    call_handler(request, "lseek", inode, whence, start, 0);
+    if (answered)
+        take_more();
+    else
+        call_handler(request, "lseek", inode, whence, start, 0);
+    PyGILState_Release(state);
 }
 
 /* --- interposed functions of libfuse ----------------------------------------------- */
@@ -367,10 +388,15 @@ void *new_session_versioned(void *args, const void *table, size_t size, const vo
 
 /* --- the module -------------------------------------------------------------------- */
 
-static PyObject *set_handler(PyObject *module, PyObject *callable)
+static PyObject *set_handler(PyObject *module, PyObject *args)
 {
+    PyObject *callable, *permits = Py_None;
+
     (void)module;
+    if (!PyArg_ParseTuple(args, "O|O", &callable, &permits))
+        return NULL;
     Py_XSETREF(handler, callable == Py_None ? NULL : Py_NewRef(callable));
+    Py_XSETREF(may_seek, permits == Py_None ? NULL : Py_NewRef(permits));
     Py_RETURN_NONE;
 }
 
@@ -393,7 +419,9 @@ static PyObject *end(PyObject *module, PyObject *unused)
 }
 
 static PyMethodDef module_methods[] = {
-    {"set_handler", set_handler, METH_O, "Set the function that gets the requests; None for none."},
+    {"set_handler", set_handler, METH_VARARGS,
+     "Set the function that gets the requests, and the function that returns whether an lseek may be\n"
+     "answered without it; None for none."},
     {"set_data_handlers", set_data_handlers, METH_VARARGS,
      "Set the functions that try to answer read, write and fsync; None for none."},
     {"defer_read", defer_read, METH_NOARGS,
@@ -401,7 +429,7 @@ static PyMethodDef module_methods[] = {
     {"reply_from_file", reply_from_file, METH_VARARGS,
      "Answer the current read with cached pages of a file; return False if it was not answered."},
     {"read_view", read_view, METH_VARARGS,
-     "Return a ReadView, by which the extension itself answers reads of a disk."},
+     "Return a ReadView, by which the extension itself answers requests to a disk."},
     {"set_read_views", set_read_views, METH_VARARGS,
      "Set the ReadViews by inode number, and the mask that is applied to each handle."},
     {"set_counters", set_counters, METH_VARARGS,
@@ -441,8 +469,8 @@ static struct PyModuleDef module_definition = {
 PyMODINIT_FUNC PyInit__extraops(void)
 {
     request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL || init_cached_reads() || init_queued_reads() ||
-        init_in_place_writes())
+    if (request_type == NULL || init_read_views() || init_cached_reads() ||
+        init_queued_reads() || init_in_place_writes())
         return NULL;
     return PyModule_Create(&module_definition);
 }

@@ -162,7 +162,7 @@ struct write_place {
 
 /* Finds the place of a range that the top image of the disk of a handle has allocated as one run, if
  * writes to the disk are carried out by the extension.  Returns 1 and sets `place`, or returns 0; an
- * exception may be set then (_cachedread.c). */
+ * exception may be set then (_readview.c). */
 int find_allocated(uint64_t handle, off_t start, size_t size, struct write_place *place);
 
 /* Writes all of `data` to the disk of a handle at a guest offset, and returns 1; or returns 0, and may have
@@ -172,13 +172,21 @@ int write_in_place(uint64_t handle, const char *data, size_t size, off_t start);
 /* Prepares write_in_place().  Returns 0, or -1 with an exception (_inplacewrite.c). */
 int init_in_place_writes(void);
 
-/* Prepares the following two functions.  Returns 0, or -1 with an exception (_cachedread.c). */
+/* Answers lseek(2) with SEEK_DATA or SEEK_HOLE, and returns 1; or returns 0, and has not answered.  The
+ * kernel must have no dirty pages of the disk, because they would be missing in the answer.  The caller
+ * must hold the GIL (_seek.c). */
+int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start);
+
+/* Prepares answer_cached_read().  Returns 0, or -1 with an exception (_cachedread.c). */
 int init_cached_reads(void);
 
-/* Makes a ReadView, by which reads of a disk are answered (_cachedread.c). */
+/* Prepares the following two functions.  Returns 0, or -1 with an exception (_readview.c). */
+int init_read_views(void);
+
+/* Makes a ReadView, by which requests to a disk are answered (_readview.c). */
 PyObject *read_view(PyObject *module, PyObject *args);
 
-/* Sets the ReadViews by which reads are answered from now on (_cachedread.c). */
+/* Sets the ReadViews by which requests are answered from now on (_readview.c). */
 PyObject *set_read_views(PyObject *module, PyObject *args);
 
 /* The parts of a file that may be read, as CheckedUnits describes them (hostio/pagesource.py). */

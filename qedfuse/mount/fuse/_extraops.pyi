@@ -1,7 +1,7 @@
 from array import array
 from collections.abc import Callable
 
-from qedfuse.disk.datapath.readtables import InPlaceWrites
+from qedfuse.disk.datapath.readtables import InPlaceWrites, SeekTables
 from qedfuse.hostio.pagesource import PageSource
 
 class Request:
@@ -11,7 +11,9 @@ class Request:
     def capsule(self) -> object: ...
 
 def set_handler(
-    handler: Callable[[Request, str, int, int, int, int, int], None] | None, /
+    handler: Callable[[Request, str, int, int, int, int, int], None] | None,
+    may_seek: Callable[[int, int], bool] | None = None,
+    /,
 ) -> None: ...
 def defer_read() -> Request: ...
 def reply_from_file(fd: int, offset: int, /) -> bool: ...
@@ -37,6 +39,7 @@ def read_view(
     window_start: int = 0,
     window_bytes: int = -1,
     writes: InPlaceWrites | None = None,
+    seeks: SeekTables | None = None,
     /,
 ) -> ReadView: ...
 def set_read_views(views: dict[int, ReadView], mask: int, /) -> None: ...

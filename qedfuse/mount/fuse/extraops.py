@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     the range or the search begins, and the length of the range in bytes (without meaning for
     lseek)."""
 
+    MaySeek = Callable[[int, int], bool]
+    """Called with the user and the inode of an lseek request; returns whether the extension may
+    answer it, which takes into account only what was written to the disk, not what the kernel may
+    still have to send."""
+
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
 
@@ -61,15 +66,19 @@ _extension, _load_error = _load()
 
 
 def serve(
-    handler: Handler, data_requests: DataRequests | None, counters: SharedCells
+    handler: Handler,
+    may_seek: MaySeek | None,
+    data_requests: DataRequests | None,
+    counters: SharedCells,
 ) -> str | None:
     """Pass requests of the session to ``handler`` and ``data_requests`` from now on.
 
-    ``handler`` gets fallocate and lseek.  ``data_requests`` gets the reads, writes and fsyncs that
-    the extension does not answer itself, and pyfuse3 gets those that ``data_requests`` does not
-    answer either.  If ``data_requests`` is None, pyfuse3 gets all reads, writes and fsyncs.  The
-    extension counts in ``counters`` the requests that it or ``data_requests`` answers, except the
-    reads that `defer_read` has taken.
+    ``handler`` gets fallocate and lseek.  But if ``may_seek`` permits it, the extension itself
+    answers an lseek whose tables are in memory.  ``data_requests`` gets the reads, writes and
+    fsyncs that the extension does not answer itself, and pyfuse3 gets those that
+    ``data_requests`` does not answer either.  If ``data_requests`` is None, pyfuse3 gets all
+    reads, writes and fsyncs.  The extension counts in ``counters`` the requests that it or
+    ``data_requests`` answers, except the reads that `defer_read` has taken.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.
@@ -78,7 +87,7 @@ def serve(
         return _load_error
     if not _extension.hooked():
         return "pyfuse3 has called libfuse without the extension"
-    _extension.set_handler(handler)
+    _extension.set_handler(handler, may_seek)
     _extension.stop_blocking()
     _extension.set_counters(*counters)
     if data_requests is not None:

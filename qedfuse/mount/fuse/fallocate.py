@@ -40,9 +40,10 @@ _ZERO_RANGE: Final = 0x10
 
 
 class FallocateLseek:
-    """Answers fallocate and lseek requests.
+    """Answers fallocate and lseek requests, each in a task of its own.
 
-    Each request gets a task of its own, except an lseek that need not wait.
+    If `may_seek` permits it, the extension itself answers an lseek whose tables are in memory
+    (`_seek.c`).
     """
 
     def __init__(
@@ -76,39 +77,25 @@ class FallocateLseek:
         start: int,
         length: int,
     ) -> None:
-        """Answer a request before returning, or start a task that answers the request.
+        """Start a task that answers a request.
 
         The arguments are those of `qedfuse.mount.fuse.extraops.Handler`.
         """
-        if operation == "lseek" and self._try_seek(request, uid, inode, mode, start):
-            return
         self._nursery.start_soon(self._answer, request, operation, uid, inode, mode, start, length)
 
-    def _try_seek(self, request: Request, uid: int, inode: int, whence: int, start: int) -> bool:
-        """Answer lseek(2) without waiting; return False if the slow path must answer.
+    def may_seek(self, uid: int, inode: int) -> bool:
+        """Return whether the extension may answer an lseek of a user without calling this object.
 
-        Returns:
-            True if the request is answered: with the offset, or with ENXIO if no data follows.
-            False if the request is not answered, because the search needs the slow path, the
-            kernel may have dirty pages, or the request must be logged or refused.
+        It must not if the user is refused, if the kernel may have dirty pages of the disk, or if
+        there is no such disk.
         """
-        operations = self._operations
-        exported = operations.disks.get(inode)
-        if operations.debug or exported is None or self._may_be_dirty(exported):
-            return False
-        if whence not in {os.SEEK_DATA, os.SEEK_HOLE} or not 0 <= start < exported.disk.size:
+        exported = self._operations.disks.get(inode)
+        if exported is None or self._may_be_dirty(exported):
             return False
         try:
-            operations.admit(uid)
-            offset = exported.disk.try_seek(start, data=whence == os.SEEK_DATA)
+            self._operations.admit(uid)
         except FUSEError:
             return False
-        if offset is None:
-            return False
-        if whence == os.SEEK_DATA and offset == exported.disk.size:
-            request.error(errno.ENXIO)
-        else:
-            request.offset(offset)
         return True
 
     async def _answer(

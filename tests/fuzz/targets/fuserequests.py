@@ -62,7 +62,7 @@ class _Session:
         self._operation = Operation(self._pass)
         slots = (READ_SLOT, WRITE_SLOT, FSYNC_SLOT)
         self.wire = Wire(filled=dict.fromkeys(slots, self._operation))
-        extraops.serve(self._handle, None, SharedCells(0, ()))
+        extraops.serve(self._handle, None, None, SharedCells(0, ()))
         assert extraops._extension is not None
         extraops._extension.set_data_handlers(self._read, self._write, self._fsync)
 
