@@ -78,7 +78,7 @@ def make_connection(
     except ssl.SSLCertVerificationError as error:
         msg = (
             f"TLS: certificate: found {error.verify_message}, expected one that is trusted "
-            "(set SSL_CERT_FILE to a file with further ones)"
+            "(set SSL_CERT_FILE to a file with further certificates)"
         )
         raise BrokenError(msg) from error
     except TimeoutError as error:

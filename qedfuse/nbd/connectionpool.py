@@ -221,8 +221,8 @@ class ConnectionPool:
     def _choose(self) -> Slot:
         """Return the slot with the fewest requests in flight; of equal slots, the first.
 
-        A slot that is not connected is left out during its backoff time, unless all slots would be
-        left out.
+        Slots that are not connected are left out during their backoff time.  If no slot remains,
+        all slots count.
 
         Raises:
             BrokenError: The pool was closed.

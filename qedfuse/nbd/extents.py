@@ -52,7 +52,10 @@ class ExtentMap:
         return KnownExtent(self._zero[index], self._end if is_last else self._starts[index + 1])
 
     def replace(self, offset: int, extents: Sequence[tuple[int, int]]) -> None:
-        """Replace the extents by those of a reply, as (length, flags), the first at ``offset``."""
+        """Replace the extents by those of a reply.
+
+        ``extents`` has (length, flags) of each extent; the first extent begins at ``offset``.
+        """
         self._starts, self._zero = [], []
         for length, flags in extents:
             is_zero = bool(flags & STATE_ZERO)

@@ -136,8 +136,7 @@ class NbdFile(ReadOnlyFile):
     async def next_data(self, offset: int) -> int | None:
         """Return where the first data at or past ``offset`` begins; None if no data follows.
 
-        Everything counts as data, except ranges of which the server reports in time that they read
-        as zeros.
+        A range counts as data unless the server reports in time that the range reads as zeros.
 
         Raises:
             RemoteError: The server cannot be reached, or does not serve the same export any more;
@@ -207,9 +206,10 @@ class NbdFile(ReadOnlyFile):
             raise
 
     async def _find(self, offset: int, *, is_zero: bool) -> int | None:
-        """Search for zeros if ``is_zero``, otherwise for data; return the offset of the first ones.
+        """Return where the first zeros (if ``is_zero``) or the first data begin.
 
-        The search begins at ``offset``.  Returns None if there are none up to the end of the file.
+        The search begins at ``offset``.  Returns None if it finds nothing up to the end of the
+        file.
         """
         await trio.lowlevel.checkpoint()
         end = time.monotonic() + self._deadlines.total_seconds
@@ -221,7 +221,7 @@ class NbdFile(ReadOnlyFile):
                 return offset
             elif time.monotonic() > end:
                 # The time of the search is over.  Zeros may always be reported as data.  The data
-                # is recorded, because the next search must have the same result.
+                # is recorded, so that the next search has the same result.
                 if is_zero:
                     self._extents.set_all_data()
                     return None
@@ -279,8 +279,8 @@ class NbdFile(ReadOnlyFile):
         if is_final or self._extent_failures >= _MAX_EXTENT_FAILURES:
             self._extents.set_all_data()
         else:
-            # A range is recorded, because the next search at ``offset`` must have the same result.
-            # The range is short, because the server may answer a later request without an error.
+            # A range is recorded, so that the next search at ``offset`` has the same result.  The
+            # range is short, because the server may answer a later request without an error.
             self._extents.replace(offset, [(MIN_STEP_BYTES, 0)])
 
 

@@ -90,7 +90,7 @@ class Replies:
             ProtocolError: The protocol does not allow the bytes.
         """
         if self._is_direct:
-            self._received(count)
+            self._count_received(count)
             return
         self._end += count
         while self._start < self._end:
@@ -98,11 +98,11 @@ class Replies:
                 count = min(self._chunk.left, self._end - self._start)
                 self._chunk.put(self._scratch[self._start : self._start + count])
                 self._start += count
-                self._received(count)
+                self._count_received(count)
             elif not self._parse_header():
                 return
 
-    def _received(self, count: int) -> None:
+    def _count_received(self, count: int) -> None:
         """Count ``count`` received bytes of the payload; end the chunk after its last byte."""
         chunk = self._chunk
         assert chunk is not None  # noqa: S101  the callers have a chunk

@@ -1,8 +1,8 @@
 """GUID partition tables (UEFI specification, chapter 5).
 
-A table is stored twice: the header of the primary table is in sector 1, that of the backup table in
-the last sector of the disk.  Each header has one checksum of the header and one of the entries.  As
-in sfdisk, the backup table is used if the primary table is damaged.
+A table is stored twice: the header of the primary table is in sector 1, and the header of the
+backup table is in the last sector of the disk.  Each header has a checksum of the header and a
+checksum of the entries.  As in sfdisk, the backup table is used if the primary table is damaged.
 """
 
 from __future__ import annotations

@@ -142,9 +142,8 @@ class CacheDirectory:
         """Open and yield the entries of an object that can be used without a server.
 
         Such an entry has all units that `mark_usable_offline` has recorded for it.  Without a
-        record, the entry must have all units of the object.
-        The most recently used entry comes first.  The caller must close each entry.  Entries that
-        cannot be read are skipped.
+        record, the entry must have all units of the object.  The most recently used entry comes
+        first.  The caller must close each entry.  Entries that cannot be read are skipped.
         """
         parent = self._directory_of(address, store_id)
         for found in reversed(list_entries([parent])):

@@ -71,7 +71,7 @@ def list_entries(parents: list[str]) -> list[Entry]:
                 with suppress(OSError):
                     used = entry.stat(follow_symlinks=False).st_mtime_ns
                     found.append(Entry(used, entry.path, _data_bytes(entry.path)))
-    return sorted(found)
+    return sorted(found)  # by `used`, the first field
 
 
 def make_entry(parent: str, path: str, shown: str, version: Version) -> None:

@@ -133,7 +133,7 @@ def _is_cache_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _mark(path: str) -> None:
-    """Make the file that marks a directory as this cache, unless it exists or the host refuses."""
+    """Make the file that marks a directory as a cache, if it is missing; ignore a failure."""
     with suppress(OSError):
         fd = _open_tag(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:

@@ -106,7 +106,7 @@ class UnreachableError(AttemptError):
 
 
 class RefusedError(AttemptError):
-    """The server refuses the credentials, which may have expired, or demands missing ones."""
+    """The server refuses the credentials, which may have expired, or demands credentials."""
 
 
 class MissingError(Exception):

@@ -1,7 +1,8 @@
-"""Fetching units of an object: each once, adjacent ones together, and ahead of sequential readers.
+"""Fetching units of an object, when readers need them and ahead of sequential readers.
 
 A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  A thread looks up a unit in the cache.
-If the unit is missing, a thread fetches it.  Only the readers of the unit wait for these threads.
+If the unit is missing, a thread fetches it, together with adjacent missing units.  Only the readers
+of the unit wait for these threads, and all of its readers wait for the same fetch.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Fetcher:
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store those of the units ``first`` to ``last`` that the cache refused after their fetch.
+        """Store units that the cache refused after their fetch, from unit ``first`` to ``last``.
 
         Returns whether the cache then claims to have all units ``first`` to ``last``.
         """

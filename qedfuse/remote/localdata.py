@@ -181,8 +181,8 @@ class LocalData:
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system of the cache, without waiting for a server.
 
-        If calls may wait for a server, or after `close`, the attributes are those of the moment at
-        which this object was made.
+        If calls may wait for a server, or after `close`, the attributes are those that the file
+        system had when this object was made.
 
         Raises:
             OSError: The host refused.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object in bytes: that of a file on ext4.  In memory each unit takes one byte
+"""Maximum size of an object in bytes, as of a file on ext4.  In memory each unit takes one byte
 (64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
 (`ZeroBlocks`).  On disk each unit takes eight bytes in the map of the cache (`UnitFile`)."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
@@ -46,7 +46,7 @@ many requests a second."""
 
 
 class RemoteObject:
-    """An object on a server, of which one version is read.
+    """One version of an object on a server.
 
     Threads may read concurrently.
 

@@ -83,7 +83,7 @@ class ReadAhead:
     def set_marker(self, first: int, last: int) -> int:
         """Record that the units ``first`` to ``last`` are fetched ahead of a reader.
 
-        The reader is that of the last call of `record_read`.
+        This is the reader of the last read that `record_read` has recorded.
 
         Returns the marker: a unit between ``first`` and ``last``, usually half a window before
         ``last``.  The caller must not let the marker become ready until a reader needs it.  As long

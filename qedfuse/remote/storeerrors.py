@@ -111,7 +111,7 @@ def _for_no_answer(text: str, details: str) -> Exception:
     if "InvalidCertificate" in details:
         msg = (
             f"TLS: certificate: found {cause}, expected one that is trusted (set SSL_CERT_FILE to "
-            "a file with further ones)"
+            "a file with further certificates)"
         )
         return UnusableError(msg)
     kind = UnreachableError if _NO_CONNECTION.search(details) else AttemptError

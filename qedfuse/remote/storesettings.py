@@ -299,8 +299,8 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
     Returns empty texts if there is no complete key.
 
     Raises:
-        UnusableError: The file cannot be read although a variable names the file or the profile,
-            the content of the file is not valid, or the file has no profile of the given name.
+        UnusableError: The file cannot be read, and a variable names the file or the profile; or the
+            content of the file is not valid, or the file has no profile of the given name.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))

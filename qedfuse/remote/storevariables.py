@@ -83,7 +83,7 @@ _CHECKED: Final = {
 
 
 class Variables:
-    """The variables of a credentials file, and those of the environment that the file does not set.
+    """The variables of a credentials file, and the environment variables that it does not set.
 
     A variable with an empty value counts as not set.
 

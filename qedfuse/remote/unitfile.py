@@ -148,7 +148,7 @@ class UnitFile:
         return None
 
     def store(self, first: int, content: Buffer) -> None:
-        """Store the content of adjacent units, of which ``first`` is the first one.
+        """Store the content of adjacent units, beginning with the unit ``first``.
 
         Raises:
             OSError: The host refused, the files were closed (EBADF), or the data file was cut
@@ -213,7 +213,7 @@ class UnitFile:
         return struct.unpack(f"<{2 * entries}I", raw[: entries * _MAP_ENTRY.size])[1::2]
 
     def is_in(self, directory: int) -> bool:
-        """Return whether the data file in an open directory is that of this entry.
+        """Return whether an open directory has the data file of this entry.
 
         Returns False if the files are closed.
 
@@ -368,7 +368,7 @@ def _require_file(fd: int, length: int | None = None) -> None:
 
 
 def _checksum(unit: int, content: Buffer) -> int:
-    """Return the checksum of a unit, which depends on its number as well as on its content."""
+    """Return the checksum of a unit, computed from its content and its number."""
     return crc32(content, unit & 0xFFFFFFFF)
 
 

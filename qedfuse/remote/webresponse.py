@@ -199,7 +199,7 @@ def _tls_failure(error: SSLError, about: str) -> Exception:
         found = printable(str(cause.verify_message).rstrip("."))
         return UnusableError(
             f"{about}TLS: certificate: found {found}, expected one that is trusted (set "
-            "SSL_CERT_FILE to a file with further ones)"
+            "SSL_CERT_FILE to a file with further certificates)"
         )
     return UnreachableError(f"{about}TLS: {_reason(error)}")
 

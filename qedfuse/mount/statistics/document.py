@@ -90,21 +90,21 @@ def _resident_bytes() -> int | None:
 def _describe_disk(exported: ExportedDisk, handles: int) -> dict[str, Any]:
     """Return the part of the document about one disk, which has ``handles`` open handles."""
     disk = exported.image
-    found = disk.statistics()
+    statistics = disk.statistics()
     described = {
         "name": os.fsdecode(exported.name),
-        "image": found.files[0].name,
+        "image": statistics.files[0].name,
         "size_bytes": disk.size,
         "writable": disk.writable and not exported.read_only,
         "failure": disk.failure,
-        "need_check": found.need_check,
+        "need_check": statistics.need_check,
         "open_handles": handles,
         "requests": {
             name: _describe_requests(exported, operation)
             for operation, name in enumerate(OPERATIONS)
         },
-        **_describe_components(found),
-        "files": _describe_files(found.files),
+        **_describe_components(statistics),
+        "files": _describe_files(statistics.files),
     }
     described["hit_rates"] = hit_rates(described)
     return described
@@ -123,25 +123,25 @@ def _describe_requests(exported: ExportedDisk, operation: int) -> dict[str, Any]
     }
 
 
-def _describe_components(found: DiskStatistics) -> dict[str, Any]:
+def _describe_components(statistics: DiskStatistics) -> dict[str, Any]:
     """Return the parts of the document about table cache, space, scan and write-back."""
-    scan = found.scan
+    scan = statistics.scan
     return {
         "table_cache": {
-            "loads": found.table_loads,
-            "slices": found.tables.items,
-            "bytes": found.tables.weight,
-            "limit_bytes": found.table_cache_bytes,
-            "dirty_bytes": found.dirty_table_bytes,
-            "evictions": found.tables.evictions,
+            "loads": statistics.table_loads,
+            "slices": statistics.tables.items,
+            "bytes": statistics.tables.weight,
+            "limit_bytes": statistics.table_cache_bytes,
+            "dirty_bytes": statistics.dirty_table_bytes,
+            "evictions": statistics.tables.evictions,
         },
         "space": {
-            "file_bytes": found.file_bytes,
-            "bound_bytes": found.bound_bytes,
-            "cluster_bytes": found.cluster_bytes,
-            "allocated_clusters": found.allocated_clusters,
-            "free_clusters": found.free_clusters,
-            "quarantined_clusters": found.quarantined_clusters,
+            "file_bytes": statistics.file_bytes,
+            "bound_bytes": statistics.bound_bytes,
+            "cluster_bytes": statistics.cluster_bytes,
+            "allocated_clusters": statistics.allocated_clusters,
+            "free_clusters": statistics.free_clusters,
+            "quarantined_clusters": statistics.quarantined_clusters,
         },
         "scan": None
         if scan is None
@@ -151,9 +151,9 @@ def _describe_components(found: DiskStatistics) -> dict[str, Any]:
             "scanned_tables": scan.scanned_tables,
         },
         "writeback": {
-            "cycles": found.writeback.cycles,
-            "datasyncs": found.writeback.datasyncs,
-            "table_writes": found.writeback.table_writes,
+            "cycles": statistics.writeback.cycles,
+            "datasyncs": statistics.writeback.datasyncs,
+            "table_writes": statistics.writeback.table_writes,
         },
     }
 

@@ -46,7 +46,7 @@ class _Families:
         value: float,
         labels: Mapping[str, object],
     ) -> None:
-        """Add a sample whose name can differ from that of its family, as in a histogram.
+        """Add a sample whose name can differ from the name of its family, as in a histogram.
 
         Args:
             family: The name of the family.

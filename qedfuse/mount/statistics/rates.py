@@ -53,10 +53,10 @@ def _requests(requests: Mapping[str, Any], names: Iterable[str]) -> int:
     return sum(requests[name]["requests"] for name in names)
 
 
-def _share(hits: int, all_of_them: int) -> float | None:
-    """Return a rate from 0 to 1; None if ``all_of_them`` is 0.
+def _share(hits: int, total: int) -> float | None:
+    """Return a rate from 0 to 1; None if ``total`` is 0.
 
-    The caller computes the hits as requests minus misses.  One request can cause several misses, so
-    ``hits`` may be less than 0.
+    ``hits`` may be less than 0: some callers subtract misses from requests, and one request can
+    cause several misses.
     """
-    return max(0.0, min(1.0, hits / all_of_them)) if all_of_them > 0 else None
+    return max(0.0, min(1.0, hits / total)) if total > 0 else None

@@ -156,7 +156,7 @@ def in_use(mountpoint: str) -> MountpointError:
 
 
 def _inaccessible(mountpoint: str, error: OSError) -> MountpointError:
-    """Return the error for a mountpoint for which stat(2) or statvfs(2) has failed.
+    """Return the error for a mountpoint after a failure of stat(2) or statvfs(2).
 
     Raises:
         HostError: /proc is not mounted.

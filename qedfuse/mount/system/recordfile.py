@@ -203,7 +203,7 @@ def _remove_stale(directory: int) -> None:
 
 
 def _remove_unfinished(directory: int, name: str) -> None:
-    """Remove the unfinished file or the socket of a record, unless its server may still use it.
+    """Remove the unfinished file or the socket of a record, unless its server may still be running.
 
     Args:
         directory: A descriptor of the directory of records.

@@ -115,8 +115,8 @@ def receive(directory: int, name: str, users: Collection[int]) -> bytes:
 def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     """Return the uid of the peer of a connection.
 
-    If the peer is a client, the uid is the one that the client had when it connected.  If the peer
-    is a server, the uid is the one that the server had when it began to listen.
+    The uid of a client is its uid at the time of connect(2).  The uid of a server is its uid at the
+    time of listen(2).
 
     Raises:
         OSError: The socket was closed, or the host refused.

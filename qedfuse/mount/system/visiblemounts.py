@@ -47,8 +47,8 @@ class VisibleMount:
 def find_visible_mounts(device: str, original: MountEntry | None = None) -> list[VisibleMount]:
     """List the mounts of a file system that the caller or other processes see.
 
-    The mounts that the caller sees come first.  Each further mount is listed with the process
-    that has the lowest pid of those that see the mount.  Two kinds of mounts are left out:
+    The mounts that the caller sees come first.  Each further mount is listed with one process that
+    sees the mount, the one with the lowest pid.  Two kinds of mounts are left out:
 
     - Mounts in other namespaces that the kernel normally unmounts together with a mount M that the
       caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
@@ -73,10 +73,10 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     others = []
     seen = {_namespace_and_root("self")}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):  # noqa: PTH208
-        visible = _namespace_and_root(str(pid))
-        if visible in seen:
+        namespace_and_root = _namespace_and_root(str(pid))
+        if namespace_and_root in seen:
             continue
-        seen.add(visible)
+        seen.add(namespace_and_root)
         for entry in _mounts(device, pid, original):
             if entry.mount_id not in mount_ids:
                 mount_ids.add(entry.mount_id)
