@@ -181,7 +181,7 @@ def _conflict(fd: int, byte: int) -> int | None:
 def _release(fd: int, mode: LockMode) -> None:
     """Drop those locks of a mode that are held."""
     for byte in mode.taken:
-        with suppress(OSError):  # no such lock is held, or the file system has no locks
+        with suppress(OSError):  # for example, the file system has no byte locks
             _set(fd, fcntl.F_UNLCK, byte)
 
 

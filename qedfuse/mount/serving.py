@@ -126,7 +126,7 @@ class Server:
         if options.prefetch == "all":
             from qedfuse.mount.prefetch import Prefetch  # noqa: PLC0415  late, see above
 
-            self._prefetch = Prefetch(disks.images, mountpoint).run
+            self._prefetch = Prefetch(disks.whole_disks, mountpoint).run
 
     def _share_files(self) -> None:
         """Let the extension answer reads of all files that the mount has now.
@@ -182,14 +182,14 @@ class Server:
             with scheduled(self._options.poll_seconds):
                 await negotiate_init(
                     *(connection, readahead_bytes(self._options.readahead)),
-                    disks=len(self._disks.images),
+                    disks=len(self._disks.whole_disks),
                 )
                 return await self._serve(
                     *(entry, connection, signals, announcement, protection_failure)
                 )
         finally:
             extraops.end()
-            for disk in self._disks.images:
+            for disk in self._disks.whole_disks:
                 # The caller flushes the disks once more when it closes them.  `_after_flush` must
                 # not be called after that flush, because it would use the closed connection.
                 disk.when_flushed(lambda: None)
@@ -230,7 +230,7 @@ class Server:
                 nursery.start_soon(self._size_fixup.run, entry.device)
             await self._start_statistics(nursery, statistics_socket)
             heap_trimmer = HeapTrimmer()
-            for disk in self._disks.images:
+            for disk in self._disks.whole_disks:
                 invalidator = BlocksInvalidator(partial(self._disks.files_of, disk))
                 nursery.start_soon(invalidator.run)
                 disk.when_flushed(partial(_after_flush, invalidator, heap_trimmer))

@@ -344,7 +344,7 @@ class _Session:
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 
         # The sandbox forbids to start programs, so QEMU's programs run now.
-        for disk in disks.images:
+        for disk in disks.whole_disks:
             start_maps(disk.chain.layers)
         needs = server_needs(
             *(request.mountpoint, request.sources, options),

@@ -47,7 +47,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def export(stored: Disk, blocks: int) -> ExportedDisk:
     """Export a disk of which the kernel has cached some blocks."""
-    return ExportedDisk(cast("disk.Disk", stored), b"vm.raw", 2, blocks=blocks)
+    return ExportedDisk(cast("disk.Disk", stored), b"vm.raw", 2, cached_blocks=blocks)
 
 
 @pytest.mark.parametrize(("cached", "is_wrong"), [(8, False), (16, True), (-1, False)])
@@ -58,7 +58,7 @@ def test_only_a_wrong_value_that_the_kernel_has_is_invalidated(
     exported = export(Disk(), cached)
     BlocksInvalidator(lambda: [exported]).flushed()
     assert forgotten == [2] * is_wrong
-    assert exported.blocks == (-1 if is_wrong else cached)
+    assert exported.cached_blocks == (-1 if is_wrong else cached)
 
 
 def test_if_the_host_refuses_the_kernel_keeps_its_value(forgotten: list[int]) -> None:
@@ -67,7 +67,7 @@ def test_if_the_host_refuses_the_kernel_keeps_its_value(forgotten: list[int]) ->
     disk.blocks = None
     exported = export(disk, 16)
     BlocksInvalidator(lambda: [exported]).flushed()
-    assert (forgotten, exported.blocks) == ([], 16)
+    assert (forgotten, exported.cached_blocks) == ([], 16)
 
 
 async def test_flushes_in_quick_succession_cost_one_check_each_interval(

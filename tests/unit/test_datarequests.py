@@ -120,7 +120,7 @@ class Mount:
         self.is_cached = True
         self.replied: list[tuple[int, int]] = []
         self.counters = RequestCounters()
-        exported = SimpleNamespace(disk=self.disk, requests=self.counters)
+        exported = SimpleNamespace(disk=self.disk, counters=self.counters)
         fast = SimpleNamespace(
             disk_of=lambda handle: exported if handle == HANDLE else None, write=None, fsync=None
         )

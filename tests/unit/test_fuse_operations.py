@@ -356,11 +356,11 @@ async def test_only_listed_disks_count_as_cached(monkeypatch: pytest.MonkeyPatch
     replies = iter([True, False, True])
     monkeypatch.setattr(pyfuse3, "readdir_reply", lambda *_arguments: next(replies))
     await handlers.readdir(1, 0, cast("ReaddirToken", None))
-    assert [exported.blocks for exported in disks] == [8, -1, -1]
+    assert [exported.cached_blocks for exported in disks] == [8, -1, -1]
     cast("Stored", disks.by_inode[4].disk).blocks = None
     with pytest.raises(pyfuse3.FUSEError):
         await handlers.readdir(1, 1, cast("ReaddirToken", None))
-    assert [exported.blocks for exported in disks] == [8, -1, -1]
+    assert [exported.cached_blocks for exported in disks] == [8, -1, -1]
     assert not list(replies)
 
 

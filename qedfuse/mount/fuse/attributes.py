@@ -80,18 +80,18 @@ class Attributes:
 
         The caller must send the attributes next, and must not wait or raise an error before that.
         If the attributes were not sent, the kernel would keep an older ``st_blocks``, but
-        ``exported.blocks`` would be the new one.  So the server would not notice that the kernel's
-        value is wrong.
+        ``exported.cached_blocks`` would be the new one.  So the server would not notice that the
+        kernel's value is wrong.
         """
         attributes = self.of_disk(exported)
-        exported.blocks = attributes.st_blocks
+        exported.cached_blocks = attributes.st_blocks
         return attributes
 
     def of_disk(self, exported: ExportedDisk) -> pyfuse3.EntryAttributes:
         """Return the attributes of a disk; ``st_blocks`` and times are those of the image file.
 
         A caller that sends the attributes to the kernel must use `for_reply`, or must set
-        ``exported.blocks`` itself.
+        ``exported.cached_blocks`` itself.
         """
         status = exported.disk.fstat()
         mode = self._file_mode & ~0o222 if exported.read_only else self._file_mode

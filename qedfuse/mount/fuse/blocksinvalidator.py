@@ -53,7 +53,7 @@ class BlocksInvalidator:
 
         Does nothing if the kernel has cached the ``st_blocks`` of none of the files.
         """
-        if all(exported.blocks < 0 for exported in self._files()):
+        if all(exported.cached_blocks < 0 for exported in self._files()):
             return
         if self._clock() - self._checked_at >= MIN_INTERVAL_SECONDS:
             self._check()
@@ -72,13 +72,13 @@ class BlocksInvalidator:
         """Invalidate the attributes that the kernel has cached, if ``st_blocks`` is wrong."""
         self._checked_at = self._clock()
         for exported in self._files():
-            if exported.blocks == -1:
+            if exported.cached_blocks == -1:
                 continue
             try:
                 blocks = exported.visible_blocks(exported.disk.stored_blocks())
             except HostError:
                 return  # the kernel keeps the old value until a later check
-            if exported.blocks != blocks:
-                exported.blocks = -1
+            if exported.cached_blocks != blocks:
+                exported.cached_blocks = -1
                 with suppress(OSError):  # the kernel may have forgotten the inode
                     pyfuse3.invalidate_inode(exported.inode, attr_only=True)

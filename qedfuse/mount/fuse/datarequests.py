@@ -163,7 +163,7 @@ class _DeferredRead:
         self, requests: DataRequests, exported: ExportedDisk, handle: int, offset: int, size: int
     ) -> None:
         self._requests = requests
-        self._counters = exported.requests
+        self._counters = exported.counters
         self._start = time.perf_counter_ns()
         self.handle = handle
         self.offset = offset

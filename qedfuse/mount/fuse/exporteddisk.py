@@ -44,19 +44,20 @@ class ExportedDisk:
         name: The name of the file in the root directory; of no effect if the mountpoint is a file.
         inode: The inode number of the file.
         handles: The number of open handles.
-        writers: The number of open handles that may write.
+        writers: The number of open handles that may write, and of changes of size in progress.
         slow_writes: The number of write requests in progress on the slow path.
-        blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
+        cached_blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
             if the kernel has none cached.
         read_only: Whether this disk is read-only in a writable mount, because its image is a
-            backing file of another disk of the mount.  False in a read-only mount.
+            backing file of another disk of the mount.  Always False in a read-only mount, where no
+            disk can be written.
         overrun: True after a write from the kernel's cache began before the end of the disk and
             went past the end, until a handle that may write gets the error ENOSPC.
         has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
             cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
             the file; -1 while `SizeFixup` does not work on the file.
-        requests: Counts the requests to the file; a partition shares this object with its disk.
+        counters: Counts the requests to the file; a partition shares this object with its disk.
         is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
             This is so after another file with the same bytes was opened for writing, and after a
             write to this file failed.
@@ -69,11 +70,11 @@ class ExportedDisk:
     handles: int = 0
     writers: int = 0
     slow_writes: int = 0
-    blocks: int = -1
+    cached_blocks: int = -1
     overrun: bool = False
     has_lost_data: bool = False
     fixup_size: int = -1
-    requests: RequestCounters = field(default_factory=RequestCounters)
+    counters: RequestCounters = field(default_factory=RequestCounters)
     is_stale: bool = False
 
     @property
@@ -82,7 +83,7 @@ class ExportedDisk:
         return isinstance(self.disk, DiskWindow)
 
     @property
-    def image(self) -> Disk:
+    def whole_disk(self) -> Disk:
         """The whole disk."""
         return self.disk.disk if isinstance(self.disk, DiskWindow) else self.disk
 
@@ -96,12 +97,12 @@ class ExportedDisk:
         """
         if not self.is_partition:
             return image_blocks
-        share = -(-image_blocks * self.disk.size // self.image.size)
+        share = -(-image_blocks * self.disk.size // self.whole_disk.size)
         return min(share, self.disk.size // _BLOCK_BYTES)
 
     def shares_bytes(self, other: ExportedDisk) -> bool:
         """Return whether another file has bytes in common with this file; False for this file."""
-        if self is other or self.image is not other.image:
+        if self is other or self.whole_disk is not other.whole_disk:
             return False
         mine, its = self.disk, other.disk
         if not isinstance(mine, DiskWindow) or not isinstance(its, DiskWindow):
@@ -129,11 +130,11 @@ class ExportedDisks:
         # The files of each disk, by the identity of the disk.
         self._by_disk: dict[int, list[ExportedDisk]] = {}
         for exported in self.by_inode.values():
-            self._by_disk.setdefault(id(exported.image), []).append(exported)
+            self._by_disk.setdefault(id(exported.whole_disk), []).append(exported)
         self.outdated = set(self.by_inode.values()) if with_partitions else set[ExportedDisk]()
         self._with_partitions = with_partitions
         self._next_inode = max(self.by_inode, default=0) + 1
-        self._cells = [exported.requests.cells for exported in self.by_inode.values()]
+        self._cells = [exported.counters.cells for exported in self.by_inode.values()]
         self._all_closed = trio.Event()
 
     def __iter__(self) -> Iterator[ExportedDisk]:
@@ -141,9 +142,9 @@ class ExportedDisks:
         return iter(tuple(self.by_inode.values()))
 
     @property
-    def images(self) -> list[Disk]:
+    def whole_disks(self) -> list[Disk]:
         """The disks of the mount, each once."""
-        return [exported.image for exported in self.first_files]
+        return [exported.whole_disk for exported in self.first_files]
 
     @property
     def first_files(self) -> list[ExportedDisk]:
@@ -169,7 +170,7 @@ class ExportedDisks:
         earlier file with the same name.  The caller must ensure that no partition of the disk is
         open.
         """
-        files = self._by_disk[id(whole.image)]
+        files = self._by_disk[id(whole.whole_disk)]
         present = {item.name: item for item in files if item.is_partition}
         is_changed = False
         for name, exported in present.items():
@@ -187,10 +188,10 @@ class ExportedDisks:
                 exported = ExportedDisk(
                     *(window, name, self._next_inode),
                     read_only=whole.read_only,
-                    requests=whole.requests,
+                    counters=whole.counters,
                 )
                 self._next_inode += 1
-                self._cells.append(exported.requests.cells)
+                self._cells.append(exported.counters.cells)
                 self.by_inode[exported.inode] = self.by_name[name] = exported
                 files.append(exported)
                 is_changed = True
@@ -208,7 +209,7 @@ class ExportedDisks:
     @property
     def uses_servers(self) -> bool:
         """Whether the chain of any disk has a file that is on a server."""
-        return any(disk.uses_server for disk in self.images)
+        return any(disk.uses_server for disk in self.whole_disks)
 
     @property
     def with_lost_data(self) -> list[str]:
@@ -257,7 +258,7 @@ class ExportedDisks:
 
     def _sharing_bytes(self, exported: ExportedDisk) -> list[ExportedDisk]:
         """Return the other files that have bytes in common with a file."""
-        files = self.files_of(exported.image)
+        files = self.files_of(exported.whole_disk)
         return [other for other in files if other.shares_bytes(exported)]
 
     @contextmanager
@@ -315,7 +316,7 @@ class ExportedDisks:
 
         The caller must ensure that no program needs the data of such a read any more.
         """
-        for disk in self.images:
+        for disk in self.whole_disks:
             disk.stop_fetching()
 
     def stop_compacting(self) -> None:
@@ -323,5 +324,5 @@ class ExportedDisks:
 
         A compaction that begins later moves no cluster.
         """
-        for disk in self.images:
+        for disk in self.whole_disks:
             disk.stop_compacting()

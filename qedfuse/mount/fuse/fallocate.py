@@ -1,8 +1,8 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
 With the write-back cache, the kernel may have cached data that it has not sent to the server.
-The server must not report a hole where such data is.  So before the server reports a hole, it
-makes the kernel write back the range of the hole, and searches the tables again.
+The server must not report a hole where such data is.  So before the server reports a hole, the
+server makes the kernel write back the range of the hole, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class FallocateLseek:
                 request.offset(await self._seek(exported, mode, start))
             else:
                 is_discard = mode & (_PUNCH_HOLE | _ZERO_RANGE)
-                with exported.requests.counted(DISCARD, length) if is_discard else nullcontext():
+                with exported.counters.counted(DISCARD, length) if is_discard else nullcontext():
                     await self._fallocate(exported, mode, start, length)
                 request.error(0)
         except Exception as error:  # noqa: BLE001  the kernel must get an answer
@@ -192,8 +192,7 @@ class FallocateLseek:
         Raises:
             FUSEError: EINVAL, ``whence`` is neither SEEK_DATA nor SEEK_HOLE.  ENXIO, ``start`` is
                 negative or not before the end of the disk, or SEEK_DATA finds no data.  If dirty
-                pages cannot be written back, the result and the errors are those of
-                `_assume_data`, unless ``start`` is negative.
+                pages cannot be written back, the result and the errors are those of `_assume_data`.
             QedError: A table cannot be read.
         """
         if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:

@@ -257,10 +257,10 @@ class MetadataOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, exported.name, attributes, next_id):
                 break
             sent.append((exported, attributes.st_blocks))
-        # `ExportedDisk.blocks` must be the value that the kernel has cached.  So it is set at the
-        # end, when no exception can replace the reply by an error any more.
+        # `ExportedDisk.cached_blocks` must be the value that the kernel has cached.  So the value
+        # is set at the end, when no exception can replace the reply by an error any more.
         for exported, blocks in sent:
-            exported.blocks = blocks
+            exported.cached_blocks = blocks
 
     async def releasedir(self, fh: int) -> None:
         """Do nothing, because the handle of a directory has no state."""

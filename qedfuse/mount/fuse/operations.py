@@ -128,10 +128,10 @@ class Operations(MetadataOperations):
             try:
                 content = self.fast.read(fh, off, size)
             except Exception as error:
-                self.disk_of(fh).requests.count_error(READ, start)
+                self.disk_of(fh).counters.count_error(READ, start)
                 raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "read", error)) from error
             if content is not None:
-                self.disk_of(fh).requests.count(READ, size, start, is_fast=True)
+                self.disk_of(fh).counters.count(READ, size, start, is_fast=True)
                 # pyfuse3 accepts any buffer, although its type hints say bytes.
                 return content  # type: ignore[return-value]
         return await self.read_slowly(fh, off, size)
@@ -153,10 +153,10 @@ class Operations(MetadataOperations):
             except Exception as error:
                 exported = self.disk_of(fh)
                 self._exported_disks.write_failed(exported)
-                exported.requests.count_error(WRITE, start)
+                exported.counters.count_error(WRITE, start)
                 raise FUSEError(self.errors.to_errno(fh & ~HANDLE_FLAGS, "write", error)) from error
             if is_written:
-                self.disk_of(fh).requests.count(WRITE, len(buf), start, is_fast=True)
+                self.disk_of(fh).counters.count(WRITE, len(buf), start, is_fast=True)
                 return len(buf)
         return await self._write(fh, off, buf)
 
@@ -168,7 +168,7 @@ class Operations(MetadataOperations):
             FUSEError: The disk could not be read.
         """
         exported = self.disk_of(fh)
-        with exported.requests.counted(READ) as request:
+        with exported.counters.counted(READ) as request:
             content = await exported.disk.read(off, size)
             request.size = len(content)
         return content  # type: ignore[return-value]
@@ -185,7 +185,7 @@ class Operations(MetadataOperations):
                 error of the disk.
         """
         exported = self.disk_of(fh)
-        with exported.requests.counted(WRITE, len(buf)):
+        with exported.counters.counted(WRITE, len(buf)):
             return await self._write_counted(exported, fh, off, buf)
 
     async def _write_counted(self, exported: ExportedDisk, fh: int, off: int, buf: bytes) -> int:
@@ -266,7 +266,7 @@ class Operations(MetadataOperations):
             FUSEError: The writes could not be made durable, or as in `_report_lost_writes`.
         """
         exported = self.disk_of(fh)
-        with exported.requests.counted(FLUSH):
+        with exported.counters.counted(FLUSH):
             await exported.disk.flush()
             self._report_lost_writes(fh)
 

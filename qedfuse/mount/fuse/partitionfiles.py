@@ -94,11 +94,11 @@ class PartitionFiles:
             # If a writer of the disk ends while the table is read, the disk becomes outdated again.
             whole = self._disks.outdated.pop()
             try:
-                windows = await read_windows(whole.image, whole.name)
+                windows = await read_windows(whole.whole_disk, whole.name)
             except QedError as error:
                 windows = {}
                 if whole not in self._unread:
-                    name = whole.image.name
+                    name = whole.whole_disk.name
                     _log.warning("%s: cannot read the partition table: %s", name, error)
                 self._unread[whole] = trio.current_time() + _RETRY_SECONDS
             else:

@@ -114,10 +114,10 @@ class Truncation:
         if not self._options.growable or exported.is_partition:
             raise FUSEError(errno.ENOSPC)
         size = -(-end // SECTOR) * SECTOR
-        if size > exported.image.header.geometry.max_image_size:
+        if size > exported.whole_disk.header.geometry.max_image_size:
             raise FUSEError(errno.EFBIG)
-        if size > exported.image.size:
-            await exported.image.grow(size)
+        if size > exported.whole_disk.size:
+            await exported.whole_disk.grow(size)
 
     async def _zero_from(self, exported: ExportedDisk, start: int) -> bool:
         """Zero a disk from guest offset ``start`` to its end; keep its size.

@@ -1,4 +1,4 @@
-"""The sandbox of a server: what the server cannot do any more when it answers requests.
+"""The sandbox of a server: what the server is not permitted to do while it answers requests.
 
 Before the first request the images are open, and the process needs few other files, few system
 calls and hardly any capability.  The sandbox forbids everything else.  If a hostile image made the

@@ -53,7 +53,7 @@ class StatisticsSource:
         """
         disks = []
         for exported in self._disks.first_files:
-            handles = sum(file.handles for file in self._disks.files_of(exported.image))
+            handles = sum(file.handles for file in self._disks.files_of(exported.whole_disk))
             disks.append(_describe_disk(exported, handles))
             await trio.lowlevel.checkpoint()
         return {
@@ -89,7 +89,7 @@ def _resident_bytes() -> int | None:
 
 def _describe_disk(exported: ExportedDisk, handles: int) -> dict[str, Any]:
     """Return the part of the document about one disk, which has ``handles`` open handles."""
-    disk = exported.image
+    disk = exported.whole_disk
     statistics = disk.statistics()
     described = {
         "name": os.fsdecode(exported.name),
@@ -112,7 +112,7 @@ def _describe_disk(exported: ExportedDisk, handles: int) -> dict[str, Any]:
 
 def _describe_requests(exported: ExportedDisk, operation: int) -> dict[str, Any]:
     """Return the counters of one operation of a disk; ``operation`` is an index in `OPERATIONS`."""
-    counted = exported.requests.statistics(operation)
+    counted = exported.counters.statistics(operation)
     return {
         "requests": counted.requests,
         "bytes": counted.bytes,
