@@ -8,8 +8,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-import trio
-
 from qedfuse.errors import HostError
 from qedfuse.hostio.hostcalls import host_calls
 from qedfuse.hostio.inlinepolicy import InlinePolicy
@@ -26,6 +24,7 @@ from qedfuse.hostio.systemcalls import (
     write_all,
 )
 from qedfuse.ondisk.constants import MAX_OFFSET
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -271,7 +270,7 @@ class PosixFile(PosixReader):
                 return seek(self.fd, offset, whence)
             await acquire(self._call_slots)
             try:
-                return await trio.to_thread.run_sync(seek, self.fd, offset, whence)
+                return await run_in_thread(seek, self.fd, offset, whence)
             finally:
                 self._call_slots.release()
         except OSError as error:
@@ -282,12 +281,13 @@ class PosixFile(PosixReader):
 
         Raises:
             OSError: The file belongs to another user, or the host refused.
+            HostError: The host cannot start a thread.
         """
         set_times = partial(os.utime, self.fd, ns=(atime_ns, mtime_ns))
         if self._inode.recheck_free():
             set_times()
         else:
-            await self._inode.in_thread(trio.to_thread.run_sync, set_times)
+            await self._inode.in_thread(run_in_thread, set_times)
 
     async def _checked(self, action: str, call: Awaitable[T]) -> T:
         """Await a call; return its result.

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
-import trio
-
+from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import fallocate, read_all, write_all
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qedfuse.hostio.hostfile import Buffer
+
+Args = TypeVarTuple("Args")
+T = TypeVar("T")
 
 
 class ThreadCalls:
@@ -50,23 +55,35 @@ class ThreadCalls:
 
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
         """Fill ``view``; return the number of bytes and the seconds that the call took."""
-        return await trio.to_thread.run_sync(_read, fd, offset, view)
+        return await _in_thread(_read, fd, offset, view)
 
     async def write(self, fd: int, offset: int, parts: tuple[Buffer, ...]) -> float:
         """Write all of ``parts``; return how many seconds that took."""
-        return await trio.to_thread.run_sync(write_all, fd, offset, parts)
+        return await _in_thread(write_all, fd, offset, parts)
 
     async def datasync(self, fd: int) -> None:
         """Call fdatasync(2)."""
-        await trio.to_thread.run_sync(os.fdatasync, fd)
+        await _in_thread(os.fdatasync, fd)
 
     async def truncate(self, fd: int, size: int) -> None:
         """Call ftruncate(2)."""
-        await trio.to_thread.run_sync(os.ftruncate, fd, size)
+        await _in_thread(os.ftruncate, fd, size)
 
     async def fallocate(self, fd: int, mode: int, *ranges: tuple[int, int]) -> None:
         """Change how ranges of a file are stored (fallocate(2))."""
-        await trio.to_thread.run_sync(_fallocate, fd, mode, ranges)
+        await _in_thread(_fallocate, fd, mode, ranges)
+
+
+async def _in_thread(function: Callable[[*Args], T], *args: *Args) -> T:
+    """Call a function in a thread; return its result, or raise its OSError.
+
+    Raises:
+        OSError: The host cannot start a thread (EAGAIN).
+    """
+    try:
+        return await run_in_thread(function, *args)
+    except HostError as error:
+        raise OSError(error.errno, str(error)) from error
 
 
 def _read(fd: int, offset: int, view: memoryview) -> tuple[int, float]:

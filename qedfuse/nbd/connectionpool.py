@@ -11,6 +11,7 @@ import trio
 
 from qedfuse.nbd.failures import BrokenError
 from qedfuse.nbd.waiters import CANCEL_POLL_SECONDS, NO_CONNECTION, check_wanted
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,7 +182,7 @@ class ConnectionPool:
         The time limit also applies to the wait for a thread of the limiter.
         """
         with trio.move_on_after(max(0.0, end - time.monotonic())):
-            return await trio.to_thread.run_sync(
+            return await run_in_thread(
                 partial(slot.connect, time.monotonic(), end),
                 abandon_on_cancel=True,
                 limiter=self._threads,

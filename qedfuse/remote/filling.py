@@ -9,6 +9,7 @@ import trio
 
 from qedfuse.errors import CacheError
 from qedfuse.remote.unitfile import UNIT_BYTES
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -78,7 +79,7 @@ async def mark_usable_offline(file: RemoteFile, needed: bytes) -> bool:
         needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
     """
     record = file.fetcher.mark_usable_offline
-    return await trio.to_thread.run_sync(record, needed, abandon_on_cancel=True)
+    return await run_in_thread(record, needed, abandon_on_cancel=True)
 
 
 async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) -> int:
@@ -118,4 +119,4 @@ async def _in_thread(call: Callable[[int, int], bool], first: int, last: int) ->
 
     If the task is cancelled, it does not wait for the thread.
     """
-    return await trio.to_thread.run_sync(call, first, last, abandon_on_cancel=True)
+    return await run_in_thread(call, first, last, abandon_on_cancel=True)

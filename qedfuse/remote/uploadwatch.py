@@ -22,6 +22,7 @@ from qedfuse.remote.client import (
     UnusableError,
 )
 from qedfuse.remote.object import make_client
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,7 @@ async def watch_store(
         await trio.sleep(deadlines.attempt_seconds)
         reason = None
         if position() == before:
-            reason = await trio.to_thread.run_sync(_ask, client, abandon_on_cancel=True)
+            reason = await run_in_thread(_ask, client, abandon_on_cancel=True)
         if reason is None:
             if begin is not None:
                 _log.warning("%s: the store answers again", address.shown)

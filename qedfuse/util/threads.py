@@ -1,15 +1,20 @@
-"""Starting a thread on a host that may refuse it."""
+"""Starting a thread, or calling a function in a thread of trio, on a host that may refuse it."""
 
 from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING, TypeVarTuple
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+from qedfuse.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trio import CapacityLimiter
+
 Args = TypeVarTuple("Args")
+T = TypeVar("T")
 
 
 def start_thread(
@@ -36,3 +41,36 @@ def start(thread: threading.Thread) -> None:
         thread.start()
     except (RuntimeError, MemoryError) as error:
         raise OSError(errno.EAGAIN, f"cannot start a thread: {error}") from error
+
+
+async def run_in_thread(
+    function: Callable[[*Args], T],
+    *args: *Args,
+    abandon_on_cancel: bool = False,
+    limiter: CapacityLimiter | None = None,
+) -> T:
+    """Call a function in a worker thread of trio; return its result, or raise its exception.
+
+    ``abandon_on_cancel`` and ``limiter`` are those of `trio.to_thread.run_sync`.
+
+    Raises:
+        HostError: The host cannot start a thread (EAGAIN).  The function was not called.
+    """
+    import trio  # noqa: PLC0415  imported late: `start_thread` needs no event loop
+
+    has_begun = False
+
+    def call() -> T:
+        nonlocal has_begun
+        has_begun = True
+        return function(*args)
+
+    try:
+        return await trio.to_thread.run_sync(
+            call, abandon_on_cancel=abandon_on_cancel, limiter=limiter
+        )
+    except (RuntimeError, MemoryError) as error:
+        if has_begun:  # an error of the function itself
+            raise
+        msg = f"cannot start a thread: {error} (a limit of processes or of memory is reached)"
+        raise HostError(msg, errno.EAGAIN) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,10 @@ def test_a_child_that_cannot_be_made_is_an_error_of_the_host(
         call_in_child(os.getpid, 30)
     assert str(caught.value) == f"child process: cannot start: {os.strerror(number)}"
     assert open_descriptors() == before
+
+
+def test_a_child_without_a_result_is_an_error_of_the_host() -> None:
+    """If the child is killed, or its result cannot be pickled, the error is one line."""
+    for function in (lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: lambda: None):
+        with pytest.raises(HostError, match=r"^child process: ended without a result"):
+            call_in_child(function, 30)

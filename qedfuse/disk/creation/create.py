@@ -20,6 +20,7 @@ from qedfuse.hostio.replacedfile import lock_replaced_file
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.ondisk.header import build_header
 from qedfuse.text import printable
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,10 +70,8 @@ async def create_image(
             existing file is unchanged, and no new file is left behind; but a file system without
             hard links may keep an empty file (`NewFile`).
     """
-    import trio  # noqa: PLC0415  imported late: callers of `make_image` need no event loop
-
     header = new_header(size, cluster_size, table_size, backing, backing_is_raw=backing_is_raw)
-    await trio.to_thread.run_sync(
+    await run_in_thread(
         partial(
             make_image, path, header, backing, overwrite=overwrite, mode=mode, versions=versions
         )

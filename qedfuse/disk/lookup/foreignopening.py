@@ -6,14 +6,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
 from qedfuse.disk.lookup.backingpath import backing_path
 from qedfuse.disk.lookup.basepolicy import checked_name, open_local_base
 from qedfuse.errors import BackingRefusedError, UsageError
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.ondisk.formats import DRIVERS, foreign_format
 from qedfuse.remote.address import is_url, shown_name
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -65,7 +64,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
     )
     opening = ForeignOpening(file, driver, limits)
     try:
-        return await trio.to_thread.run_sync(opening.finish, abandon_on_cancel=True)
+        return await run_in_thread(opening.finish, abandon_on_cancel=True)
     except BaseException:
         opening.abandon()
         raise

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
 from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.remote.address import is_url, parse_address, require_local
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -88,7 +87,7 @@ async def open_url(
         call = partial(open_remote, address, remote, wanted)
     try:
         # A task that is cancelled does not wait for the server.
-        return await trio.to_thread.run_sync(handover.keep_result, call, abandon_on_cancel=True)
+        return await run_in_thread(handover.keep_result, call, abandon_on_cancel=True)
     except BaseException:
         handover.abandon()
         raise

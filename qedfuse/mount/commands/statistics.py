@@ -83,9 +83,8 @@ def read_statistics(path: str, seconds: float = _MAX_SECONDS) -> dict[str, Any]:
         PrivilegeError: The mount belongs to another user, and the caller is not root.
         NoStatisticsError: The server does not answer in time, has ended, cannot be found, or has
             sent something that is not a document of this version.
-        HostError: A directory or a record cannot be read, /proc is not mounted, or no child process
-            can be made.
-        RuntimeError: See `call_in_child`.
+        HostError: A directory or a record cannot be read, /proc is not mounted, or the child
+            process fails (`call_in_child`).
     """
     try:
         answer = call_in_child(partial(_ask, path), seconds)

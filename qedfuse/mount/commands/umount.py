@@ -63,7 +63,6 @@ def unmount_and_wait(
             time, or cannot be found or waited for.  The message says whether the mount is still
             there.
         QedError: The mount cannot be unmounted for another reason.
-        RuntimeError: See `call_in_child`.
     """
     deadline = Deadline(seconds)
     attempt_seconds = None if seconds is None else max(seconds, _MIN_ATTEMPT_SECONDS)

@@ -61,9 +61,9 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
         TimeoutError: The function has not returned in time.  The child gets SIGKILL, but the
             system call in which the child blocks may still take effect.
         Exception: The exception that the function raised, without its traceback.
-        RuntimeError: The child has ended without a result, because the child was killed or
-            interrupted, or because the result or the exception cannot be pickled.
-        HostError: /proc is not mounted, or no pipe or no child process can be made.
+        HostError: /proc is not mounted, or no pipe or no child process can be made.  Or the child
+            has ended without a result, because the child was killed or interrupted, or because the
+            result or the exception cannot be pickled.
     """
     deadline = Deadline(seconds)
     reading, writing, child = _fork()
@@ -82,8 +82,8 @@ def call_in_child(function: Callable[[], T], seconds: float | None) -> T:
         os.close(reading)
     os.waitpid(child, 0)
     if not reply:
-        msg = "a child process ended without a result"
-        raise RuntimeError(msg)
+        msg = "child process: ended without a result, perhaps because it was killed"
+        raise HostError(msg)
     # `_run` has replied with the class, the arguments and the attributes of an exception, or with
     # None, the result and an empty dictionary.
     error_class, value, attributes = pickle.loads(reply)  # noqa: S301  from this process's child

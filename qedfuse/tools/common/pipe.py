@@ -11,6 +11,7 @@ import trio
 
 from qedfuse.errors import HostError, cannot_open
 from qedfuse.text import printable
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +86,7 @@ class Stream:
             # The call blocks a worker thread, which a cancellation abandons.  Setting O_NONBLOCK
             # instead would also affect the other processes that share the open file
             # description, and these processes do not expect the flag.
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+            return await run_in_thread(call, abandon_on_cancel=True)
         while True:
             try:
                 count = call()
@@ -134,9 +135,7 @@ async def open_stream(path: str, access: int) -> Stream:
     try:
         # Opening a FIFO blocks until the other end is opened.  The call is made in a thread
         # that a cancellation abandons, so that the user can interrupt the command.
-        fd = await trio.to_thread.run_sync(
-            os.open, path, access | os.O_CLOEXEC, abandon_on_cancel=True
-        )
+        fd = await run_in_thread(os.open, path, access | os.O_CLOEXEC, abandon_on_cancel=True)
     except OSError as error:
         raise cannot_open(path, error) from error
     os.set_blocking(fd, False)

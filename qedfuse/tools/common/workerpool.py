@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import trio
 
 from qedfuse.util.backgroundtasks import background_tasks
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ class WorkerPool(Generic[T]):
             remaining = chain((first,), items)
             async with background_tasks() as nursery:
                 for worker in self._workers:
-                    nursery.start_soon(trio.to_thread.run_sync, self._serve, worker, remaining)
+                    nursery.start_soon(run_in_thread, self._serve, worker, remaining)
 
     def _serve(self, worker: Callable[[T, Ticket], None], items: Iterator[T]) -> None:
         """Take items and call ``worker`` with each until none is left; runs in a thread."""

@@ -13,7 +13,6 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import trio
 
 from qedfuse.hostio.writebehind import WriteBehind
 from qedfuse.tools.common.blocks import classify, masked_bytes
@@ -22,6 +21,7 @@ from qedfuse.tools.source.chunks import Chunker, read_segments
 from qedfuse.tools.source.extentbatches import extent_batches
 from qedfuse.tools.target.target import ParallelTarget, finish_target, perform_writes
 from qedfuse.util.backgroundtasks import periodic_progress
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,7 +197,7 @@ class DiskCopy:
             base_content: A buffer for the base, at least as long as the chunk if there is a
                 base.
         """
-        data, _ = await trio.to_thread.run_sync(self._read, chunk, content, base_content)
+        data, _ = await run_in_thread(self._read, chunk, content, base_content)
         await target.write_chunk(chunk.start, content.data, data)
         self._count(chunk, data)
 

@@ -25,6 +25,7 @@ from qedfuse.text import printable
 from qedfuse.tools.copying.convert import convert
 from qedfuse.tools.inspection.imagereader import DescriptorReader
 from qedfuse.tools.inspection.info import describe_open
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -271,7 +272,7 @@ async def _run(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_in_outage, watch, outages, nursery.cancel_scope)
         try:
-            outcome = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+            outcome = await run_in_thread(work, abandon_on_cancel=True)
         except trio.Cancelled:
             upload.stop()
             if outages:

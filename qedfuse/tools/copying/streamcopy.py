@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import trio
 
 from qedfuse.errors import UsageError
 from qedfuse.tools.common.blocks import classify, masked_bytes
 from qedfuse.tools.common.formatprobe import format_of
 from qedfuse.tools.target.target import ParallelTarget, finish_target, perform_writes
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.tools.common.pipe import Stream
@@ -58,14 +58,10 @@ async def copy_stream(
             raise UsageError(msg)
         if count:
             content = buffer[:count]
-            data, zeros = await trio.to_thread.run_sync(
-                classify, content, target.block_size, sparse_size
-            )
+            data, zeros = await run_in_thread(classify, content, target.block_size, sparse_size)
             if isinstance(target, ParallelTarget):
                 writes = target.assign_offsets(size, content.data, data, zeros)
-                await trio.to_thread.run_sync(
-                    perform_writes, target.descriptor, writes, target.name
-                )
+                await run_in_thread(perform_writes, target.descriptor, writes, target.name)
             else:
                 await target.write_chunk(size, content.data, data)
             size += count

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
 from qedfuse.disk.lookup.foreignopening import driver_of, foreign_disk
 from qedfuse.disk.lookup.imageopening import open_image
@@ -20,6 +18,7 @@ from qedfuse.remote.address import is_url
 from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
 from qedfuse.tools.inspection.info import ImageInfo, describe, describe_open
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.disk.lookup.layer import Layer
@@ -118,6 +117,6 @@ async def _describe_file(file: HostFile, path: str, image_format: FormatChoice) 
         if file.fileno() >= 0:
             return describe_open(DescriptorReader(file.fileno()), path, image_format)
         call = partial(describe_open, FileReader(file), path, image_format)
-        return await trio.to_thread.run_sync(call)
+        return await run_in_thread(call)
     except OSError as error:
         raise HostError.from_os(error, file.name, "read") from error

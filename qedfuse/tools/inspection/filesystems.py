@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import trio
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.partitions.partition import ReadDisk
@@ -56,7 +56,7 @@ async def find_file_system(read: ReadDisk, start: int, length: int) -> FileSyste
     head = await read(start, min(length, _HEAD_BYTES))
     tail_at = max(len(head), length - _TAIL_BYTES)
     tail = await read(start + tail_at, length - tail_at) if length > tail_at else b""
-    return await trio.to_thread.run_sync(_ask_blkid, head, tail_at, tail, length)
+    return await run_in_thread(_ask_blkid, head, tail_at, tail, length)
 
 
 def _ask_blkid(head: bytes, tail_at: int, tail: bytes, length: int) -> FileSystem | None:

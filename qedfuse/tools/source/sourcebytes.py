@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import trio
-
 from qedfuse.disk.lookup.extents import Kind
 from qedfuse.errors import CorruptImageError, HostError
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.tools.source.source import BlockingReader, Source
@@ -33,7 +32,7 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
             if extent.kind is Kind.DATA:
                 view = memoryview(result)[extent.start - start : extent.end - start]
                 file = files[extent.depth]
-                await trio.to_thread.run_sync(_read, file, extent.file_offset, view)
+                await run_in_thread(_read, file, extent.file_offset, view)
             at = extent.end
     return bytes(result)
 

@@ -6,13 +6,12 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.tools.common.blocks import mask_ranges
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
 from qedfuse.tools.target.target import ParallelTarget, SequentialTarget, Write, perform_writes
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.tools.common.blocks import Mask
@@ -131,7 +130,7 @@ class ExistingRawTarget(SequentialTarget):
             end = min(last * self.block_size, len(view))
             await self._zero(start + first * self.block_size, start + end)
         writes = _data_writes(start, view, data, self.block_size)
-        await trio.to_thread.run_sync(perform_writes, self.descriptor, writes, self.name)
+        await run_in_thread(perform_writes, self.descriptor, writes, self.name)
 
     async def finish(self, size: int) -> None:
         """Zero the file from the end of the last chunk up to ``size``; fsync(2) if ``durable``."""
@@ -139,7 +138,7 @@ class ExistingRawTarget(SequentialTarget):
         if not self._durable:
             return
         try:
-            await trio.to_thread.run_sync(os.fsync, self.descriptor)
+            await run_in_thread(os.fsync, self.descriptor)
         except OSError as error:
             raise HostError.from_os(error, self.name, "fsync") from error
 
@@ -147,7 +146,7 @@ class ExistingRawTarget(SequentialTarget):
         """Make a range of the file read as zeros; do nothing if the range is empty."""
         if start < end:
             try:
-                await trio.to_thread.run_sync(self._zero_blocking, start, end)
+                await run_in_thread(self._zero_blocking, start, end)
             except OSError as error:
                 raise HostError.from_os(error, self.name, "write") from error
 

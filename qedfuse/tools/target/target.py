@@ -11,10 +11,9 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-import trio
-
 from qedfuse.errors import HostError
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +140,7 @@ async def finish_target(target: Target, size: int) -> None:
         QedError: The target cannot be completed.
     """
     if isinstance(target, ParallelTarget):
-        await trio.to_thread.run_sync(target.finish, size)
+        await run_in_thread(target.finish, size)
     else:
         await target.finish(size)
 
