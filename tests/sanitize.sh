@@ -37,7 +37,7 @@ done
 
 # shellcheck disable=SC2034  # used by reference
 address_share=(
-    tests/unit/test_{iothreads,hostcalls,started_reads,extraops,dataops,burst,queuedreads}.py
+    tests/unit/test_{iothreads,hostcalls,started_reads,extraops,dataops,burst,queuedreads,seek,inplacewrite}.py
     tests/property/test_entry_rules.py tests/mounted/test_read_paths.py
     tests/fuzz/test_targets.py::test_inputs_for_c_code_find_nothing
 )
@@ -53,6 +53,8 @@ thread_rest=(
     tests/unit/test_hostfile.py
     tests/mounted/test_{read_paths,mount_load,discard}.py tests/fuzz/test_fuzz.py
 )
+
+needs_end_during_creation=tests/unit/test_iothreads.py::test_the_call_is_made_while_no_thread_can_be_created
 
 install_for_tests
 scratch=$(mktemp -d)
@@ -133,6 +135,12 @@ for kind in "${kinds[@]}"; do
     declare -n share=${kind}_share rest=${kind}_rest
     tests=("${share[@]}")
     [ -n "$only_share" ] || tests+=("${rest[@]}")
+    # From gcc 14 on the address sanitizer holds a lock while a thread is created, and a thread takes the
+    # same lock when it ends.  So no thread can end during a creation, for which this test waits.
+    if [ "$kind" = address ] && [ "$(gcc -dumpversion | cut -d. -f1)" -ge 14 ]; then
+        say "Left out with the address sanitizer of gcc 14 and newer: ${needs_end_during_creation##*::}"
+        tests+=("--deselect=$needs_end_during_creation")
+    fi
     run_instrumented "$kind" "${tests[@]}" || failed=1
 done
 [ "$failed" = 0 ] || die "a test or a sanitizer has found an error"

@@ -84,7 +84,7 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
     const uint64_t table_mask = ((uint64_t)1 << view->table_bits) - 1;
     const uint64_t clusters = ((limit - 1) >> view->cluster_bits) + 1;
     const long long l1_offset = l1_table_offset(view);
-    uint64_t cluster = start >> view->cluster_bits, l1_index, table, end, at;
+    uint64_t cluster = start >> view->cluster_bits, l1_index, table, at;
     uint64_t l1_slice = UINT64_MAX; /* number of the slice that `l1` is */
     struct slice l1 = {0}, l2 = {0};
     int count, is_found = 0;
@@ -111,10 +111,9 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
         at = table + (cluster & table_mask & ~slice_mask) * sizeof(uint64_t);
         if (!get_slice_at(view, at, &l2))
             break;
-        end = (cluster | slice_mask) + 1 < clusters ? slice_mask + 1 : ((clusters - 1) & slice_mask) + 1;
-        at = first_entry(l2.view.buf, cluster & slice_mask, end, for_data);
+        at = first_entry(l2.view.buf, cluster & slice_mask, slice_mask + 1, for_data);
         cluster = (cluster & ~slice_mask) + at;
-        if (at < end) {
+        if (at <= slice_mask) {
             is_found = 1;
             break;
         }
@@ -124,7 +123,7 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
     *found = cluster << view->cluster_bits;
     if (*found < start)
         *found = start;
-    if (cluster >= clusters || *found > limit)
+    if (cluster >= clusters) /* entries past the end of the disk do not count */
         *found = limit;
     return (is_found || cluster >= clusters) && !PyErr_Occurred();
 }
