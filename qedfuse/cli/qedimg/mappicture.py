@@ -48,7 +48,7 @@ def picture(layout: Layout, columns: int, *, colored: bool) -> str:
 
 
 def uses_colors(*, is_terminal: bool) -> bool:
-    """Return whether a picture is coloured: on a terminal, unless NO_COLOR is set or TERM=dumb."""
+    """Return whether to use colours: on a terminal, unless NO_COLOR is not empty or TERM=dumb."""
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -88,7 +88,7 @@ class JsonWriter:
         keys = (batch.depths * _DEPTH_FACTOR + batch.kinds).tolist()
         for key in set(keys) - self._lines.keys():
             depth, kind = divmod(key, _DEPTH_FACTOR)
-            self._lines[key] = _json_line(depth, kind, offset=depth not in self._unknown_depths)
+            self._lines[key] = _json_line(depth, kind, has_offset=depth not in self._unknown_depths)
         text = ",\n".join([self._lines[key] for key in keys]) % tuple(columns[wanted].tolist())
         separator = ",\n" if self._has_extents else ""
         self._has_extents = True
@@ -100,7 +100,7 @@ class JsonWriter:
         As in qemu-img's output, a list without extents gets a line for an extent of length 0,
         whose flags are all false.
         """
-        empty = "" if self._has_extents else _json_line(0, BAD, offset=False) % (start, 0)
+        empty = "" if self._has_extents else _json_line(0, BAD, has_offset=False) % (start, 0)
         return f"{empty.replace('true', 'false')}]\n"
 
 
@@ -108,10 +108,10 @@ _DEPTH_FACTOR: Final = 8
 """Greater than any kind of run, so that ``depth * _DEPTH_FACTOR + kind`` stands for both."""
 
 
-def _json_line(depth: int, kind: int, *, offset: bool) -> str:
+def _json_line(depth: int, kind: int, *, has_offset: bool) -> str:
     """Return the format string of a line of JSON for extents of this depth and kind.
 
-    ``offset`` says whether the file offsets of this depth are printed.
+    ``has_offset`` says whether the file offsets of this depth are printed.
     """
     words = {
         "present": kind != UNALLOCATED,
@@ -120,7 +120,7 @@ def _json_line(depth: int, kind: int, *, offset: bool) -> str:
         "compressed": False,
     }
     flags = ", ".join(f'"{word}": {str(value).lower()}' for word, value in words.items())
-    last = ', "offset": %d' if offset and kind in (DATA, HOLE) else ""
+    last = ', "offset": %d' if has_offset and kind in (DATA, HOLE) else ""
     return f'{{ "start": %d, "length": %d, "depth": {depth}, {flags}{last}}}'
 
 

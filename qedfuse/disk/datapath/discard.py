@@ -137,7 +137,12 @@ class Discard:
         """
         if start < end:
             await self._deallocate(
-                start, end, free_data=True, zero_unallocated=False, clear=True, progress=progress
+                start,
+                end,
+                free_data=True,
+                zero_unallocated=False,
+                show_base=True,
+                progress=progress,
             )
 
     async def write(self, start: int, data: memoryview, mode: Literal["on", "unmap"]) -> None:
@@ -182,7 +187,7 @@ class Discard:
         *,
         free_data: bool,
         zero_unallocated: bool = True,
-        clear: bool = False,
+        show_base: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Deallocate the clusters of a guest range, slice by slice.
@@ -193,7 +198,7 @@ class Discard:
             free_data: Whether to deallocate allocated clusters.
             zero_unallocated: Whether to turn unallocated clusters into zero clusters where the
                 base has data.
-            clear: Whether to make all clusters unallocated, including zero clusters, and
+            show_base: Whether to make all clusters unallocated, including zero clusters, and
                 including allocated clusters over data of the base.  Requires ``free_data``.
             progress: Called with the number of bytes that are done, and the length of the range.
 
@@ -219,7 +224,11 @@ class Discard:
                 stop = min(end, start - start % step + step)
                 await self._table_writer.limit_dirty()
                 await self._deallocate_in_slice(
-                    start, stop, free_data=free_data, zero_unallocated=zero_unallocated, clear=clear
+                    start,
+                    stop,
+                    free_data=free_data,
+                    zero_unallocated=zero_unallocated,
+                    show_base=show_base,
                 )
             else:
                 stop = min(end, (geometry.l1_index(start) + 1) * geometry.table_span)
@@ -234,7 +243,7 @@ class Discard:
         return self._chain.layers[1].size if self._chain.has_base else 0
 
     async def _deallocate_in_slice(
-        self, start: int, end: int, *, free_data: bool, zero_unallocated: bool, clear: bool
+        self, start: int, end: int, *, free_data: bool, zero_unallocated: bool, show_base: bool
     ) -> None:
         """Deallocate clusters whose entries lie in one slice; see `_deallocate`."""
         geometry = self._layer.geometry
@@ -246,7 +255,7 @@ class Discard:
             if not (
                 base_data_clusters
                 or (free_data and Kind.DATA in kinds)
-                or (clear and Kind.ZERO in kinds)
+                or (show_base and Kind.ZERO in kinds)
             ):
                 return
             async with self._needcheck.changing():
@@ -256,7 +265,7 @@ class Discard:
                 # No await from here on, because removing an entry and putting its cluster
                 # into quarantine must be atomic with respect to other tasks.
                 if free_data:
-                    self._drop(slice_, start, end, clear=clear)
+                    self._drop(slice_, start, end, show_base=show_base)
                 tables = self._layer.tables
                 # The difference between an index in the slice and the guest cluster's number.
                 delta = index % tables.slice_entries - (start >> geometry.cluster_bits)
@@ -294,25 +303,25 @@ class Discard:
                 raise CorruptImageError(extent.reason)
         return {extent.kind for extent in extents}
 
-    def _drop(self, slice_: Slice, start: int, end: int, *, clear: bool) -> None:
+    def _drop(self, slice_: Slice, start: int, end: int, *, show_base: bool) -> None:
         """Remove from a slice the references to the data clusters of a guest range.
 
         The clusters of the file go into quarantine.  Their guest clusters become zero clusters up
-        to the end of the base, and unallocated past that end.  With ``clear`` all guest clusters
-        of the range become unallocated, including zero clusters.
+        to the end of the base, and unallocated past that end.  With ``show_base`` all guest
+        clusters of the range become unallocated, including zero clusters.
         """
         geometry, tables = self._layer.geometry, self._layer.tables
         first = geometry.l2_index(start) % tables.slice_entries
         last = first + geometry.clusters(end - start)
-        # How many of the clusters lie over the base.  Those with data become zero clusters, which
-        # hide the base.  With ``clear`` the base must show.
-        hidden = 0 if clear else geometry.clusters(max(0, min(end, self._base_end) - start))
+        # How many of the clusters lie over the base and must hide it.  Those with data become zero
+        # clusters.
+        hidden = 0 if show_base else geometry.clusters(max(0, min(end, self._base_end) - start))
         if last - first > _MAX_CLUSTERS_ONE_BY_ONE:
             values = np.array(slice_.entries[first:last], np.uint64)
             is_data = values > ZERO
             offsets = values[is_data]
-            # Zero clusters stay zero clusters, except with ``clear``.
-            values[slice(None) if clear else is_data] = UNALLOCATED
+            # Zero clusters stay zero clusters, except with ``show_base``.
+            values[slice(None) if show_base else is_data] = UNALLOCATED
             values[:hidden][is_data[:hidden]] = ZERO
             tables.put(slice_, first, values)
             self._reclaim.retire_all(offsets, slice_.offset)
@@ -324,7 +333,7 @@ class Discard:
                 tables.fill(slice_, index, zeros, ZERO)
                 tables.fill(slice_, index + zeros, count - zeros, UNALLOCATED)
                 self._reclaim.retire(value, count << geometry.cluster_bits, slice_.offset)
-            elif clear and value == ZERO:
+            elif show_base and value == ZERO:
                 tables.fill(slice_, index, count, UNALLOCATED)
 
     async def _base_data_clusters(self, start: int, end: int) -> list[int]:

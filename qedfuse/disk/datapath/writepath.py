@@ -186,8 +186,8 @@ class WritePath:
             await pwrite(run.offset + offset_in_run, data)
             for begin, stop in ((first, start), (end, run_end)):
                 for at in range(begin, stop, _MAX_COPY_BYTES):
-                    upto = min(stop, at + _MAX_COPY_BYTES)
-                    content = await self._previous_content(at, upto, from_base=from_base)
+                    part_end = min(stop, at + _MAX_COPY_BYTES)
+                    content = await self._previous_content(at, part_end, from_base=from_base)
                     await pwrite(run.offset + at - first, content)
 
     async def _previous_content(

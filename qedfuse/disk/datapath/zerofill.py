@@ -51,8 +51,8 @@ class ZeroFill:
 
         Writes zeros if all of the following hold:
 
-        - A cycle of `MetadataWriteback` has begun since the previous call.  Calls for a run that
-          the guest's data fills completely do not count.
+        - A cycle of `MetadataWriteback` has begun since the previous call or, for the first call,
+          since the opening.  Calls for a run that the guest's data fills completely do not count.
         - The guest writes data, and does not only allocate clusters.
         - The run has at most `_MAX_BYTES`.
 
