@@ -43,8 +43,8 @@ class UnitStore:
             `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
             compared with its checksum.  A unit becomes not ready when a read does not find one of
             its bytes in the page cache, when the unit is written, and when the cache is discarded.
-            The fetcher also makes markers not ready.  The attribute always refers to the same
-            bytearray.
+            The fetcher also makes a marker not ready: a unit whose read must start the next fetch
+            ahead.  The attribute always refers to the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 

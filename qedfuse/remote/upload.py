@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 _MIN_PART_BYTES: Final = 8 << 20
 _LONG_PART_BYTES: Final = 64 << 20
-"""Parts get longer than this only if `_MAX_PARTS` of this length do not suffice."""
+"""Maximum length of a part, unless the content has more than `_MAX_PARTS` parts of this length."""
 _MAX_PARTS_EVERYWHERE: Final = 1_000
 """Maximum number of parts that every store accepts.  Swift has this limit; most stores accept
 `_MAX_PARTS`."""
@@ -68,7 +68,7 @@ class Uploaded:
 
     Attributes:
         size: Length of the object in bytes.
-        version: The version of the object in a store with versions; empty for none.
+        version: The version of the object; empty if the store keeps no versions.
     """
 
     size: int
@@ -126,7 +126,7 @@ class Upload:
 
     @property
     def may_remain(self) -> bool:
-        """Whether `run` had to delete the object, but does not know that the object is gone."""
+        """Whether `run` had to delete the object, but the store has not confirmed the deletion."""
         return self._may_remain
 
     @property

@@ -222,5 +222,6 @@ def _reason(error: Exception) -> str:
         innermost = cause
         # urllib3 wraps the cause: as an attribute, or as the last argument.
         cause = getattr(cause, "reason", None) or (cause.args[-1] if cause.args else None)
+    # urllib3 puts the connection before the reason: "HTTPSConnection(host=..., port=...): reason".
     text = getattr(innermost, "strerror", None) or str(innermost)
     return " ".join(printable(text).rpartition("): ")[2].split()) or type(innermost).__name__

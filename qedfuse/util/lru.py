@@ -19,13 +19,13 @@ class LRUStatistics:
 
     Attributes:
         items: How many values are in the cache.
-        weight: How many bytes these values take.
+        total_bytes: How many bytes these values take.
         evictions: How many values have been evicted so far.  Values that `LRU.drop` removed or
             `LRU.put` replaced do not count.
     """
 
     items: int
-    weight: int
+    total_bytes: int
     evictions: int
 
 
@@ -51,7 +51,7 @@ class LRU(Generic[K, V]):
         self._weigh = weigh
         self._pinned = pinned
         self._items: OrderedDict[K, V] = OrderedDict()
-        self._weight = 0
+        self._total_bytes = 0
         self._evictions = 0
 
     def get(self, key: K) -> V | None:
@@ -70,27 +70,27 @@ class LRU(Generic[K, V]):
         """
         old = self._items.pop(key, None)
         if old is not None:
-            self._weight -= self._weigh(old)
+            self._total_bytes -= self._weigh(old)
         self._items[key] = value
-        self._weight += self._weigh(value)
-        if self._weight > self._budget:
+        self._total_bytes += self._weigh(value)
+        if self._total_bytes > self._budget:
             self._shrink(key)
 
     def drop(self, key: K) -> None:
         """Remove the value for ``key``, even a pinned one; do nothing if there is no value."""
         old = self._items.pop(key, None)
         if old is not None:
-            self._weight -= self._weigh(old)
+            self._total_bytes -= self._weigh(old)
 
     def _shrink(self, newest: K) -> None:
         """Evict old values until the budget holds or only pinned values and ``newest`` are left."""
         dropped = []
         for key, value in self._items.items():
-            if self._weight <= self._budget:
+            if self._total_bytes <= self._budget:
                 break
             if key != newest and not self._pinned(value):
                 dropped.append(key)
-                self._weight -= self._weigh(value)
+                self._total_bytes -= self._weigh(value)
         for key in dropped:
             del self._items[key]
         self._evictions += len(dropped)
@@ -101,4 +101,4 @@ class LRU(Generic[K, V]):
 
     def statistics(self) -> LRUStatistics:
         """Return what the cache holds, and how many values it has evicted."""
-        return LRUStatistics(len(self._items), self._weight, self._evictions)
+        return LRUStatistics(len(self._items), self._total_bytes, self._evictions)

@@ -386,7 +386,7 @@ class DiskMachine(RuleBasedStateMachine):
             # objects around them.
             slack = 6 * (min(65536, self.geometry.table_bytes) + 300)
             statistics = self.disk.statistics().tables
-            assert statistics.weight <= self.options.cache_bytes + slack
+            assert statistics.total_bytes <= self.options.cache_bytes + slack
 
     @invariant()
     def file_is_bounded(self) -> None:

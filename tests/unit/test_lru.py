@@ -28,14 +28,14 @@ def test_least_recently_used_goes_first() -> None:
 
 
 def test_statistics_count_items_bytes_and_evictions() -> None:
-    """The statistics are the number of items, their weight, and the evictions so far."""
+    """The statistics are the number of items, their bytes, and the evictions so far."""
     lru = cache(10)
     lru.put(1, b"12345")
     lru.put(2, b"123456")
     assert lru.get(1) is None
     assert lru.get(2) == b"123456"
     found = lru.statistics()
-    assert (found.items, found.weight, found.evictions) == (1, 6, 1)
+    assert (found.items, found.total_bytes, found.evictions) == (1, 6, 1)
 
 
 def test_pinned_values_stay_and_leave_later() -> None:
@@ -44,7 +44,7 @@ def test_pinned_values_stay_and_leave_later() -> None:
     lru = cache(4, pinned)
     lru.put(1, b"aaaa")
     lru.put(2, b"bbbb")
-    assert lru.statistics().weight == 8
+    assert lru.statistics().total_bytes == 8
     pinned.clear()
     lru.put(3, b"cccc")
     assert lru.values() == [b"cccc"]
@@ -60,11 +60,11 @@ def test_newest_value_stays_although_it_is_too_large() -> None:
 
 
 def test_replacing_a_value_counts_it_once() -> None:
-    """A new value under a key replaces the weight of the old one."""
+    """A new value under a key replaces the bytes of the old one."""
     lru = cache(10)
     lru.put(1, b"123")
     lru.put(1, b"12345")
-    assert lru.statistics().weight == 5
+    assert lru.statistics().total_bytes == 5
     assert lru.values() == [b"12345"]
 
 
@@ -88,4 +88,4 @@ def test_agrees_with_a_plain_model(budget: int, steps: list[tuple[bool, int, byt
             if key in model:
                 model.move_to_end(key)
         assert lru.values() == list(model.values())
-        assert lru.statistics().weight == sum(map(len, model.values()))
+        assert lru.statistics().total_bytes == sum(map(len, model.values()))

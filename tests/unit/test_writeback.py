@@ -67,7 +67,7 @@ async def test_dirty_tables_are_written_when_they_exceed_their_budget() -> None:
     async with opened(file, options=options) as disk:
         for number in range(64):
             await disk.write(number * SPAN, b"x")
-            assert disk.statistics().tables.weight < 30 * CLUSTER
+            assert disk.statistics().tables.total_bytes < 30 * CLUSTER
         assert disk.statistics().writeback.cycles >= 6
     assert inspect_image(file.content).errors == ()
 

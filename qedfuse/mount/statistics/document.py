@@ -130,7 +130,7 @@ def _describe_components(statistics: DiskStatistics) -> dict[str, Any]:
         "table_cache": {
             "loads": statistics.table_loads,
             "slices": statistics.tables.items,
-            "bytes": statistics.tables.weight,
+            "bytes": statistics.tables.total_bytes,
             "limit_bytes": statistics.table_cache_bytes,
             "dirty_bytes": statistics.dirty_table_bytes,
             "evictions": statistics.tables.evictions,

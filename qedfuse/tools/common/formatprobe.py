@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     """A format, or ``auto`` to detect the format from the first bytes."""
 
 _EXPECTED_SOURCE: Final = (
-    "raw or qed (qemu-img convert can read the format that was found; the bytes are read unchanged "
-    "if an option says that the format is raw)"
+    "raw or qed (qemu-img convert can read the format that was found; to read the bytes unchanged, "
+    "state the format raw)"
 )
 """The end of the message about a source of a foreign format."""
 

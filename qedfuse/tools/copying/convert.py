@@ -70,9 +70,10 @@ async def convert(
             copied so far.
 
     Raises:
-        UsageError: The target is a URL, or the arguments contradict each other, or do not fit the
-            kind of the source or of the target.  Or the target is the source or one of its bases,
-            cannot hold a disk of this size, or exists without ``overwrite`` or ``into_existing``.
+        UsageError: The arguments contradict each other, or do not fit the kind of the source or of
+            the target.  Or the target is a URL, is the source or one of its bases, or cannot hold
+            a disk of this size.  Or the target exists, and neither ``overwrite`` nor
+            ``into_existing`` is set.
         ImageInUseError: The source, the target or the file to replace is in use by another
             program, or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.

@@ -124,7 +124,7 @@ class _NeededFile:
     """One remote file of the chain, and its units that a mount can need."""
 
     def __init__(self, file: RemoteFile, layer: Layer) -> None:
-        """Take the open file of ``layer``; the caller must then mark its needed units."""
+        """Take ``file``, the open file of ``layer``; the caller must then mark the needed units."""
         self.units = NeededUnits(layer)
         self._file = file
 

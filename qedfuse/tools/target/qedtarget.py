@@ -130,7 +130,7 @@ class NewQedTarget(ParallelTarget):
             raise UsageError(msg)
 
     def _select_slices(self, start: int) -> list[Write]:
-        """Switch to the L1 and L2 slices for a guest offset; return the writes of the slices left.
+        """Switch to the L1 and L2 slices for a guest offset; return the writes of the old slices.
 
         If the L1 entry for the offset points to no L2 table yet, a table is allocated at the end of
         the file.
