@@ -42,8 +42,8 @@ async def open_disk(
 
     Args:
         path: The path or URL of the image.  A QED image can be opened for reading and, if it is a
-            local file, for writing.  A local image in another format of QEMU, except raw, can be
-            opened for reading, and so can a raw disk that is an export of an NBD server.
+            local file, for writing.  Two kinds of disks can only be read: a local image in a format
+            of QEMU other than QED and raw, and a raw disk that is an export of an NBD server.
         options: How to open the image; None for the defaults, which open it read-only.
         inspector: Called if the image is opened for writing and its tables must not be
             trusted before a check.  The inspector checks the image, and raises an error to

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 async def read_backing_name(file: HostFile, header: Header) -> str:
     """Return the name that an image stores for its backing file; see `backing_path`.
 
-    The caller must ensure that the header says that there is a backing file.
+    The header must be that of an image with a backing file (`Header.has_backing`).
 
     Raises:
         CorruptImageError: The image ends before the end of the name.
@@ -85,8 +85,9 @@ async def open_bases(
         path: The path or URL of the image.
         file: The image's open file.
         header: The image's header.
-        options: The policy for bases, and whether to lock the bases.  Its ``backing.trusted`` is a
-            path or URL that is allowed as the first base, whatever its directory or server is.
+        options: The policy for bases, and whether to lock the bases.  The path or URL
+            ``options.backing.trusted`` is allowed as the first base, in any directory and on any
+            server.
         store: Holds the table slices of all layers.
         name: The name of the first base; None to read the name that the image stores.
 
@@ -104,8 +105,8 @@ async def open_bases(
     After any error all bases are closed.
     """
     layers: list[Layer] = []
-    # The images above the base that is opened next, each with the name of the base that it stores.
-    # The name with ``file`` is empty if the caller has passed ``name``.
+    # The images above the base that is opened next, each with the name that it stores for its own
+    # base.  If the caller has passed ``name``, an empty name stands beside ``file``.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted
@@ -210,11 +211,12 @@ async def open_base(
         path: The path or URL of the backing file.
         image: The image that names it.
         options: The policy, and how to read a URL.
-        trusted: A path or URL that is allowed whatever its directory or server is, unless the mode
+        trusted: A path or URL that is allowed in any directory and on any server, unless the mode
             is ``none``; None if there is no such path or URL.
-        images: The images above the backing file; see `verify_bases`.  A file on a server is read
-            from the cache if the server no longer has the version that the images remember, and the
-            cache has all of that version; not if the policy accepts other versions.
+        images: The images above the backing file; see `verify_bases`.  If the server has another
+            version of a file than the images remember, and the cache has all of the remembered
+            version, the file is read from the cache.  If the policy accepts other versions, the
+            remembered version is ignored.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path
@@ -271,10 +273,13 @@ async def _format_of(
 ) -> str:
     """Return the format of a base as QEMU calls it.
 
-    If the user has given a format for all bases, that format is returned.  If not, the base is raw
-    if the header of the image that names it forbids probing (BACKING_FORMAT_NO_PROBE).  In all
-    other cases the base's magic decides.  Headers can forbid probing because a guest that writes to
-    a raw disk can put any magic there.
+    The first of these rules that applies decides:
+
+    1. The user has given a format for all bases.
+    2. The base is raw if the header of the image that names it forbids probing
+       (BACKING_FORMAT_NO_PROBE).  Headers can forbid probing because a guest that writes to a raw
+       disk can put any magic there.
+    3. The base's magic decides.
 
     Args:
         base: The base.

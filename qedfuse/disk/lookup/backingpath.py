@@ -35,9 +35,9 @@ def lacks_path(name: bytes) -> bool:
 def backing_path(image: str, name: str, directory: str = "") -> str:
     """Return the path or URL of the backing file that an image names, without any I/O.
 
-    A plain name that is not absolute is relative to the directory of the image; if the image has a
-    URL, the result is a URL without the query of the image's URL.  A path after ``file:`` that is
-    not absolute is relative to the working directory, as in QEMU.
+    A plain name that is not absolute is relative to the directory of the image.  If ``image`` is a
+    URL, this directory is a URL as well, without the query of ``image``.  A path after ``file:``
+    that is not absolute is relative to the working directory, as in QEMU.
 
     Args:
         image: The path or URL of the image.
@@ -59,8 +59,8 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
     The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
     has an invalid header, stores a name with a NUL byte, or is a URL, which is not opened.  The
     path of this file is still yielded, so the last path may lead to no file.  If the image itself
-    is such a file, no path is yielded.  If the chain is a loop or too long, the paths end after
-    `MAX_CHAIN_DEPTH` + 1 of them.  Bases that a policy forbids are yielded as well.
+    is such a file, no path is yielded.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, also if
+    the chain is a loop.  Bases that a policy forbids are yielded as well.
 
     Names after ``file:`` are relative to ``directory``, or to the working directory of the process
     if ``directory`` is empty.

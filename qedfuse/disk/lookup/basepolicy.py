@@ -45,11 +45,11 @@ def open_local_base(
 ) -> PosixFile:
     """Open a backing file that is a local file, if the policy allows it.
 
-    The caller must have refused the file if the mode of the policy is ``none``.
+    The mode of the policy must not be ``none``: the caller refuses every base in this mode.
 
     Args:
         path: The path of the backing file.
-        image: The image that names it.
+        image: The image that names the backing file.
         policy: What is allowed.
         trusted: A path that is allowed in any directory; None if there is no such path.
 
@@ -68,7 +68,7 @@ def open_local_base(
     directory = os.path.dirname(image.path) or "."  # noqa: PTH120
     allowed = [os.path.realpath(path) for path in (directory, *policy.directories)]
     # The kernel's path of the open file contains no symbolic links.  So the comparison below
-    # is about the file itself, whatever links its name goes through.
+    # uses the directory of the file itself, even if ``path`` leads to the file through links.
     real = os.readlink(f"/proc/self/fd/{base.fd}")  # noqa: PTH115
     if any(real.startswith(parent.rstrip("/") + "/") for parent in allowed):
         return base

@@ -1,4 +1,4 @@
-"""The versions of the bases of an image, and their encoding in the record of an image."""
+"""The versions of the bases of an image, and their encoding in a record (`rememberedbase`)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class BaseVersions(NamedTuple):
         a record the line of a file on a server begins with ``u``, and the line of a local file with
         a hexadecimal digit.
 
-        The record may come with an image from another machine, and its checksum is no proof.
+        The record is untrusted, because it may come with an image from another machine.  Its
+        checksum finds accidental damage only.
         """
         checksum, _, body = record.partition(b"\n")
         if checksum != b"%08x" % _checksum(name, body):
@@ -109,17 +110,17 @@ def version_of_status(status: os.stat_result) -> FileVersion:
 
 
 def _parsed_size(text: str) -> int:
-    """Return a size in a record, which is in hexadecimal digits.
+    """Return a size from its hexadecimal digits in a record.
 
-    A size that no file can have is refused, because Python converts an integer of many digits to
-    text only with an error.
+    A size that no file can have is refused here.  Otherwise a message with the size would fail,
+    because Python refuses to convert an integer of thousands of digits to text.
 
     Raises:
-        ValueError: The text is no number, or no size of a file.
+        ValueError: The text is not a number, or no file can have this size.
     """
     size = int(text, 16)
     if not 0 <= size <= _MAX_SIZE:
-        msg = "found no size of a file"
+        msg = "found a size that no file can have"
         raise ValueError(msg)
     return size
 

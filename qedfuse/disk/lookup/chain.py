@@ -61,9 +61,9 @@ class Chain:
         The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within
         the disk.
 
-        A range that no layer has allocated is of kind unallocated if no base is open and
-        ``depth`` is 0, and otherwise of kind zero.  A range past the end of a base is of kind
-        zero unless a layer above that base has allocated the range.
+        A range that no layer has allocated is of kind zero.  There is one exception: with
+        ``depth`` 0 and no open base it is of kind unallocated.  A range past the end of a base is
+        of kind zero unless a layer above that base has allocated the range.
 
         Raises:
             HostError: The host cannot read a table.
@@ -117,7 +117,7 @@ class Chain:
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
         """Look up a range in the layers from ``depth`` down.
 
-        Each layer is asked only for what the layers above it have not allocated.
+        In each layer only the ranges are looked up that no layer above it has allocated.
 
         Returns:
             The extents, in no order, and the ranges that no layer has allocated, as guest

@@ -44,16 +44,16 @@ no conversion."""
 _DEPTH_BIAS: Final = 2
 """What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095
-"""The bits of a code for data that hold the depth."""
+"""The bits of a code for data that hold the depth plus `_DEPTH_BIAS`."""
 _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 """Code during the merge: the cluster is unallocated in all layers so far."""
 
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
 """Maximum number of entries of a base that are read for one slice of the top image.
 
-A base that has more entries for the slice, because its clusters are smaller, is not read.  The
-clusters that all bases above this base leave unallocated are then `MIXED`, except those past the
-end of this base, which are zeros.
+A base with smaller clusters can have more entries for the slice.  Such a base is not read: clusters
+up to its end get the code `MIXED`, and clusters past its end `ZEROS`, unless a base above it has
+allocated them.
 """
 
 
@@ -71,7 +71,7 @@ class FlattenedBacking:
     """
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
-        """Prepare to merge all of ``layers`` but the first, which is ``top``.
+        """Prepare to merge the layers below ``top``, which is the first of ``layers``.
 
         ``store`` keeps the codes.
         """
@@ -163,7 +163,7 @@ async def _codes_of_layer(
     """Return the codes of one layer for clusters of ``size`` bytes at guest offsets ``starts``.
 
     The code is `_UNDECIDED` where the layer has allocated nothing.  The caller must replace the
-    codes of clusters in which the layer's disk ends or which lie past its end.
+    code of each cluster that reaches past the end of the layer's disk.
 
     Raises:
         HostError: The host cannot read a table.

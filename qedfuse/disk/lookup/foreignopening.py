@@ -97,9 +97,10 @@ def driver_of(file: ReadableFile) -> str | None:
 
 
 def start_maps(layers: Iterable[Layer]) -> None:
-    """Run now the programs of QEMU that would otherwise run when the layers are first read.
+    """Start the programs of QEMU that map the layers which QEMU serves.
 
-    The call blocks for some milliseconds for each layer that QEMU serves.
+    Without this call each program starts after some reads of its layer.  The call blocks for some
+    milliseconds for each layer that QEMU serves.
     """
     for layer in layers:
         start: Callable[[], None] | None = getattr(layer.file, "start_map", None)

@@ -61,10 +61,10 @@ async def open_url(
 
     Args:
         url: The URL.
-        remote: How to read it.
-        wanted: Size and validator of the version that the caller needs, which is read from the
-            cache if the server has another version (`open_remote`); None if the caller needs no
-            particular version.  Ignored for an NBD export.
+        remote: How to read the URL.
+        wanted: Size and validator of the version that the caller needs; None if any version will
+            do.  If the server has another version, the needed one is read from the cache
+            (`open_remote`).  Ignored for an NBD export.
 
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.

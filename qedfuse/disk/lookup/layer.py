@@ -1,6 +1,7 @@
-"""The files of a chain, and the lookup of how one of them stores a range of the disk.
+"""The layers of a chain: files that are seen as disks.
 
-A lookup returns extents.  It reads tables, but neither reads nor changes data.
+A lookup returns the extents by which one layer stores a range of the disk.  It reads tables, but
+neither reads nor changes data.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The header of the image; `set_header` replaces it.  The size of the disk and the
-            offset of the L1 table in it are current.  The features, the header's size and the
-            backing file name's location may be out of date; `HeaderStore.value` has them.
+        header: The header of the image; `set_header` replaces it.  Its size of the disk and its
+            offset of the L1 table are current.  Its features, its own size and its location of the
+            backing file name may be out of date; use `HeaderStore.value` for these.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
@@ -177,10 +178,10 @@ class QedLayer:
     def cached_slice(self, number: int) -> Slice | None:
         """Return a slice of L2 entries; ``number`` counts slices from the disk's beginning.
 
-        Returns None if the slice is not in memory.  If ``number`` is not in `slice_keys`, the L1
-        entry decides where the slice lies.  Then the result is None also if the slice of the L1
-        table with this entry is not in memory, or has any bad entry.  Returns
-        `TableCache.empty_slice` if the L2 table does not exist.
+        Returns `TableCache.empty_slice` if the L2 table does not exist, and None if the slice is
+        not in memory.  If ``number`` is not in `slice_keys`, the L1 entry is needed.  Then the
+        result is also None if the slice of the L1 table that holds this entry is not in memory, or
+        has any bad entry.
         """
         key = self.slice_keys.get(number)
         if key is None:

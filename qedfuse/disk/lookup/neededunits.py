@@ -53,9 +53,9 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, ascending.
 
-        The file is divided into blocks of ``max_units`` units, and a run lies within one block.  A
-        cache between this machine and the server may keep such blocks, and then fetches each block
-        only once.
+        The file is divided into blocks of ``max_units`` units, and a run lies within one block.  So
+        a cache between this machine and the server that stores such blocks fetches each block only
+        once.
         """
         first = self._needed.find(1)
         while first >= 0:
@@ -103,7 +103,7 @@ class NeededUnits:
         first = offsets // np.uint64(UNIT_BYTES)
         needed = np.frombuffer(self._needed, np.uint8)
         for unit in range(units_of(cluster)):
-            # The last cluster of the file can reach past its end, so leave out units past the end.
+            # The file may end within its last cluster, so leave out units past the end of the file.
             here = first + np.uint64(unit)
             needed[here[here < len(needed)]] = 1
 

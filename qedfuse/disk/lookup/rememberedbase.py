@@ -56,8 +56,8 @@ def verify_bases(
 ) -> None:
     """Compare the bases of each image of a chain with the versions that the image remembers.
 
-    The description of this module says which bases are compared, and `verify_base` which errors
-    are raised.
+    The docstring of this module says which bases are compared.  The errors are those of
+    `verify_base`.
 
     Args:
         images: Each image that has a base, with the name that the image stores for the base.  The
@@ -226,8 +226,8 @@ class NewRecord:
 
         If the host refuses to store the record, this is logged.  If there are no versions to store,
         a record file that an earlier image of this name has left behind is removed.  If the host
-        refuses to remove the file, nothing is logged, because its record is not used for an image
-        other than the earlier one.
+        refuses to remove this file, nothing is logged: the file names the inode of the earlier
+        image, so it is ignored for the new one.
         """
         if self._is_stored:
             return

@@ -65,8 +65,8 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     while start < size:
         end = start if data else await _past_data(chain, start)
         if end == start:
-            # End the lookup at the first end of a slice of L2 entries in any layer.  So the lookup
-            # returns thousands of extents and not millions, even if all clusters are scattered.
+            # No layer is looked up past the end of its slice of L2 entries.  So the lookup returns
+            # thousands of extents and not millions, even if all clusters are scattered.
             end = min(start + step, await _lookup_end(chain, start))
             step *= 2
             for extent in await chain.extents(start, end - start):
@@ -98,9 +98,9 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
     """Return the guest offset where the slice of L2 entries for ``start`` ends.
 
     If the L1 entry for ``start`` is 0 or bad, there is no such slice.  Then the result is where
-    the range of the next L1 entry that is not 0 begins.  The search for this entry ends with the
-    slice of the L1 table that has the entry for ``start``.  If the search finds nothing, the result
-    is where the range of the last L1 entry in this slice ends.
+    the range of the next L1 entry that is not 0 begins.  Only one slice of the L1 table is
+    searched for this entry.  If all later entries of this slice are 0, the result is where the
+    range of its last entry ends.
 
     Raises:
         HostError: The host cannot read a table.

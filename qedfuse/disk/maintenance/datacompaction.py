@@ -57,7 +57,7 @@ class MoveCounter:
 
 
 class DataCompaction:
-    """Moves the highest data clusters of an image down, or those of a range to higher offsets."""
+    """Moves data clusters of an image: the highest ones down, or those of a range up."""
 
     def __init__(
         self, layer: QedLayer, allocator: Allocator, mover: Mover, flusher: Flusher

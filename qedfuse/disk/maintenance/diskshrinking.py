@@ -116,8 +116,8 @@ class DiskShrinking:
 
         Args:
             size: The new size in bytes.
-            progress: Called with the work done so far and all the work, in the same unit, which
-                has no meaning for the caller.
+            progress: Called with the work done so far and the whole work, both in the same
+                arbitrary unit.
 
         Raises:
             CorruptImageError: A table entry for the range to be cut off is bad; the disk has

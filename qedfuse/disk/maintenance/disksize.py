@@ -47,7 +47,7 @@ class DiskSize:
         self.lock = trio.Lock()
 
     def check(self, size: int, *, shrink: bool = False) -> None:
-        """Raise unless the disk can grow or, with ``shrink``, shrink to ``size`` bytes.
+        """Raise if ``size`` is not valid as the new size of the disk.
 
         The present size is always accepted.
 
@@ -76,7 +76,7 @@ class DiskSize:
             raise UsageError(msg)
 
     async def change(self, size: int) -> None:
-        """Write ``size``, in bytes, into the header, durably, and give the disk this size.
+        """Write ``size``, in bytes, durably into the header, and give the disk this size.
 
         The caller must hold `lock`.
 

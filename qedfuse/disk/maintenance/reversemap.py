@@ -55,8 +55,7 @@ async def build_reverse_map(
         high: File offset just past the last cluster.
         expected: How many such entries a sound image has; the reading ends after the table
             in which the last of them was found.  With None all entries of the image are read
-            and validated: an invalid one marks the image as damaged, even one that refers to an
-            offset outside the range.
+            and validated, and an invalid entry marks the image as damaged, wherever it points.
 
     Raises:
         CorruptImageError: An entry does not point to the start of a cluster, or two entries

@@ -135,9 +135,11 @@ class TableCompaction:
         table.  The errors are those of `move`.  The data clusters that are in the way move up
         first, which can make the file longer until the end of the compaction.
 
-        Moves nothing in three cases: if the tables would reach past the target of a compaction
-        without limits, if ``within_bound`` is True and the file could become longer than its
-        bound, or if the compaction could then have moved more than ``max_moves`` clusters in all.
+        Moves nothing in three cases:
+
+        - The tables would reach past the target that a compaction without limits has.
+        - ``within_bound`` is True, and the file could become longer than its bound.
+        - With these moves, the whole compaction could exceed ``max_moves``.
         """
         allocator, size = self._allocator, self._table_size
         tables = await self.list_tables()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Number of free clusters after which the scan looks for no more: 16 TiB in clusters of 64 KiB.
+"""Number of free clusters at which the scan stops: 16 TiB in clusters of 64 KiB.
 
 If a sparse file has more free clusters, some of them are not used before the next opening.
 """
@@ -68,10 +68,13 @@ class Allocator:
         anchor: The first cluster past the L1 table.  Compaction packs the L2 tables from here
             on.  `FreeMap` places the borders of its blocks so that none of the packed tables
             crosses a border.
-        bound: File offset that `end` does not exceed, with four exceptions.  The image had more
-            clusters in use at opening than its disk can need.  Another program has scattered
-            the image's free clusters.  The scan has failed or found damage, so some clusters
-            that lose their reference never become free.  Compaction moves tables.
+        bound: File offset that `end` does not exceed, except in four cases:
+
+            - The image had more clusters in use at opening than its disk can need.
+            - Another program has scattered the image's free clusters.
+            - The scan has failed or found damage, so some clusters that lose their reference never
+              become free.
+            - Compaction moves tables.
         end: File offset at or past which no cluster is in use or in `free`; new clusters begin
             here.
         free: Clusters below ``end`` that may be handed out.

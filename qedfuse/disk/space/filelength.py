@@ -85,9 +85,9 @@ class FileLength:
             except HostError:
                 if target == end:
                     raise
-                # The host may refuse only the growth step: a limit of the length of files
-                # (RLIMIT_FSIZE, or that of the file system) lies within the step, or the file
-                # system allocates space for the step, as vfat does, and is nearly full.
+                # Perhaps the host refuses only the growth step.  Either a limit of the length of
+                # files (RLIMIT_FSIZE, or that of the file system) lies within the step.  Or the
+                # file system is nearly full and allocates space for the step, as vfat does.
                 target = end
                 await self._grow_file(target)
             self.end = target

@@ -6,8 +6,8 @@ without a free cluster takes no memory.  Finding, taking or adding a run within 
 few operations on the block's integer.  All positions and lengths in this module are in clusters.
 
 A *table slot* is a run of free clusters as long as a table.  A longer run has as many slots as
-tables fit into it.  In the number of slots, a run that crosses the border of two blocks counts as
-two runs, one in each block.
+tables fit into it.  When slots are counted, a run that crosses the border of two blocks is treated
+as two runs, one in each block.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class FreeMap:
         return self._blocks.get(block, 0)
 
     def remove(self, first: int, count: int) -> None:
-        """Remove a run of clusters from the map; those that are not free do not matter."""
+        """Remove a run of clusters from the map; clusters that are not free are ignored."""
         for block, mask in self._split(first, count):
             old = self._blocks.get(block, 0)
             if old & mask:

@@ -53,7 +53,8 @@ class Marking:
         # How often a cluster has lost a reference after it had lost another one since `begin`.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
-        # references any more.  It does find, or `record_drop` counts, those that are dropped later.
+        # references any more.  References that are dropped later are counted by `mark` or
+        # `record_drop`.
         self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
@@ -124,13 +125,14 @@ class Marking:
     def record_drop(self, first: int, count: int, dropped_by: int) -> None:
         """Record that a run of clusters lost its references; does nothing unless active.
 
-        ``dropped_by`` is the file offset of the slice that held the references.  If the scan
-        has not reached that slice yet, it will not find the dropped references there.  So this
-        method marks the clusters instead.  If another reference has caused a cluster to be marked
-        before, the cluster has two owners, and counts as a duplicate.  If the scan has reached the
-        slice, `mark` has counted the references already.  `restart` forgets what both have counted,
-        so this method also counts, for the walks after the next `restart`, the clusters that had
-        already lost another reference since `begin`.
+        ``dropped_by`` is the file offset of the slice that held the references:
+
+        - If the scan has reached this slice, `mark` has marked the clusters already.
+        - If not, the scan will not find the dropped references there.  So this method marks the
+          clusters.  A cluster that is marked already has two owners, and counts as a duplicate.
+
+        `restart` forgets these marks and counts.  So for the walk after a `restart` this method
+        also counts the clusters that have lost more than one reference since `begin`.
 
         The caller has changed the table already and must be able to finish its change.  So if the
         clusters exceed the limit of `OwnerBitmap.claim_range`, this method raises no error;

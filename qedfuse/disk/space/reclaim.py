@@ -160,7 +160,7 @@ class Reclaim:
 
     @contextmanager
     def punching_suspended(self) -> Iterator[None]:
-        """Let `run` punch nothing inside the ``with`` block.  The block must not be nested."""
+        """Make `run` punch nothing inside the ``with`` block.  The block must not be nested."""
         self._punching_allowed = False
         try:
             yield

@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
 """Up to this number of free clusters, `Reclaim` asks the host, run by run, which of them are holes.
 
-For more clusters the queries to the host would take seconds at each close.  So the scan then
-assumes that all of them are holes, if the whole file takes up no more space than its used clusters.
-If the file takes up more, `Reclaim` asks the host nevertheless.
+For more clusters the queries would take seconds at each close.  So there are no queries if the file
+takes up no more space than its used clusters: then the scan assumes that all free clusters are
+holes.  If the file takes up more space, `Reclaim` asks the host nevertheless.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20

@@ -110,8 +110,8 @@ class SpaceManager:
     async def allocate_table_at_end(self) -> Run:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
-        Does not wait for clusters to become free: one caller, `allocate_table`, has waited in vain,
-        and the other caller, a compaction, frees the old clusters of the table that it moves.
+        Does not wait for clusters to become free.  One caller, `allocate_table`, has already waited
+        in vain.  The other caller, a compaction, frees the old clusters of the table that it moves.
 
         Raises:
             NoSpaceError: The file cannot grow any more.
