@@ -132,11 +132,11 @@ class CacheError(HostError):
 
 
 class RemoteError(HostError):
-    """A server cannot be reached, refuses, or does not serve a file in the way that is needed.
+    """A server cannot be reached, refuses a request, or does not serve a file as it is needed.
 
     Attributes:
-        is_logged: Whether a request that fails with this error need not log it.  In most cases the
-            log has the cause already.
+        is_logged: Whether a request that fails with this error does not log it, in most cases
+            because the log has the cause already.
     """
 
     exit_code = 22

@@ -1,7 +1,7 @@
 """Statistics of an opened disk: counters and sizes.
 
-Everything is in memory already, so collecting the statistics neither waits for the host nor asks
-it, and works while the host's file system does not answer.
+Everything is in memory already.  So collecting the statistics needs no call to the host, and works
+even while the host's file system does not answer.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def collect_statistics(components: Components) -> DiskStatistics:
     loads = sum(map(_table_loads, chain.layers))
     return DiskStatistics(
         tables=components.store.statistics(),
-        # The scan also counts a slice for which it waited while a request loaded it.  The cache
-        # counts such a load once, so the difference can be too small, and even negative.
+        # If the scan waits for a slice that a request is loading, the scan counts the slice too.
+        # But the cache counts this load once.  So the difference can be too small, even negative.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,
         dirty_table_bytes=components.layer.tables.dirty_bytes,

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS: Final = 600.0
-"""Maximum time for which a read waits for qemu-nbd; a read of `DirectReads` waits so long for each
-part of the answer.  The time is long, because qemu-nbd itself can wait for the host's disk."""
+"""Maximum time for which a read waits for qemu-nbd.  For a read of `DirectReads` the time begins
+again with each part of the answer.  The time is long, because qemu-nbd itself can wait for the
+host's disk."""
 
 
 class ForeignFile(ReadOnlyFile):
@@ -197,9 +198,9 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """If a read fails after the end of qemu-nbd, raise ForeignError with the reason of the end.
+        """In the block, replace the error of a read after qemu-nbd's end by the reason of the end.
 
-        The error is logged once.
+        The new error is a ForeignError.  Only the first one is logged.
         """
         try:
             yield

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def _ignore() -> None:
-    """Do nothing: the listener of a flusher that has no other."""
+    """Do nothing: the listener until `Flusher.listen` sets another."""
 
 
 class Flusher:
@@ -44,8 +44,9 @@ class Flusher:
     def try_flush(self) -> bool:
         """Flush without waiting; return whether that succeeded.
 
-        Returns False if `flush` is necessary: if `MetadataWriteback.try_write_back` returns
-        False, or if there is space to reclaim and anything was written since the opening.
+        Returns False in two cases: `MetadataWriteback.try_write_back` returns False, or there is
+        space to reclaim and anything was written since the opening.  After False the caller must
+        use `flush`.
         """
         if not self._writeback.try_write_back() or (
             self._writeback.cycles and self._reclaim.pending

@@ -127,7 +127,8 @@ class Marking:
 
         ``dropped_by`` is the file offset of the slice that held the references:
 
-        - If the scan has reached this slice, `mark` has marked the clusters already.
+        - If the scan has reached this slice, this method marks nothing.  Either `mark` has seen the
+          references, or they are newer, and then `changed` has their clusters already.
         - If not, the scan will not find the dropped references there.  So this method marks the
           clusters.  A cluster that is marked already has two owners, and counts as a duplicate.
 

@@ -97,8 +97,8 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
     of this function.  The order of these writes does not matter, because no program reads the list
     while the bit is clear.
 
-    The list does not make the file longer, because it lies in the lowest free clusters.  They
-    are always enough: each run has at least one cluster, and a list cluster holds many runs.
+    The list does not make the file longer, because it lies in the lowest free clusters.  The free
+    clusters always suffice: each run has at least one, and a list cluster holds many runs.
 
     Args:
         file: The image, which must end where its last cluster in use ends.
