@@ -49,7 +49,7 @@ class Connection:
         """Use a connection after its handshake.
 
         Args:
-            wire: The bytes of the connection; this object closes the socket.
+            wire: Sends and receives the bytes of the connection; this object closes its socket.
             export: The export, as the handshake has returned it.
             idle_seconds: If a reply is expected and no byte comes for this time, the connection is
                 given up.
@@ -248,10 +248,10 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """Record that the connection broke; end all requests with ``failure``, and return that.
+        """Record that the connection broke, end all requests with ``failure``, and return it.
 
-        If the connection broke before, only ``failure`` is returned: all requests have ended with
-        the earlier failure.
+        If the connection broke before, all requests have ended with the earlier failure, and this
+        method changes nothing.
         """
         with self._lock:
             if self._failure is None:

@@ -1,4 +1,4 @@
-"""The connections to one export.  A needed connection is made if it is missing or broken."""
+"""The connections to one export, which are made on demand, and replaced after they broke."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class Fetcher:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
         The caller must wait for the flights.  When they have ended without an error, each unit is
-        in the blocks of its flight, or is ready.  If the reader is sequential, the fetch of what it
-        will read next starts as well.
+        in the blocks of its flight, or is ready.  If the reader is sequential, the units that it
+        will need next are fetched as well.
 
         Raises:
             RemoteError: The fetcher is closed.

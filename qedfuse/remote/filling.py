@@ -32,7 +32,7 @@ async def fill(
     wait_turn: Callable[[], Awaitable[object]],
     report: Callable[[int], object],
 ) -> None:
-    """Fetch the runs of units that the cache does not have, in the order of ``runs``.
+    """Fetch the units of ``runs`` that the cache does not have, in the order of ``runs``.
 
     If the call is cancelled or fails, running requests continue, and their units are stored in the
     cache.
@@ -115,7 +115,7 @@ def _length(file: RemoteFile, first: int, last: int) -> int:
 
 
 async def _in_thread(call: Callable[[int, int], bool], first: int, last: int) -> bool:
-    """Call a function with two units in a thread; return its result.
+    """Call a function in a thread with the first and the last unit of a run; return its result.
 
     If the task is cancelled, it does not wait for the thread.
     """

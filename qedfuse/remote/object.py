@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object in bytes, as of a file on ext4.  In memory each unit takes one byte
-(64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
+"""Maximum size of an object: 16 TiB, the maximum size of a file on ext4.  In memory each unit takes
+one byte (64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
 (`ZeroBlocks`).  On disk each unit takes eight bytes in the map of the cache (`UnitFile`)."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
@@ -54,7 +54,7 @@ class RemoteObject:
         address: The address of the object.
         version: The version that is read.
         max_seconds: Maximum duration of a call of `get`, and of each part of `get_parts`.
-        max_brief_seconds: The same for each part of a brief call of `get_parts`.
+        max_brief_seconds: The same for each part of `get_parts` with ``is_brief``.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import socket
 
 _NEW_SUFFIX: Final = ".new"
-"""The end of a file's name while a record is written to the file."""
+"""The suffix of the temporary file to which a record is written before the rename."""
 _ENDED_MODE: Final = 0o400
 """The mode that marks a record whose server has ended and whose mount is gone."""
 _MIN_ENDED_SECONDS: Final = 60.0

@@ -53,16 +53,16 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     - Mounts in other namespaces that the kernel normally unmounts together with a mount M that the
       caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
       group, and all mounts to which the unmount of such a slave propagates.  The kernel does not
-      unmount a bind mount in the peer group if the mount below this bind mount has no peers.  But
-      this function leaves out such a bind mount as well, as long as M exists.
+      unmount a bind mount in the peer group if it lies on a mount without peers.  But this function
+      leaves out such a bind mount as well, as long as M exists.
     - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:
         device: The device number of the file system, ``MAJOR:MINOR``.
-        original: A mount of the file system, as the mount table showed it earlier; mounts with
-            another source or owner are left out.  They can belong to another file system, because
-            the kernel may have given the device number to that one after the end of the first.
-            If ``original`` is None, sources and owners are not compared.
+        original: A mount of the file system, as the mount table showed it earlier.  If the file
+            system has ended since, the kernel may have given its device number to another file
+            system.  So mounts with another source or owner than ``original`` are left out.  None
+            for no comparison.
 
     Raises:
         HostError: /proc is not mounted.
