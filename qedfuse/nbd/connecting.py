@@ -215,7 +215,7 @@ def _tls_wire(sock: socket.socket, host: str) -> TlsWire:
     context = ssl.create_default_context()
     try:
         return TlsWire(sock, context, host)
-    except (ValueError, TypeError) as error:  # an empty or long label, or a NUL
+    except (ValueError, TypeError) as error:  # a label is empty or too long, or there is a NUL
         msg = f"TLS: host name: found '{printable(host)}', expected one that a certificate can have"
         raise RefusedError(msg, errno.EINVAL) from error
 

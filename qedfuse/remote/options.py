@@ -1,4 +1,4 @@
-"""The options for reading files on servers, in a module that loads no library for them."""
+"""The options for reading files on servers; this module loads no library for servers."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ _RECENT_SECONDS: Final = 1.0
 """For how many seconds a failure is remembered."""
 _MAX_REPEATED_SECONDS: Final = 3.0
 """A unit that fails again and again is remembered for at most this time after its first failure.
-Without this limit, a reader that repeats failed reads without a pause would get only early errors,
-and would never again wait for the whole time limit."""
+Without this limit, a reader that repeats failed reads without a pause would always get an early
+error, and would never again wait for the whole time limit."""
 
 
 class RecentFailures:

@@ -1,7 +1,7 @@
 """Looking up the addresses of a host, and connecting to one of them, in bounded time.
 
 getaddrinfo(3) has no deadline: if no name server answers, the function blocks for tens of seconds.
-So getaddrinfo(3) is called in a separate thread, which goes on when the caller's time is over.
+So getaddrinfo(3) is called in a separate thread, which continues when the caller's time is over.
 Concurrent lookups of the same host and port share one thread.
 """
 
@@ -115,7 +115,8 @@ RESOLVER: Final = Resolver()
 def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.socket:
     """Connect to the first address that accepts; return the socket.
 
-    The addresses are tried in their order.  Each gets an equal share of the time that is left.
+    The addresses are tried in their order.  The time that is left is divided equally among the
+    addresses that are left.
 
     Args:
         addresses: The addresses.

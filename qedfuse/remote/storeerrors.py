@@ -54,7 +54,7 @@ _EXPIRED: Final = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 
 
 def translated(error: Exception, hint: str = "") -> Exception:
-    """Return the exception of `qedfuse.remote.client` for one of obstore's.
+    """Return the exception of `qedfuse.remote.client` for an exception of obstore.
 
     Args:
         error: An instance of one of `ERRORS`.

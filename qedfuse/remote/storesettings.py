@@ -1,4 +1,4 @@
-"""The endpoint of an object store, and its credentials from variables, files and the machine.
+"""The endpoint and the credentials of an object store, from variables, files and cloud metadata.
 
 obstore itself reads the environment.  This module changes four things:
 
@@ -6,7 +6,7 @@ obstore itself reads the environment.  This module changes four things:
 - Without credentials, requests are anonymous.  obstore would wait for an instance metadata service,
   which only machines of a cloud have.
 - The user must allow an endpoint without TLS.
-- The credentials file of Amazon's command line is read.
+- The credentials file of Amazon's command-line tool is read.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Store:
     """A configured bucket or container.
 
     Attributes:
-        handle: obstore's object.
+        handle: The store as an object of obstore.
         hint: How to give credentials, for messages; empty if requests have credentials.
         store_id: The values of `STORE_VARIABLES`: the endpoint or account that has the bucket.
     """

@@ -16,7 +16,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 
 class _ClosingSocket(ssl.SSLSocket):
-    """A socket that closes itself if it has no peer any more when the handshake would begin."""
+    """A socket that closes itself if the peer has gone when the handshake would begin."""
 
     def getpeername(self) -> Any:  # noqa: ANN401 - its type depends on the address family
         """Return the address of the peer.
@@ -39,7 +39,7 @@ class _ClosingSocket(ssl.SSLSocket):
 def tls_context() -> ssl.SSLContext:
     """Return a new context for one connection, which trusts the authorities of the system.
 
-    Connections of several threads do not share a context, because urllib3 changes it.
+    Connections of several threads must not share a context, because urllib3 changes contexts.
     """
     context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
     context.load_default_certs()

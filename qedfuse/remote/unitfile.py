@@ -352,10 +352,9 @@ def _open_direct(fd: int) -> int:
 
 
 def _require_file(fd: int, length: int | None = None) -> None:
-    """Raise OSError (EBADMSG) if ``fd`` is not a file as the cache makes it.
+    """Raise OSError (EBADMSG) unless ``fd`` is a regular file of this user that was not removed.
 
-    The file must be a regular file of this user that was not removed, and must have ``length``
-    bytes.  If ``length`` is None, any length is valid.
+    The file must also have ``length`` bytes.  If ``length`` is None, any length is valid.
     """
     status = os.fstat(fd)
     if (

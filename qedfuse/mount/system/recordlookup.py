@@ -41,8 +41,8 @@ def find_record(device: str, user: int) -> FoundRecord | None:
         user: The uid of the user who has mounted.
 
     Returns:
-        The record; if there are several, that of the mount that was made last.  None if there is
-        none.  Directories to which others than ``user`` can write are not searched.
+        The record; if there are several, the record of the mount that was made last.  None if
+        there is no record.  Directories to which others than ``user`` can write are not searched.
 
     Raises:
         HostError: A directory or a record cannot be read, and no record of the mount was found.
