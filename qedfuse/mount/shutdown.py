@@ -2,8 +2,8 @@
 
 After the first signal, the server unmounts if the mount is idle.  While a loop device or a program
 has a disk open, the kernel refuses to unmount, and a forced unmount would cause I/O errors in the
-file system on that disk.  So the server makes all disks durable immediately, serves them until the
-last close, and then unmounts.  After the second signal, the server unmounts even if disks are
+file system on that disk.  So the server immediately makes all data durable, serves the disks until
+the last close, and then unmounts.  After the second signal, the server unmounts even if disks are
 open.
 
 Each of the two signals starts a task in the nursery of the mount.  The caller must cancel the
@@ -42,7 +42,7 @@ handle is closed, the next attempt starts earlier.  The server also tries again 
 closed, because the kernel does not report when a process leaves a working directory in the
 mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
-"""Maximum time for which a forced unmount waits until the disks are durable.  If a write-back cycle
+"""Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
 is running at the end of this time, the unmount also waits for the end of the cycle."""
 _FAILURES: Final = (OSError, QedError, RuntimeError)
 """Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor

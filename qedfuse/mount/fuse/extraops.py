@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     MaySeek = Callable[[int, int], bool]
     """Called with the user and the inode of an lseek request; returns whether the extension may
-    answer it, which takes into account only what was written to the disk, not what the kernel may
-    still have to send."""
+    answer the request.  The extension searches only the tables of the disk.  So the result must be
+    False while the kernel may have cached data that it has not sent."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -73,12 +73,14 @@ def serve(
 ) -> str | None:
     """Pass requests of the session to ``handler`` and ``data_requests`` from now on.
 
-    ``handler`` gets fallocate and lseek.  But if ``may_seek`` permits it, the extension itself
-    answers an lseek whose tables are in memory.  ``data_requests`` gets the reads, writes and
-    fsyncs that the extension does not answer itself, and pyfuse3 gets those that
-    ``data_requests`` does not answer either.  If ``data_requests`` is None, pyfuse3 gets all
-    reads, writes and fsyncs.  The extension counts in ``counters`` the requests that it or
-    ``data_requests`` answers, except the reads that `defer_read` has taken.
+    - ``handler`` gets fallocate and lseek.  But if ``may_seek`` permits it, the extension itself
+      answers an lseek whose tables are in memory.
+    - ``data_requests`` gets the reads, writes and fsyncs that the extension does not answer itself.
+    - pyfuse3 gets those that ``data_requests`` does not answer, or all of them if ``data_requests``
+      is None.
+
+    The extension counts in ``counters`` the requests that it or ``data_requests`` answers, except
+    the reads that `defer_read` has taken.
 
     Returns:
         None if the requests are passed.  Otherwise one line with the reason why they are not.

@@ -86,7 +86,7 @@ class FallocateLseek:
     def may_seek(self, uid: int, inode: int) -> bool:
         """Return whether the extension may answer an lseek of a user without calling this object.
 
-        It must not if the user is refused, if the kernel may have dirty pages of the disk, or if
+        Returns False if the user is refused, if the kernel may have dirty pages of the disk, or if
         there is no such disk.
         """
         exported = self._operations.disks.get(inode)

@@ -1,10 +1,10 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
-A process under Landlock can neither mount nor unmount.  fusermount3, which unmounts for ordinary
-users, gets no privilege if the process that starts it has no_new_privs set, as in the sandbox.  So
-a server in a sandbox asks the unmounter, which was forked before the server entered the sandbox.
-The unmounter unmounts only what is mounted on one path.  It knows this path from the beginning, and
-no message changes the path.
+A process under Landlock can neither mount nor unmount.  fusermount3 unmounts for ordinary users,
+but gets no privilege from a process that has no_new_privs set, as in the sandbox.  So a server in a
+sandbox asks the unmounter, which was forked before the server entered the sandbox.  The unmounter
+unmounts only what is mounted on one path.  It knows this path from the beginning, and no message
+changes the path.
 
 The unmounter also connects to the log daemon for the server, after a restart of the daemon.  If the
 sandbox allowed the server to connect, the server could connect to every Unix socket of the host,
