@@ -208,9 +208,9 @@ class Upload:
     def _verify_after_failure(self, store: Store, error: RemoteError | UsageError) -> None:
         """Raise the error of a failed upload, unless the store has the content nevertheless.
 
-        The store may have stored the object although its response was lost.  The request is then
-        repeated, and fails: the store reports that the object exists, or that the upload does not
-        exist any more.
+        If the store's response is lost, the request is repeated, although the store may have stored
+        the object.  The repeated request then fails: the store reports that the object exists, or
+        that the upload does not exist any more.
 
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.

@@ -48,7 +48,7 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a block reads as zeros although it is not known to be all zeros.
+        """Return whether a block that was read is zeros, but is not known to be all zeros.
 
         Of a block that the read covers in part, only the bytes that were read are examined.
 

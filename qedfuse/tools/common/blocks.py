@@ -72,9 +72,9 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A short run becomes data, unless the run touches an end of the chunk.  A run at an
-            # end may continue in the neighbouring chunk, and be long enough together with that
-            # part, so the run stays zeros.
+            # A short run becomes data, unless the run touches an end of the chunk.  Such a run may
+            # continue in the neighbouring chunk, and the whole run may be long enough, so the run
+            # stays zeros.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False

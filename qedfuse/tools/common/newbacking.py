@@ -76,8 +76,8 @@ def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBas
             accepts a file that is not QED.
 
     Raises:
-        BackingError: The backing file is missing, cannot be read, is not QED although only QED
-            is accepted, has an invalid header, or `refuse_backing_loop` refuses the file.
+        BackingError: The backing file is missing, cannot be read, is in a format that ``wanted``
+            does not accept, has an invalid header, or `refuse_backing_loop` refuses the file.
     """
     path = backing_path(image, backing)
     about, shown = f"{printable(image)}: backing file", printable(path)
@@ -113,8 +113,8 @@ async def examine_url(
     Raises:
         RemoteError: The server cannot be reached, or does not serve the file.
         HostError: The cache cannot be opened, or this process has too many open descriptors.
-        BackingError: The URL is not valid or not allowed, the file is not QED although only QED is
-            accepted, or its header is invalid.
+        BackingError: The URL is not valid or not allowed, or the file is in a format that
+            ``wanted`` does not accept, or has an invalid header.
     """
     # Imported late, because this module must not load trio.
     from qedfuse.disk.lookup.imageopening import open_image  # noqa: PLC0415  late, see above
@@ -144,7 +144,8 @@ def _examined(
         wanted: The format that the user has named, as for `examine_base`.
 
     Raises:
-        ImageError: The file is not QED although only QED is accepted, or has an invalid header.
+        ImageError: The file is in a format that ``wanted`` does not accept, or has an invalid
+            header.
     """
     if wanted == "raw":
         return NewBase(size, "raw", versions)

@@ -84,7 +84,7 @@ async def compare(
     if strict and first.size != second.size:
         return Comparison(identical=False, reason="size", offset=None, sizes=sizes)
     # `extent_batches` ends where its first disk ends.  So the longer disk is passed first, and
-    # the part of it past the end of the shorter disk is compared as well.
+    # its part past the end of the shorter disk is compared as well.
     longer, shorter = (first, second) if first.size >= second.size else (second, first)
     search = _Search()
     pool = WorkerPool([search.worker() for _ in range(_WORKER_THREADS)])

@@ -49,8 +49,8 @@ class ConvertResult:
         size: Size of the source's disk.
         file_bytes: Length of the target file or device; 0 for a pipe.
         data_bytes: Bytes of the disk that were copied as data.  Zeros that become holes or zero
-            clusters do not count.  For a pipe, the zeros that would become holes in a file do not
-            count, although they are written to the pipe.
+            clusters do not count.  If the target is a pipe, zeros that would become holes in a file
+            do not count.
     """
 
     size: int

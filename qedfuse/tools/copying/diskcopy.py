@@ -100,8 +100,8 @@ class DiskCopy:
         """Copy the whole disk and complete the target.
 
         Args:
-            streams: Maximum number of chunks that are copied at the same time.  It is ignored
-                for a sequential target, to which one chunk is copied at a time.
+            streams: Maximum number of chunks that are copied at the same time.  Ignored for a
+                sequential target, to which one chunk is copied at a time.
 
         Raises:
             UsageError: The disk is larger than the target can be.

@@ -109,8 +109,8 @@ async def publish(
         msg = f"{parse_address(path).shown}: found a URL, expected a file (or --flatten)"
         raise UsageError(msg)
     connection = client_options(options.remote)
-    # This client is not used.  It is made so that a missing library or invalid credentials are
-    # reported before any other work.
+    # The client is made only to report a missing library or invalid credentials before any other
+    # work.
     make_client(address, connection)
     from qedfuse.remote.upload import Upload  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadwatch import watch_store  # noqa: PLC0415  only if needed

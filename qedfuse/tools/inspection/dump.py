@@ -106,7 +106,9 @@ class Dump:
         self.header = header
 
     def _parsed_header(self) -> Header:
-        """Return the header, in which the geometry and the offset of the L1 table are usable.
+        """Return the header, whose geometry and offset of the L1 table are usable.
+
+        Other fields may be invalid.
 
         Raises:
             ImageError: The header is too damaged to find the L1 table.

@@ -169,8 +169,8 @@ class FastMap:
         Args:
             raw: The entries as stored.
             pending: Start, length and first entry of the extent that the entries may continue.
-                It is replaced by the last extent of the entries, but stays unchanged if None
-                is returned.
+                The call replaces these values by those of the last extent, unless the call
+                returns None.
             ending: The last column of the text table, and a newline.
             as_json: True for JSON, False for the lines of the text table.
         """

@@ -22,7 +22,7 @@ class FreeListInfo:
     Attributes:
         present: Whether the feature bit of the list is set; QEMU refuses an image with this
             bit.
-        valid: Whether there is a list, it could be read, and it is valid.
+        valid: Whether there is a list that could be read and is valid.
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
         bytes: Total length in bytes of the free clusters in the list.

@@ -151,8 +151,8 @@ class _Counter:
         cells = self.file_cells
         where = clusters * cells // self.file_clusters
         self.data += np.bincount(where, minlength=cells)
-        # Each cell gets the position of one of its clusters.  A mean of distant positions would be
-        # a position from which the cell has no data.
+        # Each cell gets the position of one of its clusters.  The mean of distant positions would
+        # be a position whose data is not in the cell.
         self.positions[where] = guest / self.disk_clusters
         breaks = (np.diff(guest) != 1) | (np.diff(clusters) != 1)
         self.runs += int(breaks.sum()) + ((int(guest[0]), int(clusters[0])) != self._next)

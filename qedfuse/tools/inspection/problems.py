@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
-"""Codes of problems with the L1 table, due to which ranges of the disk cannot be used safely."""
+"""Codes of the problems with the L1 table that make it unsafe to use ranges of the disk."""
 
 
 @dataclass(frozen=True, slots=True)

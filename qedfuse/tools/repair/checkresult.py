@@ -30,8 +30,8 @@ class CheckResult:
         backup: Path of the backup that the repair has made; None if no backup was made.
         dry: Whether the repair was only planned, and nothing was changed; False for a check
             without a plan.
-        needs_force: Whether `qedfuse.tools.repair.imagecheck.repair` would refuse the planned
-            repair without ``force``; always False unless ``dry``.
+        needs_force: If ``dry``, whether `qedfuse.tools.repair.imagecheck.repair` would refuse the
+            planned repair without ``force``; else False.
         leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
             this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
             clusters for this reason.  A repair may itself leak clusters, so with ``dry`` the value
