@@ -30,8 +30,8 @@ complete."""
 _MAX_BYTES: Final = 32 << 20
 """Maximum length of ``about.json`` in bytes.  A longer file is never written, and a longer file
 that is found counts as damaged.  The record of the needed units takes up less than 2 bits for each
-unit of the object, even if the needed units have no pattern.  So 16 MiB are enough for the largest
-object (`MAX_OBJECT_BYTES`)."""
+unit of the object, even if the needed units have no pattern.  So the file of the largest object
+(`MAX_OBJECT_BYTES`) needs about 16 MiB."""
 
 _FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
