@@ -132,7 +132,7 @@ class CacheError(HostError):
 
 
 class RemoteError(HostError):
-    """A server cannot be reached, refuses a request, or does not serve a file as it is needed.
+    """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
     Attributes:
         is_logged: Whether a request that fails with this error does not log it, in most cases

@@ -111,9 +111,8 @@ async def open_disk_in(
         if disk.scan_is_short:
             # Before the scan has ended, the free clusters that the file had at opening are not
             # known.  Without waiting, the first writes would make the file longer even if it has
-            # free clusters, for example those that a crash has leaked.  So a disk that crashes
-            # again and again would make its file longer each time.  A short scan takes only
-            # milliseconds, so wait for it.
+            # free clusters, for example those that a crash has leaked.  So each of several crashes
+            # would make the file longer.  A short scan takes only milliseconds, so wait for it.
             await disk.ensure_scanned()
         yield disk
 

@@ -32,8 +32,8 @@ class BackingPolicy:
         format: The format of every base, with the name that QEMU has for it; None to decide for
             each base by the header of the image that names it and by the magic of the base.
         foreign: ``qemu`` allows images to name bases in formats other than QED and raw, which
-            QEMU then serves; ``off`` forbids such bases.  With either value, a base that the user
-            has named, or whose format the user has given, may have any of these formats.
+            QEMU then serves.  ``off`` forbids such a base, unless the user has named the base or
+            given its format.
         trusted: A path or URL that is allowed as the first base because the user has named it;
             None if the user has named no base.  Ignored if the mode is ``none``.
         base_changed: Whether to accept a base of another version than the one that the image

@@ -41,13 +41,14 @@ _JOIN_SECONDS: Final = 5.0
 class LocalReads:
     """The map of a disk, made in the background, and the files to which it refers.
 
-    The map is valid as long as no program changes the files.  So all of `Graph.files` are locked
-    before the map is made, as qemu-nbd locks them, and the locks last as long as the files are
-    open, even if qemu-nbd ends.  This process does not lock the extents of a VMDK image; the lock
-    on the image's own file, which names the extents, keeps out programs that open the image.  If a
-    lock is refused, the map stays empty; if the file system has no locks, the map is made without.
+    The map is valid as long as no program changes the files.  So this process locks all of
+    `Graph.files` before it makes the map.  Its locks are held until the files are closed, even if
+    qemu-nbd and its locks end earlier.  The extents of a VMDK image are not locked; the lock on the
+    image's own file, which names the extents, keeps out programs that open the image.  If a lock is
+    refused, the map stays empty.  If the file system has no locks, the map is made without them.
+
     There is no map at all if locking is off, if no file or more than `MAX_FILES` files have data,
-    or if the host has no memory for it.
+    or if the host has no memory for a map.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
@@ -166,11 +167,10 @@ class LocalReads:
             thread.join(_JOIN_SECONDS)
 
     def start_map(self) -> None:
-        """Begin to make the map, unless that has begun before; wait until the program runs.
+        """Begin to make the map if this has not begun yet; wait until the program runs.
 
-        A process that will give up the right to run programs must call this method before.  The
-        call waits at most `_START_SECONDS`.  It stops waiting when the program will not be started,
-        and does not wait if there is no thread that makes the map.
+        A process that will give up the right to run programs must call this method before that.
+        The call waits at most `_START_SECONDS`, and less if the program cannot be started.
         """
         with self._lock:
             self._lookups_before_map = 0

@@ -29,14 +29,14 @@ _MAX_CPU_SECONDS: Final = 60
 """Maximum processor time of the program."""
 _CHUNK_BYTES: Final = 1 << 16
 """Maximum number of bytes of the program's output that one call reads.  The output is refused if
-more bytes than this follow the last complete line."""
+more bytes than this follow the last line break that was read."""
 
 
 def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[bytes]:
     """Start ``qemu-img map``, which prints to the descriptor ``output``.
 
-    The caller must wait for the end of the process that this function returns.
-    The kernel kills the program when the calling thread ends.
+    Returns the process, for whose end the caller must wait.  The kernel kills the program when the
+    calling thread ends.
 
     Raises:
         ForeignError: The program is not installed.
@@ -55,8 +55,8 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
     Args:
         run_map: The map, which must be empty.
         output: The program's output.
-        files: For each image of the chain, from the top one down, the number, and the length in
-            bytes, of the file that has the image's data; None if only QEMU can read the data.
+        files: For each image of the chain, from the top one down: the number of the file that has
+            the image's data, and the file's length in bytes.  None if only QEMU can read the data.
 
     Raises:
         ForeignError: The output is not a map of a disk.

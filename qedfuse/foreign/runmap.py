@@ -1,4 +1,4 @@
-"""A map of a disk: for each range, which file has its bytes, and where; or zeros; or only QEMU.
+"""A map of a disk: each range lies in a file, reads as zeros, or can be read only by QEMU.
 
 The map is made from the beginning of the disk to its end, and can be read while it is made.  It has
 a fixed maximum size, so it may end before the disk does.
@@ -53,11 +53,12 @@ class Piece(NamedTuple):
 
 
 class RunMap:
-    """Runs in the order of their starts, each of which ends where the next one begins.
+    """Runs in the order of the disk: each run ends where the next one begins.
 
-    A run has a start, which is a disk offset, and a target: 0 if only QEMU can read the run, 1 for
-    zeros, and otherwise the file offset of the run's first byte, multiplied by 256, plus the number
-    of the file plus 2.  The mount's extension reads the same numbers (``_readfiles.c``).
+    A run has a start, which is a disk offset, and a target.  The target is 0 if only QEMU can read
+    the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, where ``offset`` is
+    the file offset of the run's first byte, and ``number`` is the number of the file.  The mount's
+    extension reads the same numbers (``_readfiles.c``).
 
     One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
     at all: a run is written first, then the count, then the end, and `pieces` reads them in the

@@ -37,8 +37,8 @@ _SYSTEM_PATHS = (
 """What every program may read and execute: the directories of libraries, of QEMU's modules, and of
 the commands that a wrapper script of QEMU calls."""
 _OWN_DIRECTORIES = ("lib", "lib64", "libexec")
-"""Where a program with a prefix other than ``/usr`` has its libraries and modules, relative to the
-prefix, which is the directory above that of the program."""
+"""Where a program outside ``/usr`` has its libraries and modules.  For ``/opt/qemu/bin/qemu-nbd``
+the paths are relative to ``/opt/qemu``."""
 
 FIRST_FILE_DESCRIPTOR = 100
 """The descriptor of the first file in the program; the next files have the next numbers."""

@@ -71,8 +71,8 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
 
     Raises:
         ForeignError: A line has none of the forms that QEMU and this module read alike, or an
-            extent follows an empty line; or the descriptor is too long, has no extent, or has the
-            identifier of a parent, but no name of one.
+            extent follows an empty line.  Or the descriptor is too long, has no extent, or has the
+            identifier of a parent without the parent's name.
         OSError: The host cannot read the file.
     """
     text = _read(fd, _MAX_DESCRIPTOR_BYTES + 1, 0)
@@ -120,8 +120,8 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: The file has no VMDK header, QEMU would read the file as a list of further
-            extents, or the descriptor has the identifier of a parent, but no name of one.
+        ForeignError: The file has no VMDK header, or QEMU would read the file as a list of further
+            extents.  Or the descriptor has the identifier of a parent without the parent's name.
         OSError: The host cannot read the file.
     """
     if not start.startswith(_IMAGE_STARTS):

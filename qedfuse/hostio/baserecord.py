@@ -2,9 +2,9 @@
 
 The record is an extended attribute of the image.  If the file system of the image has no place for
 it, a hidden file in the directory of the image holds the record.  The file also holds the inode
-number of the image, which shows whether the record belongs to an earlier image of the same name.
-On a file system that keeps no inode numbers (FAT) the number is 0, and only the content of the
-record can show this.
+number of the image.  If the number differs from that of the present image, the record belongs to an
+earlier image of the same name, and is ignored.  On a file system that keeps no inode numbers (FAT)
+the number is 0, and only the content of the record can show this.
 
 A file that has the name of the hidden file is replaced or removed only if its magic and its
 checksum show that it is a record.
@@ -64,9 +64,9 @@ def read_record(fd: int, path: str) -> bytes | None:
 
 
 def set_attribute(fd: int, record: bytes) -> bool:
-    """Store the record of an image as an attribute; return False if the host cannot hold it.
+    """Store the record of an image as an attribute; return False if there is no place for it.
 
-    After False the image has no older record as an attribute, unless the host refused to remove it.
+    Before it returns False, an older record in the attribute is removed, if the host permits.
 
     Raises:
         OSError: The host refused for another reason.

@@ -61,8 +61,8 @@ class HostCalls(Protocol):
     def deliver(self) -> None:
         """Resume the tasks whose calls are finished, and call ``ended`` for finished started reads.
 
-        A task that keeps the event loop from sleeping should call this method.  Without such a
-        call, both happen at the latest before the event loop sleeps.
+        Without a call of this method, the event loop does the same before it next sleeps.  So a
+        task that keeps the event loop from sleeping should call this method.
         """
 
     def start_read(

@@ -49,7 +49,7 @@ class ReadableFile(Protocol):
 
     @property
     def write_target(self) -> WriteTarget | None:
-        """What the mount's C extension needs to write to the file; None if it must not."""
+        """What the mount's C extension needs to write the file; None if the extension must not."""
 
     def fileno(self) -> int:
         """Return the descriptor of the file; -1 if no descriptor gives access to its bytes."""
@@ -87,8 +87,8 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  Returns False unless
-        `try_read` has just failed to find the data in memory, or would not look for it there.
+        The thread answers by a C function, without the event loop.  A read is started only if
+        `try_read` has just not found the data in memory, or would not look for it there.
 
         Args:
             offset: File offset.

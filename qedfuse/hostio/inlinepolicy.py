@@ -20,13 +20,13 @@ ALWAYS_SHORT_WRITE_BYTES: Final = 1 << 18
 """Maximum length of a write that always counts as short, because the copy to the page cache
 takes less time than a round trip to a worker thread."""
 MAX_SHORT_WRITE_BYTES: Final = 1 << 20
-"""Maximum length of a write that can count as short.  A write longer than
+"""Maximum length of a write that can count as short.  A write of more than
 `ALWAYS_SHORT_WRITE_BYTES` counts as short only while such writes have lately been fast
 (`_INLINE_SECONDS`), because the kernel makes writers wait when memory is full of dirty pages."""
 _INLINE_SECONDS: Final = 1e-3
-"""Maximum time of a write longer than `ALWAYS_SHORT_WRITE_BYTES`, or of a datasync, that counts as
-fast.  For a datasync in a thread the maximum is twice as long, because its time includes the round
-trip.  `AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
+"""A datasync, or a write of more than `ALWAYS_SHORT_WRITE_BYTES`, counts as fast if it takes at
+most this time.  A datasync in a thread may take twice this time, because its time includes the
+round trip.  `AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
 kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
@@ -76,8 +76,8 @@ class InlinePolicy:
         """
         self._unsynced_bytes += length
         if length > ALWAYS_SHORT_WRITE_BYTES:
-            # Even if a thread makes the write, only the system call is timed.  So the time includes
-            # no round trip to the thread, and ``slept`` is False.
+            # Even for a write in a thread, ``seconds`` is the time of the system call alone.  The
+            # round trip to the thread is not included, so ``slept`` is False.
             self._long_writes.record(seconds, slept=False)
         if seconds <= _THROTTLED_SECONDS:
             if self._inode_lock.is_throttled:

@@ -24,10 +24,10 @@ _MAX_CHANGING_THREADS: Final = 4
 """Maximum number of threads that are making changes of one file.  The kernel lets only one of these
 changes run at a time, so more threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed after two slow writes if the time between them is at most this.  The
-assumption ends this long after the last slow write, or earlier with a fast write.  After a longer
-gap a slow write does not indicate throttling, because the kernel pauses a throttled writer for at
-most 200 ms at a time."""
+"""Throttling is assumed if two slow writes follow each other within this time.  The assumption ends
+with a fast write, at the latest this long after the last slow write.  A throttled writer makes a
+slow write after each pause, and the kernel pauses it for at most 200 ms.  So slow writes with a
+longer gap do not indicate throttling."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:

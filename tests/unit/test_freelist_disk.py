@@ -289,7 +289,7 @@ async def test_a_list_that_the_host_cannot_read_is_dropped(nth: int) -> None:
     assert listed(inner.content) == leaked_runs(content)
 
 
-@pytest.mark.expect_log("found NEED_CHECK set as well")
+@pytest.mark.expect_log("found NEED_CHECK and the bit of the list set")
 async def test_need_check_beside_a_list_drops_it() -> None:
     """A list in an image with NEED_CHECK is dropped."""
     content = with_list()

@@ -153,7 +153,7 @@ class FlattenedBacking:
         codes[codes == _UNDECIDED] = ZEROS
         entries = array("Q")
         entries.frombytes(codes.tobytes())
-        # This slice holds codes instead of entries, and has its number as offset.
+        # The slice holds codes instead of entries, and its number instead of a file offset.
         self._store.put((self.store_key, slice_number), Slice(slice_number, L2, entries, None))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class NeededUnits:
     """Which units of one file of a chain are needed.
 
-    The caller adds the units of the tables, fetches them, and then does the same for the data.
+    The caller adds and fetches the units of the tables first, and then those of the data.
     """
 
     def __init__(self, layer: Layer) -> None:

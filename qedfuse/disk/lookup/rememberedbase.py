@@ -226,8 +226,8 @@ class NewRecord:
 
         If the host refuses to store the record, this is logged.  If there are no versions to store,
         a record file that an earlier image of this name has left behind is removed.  If the host
-        refuses to remove this file, nothing is logged: the file names the inode of the earlier
-        image, so it is ignored for the new one.
+        refuses to remove this file, nothing is logged, because a record of an earlier image is
+        ignored (`baserecord`).
         """
         if self._is_stored:
             return

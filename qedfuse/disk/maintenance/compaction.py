@@ -5,8 +5,8 @@ There are as many clusters in use past the target as free ones before the target
 data cluster past the target can move to a free one before the target.  Tables move first,
 because a table needs adjacent free clusters.
 
-A compaction can be limited to a number of moves.  Then the target is raised, if necessary, until
-at most this number of clusters is in use past the target.
+A compaction can be limited to a number of moves.  If more clusters are in use past the target, the
+target is raised until at most this number is in use past the target.
 
 The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
 at the end of the file.  A compaction can end early, because its time is over or because it

@@ -76,8 +76,8 @@ class DiskGrowth:
         """Make the range from the disk's end to ``size`` read as zeros once the disk has grown.
 
         The last cluster of the disk may hold bytes past the end of the disk, which are
-        zeroed.  In the clusters after the last one, the data of a base that is longer than
-        the disk would be read, so zero clusters hide this data.
+        zeroed.  In later clusters, the data of a base that is longer than the disk would show
+        through, so zero clusters hide this data.
 
         Raises:
             CorruptImageError: A table entry for the range is bad, or refers to data and

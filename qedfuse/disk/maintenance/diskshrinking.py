@@ -5,8 +5,8 @@ Shrinking has three steps, each durable before the next one begins:
 1. The bytes past the new end in the new last cluster are zeroed, and the later clusters are
    deallocated.
 2. The size changes.
-3. The tables past the new end are removed.  A table stays if it still refers to data, which can
-   only lie past the old end, or has a bad entry.
+3. The tables past the new end are removed.  A table stays if it has a bad entry or still refers to
+   data.  Such data can only lie past the old end.
 
 After a crash before step 2 the disk has its old size, and the range to be cut off may read
 as zeros where it held data.  The user has asked to lose that data, and the image is sound.

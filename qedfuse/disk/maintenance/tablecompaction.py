@@ -150,10 +150,10 @@ class TableCompaction:
         # table that moves to the end of the file.
         fits = end + (last - first) + size <= bound
         # In the worst case every table moves, and every cluster of the slots holds data that has
-        # to give way.  A table that overlaps a slot moves twice, which costs ``size`` moves more.
-        # But the table's own clusters in the slots hold no data that has to give way, which saves
-        # as many moves.  Only a table that reaches past the last slot saves fewer, so ``size`` is
-        # added once.
+        # to give way.  A table that overlaps a slot moves twice, which costs ``size`` more moves.
+        # But its own clusters in the slots hold no data that has to give way, which saves as many
+        # moves.  Only a table that reaches past the last slot has clusters outside the slots, and
+        # saves fewer moves.  So ``size`` is added once.
         moves = 2 * (last - first) + size
         is_affordable = max_moves is None or counter.moved_clusters + moves <= max_moves
         if last > self._data.target() or (within_bound and not fits) or not is_affordable:

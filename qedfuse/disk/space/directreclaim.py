@@ -76,8 +76,8 @@ class DirectReclaim:
 
         Waits for the end of punching that is under way.  If enough clusters are in quarantine
         after the wait, also waits for a write-back cycle, and frees the clusters that may be used
-        again.  The cycle is a new one if the unsealed clusters alone are enough, and otherwise
-        the running one, if any.
+        again.  If the unsealed clusters alone are enough, this is a new cycle.  If not, it is the
+        running one, if any.
 
         Punches nothing, because the freed clusters will be used immediately.  Does not wait for
         requests that still use a cluster in quarantine, so perhaps no cluster is free afterwards.

@@ -131,8 +131,8 @@ class FileLength:
         """Cut off the part of the file past the allocator's end; return whether it was cut.
 
         Returns False if no whole cluster is past the allocator's end.  An odd tail alone is not
-        cut off here: `grow` cuts it off when the file must grow.  Afterwards
-        `Allocator.tail_is_free` is False, unless the host refuses, or the allocator's end has
+        cut off here: `grow` cuts it off when the file must grow.  After the call
+        `Allocator.tail_is_free` is True only if the host refused, or if the allocator's end has
         become lower during the cut.
 
         The file reads as zeros where it grows again later.  No datasync is needed after the

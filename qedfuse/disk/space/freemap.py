@@ -59,8 +59,8 @@ class FreeMap:
         self._counts_slots = counts_slots
         self.alignment = -anchor % table_clusters
         self._blocks: dict[int, int] = {}
-        # A heap of block numbers, the lowest on top, without duplicates.  It has every block
-        # with a free cluster, and perhaps blocks that have none any more.
+        # A heap of block numbers, the lowest on top, without duplicates.  The heap has every block
+        # with a free cluster, and perhaps blocks without one, which `lowest` removes.
         self._heap: list[int] = []
         self._in_heap: set[int] = set()
 

@@ -115,7 +115,11 @@ class _Reader:
             # A list is written only while NEED_CHECK is clear.  So a program has set the bit
             # after the list was written.  That program may have changed the tables, and clusters
             # in the list may be in use now.
-            refuse("header field features", "NEED_CHECK set as well", "NEED_CHECK clear")
+            refuse(
+                "header field features",
+                "NEED_CHECK and the bit of the list set",
+                "NEED_CHECK clear",
+            )
         if backing_name_covers_descriptor(self._header):
             refuse("descriptor", "the backing file name in its bytes", "no overlap")
         sector = await self._file.pread(DESCRIPTOR_OFFSET, DESCRIPTOR_BYTES)

@@ -16,7 +16,7 @@ cluster says where the list is.
                         list and descriptor -> datasync -> set the bit -> datasync
 
 If no table was changed, the list still contains exactly the free clusters, and no scan is needed.
-If there was a first write nevertheless, for example because data was overwritten in place, the
+If there was a first write but no change of a table, because data was only overwritten in place, the
 close writes the old descriptor back and sets the bit again.
 """
 
@@ -138,9 +138,8 @@ class PersistentFreeList:
 
         Nothing is written if no list is wanted, if the list in the file is still valid, or if the
         state of the image does not allow a list (`_at_rest`).  If tables have changed, a new list
-        is necessary (`_free_runs`).  It is not written if not all free clusters are known, if no
-        cluster is free, or if there are too many free clusters or runs.  If writing fails, a
-        warning is logged; the image is sound without a list, and the next open scans.
+        is necessary; `_free_runs` describes when there is none.  If writing fails, a warning is
+        logged; the image is sound without a list, and the next open scans.
 
         Raises:
             HostError: A datasync failed, or the header could not be written.

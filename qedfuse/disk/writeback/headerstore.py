@@ -10,9 +10,9 @@ again immediately, and the next change writes the header once more.  The next ch
 not suffice: if the disk has become read-only, no change follows, and the next open could find,
 for example, a size that was reported as refused.
 
-If the host's power fails after a failed datasync, either header may be in the file, which cannot
-be prevented.  If the two differ in the size of the disk, the content up to the smaller size is the
-same with both.
+If the host's power fails after a failed datasync, the file may hold the old header or the new one.
+This cannot be prevented.  If the two differ in the size of the disk, the content up to the smaller
+size is the same with both.
 """
 
 from __future__ import annotations

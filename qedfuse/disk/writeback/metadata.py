@@ -192,8 +192,8 @@ class MetadataWriteback:
             HostError: A datasync failed.
         """
         # This method awaits nothing, so nothing changes between its steps, and the first datasync
-        # covers all that the tables refer to, although the tables are taken after it.  The order
-        # of what becomes durable is that of `_cycle`.
+        # covers all that the tables refer to, although the tables are taken after it.  The writes
+        # become durable in the same order as in `_cycle`.
         if not self._file.try_datasync():
             return False
         self.cycles += 1
@@ -222,8 +222,8 @@ class MetadataWriteback:
         Raises:
             HostError: The host refused.  After a failed write the changes are still dirty, and
                 the next call tries again.  After a failed datasync the state of the host's
-                page cache is unknown, so all later calls fail as well (D7).  The same holds after
-                an unforeseen exception has ended a cycle.
+                page cache is unknown, so all later calls fail as well (D7).  All later calls also
+                fail after an unforeseen exception has ended a cycle.
         """
         self._check()
         if self._changes == self._durable_changes:
