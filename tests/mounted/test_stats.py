@@ -20,6 +20,7 @@ import pytest
 
 from qedfuse.cli.qedfuse import stats
 from qedfuse.cli.qedfuse.main import main
+from qedfuse.cli.qedfuse.statstable import StdoutConsole
 from qedfuse.errors import HostError
 from qedfuse.hostio.systemcalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from qedfuse.mount.commands import statistics
@@ -259,6 +260,54 @@ def test_the_reader_of_the_tables_may_go(
         watching.stdout = None
         _out, error = watching.communicate(timeout=60)
     assert (watching.returncode, error) == (0, "")
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, BrokenPipeError, NoStatisticsError])
+def test_a_closed_pipe_does_not_hide_why_the_display_ends(
+    ends: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C the command ends as after Ctrl-C, even if the cursor cannot be shown again."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    reading, writing = os.pipe()
+    with open(writing, "w", encoding="utf-8") as stdout:  # noqa: PTH123  a descriptor, not a name
+        monkeypatch.setattr(sys, "stdout", stdout)
+        console = StdoutConsole()
+        assert console.is_terminal
+        with pytest.raises(ends), stats._live(console):  # noqa: PT012  the end of the block fails
+            assert os.read(reading, 100), "it hides the cursor"
+            os.close(reading)
+            raise ends
+        stdout.flush()  # what could not be written was dropped
+
+
+def test_a_document_cannot_control_the_terminal(
+    image: Path, mnt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No text of a server reaches the terminal unescaped, and none is taken for markup."""
+    evil, markup = "\033]0;x\007\n", "[/bold]:smile:"
+    with mounted(image, mnt):
+        document = read_statistics(str(mnt))
+    disk = document["disks"][0]
+    disk.update(name=markup, image=evil, failure=evil, scan={**disk["scan"], "state": evil})
+    disk["files"][0].update(name=evil, format=evil)
+    document.update(
+        pid=evil, qedfuse=evil, sandbox={"mode": evil, "in_force": [evil], "missing": [evil]}
+    )
+    monkeypatch.setattr(stats, "read_statistics", lambda _: document)
+    assert main(["stats", str(mnt)]) == 0
+    text = capsys.readouterr().out
+    assert f"  {markup}: " in text
+    assert text.count(r"\x1b]0;x\x07\n") == 9
+
+    monkeypatch.setattr(stats, "_every_second", lambda *_: iter([([document], 0)]))
+    assert main(["stats", "--watch", str(mnt)]) == 0
+    table = capsys.readouterr().out
+    assert f"{mnt}/{markup} " in table
+    assert table.count(r"\x1b]0;x\x07\n") == 2
+    assert main(["stats", "--output", "prometheus", str(mnt)]) == 0
+    metrics = capsys.readouterr().out
+    for printed in text, table, metrics:
+        assert printed.replace("\n", "").isprintable()
 
 
 def test_only_a_failed_write_names_standard_output(

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from qedfuse.cli.streams import writing_stdout
-from qedfuse.errors import QedError
+from qedfuse.cli.streams import discard_unwritten, writing_stdout
+from qedfuse.errors import HostError, QedError
 from qedfuse.mount.commands.statistics import NoStatisticsError, mountpoints_to_ask, read_statistics
 from qedfuse.text import printable
 
@@ -126,9 +126,20 @@ def _live(console: Console) -> Iterator[Live]:
         live.start()
     try:
         yield live
-    finally:
-        with writing_stdout():
-            live.stop()
+    except BaseException:
+        # The display shows the cursor again.  If that fails, for example because the reader of
+        # stdout has gone, the exception of the block still says why the command ends: after Ctrl-C
+        # the exit code is not that of a reader that has gone.
+        try:
+            with writing_stdout():
+                live.stop()
+        except BrokenPipeError:
+            discard_unwritten(sys.stdout)
+        except HostError:
+            pass
+        raise
+    with writing_stdout():
+        live.stop()
 
 
 def _table(

@@ -39,7 +39,14 @@ docs/stats.md explains the columns.
 
 
 class StdoutConsole(Console):
-    """The console of stdout, which raises BrokenPipeError if the reader has gone."""
+    """The console of stdout, which raises BrokenPipeError if the reader has gone.
+
+    Names are printed unchanged, even if they look like markup or emoji of rich.
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        """Print to stdout; without ``width`` rich determines the width of the terminal."""
+        super().__init__(width=width, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise the error again that rich has caught; rich itself would exit with code 1.
@@ -61,11 +68,11 @@ def render(mounts: Iterable[tuple[Mapping[str, Any], Sequence[Interval]]]) -> Re
         mountpoint = printable(document["mountpoint"])
         resident = document["resident_bytes"]
         memory = NONE if resident is None else byte_count(resident)
-        titles.append(f"{mountpoint}: process {document['pid']}, memory {memory}")
+        titles.append(printable(f"{mountpoint}: process {document['pid']}, memory {memory}"))
         for interval in found:
             name = f"{mountpoint}/{printable(interval.disk['name'])}"
             rates.add_row(name, *_rate_cells(interval, document["bucket_bounds_seconds"]))
-            states.add_row(name, *_state_cells(interval))
+            states.add_row(name, *map(printable, _state_cells(interval)))
     return Group(*titles, rates, states)
 
 

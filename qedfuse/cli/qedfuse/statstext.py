@@ -23,7 +23,9 @@ def mount_text(document: Mapping[str, Any]) -> str:
         lines.append(f"  sandbox {sandbox['mode']}{parts}{missing}")
     for disk in document["disks"]:
         lines += _disk_lines(disk, document)
-    return "".join(f"{line}\n" for line in lines)
+    # Documents are not trusted, so any field can have any text.  Therefore whole lines are escaped;
+    # this does not change a line that is printable already.
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _disk_lines(disk: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:

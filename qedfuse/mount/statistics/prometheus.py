@@ -76,7 +76,7 @@ def exposition(documents: Iterable[Mapping[str, Any]]) -> str:
             families.add(f"qedfuse_{name}", kind, meaning, value, mount)
         families.add(
             *("qedfuse_build_info", "gauge", "1; the version is a label.", 1),
-            {**mount, "version": document["qedfuse"]},
+            {**mount, "version": printable(document["qedfuse"])},
         )
         for disk in document["disks"]:
             labels = {**mount, "disk": printable(disk["name"])}
