@@ -99,8 +99,8 @@ class Upload:
             overwrite: Whether to replace an object that exists.
             progress: Called with a number of bytes and ``size``.  An upload in several parts
                 reports how many bytes obstore has taken.  If the comparison after the upload must
-                read the object, the comparison then reports how many bytes were compared, so the
-                number begins again at the first part.
+                read the object, it reports how many bytes were compared.  The number then begins
+                again at the first part.
             retry_seconds: For how long a request that sends content is repeated if it fails.
         """
         self._address = address

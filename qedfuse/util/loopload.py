@@ -1,7 +1,7 @@
 """Whether other work waits for the event loop besides the task that runs now.
 
-A task that polls keeps all other tasks from running, and so does a task that makes a long system
-call, such as a datasync, in the event loop's own thread.  So before a task polls or makes such a
+A task that polls keeps all other tasks from running.  So does a task that makes a long system call,
+such as a datasync, in the event loop's own thread.  Therefore, before a task polls or makes such a
 call, the task asks the `LoopLoad` whether other work waits.
 """
 

@@ -27,9 +27,9 @@ class Ticket:
     """The position of an item in the order of the items.
 
     The turn of a ticket begins when the previous ticket is finished, and the turn of the first
-    ticket begins immediately.  The turns do not overlap, with one exception: if a worker raises
-    before the turn of its ticket, the ticket is finished early, so the turn of the next ticket can
-    begin while the turn of an earlier ticket still runs.
+    ticket begins immediately.  The turns do not overlap, except after an error: if a worker raises
+    before the turn of its ticket, the ticket is finished early.  The turn of the next ticket can
+    then begin while the turn of an earlier ticket still runs.
     """
 
     def __init__(self, previous: Ticket | None) -> None:

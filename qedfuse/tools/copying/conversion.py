@@ -155,8 +155,8 @@ class Conversion:
 
         Raises:
             UsageError: The file exists, and ``overwrite`` is False or the file is not a regular
-                file.  Or a backing file is named for a format other than QED, the geometry is
-                invalid or too small for the disk, or a foreign format cannot be made or compared.
+                file.  Or a backing file is named for a format other than QED.  Or the geometry is
+                invalid or too small for the disk.  Or a foreign format cannot be made or compared.
             BackingError: The backing file cannot be used, or leads to the target itself.
             ImageInUseError: The old file is in use by another program.  Or ``overwrite`` is True,
                 and another file has taken the name of the new file during the copy.

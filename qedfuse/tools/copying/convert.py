@@ -75,7 +75,7 @@ async def convert(
             a disk of this size.  Or the target exists, and neither ``overwrite`` nor
             ``into_existing`` is set.
         ImageInUseError: The source, the target or the file to replace is in use by another
-            program, or another file has taken the name of the target during the copy.
+            program.  Or another file has taken the name of the target during the copy.
         BackingError: The backing file cannot be used.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The source cannot be read, the target cannot be written, or the comparison

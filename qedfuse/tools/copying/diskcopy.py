@@ -1,10 +1,10 @@
 """Copying a disk chunk by chunk; each chunk is read, searched for zeros and written.
 
-For a parallel target, worker threads read chunks and search them for zeros in any order.  After
-that, each thread waits until all earlier chunks of the disk are written, assigns offsets in the
-target to its own chunk and writes its chunk.  So offsets are assigned in the order of the disk,
-and the same disk always makes the same file.  For a sequential target, one chunk is copied after
-the other.
+For a parallel target, worker threads read chunks and search them for zeros in any order.  Each
+thread then waits until all earlier chunks of the disk are written.  After that, the thread assigns
+offsets in the target to its own chunk, and writes the chunk.  So offsets are assigned in the order
+of the disk, and the same disk always makes the same file.  For a sequential target, one chunk is
+copied after the other.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ moment:
    may change in any order, and an interruption may leave some of them unchanged.  The overlay's
    tables and their space are released last.
 
-If the base lies further down the chain, the overlay and the images between the overlay and the
-base count as one overlay in steps 1 to 3, and step 4 is left out.
+If the base lies further down the chain, steps 1 to 3 treat the overlay and the images between the
+overlay and the base as one overlay.  Step 4 is then left out.
 
 The base itself reads differently as soon as the first byte has been written to it.  The change is
 the purpose of a commit, but corrupts all other overlays over the same base.

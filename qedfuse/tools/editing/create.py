@@ -86,10 +86,10 @@ def create(
         url_base: The result of `examine_url` if the backing file is a URL, else None.
 
     Raises:
-        UsageError: A size, the geometry or the backing file name is invalid, a size or format
-            is missing, the path is a URL, or the file exists and ``overwrite`` is False.
+        UsageError: A size, the geometry or the backing file name is invalid.  Or a size or format
+            is missing.  Or the path is a URL, or the file exists and ``overwrite`` is False.
         BackingError: The backing file cannot be read, has an invalid header or is not of the
-            given format, or the image is among the files of the backing file's chain.
+            given format.  Or the image is among the files of the backing file's chain.
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
             file has taken the name of the image during the call.

@@ -83,7 +83,7 @@ async def rebase(
     Raises:
         UsageError: The image is a URL, the name cannot be stored, or the format is missing.
         BackingError: A backing file is missing, refused by the policy for bases, or not of the
-            given format, or the image is among the files of the new chain.
+            given format.  Or the image is among the files of the new chain.
         CorruptImageError: A table entry of the image or of a base is bad, or a check found
             damage.
         QedError: The image cannot be opened for writing, or the host refused.

@@ -53,8 +53,8 @@ async def resize(
             size, negative to make the disk smaller.
         relative: Whether ``size`` is added to the present size.
         shrink: Allow the disk to become smaller.
-        force: Allow the loss of data past the new end of a disk that shrinks, and of data that
-            another program left past the old end of a disk that grows.
+        force: Allow the loss of data.  In a disk that shrinks, this is the data past the new end.
+            In a disk that grows, it is data that another program left past the old end.
         options: How to open the image; ``writable`` is always set.  None for the defaults.
         progress: Called with the work done and the whole work of shrinking, in the same unspecified
             unit; not called when the disk grows.

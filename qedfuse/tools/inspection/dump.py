@@ -1,10 +1,10 @@
 """The header and the table entries of an image, for debugging, above all of broken images.
 
 Each entry gets a verdict: it is a valid offset, it is a zero cluster, or it breaks a rule.
-Adjacent entries with the same verdict are combined into one range if all values are equal, or
-if each value is higher than the previous value by the length of a cluster (in the L1 table, by
-the length of an L2 table).  A table is read slice by slice, and the ranges of each slice are
-yielded before the next slice is read, so no range crosses the end of a slice.
+Adjacent entries with the same verdict form one range if all their values are equal, or if each
+value is one cluster (in the L1 table: one L2 table) higher than the previous one.  A table is read
+slice by slice.  The ranges of a slice are yielded before the next slice is read, so no range
+crosses the end of a slice.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ VERDICTS: Final = {
 _MAX_COMPARED_TABLES: Final = 1 << 16
 """`Dump._tables` stops reading the L1 table after it has found more than this many L2 tables.
 
-L2 entries are compared only with the tables that were found, so an L2 entry that points into a
-table that was not found may have the verdict ``ok``.  A disk of 64 TiB with the default geometry
-has 32768 L2 tables.
+L2 entries are compared only with these tables.  An L2 entry that points into another table may have
+the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2 tables.
 """
 
 

@@ -216,9 +216,12 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
 def _examine(fd: int, path: str, lines: Lines) -> FastMap | None:
     """Return the map of an open image; None if `mapping` must map the image.
 
-    Returns None if the image has a base, if an L1 entry is invalid or points to a table before
-    the L1 table, if the file ends within the used L1 entries, if the disk has 0 bytes, or if
-    `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
+    Returns None in these cases:
+
+    - The image has a base, or its disk has 0 bytes.
+    - An L1 entry is invalid, or points to a table before the L1 table.
+    - The file ends within the used L1 entries.
+    - `_MAX_L1_BYTES` or `_MAX_NAME_CHARS` is exceeded.
 
     Raises:
         QedError: The header is invalid.

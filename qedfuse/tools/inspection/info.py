@@ -135,8 +135,8 @@ def describe(
 ) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
-    If the host can read the header of an image, but not the L1 table or the name of the backing
-    file, a `Problem` in the description says so.
+    If the host cannot read the L1 table or the name of the backing file, the call does not fail: a
+    `Problem` in the description says so.
 
     Args:
         path: The file.

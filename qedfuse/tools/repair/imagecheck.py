@@ -120,8 +120,8 @@ async def repair(
     the space of the leaked ones, and the file is truncated.
 
     After a repair the clusters of cleared entries are leaked, and hold all that is left of the
-    lost data.  So with ``all``, leaked clusters are kept by a call that repairs errors, and by
-    each later call as long as the first backup exists (``.before-repair`` without a number).
+    lost data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls
+    keep them as long as the first backup exists (``.before-repair`` without a number).
 
     Args:
         path: The image; no other program may have the image open.
@@ -245,8 +245,8 @@ def _implausible_message(file: PosixFile, report: CheckReport) -> str:
 def _refuse_excess(file: PosixFile, repair_plan: RepairPlan, *, force: bool) -> None:
     """Refuse a repair that writes more than `_max_unforced_bytes`, unless ``force`` is True.
 
-    Such a repair is refused, because a few bytes of a hostile image can cause thousands of new
-    tables or copies of clusters, which would fill the host.
+    A few bytes of a hostile image can cause thousands of new tables or copies of clusters, which
+    would fill the host.
 
     Raises:
         CorruptImageError: The repair would write more than `_max_unforced_bytes`, and

@@ -81,10 +81,10 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     await file.datasync()
     # The file is truncated before the entries are restored.  The truncation removes the copies of
     # clusters that the repair has appended.  If the entries were restored first, an old entry
-    # that pointed past the end of the file would now point to one of the copies, and a read
-    # through this entry would return the data of another cluster.  In the chosen order, an
-    # entry that points to a copy points past the end of the file until the entry is restored,
-    # so a read through this entry fails.
+    # that pointed past the end of the file would now point to one of the copies.  A read through
+    # this entry would return the data of another cluster.  In the chosen order, an entry that
+    # points to a copy points past the end of the file until the entry is restored.  A read
+    # through this entry fails until then.
     await file.truncate(bytes_before)
     await file.datasync()
     old_header = b""

@@ -236,8 +236,8 @@ def _joined(runs: ChainRuns) -> ChainRuns:
 
     Runs with file offsets are joined only if they are also adjacent in the file.  `BAD` runs are
     joined only if they belong to the same invalid entry, so that each run describes one entry.
-    Adjacent runs can belong to one entry, because `_overlaid` splits a run where a run of the
-    lower layer begins or ends, and a call of `ChainRunReader.read` can end within a run.
+    Adjacent runs can belong to one entry for two reasons: `_overlaid` splits a run where a run of
+    the lower layer begins or ends, and a call of `ChainRunReader.read` can end within a run.
     """
     joins = (runs.kinds[1:] == runs.kinds[:-1]) & (runs.depths[1:] == runs.depths[:-1])
     has_offset = (runs.kinds == DATA) | (runs.kinds == HOLE)

@@ -152,8 +152,9 @@ async def open_source(
         options: How to open the file; ``writable`` is ignored.  None for the defaults.
 
     Raises:
-        UsageError: The URL is not valid.  Or the format is ``auto``, and either the disk is
-            encrypted by LUKS, or a URL or a block device has an image of a foreign format.
+        UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
+            LUKS.  Or the format is ``auto``, and a URL or a block device has an image of a foreign
+            format.
         ForeignError: The format is ``auto``, the file is of a format that QEMU reads, and QEMU
             fails or is missing.
         QedError: The file or a base cannot be opened or locked, is not of the stated format, or

@@ -61,8 +61,8 @@ class ParallelTarget(ABC):
         """Assign file offsets to the next chunk, and return the writes that store the chunk.
 
         The caller must call this method for one chunk at a time, in the order of the disk, and may
-        call it in worker threads.  A range that is in no chunk, and a block that is in neither
-        mask, read as the base, or as zeros if there is no base.
+        call it in worker threads.  A range in no chunk, and a block in neither mask, are not
+        stored.  They read as the base, or as zeros if there is no base.
 
         Args:
             start: Guest offset of the chunk.
