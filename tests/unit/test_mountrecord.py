@@ -307,7 +307,7 @@ def test_unsafe_directories_are_refused(directory: Path) -> None:
     """A directory of records that other users can write to is refused."""
     directory.mkdir()
     directory.chmod(0o777)
-    with pytest.raises(PrivilegeError, match="others can write"):
+    with pytest.raises(PrivilegeError, match="another user owns or can write to"):
         write_record()
     assert find_record(DEVICE, USER) is None
 
