@@ -46,10 +46,11 @@ from qedfuse.errors import FuseError
 from qedfuse.mount.system.privileges import FUSE_DEVICE
 from qedfuse.util.backgroundtasks import background_tasks
 
-# linux/fuse.h, a stable interface: struct fuse_in_header (40 bytes) and the first fields of
-# struct fuse_init_in (major, minor, max_readahead, flags); struct fuse_out_header (16 bytes)
-# and the same fields of struct fuse_init_out, followed by max_background,
-# congestion_threshold, max_write and time_gran.
+# linux/fuse.h, a stable interface.
+# The request: struct fuse_in_header (40 bytes), and the first fields of struct fuse_init_in: major,
+# minor, max_readahead and flags.
+# The reply: struct fuse_out_header (16 bytes), and the first fields of struct fuse_init_out: the
+# same four, max_background, congestion_threshold, max_write and time_gran.
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")
 _INIT_IN: Final = struct.Struct("=IIII")
 _OUT_HEADER: Final = struct.Struct("=IiQ")

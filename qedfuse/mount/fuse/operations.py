@@ -76,9 +76,9 @@ class Operations(MetadataOperations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a disk and return its file handle.
 
-        The kernel keeps the pages that it has cached of the disk, unless another program can
-        change the image (``force_share``), the page cache is off (``direct_io``), or the pages may
-        be stale (`ExportedDisk.is_stale`).
+        The open makes the kernel drop the pages that it has cached of the disk if another program
+        can change the image (``force_share``), if the page cache is off (``direct_io``), or if the
+        pages may be stale (`ExportedDisk.is_stale`).
 
         Raises:
             FUSEError: EBUSY, another file with the same bytes is open, and the new handle or a

@@ -57,7 +57,7 @@ class PartitionFiles:
         self._unread: dict[ExportedDisk, float] = {}
 
     async def refresh(self) -> None:
-        """Return when the files of all partitions agree with the tables of their disks.
+        """Read outdated tables until the files of all partitions agree with the tables.
 
         A disk whose table cannot be read has no files of partitions.  The first call at least
         `_RETRY_SECONDS` after the failed attempt reads the table again.

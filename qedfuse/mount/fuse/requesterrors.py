@@ -58,12 +58,16 @@ class RequestErrors:
     def to_errno(self, inode: int, operation: str, error: Exception) -> int:
         """Log why a request failed, and return the errno for the kernel.
 
-        A FUSEError is not logged, because it has only an errno and no message.  A PastEndError
-        is not logged, because the program that made the request has made a mistake, and neither
-        the image nor the host has failed.  A RemoteError or a ForeignError is not logged if its
-        cause has been logged.  Any other QedError is logged with its message.  An exception of
-        another type is a bug, so it is logged with its traceback, and the errno is EIO.  The log is
-        rate-limited (see the module).
+        The class of the error decides what is logged:
+
+        - FUSEError: nothing, because such an error has only an errno and no message.
+        - PastEndError: nothing, because the program has made a mistake, and nothing else has
+          failed.
+        - RemoteError and ForeignError: the message, unless the cause has been logged already.
+        - Any other QedError: the message.
+        - Any other exception, which is a bug: the traceback; the errno is EIO.
+
+        The log is rate-limited (see the module).
 
         Args:
             inode: The inode number of the disk or directory to which the request was made.

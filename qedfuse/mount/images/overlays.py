@@ -49,7 +49,7 @@ def disk_options(options: MountOptions) -> OpenOptions:
 
 
 def open_source(path: str, options: MountOptions) -> AbstractAsyncContextManager[Disk]:
-    """Return a context manager that opens the disk for the image at ``path``, and closes the disk.
+    """Return a context manager that keeps the disk of the image at ``path`` open during its block.
 
     Returns:
         A context manager for the disk of a temporary overlay of the image (``snapshot``), of the

@@ -1,4 +1,4 @@
-"""Which files and addresses the server of a mount needs, as the options of the mount determine."""
+"""Which files and addresses the server of a mount needs."""
 
 from __future__ import annotations
 
