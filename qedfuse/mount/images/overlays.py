@@ -130,7 +130,7 @@ async def _open_overlay(path: str, overlay: str, options: MountOptions) -> Async
             image's URL has a query that may hold a secret, which would be stored in the overlay.
         QedError: The overlay or the image cannot be opened, or the overlay cannot be made.
     """
-    require_storable(path, " (-o snapshot keeps no file)")
+    require_storable(path, " (-o snapshot makes an overlay that exists only during the mount)")
     if os.path.lexists(overlay):  # noqa: ASYNC240  no request is served yet, so this may block
         await _check_backing_file(overlay, path, options)
     else:
