@@ -214,6 +214,11 @@ def test_a_copy_over_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         run("convert", "--compare", *over, base, "thin.qed", capsys=capsys)
         assert (tmp_path / "work" / "thin.qed").stat().st_size == measured
         allowed = ("--backing-url", server.url)
+        alone = run("info", "thin.qed", capsys=capsys)
+        assert "found a URL, which must be allowed" in alone
+        chain = run("info", "--backing-chain", *allowed, "thin.qed", capsys=capsys)
+        assert chain.count("\nfile format: qed") == 2
+        assert "must be allowed" not in chain
         assert "identical" in run("compare", *allowed, "thin.qed", base, capsys=capsys)
         assert qemu.info("thin.qed")["backing-filename"] == server.url
 

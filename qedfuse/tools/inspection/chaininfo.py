@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from qedfuse.remote.address import is_url
 from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
 from qedfuse.tools.inspection.info import ImageInfo, describe, describe_open
+from qedfuse.tools.inspection.problems import URL_NOTE
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
@@ -84,7 +86,19 @@ async def describe_chain(
     async with open_image(path, options.read_lock, options.remote) as file:
         header = await read_header(file)
         with closing_layers(await open_bases(path, file, header, options, make_store(0))) as bases:
-            return [top, *[await _describe_base(base) for base in bases]]
+            chain = [top, *[await _describe_base(base) for base in bases]]
+    return [_without_note_about_url(image) for image in chain]
+
+
+def _without_note_about_url(image: ImageInfo) -> ImageInfo:
+    """Return a description without the note that the URL of its backing file must be allowed.
+
+    The options of the caller do allow the URL, because the backing file has been opened.
+    """
+    if image.qed is None:
+        return image
+    problems = tuple(item for item in image.qed.problems if item.code != URL_NOTE)
+    return replace(image, qed=replace(image.qed, problems=problems))
 
 
 def _describe_foreign(disk: HostFile, driver: str) -> ImageInfo:

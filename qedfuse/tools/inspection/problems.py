@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
 """Codes of the problems with the L1 table that make it unsafe to use ranges of the disk."""
 
+URL_NOTE: Final = "backing-url"
+"""`Problem.code` of the note that the backing file is a URL, which the user must allow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -110,7 +113,7 @@ def backing_problems(
         try:
             parse_address(backing.name)
             msg = f"{name}: backing file {shown}: found a URL, which must be allowed (backing_url)"
-            yield Problem("backing-url", msg, fatal=False)
+            yield Problem(URL_NOTE, msg, fatal=False)
         except UsageError as error:
             yield Problem("backing-scheme", f"{name}: backing file {error}", fatal=True)
     elif backing.scheme is not None:
