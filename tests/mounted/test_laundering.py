@@ -152,17 +152,22 @@ def test_a_read_only_mount_has_no_launderer(image: Path, tmp_path: Path) -> None
 
 
 @needs_extensions
-def test_stores_into_a_memory_map_are_data(image: Path, tmp_path: Path) -> None:
-    """Stores into a shared memory map are reported as data."""
-    with (
-        mounted(image, tmp_path / "mnt") as mountpoint,
-        (mountpoint / "vm.raw").open("r+b") as file,
-        mmap.mmap(file.fileno(), 4 * MIB) as pages,
-    ):
-        pages[2 * MIB : 2 * MIB + 5] = b"hello"
-        assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 2 * MIB
-        pages[MIB] = 1
-        assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == MIB
+@pytest.mark.parametrize("options", [(), ("-o", "truncate=zero")], ids=["", "truncate=zero"])
+@pytest.mark.parametrize("mountpoint", ["directory", "file"])
+def test_stores_into_a_memory_map_are_data(
+    mountpoint: str, options: tuple[str, ...], image: Path, tmp_path: Path
+) -> None:
+    """Stores into a shared memory map are reported as data, also without the write-back cache."""
+    target = tmp_path / "mnt"
+    if mountpoint == "file":
+        target.touch()
+    with mounted(image, target, *options) as mounted_at:
+        disk = mounted_at if mountpoint == "file" else mounted_at / "vm.raw"
+        with disk.open("r+b") as file, mmap.mmap(file.fileno(), 4 * MIB) as pages:
+            pages[2 * MIB : 2 * MIB + 5] = b"hello"
+            assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 2 * MIB
+            pages[MIB] = 1
+            assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == MIB
 
 
 @pytest.fixture

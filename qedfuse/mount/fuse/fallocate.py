@@ -1,8 +1,9 @@
 """The requests that pyfuse3 lacks: fallocate(2), and lseek(2) with SEEK_DATA and SEEK_HOLE.
 
-With the write-back cache, the kernel may have cached data that it has not sent to the server.
-The server must not report a hole where such data is.  So before the server reports a hole, the
-server makes the kernel write back the range of the hole, and searches the tables again.
+The kernel may have changed pages that it has not sent to the server: pages of the write-back
+cache, and pages that a program has changed by a shared memory map.  The server must not report a
+hole where such data is.  So before the server reports a hole, the server makes the kernel write
+back the range of the hole, and searches the tables again.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class FallocateLseek:
         If no handle that may write is open, the kernel has no dirty pages, because it sends all
         dirty pages before it releases the last handle that may write.
         """
-        return self._operations.enable_writeback_cache and exported.writers > 0
+        return self._operations.has_page_cache and exported.writers > 0
 
 
 async def _find_gap(disk: Disk | DiskWindow, whence: int, start: int) -> tuple[int, int | None]:

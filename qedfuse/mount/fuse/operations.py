@@ -40,6 +40,9 @@ class Operations(MetadataOperations):
 
     Attributes:
         enable_writeback_cache: Whether the kernel may delay writes; pyfuse3 reads this attribute.
+        has_page_cache: Whether the kernel caches pages of the disks.  If so, a program can change
+            them by a shared memory map, and the kernel sends these changes later, with and without
+            the write-back cache.
         fast: Answers reads, writes and fsyncs that need not wait.
     """
 
@@ -69,7 +72,7 @@ class Operations(MetadataOperations):
         self.fast = FastRequests(disks.by_inode)
         self._read_only = options.read_only
         self._exclusive = not options.force_share
-        self._direct_io = options.direct_io
+        self.has_page_cache = not options.direct_io
         self._sync = "sync" in options.kernel_flags
 
     @answered
@@ -98,7 +101,7 @@ class Operations(MetadataOperations):
         except BaseException:
             self._exported_disks.handle_closed(exported, writer=writer)
             raise
-        direct = self._direct_io
+        direct = not self.has_page_cache
         # HANDLE_DIRECT distinguishes the writes that bypass the kernel's cache.  With ``direct_io``
         # all writes bypass the cache, and no handle needs the bit.
         handle = inode | HANDLE_DIRECT if flags & os.O_DIRECT and not direct else inode
