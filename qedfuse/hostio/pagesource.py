@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CheckedUnits(NamedTuple):
-    """Which parts of a local file that caches a remote file the extension may read.
+    """The parts that the extension may read of a local file, which caches a remote file.
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
     The result of a read may be used only if all of its bytes were in the page cache, and if each
@@ -41,7 +41,7 @@ class CheckedUnits(NamedTuple):
             mincore(2) if the kernel has no cachestat(2), or if it must also know that the pages are
             valid.
         forget: Called with the numbers of the first and the last unit of a read that failed; makes
-            these units not ready.
+            all units from the first to the last not ready.
     """
 
     ready: bytearray

@@ -62,7 +62,7 @@ class PartitionFiles:
         A disk whose table cannot be read has no files of partitions.  The first call at least
         `_RETRY_SECONDS` after the failed attempt reads the table again.
 
-        After the last test whether a table must be read, no other task runs before the return.
+        No other task runs between the last test for outdated tables and the return.
         """
         if self._unread:
             self._retry_unread()

@@ -1,16 +1,19 @@
 """Correcting the kernel's cached size of a disk.
 
 With the write-back cache the kernel ignores the size in most replies, and its cached size can
-become wrong in two ways.  First, a buffered write past the end increases the cached size.  Later
-the server refuses the dirty pages past the end, but the kernel keeps the wrong size.  Second, after
-an fallocate(2) that has grown the disk and then failed, the cached size is too small.  In both
-cases the kernel takes over a size only from the reply to a truncation.  So the server truncates the
-disk's file in the mount, as a user's program would, to the size that the disk has.
+become wrong in two ways:
+
+- A buffered write past the end increases the cached size.  Later the server refuses the dirty pages
+  past the end, but the kernel keeps the wrong size.
+- An fallocate(2) grows the disk and then fails.  The cached size is too small after that.
+
+In both cases the kernel takes over a size only from the reply to a truncation.  So the server
+truncates the disk's file in the mount, as a user's program would, to the size that the disk has.
 
 Without the write-back cache, the kernel can have cached a wrong size after a truncation with
-``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  Without this cache the kernel takes over the
-size from the reply to any change of attributes.  So the server sets the permissions of the disk's
-file in the mount to the permissions that the file already has.
+``truncate=zero`` (`qedfuse.mount.fuse.truncation`).  In this mode the kernel takes over the size
+from the reply to any change of attributes.  So the server sets the permissions of the disk's file
+in the mount to the permissions that the file already has.
 """
 
 from __future__ import annotations
