@@ -198,9 +198,10 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """In the block, replace the error of a read after qemu-nbd's end by the reason of the end.
+        """In the block, replace a HostError by the reason why qemu-nbd has ended, if it has ended.
 
-        The new error is a ForeignError.  Only the first one is logged.
+        The new error is a ForeignError, and only the first one is logged.  After `stop_fetching` or
+        `close`, errors are not replaced.
         """
         try:
             yield

@@ -120,7 +120,8 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
         BackingError: A file is missing or refused, an image states an unknown format of its backing
             file, or the chain is a loop or too long.
         ForeignError: An image is encrypted, has a header or descriptor that cannot be used, has too
-            many extents, or names a file while the kernel has no Landlock (`Limits.any_file`).
+            many extents, or names a file although `Limits.any_file` is False and the kernel has no
+            Landlock.
         ImageError: The header of a QED image is not valid.
         HostError: A file cannot be read.
     """

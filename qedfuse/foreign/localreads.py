@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-READS_BEFORE_MAP: Final = 16
+LOOKUPS_BEFORE_MAP: Final = 16
 """The map is made after this number of lookups that have found only `UNKNOWN` parts.
 
 Every lookup before the map is made finds only such parts.  One read looks up its range up to three
@@ -69,7 +69,7 @@ class LocalReads:
         self._lock = threading.Lock()
         """Held while the attributes below are changed, and while the thread or the program is
         started; never while a thread waits for the program's output or end."""
-        self._lookups_before_map = READS_BEFORE_MAP
+        self._lookups_before_map = LOOKUPS_BEFORE_MAP
         self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -94,7 +94,7 @@ class LocalReads:
     def pieces(self, offset: int, length: int) -> list[Piece] | None:
         """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map.
 
-        If all are `UNKNOWN`, counts the lookup; after `READS_BEFORE_MAP` such lookups, begins to
+        If all are `UNKNOWN`, counts the lookup; after `LOOKUPS_BEFORE_MAP` such lookups, begins to
         make the map.
         """
         if self._map is None:
@@ -182,7 +182,7 @@ class LocalReads:
     def _count_lookup(self) -> None:
         """Count a lookup that has found only `UNKNOWN` parts.
 
-        After `READS_BEFORE_MAP` of these lookups, start the thread that makes the map.
+        After `LOOKUPS_BEFORE_MAP` of these lookups, start the thread that makes the map.
         """
         with self._lock:
             self._lookups_before_map = max(0, self._lookups_before_map - 1)
@@ -193,14 +193,14 @@ class LocalReads:
         """Start the thread that makes the map; the caller holds the lock.
 
         Does nothing if the thread was started before, there is no map, or `close` was called.
-        If the host cannot start a thread, `_count_lookup` tries again after `READS_BEFORE_MAP`
+        If the host cannot start a thread, `_count_lookup` tries again after `LOOKUPS_BEFORE_MAP`
         further lookups; until then QEMU makes the reads.
         """
         if self._map is not None and self._thread is None and not self._is_closed:
             try:
                 self._thread = start_thread(self._make_map, self._map, name="qedfuse map")
             except OSError as error:
-                self._lookups_before_map = READS_BEFORE_MAP
+                self._lookups_before_map = LOOKUPS_BEFORE_MAP
                 _log.debug("%s: no map yet: %s", self._name, error.strerror)
 
     def _make_map(self, run_map: RunMap) -> None:
@@ -227,19 +227,19 @@ class LocalReads:
             None if file is None else (numbers[id(file)], file.size())
             for file in self._graph.data_files
         ]
-        output, printer = os.pipe()
-        with os.fdopen(output, "rb", buffering=0) as pipe:
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end, "rb", buffering=0) as output:
             try:
                 with self._lock:
                     if self._is_closed:
                         return
-                    process = self._process = start_mapping(self._graph, self._name, printer)
+                    process = self._process = start_mapping(self._graph, self._name, write_end)
             finally:
-                os.close(printer)
+                os.close(write_end)
                 self._has_started.set()
             with process:
                 try:
-                    fill_map(run_map, pipe, files)
+                    fill_map(run_map, output, files)
                 finally:
                     with self._lock:
                         # `close` must not kill a process that has been waited for, because its

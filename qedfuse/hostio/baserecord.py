@@ -151,9 +151,9 @@ def record_path(path: str) -> str:
     """
     directory, name = os.path.split(os.path.realpath(path))
     raw = os.fsencode(name)
-    free = _MAX_NAME_BYTES - len(_SUFFIX) - 1
-    if len(raw) > free:
-        raw = raw[: free - 9] + b".%08x" % zlib.crc32(raw)
+    max_raw_bytes = _MAX_NAME_BYTES - len(_SUFFIX) - 1
+    if len(raw) > max_raw_bytes:
+        raw = raw[: max_raw_bytes - 9] + b".%08x" % zlib.crc32(raw)
     return os.path.join(directory, f".{os.fsdecode(raw)}{_SUFFIX}")  # noqa: PTH118  str paths
 
 

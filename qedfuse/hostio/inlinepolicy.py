@@ -42,7 +42,10 @@ class InlinePolicy:
     """
 
     def __init__(self, inode_lock: InodeLock) -> None:
-        """Decide for one file, before its first call; ``inode_lock`` observes its inode's lock."""
+        """Decide for one file, for which no call was recorded yet.
+
+        ``inode_lock`` observes the lock of the file's inode.
+        """
         self._inode_lock = inode_lock
         self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
         self._datasyncs = AdaptivePoll(_INLINE_SECONDS)

@@ -17,7 +17,7 @@ from qedfuse.disk.options import BackingPolicy, OpenOptions
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign import localreads, mapping
 from qedfuse.foreign.foreignfile import ForeignFile
-from qedfuse.foreign.localreads import READS_BEFORE_MAP
+from qedfuse.foreign.localreads import LOOKUPS_BEFORE_MAP
 from qedfuse.hostio.posixfile import PosixFile
 from tests.support import qemu
 from tests.support.foreignchains import DISK_BYTES, FORMATS, draw_chain, draw_disk, servers
@@ -48,7 +48,7 @@ async def opened(path: Path, *, lock: bool = True, share: bool = False) -> HostF
     options = OpenOptions(lock=lock, force_share=share, backing=BackingPolicy(mode="any"))
     driver = path.suffix.removeprefix(".")
     disk = await open_foreign(PosixFile.open(str(path)), driver, options)
-    for _ in range(READS_BEFORE_MAP):
+    for _ in range(LOOKUPS_BEFORE_MAP):
         await disk.pread(0, 512)
     wait_for_map()
     return disk
@@ -240,7 +240,7 @@ async def test_closed_while_mapping(compressed: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(localreads, "fill_map", fill)
     options = OpenOptions()
     disk = await open_foreign(PosixFile.open(str(compressed)), "qcow2", options)
-    for _ in range(READS_BEFORE_MAP):
+    for _ in range(LOOKUPS_BEFORE_MAP):
         await disk.pread(0, 512)
     assert started.wait(60)
     disk.close()
@@ -255,7 +255,7 @@ async def test_no_thread_for_the_map(compressed: Path, *, is_started_early: bool
     try:
         if is_started_early:
             run_without(CLONE3, disk.start_map)
-        for _ in range(2 * READS_BEFORE_MAP):
+        for _ in range(2 * LOOKUPS_BEFORE_MAP):
             assert not run_without(CLONE3, lambda: disk.try_read(0, memoryview(bytearray(512))))
         assert disk.page_source is not None
         assert disk.page_source.runs is not None
@@ -271,7 +271,7 @@ async def test_thread_for_the_map_later(compressed: Path) -> None:
     assert isinstance(disk, ForeignFile)
     try:
         run_without(CLONE3, disk.start_map)
-        for _ in range(READS_BEFORE_MAP):
+        for _ in range(LOOKUPS_BEFORE_MAP):
             assert not disk.try_read(0, memoryview(bytearray(512)))
         wait_for_map()
         assert disk.try_read(0, memoryview(bytearray(512)))
@@ -303,7 +303,7 @@ def test_mount(compressed: Path, tmp_path: Path, sandbox: str) -> None:
         disk = os.open(tmp_path / "mnt" / "image.qcow2.raw", os.O_RDONLY)
         try:
             os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_RANDOM)
-            for number in range(READS_BEFORE_MAP):
+            for number in range(LOOKUPS_BEFORE_MAP):
                 assert os.pread(disk, 4096, number * 4096) == b"\7" * 4096
             wait_until(lambda: done.read_text() == "done\n")
             kill_server(tmp_path)

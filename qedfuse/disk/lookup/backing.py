@@ -1,11 +1,11 @@
 """Opening the backing files of an image, as far as the policy for them allows.
 
 An untrusted image can name, as its backing file, any file that the user can read, and the guest
-would see the content of that file.  So a base must lie inside the directory of the image that names
-the base, unless the user has named the base, or allows further directories or all files.  For a
-local base the policy is applied to the file that was opened and not to its name, so that symbolic
-links and renames cannot evade the policy.  A URL is allowed or refused by its name, before a
-connection is made.  ``backing=none`` refuses every base before it is opened.
+would see the content of that file.  So by default a base must lie inside the directory of the image
+that names the base.  The user can name a base elsewhere, allow further directories, or allow all
+files.  For a local base the policy is applied to the file that was opened and not to its name, so
+that symbolic links and renames cannot evade the policy.  A URL is allowed or refused by its name,
+before a connection is made.  ``backing=none`` refuses every base before it is opened.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ async def open_bases(
     """
     layers: list[Layer] = []
     # The images above the base that is opened next, each with the name that it stores for its own
-    # base.  If the caller has passed ``name``, an empty name stands beside ``file``.
+    # base.  If the caller has passed ``name``, ``file`` gets an empty name here.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted

@@ -73,9 +73,10 @@ class QedLayer:
 
     Attributes:
         file: The image file.
-        header: The header of the image; `set_header` replaces it.  Its size of the disk and its
-            offset of the L1 table are current.  Its features, its own size and its location of the
-            backing file name may be out of date; use `HeaderStore.value` for these.
+        header: The header of the image; `set_header` replaces it.  Two of its values are current:
+            the size of the disk and the offset of the L1 table.  The features, the size of the
+            header and the location of the backing file name may be out of date; use
+            `HeaderStore.value` for these.
         geometry: The geometry of the image, which never changes.
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.

@@ -1,4 +1,4 @@
-"""Which units of a remote file the readers of its disk can need: first the tables, then the data.
+"""The units of a remote file that readers of its disk can need: those of tables and those of data.
 
 A unit is a part of the file, `UNIT_BYTES` long (`qedfuse.remote.unitfile`).  Readers of a QED image
 can need the header, the tables and the allocated clusters, and never read a cluster to which no

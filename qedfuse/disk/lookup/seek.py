@@ -63,6 +63,7 @@ async def _find(chain: Chain, start: int, *, data: bool) -> int | None:
     """
     size, step = chain.layers[0].size, _FIRST_LOOKUP_BYTES
     while start < size:
+        # Data of the image itself contains no hole, so a search for a hole skips this data.
         end = start if data else await _past_data(chain, start)
         if end == start:
             # No layer is looked up past the end of its slice of L2 entries.  So the lookup returns
@@ -113,7 +114,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
         return start - start % step + step
     slice_ = await layer.tables.load(layer.header.l1_table_offset, l1_index, L1)
     rest = _entries(slice_)[l1_index % layer.tables.slice_entries + 1 :]
-    return (l1_index + 1 + _first(rest != UNALLOCATED)) * geometry.table_span
+    return (l1_index + 1 + _first_true(rest != UNALLOCATED)) * geometry.table_span
 
 
 async def _past_data(chain: Chain, start: int) -> int:
@@ -132,7 +133,7 @@ async def _past_data(chain: Chain, start: int) -> int:
         if table_offset:
             index = geometry.l2_index(start)
             slice_ = await top.tables.load(table_offset, index, L2)
-            count = _first(_entries(slice_)[index % top.tables.slice_entries :] <= ZERO)
+            count = _first_true(_entries(slice_)[index % top.tables.slice_entries :] <= ZERO)
             if count:
                 return min(top.size, geometry.floor(start) + count * geometry.cluster_size)
     return start
@@ -143,7 +144,7 @@ def _entries(slice_: Slice) -> NDArray[np.uint64]:
     return np.frombuffer(slice_.entries, np.uint64)
 
 
-def _first(which: NDArray[np.bool_]) -> int:
+def _first_true(which: NDArray[np.bool_]) -> int:
     """Return the index of the first true element; the length if there is none."""
     return int(which.argmax()) if which.any() else len(which)
 

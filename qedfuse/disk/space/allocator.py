@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Number of free clusters at which the scan stops: 16 TiB in clusters of 64 KiB.
+"""Number of free clusters at which the scan adds no more: 16 TiB in clusters of 64 KiB.
 
 If a sparse file has more free clusters, some of them are not used before the next opening.
 """

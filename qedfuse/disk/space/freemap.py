@@ -259,24 +259,24 @@ class FreeMap:
             position = block * BLOCK_CLUSTERS
         return found
 
-    def tail_start(self, end: int, used: int) -> int:
-        """Return the start of the longest range up to ``end`` with at most ``used`` used clusters.
+    def tail_start(self, end: int, max_used: int) -> int:
+        """Return where the longest range begins that ends before ``end`` and has few used clusters.
 
-        A used cluster is one that is not free.  The range does not include the cluster ``end``.
-        Returns 0 if the whole file below ``end`` has at most ``used`` used clusters.
+        A used cluster is one that is not free.  The range has at most ``max_used`` of them.
+        Returns 0 if the range can begin at the first cluster of the file.
         """
-        position, left = end + self.alignment, used
+        position, left = end + self.alignment, max_used
         while position > self.alignment:
             block, bit = divmod(position - 1, BLOCK_CLUSTERS)
-            taken = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
+            used = ~self._blocks.get(block, 0) & ((1 << (bit + 1)) - 1)
             if block == 0:
                 # The lowest bits of block 0 stand for no cluster.
-                taken = taken >> self.alignment << self.alignment
-            count = taken.bit_count()
+                used = used >> self.alignment << self.alignment
+            count = used.bit_count()
             if count > left:
                 for _ in range(count - left - 1):
-                    taken &= taken - 1
-                return self._cluster(block, _lowest_bit(taken) + 1)
+                    used &= used - 1
+                return self._cluster(block, _lowest_bit(used) + 1)
             left -= count
             position = block * BLOCK_CLUSTERS
         return 0

@@ -74,25 +74,25 @@ class OwnerBitmap:
             NeedsCheckError: The file is too large for a bitmap, and would have more than
                 `MAX_LISTED_CLUSTERS` owned clusters.
         """
-        taken = np.zeros(len(clusters), np.bool_)
+        had_owner = np.zeros(len(clusters), np.bool_)
         order, ordered = None, clusters
         if len(clusters) > 1 and not (clusters[1:] > clusters[:-1]).all():
             order = self._order(clusters)
             ordered = clusters[order]
-            taken[1:] = ordered[1:] == ordered[:-1]
+            had_owner[1:] = ordered[1:] == ordered[:-1]
         if self._map is not None:
-            self._mark(ordered, taken)
+            self._mark(ordered, had_owner)
         else:
             for owned in self._sorted:
                 index = np.searchsorted(owned, ordered)
                 index[index == len(owned)] = 0
-                taken |= owned[index] == ordered
-            self._list(ordered[~taken])
-        self.count += int(len(clusters) - taken.sum())
+                had_owner |= owned[index] == ordered
+            self._list(ordered[~had_owner])
+        self.count += int(len(clusters) - had_owner.sum())
         if order is None:
-            return taken
-        answer = np.empty_like(taken)
-        answer[order] = taken
+            return had_owner
+        answer = np.empty_like(had_owner)
+        answer[order] = had_owner
         return answer
 
     def _order(self, clusters: NDArray[np.uint64]) -> NDArray[np.intp]:
@@ -105,13 +105,13 @@ class OwnerBitmap:
         words.sort()
         return (words & np.uint64((1 << bits) - 1)).astype(np.intp)
 
-    def _mark(self, ordered: NDArray[np.uint64], taken: NDArray[np.bool_]) -> None:
-        """Set the bits of sorted clusters; set ``taken`` for each whose bit was set before."""
+    def _mark(self, ordered: NDArray[np.uint64], had_owner: NDArray[np.bool_]) -> None:
+        """Set the bits of sorted clusters; set ``had_owner`` for each whose bit was set before."""
         if self._map is None or not len(ordered):
             return
         offsets = (ordered >> np.uint64(3)).astype(np.intp)
         bits = np.left_shift(np.uint8(1), (ordered & np.uint64(7)).astype(np.uint8))
-        taken |= (self._map[offsets] & bits) != 0
+        had_owner |= (self._map[offsets] & bits) != 0
         # Clusters that share a byte of the map are combined first, because an indexed |=
         # applies only one value to each byte.
         first = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
