@@ -1,6 +1,6 @@
 """Noticing during an upload that the store does not answer any more.
 
-obstore stores a part with one call, which reports nothing before it ends, and which may take many
+obstore stores a part with one call.  The call reports nothing before it ends, and may take many
 minutes on a slow line.  So a part that takes long does not show that the store has gone.  If no
 part has begun for some time, a request for the object's metadata (HEAD) shows whether the store
 still answers.

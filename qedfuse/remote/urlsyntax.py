@@ -73,8 +73,8 @@ def _segment(text: str, segment: str) -> str:
     """Return one segment of a path, in which only characters that need it are escaped.
 
     Raises:
-        UsageError: The segment is ``.`` or ``..``, or has an escaped slash, backslash or control
-            character, which some servers do not treat as part of the segment.
+        UsageError: The segment is ``.`` or ``..``.  Or it has an escaped slash, backslash or
+            control character, which some servers do not treat as part of the segment.
     """
     raw = unquote_to_bytes(segment)
     if raw in (b".", b".."):

@@ -29,8 +29,8 @@ class ZeroBlocks:
     Threads may use the object concurrently.
 
     Attributes:
-        masks: For each unit a 64-bit number with one bit for each block, which is set if the block
-            is known to be all zeros.  Empty if the host has no memory for the numbers.
+        masks: For each unit, a 64-bit number with one bit for each block.  The bit is set if the
+            block is known to be all zeros.  Empty if the host has no memory for the numbers.
     """
 
     def __init__(self, units: int) -> None:

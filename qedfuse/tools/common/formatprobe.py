@@ -55,7 +55,7 @@ def foreign_driver_of(path: str) -> str | None:
     """Return QEMU's name for the foreign format of a file; None if the format is raw or QED.
 
     A file that is encrypted by LUKS counts as raw.  The result is also None if ``path`` is a URL,
-    does not lead to a regular file, or leads to a file that cannot be read.
+    or if ``path`` does not lead to a regular file that can be read.
     """
     if is_url(path):
         return None

@@ -235,8 +235,8 @@ async def _run(
 ) -> Uploaded:
     """Run an upload in a thread; return its result.
 
-    If the task is cancelled after the upload has begun, this function waits until the upload has
-    removed what it has stored, for at most `_STOP_SECONDS`.
+    If the task is cancelled after the upload has begun, the upload removes what it has stored.
+    This function waits for the removal, for at most `_STOP_SECONDS`.
 
     ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
     answer, so this function raises the error without waiting for the thread.

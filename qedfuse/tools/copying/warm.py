@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _MAX_REQUESTS: Final = 8
 """Maximum number of requests that are queued or running at a time.
 
-With more requests, each would wait in the queue for longer, and a request that waits for longer
-than the time limit of a read fails.
+With more requests, each would wait in the queue for longer.  A request that waits for longer than
+the time limit of a read fails.
 """
 
 

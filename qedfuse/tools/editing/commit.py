@@ -122,8 +122,8 @@ async def commit(
             if not result.between:
                 await _accept_commit(path, base_file)
             return replace(result, bytes_before=source.file_bytes, bytes_after=source.file_bytes)
-    # The overlay is opened without its base.  A base that is opened with the overlay is locked for
-    # reading as long as the overlay is open, and could not be opened for writing.
+    # The overlay is opened without its base, because a base that is opened with the overlay stays
+    # locked for reading.  The commit could then not open the base for writing.
     overlay_options = replace(options, writable=not keep)
     async with open_disk(
         path, overlay_options, inspector=inspect_image, with_bases=False

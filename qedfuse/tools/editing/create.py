@@ -1,7 +1,7 @@
 """Creating a new empty image, which gets its name when it is complete.
 
-Only `preallocate` is asynchronous.  `create` is not, because it does not block for long, and a
-script that creates many images should not wait each time until trio is loaded.
+Only `preallocate` is asynchronous.  `create` is not, because it does not block for long, and
+loading trio would slow down a script that creates many images.
 """
 
 from __future__ import annotations

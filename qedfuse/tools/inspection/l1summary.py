@@ -29,8 +29,8 @@ class L1Summary:
         invalid: Number of used entries that are not a valid offset of an L2 table.
         overlapping: Number of L2 tables that overlap an earlier L2 table in the file, by the
             rule of `qedfuse.ondisk.entrylimits.overlaps`.
-        complete: Whether the L1 table was read up to its end, or up to the end of the file if
-            the file ends earlier.
+        complete: Whether the L1 table was read up to its end.  If the file ends earlier: whether
+            the table was read up to the end of the file.
         failure: Why the host could not read a part of the L1 table; empty if no read failed.
     """
 

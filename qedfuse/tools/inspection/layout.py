@@ -48,8 +48,8 @@ class Layout:
             the beginning of the disk, 1 is its end.  0 for a cell without data.
         disk_data: For each cell of the disk, the number of its clusters with data.
         disk_zeros: For each cell of the disk, the number of its zero clusters.
-        runs: Number of runs of data.  A run is a sequence of clusters that are adjacent and in the
-            same order on the disk and in the file.
+        runs: Number of runs of data.  A run is a sequence of clusters that are adjacent both on the
+            disk and in the file, in the same order.
         bad: Number of invalid L1 and L2 entries, without the entries for ranges past the end of the
             disk.  The other attributes leave invalid entries out.
     """
