@@ -15,7 +15,7 @@ from qedfuse.text import printable
 from qedfuse.util.landlock import landlock_version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import TypeAlias
 
     from qedfuse.hostio.posixfile import PosixFile
@@ -158,7 +158,8 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
         if len(graph.extents) >= _MAX_EXTENTS:
             msg = f"{file.name}: found more than {_MAX_EXTENTS} extents in the chain"
             raise ForeignError(msg)
-        extent = _open(graph, name, file, limits)
+        # An image may name an extent twice, also by two spellings of its name; QEMU reads it twice.
+        extent = _open(graph, name, file, limits, taken=graph.files)
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)
     graph.data_files.append(None if links.extents else file)
@@ -196,15 +197,18 @@ def _file_options(path: str, limits: Limits) -> Options:
     }
 
 
-def _open(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
+def _open(
+    graph: Graph, name: bytes, image: PosixFile, limits: Limits, *, taken: Iterable[PosixFile]
+) -> PosixFile:
     """Open a file that an image names; `Graph.close` closes the file.
 
     Raises:
-        BackingError: The file is missing or refused, or the chain is a loop.
+        BackingError: The file is missing or refused, or is one of ``taken``, so that the chain is a
+            loop.
     """
     file = limits.open_named(name, image)
     graph.opened.append(file)
-    if any(file.identity == other.identity for other in (*graph.files, *graph.extents)):
+    if any(file.identity == other.identity for other in taken):
         msg = f"{image.name}: backing file {file.name}: found a loop in the chain"
         raise BackingError(msg)
     return file
@@ -216,7 +220,7 @@ def _open_counted(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -
     Raises:
         BackingError: As for `_open`, or the chain is too long.
     """
-    file = _open(graph, name, image, limits)
+    file = _open(graph, name, image, limits, taken=(*graph.files, *graph.extents))
     if len(graph.files) >= _MAX_FILES:
         msg = (
             f"{image.name}: backing file {file.name}: found a chain of more than {_MAX_FILES} files"

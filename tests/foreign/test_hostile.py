@@ -236,6 +236,25 @@ def test_vmdk_parent_without_name(images: Path) -> None:
 
 
 @needs_landlock
+def test_vmdk_with_one_extent_twice(images: Path) -> None:
+    """An extent may be named twice, also by two names, as QEMU permits it; the image may not."""
+    content = os.urandom(65536)
+    (images / "x.raw").write_bytes(content)
+    (images / "link.raw").symlink_to("x.raw")
+    path = images / "twice.vmdk"
+    names = ("x.raw", "x.raw", "./x.raw", "link.raw")
+    text = DESCRIPTOR.partition("RW")[0] % ("ffffffff", "")
+    path.write_text(text + "".join(f'RW 128 FLAT "{name}" 0\n' for name in names), "utf-8")
+    assert qemu.content(path, image_format="vmdk") == content * len(names)
+    copy = images / "copy.raw"
+    assert qedimg("convert", "-O", "raw", str(path), str(copy)) == (0, "", "")
+    assert copy.read_bytes() == content * len(names)
+    copy.unlink()
+    path.write_text(text + 'RW 1 FLAT "./twice.vmdk" 0\n', "utf-8")
+    assert "found a loop in the chain" in refused(path, 17)
+
+
+@needs_landlock
 def test_vmdk_with_many_extents(images: Path) -> None:
     """A list of many extents is read, of which QEMU opens each, and a list of too many refused."""
     path = images / "split.vmdk"
