@@ -186,17 +186,18 @@ class Upload:
         """Return the store for an upload with the credentials of ``options``.
 
         Raises:
-            UnusableError: The variables configure no usable store.
+            UnusableError: The variables of the credentials file or of the environment configure no
+                usable store.
         """
-        slow = replace(options, attempt_seconds=_MAX_PART_SECONDS)
+        part_options = replace(options, attempt_seconds=_MAX_PART_SECONDS)
         # obstore repeats the requests for parts.  A single request is repeated by `_call_store`
         # instead, because obstore would also repeat a conditional put that the store does not
         # support.
         seconds = self._retry_seconds if self._is_in_parts else 0.0
-        return make_store(self._address, slow, retry_seconds=seconds, read_keys_again=True)
+        return make_store(self._address, part_options, retry_seconds=seconds, read_keys_again=True)
 
     def _warn_of_restart(self) -> None:
-        """Log that the credentials were refused, if parts were sent before."""
+        """Log that the store refused the credentials, if parts were sent before."""
         if self._is_in_parts and self._digests:
             # With refused credentials obstore cannot remove the parts, and reports no failure.
             _log.warning(
@@ -233,7 +234,7 @@ class Upload:
             raise RemoteError(msg, error.errno) from failure
 
     def _raise_with_parts(self, error: RemoteError | UsageError) -> NoReturn:
-        """Raise the error of a failed upload, and add whether the store may have parts.
+        """Raise the error of a failed upload; add to its message if the store may have parts.
 
         obstore has tried to remove the parts, but does not report whether they were removed.  If
         the store did not answer to the upload, it may not have answered to the removal either.
