@@ -163,8 +163,8 @@ async def _inspect(file: HostFile, header: Header, inspector: Inspector | None) 
 
     The tables must not be trusted if NEED_CHECK is set, or if the length of the file is not a
     multiple of the cluster size.  In the second case `FileLength.grow` would later cut off the
-    partial cluster at the end of the file, and data would be lost if a table entry refers to this
-    cluster.  If the tables may be trusted, this function does nothing.
+    partial cluster at the end of the file.  If a table entry refers to this cluster, data would be
+    lost.  If the tables may be trusted, this function does nothing.
 
     Raises:
         NeedsCheckError: The tables must not be trusted, and there is no inspector.

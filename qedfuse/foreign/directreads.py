@@ -37,8 +37,8 @@ class DirectReads:
     The first read that finds no connection starts a thread that makes all connections.  If a read
     fails, its connection is closed, and the caller repeats the read on the slow path.  If this was
     the last connection, the next read starts the thread again.  If the thread can make no
-    connection at all, or the host cannot start the thread, all reads take the slow path during a
-    pause, and the first read after the pause starts the thread again.
+    connection at all, or the host cannot start the thread, a pause begins.  During the pause all
+    reads take the slow path; the first read after the pause starts the thread again.
     """
 
     def __init__(self, server: QemuNbd, size: int, seconds: float) -> None:
@@ -69,8 +69,8 @@ class DirectReads:
     ) -> bool:
         """Start a read in a native thread; see `ReadableFile.try_start_read`.
 
-        Returns False if there are no native threads, no connection is free, the range does not lie
-        within the disk, or the view is empty or longer than `_MAX_READ_BYTES`.
+        Returns False if there are no native threads, if no connection is free, if the range does
+        not lie within the disk, or if the view is empty or longer than `_MAX_READ_BYTES`.
 
         Raises:
             OSError: No thread exists, and none could be created.  ``ended`` is not called.

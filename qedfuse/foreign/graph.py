@@ -44,9 +44,9 @@ class Limits:
 
     Attributes:
         open_named: Opens a file that an image names, or refuses the file.
-        any_file: Whether images may name any file.  If not, and if the kernel has no Landlock, an
-            image that names another file is refused, because nothing would confine QEMU to the
-            files that ``open_named`` has opened.
+        any_file: Whether images may name any file.  If False and the kernel has no Landlock, an
+            image that names another file is refused: nothing would confine QEMU to the files that
+            ``open_named`` has opened.
         lock: Whether QEMU locks the files.
         share: Whether to read files that another program has open for writing.
     """

@@ -47,8 +47,8 @@ class LocalReads:
     image's own file, which names the extents, keeps out programs that open the image.  If a lock is
     refused, the map stays empty.  If the file system has no locks, the map is made without them.
 
-    There is no map at all if locking is off, if no file or more than `MAX_FILES` files have data,
-    or if the host has no memory for a map.
+    There is no map at all if locking is off, if the number of files with data is 0 or more than
+    `MAX_FILES`, or if the host has no memory for a map.
     """
 
     def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:

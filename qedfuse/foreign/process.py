@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "qemu-nbd"
 
 READY_SECONDS: Final = 30.0
-"""Maximum time for which a new connection waits for each part of an answer of the program, which
+"""Maximum time for which a new connection waits for each part of the program's answer.  The program
 answers only after it has opened the image."""
 _END_SECONDS: Final = (2.0, 1.0, 0.5)
 """Maximum times in seconds for which `QemuNbd.close` waits for the end of the program: after its

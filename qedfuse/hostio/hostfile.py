@@ -202,8 +202,8 @@ class HostFile(ReadableFile, Protocol):
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
-        The ranges read as zeros afterwards.  If the host cannot punch holes, nothing happens
-        except that ``can_punch`` becomes False.
+        The ranges read as zeros afterwards.  If the host cannot punch holes, the file stays
+        unchanged, and ``can_punch`` becomes False.
         """
 
     async def reserve(self, offset: int, length: int) -> None:

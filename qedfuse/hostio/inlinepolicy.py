@@ -22,7 +22,8 @@ takes less time than a round trip to a worker thread."""
 MAX_SHORT_WRITE_BYTES: Final = 1 << 20
 """Maximum length of a write that can count as short.  A write of more than
 `ALWAYS_SHORT_WRITE_BYTES` counts as short only while such writes have lately been fast
-(`_INLINE_SECONDS`), because the kernel makes writers wait when memory is full of dirty pages."""
+(`_INLINE_SECONDS`).  They are slow while memory is full of dirty pages, because the kernel then
+makes writers wait."""
 _INLINE_SECONDS: Final = 1e-3
 """A datasync, or a write of more than `ALWAYS_SHORT_WRITE_BYTES`, counts as fast if it takes at
 most this time.  A datasync in a thread may take twice this time, because its time includes the
@@ -95,10 +96,12 @@ class InlinePolicy:
     def can_datasync_inline(self) -> bool:
         """Return whether the event loop can make a datasync itself now.
 
-        Returns True if the last datasyncs were fast (`_INLINE_SECONDS`), at most
-        `_MAX_INLINE_DATASYNC_BYTES` were written since the last datasync began, there is no
-        contention for the inode's lock, and no request waits for the event loop.  Returns False
-        until the first datasync has been recorded.
+        Returns True if all of these conditions are met:
+
+        - A datasync has been recorded, and the last ones were fast (`_INLINE_SECONDS`).
+        - At most `_MAX_INLINE_DATASYNC_BYTES` were written since the last datasync began.
+        - There is no contention for the inode's lock.
+        - No request waits for the event loop.
         """
         return (
             self._datasyncs.seconds > 0

@@ -1,7 +1,8 @@
 """Whether a call that changes a file would wait for the lock of the file's inode.
 
-During each call that changes a file the kernel holds this lock (``i_rwsem``), even while it
-throttles the calling thread because there are too many dirty pages.
+The kernel holds this lock (``i_rwsem``) during each call that changes a file.  When there are too
+many dirty pages, the kernel makes a writing thread pause (it *throttles* the thread), and holds the
+lock even during the pause.
 
 The event loop makes short writes itself, unless they might wait for this lock.
 `qedfuse.hostio.inlinepolicy.InlinePolicy` decides which writes are short.
@@ -48,8 +49,8 @@ class InodeLock:
     thread makes the change, even a short write.
 
     A short write in a thread counts as contention, so a second short write would have to go to a
-    thread as well, and several writers could keep each other in threads permanently.  Therefore, if
-    short writes are the only contention, another short write waits for their end
+    thread, too.  In this way several writers could keep each other in threads permanently.
+    Therefore, if short writes are the only contention, another short write waits for their end
     (`wait_for_short_writes`) and can then run inline.
 
     Attributes:

@@ -79,8 +79,8 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 def _base_of(path: str) -> tuple[str, bool]:
     """Return the name of an image's base, and whether the image's header says the base is raw.
 
-    The name is empty if the file is not a QED image, is a URL, cannot be read or has no base, or
-    if the name contains a NUL byte.  If the name is empty, the second value has no meaning.
+    The name is empty if the file is a URL, cannot be read, is not a QED image, has no base, or
+    stores a name with a NUL byte.  If the name is empty, the second value has no meaning.
     """
     if is_url(path):  # a URL is not opened here
         return "", True

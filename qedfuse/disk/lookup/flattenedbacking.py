@@ -1,9 +1,8 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
-Backing files do not change while the disk is open.  So for each slice of the top image's L2
-tables the lookups in all layers below are merged once, and later lookups take the same time
-however long the chain is.  The result is an array with one code for each cluster of the top
-image:
+Backing files do not change while the disk is open.  So all layers below the top image are merged
+once for each slice of the top image's L2 tables.  Later lookups in this slice take the same time
+however long the chain is.  The result is an array with one code for each cluster of the slice:
 
     MIXED                  the cluster must be looked up layer by layer in each read: it is not
                            one run in one layer, is bad, or may be stored in a base that has too

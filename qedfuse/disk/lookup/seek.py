@@ -42,9 +42,8 @@ async def next_data(chain: Chain, start: int) -> int | None:
 async def next_hole(chain: Chain, start: int) -> int:
     """Return the guest offset of the first hole at or past ``start``.
 
-    A hole is a range of zeros that is not stored as data.  The end of the disk counts as a hole,
-    so the result is the disk's size if no other hole follows, or if ``start`` is at or past the
-    end.
+    A hole is a range of zeros that is not stored as data.  The end of the disk counts as a hole.
+    So the result is the disk's size if no other hole follows, or if ``start`` is past the end.
 
     Raises:
         HostError: The host cannot read a file.

@@ -3,8 +3,8 @@
 A slice is *dirty* while it has changes that no write-back has taken, or that a write-back has
 taken and could not write.  It is *pinned* while a `Pins` block or a `WriteBack` uses it.
 A slice that is neither dirty nor pinned may be evicted by `TableCache` whenever a task awaits
-something.  So a task may change a slice only if it has pinned the slice, or if it has awaited
-nothing since it got the slice from the cache.
+something.  So a task must pin a slice before it changes the slice.  The task needs no pin if it has
+awaited nothing since it got the slice from the cache.
 """
 
 from __future__ import annotations

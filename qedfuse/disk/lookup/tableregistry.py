@@ -49,8 +49,8 @@ class TableRegistry:
         # they were recorded.  An interrupted resize can leave such entries.  If the disk has grown
         # since they were recorded, some of these entries may belong to the disk now.
         self._past_end: NDArray[np.int64] = np.empty(0, np.int64)
-        # If the image is open for writing, an entry that is read from the file is bad if it
-        # points past the end that the file had when the image was opened.  Entries that this
+        # The end of the file when the image was opened.  In an image that is open for writing, an
+        # entry that points past this end is bad when it is read from the file.  Entries that this
         # program adds may point past this end, and are never validated.
         self._end_at_open = file.size()
 
@@ -167,8 +167,8 @@ class TableRegistry:
         if level == L1:
             return EntryRules(EntryLimits.for_l1(self.header, end))
         limits = EntryLimits.for_l2(self.header, end)
-        # For reading only, a cluster that the end of the file cuts short is valid, because the
-        # bytes before the end can still be read.
+        # If the image is open for reading only, a cluster that the end of the file cuts short is
+        # valid: the bytes before the end can still be read.
         return EntryRules(limits, self.l2_tables, allow_cut_short=not self._file.writable)
 
     def explain(self, level: int, entry: str, value: int) -> str:

@@ -92,10 +92,10 @@ class Compaction:
         """Move the highest clusters and cut the file; return how many clusters were moved.
 
         The caller must ensure that no request is running.  Nothing is moved, and a warning is
-        logged, if the scan for free clusters has not succeeded, if the image is damaged, or if
-        the image has more than `_MAX_TABLES` tables.  If a corrupt table entry is found, the
-        compaction ends, an error is logged, and the image is marked as damaged.  Reaching a
-        limit is not an error.
+        logged, in three cases: the scan for free clusters has not succeeded, the image is damaged,
+        or the image has more than `_MAX_TABLES` tables.  If a corrupt table entry is found, the
+        compaction ends, an error is logged, and the image is marked as damaged.  Reaching a limit
+        is not an error.
 
         Args:
             progress: Called with the number of bytes that have been moved, and with the

@@ -130,8 +130,8 @@ class DiskShrinking:
         geometry = self._layer.geometry
         async with self._disk_size.lock:
             old = self._layer.size
-            # Zero the bytes past the new end in the new last cluster, because another program
-            # might later grow the disk without zeroing these bytes, and show them again.
+            # Zero the bytes past the new end in the new last cluster.  Otherwise the disk would
+            # show them again if another program grows the disk without zeroing them.
             rest = await first_in_use(self._layer, size, min(old, geometry.ceil(size)))
             if rest is not None:
                 await self._write_path.zero_range(rest.start, rest.end)

@@ -1,10 +1,10 @@
 """Moving clusters within the file: copy, change the entry, retire the old cluster.
 
-Each move is an ordinary change: the copy is written, a write-back cycle (`MetadataWriteback`)
-makes first the copy durable and then the entry that points to the copy, and the old cluster goes
-through the quarantine (`Quarantine`).  So the image is sound at any moment.  The caller must ensure
-that no request runs during a move, because a write in place does not check whether its cluster is
-being moved.
+Each move is an ordinary change.  After the copy has been written, a write-back cycle
+(`MetadataWriteback`) first makes the copy durable, and then the entry that points to the copy.  The
+old cluster goes through the quarantine (`Quarantine`).  So the image is sound at any moment.  The
+caller must ensure that no request runs during a move, because a write in place does not check
+whether its cluster is being moved.
 """
 
 from __future__ import annotations

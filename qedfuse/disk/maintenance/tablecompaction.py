@@ -44,8 +44,8 @@ class TableCompaction:
     async def list_tables(self) -> dict[int, int]:
         """Return a dictionary from the first cluster of each L2 table to its L1 index.
 
-        The caller must ensure that no slice is dirty, because the entries of a dirty slice
-        would be missed if the file still has a hole in place of the slice.
+        The caller must ensure that no slice is dirty.  In the file, a dirty slice can still be a
+        hole, and this method skips holes.
 
         Raises:
             HostError: The host refused.

@@ -104,8 +104,8 @@ class DirectReclaim:
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch (`Epochs`), because this method may wait until all
-        requests of the epoch have ended, and the caller would wait for itself.
+        The caller must not be in an epoch (`Epochs`).  This method may wait until all requests of
+        the epoch have ended, so the caller would wait for itself.
 
         Returns:
             True if clusters may have become free.  Then the caller should try again, even though

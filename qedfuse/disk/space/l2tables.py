@@ -28,9 +28,9 @@ async def holding_data(
 ) -> NDArray[np.bool_]:
     """Return for each table whether it holds data; if not, it is a hole of the host's file.
 
-    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The
-    host is queried at most once for each table that holds data, once for each gap between tables
-    if the gap holds data, and once more at the end.  Tables that are holes cost no queries.
+    ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The host is
+    queried at most once for each table that holds data, once for each gap between tables that
+    holds data, and once more at the end.  Tables that are holes cost no queries.
 
     Raises:
         HostError: The host refused.

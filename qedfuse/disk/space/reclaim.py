@@ -1,9 +1,10 @@
 """Reclaiming space: clusters leave the quarantine, and free space is returned to the host.
 
 `Flusher.flush` calls `Reclaim.run` after its write-back cycle.  `DirectReclaim` calls `run` for a
-request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.  `run`
-frees the clusters that may leave the quarantine, cuts off free clusters at the end of the file,
-and punches other free clusters out of the host's file, so that free clusters take up no space.
+request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.
+
+`run` frees the clusters that may leave the quarantine.  So that free clusters take up no space,
+`run` then cuts them off at the end of the file, and punches the others out of the host's file.
 """
 
 from __future__ import annotations
@@ -286,8 +287,8 @@ class Reclaim:
             if clusters is allocator.maybe_holes:
                 # Punch only the runs for which the host stores data: most clusters that the
                 # scan found are holes already.  The clusters of `unpunched` are punched
-                # without asking the host, because space that was reserved and never written
-                # to looks like a hole but takes up space.
+                # without asking the host.  Some of them may look like holes but take up space,
+                # because their space was reserved and never written to.
                 ranges = [run for run in ranges if await holds_data(self._file, *run)]
             if ranges:
                 await self._guard.prepare_write()

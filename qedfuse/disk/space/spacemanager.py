@@ -55,9 +55,9 @@ class SpaceManager:
     def try_allocate(self, clusters: int) -> Run | None:
         """Hand out ``clusters`` neighbouring clusters; return None if that would block or fails.
 
-        Returns None also if the file would grow although clusters are worth reclaiming first,
-        and if the chosen run has fewer clusters, even if a longer run is free.  After None,
-        nothing has been handed out.
+        Returns None in two further cases: the file would grow although clusters are worth
+        reclaiming first, or the chosen run has fewer clusters, even if a longer run is free.
+        After None, nothing has been handed out.
         """
         if not self._free.count and self._should_reclaim():
             return None
@@ -75,8 +75,8 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must not be in an epoch (`Epochs`), because this method may wait until all
-        requests of the epoch have ended, and the caller would wait for itself.
+        The caller must not be in an epoch (`Epochs`).  This method may wait until all requests of
+        the epoch have ended, so the caller would wait for itself.
 
         Raises:
             NoSpaceError: The file cannot grow any more.

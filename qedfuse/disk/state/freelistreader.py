@@ -204,8 +204,8 @@ class _Reader:
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
         """Validate that the runs ascend, do not touch, and end before the last cluster.
 
-        Also validates their total length, that none is empty, and that neither the header nor
-        the L1 table lies in any of them.
+        Also validates that their total length is right, that none is empty, and that none overlaps
+        the header or the L1 table.
 
         Raises:
             BadListError: One of these conditions is not met.

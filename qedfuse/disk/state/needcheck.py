@@ -100,9 +100,9 @@ class NeedCheck:
     async def clear(self) -> bool:
         """Make everything durable, then clear the bit; return whether the bit is clear now.
 
-        The bit stays set if the image is damaged, if a table is being changed or was changed during
-        the call, or if the disk has become read-only during the call.  The cleared bit has been
-        written but is not durable: the next flush makes it durable.
+        The bit stays set if the image is damaged, if a table has changed during the call or is
+        still being changed, or if the disk has become read-only.  The cleared bit has been written
+        but is not durable: the next flush makes it durable.
 
         Raises:
             QedError: The host refused; the bit is not cleared (D7).

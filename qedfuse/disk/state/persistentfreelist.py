@@ -16,7 +16,7 @@ cluster says where the list is.
                         list and descriptor -> datasync -> set the bit -> datasync
 
 If no table was changed, the list still contains exactly the free clusters, and no scan is needed.
-If there was a first write but no change of a table, because data was only overwritten in place, the
+If data was only overwritten in place, there was a first write but no change of a table.  Then the
 close writes the old descriptor back and sets the bit again.
 """
 

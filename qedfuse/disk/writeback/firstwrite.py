@@ -26,9 +26,8 @@ class FirstWriteGuard:
     """Prepares an image for its first modification, once.
 
     Attributes:
-        prepared: Whether the image may be modified without further preparation, either because
-            its header made no claim when the image was opened, or because `prepare_write` has
-            withdrawn all claims.
+        prepared: Whether the image may be modified without further preparation.  True from the
+            start if the image's header makes no claim; otherwise `prepare_write` sets it to True.
     """
 
     def __init__(

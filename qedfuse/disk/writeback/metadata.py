@@ -161,11 +161,14 @@ class MetadataWriteback:
         """Make everything written so far durable without waiting; return whether that succeeded.
 
         Returns True if a cycle in the event loop suffices and succeeds, or if nothing was written
-        since the last successful cycle began.  Returns False if more than `_MAX_INLINE_SLICES`
-        slices or a part of the L1 table must be written, if a cycle is running or waiting, if a
-        datasync might take long, or if the host refuses; a datasync that fails makes the disk
-        read-only.  After False the caller must use `write_back`, which raises the host's error, if
-        any.
+        since the last successful cycle began.  Returns False in these cases:
+
+        - More than `_MAX_INLINE_SLICES` slices, or a part of the L1 table, must be written.
+        - A cycle is running or waiting.
+        - A datasync might take long, or the host refuses.  A datasync that fails makes the disk
+          read-only.
+
+        After False the caller must use `write_back`, which raises the host's error, if any.
         """
         if (
             self.failure is not None
@@ -247,8 +250,8 @@ class MetadataWriteback:
                 mine.done.set()
                 return
             self._running = mine
-            # The cycle is finished even if this task is cancelled, because other callers wait
-            # for the cycle, and a cycle that stopped half-way would leave slices pinned.
+            # The cycle is finished even if this task is cancelled.  Other callers wait for the
+            # cycle, and a cycle that stopped half-way would leave slices pinned.
             with trio.CancelScope(shield=True):
                 try:
                     await self._cycle()
