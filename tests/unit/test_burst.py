@@ -344,3 +344,21 @@ def test_the_requests_of_bursts_are_received_into_a_huge_page() -> None:
             assert made.wire.memory % HUGE_PAGE == 0
             if Path("/sys/kernel/mm/transparent_hugepage").exists():
                 assert may_be_huge(made.wire.memory)
+
+
+def test_a_session_does_not_use_the_memory_of_the_last_one() -> None:
+    """The memory of a session that was not ended may be too short for the writes of the next."""
+    assert extraops._extension is not None
+    last = Wire()
+    try:
+        extraops._extension.set_handler(lambda request, *_: request.offset(9))
+        last.queue(LSEEK, LSEEK_BODY)
+        last.send(LSEEK, LSEEK_BODY)
+        assert last.memory % HUGE_PAGE, "libfuse allocates it, because no init was replaced"
+        with session_of(Session()) as made:
+            extraops._extension.set_handler(lambda request, *_: request.offset(9))
+            made.wire.queue(LSEEK, LSEEK_BODY)
+            made.wire.send(LSEEK, LSEEK_BODY)
+            assert made.wire.memory % HUGE_PAGE == 0
+    finally:
+        last.close()

@@ -74,8 +74,17 @@ static int64_t polled_nanoseconds; /* duration of the last poll, if no request h
 static int is_interposed;  /* whether pyfuse3 calls receive_request(), which hides EAGAIN */
 static int is_nonblocking; /* whether reads of the session's device do not block */
 
+/* Frees the memory for requests. */
+static void free_request_memory(void)
+{
+    free(buffer.mem);
+    buffer = (struct fuse_buf){0};
+}
+
 void begin_bursts(void *made)
 {
+    /* If the last session was not ended, its memory may be too short for this one. */
+    free_request_memory();
     session = made;
     is_interposed = is_nonblocking = 0;
     poll_budget = polled_nanoseconds = 0;
@@ -87,8 +96,7 @@ void end_bursts(void)
     taken = 0;
     poll_budget = polled_nanoseconds = 0;
     Py_CLEAR(has_finished);
-    free(buffer.mem);
-    buffer = (struct fuse_buf){0};
+    free_request_memory();
 }
 
 void reserve_request_memory(size_t max_write)
