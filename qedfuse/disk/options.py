@@ -66,8 +66,8 @@ class OpenOptions:
         backing: Which backing files may be used.
         remote: How URLs are read, and which URLs an image may name as its backing file.
         cache_bytes: Maximum memory in bytes for tables, shared by all images of the chain.
-            Parts of tables that are in use, or whose changes are not in the file yet, stay in
-            memory even if they exceed the maximum.
+            Parts of tables stay in memory even above the maximum while they are in use, or while
+            their changes are not in the file yet.
         commit_seconds: Seconds from a change until a background flush begins, which makes
             the change durable.
         needcheck_seconds: Seconds without a change of the tables after which NEED_CHECK is

@@ -6,8 +6,8 @@ number of the image.  If the number differs from that of the present image, the 
 earlier image of the same name, and is ignored.  On a file system that keeps no inode numbers (FAT)
 the number is 0, and only the content of the record can show this.
 
-A file that has the name of the hidden file is replaced or removed only if its magic and its
-checksum show that it is a record.
+Another file could have the name of the hidden file.  So a file with this name is replaced or
+removed only if its magic and its checksum show that it is a record.
 """
 
 from __future__ import annotations

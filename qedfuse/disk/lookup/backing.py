@@ -1,11 +1,11 @@
 """Opening the backing files of an image, as far as the policy for them allows.
 
-An untrusted image can name, as its backing file, any file that the user can read, and the guest
-would see the content of that file.  So by default a base must lie inside the directory of the image
+An untrusted image can name any file as its backing file.  The guest would see the content of that
+file if the user can read it.  So by default a base must lie inside the directory of the image
 that names the base.  The user can name a base elsewhere, allow further directories, or allow all
-files.  For a local base the policy is applied to the file that was opened and not to its name, so
-that symbolic links and renames cannot evade the policy.  A URL is allowed or refused by its name,
-before a connection is made.  ``backing=none`` refuses every base before it is opened.
+files.  For a local base the policy is applied to the open file, not to its name.  So symbolic links
+and renames cannot evade the policy.  A URL is allowed or refused by its name, before a connection
+is made.  ``backing=none`` refuses every base before it is opened.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ async def open_bases(
 
     Raises:
         BackingError: A base is missing or refused, has a format that the policy does not allow, or
-            is not of the version that an image remembers (`rememberedbase`).  Or the chain is a
-            loop or too long.
+            has another version than an image remembers (`rememberedbase`).  Or the chain is a loop
+            or too long.
         RemoteError: The server of a base cannot be reached, or does not serve the base.
         ImageError: A QED base is invalid or corrupt, or uses features that this version does not
             know.

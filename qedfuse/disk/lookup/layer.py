@@ -290,8 +290,8 @@ class QedLayer:
         """Yield the extents of a guest range whose data begins at ``file_offset`` in the file.
 
         If the image is open for reading only, the part of the data past the end of the file is
-        a bad extent.  In an image that is open for writing, entries that were read from the
-        file are bad already if their clusters reach past its end (`TableRegistry.find_bad`).
+        a bad extent.  If the image is open for writing, this check is not needed: an entry whose
+        cluster reaches past the end was found bad when it was read (`TableRegistry.find_bad`).
         """
         length = stop - start
         if not self.file.writable:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _FIRST_LOOKUP_BYTES: Final = 1 << 20
 """Maximum length of the first lookup of a search; the maximum doubles with each further lookup.
 
-The result is mostly near the start of the search.  So the first lookup, which is short and returns
-few extents, mostly finds the result.
+The result is mostly near the start of the search.  So in most cases the first lookup finds it, and
+returns only few extents, because the lookup is short.
 """
 
 

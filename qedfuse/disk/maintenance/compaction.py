@@ -10,8 +10,8 @@ target is raised until at most this number is in use past the target.
 
 The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
 at the end of the file.  A compaction can end early, because its time is over or because it
-was stopped.  Even then the moves so far usually let the file become shorter, because the highest
-clusters move first.
+was stopped.  Even then the file usually becomes shorter, because the highest clusters have moved
+first.
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """

@@ -146,8 +146,8 @@ class TableCompaction:
         first = allocator.anchor
         last = first + len(tables) * size
         end, bound = allocator.end >> self._bits, allocator.bound >> self._bits
-        # In the worst case the file grows by all data clusters that are in the way, and by a
-        # table that moves to the end of the file.
+        # In the worst case all data clusters that are in the way, and then one table, move to the
+        # end of the file.
         fits = end + (last - first) + size <= bound
         # In the worst case every table moves, and every cluster of the slots holds data that has
         # to give way.  A table that overlaps a slot moves twice, which costs ``size`` more moves.

@@ -203,8 +203,7 @@ class Reclaim:
         ended, or if the scan has failed.
 
         If the host refuses to cut or to punch, the file takes up more space than necessary,
-        and nothing else is wrong.  So a HostError is logged, only the first time, and not
-        raised.
+        and nothing else is wrong.  So a HostError is not raised, and only the first one is logged.
 
         Raises:
             ReadOnlyError: Space could be returned to the host, but the disk has become read-only.

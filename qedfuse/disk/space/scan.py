@@ -1,8 +1,8 @@
 """Finding the free clusters of a file: those to which neither a table nor the header refers.
 
 After an image was opened for writing, the scan walks once over all its L2 tables, in the
-background.  It finds the clusters that were free when the image was last closed, and those
-that a crash of this or another program leaked.  Requests change the tables during the walk;
+background.  It finds the clusters that were free when the image was last closed, and the
+clusters that a crash has leaked.  Requests change the tables during the walk;
 `Marking` describes why the result is correct nevertheless.
 
 If the image has a valid free list, the scan is postponed until a table is about to change.

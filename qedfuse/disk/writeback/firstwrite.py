@@ -67,8 +67,8 @@ class FirstWriteGuard:
                 # All writers wait for the lock while the first writer withdraws the claims.
                 # Not even data may change before the claims are durably withdrawn, because
                 # power may fail at any time after the change.  After such a failure the free list
-                # must be invalid, and an autoclear bit must not claim that only programs that
-                # know the bit have changed the image.
+                # must be invalid.  An unknown autoclear bit must be clear: if set, it would claim
+                # that only programs that know the bit have changed the image.
                 if not self.prepared:
                     await self._header_store.change(
                         lambda header: header.without_stale_autoclear().with_free_list(value=False)

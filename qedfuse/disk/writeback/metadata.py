@@ -74,7 +74,7 @@ class _Cycle:
     def __init__(self) -> None:
         self.done = trio.Event()
         # `error` is not None until the cycle has succeeded.  So if an unforeseen exception ends the
-        # cycle, the callers that wait for it get an error, and do not assume that it has succeeded.
+        # cycle, all callers that wait for the cycle get an error.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
