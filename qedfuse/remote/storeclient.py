@@ -6,7 +6,6 @@ made after the mount has become a daemon.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from qedfuse.remote.client import (
     Version,
     settled_version,
 )
-from qedfuse.remote.storeerrors import ERRORS, translated
+from qedfuse.remote.storeerrors import translating
 from qedfuse.remote.storesettings import make_store
 
 if TYPE_CHECKING:
@@ -63,11 +62,11 @@ class StoreClient:
         """
         options: GetOptions = {"head": True}
         try:
-            return version_of(self._get(options).meta), None
+            return self._version(self._get(options)), None
         except (MissingError, RefusedError, UnusableError):
             # The response to a HEAD has no body.  A GET is sent, because the body of its response
             # names what is missing or refused.
-            return version_of(self._get({"range": (0, 1)}).meta), None
+            return self._version(self._get({"range": (0, 1)})), None
 
     def get(
         self,
@@ -84,7 +83,7 @@ class StoreClient:
             options["if_unmodified_since"] = datetime.fromtimestamp(version.modified, UTC)
         result = self._get(options)
         # The server may ignore the condition, so the version in the response is compared as well.
-        if not version_of(result.meta).is_same(version):
+        if not self._version(result).is_same(version):
             raise ChangedError
         if len(lengths) > 1:
             yield from _cut(self._blocks(result, lengths[0]), lengths)
@@ -109,6 +108,11 @@ class StoreClient:
             if block is None:
                 return
             yield memoryview(block)
+
+    def _version(self, result: GetResult) -> Version:
+        """Return the version of the object of a response."""
+        with translating(self._store.hint):
+            return version_of(result.meta)
 
     def renew(self) -> None:
         """Configure the store again, with the present credentials.
@@ -152,25 +156,6 @@ def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffe
             msg += f"expected {sum(lengths)}"
             raise AttemptError(msg)
         yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-@contextmanager
-def translating(hint: str) -> Iterator[None]:
-    """Replace obstore's exceptions in the ``with`` block by those of `qedfuse.remote.client`.
-
-    Args:
-        hint: See `Store.hint`.
-    """
-    try:
-        yield
-    except ERRORS as error:
-        raise translated(error, hint) from error
-    except BaseException as error:
-        # obstore has no importable name for the exception of a panic.
-        if type(error).__name__ == "PanicException":
-            msg = "found an error inside obstore, expected none (its text is on standard error)"
-            raise UnusableError(msg) from None
-        raise
 
 
 def version_of(meta: ObjectMeta) -> Version:

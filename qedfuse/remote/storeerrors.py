@@ -7,8 +7,9 @@ and the response of the server.  So only known parts of these texts are shown.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from obstore.exceptions import (
     BaseError,
@@ -28,8 +29,11 @@ from qedfuse.remote.client import (
 )
 from qedfuse.text import printable
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
-"""The exceptions of obstore's functions."""
+"""The exceptions of obstore's functions, except that of a panic (`panics_translated`)."""
 
 _STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
@@ -51,6 +55,33 @@ _RETRIED: Final = (
 )
 _EXPIRED: Final = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 """Codes with which S3 refuses credentials, although the status is 400."""
+
+
+@contextmanager
+def panics_translated() -> Iterator[None]:
+    """Replace the exception of a panic inside obstore, in the ``with`` block, by UnusableError."""
+    try:
+        yield
+    except BaseException as error:
+        # obstore has no importable name for this exception, which is no subclass of Exception.
+        if type(error).__name__ == "PanicException":
+            msg = "found an error inside obstore, expected none (its text is on standard error)"
+            raise UnusableError(msg) from None
+        raise
+
+
+@contextmanager
+def translating(hint: str) -> Iterator[None]:
+    """Replace obstore's exceptions in the ``with`` block by those of `qedfuse.remote.client`.
+
+    Args:
+        hint: See `Store.hint`.
+    """
+    try:
+        with panics_translated():
+            yield
+    except ERRORS as error:
+        raise translated(error, hint) from error
 
 
 def translated(error: Exception, hint: str = "") -> Exception:

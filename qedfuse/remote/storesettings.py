@@ -23,7 +23,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from qedfuse.remote.client import UnusableError
-from qedfuse.remote.storeerrors import translated
+from qedfuse.remote.storeerrors import panics_translated, translated
 from qedfuse.remote.storevariables import (
     AZURE_VARIABLES,
     CONTAINER_VARIABLES,
@@ -141,25 +141,26 @@ def make_store(
     endpoint = find_endpoint(variables, ENDPOINT_VARIABLES[address.scheme], options)
     common["client_options"]["allow_http"] = bool(endpoint and endpoint.startswith("http://"))
     try:
-        if address.scheme == "s3":
-            if endpoint is not None:
-                # obstore prefers this name to all others, so no variable can replace the value.
-                common["aws_endpoint_url_s3"] = endpoint
-            common["region"] = variables.first(REGION_VARIABLES) or "us-east-1"
-            has_credentials = _add_s3_identity(
-                variables,
-                common,
-                is_amazon=endpoint is None,
-                renewed=options.renewed if read_keys_again else None,
-            )
-            handle: ObjectStore = S3Store(address.host, config=config, **common)
-        elif address.scheme == "gs":
-            has_credentials = _add_identity("gs", variables, GOOGLE_VARIABLES, common)
-            check_google_files(variables)
-            handle = GCSStore(address.host, config=config, **common)
-        else:
-            has_credentials = _add_identity("az", variables, AZURE_VARIABLES, common)
-            handle = AzureStore(address.host, config=config, **common)
+        with panics_translated():
+            if address.scheme == "s3":
+                if endpoint is not None:
+                    # obstore prefers this name to all others, so no variable can replace the value.
+                    common["aws_endpoint_url_s3"] = endpoint
+                common["region"] = variables.first(REGION_VARIABLES) or "us-east-1"
+                has_credentials = _add_s3_identity(
+                    variables,
+                    common,
+                    is_amazon=endpoint is None,
+                    renewed=options.renewed if read_keys_again else None,
+                )
+                handle: ObjectStore = S3Store(address.host, config=config, **common)
+            elif address.scheme == "gs":
+                has_credentials = _add_identity("gs", variables, GOOGLE_VARIABLES, common)
+                check_google_files(variables)
+                handle = GCSStore(address.host, config=config, **common)
+            else:
+                has_credentials = _add_identity("az", variables, AZURE_VARIABLES, common)
+                handle = AzureStore(address.host, config=config, **common)
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
     hint = "" if has_credentials else _HINTS[address.scheme]

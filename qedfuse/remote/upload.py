@@ -14,10 +14,15 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.errors import HostError, RemoteError, UsageError
-from qedfuse.remote.client import AttemptError, RefusedError
+from qedfuse.remote.client import AttemptError, RefusedError, UnusableError
 from qedfuse.remote.object import retry
-from qedfuse.remote.storeclient import translating
-from qedfuse.remote.storeerrors import ERRORS, code_of, translated
+from qedfuse.remote.storeerrors import (
+    ERRORS,
+    code_of,
+    panics_translated,
+    translated,
+    translating,
+)
 from qedfuse.remote.storesettings import Store, make_store
 from qedfuse.remote.uploadcheck import DifferentError, StoppedError, UploadCheck
 from qedfuse.util.threads import start_thread
@@ -286,7 +291,8 @@ class Upload:
             self._is_read_to_end = True
             if not self._overwrite:
                 try:
-                    return self._put_short(store, block, "create")
+                    with panics_translated():
+                        return self._put_short(store, block, "create")
                 except AlreadyExistsError:
                     raise self._exists() from None
                 except ERRORS as error:
@@ -390,10 +396,11 @@ class Upload:
             if not etag:
                 return
             if self._check.open().version.etag == etag:
-                obstore.delete(store.handle, self._address.key)
+                with panics_translated():
+                    obstore.delete(store.handle, self._address.key)
         except RemoteError as error:
             self._may_remain = error.errno != errno.ENOENT
-        except ERRORS:
+        except (*ERRORS, UnusableError):
             pass
         else:
             self._may_remain = False
@@ -435,14 +442,14 @@ def _in_thread(call: Callable[[], object], name: str) -> None:
 
     Raises:
         HostError: The host cannot start a thread.
-        Exception: ``call`` has raised it.
+        BaseException: ``call`` has raised it.
     """
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def work() -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001  raised below
+        except BaseException as error:  # noqa: BLE001  raised below
             failures.append(error)
 
     # A daemon, because the process may end while the store does not answer.

@@ -503,6 +503,48 @@ def test_object_with_other_bytes_is_deleted(
     assert parts(store, "damaged.qed") == []
 
 
+class PanicException(BaseException):
+    """Stands for the exception of a panic inside obstore."""
+
+
+def panic(*_: object, **__: object) -> NoReturn:
+    """Raise the exception of a panic."""
+    raise PanicException
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("size", [MIB, 20 * MIB])
+@pytest.mark.parametrize("at", ["obstore.put", "qedfuse.remote.storesettings.S3Store"])
+def test_panic_of_the_library(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    size: int,
+    at: str,
+) -> None:
+    """A panic inside obstore while content is sent, or a store is made, is an error of one line."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(size))
+    monkeypatch.setattr(at, panic)
+    text = failed(capsys, path, f"s3://golden/panic-{size}", code=22)
+    assert "found an error inside obstore, expected none" in text
+
+
+def test_panic_at_a_deletion(
+    store: Swift,
+    image: Path,
+    damaging: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A panic inside obstore while an object is deleted does not hide why it is deleted."""
+    monkeypatch.setattr(obstore, "delete", panic)
+    text = failed(capsys, image, "s3://golden/undeleted.qed", code=22)
+    assert "found other bytes stored at 0, expected the content of the file" in text
+    assert damaging == ["undeleted.qed"]
+    assert "undeleted.qed" in store.keys("golden")
+
+
 def lose_answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[str]:
     """Let the first upload succeed and then raise; the list has its key.
 
