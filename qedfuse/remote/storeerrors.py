@@ -63,7 +63,7 @@ def panics_translated() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # obstore has no importable name for this exception, which is no subclass of Exception.
+        # obstore has no importable name for this exception, which is not a subclass of Exception.
         if type(error).__name__ == "PanicException":
             msg = "found an error inside obstore, expected none (its text is on standard error)"
             raise UnusableError(msg) from None

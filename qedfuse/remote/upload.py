@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import hashlib
 import logging
@@ -67,6 +68,17 @@ class Content(Protocol):
         """
 
 
+class Remains(enum.Enum):
+    """What an upload that has ended without a result has left in the store."""
+
+    NOTHING = enum.auto()
+    """Nothing, as far as the upload knows: obstore does not report whether parts were removed."""
+    UNKNOWN = enum.auto()
+    """The object, parts of it, or nothing: the store did not confirm the removal."""
+    OBJECT = enum.auto()
+    """The complete object."""
+
+
 @dataclass(frozen=True, slots=True)
 class Uploaded:
     """The result of an upload.
@@ -127,12 +139,12 @@ class Upload:
         )
         self._is_read_to_end = False  # if true, the store may have made the object
         self._has_begun = False
-        self._may_remain = False
+        self._remains = Remains.NOTHING
 
     @property
-    def may_remain(self) -> bool:
-        """Whether `run` had to delete the object, but the store has not confirmed the deletion."""
-        return self._may_remain
+    def remains(self) -> Remains:
+        """What the store has after the end of `run`: `Remains.OBJECT` after a success."""
+        return self._remains
 
     @property
     def steps(self) -> int:
@@ -148,7 +160,11 @@ class Upload:
         return self._has_begun
 
     def stop(self) -> None:
-        """Make `run` end soon with `StoppedError`, which says what `run` removes from the store."""
+        """Make `run` end soon with `StoppedError`, or with its result if it has nearly ended.
+
+        `run` removes what it has stored, except in two cases: the store does not answer, or the
+        object is complete and was allowed to replace another one.  See `remains`.
+        """
         self._stopped.set()
 
     def run(self) -> Uploaded:
@@ -177,8 +193,10 @@ class Upload:
             if not self._is_read_to_end:
                 self._raise_with_parts(error)
             self._verify_after_failure(store, error)
+            self._remains = Remains.OBJECT
             return Uploaded(self._size, "")
         self._compare_or_delete(store, result["e_tag"] or "")
+        self._remains = Remains.OBJECT
         return Uploaded(self._size, result["version"] or "")
 
     def _report(self, done: int, total: int) -> None:
@@ -229,12 +247,15 @@ class Upload:
         except DifferentError:
             raise error from None
         except StoppedError:
-            if not self._overwrite:
+            if self._overwrite:
+                self._remains = Remains.UNKNOWN
+            else:
                 self._delete_equal(store)
             raise
         except RemoteError as failure:
             if failure.errno == errno.ENOENT:
                 self._raise_with_parts(error)
+            self._remains = Remains.UNKNOWN
             msg = f"{error}; the store did not answer whether it has the object nevertheless"
             raise RemoteError(msg, error.errno) from failure
 
@@ -247,6 +268,7 @@ class Upload:
         cause = error.__cause__
         is_unanswered = isinstance(cause, AttemptError) and not isinstance(cause, RefusedError)
         if is_unanswered and self._is_in_parts and self._digests:
+            self._remains = Remains.UNKNOWN
             msg = f"{error}{MAY_REMAIN}"
             raise RemoteError(msg) from error
         raise error
@@ -255,22 +277,29 @@ class Upload:
         """Compare the stored object with the content; delete the object if it differs.
 
         Raises:
-            RemoteError: The object differs, or the store does not answer.
+            RemoteError: The object differs, or the store does not answer.  The message says whether
+                the object is left.
             StoppedError: `stop` was called.  If the upload must not replace an object, the stored
                 object is deleted first.
         """
         try:
             self._check.compare(etag)
-        except DifferentError:
+        except DifferentError as error:
             self._delete(store, etag)
-            raise
+            if self._remains is Remains.NOTHING:
+                raise
+            msg = f"{error}{MAY_REMAIN}"
+            raise DifferentError(msg) from error
         except StoppedError:
-            if not self._overwrite:
+            if self._overwrite:
+                self._remains = Remains.OBJECT
+            else:
                 self._delete(store, etag)
             raise
         except RemoteError as error:
             if error.errno == errno.ENOENT:
                 raise
+            self._remains = Remains.OBJECT
             msg = f"{error}; the object is stored, but was not compared with the file"
             raise RemoteError(msg, error.errno) from error
 
@@ -388,10 +417,10 @@ class Upload:
     def _delete(self, store: Store, etag: str) -> None:
         """Delete the object if its entity tag is ``etag``.
 
-        Another tag means that another program has stored the object.  Sets `may_remain` if
-        ``etag`` is empty, or if the store does not answer or refuses.
+        Another tag means that another program has stored the object.  `remains` is UNKNOWN
+        afterwards if ``etag`` is empty, or if the store does not answer or refuses.
         """
-        self._may_remain = True
+        self._remains = Remains.UNKNOWN
         try:
             if not etag:
                 return
@@ -399,24 +428,26 @@ class Upload:
                 with panics_translated():
                     obstore.delete(store.handle, self._address.key)
         except RemoteError as error:
-            self._may_remain = error.errno != errno.ENOENT
+            if error.errno == errno.ENOENT:
+                self._remains = Remains.NOTHING
         except (*ERRORS, UnusableError):
             pass
         else:
-            self._may_remain = False
+            self._remains = Remains.NOTHING
 
     def _delete_equal(self, store: Store) -> None:
         """Delete the object if it has the content of the upload, even after `stop`.
 
         Without the response of the store, only a comparison shows that this upload has stored the
-        object.  Sets `may_remain` if the store does not answer or refuses.
+        object.  `remains` is UNKNOWN afterwards if the store does not answer or refuses.
         """
         try:
             etag = self._check.compare("", is_stoppable=False)
         except DifferentError:
             return
         except RemoteError as error:
-            self._may_remain = error.errno != errno.ENOENT
+            if error.errno != errno.ENOENT:
+                self._remains = Remains.UNKNOWN
             return
         self._delete(store, etag)
 

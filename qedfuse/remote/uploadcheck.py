@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 class StoppedError(Exception):
-    """The upload was stopped.
-
-    The upload has removed what it had stored, except in two cases: the store did not answer, or the
-    upload was complete before the stop and was allowed to replace an object.
-    """
+    """The upload was stopped; `Upload.remains` is what it has left in the store."""
 
 
 class DifferentError(RemoteError):
@@ -82,7 +78,8 @@ class UploadCheck:
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
-            is_stoppable: Whether to raise StoppedError when ``stopped`` is set.
+            is_stoppable: Whether to raise StoppedError when ``stopped`` is set, also if it is set
+                during the comparison.
 
         Raises:
             DifferentError: The object differs.
@@ -101,6 +98,8 @@ class UploadCheck:
             raise DifferentError(msg)
         if found.etag.strip('"') not in self._expected_etags():
             self._compare_content(source, is_stoppable=is_stoppable)
+        if is_stoppable and self._stopped.is_set():
+            raise StoppedError
         return found.etag
 
     def _expected_etags(self) -> tuple[str, str]:

@@ -24,10 +24,11 @@ from qedfuse.errors import HostError, ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.options import Deadlines, RemoteOptions
-from qedfuse.remote.upload import Upload, _in_thread, part_bytes
+from qedfuse.remote.upload import Upload, Uploaded, _in_thread, part_bytes
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
 from qedfuse.remote.uploadwatch import watch_store
 from qedfuse.tools.copying.publish import publish
+from qedfuse.util.threads import run_in_thread
 from tests.support import chains, programs, qemu
 from tests.support.mounted import qedfuse
 from tests.support.refusedcalls import CLONE3, run_without
@@ -258,7 +259,7 @@ def test_store_that_refuses(
     assert "refused: found HTTP status 403" in failed(capsys, image, "s3://golden/x", code=22)
 
 
-@pytest.mark.expect_log("removing what was stored, for at most 15 s")
+@pytest.mark.expect_log("stopping the upload, for at most 15 s")
 @pytest.mark.parametrize("at", ["first", "last"])
 async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: str) -> None:
     """A publish that is cancelled, early or late, leaves no object."""
@@ -279,8 +280,8 @@ async def test_cancelled_upload_leaves_nothing(store: Swift, image: Path, at: st
     assert parts(store, key) == []
 
 
-@pytest.mark.expect_log("removing what was stored")
-@pytest.mark.expect_log("the store may still have the object: no answer to its deletion")
+@pytest.mark.expect_log("stopping the upload")
+@pytest.mark.expect_log("found no answer to the removal; the store may still have the object")
 async def test_a_deletion_without_answer_is_logged(
     store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,7 +306,98 @@ async def test_a_deletion_without_answer_is_logged(
     assert scope.cancelled_caught
     assert "stays.qed" in store.keys("golden")
     _, line = caplog.messages
-    assert line.startswith("s3://golden/stays.qed: the store may still have the object: ")
+    assert line.startswith("s3://golden/stays.qed: found no answer to the removal; the store may ")
+
+
+STAYS = "the upload was complete, so the object stays in the store"
+
+
+@pytest.mark.expect_log("stopping the upload")
+@pytest.mark.parametrize(
+    ("at", "overwrite"),
+    [
+        ("comparison", False),
+        ("end of the comparison", False),
+        *(
+            pytest.param(at, overwrite, marks=pytest.mark.expect_log(STAYS))
+            for at, overwrite in (
+                *(("comparison", True), ("end of the comparison", True)),
+                *(("end", True), ("end", False)),
+            )
+        ),
+    ],
+)
+async def test_cancelled_when_the_object_is_complete(
+    store: Swift,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at: str,
+    *,
+    overwrite: bool,
+) -> None:
+    """A complete object is deleted or stays; a line says that it stays, and only then."""
+    key = f"late-{at.replace(' ', '-')}-{overwrite}.qed"
+    compare, run = UploadCheck.compare, Upload.run
+    token = trio.lowlevel.current_trio_token()
+    scope = trio.CancelScope()
+
+    def cancel(stopped: threading.Event) -> None:
+        token.run_sync_soon(scope.cancel)
+        assert stopped.wait(30)
+
+    def open_stored(check: UploadCheck) -> RemoteObject:
+        found = open_object(check)
+        if at == "end of the comparison":  # of this small object nothing else is compared
+            cancel(check._stopped)
+        return found
+
+    def compared(check: UploadCheck, etag: str) -> str:
+        if at == "comparison":
+            cancel(check._stopped)
+        monkeypatch.setattr(UploadCheck, "open", open_stored)
+        try:
+            return compare(check, etag)
+        finally:
+            monkeypatch.setattr(UploadCheck, "open", open_object)
+
+    def ran(upload: Upload) -> Uploaded:
+        result = run(upload)
+        if at == "end":
+            cancel(upload._stopped)
+        return result
+
+    open_object = UploadCheck.open
+    monkeypatch.setattr(UploadCheck, "compare", compared)
+    monkeypatch.setattr(Upload, "run", ran)
+    with scope:
+        await publish(str(image), f"s3://golden/{key}", overwrite=overwrite)
+    assert scope.cancelled_caught
+    stays = overwrite or at == "end"
+    assert (key in store.keys("golden")) is stays
+    lines = [line.removeprefix(f"s3://golden/{key}: ") for line in caplog.messages]
+    assert lines[0] == "stopping the upload, for at most 15 s"
+    assert lines[1:] == [STAYS] * stays
+
+
+@pytest.mark.expect_log(STAYS)
+async def test_cancelled_after_the_end_of_the_thread(
+    store: Swift, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation that arrives when the result is there is reported like one just before."""
+    scope = trio.CancelScope()
+
+    async def late(*arguments: Any, **options: Any) -> object:  # noqa: ANN401  as in trio
+        result = await run_in_thread(*arguments, **options)
+        if "late.qed" in store.keys("golden"):
+            scope.cancel()
+        return result
+
+    monkeypatch.setattr("qedfuse.tools.copying.publish.run_in_thread", late)
+    with scope:
+        await publish(str(image), "s3://golden/late.qed")
+    assert scope.cancelled_caught
+    assert "late.qed" in store.keys("golden")
 
 
 async def test_cancelled_before_anything_is_sent(
@@ -540,7 +632,10 @@ def test_panic_at_a_deletion(
     """A panic inside obstore while an object is deleted does not hide why it is deleted."""
     monkeypatch.setattr(obstore, "delete", panic)
     text = failed(capsys, image, "s3://golden/undeleted.qed", code=22)
-    assert "found other bytes stored at 0, expected the content of the file" in text
+    assert text.endswith(
+        ": found other bytes stored at 0, expected the content of the file; the store may still "
+        "have the object or parts of it\n"
+    )
     assert damaging == ["undeleted.qed"]
     assert "undeleted.qed" in store.keys("golden")
 

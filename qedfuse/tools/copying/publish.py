@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 15.0
-"""Maximum time that a cancelled task waits for its upload to remove what the upload has stored."""
+"""Maximum time that a cancelled task waits until its upload has removed what it has stored."""
 _FLATTENED_NAME: Final = "flattened.qed"
 _TEMPORARY_DIRECTORY: Final = "/var/tmp"  # noqa: S108  for large files; TMPDIR names another one
 
@@ -80,10 +80,11 @@ async def publish(
 
     - The store stops answering.  The message of the error says that the store may still have the
       object or parts of it.
-    - The call is cancelled, and the removal of what it has stored takes more than `_STOP_SECONDS`.
-      A warning is logged if anything may be left.
-    - The call is cancelled with ``overwrite`` when the object is complete.  The object stays,
-      because the replaced object cannot be restored.
+    - The call is cancelled, and the removal of what it has stored takes more than `_STOP_SECONDS`
+      or is not confirmed.  A warning is logged.
+    - The call is cancelled when the object is complete, and the comparison has ended, or
+      ``overwrite`` is set: the replaced object cannot be restored.  A warning says that the object
+      stays.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.
@@ -236,7 +237,8 @@ async def _run(
     """Run an upload in a thread; return its result.
 
     If the task is cancelled after the upload has begun, the upload removes what it has stored.
-    This function waits for the removal, for at most `_STOP_SECONDS`.
+    This function waits for the removal, for at most `_STOP_SECONDS`.  One line is logged first,
+    because a user who has pressed Ctrl-C waits, and another one if anything is or may be left.
 
     ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
     answer, so this function raises the error without waiting for the thread.
@@ -259,6 +261,7 @@ async def _run(
     ended = trio.Event()
     outcome: Uploaded | Exception | None = None
     outages: list[RemoteError] = []
+    is_cancelled = True  # from outside
 
     def work() -> Uploaded | None:
         try:
@@ -269,20 +272,28 @@ async def _run(
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(ended.set)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_in_outage, watch, outages, nursery.cancel_scope)
-        try:
-            outcome = await run_in_thread(work, abandon_on_cancel=True)
-        except trio.Cancelled:
-            upload.stop()
-            if outages:
-                _keep_open(stack)
-            elif upload.has_begun:
-                await _wait_removed(upload, ended, stack, shown)
-            raise
-        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it
-            outcome = error
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_in_outage, watch, outages, nursery.cancel_scope)
+            try:
+                outcome = await run_in_thread(work, abandon_on_cancel=True)
+            except trio.Cancelled:
+                upload.stop()
+                if not outages and upload.has_begun:
+                    _log.warning("%s: stopping the upload, for at most %g s", shown, _STOP_SECONDS)
+                    with trio.move_on_after(_STOP_SECONDS, shield=True):
+                        await ended.wait()
+                if upload.has_begun and not ended.is_set():
+                    _keep_open(stack)
+                raise
+            except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it
+                outcome = error
+            nursery.cancel_scope.cancel()
+        is_cancelled = False
+    finally:
+        # A cancellation can also arrive here after the end of the thread.
+        if is_cancelled and upload.has_begun:
+            _log_remains(upload, shown, has_ended=ended.is_set())
     if outcome is None:
         # `_cancel_in_outage` has cancelled the nursery, and the end of the nursery has absorbed
         # that cancellation.  There is no other way to this line: a cancellation from outside
@@ -306,24 +317,16 @@ async def _cancel_in_outage(
         scope.cancel()
 
 
-async def _wait_removed(upload: Upload, ended: trio.Event, stack: ExitStack, shown: str) -> None:
-    """Wait until a stopped upload has removed what it has stored, for at most `_STOP_SECONDS`.
+def _log_remains(upload: Upload, shown: str, *, has_ended: bool) -> None:
+    """Log what a cancelled upload has left in the store, if anything; ``shown`` is the URL."""
+    from qedfuse.remote.upload import MAY_REMAIN, Remains  # noqa: PLC0415  needs the library
 
-    A line with ``shown``, the URL of the object, is logged first, because a user who has pressed
-    Ctrl-C waits.  Another line is logged if anything may be left.
-    """
-    _log.warning("%s: removing what was stored, for at most %g s", shown, _STOP_SECONDS)
-    with trio.move_on_after(_STOP_SECONDS, shield=True):
-        await ended.wait()
-    if not ended.is_set():
-        _keep_open(stack)
-        _log.warning(
-            "%s: the store may still have the object or parts of it: they were not removed within "
-            "%g s",
-            *(shown, _STOP_SECONDS),
-        )
-    elif upload.may_remain:
-        _log.warning("%s: the store may still have the object: no answer to its deletion", shown)
+    if not has_ended:
+        _log.warning("%s: the upload has not ended%s", shown, MAY_REMAIN)
+    elif upload.remains is Remains.OBJECT:
+        _log.warning("%s: the upload was complete, so the object stays in the store", shown)
+    elif upload.remains is Remains.UNKNOWN:
+        _log.warning("%s: found no answer to the removal%s", shown, MAY_REMAIN)
 
 
 def _keep_open(stack: ExitStack) -> None:
