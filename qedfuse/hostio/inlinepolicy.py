@@ -22,12 +22,15 @@ takes less time than a round trip to a worker thread."""
 MAX_SHORT_WRITE_BYTES: Final = 1 << 20
 """Maximum length of a write that can count as short.  A write of more than
 `ALWAYS_SHORT_WRITE_BYTES` counts as short only while such writes have lately been fast
-(`_INLINE_SECONDS`).  They are slow while memory is full of dirty pages, because the kernel then
-makes writers wait."""
-_INLINE_SECONDS: Final = 1e-3
-"""A datasync, or a write of more than `ALWAYS_SHORT_WRITE_BYTES`, counts as fast if it takes at
-most this time.  A datasync in a thread may take twice this time, because its time includes the
-round trip.  `AdaptivePoll` decides after how many slow calls the next call goes to a thread."""
+(`_FAST_WRITE_SECONDS`).  They are slow while memory is full of dirty pages, because the kernel
+then makes writers wait."""
+_FAST_WRITE_SECONDS: Final = 4e-3
+"""A write of more than `ALWAYS_SHORT_WRITE_BYTES` counts as fast if it takes at most this time.
+That is several times the time of the copy to the page cache.  `AdaptivePoll` decides after how
+many slow writes the next one goes to a thread."""
+_FAST_DATASYNC_SECONDS: Final = 1e-3
+"""A datasync counts as fast if it takes at most this time.  In a thread it may take twice this
+time, because its time includes the round trip.  `AdaptivePoll` decides as for writes."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
 kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
@@ -48,8 +51,8 @@ class InlinePolicy:
         ``inode_lock`` observes the lock of the file's inode.
         """
         self._inode_lock = inode_lock
-        self._long_writes = AdaptivePoll(_INLINE_SECONDS, start_enabled=True)
-        self._datasyncs = AdaptivePoll(_INLINE_SECONDS)
+        self._long_writes = AdaptivePoll(_FAST_WRITE_SECONDS, start_enabled=True)
+        self._datasyncs = AdaptivePoll(_FAST_DATASYNC_SECONDS)
         self._unsynced_bytes = 0  # written since the last datasync began
         self._load: LoopLoad | None = None  # looked up once, because that takes time
 
@@ -98,7 +101,7 @@ class InlinePolicy:
 
         Returns True if all of these conditions are met:
 
-        - A datasync has been recorded, and the last ones were fast (`_INLINE_SECONDS`).
+        - A datasync has been recorded, and the last ones were fast (`_FAST_DATASYNC_SECONDS`).
         - At most `_MAX_INLINE_DATASYNC_BYTES` were written since the last datasync began.
         - There is no contention for the inode's lock.
         - No request waits for the event loop.
