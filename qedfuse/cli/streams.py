@@ -51,14 +51,14 @@ def open_streams() -> None:
 
 @contextmanager
 def writing_stdout() -> Iterator[None]:
-    """Raise HostError if a write to ``sys.stdout`` in the block fails, and drop the unwritten text.
+    """Translate the error of a write to ``sys.stdout`` in the block.
 
     The block should do nothing else that can raise OSError.
 
     Raises:
         BrokenPipeError: The reader of stdout has gone.  The caller must drop the unwritten text
             (`discard_unwritten`).
-        HostError: stdout cannot be written to.
+        HostError: stdout cannot be written to for another reason.  The unwritten text was dropped.
     """
     try:
         yield

@@ -21,10 +21,11 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Minimum rate of sending with ``waits=False``: bytes per second of time in sync_file_range(2).
+"""Minimum number of bytes sent for each second that was spent in sync_file_range(2).
 
 The call only starts the writing, and takes long only if the disk's request queue is full.  So if
-fewer bytes are sent per second, the disk is slow, and the rest of the work is left to the kernel.
+fewer bytes are sent per second, the disk is slow.  If a `WriteBehind` must not wait for the disk,
+it then leaves the rest of the work to the kernel.
 """
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}

@@ -2,11 +2,12 @@
 
 A unit becomes ready when this process has fetched and stored it, or has read it from the disk and
 compared it with its checksum (`UnitFile.load`).  From then on, this module reads the unit, as long
-as the page cache has it.  So bytes that the disk returns are never used without a comparison, even
-if bits have flipped on the disk or a write has failed.  The exceptions are listed at the end of
-this text.
+as the page cache has it.  When the page cache has lost a page, the disk may return other bytes,
+because bits have flipped or a write has failed.  So this module must read only what is in the page
+cache.
 
-A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three reasons:
+A read with ``RWF_NOWAIT`` alone would not ensure that.  There are three dangers, each with its
+remedy:
 
 - A read that misses the page cache can make the kernel read from the disk.  If the disk answers
   before the kernel looks for the bytes again, the same call returns the bytes; if not, the next
@@ -16,24 +17,27 @@ A read with ``RWF_NOWAIT`` can return bytes that were not compared, for three re
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
   the object (`ZeroBlocks`).
-- The file may have been cut, and made longer by a later write.  So its length is checked before and
-  after the read.
+- Another program may have cut the file.  A later write makes it longer again, with a hole, but
+  never as long as it was (`qedfuse.remote.sharing`).  So the length shows that the file was cut.
+  It is checked before and after the read.
 
 By these rules a miss in one process brings no unchecked bytes into the page cache, where another
 process that uses the same entry could read them.
 
 The mount's extension in C reads the file by the same rules (``_checkedunits.c``), with fewer calls.
 It compares the length after a read with the length after the previous read, and it prefers
-cachestat(2) to mincore(2).  cachestat(2) also counts pages that are not valid, because a write has
-failed or because they are being read.  A read with ``RWF_NOWAIT`` does not return such a page, but
-splice(2) would read the page from the disk.  So the extension calls mincore(2) before splice(2).
-It omits this call only if no other process has the entry open, and if it has found all pages of the
-unit valid while none of them waited to be written.
+cachestat(2) to mincore(2).  A page in the page cache can be *invalid*: the kernel is reading it
+from the disk, or has failed to write it.  cachestat(2) counts such a page, but mincore(2) does not.
+A read with ``RWF_NOWAIT`` does not return the page, but splice(2) would read it from the disk.  So
+the extension calls mincore(2) before splice(2).  It omits this call for a unit whose pages cannot
+become invalid any more: a mincore(2) has found all of them valid, none of them had still to be
+written to the disk, and no other process has the entry open.
 
-Unchecked bytes can still be returned in these cases:
+Bytes that were not compared can still be returned in these cases:
 
 - Another program has read a block from a damaged disk into the page cache, or is reading it.
-- The kernel drops a block and reads it again between the check of the page cache and the read.
+- Between the check of the page cache and the read of this module, the kernel drops a block, and
+  another program makes it read the block from the disk.
 - `UnitFile.load` reads a unit a second time, through the page cache, after it has compared the
   unit, and the disk returns other bytes this time.  Until `load` has compared and dropped these
   bytes, another process in which the unit is ready can read them.  Writing the compared bytes into
@@ -106,10 +110,10 @@ class LocalData:
     ) -> PageSource | None:
         """Return what the mount's extension needs to read the file; None unless `is_readable`.
 
-        The result has the bare descriptor and address, which are valid until `close`.  That
-        suffices: the extension reads only during requests to a disk, and a disk closes its files
-        after its last request.  When the entry is found cut, only the fetcher's own descriptor is
-        closed, and no unit is ready any more.
+        The result has the bare descriptor, and the address of the mapping, which are valid until
+        `close`.  That suffices: the extension reads only during requests to a disk, and a disk
+        closes its files after its last request.  The fetcher closes only its own descriptor when it
+        finds that the file was cut.
 
         Args:
             ready: Which units may be read; see `UnitStore.ready`.
@@ -150,7 +154,8 @@ class LocalData:
         """Fill ``view`` from the page cache; see `try_read`.
 
         Raises:
-            OSError: The first byte is not in the page cache, or the host refused.
+            OSError: The host refused a call, or the kernel has dropped the first page from the page
+                cache since `Residency.has_range` found it there.
         """
         length = os.lseek(self._fd, 0, os.SEEK_END)
         return (
@@ -164,11 +169,10 @@ class LocalData:
     def is_whole(self) -> bool:
         """Return False if the file was cut, even if writes have made it longer again since then.
 
-        Writes never restore a valid length (`qedfuse.remote.sharing`).  Returns True if this object
-        is closed or not `is_readable`, and False if the host refuses.
+        Returns True if this object is closed or not `is_readable`, and False if the host refuses.
         """
         if not self.is_readable:
-            return True  # the length cannot be read without a call that may wait
+            return True  # this object does not read the file, and on NFS lseek(2) may wait
         if not self._use.enter():
             return True
         try:

@@ -1,7 +1,9 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
 obstore's own texts contain the URL of the request, which may have a secret (a signature of Azure),
-and the response of the server.  So only known parts of these texts are shown.
+and the response of the server.  So a message has only the status, the code and the sentence of a
+response, the cause of a failed connection, or the end of the text, with each URL in it cut before
+its secrets.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from qedfuse.remote.client import (
     UnreachableError,
     UnusableError,
 )
+from qedfuse.remote.urlsyntax import hide_secrets
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
 """The exceptions of obstore's functions, except that of a panic (`panics_translated`)."""
 
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
 _NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
@@ -158,5 +162,6 @@ def _for_no_answer(text: str, details: str) -> Exception:
 
 
 def _last_part(text: str) -> str:
-    """Return the part of obstore's text after the URL of the request, in one line."""
-    return printable(" ".join(text.rpartition(" - ")[2].split())[:300])
+    """Return the last part of obstore's text in one line, without the secrets of URLs in it."""
+    line = " ".join(text.rpartition(" - ")[2].split())
+    return printable(_URL.sub(lambda url: hide_secrets(url[0]), line)[:300])

@@ -48,7 +48,11 @@ def picture(layout: Layout, columns: int, *, colored: bool) -> str:
 
 
 def uses_colors(*, is_terminal: bool) -> bool:
-    """Return whether to use colours: on a terminal, unless NO_COLOR is not empty or TERM=dumb."""
+    """Return whether to use colours.
+
+    They are used on a terminal.  A user turns them off by a variable of the environment: NO_COLOR
+    with any text, or TERM with the value ``dumb``.
+    """
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

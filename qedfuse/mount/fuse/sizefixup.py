@@ -104,8 +104,9 @@ class SizeFixup:
         Raises:
             OSError: The file is not accessible, or its size or permissions cannot be set.
         """
-        # The file is opened with O_PATH.  The close of an ordinary descriptor would report the
-        # error of a failed writeback to this server, and the writer would never get the error.
+        # The kernel reports the error of a failed writeback only once, for example when a
+        # descriptor is closed.  The close of a descriptor with O_PATH reports no such error, so
+        # the error is left for the program that has written.
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             status = os.fstat(fd)
@@ -114,13 +115,13 @@ class SizeFixup:
                 return
             if status.st_size == size:
                 # With the write-back cache, fstat(2) returns the size that the kernel has
-                # cached.  So the cached size is right, and the chmod(2) changes nothing.
+                # cached.  So the cached size is right already, and the chmod(2) below has no
+                # effect.
                 # Without the write-back cache, fstat(2) returns the server's size, but the kernel
                 # does not always cache this size while other requests are in progress.  The kernel
                 # always caches the size in the reply to chmod(2), which sets the permissions that
-                # the file already has.  A truncation would also correct the cached size.  But until
-                # the end of a truncation the kernel ignores the size in other replies, so other
-                # programs would still get the wrong size.
+                # the file already has.  A truncation would also correct the cached size, but only
+                # at its end: until then the kernel ignores the size in all other replies.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
             # The truncation makes the kernel drop dirty pages past the end.  Without an attempt

@@ -1,8 +1,8 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
-A helper executes no program when it starts, because the files of the interpreter may lie under the
-mountpoint.  The helper sleeps until the server sends a message.  It ends after the server has
-closed its own end of the socket, or has ended.
+A helper is a fork that goes on with the server's code and never executes a program: when the helper
+is needed, the mount may cover the files of the interpreter.  The helper sleeps until the server
+sends a message.  It ends after the server has closed its own end of the socket, or has ended.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def _be_child(
         kept: The argument of `HelperProcess`.
     """
     try:
-        # Signals from the terminal are meant for the server.  The helper must outlive the
-        # server, so it leaves the server's session and ignores the signals that end a mount.
+        # Signals from the terminal are meant for the server, which ends the helper when it has
+        # ended the mount.  So the helper leaves the server's session and ignores the signals that
+        # end a mount.
         os.setsid()
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signal_number, signal.SIG_IGN)
