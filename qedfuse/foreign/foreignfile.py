@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
-    from qedfuse.foreign.graph import Graph
     from qedfuse.foreign.localreads import LocalReads
     from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
     from qedfuse.hostio.pagesource import PageSource
     from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.util.deferredclose import DeferredClose
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ForeignFile(ReadOnlyFile):
         driver: str,
         disk: ReadableFile,
         server: QemuNbd,
-        graph: Graph,
+        open_files: DeferredClose,
         local: LocalReads,
     ) -> None:
         """Make the file; its `close` closes the objects that are passed, and ends qemu-nbd.
@@ -60,8 +60,8 @@ class ForeignFile(ReadOnlyFile):
             driver: The format of the image as QEMU calls it.
             disk: The disk as a file, whose reads go to ``server``.
             server: The process of qemu-nbd.
-            graph: The files of the chain, which qemu-nbd reads.
-            local: Reads the files of ``graph`` directly, where they have the bytes of the disk.
+            open_files: Closes the image and the files that it names, which qemu-nbd reads.
+            local: Reads these files directly, where they have the bytes of the disk.
         """
         super().__init__(image.name)
         self.path = image.path
@@ -69,7 +69,7 @@ class ForeignFile(ReadOnlyFile):
         self.image = image
         self._disk = disk
         self._server = server
-        self._graph = graph
+        self._open_files = open_files
         self._local = local
         self._direct = DirectReads(server, disk.size(), READ_SECONDS)
         self._is_failure_logged = False
@@ -188,8 +188,7 @@ class ForeignFile(ReadOnlyFile):
         self._local.close()
         self.disconnect()
         self._server.close()
-        self._graph.close()
-        self.image.close()
+        self._open_files.close()
 
     def disconnect(self) -> None:
         """Close the connections to qemu-nbd, and nothing else."""

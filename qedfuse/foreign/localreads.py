@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.foreign.graph import Graph
     from qedfuse.foreign.runmap import Piece
     from qedfuse.hostio.posixfile import PosixFile
+    from qedfuse.util.deferredclose import DeferredClose
 
 _log = logging.getLogger(__name__)
 
@@ -51,16 +52,21 @@ class LocalReads:
     `MAX_FILES`, or if the host has no memory for a map.
     """
 
-    def __init__(self, graph: Graph, name: str, *, is_locked: bool) -> None:
+    def __init__(
+        self, graph: Graph, name: str, open_files: DeferredClose, *, is_locked: bool
+    ) -> None:
         """Prepare to read the files of a graph; the constructor reads and starts nothing.
 
         Args:
-            graph: The files; the caller must close them after `close`.
+            graph: The files.
             name: The name of the image in messages.
+            open_files: Closes the files.  The thread that makes the map keeps them open until it
+                ends.
             is_locked: Whether the files may be locked, which keeps other programs from changing
                 them; if not, no map is made.
         """
         self._graph = graph
+        self._open_files = open_files
         self._name = name
         self._files: tuple[PosixFile, ...] = tuple(
             {id(file): file for file in graph.data_files if file is not None}.values()
@@ -154,10 +160,7 @@ class LocalReads:
             raise HostError(msg)
 
     def close(self) -> None:
-        """Stop making the map; afterwards the caller can close the files.
-
-        The call waits at most `_JOIN_SECONDS`.
-        """
+        """Stop making the map, and wait for the end of the thread, at most `_JOIN_SECONDS`."""
         with self._lock:
             self._is_closed = True
             process, thread = self._process, self._thread
@@ -196,10 +199,13 @@ class LocalReads:
         If the host cannot start a thread, `_count_lookup` tries again after `LOOKUPS_BEFORE_MAP`
         further lookups; until then QEMU makes the reads.
         """
-        if self._map is not None and self._thread is None and not self._is_closed:
+        if self._map is None or self._thread is not None or self._is_closed:
+            return
+        if self._open_files.enter():
             try:
                 self._thread = start_thread(self._make_map, self._map, name="qedfuse map")
             except OSError as error:
+                self._open_files.leave()
                 self._lookups_before_map = LOOKUPS_BEFORE_MAP
                 _log.debug("%s: no map yet: %s", self._name, error.strerror)
 
@@ -214,6 +220,7 @@ class LocalReads:
             _log.debug("%s: the map ends at %d: %s", self._name, run_map.end, error)
         finally:
             self._has_started.set()
+            self._open_files.leave()
 
     def _run_program(self, run_map: RunMap) -> None:
         """Run ``qemu-img map``, and add what it prints to the map; do nothing after `close`.

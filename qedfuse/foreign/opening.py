@@ -12,6 +12,7 @@ from qedfuse.foreign.localreads import LocalReads
 from qedfuse.foreign.process import READY_SECONDS, QemuNbd
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
+from qedfuse.util.deferredclose import DeferredClose
 
 if TYPE_CHECKING:
     import socket
@@ -58,6 +59,7 @@ class ForeignOpening:
         except BaseException:
             image.close()
             raise
+        self._open_files = DeferredClose(self._close_files)
 
     def finish(self) -> ForeignFile:
         """Wait until qemu-nbd serves the image; return its disk, which the caller must close.
@@ -76,8 +78,10 @@ class ForeignOpening:
         self._graph.refuse_changes()
         deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
-        local = LocalReads(self._graph, self._image.name, is_locked=self._is_locked)
-        file = ForeignFile(self._image, self._driver, disk, self._server, self._graph, local)
+        local = LocalReads(
+            self._graph, self._image.name, self._open_files, is_locked=self._is_locked
+        )
+        file = ForeignFile(self._image, self._driver, disk, self._server, self._open_files, local)
         with self._lock:
             if not self._is_abandoned:
                 self._file = file
@@ -96,6 +100,10 @@ class ForeignOpening:
             file.close()
             return
         self._server.close()
+        self._open_files.close()
+
+    def _close_files(self) -> None:
+        """Close the image and the files that it names."""
         self._graph.close()
         self._image.close()
 

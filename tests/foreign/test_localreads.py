@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import pytest
@@ -26,7 +27,6 @@ from tests.support.refusedcalls import CLONE3, run_without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from qedfuse.foreign.runmap import RunMap
     from qedfuse.hostio.hostfile import HostFile
@@ -245,6 +245,33 @@ async def test_closed_while_mapping(compressed: Path, monkeypatch: pytest.Monkey
     assert started.wait(60)
     disk.close()
     assert "qedfuse map" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_files_stay_open_for_a_thread_that_outlives_the_close(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that makes the map never uses the number of a descriptor that was closed."""
+    started, closed = threading.Event(), threading.Event()
+    used: list[tuple[str, str]] = []
+
+    def lock_late(fd: int, _mode: object, name: str) -> None:
+        started.set()
+        assert closed.wait(60)
+        used.append((name, str(Path(f"/proc/self/fd/{fd}").readlink())))
+
+    monkeypatch.setattr(localreads, "_JOIN_SECONDS", 0.01)
+    monkeypatch.setattr(localreads, "lock_image", lock_late)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208  the names alone
+    disk = await open_foreign(PosixFile.open(str(compressed)), "qcow2", OpenOptions())
+    for _ in range(LOOKUPS_BEFORE_MAP):
+        await disk.pread(0, 512)
+    assert started.wait(60)
+    disk.close()
+    closed.set()
+    wait_for_map()
+    assert used[0][0] == str(compressed)
+    assert all(name == path for name, path in used)
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208  the names alone
 
 
 @pytest.mark.parametrize("is_started_early", [False, True])
