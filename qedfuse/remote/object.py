@@ -64,12 +64,14 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # The last attempt may begin at the very end of the time, and take its own full time.  If
-        # the server refuses its credentials, one more attempt follows.
-        self.max_seconds = deadlines.total_seconds + 2 * deadlines.attempt_seconds
+        # Three attempts can add their own full time.  The attempt that has brought the part before
+        # may stall at this part, before the time for this part begins.  The last attempt may begin
+        # at the very end of the time.  If the server refuses its credentials, one more follows.
+        spare_seconds = 3 * deadlines.attempt_seconds
+        self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds
         self._brief_seconds = min(_BRIEF_SECONDS, deadlines.total_seconds)
-        self.max_brief_seconds = self._brief_seconds + 2 * deadlines.attempt_seconds
+        self.max_brief_seconds = self._brief_seconds + spare_seconds
         self._closed = threading.Event()
 
     def get(self, offset: int, length: int) -> Buffer:
