@@ -135,8 +135,8 @@ class RemoteError(HostError):
     """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
     Attributes:
-        is_logged: Whether a request that fails with this error does not log it, in most cases
-            because the log has the cause already.
+        is_logged: Whether a request that fails with this error can leave it out of the log, in most
+            cases because the log has the cause already.
     """
 
     exit_code = 22

@@ -8,7 +8,7 @@ from typing import Final
 
 _UNDECODABLE: Final = range(0xDC80, 0xDD00)
 """The surrogates by which `os.fsdecode` represents bytes that are not valid UTF-8 (PEP 383)."""
-# The expressions are compiled when first used, because every program loads this module.
+# The expressions are compiled when first used: every program loads this module, few need them.
 _USER: Final = r"(?<=://)[^\s/?]*@"
 """The user and the password in a URL."""
 _QUERY: Final = (

@@ -54,7 +54,7 @@ class EntryClassifier:
         self._l2_rules = EntryRules(EntryLimits.for_l2(header, file_size), tables)
 
     def with_tables(self, tables: Values) -> EntryClassifier:
-        """Return a classifier for the same file whose attribute `tables` is ``tables``."""
+        """Return a classifier for the same file, which checks overlaps with ``tables`` instead."""
         return EntryClassifier(self.header, self.file_size, tables)
 
     def l1_errors(self, values: Values) -> Iterator[tuple[Code, Mask]]:

@@ -85,7 +85,7 @@ _INVALID_L2_CODES: Final = frozenset(
     {Code.L2_RESERVED_BITS, Code.L2_UNALIGNED, Code.L2_OUT_OF_FILE, Code.L2_OVER_METADATA}
 )
 """An L2 entry with one of these errors refers to no data cluster.  L2_CUT_SHORT is missing here,
-because the entry refers to a cluster of which a part is in the file."""
+because an entry with that error refers to a cluster of which a part is in the file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ async def inspect_image(file: HostFile, header: Header) -> None:
     """Check an image, and refuse it if its tables have errors; change nothing.
 
     The caller must pass only an image that has NEED_CHECK set, or whose length is not a multiple of
-    the cluster size.  The messages name NEED_CHECK as the reason if it is set, and the length if
-    NEED_CHECK is clear.  Leaked clusters cost only space, so they are only logged.  Errors of the
-    free list are ignored.
+    the cluster size.  If NEED_CHECK is set, the messages say that the image was not closed cleanly;
+    otherwise they give its length as the reason for the check.  Leaked clusters cost only space, so
+    they are only logged.  Errors of the free list are ignored.
 
     Raises:
         CorruptImageError: The tables have errors.

@@ -141,7 +141,8 @@ class OutOfFileEntries:
         The caller must not allocate a table at one of the returned offsets.  If an entry got a new
         table at its own old offset, the entry would have the same value before and after the
         repair, and the backup of the changed bytes would not contain the entry.  But until the end
-        of the repair the entry is `POISON_ENTRY`, so the undo of an interrupted repair needs it.
+        of the repair the entry is `POISON_ENTRY`.  So to undo an interrupted repair, the backup
+        must contain the old value of the entry.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -29,7 +29,7 @@ class AutoCompaction:
     """Compacts one disk when the disk is closed or shortly before, if its options say so."""
 
     def __init__(self, components: Components) -> None:
-        """Compact the disk that consists of ``components``."""
+        """Prepare to compact the disk that consists of ``components``."""
         self._components = components
         self._has_run_within_limits = False
         self._table_writes_at_last_run: int | None = None

@@ -148,7 +148,7 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Make all reads fail that wait for a server, now and later; other reads go on."""
+        """Make all present and later reads fail that must wait for a server; other reads go on."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 

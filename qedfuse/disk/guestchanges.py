@@ -78,7 +78,8 @@ class GuestChanges(GuestReads):
         self, record_write: Callable[[int, float], None], length: int, seconds: float
     ) -> None:
         """Record that the extension has written ``length`` bytes in ``seconds``."""
-        self._writeback.note_write()  # first: without this call a flush might not cover the write
+        # First, so that a flush covers the write even if the second call raises an exception.
+        self._writeback.note_write()
         record_write(length, seconds)
 
     def try_write(self, start: int, data: Buffer) -> bool:

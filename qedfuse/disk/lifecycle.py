@@ -92,7 +92,7 @@ class Lifecycle:
         """Make everything durable, clear NEED_CHECK, close the files and release the locks.
 
         A second call does nothing.  Only the compaction can be cancelled; the rest of the close
-        is shielded.
+        is shielded.  NEED_CHECK stays set if the image is damaged.
 
         Args:
             compact: Whether to compact first if the options ask for a compaction; if False, the
@@ -100,8 +100,8 @@ class Lifecycle:
 
         Raises:
             HostError: The host refused, or something written before could not be made
-                durable (D7).  The files are closed nevertheless.  If NEED_CHECK was set, it stays
-                set, unless the error came after the close had cleared it.
+                durable (D7).  The files are closed nevertheless.  If the close has not cleared
+                NEED_CHECK before the error, the bit stays as it was.
         """
         if self._closed:
             return

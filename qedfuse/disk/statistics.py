@@ -53,7 +53,7 @@ class DiskStatistics:
 
     Attributes:
         tables: Statistics of the table cache.
-        table_loads: How many slices of tables requests have had to load into the table cache.
+        table_loads: How many slices of tables were loaded into the table cache for requests.
         table_cache_bytes: Maximum number of bytes of memory for the slices in the table cache;
             `make_store` describes which slices can exceed it.
         dirty_table_bytes: Length in bytes of all dirty slices of the image's tables

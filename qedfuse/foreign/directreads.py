@@ -98,8 +98,9 @@ class DirectReads:
         with self._lock:
             self._is_closed = True
             for connection in self._all:
-                # The thread of the read closes the connection: if it were closed here, another file
-                # could get the number of the descriptor that the thread uses.
+                # `_finish` closes the connection of a read when the read has ended.  If it were
+                # closed here, another file could get the number of the descriptor that the thread
+                # of the read still uses.
                 connection.shutdown(socket.SHUT_RDWR)
             while self._free:
                 self._drop(self._free.popleft())

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LOOKUPS_BEFORE_MAP: Final = 16
-"""The map is made after this number of lookups that have found only `UNKNOWN` parts.
+"""The map is made after this number of lookups that have found only `UNKNOWN` parts, which QEMU
+must read.
 
 Every lookup before the map is made finds only such parts.  One read looks up its range up to three
 times.  The map is not made sooner, because a command that reads only the partition table does not
@@ -43,10 +44,11 @@ class LocalReads:
     """The map of a disk, made in the background, and the files to which it refers.
 
     The map is valid as long as no program changes the files.  So this process locks all of
-    `Graph.files` before it makes the map.  Its locks are held until the files are closed, even if
-    qemu-nbd and its locks end earlier.  The extents of a VMDK image are not locked; the lock on the
-    image's own file, which names the extents, keeps out programs that open the image.  If a lock is
-    refused, the map stays empty.  If the file system has no locks, the map is made without them.
+    `Graph.files` before it makes the map.  These locks are held until the files are closed, even if
+    qemu-nbd ends earlier, and with it the locks of qemu-nbd.  The extents of a VMDK image are not
+    locked; the lock on the image's own file, which names the extents, keeps out programs that open
+    the image.  If a lock is refused, the map stays empty.  If the file system has no locks, the map
+    is made without them.
 
     There is no map at all if locking is off, if the number of files with data is 0 or more than
     `MAX_FILES`, or if the host has no memory for a map.

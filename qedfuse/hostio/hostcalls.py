@@ -59,8 +59,9 @@ class HostCalls(Protocol):
         """Return whether there is a finished call that `deliver` has not delivered."""
 
     def deliver(self) -> None:
-        """Resume the tasks whose calls are finished, and call ``ended`` for finished started reads.
+        """Resume the tasks whose calls are finished, and report the end of started reads.
 
+        The end of a read is reported to the ``ended`` of its `start_read` or `start_export_read`.
         Without a call of this method, the event loop does the same before it next sleeps.  So a
         task that keeps the event loop from sleeping should call this method.
         """
@@ -136,7 +137,8 @@ def host_calls() -> HostCalls:
     """Return the object that makes the calls of the current event loop.
 
     Raises:
-        OSError: The host refused an eventfd, which the first call in an event loop needs.
+        OSError: The host refused an eventfd, which the first call of this function in an event
+            loop makes.
     """
     try:
         return _calls.get()
@@ -144,8 +146,8 @@ def host_calls() -> HostCalls:
         calls = make_host_calls(os.environ.get(HOST_CALLS_VARIABLE))
         _calls.set(calls)
         # Threads of trio make some calls, such as searches for holes, even if there are native
-        # threads.  One file that does not answer can occupy 32 threads.  So two such files would
-        # occupy all of the 40 that trio allows by default.
+        # threads.  Calls on one file whose disk does not answer can occupy 32 threads.  So two
+        # such files would occupy all of the 40 threads that trio allows by default.
         limiter = trio.to_thread.current_default_thread_limiter()
         limiter.total_tokens = max(limiter.total_tokens, MAX_THREADS)
         return calls

@@ -87,8 +87,9 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  A read is started only if
-        `try_read` has just not found the data in memory, or would not look for it there.
+        The thread answers by a C function, without the event loop.  A read is started only after
+        `try_read` has looked for the same data in memory in vain.  If `try_read` would not
+        look there now, the read is started without that step.
 
         Args:
             offset: File offset.

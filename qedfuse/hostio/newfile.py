@@ -78,14 +78,14 @@ class NewFile:
             UsageError: A file of the final name exists, ``old`` is None, and the user has not
                 agreed to replace a file.
             ImageInUseError: A file of the final name exists, ``old`` is None, and the user
-                has agreed to replace a file.
+                has agreed to replace a file: another process has just created the file.
             HostError: The host refused.
         """
         if self._old is None and os.path.lexists(self._final):
             raise self._name_taken_error()
         try:
-            # Start with mode 0600, because the replaced file may be private; `commit` gives the
-            # new file the mode of the replaced file.
+            # If the file replaces another, it starts with mode 0600, because the other file may be
+            # private.  `commit` gives the new file the mode of the replaced file.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:

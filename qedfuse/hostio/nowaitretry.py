@@ -80,7 +80,7 @@ class _RetryQueue:
     async def retry(
         self, attempt: Callable[[], bool], deadline: float, clock: Callable[[], float]
     ) -> bool:
-        """Retry ``attempt``; return True once it succeeds, False if the retries are given up.
+        """Retry ``attempt`` until it returns True; return False if the retries are given up.
 
         The retries are given up when ``deadline`` has passed by ``clock``.  They are also
         given up when a worker thread runs, because an event loop that never sleeps starves the

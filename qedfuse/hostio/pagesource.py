@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CheckedUnits(NamedTuple):
-    """The parts that the extension may read of a local file, which caches a remote file.
+    """Which parts of a local file the extension may read; the file caches a remote file.
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
     The result of a read may be used only if all of its bytes were in the page cache, and if each
@@ -26,8 +26,9 @@ class CheckedUnits(NamedTuple):
     Attributes:
         ready: A byte for each unit.  0: the extension must not read the unit.  1: the extension may
             read the unit.  2: the same, and the extension has found that all pages of the unit are
-            valid and that none waits to be written.  The extension keeps a view of the bytes, looks
-            at them before each read, and changes 1 to 2.
+            valid (not being read, and not left by a failed write), and that none of them waits to
+            be written.  The extension keeps a view of the bytes, looks at them before each read,
+            and changes 1 to 2.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  The numbers of the last units may be missing, and
             then count as 0.

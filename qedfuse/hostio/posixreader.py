@@ -27,8 +27,8 @@ _NOT_CACHED: Final = (errno.EAGAIN, errno.EOPNOTSUPP)
 not support the flag."""
 _MAX_WAITING_CALLS: Final = 28
 """Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
-the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32
-threads (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
+the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32 of
+the threads.  `MAX_THREADS` in `qedfuse.hostio.nativecalls` is their number for all files."""
 
 
 class PosixReader:
@@ -60,8 +60,8 @@ class PosixReader:
         self.name = printable(path)
         self._flags = inline_flags(fd)
         self.read_policy = ReadPolicy(can_queue=bool(self._flags) and not has_server)
-        # The file offset of the last read whose data `try_read` has not found in the page cache; -1
-        # for none, or once another method has begun this read.
+        # The file offset of the last read that `try_read` left undone, because its data was not in
+        # the page cache.  -1 if there is none, or if another method has begun this read since.
         self._missed_offset = -1
         self._call_slots = trio.Semaphore(_MAX_WAITING_CALLS)
         self._retry = NowaitRetry()

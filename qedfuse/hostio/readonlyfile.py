@@ -69,7 +69,7 @@ class ReadOnlyFile(ABC):
 
     @property
     def read_policy(self) -> ReadPolicy | None:
-        """None: only `try_read` decides whether a read is tried."""
+        """None: `try_read` may always be called, and is not skipped after failures."""
         return None
 
     def fileno(self) -> int:

@@ -24,7 +24,7 @@ def lock_replaced_file(
 
     Args:
         path: The name of the file.
-        stack: The descriptor is closed with this stack, which releases the lock.
+        stack: Closes the descriptor at its end; the close releases the lock.
         overwrite: Whether the user has agreed to replace the file.
         offers_in_place: Whether the command can also write into an existing file with ``-n``.
             If so, messages mention this option.

@@ -203,7 +203,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; return them, with ``read_only`` set by ``force_share``.
+    """Check the options against each other; return them, read-only also if ``force_share`` is set.
 
     Args:
         options: The options.

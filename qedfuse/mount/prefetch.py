@@ -53,8 +53,8 @@ class Prefetch:
         """Fetch all that is needed, and log the end.
 
         After a failure of a server the task waits for `_PAUSE_SECONDS` and tries again.  The task
-        ends early if a file was closed, a server has another version of an object, or the cache
-        fails.
+        ends early if a server has another version of an object, or if the cache fails.  It also
+        ends early, without a message, if a file was closed because the mount ends.
         """
         try:
             for file, units in self._files:
@@ -130,7 +130,7 @@ class Prefetch:
         await trio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_quiet(self) -> None:
-        """Wait until no reader has waited for a server for `_QUIET_SECONDS`.
+        """Wait until `_QUIET_SECONDS` have passed in which no reader waited for a server.
 
         The call is always a checkpoint.
         """

@@ -157,9 +157,10 @@ class Server:
                 log; None if the process is protected.
 
         Returns:
-            None if no data was lost.  An error if a forced unmount may have lost data, or if writes
-            were lost because the rest of their clusters could not be read.  In both cases the
-            caller must close the disks to make the last changes durable.
+            None if no data was lost.  An error if a forced unmount may have lost data, or if a
+            write was lost that covers only a part of a cluster, because the other part could not
+            be read.  With or without an error, the caller must close the disks to make the last
+            changes durable.
 
         Raises:
             QedError: The disks cannot be mounted, or the mount cannot be announced.  The mount
@@ -321,9 +322,10 @@ class Server:
         return HostError(msg)
 
     def _log_refusals(self, readahead_failure: str | None, protection_failure: str | None) -> None:
-        """Log what the sandbox covers, and what was refused: read-ahead, memory protection.
+        """Log what the sandbox covers, and why the read-ahead or the protection is missing.
 
         For a read-only mount the missing protection is not logged: such a mount has no dirty pages.
+        If the user has asked for a read-ahead, `_serve` has logged the refusal already.
 
         Args:
             readahead_failure: Why the read-ahead was not set; None if it was set.

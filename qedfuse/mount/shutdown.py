@@ -239,6 +239,6 @@ class Shutdown:
         self._terminate()
 
     def _terminate(self) -> None:
-        """Fail every read that waits for a remote server, then end `pyfuse3.main`."""
+        """Fail every read that waits for a server or for qemu-nbd, then end `pyfuse3.main`."""
         self._disks.stop_fetching()
         pyfuse3.terminate()

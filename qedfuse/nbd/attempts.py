@@ -37,8 +37,8 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error with which the read fails, unless the file was closed, or the
-                error is the server's answer to the read.
+            outages: Gets the error with which the read fails, with two exceptions: the file was
+                closed, or the server has answered the read with an error.
             is_brief: Whether the read fails after the shorter of `Deadlines.attempt_seconds` and
                 `Deadlines.total_seconds`.
         """

@@ -67,7 +67,7 @@ class Slot:
         return 0 if connection is None else connection.in_flight
 
     def connect(self, since: float, end: float) -> Connection:
-        """Return the connection; make one if there is none.  The call blocks the thread.
+        """Return the connection; make one if none works.  The call blocks the thread.
 
         Args:
             since: The time (`time.monotonic`) at which the caller began to wait.  If the attempt of

@@ -26,7 +26,7 @@ _PORT: Final = 10809
 def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
     """Open an export; the caller must close the file.
 
-    The call blocks until the server answers or the time is over.
+    The call blocks until the server answers or the time in ``deadlines`` is over.
 
     Args:
         address: The address of the export, for which `Address.is_nbd` is True.

@@ -239,7 +239,7 @@ def _parse_blocks(data: bytes) -> tuple[int, int]:
 
 
 def _string(raw: bytes) -> bytes:
-    """Return a string as the protocol sends it."""
+    """Return a string as the protocol sends it: its length, then its bytes."""
     return len(raw).to_bytes(4, "big") + raw
 
 

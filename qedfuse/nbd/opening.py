@@ -32,7 +32,7 @@ def open_nbd(
 ) -> NbdFile:
     """Open an export; the caller must close the file.
 
-    The call blocks until the server answers or the time is over.
+    The call blocks until the server answers, or for as long as ``deadlines`` permits.
 
     Args:
         connect: Function that returns a connected stream socket within a limited time.  The

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qedfuse.nbd.requests import Request
 
 CANCEL_POLL_SECONDS: Final = 0.2
-"""Interval at which waiting threads and tasks check whether the file was closed.  Threads also
-check whether their task was cancelled."""
+"""Interval at which waiting threads and tasks check whether their `NbdFile` was closed.  Threads
+also check whether their task was cancelled."""
 
 NO_CONNECTION: Final = "found no connection in time"
 """The message of the error if no connection could be made in time."""
@@ -40,7 +40,7 @@ class WaitingTask:
         self._token = trio.lowlevel.current_trio_token()
 
     def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a request has not ended (`are_done`)."""
+        """Forget earlier calls of `wake`; return whether any request is unfinished."""
         if self._event.is_set():
             self._event = trio.Event()
         return not are_done(requests)
@@ -70,7 +70,7 @@ class WaitingThread:
         self.wake = self._event.set
 
     def must_wait(self, requests: Sequence[Request]) -> bool:
-        """Forget earlier calls of `wake`; return whether a request has not ended (`are_done`)."""
+        """Forget earlier calls of `wake`; return whether any request is unfinished."""
         self._event.clear()
         return not are_done(requests)
 

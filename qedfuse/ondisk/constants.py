@@ -39,8 +39,8 @@ MAX_BACKING_NAME: Final = 1023
 """Maximum length of a backing file name in bytes; QEMU opens no image with a longer name."""
 
 UNALLOCATED: Final = 0
-"""Table entry: nothing is stored.  Reads return the bytes of the backing file.  Without a backing
-file, and past its end, reads return zeros."""
+"""Table entry: nothing is stored.  Reads return the bytes of the backing file.  If there is no
+backing file, or if it ends earlier, reads return zeros."""
 
 ZERO: Final = 1
 """L2 table entry: the cluster reads as zeros, whatever the backing file contains."""

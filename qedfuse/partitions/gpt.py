@@ -111,8 +111,8 @@ async def _read_table(
 ) -> _Table | None:
     """Return the table whose header is in ``sector``.
 
-    Returns None if the table is missing or damaged, or has entries of another length than
-    `_ENTRY_BYTES`.
+    Returns None if the table is missing, damaged or longer than `_MAX_TABLE_BYTES`, or has entries
+    of another length than `_ENTRY_BYTES`.
     """
     if not 1 <= sector <= last_sector:
         return None

@@ -171,7 +171,7 @@ def _parsed_time(modified: object) -> float | None:
     NaN and Infinity, which Python's JSON allows.
 
     Raises:
-        ValueError: The value is not null, and not a number of seconds in the years 1 to 9999.
+        ValueError: The value is neither null nor a number of seconds in the years 1 to 9999.
         OverflowError: The value is an integer that no float can represent.
     """
     if modified is None:

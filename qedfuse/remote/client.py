@@ -134,7 +134,7 @@ class Client(Protocol):
     def store_id(self) -> str:
         """The endpoint or account of the store, without secrets; empty if the URL names the server.
 
-        The URL alone does not identify the store: ``s3://bucket`` can be a bucket of any endpoint.
+        Other URLs do not identify the store: ``s3://bucket`` can be a bucket of any endpoint.
         """
 
     def head(self) -> Version:
@@ -161,7 +161,7 @@ class Client(Protocol):
 
         Raises:
             ChangedError: The server has another version.  Also raised if the server ignores the
-                condition of the request, and sends bytes of the other version.
+                condition in the request (such as If-Match), and sends bytes of the other version.
         """
 
     def renew(self) -> None:

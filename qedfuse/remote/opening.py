@@ -37,7 +37,7 @@ def open_remote(
 ) -> RemoteFile:
     """Open the object at an address as a file; the caller closes the file.
 
-    The call blocks until the server answers or the time is over.
+    The call blocks until the server answers or the time in ``options`` is over.
 
     The cache may have an entry with all that readers need (see `offline_entries`).  With such an
     entry, failed attempts are repeated for at most `Deadlines.connect_seconds`.  If the server then

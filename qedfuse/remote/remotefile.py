@@ -53,7 +53,7 @@ class RemoteFile(ReadOnlyFile):
     def page_source(self) -> PageSource | None:
         """The data file of the cache, for reads of ready units.
 
-        None if there is no cache, or if the file must not be read this way
+        None if there is no cache, or if its data file must not be read this way
         (`LocalData.is_readable`).
         """
         if self._local is None:

@@ -32,7 +32,7 @@ class _Lookup:
     Attributes:
         ended: Set when the lookup has ended; the other attributes are then final.
         addresses: The addresses; empty before the end and after an error.
-        error: The error of the lookup; None before the end and for success.
+        error: The error of the lookup; None before the end and after success.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -146,5 +146,5 @@ def connect_to_any(addresses: Sequence[SocketAddress], end: float) -> socket.soc
 
 
 def _lookup(host: str, port: int, flags: int) -> Sequence[SocketAddress]:
-    """Return the addresses of a host; block until the name servers answer."""
+    """Return what getaddrinfo(3) finds; without AI_NUMERICHOST block until name servers answer."""
     return socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM, 0, flags)

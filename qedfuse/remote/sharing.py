@@ -2,9 +2,11 @@
 
 An *opener* is an open `UnitFile`.  The data file is longer than the object by one byte while one
 opener uses the entry, and by two bytes while several may use it.  So one lseek(2) shows whether
-there are other openers.  No write reaches the added bytes, so if the file was cut, no write
-restores one of the two lengths.  Only `join` can restore one, if another program cuts the file
-while `join` sets the length.
+there are other openers.
+
+Another program may cut the file, which then has neither of the two lengths.  No write reaches the
+added bytes, so no write gives a cut file one of these lengths again.  Only `join` can do so, if the
+other program cuts the file while `join` sets the length.
 
 Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock,
 and so knows that it is not alone.  The lock belongs to the open file description

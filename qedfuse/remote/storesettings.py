@@ -301,7 +301,7 @@ def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
 
     Raises:
         UnusableError: The file cannot be read, and a variable names the file or the profile; or the
-            content of the file is not valid, or the file has no profile of the given name.
+            content of the file is not valid, or the file has no profile of the name in AWS_PROFILE.
     """
     named = variables.first(("AWS_SHARED_CREDENTIALS_FILE",))
     profile = variables.first(("AWS_PROFILE",))

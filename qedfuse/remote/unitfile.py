@@ -7,11 +7,11 @@ unit again (`qedfuse.remote.localdata`).  So the cache needs no order of writes,
 journal: a unit that a crash, a full disk, a failed write or another program has damaged differs
 from its checksum, and is fetched again.
 
-If several processes use an entry, no process may bring bytes that it has not compared from the disk
-into the page cache, because another process may read them there (`qedfuse.remote.sharing` and
-`qedfuse.remote.localdata`).  So if several processes have an entry open, a unit is first read with
-``O_DIRECT``, around the page cache, and compared.  The module `qedfuse.remote.localdata` lists the
-cases in which unchecked bytes can be read nevertheless.
+If several processes use an entry, no process may read bytes from the disk into the page cache
+before it has compared them, because another process may read them there (`qedfuse.remote.sharing`
+and `qedfuse.remote.localdata`).  So if several processes have an entry open, a unit is first read
+with ``O_DIRECT``, around the page cache, and compared.  The module `qedfuse.remote.localdata` lists
+the cases in which unchecked bytes can be read nevertheless.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def _open_direct(fd: int) -> int:
 
 
 def _require_file(fd: int, length: int | None = None) -> None:
-    """Raise OSError (EBADMSG) unless ``fd`` is a regular file of this user that was not removed.
+    """Raise OSError (EBADMSG) if ``fd`` is not a regular file of this user, or was removed.
 
     The file must also have ``length`` bytes.  If ``length`` is None, any length is valid.
     """

@@ -162,8 +162,9 @@ class Upload:
     def stop(self) -> None:
         """Make `run` end soon with `StoppedError`, or with its result if it has nearly ended.
 
-        `run` removes what it has stored, except in two cases: the store does not answer, or the
-        object is complete and was allowed to replace another one.  See `remains`.
+        `run` removes what it has stored, except in three cases: the store does not answer, the
+        object is complete and was allowed to replace another one, or the store has given the
+        object no entity tag.  See `remains`.
         """
         self._stopped.set()
 
@@ -274,13 +275,13 @@ class Upload:
         raise error
 
     def _compare_or_delete(self, store: Store, etag: str) -> None:
-        """Compare the stored object with the content; delete the object if it differs.
+        """Compare the stored object with the content; if it differs, call `_delete`.
 
         Raises:
             RemoteError: The object differs, or the store does not answer.  The message says whether
                 the object is left.
-            StoppedError: `stop` was called.  If the upload must not replace an object, the stored
-                object is deleted first.
+            StoppedError: `stop` was called.  If the upload must not replace an object, `_delete`
+                is called first.
         """
         try:
             self._check.compare(etag)
@@ -415,7 +416,7 @@ class Upload:
         )
 
     def _delete(self, store: Store, etag: str) -> None:
-        """Delete the object if its entity tag is ``etag``.
+        """Delete the object if its entity tag is ``etag``; delete nothing if ``etag`` is empty.
 
         Another tag means that another program has stored the object.  `remains` is UNKNOWN
         afterwards if ``etag`` is empty, or if the store does not answer or refuses.
@@ -436,7 +437,7 @@ class Upload:
             self._remains = Remains.NOTHING
 
     def _delete_equal(self, store: Store) -> None:
-        """Delete the object if it has the content of the upload, even after `stop`.
+        """Delete the object if it has the content of the upload; `stop` does not end this call.
 
         Without the response of the store, only a comparison shows that this upload has stored the
         object.  `remains` is UNKNOWN afterwards if the store does not answer or refuses.

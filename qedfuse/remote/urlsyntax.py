@@ -56,7 +56,7 @@ def parse_name(text: str, path: str) -> str:
     """Return the normalised path of a URL whose path is the name of an object or export.
 
     Raises:
-        UsageError: A segment is not valid, or the name is not in UTF-8 or too long.
+        UsageError: A segment is not valid, or the name is too long or not in UTF-8.
     """
     path = parse_path(text, path)
     raw = unquote_to_bytes(path)

@@ -123,9 +123,9 @@ class WebClient:
         try:
             yield from self._get(offset, lengths, version, allocate)
         except TruncatedError as error:
-            # A caching server sends the slices that it has of the old version, and ends the
-            # response at a slice that it cannot fetch any more.  A retry would end at the same
-            # slice, so the version is queried.
+            # The object may have changed.  Then a caching server sends the slices that it has of
+            # the old version, and ends the response at a slice that it cannot fetch any more.  A
+            # retry would end at the same slice.  So ask which version the server has now.
             with suppress(AttemptError, RefusedError, UnusableError):
                 if not self._query()[0].is_same(version):
                     raise ChangedError from error
@@ -195,8 +195,9 @@ class WebClient:
         except BaseException as error:
             # After any failure, the next attempt follows the redirections from the beginning.
             self._target = self._address
-            # These two errors end all retries.  From the remembered target they become an error
-            # that permits a retry, because the target may be a signed URL that has expired.
+            # MissingError and UnusableError end all retries.  From the remembered target they
+            # become an error that permits a retry, because the target may be a signed URL that has
+            # expired.
             is_permanent = isinstance(error, (MissingError, UnusableError))
             if is_permanent and target is remembered is not self._address:
                 msg = f"{target.shown}: {str(error) or 'found no such object'}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 _MAX_CONFIDENCE: Final = 16
-"""Maximum of the confidence counter.  A wait that is too long lowers the counter by 1; a very long
-wait resets the counter.  So polling is disabled after this number of waits in a row that are too
-long, or earlier."""
+"""Maximum of the confidence counter (`AdaptivePoll`).  A wait that is too long for polling lowers
+the counter by 1; a very long wait resets the counter.  So polling is disabled after at most this
+number of such waits in a row."""
 _RESET_FACTOR: Final = 8
 """Multiple of the maximum time to poll.  A wait longer than this multiple resets the counter to 0,
 because the earlier waits no longer predict the next wait."""

@@ -40,7 +40,7 @@ class LoopLoad:
         self._threads = threads
 
     def has_running_threads(self) -> bool:
-        """Return whether a thread of trio is running, or a read that `fetched_reads` counts waits.
+        """Return whether a thread of trio is running, or `fetched_reads` is more than 0.
 
         If the result is True, the caller must not poll, for two reasons.  While a task polls, the
         event loop does not notice that the thread has finished.  And an event loop that never

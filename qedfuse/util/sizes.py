@@ -21,8 +21,8 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as ``512``, ``64K``, ``1.5G`` or ``64KiB`` means.
 
     The text is a number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
-    follow.  Case does not matter.  As in QEMU, a fraction is rounded to the nearest byte, and
-    a fraction of bytes (``1.5``) is refused.
+    follow.  Case does not matter.  As in QEMU, a result with a suffix is rounded to the nearest
+    byte, and a fraction of a byte without a suffix (``1.5``) is refused.
 
     Raises:
         UsageError: The text has another form, or means a fraction of bytes.

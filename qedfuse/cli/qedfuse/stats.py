@@ -112,8 +112,8 @@ def _live(console: Console) -> Iterator[Live]:
     from rich.live import Live  # noqa: PLC0415  slow to load
 
     # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
-    # in a process with several threads.  Messages are printed above the display if both are on
-    # the terminal.
+    # in a process with several threads.  With `redirect_stderr` rich prints messages above the
+    # display, which is needed only if both are on the terminal.
     live = Live(
         console=console,
         auto_refresh=False,
@@ -127,9 +127,9 @@ def _live(console: Console) -> Iterator[Live]:
     try:
         yield live
     except BaseException:
-        # The display shows the cursor again.  If that fails, for example because the reader of
-        # stdout has gone, the exception of the block still says why the command ends: after Ctrl-C
-        # the exit code is not that of a reader that has gone.
+        # The end of the display shows the cursor again.  If that fails, for example because the
+        # reader of stdout has gone, the failure is ignored, and the exception of the block is
+        # raised.  So after Ctrl-C the exit code is always that of Ctrl-C.
         try:
             with writing_stdout():
                 live.stop()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code that a shell shows for a program that was killed by SIGPIPE (128 + 13)."""
 _FAILED: Final = 1
-"""The exit code if stdout cannot be written to, unless the caller of `finish_output` has another.
+"""The exit code if stdout cannot be written to; a caller of `finish_output` can choose another.
 
 If the reader has closed the pipe, the exit code is `BROKEN_PIPE`.
 """

@@ -1,4 +1,4 @@
-"""An empty QED image in memory, which gives a raw disk the form of a chain."""
+"""An empty QED image in memory: an overlay above a raw disk, which is then opened as a chain."""
 
 from __future__ import annotations
 

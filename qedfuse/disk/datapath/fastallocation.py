@@ -12,10 +12,10 @@ below are met, which is usual:
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.
   Otherwise the slow path reclaims clusters before the file grows.
-- The write needs no data of the base.  This is so if the image has no base, if the clusters are
-  zero clusters, or if the data covers the clusters completely.  If the write does need data of
-  the base, it goes to one cluster only, and the cluster's code in `FlattenedBacking`, which says
-  where the base stores the data, is in memory and not `MIXED`.
+- Either the write needs no data of the base: the image has no base, the clusters are zero
+  clusters, or the data covers the clusters completely.  Or the write goes to one cluster only, and
+  the cluster's code in `FlattenedBacking`, which says where the base stores the data, is in memory
+  and not `MIXED`.
 - If new clusters must be filled around the data, their content fits in the buffer.
 - Reading the base, growing the file and writing the data would not block.
 

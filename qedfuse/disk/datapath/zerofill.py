@@ -8,9 +8,9 @@ the journal of a file system does, waits for 16 such flushes in each cluster of 
 appends or writes at random.  On ext4 such a flush takes about 250 µs; a flush of blocks that the
 host has already allocated takes about 120 µs.
 
-So after each flush, the rest of the first new cluster is filled with zeros.  The others stay
-holes: the next flush commits the allocations of all of them together, so a program that writes to
-many clusters before it flushes would gain little, and zeros for each cluster cost time and space.
+So after each flush, the rest of the first new cluster is filled with zeros.  Further new clusters
+stay holes, because zeros in them would cost time and space, and would gain little: a program that
+writes to many clusters before it flushes waits for only one commit of all their allocations.
 
 The guest's data is written first.  The zeros change no byte that a guest can read, so the guest's
 write succeeds even if the host has space for the data only.
@@ -35,7 +35,7 @@ _ZEROS: Final = memoryview(bytes(_MAX_BYTES))
 
 
 class ZeroFill:
-    """Fills the rest of the first run of new clusters after each flush with zeros."""
+    """After each flush, fills the rest of the first run of new clusters with zeros."""
 
     def __init__(self, file: HostFile, writeback: MetadataWriteback) -> None:
         """Fill clusters of ``file``, and observe the flushes of ``writeback``."""

@@ -106,7 +106,8 @@ async def open_bases(
     """
     layers: list[Layer] = []
     # The images above the base that is opened next, each with the name that it stores for its own
-    # base.  If the caller has passed ``name``, ``file`` gets an empty name here.
+    # base.  If the caller has passed ``name``, ``file`` gets an empty name here, so that the
+    # versions that it remembers are ignored.
     images = [] if name is None else [(file, "")]
     seen = {file.identity}
     trusted = options.backing.trusted

@@ -58,8 +58,8 @@ def chain_paths(image: str, directory: str = "") -> Iterator[str]:
 
     The chain ends with a file that gives no further path: it is raw, has no base, cannot be read,
     has an invalid header, stores a name with a NUL byte, or is a URL, which is not opened.  The
-    path of this file is still yielded, so the last path may lead to no file.  If the image itself
-    is such a file, no path is yielded.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, also if
+    path of this last file is yielded too, and may lead to no file.  If the image itself is such a
+    file, no path is yielded.  At most `MAX_CHAIN_DEPTH` + 1 paths are yielded, also if
     the chain is a loop.  Bases that a policy forbids are yielded as well.
 
     Names after ``file:`` are relative to ``directory``, or to the working directory of the process

@@ -13,7 +13,7 @@ class Kind(enum.Enum):
     """How a range of the disk is stored."""
 
     DATA = "data"
-    """Stored in the file, at ``file_offset``."""
+    """Stored at ``file_offset`` in the file of the layer ``depth``; see `Extent`."""
     ZERO = "zero"
     """Reads as zeros, even where a base has data."""
     UNALLOCATED = "unallocated"

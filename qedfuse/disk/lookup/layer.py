@@ -81,9 +81,9 @@ class QedLayer:
         registry: Where the L2 tables lie, and which entries are valid.
         tables: The table cache of the image.
         slice_keys: Maps the number of a slice (see `cached_slice`) to the slice's key in the table
-            cache, or to None if the L2 table does not exist.  Slices that were not looked up since
-            the dictionary was last cleared are missing.  The dictionary is never replaced by
-            another, so other objects may keep a reference to it.
+            cache, or to None if the L2 table does not exist.  The dictionary has only slices that
+            were looked up since it was last cleared.  It is never replaced by another, so other
+            objects may keep a reference to it.
     """
 
     def __init__(self, file: HostFile, header: Header, store: SliceStore) -> None:

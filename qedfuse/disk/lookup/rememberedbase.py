@@ -95,16 +95,15 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that the image remembers, if any.
 
-    Does nothing if the image is not a local file.  Without ``accept``, another size or time of
-    modification of a local base is logged.  After the comparison, an image that is open for writing
-    remembers the present versions of its bases.  If the host refuses to store the versions, this is
-    logged.
+    Does nothing if the image is not a local file.  A changed size or time of modification of a
+    local base is only logged.  After the comparison, an image that is open for writing remembers
+    the present versions of its bases.  If the host refuses to store the versions, this is logged.
 
     Args:
         image: The image.
         name: The name that the image stores for its first base.
         bases: The first base and those below it.
-        accept: Whether to accept bases that differ, without a comparison.
+        accept: Whether to omit the comparison, and so to accept bases that differ.
 
     Raises:
         BackingError: A base is a file on a server whose version is not the remembered one, and
@@ -249,8 +248,9 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no place for the attribute, a file beside the image is made if a base is
-    on a server.  If no base is, nothing is remembered, and an earlier record is removed.
+    If the file system has no place for the attribute and a base is on a server, a file beside the
+    image is made.  If there is no place and all bases are local, nothing is remembered, and an
+    earlier record is removed.
     """
     record = versions.encode(name)
     try:

@@ -32,9 +32,9 @@ class TableRegistry:
     """The L2 tables of one image, by their file offsets.
 
     Attributes:
-        header: The same as `QedLayer.header`, which says which of its fields are current.
+        header: The same object as `QedLayer.header`; see there which of its fields are current.
         l2_tables: The file offsets of all L2 tables, ascending.  If the image is open for reading
-            only, the tables past the end of the disk are missing.
+            only, the tables for guest offsets past the end of the disk are missing.
         damaged: Whether damage was found since the image was opened.
     """
 

@@ -98,8 +98,8 @@ class DataCompaction:
                 only the data clusters before the cluster ``last`` move, to free clusters at or past
                 ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
-                been found for each used cluster from ``first`` on.  If so, no table should lie at
-                or past ``first``: no L2 entry refers to the clusters of a table, so the reading
+                been found for each used cluster from ``first`` on.  With True no table should lie
+                at or past ``first``: no L2 entry refers to the clusters of a table, so the reading
                 would not find the expected number of entries, and would go on to the last table.
 
         Raises:
@@ -116,9 +116,9 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # `move_data` sorts a batch by the file offsets of the table entries.  So data clusters
-        # that follow each other on the disk, with entries in one table, follow each other in the
-        # file afterwards.
+        # `move_data` moves the clusters of a batch in the order in which their entries lie in the
+        # tables.  So data clusters that follow each other on the disk, with entries in one table,
+        # follow each other in the file afterwards.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

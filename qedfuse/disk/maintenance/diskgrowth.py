@@ -77,7 +77,8 @@ class DiskGrowth:
 
         The last cluster of the disk may hold bytes past the end of the disk, which are
         zeroed.  In later clusters, the data of a base that is longer than the disk would show
-        through, so zero clusters hide this data.
+        through, so zero clusters hide this data.  If table entries for the range refer to data,
+        ``force`` deallocates the clusters.
 
         Raises:
             CorruptImageError: A table entry for the range is bad, or refers to data and

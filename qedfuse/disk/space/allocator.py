@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.header import Header
 
 MAX_FREE_CLUSTERS: Final = 1 << 28
-"""Number of free clusters at which the scan adds no more: 16 TiB in clusters of 64 KiB.
+"""The scan adds no more free clusters once it knows this number: 16 TiB in clusters of 64 KiB.
 
 If a sparse file has more free clusters, some of them are not used before the next opening.
 """
@@ -287,7 +287,7 @@ class Allocator:
     # The free tail of the file
 
     def note_tail_handled(self) -> None:
-        """Note that no free tail waits to be cut off: this is done now, or the file has none."""
+        """Note that no free tail waits any more: its cut begins now, or the file has none."""
         self.tail_is_free = False
 
     def note_tail_remains(self) -> None:

@@ -29,7 +29,8 @@ _WORTH_DIVISOR: Final = 16
 _MIN_WORTH_BYTES: Final = 1 << 20
 _MAX_WORTH_BYTES: Final = 1 << 26
 """A write-back before the file grows is worthwhile if more bytes are in quarantine than the
-length of the file divided by ``_WORTH_DIVISOR``; the two other values limit that quotient."""
+length of the file divided by ``_WORTH_DIVISOR``.  ``_MIN_WORTH_BYTES`` and ``_MAX_WORTH_BYTES``
+limit that quotient."""
 
 
 class DirectReclaim:
@@ -76,8 +77,8 @@ class DirectReclaim:
 
         Waits for the end of punching that is under way.  If enough clusters are in quarantine
         after the wait, also waits for a write-back cycle, and frees the clusters that may be used
-        again.  If the unsealed clusters alone are enough, this is a new cycle.  If not, it is the
-        running one, if any.
+        again.  If the unsealed clusters alone are enough, a new cycle begins for them.  If not, the
+        wait is only for the end of a running cycle, if any.
 
         Punches nothing, because the freed clusters will be used immediately.  Does not wait for
         requests that still use a cluster in quarantine, so perhaps no cluster is free afterwards.

@@ -50,7 +50,8 @@ class Marking:
         # How many references since `restart` have led `mark` or `record_drop` to a cluster that was
         # marked already.
         self._marked_duplicates = 0
-        # How often a cluster has lost a reference after it had lost another one since `begin`.
+        # How many references have been dropped since `begin` whose cluster had already lost another
+        # reference since `begin`.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
         # references any more.  References that are dropped later are counted by `mark` or

@@ -4,7 +4,7 @@
 request that needs clusters before the next flush, and `Lifecycle` when a disk is closed.
 
 `run` frees the clusters that may leave the quarantine.  So that free clusters take up no space,
-`run` then cuts them off at the end of the file, and punches the others out of the host's file.
+`run` then cuts off those at the end of the file, and punches the others out of the host's file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Reclaim:
     ) -> None:
         """Move clusters from ``quarantine`` to ``allocator``.
 
-        ``marking`` is notified of each run that loses its reference.
+        While the scan marks clusters, ``marking`` is notified of each run that loses its reference.
         """
         self._file = file
         self._length = length

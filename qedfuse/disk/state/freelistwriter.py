@@ -66,10 +66,10 @@ class DescriptorEraser:
 
 
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
-    """Raise if the sector of the descriptor holds anything but a descriptor or zeros.
+    """Raise if a new descriptor would overwrite the backing file name or unknown data.
 
-    If the header's bit says that the image has a list, the bytes in the sector are not examined:
-    then this function only refuses a backing file name that lies in the sector.
+    Unknown data are bytes that are not all zeros and do not begin as a descriptor does.  If the
+    header's bit says that the image has a list, the bytes in the sector are not examined.
 
     Raises:
         UsageError: The backing file name or unknown bytes lie in the sector.

@@ -49,8 +49,9 @@ class HeaderStore:
         """Hold ``header``, which was read from ``file``."""
         self._file = file
         self._lock = trio.Lock()
-        # While a change with a trailer runs: the previous bytes between the header and the end
-        # of its sector.  If the change fails, the bytes are kept until a change has succeeded,
+        # A change can also write a trailer: bytes directly behind the header.  While such a change
+        # runs, this attribute holds the previous bytes between the header and the end of its
+        # sector.  If the change fails, the bytes are kept until a change has succeeded,
         # and each write of the header without a trailer restores them.  Empty at other times.
         self._trailer_to_restore = b""
         self.value = header

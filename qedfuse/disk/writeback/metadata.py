@@ -167,6 +167,7 @@ class MetadataWriteback:
         - A cycle is running or waiting.
         - A datasync might take long, or the host refuses.  A datasync that fails makes the disk
           read-only.
+        - The disk has become read-only before.
 
         After False the caller must use `write_back`, which raises the host's error, if any.
         """
@@ -259,10 +260,9 @@ class MetadataWriteback:
                 except QedError as error:
                     mine.error = error.again()
                 except BaseException as error:
-                    # The cause is KeyboardInterrupt, a thread that could not be started, or a bug.
-                    # The changes that the cycle had taken may be neither in the file nor
-                    # marked as dirty, so no later cycle would write them.  Hence the disk
-                    # becomes read-only.
+                    # The cause is KeyboardInterrupt, a lack of memory, or a bug.  The changes that
+                    # the cycle had taken may be neither in the file nor marked as dirty, so no
+                    # later cycle would write them.  Hence the disk becomes read-only.
                     why = f"{self._file.name}: flush: ended by {type(error).__name__}"
                     self.failure = HostError(why)
                     raise

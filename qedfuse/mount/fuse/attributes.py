@@ -32,8 +32,8 @@ _SHARED_ATTR_TIMEOUT_SECONDS: Final = 1.0
 """How long the kernel may cache attributes with ``force_share``.  The time is short, because this
 option permits that another program changes the image."""
 _ENTRY_TIMEOUT_SECONDS: Final = 300.0
-"""How long the kernel may cache which file a name stands for.  Any time is safe, because the names
-of disks never change.  Names of partitions can change, so the kernel must not cache them."""
+"""How long the kernel may cache which disk a name stands for.  Any time is safe, because the names
+of disks never change.  Names of partitions can change, so for them the time is 0."""
 _BLOCK_BYTES: Final = 4096
 """The block size that programs are advised to use (``st_blksize``)."""
 _TIMES_TOLERANCE_NS: Final = 1_000_000_000

@@ -45,9 +45,9 @@ class DataRequests:
 
         Args:
             operations: The handlers of the requests of the mount.
-            reply_from_file: Answers the read that is being handled with the bytes at an offset of
-                a descriptor, and returns True.  Returns False, and has not answered, if that would
-                wait or is not possible.
+            reply_from_file: Takes a descriptor and a file offset.  Answers the read that is being
+                handled with the bytes there, and returns True.  Returns False, and has not
+                answered, if that would wait or is not possible.
             defer_read: Returns an object that answers the read which is being handled.
             nursery: Runs the tasks of `answer_slowly`.
         """
@@ -121,7 +121,7 @@ class DataRequests:
     def read_ended(self, read: _DeferredRead, pending: Request | None) -> None:
         """Note that the thread of the deferred read ``read`` has ended its work.
 
-        ``pending`` is the object that must still answer the read; None if the thread has answered.
+        ``pending`` is the object that must still answer the read; None if the thread answers.
         """
         self._deferred -= 1
         if not self._deferred:
@@ -131,7 +131,7 @@ class DataRequests:
             self.answer_slowly(pending, read.handle, read.offset, read.size)
 
     def answer_slowly(self, pending: Request, handle: int, offset: int, size: int) -> None:
-        """Let a task answer a read that neither its thread nor the queue has answered."""
+        """Let a task answer a read that neither its thread nor the kernel's queue has answered."""
         self._nursery.start_soon(self._answer, pending, handle, offset, size)
 
     async def _answer(self, pending: Request, handle: int, offset: int, size: int) -> None:
@@ -185,8 +185,8 @@ class _DeferredRead:
 
         Args:
             result: The number of bytes that the thread has read, or a negative errno.  If all bytes
-                were read, the thread has answered.  Otherwise the slow path answers and counts the
-                read.
+                were read, the thread itself answers.  Otherwise the slow path answers and counts
+                the read.
         """
         if result == self.size:
             self._counters.count(READ, self.size, self._start)

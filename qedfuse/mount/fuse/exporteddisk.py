@@ -51,8 +51,9 @@ class ExportedDisk:
         read_only: Whether this disk is read-only in a writable mount, because its image is a
             backing file of another disk of the mount.  Always False in a read-only mount, where no
             disk can be written.
-        overrun: True after a write from the kernel's cache began before the end of the disk and
-            went past the end, until a handle that may write gets the error ENOSPC.
+        overrun: True after a write from the kernel's cache that began before the end of the disk
+            and went past the end.  False again when a handle that may write has got the error
+            ENOSPC.
         has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
             cluster could not be read from a server or by QEMU.
         fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
@@ -208,7 +209,7 @@ class ExportedDisks:
 
     @property
     def uses_servers(self) -> bool:
-        """Whether the chain of any disk has a file that is on a server."""
+        """Whether the chain of any disk has a file on a server, or one that qemu-nbd serves."""
         return any(disk.uses_server for disk in self.whole_disks)
 
     @property

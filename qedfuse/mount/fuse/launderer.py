@@ -12,9 +12,9 @@ Therefore the launderer calls write(2), on a second descriptor of the connection
 server has ended, the launderer answers the remaining requests of the kernel with errors until
 the write(2) returns.  Then the launderer ends, and the connection ends with it.
 
-The launderer is forked before the mount exists, and executes no program, because the files of
-the interpreter may lie under the mountpoint.  A server that started a program after mounting
-could wait for its own reply.
+The files of the interpreter may lie under the mountpoint.  A program that started after mounting
+could read these files, and wait for a reply of the server while the server waits for the program.
+Therefore the launderer is forked before the mount exists, and executes no program.
 """
 
 from __future__ import annotations

@@ -165,10 +165,10 @@ class Laundering:
         return int(ANSWER.unpack(answer)[0])
 
     async def _wait_for_writes(self, exported: ExportedDisk) -> bool:
-        """Wait until the server has carried out all write requests that the kernel has sent.
+        """Wait until the server has carried out the kernel's writes; give up after about a second.
 
-        The wait is necessary before Linux 6.16, where laundering does not wait for pages whose
-        writeback is already in progress.
+        Kernels older than Linux 6.16 need this wait: in them laundering does not wait for pages
+        whose writeback is already in progress.
 
         Returns:
             True if no write to the disk is left.  False if, after `_MAX_WRITE_CHECKS` checks, a

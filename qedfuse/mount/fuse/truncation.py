@@ -140,9 +140,9 @@ class Truncation:
         finally:
             # The pages are dropped after a failure as well, because a part of the range may be
             # zeroed, and programs must see the content that the disk has now.  After a failure
-            # the reply is an error, which makes the kernel drop no page.  If the kernel cannot
-            # drop the pages before this reply, it writes the dirty pages back after the reply, and
-            # drops all pages after that.
+            # the reply is an error, after which the kernel drops no pages of its own accord.  If
+            # the kernel cannot drop the pages before this reply, it writes the dirty pages back
+            # after the reply, and drops all pages after that.
             dropped = await self._try_drop_pages(exported)
         return dropped
 

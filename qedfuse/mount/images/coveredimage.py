@@ -21,7 +21,7 @@ def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
 
     ``qedfuse a.qed b.qed`` would hide ``b.qed`` below the disk of ``a.qed``, although the user
     probably wanted to mount both.  A user who names the same image twice wants to mount the disk
-    over its own image, which QEMU permits as well.
+    over its own image, which the FUSE exports of QEMU permit as well.
 
     Args:
         mountpoint: The path, absolute and free of symbolic links.

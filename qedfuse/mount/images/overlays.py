@@ -163,8 +163,8 @@ async def _make_overlay(overlay: str, source: str, options: MountOptions) -> Non
     source_options = replace(disk_options(options), writable=False)
     async with open_disk(source, source_options) as disk:
         files = [layer.file for layer in disk.chain.layers]
-        # If the source is no QED image, `open_disk` puts an empty image in memory over the source.
-        # The image in memory must not become a base.
+        # If the source is not a QED image, `open_disk` puts an empty image in memory over the
+        # source.  The image in memory must not become a base.
         is_wrapped = isinstance(files[0], EmptyImage)
         await create_image(
             overlay,

@@ -30,9 +30,9 @@ SERVE_FILE: Final = SERVE & ~READ_DIRECTORY
 
 _SYSTEM_FILES: Final = (
     *(("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE)),
-    # /proc has the mount table, and the threads and descriptors of this process.  Landlock forbids
-    # to inspect processes outside of the sandbox, so the right to read /proc does not open their
-    # memory, environment and files.
+    # /proc has the mount table, and the threads and descriptors of this process.  Landlock keeps
+    # this process from inspecting processes outside of the sandbox, so the right to read /proc
+    # gives no access to their memory, environment and files.
     *(("/proc", READ), ("/sys/fs/cgroup", READ), ("/sys/devices/system/cpu", READ)),
     # Libraries that the C library loads when they are needed.
     *((path, READ) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib")),

@@ -75,7 +75,7 @@ def removing_needs_override(directory: int) -> bool:
     """Return whether removing a file from an open directory can need CAP_DAC_OVERRIDE.
 
     False if this user owns the directory and may change it.  True for every directory of another
-    user, because an access control list can override its permission bits.
+    user, because an access control list can forbid what the permission bits allow.
     """
     try:
         status = os.fstat(directory)

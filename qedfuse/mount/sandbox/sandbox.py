@@ -102,7 +102,7 @@ class Sandbox:
         Returns None if Landlock cannot be used.
 
         Raises:
-            HostError: The mode is ``strict``, and Landlock cannot be used.
+            HostError: The mode is ``strict``, and Landlock cannot be used, or cannot restrict TCP.
         """
         version = landlock_version()
         if version == 0:

@@ -76,6 +76,6 @@ KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
-"""Calls that set the permissions of a file by its name.  A mount that can be written to needs them
-to correct the size that the kernel has cached (`SizeFixup`).  The server always sets the
-permissions that the file already has."""
+"""Calls that set the permissions of a file by its name.  The server of a mount that can be written
+to sets the permissions that a file of the mount already has, because the kernel takes over the size
+of the file from the reply (`SizeFixup`)."""

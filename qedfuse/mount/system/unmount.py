@@ -35,8 +35,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises:
         BusyError: The mount is in use, and ``lazy`` is False.
-        PrivilegeError: The caller lacks the privilege to unmount, for example because root has no
-            CAP_SYS_ADMIN, or fusermount3 is missing.
+        PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount, as
+            does root without CAP_SYS_ADMIN.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
             is mounted on the path, because fusermount3 finds no mount of the caller on the path, or
             because the host cannot start fusermount3.
@@ -81,8 +81,9 @@ def unmount_by_fusermount(mountpoint: str, *, lazy: bool) -> None:
         raise _error(mountpoint, 0, reason) from error
     if done.returncode != 0:
         printed = " ".join(os.fsdecode(done.stderr).split("\n")).strip()
-        # fusermount3 reports the reason only in words.  The path of the mountpoint is cut out of
-        # the text before the search, because the path may contain the same words.
+        # fusermount3 reports the reason only in words, which are searched for "busy" and
+        # "permitted".  The path of the mountpoint is cut out of the text before the search, because
+        # the path itself may contain one of these two words.
         words = printed.replace(mountpoint, "")
         number = errno.EBUSY if "busy" in words else errno.EPERM if "permitted" in words else 0
         raise _error(mountpoint, number, printed or f"exit code {done.returncode}")

@@ -53,8 +53,8 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
     - Mounts in other namespaces that the kernel normally unmounts together with a mount M that the
       caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
       group, and all mounts to which the unmount of such a slave propagates.  The kernel does not
-      unmount a bind mount in the peer group if it lies on a mount without peers.  But this function
-      leaves out such a bind mount as well, as long as M exists.
+      unmount a bind mount in the peer group if the bind mount lies on a mount without peers.  But
+      this function leaves out such a bind mount as well, as long as M exists.
     - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:

@@ -341,8 +341,8 @@ class Conversion:
         """
         if self._source_disk is None:
             return
-        # This process has released its lock of the copy.  With ``force_share`` the copy is compared
-        # even if another program has opened the copy for writing since then.
+        # This process has released its lock of an existing target.  With ``force_share`` the target
+        # is compared even if another program has opened it for writing since then.
         options = replace(self._options, force_share=True)
         if self._spec.backing is not None:
             directory = options.backing.working_directory

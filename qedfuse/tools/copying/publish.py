@@ -82,9 +82,9 @@ async def publish(
       object or parts of it.
     - The call is cancelled, and the removal of what it has stored takes more than `_STOP_SECONDS`
       or is not confirmed.  A warning is logged.
-    - The call is cancelled when the object is complete, and the comparison has ended, or
-      ``overwrite`` is set: the replaced object cannot be restored.  A warning says that the object
-      stays.
+    - The call is cancelled after the comparison.  With ``overwrite`` the object also stays if the
+      call is cancelled during the comparison, because the replaced object cannot be restored.  A
+      warning says that the object stays.
 
     Args:
         path: The image or raw file; with ``flatten`` also a URL.
@@ -237,8 +237,9 @@ async def _run(
     """Run an upload in a thread; return its result.
 
     If the task is cancelled after the upload has begun, the upload removes what it has stored.
-    This function waits for the removal, for at most `_STOP_SECONDS`.  One line is logged first,
-    because a user who has pressed Ctrl-C waits, and another one if anything is or may be left.
+    This function waits for the removal, for at most `_STOP_SECONDS`.  A user who has pressed Ctrl-C
+    waits too, so the log first announces the wait.  If anything is or may be left in the store,
+    another line is logged after the wait.
 
     ``watch`` runs as long as the upload.  If ``watch`` raises RemoteError, the store does not
     answer, so this function raises the error without waiting for the thread.
@@ -291,7 +292,8 @@ async def _run(
             nursery.cancel_scope.cancel()
         is_cancelled = False
     finally:
-        # A cancellation can also arrive here after the end of the thread.
+        # Logged here, because the handler of `trio.Cancelled` above does not see a cancellation
+        # that arrives after the end of the thread.
         if is_cancelled and upload.has_begun:
             _log_remains(upload, shown, has_ended=ended.is_set())
     if outcome is None:

@@ -72,7 +72,7 @@ async def rebase(
         backing: Name of the new backing file, see `backing_path`; None or empty to remove the
             backing file.
         backing_format: Format of the new backing file.  None accepts QED and the formats that only
-            QEMU reads.  With ``unsafe`` None is refused if ``backing`` names a backing file.
+            QEMU reads.  If ``unsafe`` is set and ``backing`` names a file, the format is required.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
             backing files only the headers are read, to detect a loop; the files need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file may

@@ -61,11 +61,11 @@ async def resize(
 
     Raises:
         UsageError: The size is negative, not a multiple of 512, or more than the tables can
-            address.  Or the disk would become smaller without ``shrink``, or lose data
-            without ``force``; a bad table entry counts as data.
-        CorruptImageError: A table entry for the added range is bad; or, with ``force``, a table
-            entry for the removed range.  Or a check found damage.  Or the disk would grow over data
-            past its old end without ``force``.
+            address.  Or the disk would become smaller without ``shrink``, or would lose data past
+            its new end without ``force``; a bad table entry there counts as data.
+        CorruptImageError: A check found damage.  Or the disk would grow, and a table entry for the
+            added range is bad or, without ``force``, refers to data.  Or the disk would shrink with
+            ``force``, and a table entry for the removed range is bad.
         QedError: The image cannot be opened for writing, or the host refused.
     """
     async with open_writable(path, options) as disk:

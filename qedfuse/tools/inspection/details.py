@@ -1,4 +1,4 @@
-"""The details of an image that do not follow from its header and L1 table.
+"""The details of an image for which more must be read than its header and a part of the L1 table.
 
 The details are the free list and the numbers of tables and clusters.  The tables are read slice by
 slice, so counting takes little memory.

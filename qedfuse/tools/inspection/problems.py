@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
-"""Codes of the problems with the L1 table that make it unsafe to use ranges of the disk."""
+"""Codes of the problems with L1 entries; an image with one of them is not `QedInfo.sound`."""
 
 URL_NOTE: Final = "backing-url"
 """`Problem.code` of the note that the backing file is a URL, which the user must allow."""

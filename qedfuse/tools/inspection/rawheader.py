@@ -130,8 +130,8 @@ def _has_geometry(values: Mapping[str, int]) -> bool:
 def _problems(data: bytes, file_size: int, name: str) -> Iterator[QedError]:
     """Yield all errors because of which qedfuse would refuse the image, not only the first one.
 
-    `parse_header` raises only the first error.  So after each error, the value of the field is
-    replaced by a valid value, and the header is parsed again.  In this way `parse_header` is
+    `parse_header` raises only the first error.  So after each error, the invalid value is
+    replaced by a valid one, and the header is parsed again.  In this way `parse_header` is
     the only place that has the rules.  After an error in the geometry no further errors are
     searched for.  `Header.check_fits` is not called with a replaced offset of the L1 table,
     because an error about this offset would not be about the stored value.

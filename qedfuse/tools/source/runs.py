@@ -222,7 +222,7 @@ class RawRunReader:
 
 
 def _single(start: int, kind: int, end: int, offset: int = 0) -> Runs:
-    """Return a single run, of a kind that has no file offset; see `Runs` for ``offset``."""
+    """Return a single run of kind `UNALLOCATED` or `BAD`; only a `BAD` run has an ``offset``."""
     return Runs(np.array([start]), np.array([kind], np.uint8), np.array([offset]), end)
 
 
