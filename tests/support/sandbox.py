@@ -20,6 +20,9 @@ from tests.support.mounted import without_notice
 ROOT: Final = Path(__file__).parents[2]
 PROGRAMS: Final = (Path("/usr/local/bin"), Path("/usr/sbin"))
 """Where scripts install programs; a test that changes these directories themselves locks them."""
+LOOP_FILES: Final = Path("/mnt")
+"""Only one sandbox at a time holds the lock of this directory of the host.  When a sandbox ends, it
+detaches all loop devices whose files seem to lie there, and each sandbox has such files."""
 TIMEOUT: Final = 200.0
 """Seconds after which a script counts as hung."""
 
@@ -89,6 +92,7 @@ def make_environment(directory: Path) -> Path:
 def run_in_sandbox(script: str, *arguments: Path) -> str:
     """Run a bash script that must succeed, with arguments; return its output."""
     with ExitStack() as stack:
+        stack.enter_context(locked(LOOP_FILES, shared=False))
         for directory in PROGRAMS:
             stack.enter_context(locked(directory, shared=True))
         done = subprocess.run(
