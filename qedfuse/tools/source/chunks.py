@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qedfuse.disk.lookup.extents import Extent, Kind
-from qedfuse.errors import HostError
+from qedfuse.tools.source.sourcebytes import read_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -231,21 +231,5 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment]) -> None:
         if segment.at > at:
             buffer[at : segment.at] = 0
         at = segment.at + segment.length
-        _read(view[segment.at : at], segment)
+        read_whole(segment.file, segment.offset, view[segment.at : at])
     buffer[at:] = 0
-
-
-def _read(view: memoryview, segment: Segment) -> None:
-    """Read one whole segment into ``view``, which is as long as the segment.
-
-    Raises:
-        HostError: The host refused, or the file ends before the end of the segment.
-    """
-    done = segment.file.read_blocking(segment.offset, view)
-    if done < segment.length:
-        # The offset is one of this file, which may be a base: the disk's name would not fit it.
-        msg = (
-            f"{segment.file.name}: data at {segment.offset}: found {done} bytes, "
-            f"expected {segment.length}"
-        )
-        raise HostError(msg)

@@ -32,12 +32,12 @@ async def read_bytes(source: Source, start: int, length: int) -> bytes:
             if extent.kind is Kind.DATA:
                 view = memoryview(result)[extent.start - start : extent.end - start]
                 file = files[extent.depth]
-                await run_in_thread(_read, file, extent.file_offset, view)
+                await run_in_thread(read_whole, file, extent.file_offset, view)
             at = extent.end
     return bytes(result)
 
 
-def _read(file: BlockingReader, offset: int, view: memoryview) -> None:
+def read_whole(file: BlockingReader, offset: int, view: memoryview) -> None:
     """Fill ``view`` from a file offset of ``file``; the call blocks.
 
     Raises:
