@@ -243,8 +243,7 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t s
     call_handler(request, "fallocate", inode, mode, start, length);
 }
 
-/* Returns whether may_seek(uid, inode) permits the answer to an lseek request; 0 if it raises. */
-static int is_seek_permitted(fuse_req_t request, fuse_ino_t inode)
+int is_seek_permitted(fuse_req_t request, fuse_ino_t inode)
 {
     PyObject *result = may_seek == NULL ? NULL
                                         : PyObject_CallFunction(
@@ -260,7 +259,7 @@ static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t start, int when
                      struct fuse_file_info *info)
 {
     PyGILState_STATE state = PyGILState_Ensure();
-    int answered = is_seek_permitted(request, inode) && answer_seek(request, inode, whence, start);
+    int answered = answer_seek(request, inode, whence, start);
 
     (void)info;
     if (answered)

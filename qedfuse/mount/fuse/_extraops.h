@@ -172,9 +172,12 @@ int write_in_place(uint64_t handle, const char *data, size_t size, off_t start);
 /* Prepares write_in_place().  Returns 0, or -1 with an exception (_inplacewrite.c). */
 int init_in_place_writes(void);
 
-/* Answers lseek(2) with SEEK_DATA or SEEK_HOLE, and returns 1; or returns 0, and has not answered.  The
- * kernel must have no dirty pages of the disk, because they would be missing in the answer.  The caller
- * must hold the GIL (_seek.c). */
+/* Returns whether may_seek(uid, inode) permits the answer to an lseek request; 0 if it raises.  The caller
+ * must hold the GIL (_extraops.c). */
+int is_seek_permitted(fuse_req_t request, fuse_ino_t inode);
+
+/* Answers lseek(2) with SEEK_DATA or SEEK_HOLE, if is_seek_permitted(), and returns 1; or returns 0, and has
+ * not answered.  The caller must hold the GIL (_seek.c). */
 int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start);
 
 /* Prepares answer_cached_read().  Returns 0, or -1 with an exception (_cachedread.c). */

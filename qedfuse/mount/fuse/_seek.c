@@ -23,38 +23,21 @@
 /* The largest entry that does not locate data: that of a zero cluster. */
 #define ZERO_ENTRY 1
 
-/* A part of a table that is in memory. */
-struct slice {
-    PyObject *entries; /* NULL if there is no such part in memory */
-    Py_buffer view;
-};
-
-static void release(struct slice *slice)
-{
-    if (slice->entries != NULL)
-        PyBuffer_Release(&slice->view);
-    Py_CLEAR(slice->entries);
-}
-
-/* Gets the slice of a table that begins at a file offset, and releases the slice that was there before.
- * Returns whether that was possible: not if the slice is not in memory or has an invalid entry; an
- * exception may be set then. */
-static int get_slice_at(ReadView *view, uint64_t offset, struct slice *slice)
+/* Gets the entries of the slice of a table that begins at a file offset, and releases those that `slice`
+ * had before.  Returns whether that was possible: not if the slice is not in memory or has an invalid entry;
+ * an exception may be set then.  The caller must release `slice` in both cases. */
+static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
 {
     PyObject *key = Py_BuildValue("(OK)", view->cache_key, (unsigned long long)offset);
     PyObject *entries = key == NULL ? NULL : valid_entries(view, key);
+    int is_there;
 
+    PyBuffer_Release(slice); /* does nothing if there are none */
+    is_there = entries != NULL && PyObject_GetBuffer(entries, slice, PyBUF_SIMPLE) == 0 &&
+               (uint64_t)slice->len == sizeof(uint64_t) << view->slice_bits;
     Py_XDECREF(key);
-    release(slice);
-    if (entries == NULL || PyObject_GetBuffer(entries, &slice->view, PyBUF_SIMPLE)) {
-        Py_XDECREF(entries);
-        return 0;
-    }
-    slice->entries = entries;
-    if ((uint64_t)slice->view.len == sizeof(uint64_t) << view->slice_bits)
-        return 1;
-    release(slice);
-    return 0;
+    Py_XDECREF(entries);
+    return is_there;
 }
 
 /* Returns the index of the first entry from `first` on, below `end`, that locates data, or that does not if
@@ -86,7 +69,7 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
     const long long l1_offset = l1_table_offset(view);
     uint64_t cluster = start >> view->cluster_bits, l1_index, table, at;
     uint64_t l1_slice = UINT64_MAX; /* number of the slice that `l1` is */
-    struct slice l1 = {0}, l2 = {0};
+    Py_buffer l1 = {0}, l2 = {0};
     int count, is_found = 0;
 
     for (count = 0; count < MAX_SLICES && l1_offset >= 0 && cluster < clusters; count++) {
@@ -97,29 +80,29 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
             if (!get_slice_at(view, at, &l1))
                 break;
         }
-        table = ((uint64_t *)l1.view.buf)[l1_index & slice_mask];
+        table = ((uint64_t *)l1.buf)[l1_index & slice_mask];
         if (table == 0 && !for_data) {
             is_found = 1;
             break;
         }
         if (table == 0) {
             /* An entry of the L1 table is the offset of a table if it locates anything. */
-            at = first_entry(l1.view.buf, l1_index & slice_mask, slice_mask + 1, 1);
+            at = first_entry(l1.buf, l1_index & slice_mask, slice_mask + 1, 1);
             cluster = ((l1_index & ~slice_mask) + at) << view->table_bits;
             continue;
         }
         at = table + (cluster & table_mask & ~slice_mask) * sizeof(uint64_t);
         if (!get_slice_at(view, at, &l2))
             break;
-        at = first_entry(l2.view.buf, cluster & slice_mask, slice_mask + 1, for_data);
+        at = first_entry(l2.buf, cluster & slice_mask, slice_mask + 1, for_data);
         cluster = (cluster & ~slice_mask) + at;
         if (at <= slice_mask) {
             is_found = 1;
             break;
         }
     }
-    release(&l1);
-    release(&l2);
+    PyBuffer_Release(&l1);
+    PyBuffer_Release(&l2);
     *found = cluster << view->cluster_bits;
     if (*found < start)
         *found = start;
@@ -134,7 +117,7 @@ int answer_seek(fuse_req_t request, fuse_ino_t inode, int whence, off_t start)
     uint64_t limit, found;
     int is_found = 0;
 
-    if (view != NULL && view->cache_key != NULL) {
+    if (view != NULL && view->cache_key != NULL && is_seek_permitted(request, inode)) {
         limit = view->window_start + (uint64_t)view_size(view);
         is_found = search(view, view->window_start + (uint64_t)start, limit, whence == SEEK_DATA, &found);
         if (is_found && whence == SEEK_DATA && found == limit)
