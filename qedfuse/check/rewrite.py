@@ -82,7 +82,7 @@ class Rewriter:
 
         Raises:
             NoSpaceError: No file can be that long, or the host is full.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         self.end = max(self.end, self._checked_end(end))
         if self._file.size() < self.end:
@@ -96,7 +96,7 @@ class Rewriter:
 
         Raises:
             NoSpaceError: No file can be long enough for the copy, or the host is full.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         target = self._allocate(length)
         await self._file.truncate(self.end)
@@ -117,7 +117,7 @@ class Rewriter:
 
         Raises:
             NoSpaceError: No file can be long enough for the table, or the host is full.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         target = self._allocate(self._header.geometry.table_bytes)
         await self._file.truncate(self.end)

@@ -75,7 +75,7 @@ class AutoCompaction:
         Moves nothing if the scan for free clusters has not succeeded, or if the image is damaged.
 
         Raises:
-            QedError: The host refused.
+            QedError: A system call failed.
         """
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():

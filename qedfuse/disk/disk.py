@@ -123,7 +123,7 @@ class Disk(GuestChanges):
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
-            HostError: The host refused; the image is sound.
+            HostError: A system call failed; the image is sound.
         """
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
@@ -174,7 +174,7 @@ class Disk(GuestChanges):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the added range is bad, or refers to data and
                 ``force`` is False; the disk has its old size.
-            HostError: The host refused; the disk has its old size.
+            HostError: A system call failed; the disk has its old size.
         """
         self._components.disk_size.check(size)
         self._refuse_without_base("resize")
@@ -201,8 +201,8 @@ class Disk(GuestChanges):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old
                 size, and a part of the range to be removed may read as zeros.
-            HostError: The host refused.  Either the disk has its new size, or it has its old size
-                and a part of the range to be removed may read as zeros.
+            HostError: A system call failed.  Either the disk has its new size, or it has its old
+                size, and a part of the range to be removed may read as zeros.
         """
         self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")
@@ -222,7 +222,7 @@ class Disk(GuestChanges):
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: An L1 entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
 
         After an error some clusters may be zero clusters now.
         """
@@ -241,7 +241,7 @@ class Disk(GuestChanges):
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry is bad; some clusters may be unallocated now.
-            HostError: The host refused; some clusters may be unallocated now.
+            HostError: A system call failed; some clusters may be unallocated now.
         """
         await self._first_write_guard.prepare_write()
         await self._components.scan.run()
@@ -263,7 +263,7 @@ class Disk(GuestChanges):
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
-            HostError: The host refused; the image names the old base or the new one.
+            HostError: A system call failed; the image names the old base or the new one.
         """
         await self._first_write_guard.prepare_write()
         await change_backing_name(
@@ -275,7 +275,7 @@ class Disk(GuestChanges):
         """Return the attributes of the image file.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         return self._file.stat()
 
@@ -283,7 +283,7 @@ class Disk(GuestChanges):
         """Return the ``st_blocks`` of the image file, in units of 512 bytes.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         return self._file.stored_blocks()
 
@@ -299,7 +299,7 @@ class Disk(GuestChanges):
         """Set the times of the image file, in nanoseconds since 1970.
 
         Raises:
-            OSError: The host refused, for example because the file belongs to another user.
+            OSError: A system call failed, for example because the file belongs to another user.
         """
         await self._file.set_times(atime_ns, mtime_ns)
 

@@ -109,7 +109,7 @@ class GuestChanges(GuestReads):
             ReadOnlyError: The disk is open read-only, or became so.
             BackingError: The disk was opened without its base.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
 
         After NoSpaceError, ReadOnlyError, CorruptImageError or HostError a part may have been
         written.
@@ -143,7 +143,7 @@ class GuestChanges(GuestReads):
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
 
         After ReadOnlyError, CorruptImageError or HostError parts of the range may read as zeros.
         """
@@ -171,7 +171,7 @@ class GuestChanges(GuestReads):
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
 
         After NoSpaceError, ReadOnlyError, CorruptImageError or HostError parts of the range may be
         allocated now.
@@ -206,7 +206,7 @@ class GuestChanges(GuestReads):
         """Return when every write that had ended before this call survives power loss (D1).
 
         Raises:
-            HostError: The host refused.  Once an error has made the disk read-only, each later
+            HostError: A system call failed.  Once an error has made the disk read-only, each later
                 call raises that error again (see `failure`).
             ReadOnlyError: An error has made the disk read-only during this call.
         """

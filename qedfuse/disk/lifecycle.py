@@ -72,7 +72,7 @@ class Lifecycle:
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
                 where the list's descriptor must be.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         components = self._components
         await components.layer.scan_l1()
@@ -99,7 +99,7 @@ class Lifecycle:
                 image is not compacted, whatever the options say.
 
         Raises:
-            HostError: The host refused, or something written before could not be made
+            HostError: A system call failed, or something written before could not be made
                 durable (D7).  The files are closed nevertheless.  If the close has not cleared
                 NEED_CHECK before the error, the bit stays as it was.
         """
@@ -128,7 +128,7 @@ class Lifecycle:
         """Make everything durable, if ``writable``, and close the files in any case.
 
         Raises:
-            HostError: The host refused, or something written before could not be made
+            HostError: A system call failed, or something written before could not be made
                 durable (D7).
         """
         components = self._components
@@ -156,7 +156,7 @@ class Lifecycle:
         punched, even if the disk was not changed.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         components = self._components
         await components.flusher.flush()

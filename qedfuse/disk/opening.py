@@ -128,7 +128,7 @@ async def _open_foreign_disk(
     Raises:
         UsageError: The options ask for writing, or the image is not a local file.
         ForeignError: QEMU is not installed or fails, or the image is refused.
-        QedError: A file that the image names is refused, or the host refused.
+        QedError: A file that the image names is refused, or a system call failed.
     """
     if options.writable:
         msg = (

@@ -57,7 +57,7 @@ def spawn_confined(
         cpu_seconds: Maximum processor time of the program in seconds; None for no limit.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     files = [file.fd for file in graph.files]
     extents = [file.fd for file in graph.extents]

@@ -229,7 +229,7 @@ class LocalReads:
 
         Raises:
             ForeignError: The program is missing, or its output is not a map.
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         numbers = {id(file): number for number, file in enumerate(self._files)}
         files = [

@@ -40,7 +40,7 @@ def start_mapping(graph: Graph, name: str, output: int) -> subprocess.Popen[byte
 
     Raises:
         ForeignError: The program is not installed.
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     options = "json:" + json.dumps(graph.options)
     command = [find_program(_PROGRAM, name), "map", "--output=json", options]
@@ -60,7 +60,7 @@ def fill_map(run_map: RunMap, output: BinaryIO, files: Sequence[tuple[int, int] 
 
     Raises:
         ForeignError: The output is not a map of a disk.
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     try:
         for found in _objects(output):

@@ -40,7 +40,7 @@ class ForeignOpening:
             BackingError: A file that the image names is missing or refused.
             ForeignError: qemu-nbd is not installed, or `open_graph` refuses an image.
             ImageError: The header of a QED image of the chain is not valid.
-            HostError: A file cannot be read, or the host refused.
+            HostError: A file cannot be read, or a system call failed.
         """
         self._image = image
         self._driver = driver
@@ -72,7 +72,8 @@ class ForeignOpening:
                 changed during the opening; or the opening was abandoned.
             ImageError: The header of a QED image of the chain is not valid any more.
             ImageInUseError: Another program holds a lock that excludes reading.
-            HostError: The host refused, or qemu-nbd fails while the connection for reads is made.
+            HostError: A system call failed, or qemu-nbd failed while the connection for reads
+                was made.
         """
         self._server.wait_ready()
         self._graph.refuse_changes()
@@ -112,7 +113,7 @@ class ForeignOpening:
 
         Raises:
             ForeignError: qemu-nbd has ended, so no later attempt can succeed.
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         if self._server.has_ended():
             msg = f"{self._image.name}: qemu-nbd: {self._server.end_reason()}"

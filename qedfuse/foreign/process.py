@@ -65,7 +65,7 @@ class QemuNbd:
 
         Raises:
             ForeignError: The program is not installed.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         self.name = name
         self._closing = threading.Lock()
@@ -103,7 +103,7 @@ class QemuNbd:
         The call blocks only while the queue of the listener is full.
 
         Raises:
-            OSError: The program has ended, or the host refused.
+            OSError: The program has ended, or a system call failed.
         """
         with self._lock:
             if self._is_closed:
@@ -126,7 +126,7 @@ class QemuNbd:
         On this connection the program sends replies of NBD's simple kind.
 
         Raises:
-            OSError: The program has ended, does not answer, or the host refused.
+            OSError: The program has ended, does not answer, or a system call failed.
         """
         client = self.connect()
         try:
@@ -247,7 +247,7 @@ def _private_listener() -> tuple[socket.socket, int]:
     The path is removed before this function returns; clients connect through the descriptor.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

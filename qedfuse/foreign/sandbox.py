@@ -92,7 +92,7 @@ def _raise_descriptor_limit() -> None:
     """Raise the limit of open files to the hard limit: a VMDK image can have many extents.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     maximum = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))

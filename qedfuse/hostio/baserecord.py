@@ -86,7 +86,7 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
     """Store the record of an image in a file beside the image, durably.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
         QedError: The new file cannot be made, or another file has the name of the image or of the
             record.
     """
@@ -163,7 +163,7 @@ def _open_file(path: str) -> int:
     A symbolic link is not followed, and the open of a FIFO does not wait.
 
     Raises:
-        OSError: The host refused; ELOOP for a symbolic link.
+        OSError: A system call failed; ELOOP for a symbolic link.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:

@@ -124,14 +124,14 @@ class ReadableFile(Protocol):
         `qedfuse.hostio.systemcalls`.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
 
     def statvfs(self) -> os.statvfs_result:
         """Return the attributes of the file system that holds the file (statvfs(3)).
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
 
     def stop_fetching(self) -> None:
@@ -185,7 +185,7 @@ class HostFile(ReadableFile, Protocol):
         """Make all earlier writes and the file's length durable, if that takes little time.
 
         Returns False, and has done nothing, if the caller must call `datasync`.  Raises HostError
-        if the host refused.
+        if a system call failed.
         """
 
     async def datasync(self) -> None:
@@ -220,5 +220,5 @@ class HostFile(ReadableFile, Protocol):
         """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).
 
         Raises:
-            OSError: The file belongs to another user, or the host refused.
+            OSError: The file belongs to another user, or a system call failed.
         """

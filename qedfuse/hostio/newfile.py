@@ -79,7 +79,7 @@ class NewFile:
                 agreed to replace a file.
             ImageInUseError: A file of the final name exists, ``old`` is None, and the user
                 has agreed to replace a file: another process has just created the file.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if self._old is None and os.path.lexists(self._final):
             raise self._name_taken_error()
@@ -121,7 +121,7 @@ class NewFile:
             ImageInUseError: A file other than ``old`` has the final name now, and the user has
                 agreed to replace a file.  The caller has not locked that file, so it may be in
                 use.
-            HostError: The host refused.  If it refused only to remove the temporary name, or to
+            HostError: A system call failed.  If it refused only to remove the temporary name, or to
                 make the final name durable, the file has its final name nevertheless.
         """
         try:
@@ -179,7 +179,7 @@ class NewFile:
 
         Raises:
             FileExistsError: A file of the final name exists.
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         try:
             os.link(self.path, self._final)

@@ -88,7 +88,7 @@ class PosixFile(PosixReader):
         """Return the file's length in bytes.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         return self._size_and_blocks()[0]
 
@@ -99,7 +99,7 @@ class PosixFile(PosixReader):
         file; see `size_and_blocks`.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         return self._size_and_blocks()[1]
 
@@ -113,7 +113,7 @@ class PosixFile(PosixReader):
         """Return the file's attributes (fstat(2)).
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         return status_of(self.fd, self.name)
 
@@ -121,7 +121,7 @@ class PosixFile(PosixReader):
         """Return the attributes of the file system that holds the file (statvfs(3)).
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         return os.fstatvfs(self.fd)
 
@@ -168,7 +168,7 @@ class PosixFile(PosixReader):
             True if all is durable.  False if nothing was done, so the caller must call `datasync`.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if not self._policy.can_datasync_inline():
             return False
@@ -280,7 +280,7 @@ class PosixFile(PosixReader):
         """Set the file's times of access and modification, in nanoseconds since 1970 (UTC).
 
         Raises:
-            OSError: The file belongs to another user, or the host refused.
+            OSError: The file belongs to another user, or a system call failed.
             HostError: The host cannot start a thread.
         """
         set_times = partial(os.utime, self.fd, ns=(atime_ns, mtime_ns))
@@ -293,7 +293,7 @@ class PosixFile(PosixReader):
         """Await a call; return its result.
 
         Raises:
-            HostError: The host refused; the message says that ``action`` failed.
+            HostError: A system call failed; the message says that ``action`` failed.
         """
         try:
             return await call

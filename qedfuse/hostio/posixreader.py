@@ -117,7 +117,7 @@ class PosixReader:
         Also returns None if the file system does not support RWF_NOWAIT.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         try:
             done = os.preadv(self.fd, (view,), offset, self._flags)
@@ -193,7 +193,7 @@ class PosixReader:
         concurrently.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         try:
             return read_all(self.fd, offset, view)

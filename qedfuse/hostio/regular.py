@@ -95,7 +95,7 @@ def status_of(file: int | str, name: str) -> os.stat_result:
     """Return the attributes of an open file or of a path (stat(2)); ``name`` is for messages.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         return os.stat(file)  # noqa: PTH116  a name or a descriptor, not a Path
@@ -109,7 +109,7 @@ def length_of(fd: int, name: str) -> int:
     The call moves the file position of the descriptor.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         return os.lseek(fd, 0, os.SEEK_END)

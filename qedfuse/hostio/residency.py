@@ -39,7 +39,7 @@ class Residency:
         files mincore(2) reports every page as present.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         if address in (None, _MAP_FAILED):

@@ -30,7 +30,7 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
         whence: ``os.SEEK_DATA`` or ``os.SEEK_HOLE``.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     try:
         return os.lseek(fd, offset, whence)
@@ -57,7 +57,7 @@ def data_slices(fd: int, table_offset: int, length: int) -> Iterator[int]:
         length: Length of the table in bytes.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     position, end = table_offset, table_offset + length
     while position < end:

@@ -90,7 +90,7 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     these files, which the next fsync(2) there would have to commit.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     result = ctypes.create_string_buffer(_STATX.size)
     if _statx is not None and not _statx(
@@ -170,7 +170,7 @@ def fsync_path(path: str) -> None:
     """Make the file or the directory ``path`` durable (fsync(2)).
 
     Raises:
-        OSError: The file cannot be opened, or the host refused.
+        OSError: The file cannot be opened, or a system call failed.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

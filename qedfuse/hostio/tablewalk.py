@@ -26,7 +26,7 @@ async def holds_data(file: HostFile, offset: int, length: int) -> bool:
     """Return whether the host stores data for any byte of a range of the file.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     data = await file.next_data(offset)
     return data is not None and data < offset + length
@@ -48,7 +48,7 @@ def read_table(
         entry is left out.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     return _TableReader(file, table_offset, length)
 
@@ -96,7 +96,7 @@ class DataSlices:
 
         Raises:
             StopAsyncIteration: No further slice holds data.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if self._next >= self._end:
             raise StopAsyncIteration

@@ -304,7 +304,7 @@ class _Session:
         """Listen for requests of metrics, if the options demand it, until ``stack`` is closed.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if self._request.options.metrics is None:
             return None

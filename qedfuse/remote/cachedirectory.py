@@ -99,8 +99,8 @@ class CacheDirectory:
         A damaged entry is replaced by a new one.
 
         Raises:
-            CacheError: The host refused, a file that is not an entry has the name of the entry, or
-                other processes made or removed the entry during all attempts.
+            CacheError: A system call failed, a file that is not an entry has the name of the
+                entry, or other processes made or removed the entry during all attempts.
         """
         number = 1
         while True:
@@ -119,7 +119,7 @@ class CacheDirectory:
         """Open the entry ``path``; make it if it is missing, and replace it if it is damaged.
 
         Raises:
-            OSError: The host refused, or another process makes or removes the entry.
+            OSError: A system call failed, or another process makes or removes the entry.
         """
         if os.path.islink(parent):  # noqa: PTH114  str paths
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -208,7 +208,7 @@ class CacheDirectory:
         after `_MAX_NEW_ENTRY_SECONDS`.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         if entry.is_new:
             return time.time() - entry.used / 1e9 > _MAX_NEW_ENTRY_SECONDS
@@ -220,7 +220,7 @@ class CacheDirectory:
         ``used`` is the disk space of the cache in bytes.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         free = _MAX_GRANT_BYTES
         host = os.statvfs(self._path)

@@ -54,7 +54,7 @@ def list_objects(directory: str) -> list[str]:
     """Return the directories of all objects in the directory of a cache.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     return [entry.path for entry in _directories(directory, OBJECT_NAME)]
 
@@ -86,8 +86,8 @@ def make_entry(parent: str, path: str, shown: str, version: Version) -> None:
         version: The version of the object.
 
     Raises:
-        OSError: The host refused, another process has made the entry, or one of the paths leads to
-            a file that is not a directory.
+        OSError: A system call failed, another process has made the entry, or one of the paths
+            leads to a file that is not a directory.
     """
     with suppress(FileExistsError):
         os.mkdir(parent, 0o700)  # noqa: PTH102  str paths
@@ -110,7 +110,7 @@ def discard_entry(path: str) -> None:
     Processes that have the entry open keep using the open files.
 
     Raises:
-        OSError: The host refused, or ``path`` is not a directory (ENOTDIR).
+        OSError: A system call failed, or ``path`` is not a directory (ENOTDIR).
     """
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -168,7 +168,7 @@ def _open_data(path: str) -> int:
     have such a file open as the data of an entry.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     try:
         return os.open(
@@ -190,7 +190,7 @@ def _rename_aside(path: str) -> str:
     """Rename an entry, so that no process can open it any more; return the new path.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     aside = _new_path(os.path.dirname(path))  # noqa: PTH120  str paths
     os.rename(path, aside)  # noqa: PTH104  str paths

@@ -61,7 +61,7 @@ def write_metadata(path: str, shown: str, version: Version) -> None:
         version: The version of the object.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     directory = open_directory(path)
     try:
@@ -74,7 +74,7 @@ def read_metadata(path: str) -> EntryMetadata:
     """Return the metadata of the entry ``path``.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
         ValueError: The metadata are damaged, or do not match the name of the entry.
     """
     directory = open_directory(path)
@@ -210,7 +210,7 @@ def _read_json(directory: int) -> dict[str, Any]:
     """Return the content of the file ``about.json`` of the entry in an open directory.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
         ValueError: The file is not a JSON object, or is too long.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -237,7 +237,7 @@ def _write_file(directory: int, name: str, content: bytes) -> None:
     """Write a new file, which only this user can read, in an open directory.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=directory)

@@ -112,7 +112,7 @@ def _is_cache(path: str) -> bool:
     It could be one if it is empty, or has only files and directories of a cache.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     with suppress(OSError):
         fd = _open_tag(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -146,7 +146,7 @@ def _open_tag(path: str, flags: int) -> int:
     """Open the file that marks a cache, without following a link; return the descriptor.
 
     Raises:
-        OSError: The host refused, or the file is a symbolic link.
+        OSError: A system call failed, or the file is a symbolic link.
     """
     return os.open(
         os.path.join(path, _TAG_NAME),  # noqa: PTH118  str paths

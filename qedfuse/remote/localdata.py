@@ -154,7 +154,7 @@ class LocalData:
         """Fill ``view`` from the page cache; see `try_read`.
 
         Raises:
-            OSError: The host refused a call, or the kernel has dropped the first page from the page
+            OSError: A system call failed, or the kernel has dropped the first page from the page
                 cache since `Residency.has_range` found it there.
         """
         length = os.lseek(self._fd, 0, os.SEEK_END)
@@ -189,7 +189,7 @@ class LocalData:
         system had when this object was made.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         if self._waits_for_server or not self._use.enter():
             return self._space

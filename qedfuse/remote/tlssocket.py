@@ -23,7 +23,7 @@ class _ClosingSocket(ssl.SSLSocket):
 
         Raises:
             ConnectionResetError: The peer has gone before the handshake.
-            OSError: The peer has gone later, or the host refused.
+            OSError: The peer has gone later, or a system call failed.
         """
         try:
             return super().getpeername()

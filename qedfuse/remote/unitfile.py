@@ -76,7 +76,7 @@ class UnitFile:
         """Take over the open files of an entry for an object of ``size`` bytes.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         self.path = path
         self.data_fd = data_fd
@@ -94,7 +94,7 @@ class UnitFile:
         Raises:
             OSError: The entry is missing, another process is just removing or opening the entry
                 (EWOULDBLOCK), the entry is damaged or is for an object of another size (EBADMSG),
-                or the host refused.
+                or a system call failed.
         """
         directory = open_directory(path)
         try:
@@ -151,7 +151,7 @@ class UnitFile:
         """Store the content of adjacent units, beginning with the unit ``first``.
 
         Raises:
-            OSError: The host refused, the files were closed (EBADF), or the data file was cut
+            OSError: A system call failed, the files were closed (EBADF), or the data file was cut
                 (EBADMSG).
         """
         if not self._use.enter():
@@ -177,7 +177,7 @@ class UnitFile:
             first: The first unit of the range, to which the first byte of ``needed`` belongs.
 
         Raises:
-            OSError: The host refused, or the files are closed (EBADF).
+            OSError: A system call failed, or the files are closed (EBADF).
         """
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -197,7 +197,7 @@ class UnitFile:
         """Return whether the map has an entry for one of the units ``first`` to ``last``.
 
         Raises:
-            OSError: The host refused, or the files are closed (EBADF).
+            OSError: A system call failed, or the files are closed (EBADF).
         """
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -218,7 +218,7 @@ class UnitFile:
         Returns False if the files are closed.
 
         Raises:
-            OSError: The host refused, or the directory has no data file.
+            OSError: A system call failed, or the directory has no data file.
         """
         if not self._use.enter():
             return False
@@ -321,7 +321,7 @@ def make_files(directory: str, size: int) -> None:
     """Make the two files of an empty entry in a new directory, for an object of ``size`` bytes.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     lengths = {DATA_NAME: size + ALONE_BYTES, MAP_NAME: units_of(size) * _MAP_ENTRY.size}
@@ -337,7 +337,7 @@ def open_directory(path: str) -> int:
     """Open the directory of an entry, without following a symbolic link; return the descriptor.
 
     Raises:
-        OSError: The host refused, or ``path`` is not a directory.
+        OSError: A system call failed, or ``path`` is not a directory.
     """
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 

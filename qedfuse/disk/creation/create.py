@@ -65,7 +65,7 @@ async def create_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
-        HostError: The host refused.  If the new file had its final name already, for example
+        HostError: A system call failed.  If the new file had its final name already, for example
             because only making the name durable failed, the file keeps that name.  Otherwise an
             existing file is unchanged, and no new file is left behind; but a file system without
             hard links may keep an empty file (`NewFile`).
@@ -108,10 +108,10 @@ def make_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
-        HostError: The host refused, or its file system is full.  If the new file had its final name
-            already, for example because only making the name durable failed, the file keeps that
-            name.  Otherwise an existing file is unchanged, and no new file is left behind; but a
-            file system without hard links may keep an empty file (`NewFile`).
+        HostError: A system call failed, or the file system is full.  If the new file had its final
+            name already, for example because only making the name durable failed, the file keeps
+            that name.  Otherwise an existing file is unchanged, and no new file is left behind; but
+            a file system without hard links may keep an empty file (`NewFile`).
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:
@@ -133,7 +133,7 @@ def _write_empty(path: str, header: Header, backing: bytes, record: NewRecord) -
     """Write the header and the backing name into an empty file; the L1 table is a hole.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC), "r+b") as file:

@@ -75,7 +75,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
 
         After an error parts of the range may read as zeros.
@@ -110,7 +110,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
 
         After an error some clusters may have been deallocated.
@@ -130,7 +130,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
 
         After an error some clusters may be unallocated.
@@ -156,7 +156,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
 
         After an error parts of ``data`` may have been written.
@@ -204,7 +204,7 @@ class Discard:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
 
         After an error some entries may have changed.

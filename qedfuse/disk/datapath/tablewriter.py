@@ -74,7 +74,7 @@ class TableWriter:
 
         Raises:
             CorruptImageError: The L1 entry is bad.
-            HostError: The host refused, or is full; no table was created.
+            HostError: A system call failed, or the file system is full; no table was created.
             ReadOnlyError: The disk has become read-only; no table was created.
         """
         layer = self._layer

@@ -86,7 +86,7 @@ class WritePath:
 
         Raises:
             CorruptImageError: A table entry for part of the range is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
         """
         new = []
@@ -262,7 +262,7 @@ class WritePath:
 
         Raises:
             CorruptImageError: An L1 entry is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
         """
         geometry = self._layer.geometry

@@ -46,7 +46,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
         BackingError: A file that the image names is missing or refused.
         ForeignError: QEMU is not installed or fails, or the image is refused.
         ImageInUseError: Another program has locked a file.
-        HostError: A file cannot be read, or the host refused.
+        HostError: A file cannot be read, or a system call failed.
     """
     # Imported late, because only images that QEMU serves need these modules.
     from qedfuse.foreign.graph import Limits  # noqa: PLC0415  late, see above

@@ -143,7 +143,7 @@ class TableCache:
 
         Raises:
             NoSpaceError: The host is full.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if pinned.offset not in self._reserved:
             await self._file.reserve(pinned.offset, self._slice_bytes)

@@ -106,7 +106,7 @@ class Compaction:
             limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:
-            HostError: The host refused; the image is sound, but not fully compacted.
+            HostError: A system call failed; the image is sound, but not fully compacted.
             ReadOnlyError: The disk has become read-only during the call.
         """
         if not self._allocator.scan_complete or self._layer.damaged:

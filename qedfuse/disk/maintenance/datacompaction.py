@@ -105,7 +105,7 @@ class DataCompaction:
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
                 cluster has two owners.  This call has moved no cluster.
-            HostError: The host refused.  Clusters that have been moved stay moved.
+            HostError: A system call failed.  Clusters that have been moved stay moved.
             ReadOnlyError: The disk has become read-only during the call.
         """
         end = self._allocator.end if last is None else last << self._bits

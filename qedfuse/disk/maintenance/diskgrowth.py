@@ -59,7 +59,7 @@ class DiskGrowth:
         Raises:
             CorruptImageError: A table entry for the added range is bad, or refers to data and
                 ``force`` is False; the disk has its old size.
-            HostError: The host refused; the disk has its old size.
+            HostError: A system call failed; the disk has its old size.
             ReadOnlyError: The disk has become read-only during the call; it has its old size.
         """
         async with self._disk_size.lock:
@@ -83,7 +83,7 @@ class DiskGrowth:
         Raises:
             CorruptImageError: A table entry for the range is bad, or refers to data and
                 ``force`` is False.
-            HostError: The host refused.
+            HostError: A system call failed.
             ReadOnlyError: The disk has become read-only during the call.
         """
         geometry = self._layer.geometry

@@ -122,7 +122,7 @@ class DiskShrinking:
         Raises:
             CorruptImageError: A table entry for the range to be cut off is bad; the disk has
                 its old size, and a part of the range may read as zeros.
-            HostError: The host refused.  The disk has its new size, or it has its old size and
+            HostError: A system call failed.  The disk has its new size, or it has its old size and
                 a part of the range to be cut off may read as zeros.
             ReadOnlyError: The disk has become read-only during the call.  The state of the disk is
                 as after HostError.
@@ -154,7 +154,7 @@ class DiskShrinking:
 
         Raises:
             CorruptImageError: A table entry is bad; a part of the disk may be unallocated.
-            HostError: The host refused; a part of the disk, or all, may be unallocated.
+            HostError: A system call failed; a part of the disk, or all, may be unallocated.
             ReadOnlyError: The disk has become read-only during the call; a part of the disk, or
                 all, may be unallocated.
         """
@@ -184,7 +184,7 @@ class DiskShrinking:
         tables are lost.  The caller must ensure that no slice is dirty.
 
         Raises:
-            HostError: The host refused; some of the tables may have been removed.
+            HostError: A system call failed; some of the tables may have been removed.
         """
         layer, step = self._layer, self._layer.tables.slice_entries
         start, length = layer.header.l1_table_offset, layer.geometry.table_bytes
@@ -205,7 +205,7 @@ class DiskShrinking:
         data.  The L1 entry must not be 0.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         layer, span = self._layer, self._layer.geometry.table_span
         table, reason = await layer.table_at(l1_index)

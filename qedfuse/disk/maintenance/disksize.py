@@ -81,7 +81,7 @@ class DiskSize:
         The caller must hold `lock`.
 
         Raises:
-            HostError: The host refused; the disk has its old size.
+            HostError: A system call failed; the disk has its old size.
         """
         await self._header_store.change(
             lambda header: header.with_size(size), barrier=self._writeback.barrier

@@ -76,7 +76,7 @@ class Mover:
                 allocated.
 
         Raises:
-            HostError: The host refused.  If only the flush at the end has failed, the table has
+            HostError: A system call failed.  If only the flush at the end has failed, the table has
                 moved.  After an earlier failure the table is where it was, and the new clusters
                 are free again.
             ReadOnlyError: The disk has become read-only during the flush; the table has moved.
@@ -115,7 +115,7 @@ class Mover:
             moved: Called with the number of clusters that have just been moved.
 
         Raises:
-            HostError: The host refused; clusters that were moved before stay moved.
+            HostError: A system call failed; clusters that were moved before stay moved.
         """
         ordered = np.sort(entries)
         slice_bytes = self._layer.tables.slice_entries * ENTRY_BYTES
@@ -149,7 +149,7 @@ class Mover:
             moved: See `move_data`.
 
         Raises:
-            HostError: The host refused; clusters that were moved before stay moved.
+            HostError: A system call failed; clusters that were moved before stay moved.
         """
         size = self._layer.geometry.cluster_size
         edges = np.flatnonzero(np.diff(indices) != 1) + 1
@@ -179,7 +179,7 @@ class Mover:
         the clusters stay where they are.
 
         Raises:
-            HostError: The host refused; clusters that were moved before stay moved.
+            HostError: A system call failed; clusters that were moved before stay moved.
         """
         tables, size = self._layer.tables, self._layer.geometry.cluster_size
         done = 0
@@ -213,8 +213,8 @@ class Mover:
         A table can be a hole of 1 GiB, and writing its zeros would take long.
 
         Raises:
-            HostError: The host refused, or another program has made the file shorter; the target
-                may be partly written.
+            HostError: A system call failed, or another program has made the file shorter; the
+                target may be partly written.
         """
         file, at = self._layer.file, 0
         while at < length:

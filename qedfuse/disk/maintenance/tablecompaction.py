@@ -48,7 +48,7 @@ class TableCompaction:
         hole, and this method skips holes.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         layer, found = self._layer, {}
         start = layer.header.l1_table_offset
@@ -86,7 +86,7 @@ class TableCompaction:
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a
                 cluster has two owners.
-            HostError: The host refused.  Tables that have been moved stay moved.
+            HostError: A system call failed.  Tables that have been moved stay moved.
             ReadOnlyError: The disk has become read-only during the call.
         """
         target = self._data.target(pass_moves)

@@ -65,7 +65,7 @@ class FileLength:
         """Make the file at least ``end`` bytes long, unless it is already.
 
         Raises:
-            HostError: The host refused; the attribute `end` is unchanged.
+            HostError: A system call failed; the attribute `end` is unchanged.
         """
         if end <= self.end:
             return
@@ -112,7 +112,7 @@ class FileLength:
         """Make the file ``size`` bytes long; the caller holds the lock.
 
         Raises:
-            HostError: The host refused; the length is unchanged.
+            HostError: A system call failed; the length is unchanged.
         """
         if not self._file.try_grow(size):
             await self._file.truncate(size)
@@ -132,7 +132,7 @@ class FileLength:
 
         Returns False if no whole cluster is past the allocator's end.  An odd tail alone is not
         cut off here: `grow` cuts it off when the file must grow.  After the call
-        `Allocator.tail_is_free` is True only if the host refused, or if the allocator's end has
+        `Allocator.tail_is_free` is True only if a system call failed, or if the allocator's end has
         become lower during the cut.
 
         The file reads as zeros where it grows again later.  No datasync is needed after the
@@ -141,7 +141,7 @@ class FileLength:
         after a datasync, which makes the cut durable, too.
 
         Raises:
-            HostError: The host refused; the length is unchanged, and a later call tries again.
+            HostError: A system call failed; the length is unchanged, and a later call tries again.
         """
         allocator = self._allocator
         async with self.lock:

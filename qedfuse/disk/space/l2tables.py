@@ -33,7 +33,7 @@ async def holding_data(
     holds data, and once more at the end.  Tables that are holes cost no queries.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     answer = np.zeros(len(tables), np.bool_)
     index = 0

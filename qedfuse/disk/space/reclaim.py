@@ -270,7 +270,7 @@ class Reclaim:
             How many runs were removed from the map, including those that were holes already.
 
         Raises:
-            HostError: The host refused; the runs are in the map again.
+            HostError: A system call failed; the runs are in the map again.
             ReadOnlyError: The disk has become read-only; the runs are in the map again.
         """
         allocator, bits = self._allocator, self._bits

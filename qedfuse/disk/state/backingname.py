@@ -55,7 +55,7 @@ async def change_backing_name(
     forbids probing the format of the base; ``raw`` is ignored if the name is empty.
 
     Raises:
-        HostError: The host refused.  In most cases the image still names the old base.  But if
+        HostError: A system call failed.  In most cases the image still names the old base.  But if
             the host refused the new header or its datasync, the file may have the new header, so
             the old header is written again.  If this second write fails as well, or the power
             fails before the next datasync, the image may name the new base.

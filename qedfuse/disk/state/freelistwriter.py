@@ -57,7 +57,7 @@ class DescriptorEraser:
         crash has left (see `erase_descriptor`).
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if self.has_descriptor:
             await erase_descriptor(self._file, self._header_store.value)
@@ -106,7 +106,7 @@ async def write_list(file: HostFile, header: Header, runs: Runs) -> None:
         runs: The free clusters as ascending runs: at least one, at most `MAX_RUNS`.
 
     Raises:
-        HostError: The host refused; the image is sound, and has no list.
+        HostError: A system call failed; the image is sound, and has no list.
     """
     runs_per_cluster = runs_in_cluster(header.cluster_size)
     clusters = _lowest(runs, -(-len(runs) // runs_per_cluster))
@@ -140,7 +140,7 @@ async def erase_descriptor(file: HostFile, header: Header) -> None:
     Does nothing if the backing file name overlaps the descriptor.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     if not backing_name_covers_descriptor(header):
         await file.pwrite(DESCRIPTOR_OFFSET, bytes(DESCRIPTOR_BYTES))

@@ -105,7 +105,7 @@ class NeedCheck:
         but is not durable: the next flush makes it durable.
 
         Raises:
-            QedError: The host refused; the bit is not cleared (D7).
+            QedError: A system call failed; the bit is not cleared (D7).
         """
         await self._flusher.flush()
         if self._layer.damaged:

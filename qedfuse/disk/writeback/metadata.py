@@ -144,7 +144,7 @@ class MetadataWriteback:
         Takes no lock, so the caller may hold any lock, even `FileLength.lock`.
 
         Raises:
-            HostError: The host refused; see `write_back`.
+            HostError: A system call failed; see `write_back`.
         """
         self.note_write()
         await self.write_back()
@@ -224,7 +224,7 @@ class MetadataWriteback:
         Returns immediately if nothing was written since the last successful cycle began.
 
         Raises:
-            HostError: The host refused.  After a failed write the changes are still dirty, and
+            HostError: A system call failed.  After a failed write the changes are still dirty, and
                 the next call tries again.  After a failed datasync the state of the host's
                 page cache is unknown, so all later calls fail as well (D7).  All later calls also
                 fail after an unforeseen exception has ended a cycle.
@@ -283,7 +283,7 @@ class MetadataWriteback:
         """Make durable what has been written so far.
 
         Raises:
-            QedError: The host refused.  The changes that were not written are dirty again.
+            QedError: A system call failed.  The changes that were not written are dirty again.
         """
         self._check()
         self.cycles += 1

@@ -99,7 +99,7 @@ class Listener:
         lead through the mount.  A socket that a killed process has left at the path is replaced.
 
         Raises:
-            HostError: The host refused, another process uses the address, or a file at the path
+            HostError: A system call failed, another process uses the address, or a file at the path
                 is not a socket.
         """
         self._directory = -1
@@ -115,8 +115,8 @@ class Listener:
         """Listen at a path; only this user and root can connect.
 
         Raises:
-            OSError: The host refused, a process listens at the path, or a file at the path is not
-                a socket.
+            OSError: A system call failed, a process listens at the path, or a file at the path is
+                not a socket.
         """
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._directory = os.open(os.path.dirname(path), flags)  # noqa: PTH120
@@ -156,7 +156,7 @@ def _listen(address: ListenAddress) -> socket.socket:
     """Listen on a TCP port of the loopback interface.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
 

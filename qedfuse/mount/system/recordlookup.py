@@ -148,7 +148,7 @@ def _unless_gone(function: Callable[[], T], path: Path) -> T | None:
     has mounted can write to the directory.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         return function()

@@ -40,7 +40,7 @@ def listen(directory: int, name: str) -> socket.socket:
         name: The name of the socket in the directory.  An existing file of this name is removed.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
 
     def prepare(made: socket.socket) -> None:
@@ -66,7 +66,7 @@ def listen_at(
         prepare: Called with the socket, before the socket is bound.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -119,7 +119,7 @@ def peer_user(connection: socket.socket | trio.socket.SocketType) -> int:
     time of listen(2).
 
     Raises:
-        OSError: The socket was closed, or the host refused.
+        OSError: The socket was closed, or a system call failed.
     """
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _pid, uid, _gid = _CREDENTIALS.unpack(raw)

@@ -41,7 +41,7 @@ class Stream:
             the stream.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         try:
             return await self._call(
@@ -55,7 +55,7 @@ class Stream:
 
         Raises:
             BrokenPipeError: The reading end is closed.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         left = view
         try:
@@ -80,7 +80,7 @@ class Stream:
                 set.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         if self._blocking:
             # The call blocks a worker thread, which a cancellation abandons.  Setting O_NONBLOCK
@@ -149,7 +149,7 @@ def _standard(access: int) -> Stream:
     stream can be a pipe, a file or a terminal.
 
     Raises:
-        OSError: The host refused.
+        OSError: A system call failed.
     """
     fd, name = _STANDARD[access], _NAMES[access]
     if stat.S_ISFIFO(os.fstat(fd).st_mode):

@@ -115,7 +115,7 @@ async def _try_options(
 
     Raises:
         UsageError: qemu-img cannot make the format, or makes no file or several files.
-        HostError: qemu-img cannot be run or refuses the options, or the host refused.
+        HostError: qemu-img cannot be run or refuses the options, or a system call failed.
     """
     create = [program, "create", "-q", "-f", wanted]
     name = printable(path)

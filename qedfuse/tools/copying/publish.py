@@ -152,7 +152,7 @@ class _PublishedFile:
         """Take an open file; remember its length and time of modification.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         self.fd = fd
         self.path = path

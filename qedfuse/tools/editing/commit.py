@@ -108,7 +108,7 @@ async def commit(
         CorruptImageError: A table entry of one of the images is bad, or a check found damage.
         ImageInUseError: Another program has one of the images open, or another file has taken
             the name of the overlay or of the base.
-        QedError: A file cannot be opened, or the host refused.
+        QedError: A file cannot be opened, or a system call failed.
 
     After an error the overlay reads the same as before, but the base may have changed.
     """

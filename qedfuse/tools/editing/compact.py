@@ -53,7 +53,7 @@ async def compact(
 
     Raises:
         CorruptImageError: The tables are damaged.
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
     """
     # The close need not compact the image again.  A second compaction would move nothing, because
     # the first one could not fill the clusters that are still free.

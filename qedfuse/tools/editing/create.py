@@ -93,9 +93,9 @@ def create(
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
             file has taken the name of the image during the call.
-        HostError: The host refused, or is full.  The call leaves no new file, except in two cases.
-            If only making the name durable has failed, the complete image is left.  On a file
-            system without hard links, an empty file may be left.
+        HostError: A system call failed, or the file system is full.  The call leaves no new file,
+            except in two cases.  If only making the name durable has failed, the complete image
+            is left.  On a file system without hard links, an empty file may be left.
     """
     require_local(path)
     if backing == "":
@@ -135,7 +135,7 @@ async def preallocate(path: str, progress: Progress | None = None) -> None:
 
     Raises:
         NoSpaceError: The host is full.
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
     """
     # Imported late, because loading these modules takes time, and only preallocation opens a
     # disk.

@@ -35,7 +35,7 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     Raises:
         UsageError: The sector for the descriptor of the list already holds the backing file name or
             unknown data (`refuse_occupied_descriptor`).
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
     """
     options = options or OpenOptions()
     await _set_free_list(path, replace(options, free_list="on"))
@@ -54,7 +54,7 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
             the defaults.
 
     Raises:
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
     """
     await _set_free_list(path, replace(options or OpenOptions(), free_list="off"))
 

@@ -86,7 +86,7 @@ async def rebase(
             given format.  Or the image is among the files of the new chain.
         CorruptImageError: A table entry of the image or of a base is bad, or a check found
             damage.
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
 
     After an error the image names the old or the new backing file.  Without ``unsafe`` the disk of
     the image reads the same in both cases.

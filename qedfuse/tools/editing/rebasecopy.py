@@ -62,7 +62,7 @@ class RebaseCopy:
 
         Raises:
             CorruptImageError: A table entry of the image or of a base is bad.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         for start in batch_starts(self._disk.size, self._cluster_size):
             for extent in await own_extents(self._disk, start):

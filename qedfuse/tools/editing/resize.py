@@ -66,7 +66,7 @@ async def resize(
         CorruptImageError: A check found damage.  Or the disk would grow, and a table entry for the
             added range is bad or, without ``force``, refers to data.  Or the disk would shrink with
             ``force``, and a table entry for the removed range is bad.
-        QedError: The image cannot be opened for writing, or the host refused.
+        QedError: The image cannot be opened for writing, or a system call failed.
     """
     async with open_writable(path, options) as disk:
         size_before, bytes_before = disk.size, disk.fstat().st_size

@@ -30,7 +30,7 @@ class ImageReader(Protocol):
         """Return ``length`` bytes at a file offset; fewer only where the file ends.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
             RemoteError: The server does not give the bytes.
         """
 
@@ -41,7 +41,7 @@ class ImageReader(Protocol):
         ``length`` is not positive, nothing is yielded.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
 
 
@@ -52,7 +52,7 @@ class DescriptorReader:
         """Make a reader of an open file, which the caller must close later.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         self._fd = fd
         status = os.fstat(fd)

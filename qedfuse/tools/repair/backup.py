@@ -85,7 +85,7 @@ class Backup:
             new: The bytes that the repair will write, as many as ``old``.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         with self._host_errors():
             if self._file is None:
@@ -104,7 +104,7 @@ class Backup:
             after: Length of the image after the repair, in bytes.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         with self._host_errors():
             if self._file is not None:
@@ -129,7 +129,7 @@ class Backup:
         """Create a file under an unused name, with the image's owner and mode; set `path`.
 
         Raises:
-            OSError: The host refused.  No file is left, unless the host also refuses to remove it.
+            OSError: A system call failed.  No file is left, unless removing it fails too.
         """
         fd, number, wanted = -1, 1, self.path
         while fd < 0:
@@ -159,7 +159,7 @@ def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
     permissions of the group are left out, because they would apply to another group.
 
     Raises:
-        OSError: The host refused, except for a lack of permission to set the owner or group.
+        OSError: A system call failed, except for a lack of permission to set the owner or group.
     """
     for uid, gid in ((image.st_uid, image.st_gid), (-1, image.st_gid)):
         with contextlib.suppress(PermissionError):

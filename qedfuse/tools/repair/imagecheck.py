@@ -142,7 +142,7 @@ async def repair(
             repair has made the image too large, or has found too many invalid L1 entries.
         NoSpaceError: The host has too little space for the repair.  Nothing has been changed,
             unless the host became full during the repair.
-        QedError: The image cannot be opened or locked, or the host refused.  The image is
+        QedError: The image cannot be opened or locked, or a system call failed.  The image is
             not damaged further, and the repair can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, header):
@@ -196,7 +196,7 @@ async def undo(path: str, backup: str, *, progress: Progress | None = None) -> C
             Nothing was restored.
         NeedsCheckError: The image is restored, but is too large, or has too many tables, to be
             checked.
-        QedError: The image or the backup cannot be opened, or the host refused.  The undo
+        QedError: The image or the backup cannot be opened, or a system call failed.  The undo
             can be run again.
     """
     async with _open_image(path, LockMode.WRITE) as (file, _header):
@@ -271,7 +271,7 @@ def _refuse_without_space(file: PosixFile, repair_plan: RepairPlan) -> None:
 
     Raises:
         NoSpaceError: Both limits are higher than the number of free bytes.
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         host = os.fstatvfs(file.fd)
@@ -307,7 +307,7 @@ async def _reclaim(file: PosixFile, path: str, progress: Progress | None) -> Non
         progress: Called with the bytes moved so far, and the bytes to move in all.
 
     Raises:
-        QedError: The host refused.
+        QedError: A system call failed.
     """
     header = await read_header(file)
     # The close need not compact, because `Disk.compact` is called below.

@@ -46,7 +46,7 @@ async def undo_repair(file: HostFile, backup_path: str) -> int:
         ImageError: The backup is not a regular file, the header in the backup or in the image is
             invalid, or the backup states a length that does not hold the image's L1 table.
             Nothing was written.
-        HostError: The host refused.  The undo can be run again.
+        HostError: A system call failed.  The undo can be run again.
     """
     backup = BackupReader(backup_path)
     try:

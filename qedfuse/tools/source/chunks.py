@@ -223,7 +223,7 @@ def read_segments(buffer: Bytes, segments: Sequence[Segment]) -> None:
         segments: The segments of the chunk in ascending order.
 
     Raises:
-        HostError: The host refused, or a file ends before the end of a segment.
+        HostError: A system call failed, or a file ends before the end of a segment.
     """
     view = buffer.data
     at = 0

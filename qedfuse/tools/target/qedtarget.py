@@ -162,7 +162,7 @@ class NewQedTarget(ParallelTarget):
 
         Raises:
             UsageError: The tables cannot address a disk of ``size`` bytes.
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         size = -(-size // SECTOR) * SECTOR
         self._check_size(size)

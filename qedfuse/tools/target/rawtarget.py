@@ -59,7 +59,7 @@ class NewRawTarget(ParallelTarget):
         """Set the length of the file to ``size`` bytes; do nothing without a file.
 
         Raises:
-            HostError: The host refused.
+            HostError: A system call failed.
         """
         if self.descriptor < 0:
             return
@@ -154,7 +154,7 @@ class ExistingRawTarget(SequentialTarget):
         """Punch a hole, or write zeros if the host cannot punch; for a worker thread.
 
         Raises:
-            OSError: The host refused.
+            OSError: A system call failed.
         """
         if self._can_punch:
             try:

@@ -149,7 +149,7 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
     """Perform writes completely, with as many system calls as needed; blocks the thread.
 
     Raises:
-        HostError: The host refused.
+        HostError: A system call failed.
     """
     try:
         for offset, buffers in writes:
