@@ -14,6 +14,10 @@ import subprocess
 
 from setuptools import Extension, setup
 
+_HIDDEN = ["-fvisibility=hidden"]
+"""Hides functions that the files of an extension share.  Otherwise a library with a function of the
+same name, loaded earlier with global symbols, would replace them."""
+
 
 def libfuse(what: str) -> list[str]:
     """Ask pkg-config for flags; without an answer the build fails, which is allowed."""
@@ -52,14 +56,23 @@ setup(
                 "qedfuse/mount/fuse/_readview.h",
                 "qedfuse/hostio/_iothreads.h",
             ],
-            extra_compile_args=["-std=gnu11", *libfuse("--cflags")],
+            extra_compile_args=["-std=gnu11", *_HIDDEN, *libfuse("--cflags")],
             extra_link_args=[*libfuse("--libs"), "-ldl"],
             optional=True,
         ),
         Extension(
             "qedfuse.hostio._iothreads",
-            ["qedfuse/hostio/_iothreads.c"],
-            extra_compile_args=["-std=gnu11", "-O2", "-pthread"],
+            [
+                "qedfuse/hostio/_iothreads.c",
+                "qedfuse/hostio/_iocalls.c",
+                "qedfuse/hostio/_iopool.c",
+            ],
+            depends=[
+                "qedfuse/hostio/_iojob.h",
+                "qedfuse/hostio/_iopool.h",
+                "qedfuse/hostio/_iothreads.h",
+            ],
+            extra_compile_args=["-std=gnu11", "-O2", "-pthread", *_HIDDEN],
             extra_link_args=["-pthread"],
             optional=True,
         ),

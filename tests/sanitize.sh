@@ -8,7 +8,7 @@
 # Each kind gets a temporary copy of this tree whose extensions are built for it.  Python and all
 # other libraries are not instrumented, so these reports are turned off:
 # - Leaks.  The interpreter frees most of its memory only by exiting, and the calls in progress of
-#   a freed pool are lost on purpose (hostio/_iothreads.c).
+#   a freed pool are lost on purpose (hostio/_iopool.c).
 # - Races in which no extension takes part.  The atomic operations by which other code orders its
 #   accesses are invisible.  Locks of the interpreter and of libfuse are visible, so accesses of the
 #   extensions are ordered by the GIL as well.
