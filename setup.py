@@ -47,6 +47,7 @@ setup(
                 "qedfuse/mount/fuse/_queuedread.c",
                 "qedfuse/mount/fuse/_readfiles.c",
                 "qedfuse/mount/fuse/_readview.c",
+                "qedfuse/mount/fuse/_request.c",
                 "qedfuse/mount/fuse/_ring.c",
                 "qedfuse/mount/fuse/_seek.c",
                 "qedfuse/mount/fuse/_splice.c",

@@ -23,7 +23,7 @@
  * If a read is put on the list before the IoThreads object is freed, answer->call may be called
  * after the object was freed.  Before the owner of the capsule frees anything else that answer->call
  * uses, the owner must do one of two things: wait until pending() returns 0, while the IoThreads
- * object still exists; or use a lock that keeps answer->call from running (as _extraops.c does).
+ * object still exists; or use a lock that keeps answer->call from running (as _request.c does).
  */
 
 #include "_iopool.h"

@@ -9,45 +9,20 @@
  * public interface, and nothing of pyfuse3's.
  *
  * libfuse calls the two operations from within pyfuse3's event loop, with the GIL held.  Each
- * operation makes a `Request` object, passes it to the handler that Python has set, and returns.
- * The request may be answered before or after this return.  While the session exists, each request
- * is answered exactly once: if a Request object is freed without an answer, EINTR is sent, so that
- * the kernel does not wait forever.
+ * operation makes a `Request` object (_request.c), passes it to the handler that Python has set, and
+ * returns.  The request may be answered before or after this return.
  */
 
 #include "_extraops.h"
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <pthread.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../hostio/_iothreads.h"
-
-static PyObject *handler;        /* the Python function that gets the requests, or NULL */
-static PyObject *may_seek;       /* decides whether an lseek may be answered without the handler, or NULL */
-static int in_session;           /* whether a session that this module made exists */
-static unsigned long generation; /* incremented when a session begins and when it ends */
-
-/* --- the session ------------------------------------------------------------------- */
-
-/* Held for reading while a thread without the GIL answers, for writing to change `generation`. */
-static pthread_rwlock_t session_lock = PTHREAD_RWLOCK_INITIALIZER;
-
-/* Makes all unanswered requests invalid: they get no answer any more. */
-static void forget_requests(void)
-{
-    pthread_rwlock_wrlock(&session_lock);
-    generation++;
-    pthread_rwlock_unlock(&session_lock);
-}
-
-unsigned long current_session(void)
-{
-    return generation;
-}
+static PyObject *handler;  /* the Python function that gets the requests, or NULL */
+static PyObject *may_seek; /* decides whether an lseek may be answered without the handler, or NULL */
+static int in_session;     /* whether a session that this module made exists */
 
 int intern_names(const struct interned_name *names, size_t count)
 {
@@ -59,157 +34,7 @@ int intern_names(const struct interned_name *names, size_t count)
     return 0;
 }
 
-/* --- Request objects --------------------------------------------------------------- */
-
-/*
- * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
- * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
- * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
- * Request, and the event loop must answer.  The thread and the event loop both know the result of the
- * read, and so which of the two answers.  Hence only one of them at a time uses `request`.
- */
-typedef struct {
-    PyObject_HEAD
-    struct answer answer; /* for the thread */
-    fuse_req_t request;   /* NULL once it has been answered */
-    unsigned long generation; /* of the session from which the request came */
-    size_t size;          /* bytes of a read; 0 for other requests */
-} Request;
-
-static PyTypeObject *request_type;
-
-/* Called by the thread that has read the data, without the GIL.  Answers the read if all of its
- * bytes were read. */
-static void complete_read(struct answer *answer, const void *data, long long result)
-{
-    Request *self = (Request *)((char *)answer - offsetof(Request, answer));
-
-    if (result < 0 || (size_t)result != self->size)
-        return;
-    pthread_rwlock_rdlock(&session_lock);
-    if (self->generation == generation)
-        fuse_reply_buf(self->request, data, self->size);
-    pthread_rwlock_unlock(&session_lock);
-    self->request = NULL;
-}
-
-PyObject *new_request(fuse_req_t request, size_t size)
-{
-    Request *self = PyObject_New(Request, request_type);
-
-    if (self == NULL)
-        return NULL;
-    self->answer.call = complete_read;
-    self->request = request;
-    self->generation = generation;
-    self->size = size;
-    return (PyObject *)self;
-}
-
-/* Returns the request, which the caller must answer; NULL if it was answered or its session has
- * ended. */
-static fuse_req_t take_request(Request *self)
-{
-    fuse_req_t request = self->request;
-
-    self->request = NULL;
-    /* libfuse frees the requests of a session with the session, so they must not be used later. */
-    return self->generation == generation ? request : NULL;
-}
-
-static PyObject *request_error(PyObject *self, PyObject *number)
-{
-    long value = PyLong_AsLong(number);
-    fuse_req_t request;
-
-    if (value == -1 && PyErr_Occurred())
-        return NULL;
-    request = take_request((Request *)self);
-    if (request != NULL)
-        fuse_reply_err(request, (int)value);
-    Py_RETURN_NONE;
-}
-
-static PyObject *request_offset(PyObject *self, PyObject *offset)
-{
-    long long value = PyLong_AsLongLong(offset);
-    fuse_req_t request;
-
-    if (value == -1 && PyErr_Occurred())
-        return NULL;
-    request = take_request((Request *)self);
-    if (request != NULL)
-        fuse_reply_lseek(request, (off_t)value);
-    Py_RETURN_NONE;
-}
-
-static PyObject *request_data(PyObject *self, PyObject *object)
-{
-    Py_buffer data;
-    fuse_req_t request;
-
-    if (PyObject_GetBuffer(object, &data, PyBUF_SIMPLE))
-        return NULL;
-    request = take_request((Request *)self);
-    if (request != NULL)
-        fuse_reply_buf(request, data.buf, (size_t)data.len);
-    PyBuffer_Release(&data);
-    Py_RETURN_NONE;
-}
-
-static void release_capsule(PyObject *capsule)
-{
-    Py_DECREF((PyObject *)PyCapsule_GetContext(capsule));
-}
-
-/* The capsule keeps the Request until the thread no longer needs it. */
-static PyObject *request_capsule(PyObject *self, PyObject *unused)
-{
-    PyObject *capsule = PyCapsule_New(&((Request *)self)->answer, "qedfuse.answer",
-                                      release_capsule);
-
-    (void)unused;
-    if (capsule != NULL && PyCapsule_SetContext(capsule, Py_NewRef(self)) != 0) {
-        Py_DECREF(self);
-        PyCapsule_SetDestructor(capsule, NULL);
-        Py_CLEAR(capsule);
-    }
-    return capsule;
-}
-
-static void request_free(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    fuse_req_t request = take_request((Request *)self);
-
-    if (request != NULL)
-        fuse_reply_err(request, EINTR);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyMethodDef request_methods[] = {
-    {"error", request_error, METH_O, "Answer with an errno; 0 is success."},
-    {"offset", request_offset, METH_O, "Answer lseek(2) with an offset in bytes."},
-    {"data", request_data, METH_O, "Answer a read with the bytes of a buffer."},
-    {"capsule", request_capsule, METH_NOARGS,
-     "Return a capsule that lets a thread of IoThreads answer a read."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot request_slots[] = {
-    {Py_tp_dealloc, request_free},
-    {Py_tp_methods, request_methods},
-    {Py_tp_doc, "A request of the kernel, which is answered once."},
-    {0, NULL},
-};
-
-static PyType_Spec request_spec = {
-    .name = "qedfuse.mount.fuse._extraops.Request",
-    .basicsize = sizeof(Request),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = request_slots,
-};
+/* --- fallocate(2) and lseek(2) ------------------------------------------------------ */
 
 /* Calls handler(request, operation, uid, inode, mode, start, length).  For lseek(2), `mode` is the
  * argument whence, and `length` is 0. */
@@ -467,8 +292,7 @@ static struct PyModuleDef module_definition = {
 
 PyMODINIT_FUNC PyInit__extraops(void)
 {
-    request_type = (PyTypeObject *)PyType_FromSpec(&request_spec);
-    if (request_type == NULL || init_read_views() || init_cached_reads() ||
+    if (init_requests() || init_read_views() || init_cached_reads() ||
         init_queued_reads() || init_in_place_writes())
         return NULL;
     return PyModule_Create(&module_definition);

@@ -13,8 +13,14 @@
 #include <fuse_lowlevel.h>
 
 /* Makes a Request object, which must answer a request of the kernel; NULL with an exception.  `size`
- * is the length of a read, and 0 for other requests (_extraops.c). */
+ * is the length of a read, and 0 for other requests (_request.c). */
 PyObject *new_request(fuse_req_t request, size_t size);
+
+/* Prepares new_request().  Returns 0, or -1 with an exception (_request.c). */
+int init_requests(void);
+
+/* Begins or ends a session: requests of the session before get no answer any more (_request.c). */
+void forget_requests(void);
 
 /* Replaces read, write and fsync in a copy of pyfuse3's table of operations (_dataops.c). */
 void replace_data_operations(struct fuse_lowlevel_ops *table);
@@ -355,7 +361,7 @@ int ring_unnotify(void);
  * errno; returns NULL if there is none (_ring.c). */
 void *ring_next(int *result);
 
-/* Returns the number of the session that exists now (_extraops.c). */
+/* Returns the number of the session that exists now (_request.c). */
 unsigned long current_session(void);
 
 /* A name of a Python attribute, and the variable that gets the interned string. */
