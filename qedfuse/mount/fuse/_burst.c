@@ -14,7 +14,8 @@
  * (permit_polling()).  A program with one request in flight sends the next request a few microseconds
  * after the answer, in less time than pyfuse3's loop and the Python code of the scheduler take.  The
  * scheduler permits polling only if no other task needs the event loop, so the burst may be longer then
- * (MAX_POLLED_REQUESTS).
+ * (MAX_POLLED_REQUESTS).  The permission ends after a few milliseconds, because a timer or a signal may
+ * make another task runnable.
  *
  * The memory for the requests is a huge page if the kernel has one: a write of 1 MiB is copied into it
  * and out of it, and with small pages the processor would look up the address of each page.
@@ -37,7 +38,7 @@
 #define MAX_REQUESTS 7
 
 /* The maximum of a burst while polling is permitted. */
-#define MAX_POLLED_REQUESTS 15
+#define MAX_POLLED_REQUESTS 63
 
 /* Size and alignment of a huge page; only a part of memory that has both can be one. */
 #define HUGE_PAGE_BYTES ((size_t)1 << 21)
@@ -67,7 +68,7 @@ static int answered;        /* whether the last request was answered, queued or 
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
 
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
-static int64_t poll_budget;        /* how many nanoseconds may still be spent polling */
+static int64_t polling_ends;       /* time after which polling is not permitted; 0 if it is not permitted */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
 static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since it began */
 
@@ -87,14 +88,14 @@ void begin_bursts(void *made)
     free_request_memory();
     session = made;
     is_interposed = is_nonblocking = 0;
-    poll_budget = polled_nanoseconds = 0;
+    polling_ends = polled_nanoseconds = 0;
 }
 
 void end_bursts(void)
 {
     session = NULL;
     taken = 0;
-    poll_budget = polled_nanoseconds = 0;
+    polling_ends = polled_nanoseconds = 0;
     Py_CLEAR(has_finished);
     free_request_memory();
 }
@@ -166,11 +167,11 @@ static int poll_and_receive(void)
     int64_t since = monotonic_time(), now = since, end;
     int result = -EAGAIN, pause;
 
-    end = since + (poll_nanoseconds < poll_budget ? poll_nanoseconds : poll_budget);
+    end = since + poll_nanoseconds < polling_ends ? since + poll_nanoseconds : polling_ends;
     while (result == -EAGAIN && now < end) {
         end_queued_reads(); /* submits the reads of this burst, and answers those that have ended */
         if (must_stop_polling()) {
-            poll_budget = 0;
+            polling_ends = 0;
             break;
         }
         for (pause = 0; pause < PAUSES; pause++)
@@ -178,10 +179,15 @@ static int poll_and_receive(void)
         result = receive(session, &buffer);
         now = monotonic_time();
     }
-    poll_budget -= now - since;
     if (result == -EAGAIN)
         polled_nanoseconds = now - since;
     return result;
+}
+
+/* Returns whether polling is permitted, and the time of the permission is not over. */
+static int may_poll(void)
+{
+    return polling_ends != 0 && monotonic_time() < polling_ends;
 }
 
 /* Receives the next request of a burst in which `count` requests have been taken.  Returns what receive()
@@ -192,12 +198,12 @@ static int receive_next(int count)
     struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
     int result;
 
-    if (count >= (poll_budget > 0 ? MAX_POLLED_REQUESTS : MAX_REQUESTS))
+    if (count >= MAX_REQUESTS && (count >= MAX_POLLED_REQUESTS || !may_poll()))
         return 0;
     if (!is_nonblocking && (poll(&device, 1, 0) != 1 || device.revents != POLLIN))
         return 0;
     result = receive(session, &buffer);
-    return result == -EAGAIN && is_nonblocking && poll_budget > 0 ? poll_and_receive() : result;
+    return result == -EAGAIN && is_nonblocking && may_poll() ? poll_and_receive() : result;
 }
 
 void take_more(void)
@@ -242,7 +248,7 @@ PyObject *permit_polling(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "ddO", &each, &all, &function))
         return NULL;
     poll_nanoseconds = (int64_t)(each * 1e9);
-    poll_budget = (int64_t)(all * 1e9);
+    polling_ends = monotonic_time() + (int64_t)(all * 1e9);
     Py_XSETREF(has_finished, Py_NewRef(function));
     Py_RETURN_NONE;
 }
@@ -251,7 +257,7 @@ PyObject *forbid_polling(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    poll_budget = 0;
+    polling_ends = 0;
     Py_RETURN_NONE;
 }
 

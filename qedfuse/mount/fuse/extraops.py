@@ -185,7 +185,8 @@ def permit_polling(
 
     Args:
         each_seconds: Maximum time to poll for one request.
-        all_seconds: Maximum time to poll for all requests until this function is called again.
+        all_seconds: Time from now after which the extension polls no more until this function is
+            called again.
         has_finished: Returns whether a call on a host file has finished.  If the result is True,
             the extension polls no more until this function is called again.
     """
