@@ -24,8 +24,9 @@ from qedfuse.errors import HostError, ImageInUseError, RemoteError
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.options import Deadlines, RemoteOptions
-from qedfuse.remote.upload import Upload, Uploaded, _in_thread, part_bytes
+from qedfuse.remote.upload import Upload, Uploaded
 from qedfuse.remote.uploadcheck import StoppedError, UploadCheck
+from qedfuse.remote.uploadcontent import ContentParts, _in_thread, part_bytes
 from qedfuse.remote.uploadwatch import watch_store
 from qedfuse.tools.copying.publish import publish
 from qedfuse.util.threads import run_in_thread
@@ -72,9 +73,9 @@ def drained(store: Swift, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """
     keys: list[str] = []
 
-    def drain(upload: Upload) -> None:
-        key = upload._address.key
-        sent = min(len(upload._digests), upload._size // upload._part_bytes)
+    def drain(content: ContentParts) -> None:
+        key = parse_address(content._shown).key
+        sent = min(len(content.digests), content._size // content.part_bytes)
 
         def has_parts() -> bool:
             numbers = [name.rpartition("/")[2] for name in parts(store, key)]
@@ -83,7 +84,7 @@ def drained(store: Swift, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         wait_until(has_parts, 30)
         keys.append(key)
 
-    monkeypatch.setattr(Upload, "_drain", drain)
+    monkeypatch.setattr(ContentParts, "_drain", drain)
     return keys
 
 

@@ -19,6 +19,7 @@ from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import ClientOptions
 from qedfuse.remote.upload import Upload
 from qedfuse.remote.uploadcheck import StoppedError
+from qedfuse.remote.uploadcontent import ContentParts
 from qedfuse.tools.copying import publish as module
 from qedfuse.tools.copying.publish import publish
 from tests.support.googlestore import GoogleStore, serving_google
@@ -52,7 +53,7 @@ def google(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[GoogleStore]:
     """Run an empty store, which the environment names."""
-    monkeypatch.setattr(Upload, "_drain", lambda _: None)
+    monkeypatch.setattr(ContentParts, "_drain", lambda _: None)
     with serving_google(certificate) as store:
         for name, value in store.variables(certificate).items():
             monkeypatch.setenv(name, value)
@@ -159,7 +160,7 @@ async def test_a_removal_that_takes_too_long(
     """A cancelled call waits for a limited time, and a line says what may be left."""
     released = threading.Event()
     monkeypatch.setattr(module, "_STOP_SECONDS", 0.1)
-    monkeypatch.setattr(Upload, "_drain", lambda _: released.wait(30))
+    monkeypatch.setattr(ContentParts, "_drain", lambda _: released.wait(30))
     token = trio.lowlevel.current_trio_token()
     with trio.CancelScope() as scope:
         await publish(

@@ -255,7 +255,7 @@ async def _run(
         RemoteError: The upload has failed, or the store does not answer any more.
         QedError: Any other error of the upload.
     """
-    from qedfuse.remote.upload import MAY_REMAIN  # noqa: PLC0415  needs the library
+    from qedfuse.remote.storedobject import MAY_REMAIN  # noqa: PLC0415  needs the library
     from qedfuse.remote.uploadcheck import StoppedError  # noqa: PLC0415  as above
 
     token = trio.lowlevel.current_trio_token()
@@ -321,7 +321,7 @@ async def _cancel_in_outage(
 
 def _log_remains(upload: Upload, shown: str, *, has_ended: bool) -> None:
     """Log what a cancelled upload has left in the store, if anything; ``shown`` is the URL."""
-    from qedfuse.remote.upload import MAY_REMAIN, Remains  # noqa: PLC0415  needs the library
+    from qedfuse.remote.storedobject import MAY_REMAIN, Remains  # noqa: PLC0415  needs the library
 
     if not has_ended:
         _log.warning("%s: the upload has not ended%s", shown, MAY_REMAIN)
