@@ -7,11 +7,11 @@ one after another, in the order of the disk.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from qedfuse.errors import HostError
+from qedfuse.hostio.systemcalls import write_all
 from qedfuse.tools.source.chunks import MAX_CHUNK_BYTES
 from qedfuse.util.threads import run_in_thread
 
@@ -155,15 +155,8 @@ def perform_writes(descriptor: int, writes: list[Write], name: str) -> None:
         for offset, buffers in writes:
             at = offset
             for vector in _vectors(buffers):
-                count = os.pwritev(descriptor, vector, at)
-                at += count
-                if count < sum(map(len, vector)):
-                    # The host has written only a part, so the rest is written separately.
-                    rest = memoryview(b"".join(vector))[count:]
-                    while rest:
-                        count = os.pwrite(descriptor, rest, at)
-                        at += count
-                        rest = rest[count:]
+                write_all(descriptor, at, tuple(vector))
+                at += sum(map(len, vector))
     except OSError as error:
         raise HostError.from_os(error, name, "write") from error
 
