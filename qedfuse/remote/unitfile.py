@@ -1,6 +1,7 @@
 """The data file of the cache for one version of an object, with the units that were fetched.
 
-The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map.  A
+The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map
+(`qedfuse.remote.checksummap`).  A
 process uses a unit only after it has fetched the unit itself, or has compared it with the checksum.
 When bytes of the unit have left the page cache, the process compares the unit before it uses the
 unit again (`qedfuse.remote.localdata`).  So the cache needs no order of writes, no datasync and no
@@ -21,12 +22,12 @@ import fcntl
 import mmap
 import os
 import stat
-import struct
-from itertools import compress
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.hostio.residency import Residency
+from qedfuse.hostio.systemcalls import write_all
+from qedfuse.remote.checksummap import ChecksumMap, map_bytes
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
 from qedfuse.util.deferredclose import DeferredClose
 
@@ -44,14 +45,6 @@ except ImportError:  # not built, or another processor
 UNIT_BYTES: Final = 1 << 18
 """Bytes in a unit.  If the first byte arrives after 20 ms and a connection carries 80 MiB/s, a
 request of 4 KiB takes 20 ms, and a request of 256 KiB takes 23 ms."""
-
-_MAP_ENTRY: Final = struct.Struct("<II")
-"""An entry of the map: the checksum of a unit, and a mark, which is `_PRESENT` in a used entry."""
-_PRESENT: Final = 0x51454455
-"""Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
-
-_ENTRIES_PER_STEP: Final = 1 << 16
-"""How many entries of the map are read in one step: 512 KiB."""
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
@@ -82,7 +75,7 @@ class UnitFile:
         self.data_fd = data_fd
         self.size = size
         self.units = units_of(size)
-        self._map_fd = map_fd
+        self._map = ChecksumMap(map_fd)
         self._residency = Residency(data_fd, size + SHARED_BYTES)
         self._direct_fd = _open_direct(data_fd)
         self._use = DeferredClose(self._close_files)
@@ -115,7 +108,7 @@ class UnitFile:
             os.close(data_fd)
             raise
         try:
-            _require_file(map_fd, units_of(size) * _MAP_ENTRY.size)
+            _require_file(map_fd, map_bytes(units_of(size)))
             join(data_fd, map_fd, size)
             # No readahead: only bytes that `load` compares may enter the page cache.
             os.posix_fadvise(data_fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -133,7 +126,7 @@ class UnitFile:
         if not self._use.enter():
             return None
         try:
-            checksum = self._stored_checksum(unit)
+            checksum = self._map.checksum(unit)
             if checksum is None or not self._may_cache(unit, checksum):
                 return None
             length, offset = self.length(unit), unit * UNIT_BYTES
@@ -157,14 +150,11 @@ class UnitFile:
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
-            _write(self.data_fd, content, first * UNIT_BYTES)
+            write_all(self.data_fd, first * UNIT_BYTES, (content,))
             if not has_length(os.lseek(self.data_fd, 0, os.SEEK_END), self.size):
                 raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
-            entries = [
-                _MAP_ENTRY.pack(_checksum(unit, block), _PRESENT)
-                for unit, block in blocks_of(first, content)
-            ]
-            _write(self._map_fd, b"".join(entries), first * _MAP_ENTRY.size)
+            checksums = [_checksum(unit, block) for unit, block in blocks_of(first, content)]
+            self._map.write_checksums(first, checksums)
         finally:
             self._use.leave()
 
@@ -182,14 +172,8 @@ class UnitFile:
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
-            end = self.units if needed is None else first + len(needed)
-            for begin in range(first, end, _ENTRIES_PER_STEP):
-                count = min(_ENTRIES_PER_STEP, end - begin)
-                wanted = b"\1" * count if needed is None else needed[begin - first :][:count]
-                marks = self._marks(begin, count)
-                if list(compress(marks, wanted)).count(_PRESENT) != wanted.count(1):
-                    return False
-            return True
+            count = self.units - first if needed is None else len(needed)
+            return self._map.has_units(first, count, needed)
         finally:
             self._use.leave()
 
@@ -202,15 +186,9 @@ class UnitFile:
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         try:
-            return _PRESENT in self._marks(first, last + 1 - first)
+            return self._map.has_any(first, last)
         finally:
             self._use.leave()
-
-    def _marks(self, first: int, count: int) -> tuple[int, ...]:
-        """Return the marks of adjacent entries of the map; fewer if the map was cut."""
-        raw = os.pread(self._map_fd, count * _MAP_ENTRY.size, first * _MAP_ENTRY.size)
-        entries = len(raw) // _MAP_ENTRY.size
-        return struct.unpack(f"<{2 * entries}I", raw[: entries * _MAP_ENTRY.size])[1::2]
 
     def is_in(self, directory: int) -> bool:
         """Return whether an open directory has the data file of this entry.
@@ -269,17 +247,10 @@ class UnitFile:
 
     def _close_files(self) -> None:
         self._residency.close()
-        for fd in (self.data_fd, self._map_fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
-
-    def _stored_checksum(self, unit: int) -> int | None:
-        """Return the checksum of a unit in the map; None if the unit has no entry there."""
-        raw = os.pread(self._map_fd, _MAP_ENTRY.size, unit * _MAP_ENTRY.size)
-        if len(raw) < _MAP_ENTRY.size:
-            return None
-        checksum, mark = _MAP_ENTRY.unpack(raw)
-        return int(checksum) if mark == _PRESENT else None
+        os.close(self.data_fd)
+        self._map.close()
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
         """Return False if a unit is damaged, and therefore must not enter the page cache.
@@ -324,7 +295,7 @@ def make_files(directory: str, size: int) -> None:
         OSError: A system call failed.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    lengths = {DATA_NAME: size + ALONE_BYTES, MAP_NAME: units_of(size) * _MAP_ENTRY.size}
+    lengths = {DATA_NAME: size + ALONE_BYTES, MAP_NAME: map_bytes(units_of(size))}
     for name, length in lengths.items():
         fd = os.open(os.path.join(directory, name), flags, 0o600)  # noqa: PTH118  str paths
         try:
@@ -369,11 +340,3 @@ def _require_file(fd: int, length: int | None = None) -> None:
 def _checksum(unit: int, content: Buffer) -> int:
     """Return the checksum of a unit, computed from its content and its number."""
     return crc32(content, unit & 0xFFFFFFFF)
-
-
-def _write(fd: int, content: Buffer, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view = view[count:]
-        offset += count

@@ -929,18 +929,18 @@ def test_no_room_at_all(tmp_path: Path) -> None:
 @pytest.mark.expect_log("cannot store in the cache: No space left on device")
 def test_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write to the cache that fails costs the cache only, and is logged once."""
-    pwrite = os.pwrite
+    pwritev = os.pwritev
     failed: list[int] = []
 
-    def fail(fd: int, data: bytes, offset: int) -> int:
-        if len(data) > 8 and len(failed) < 3:
+    def fail(fd: int, parts: list[memoryview], offset: int) -> int:
+        if sum(map(len, parts)) > 8 and len(failed) < 3:
             failed.append(offset)
-            pwrite(fd, data[:1000], offset)
+            pwritev(fd, [parts[0][:1000]], offset)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(fd, data, offset)
+        return pwritev(fd, parts, offset)
 
     with serving(CONTENT) as server:
-        monkeypatch.setattr(os, "pwrite", fail)
+        monkeypatch.setattr(os, "pwritev", fail)
         with opened(server.url, tmp_path) as file:
             assert read(file, 0, len(CONTENT)) == CONTENT
             assert read(file, 0, len(CONTENT)) == CONTENT

@@ -1,0 +1,82 @@
+"""The map of an entry of the cache: a file with the checksum of each unit that was stored."""
+
+from __future__ import annotations
+
+import os
+import struct
+from itertools import compress
+from typing import TYPE_CHECKING, Final
+
+from qedfuse.hostio.systemcalls import write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ENTRY: Final = struct.Struct("<II")
+"""An entry of the map: the checksum of a unit, and a mark, which is `_PRESENT` in a used entry."""
+_PRESENT: Final = 0x51454455
+"""Marks a used entry of the map, so that a hole of the map is not taken for checksums."""
+
+_ENTRIES_PER_STEP: Final = 1 << 16
+"""How many entries of the map are read in one step: 512 KiB."""
+
+
+def map_bytes(units: int) -> int:
+    """Return the length in bytes of the map of an object that has ``units`` units."""
+    return units * _ENTRY.size
+
+
+class ChecksumMap:
+    """Reads and writes the checksums in an open map; each call that fails raises OSError.
+
+    Attributes:
+        fd: The descriptor of the map, which the object takes over.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Take over the open file ``fd``."""
+        self.fd = fd
+
+    def checksum(self, unit: int) -> int | None:
+        """Return the checksum of a unit; None if the unit has no entry."""
+        raw = os.pread(self.fd, _ENTRY.size, unit * _ENTRY.size)
+        if len(raw) < _ENTRY.size:
+            return None
+        checksum, mark = _ENTRY.unpack(raw)
+        return int(checksum) if mark == _PRESENT else None
+
+    def write_checksums(self, first: int, checksums: Iterable[int]) -> None:
+        """Write the entries of adjacent units, beginning with the unit ``first``."""
+        entries = b"".join(_ENTRY.pack(checksum, _PRESENT) for checksum in checksums)
+        write_all(self.fd, first * _ENTRY.size, (entries,))
+
+    def has_units(self, first: int, count: int, needed: bytes | None) -> bool:
+        """Return whether the map has an entry for each needed unit of a range.
+
+        Args:
+            first: The first unit of the range.
+            count: Number of units of the range.
+            needed: A byte for each unit of the range: 1 if the unit is needed, and 0 if it is not;
+                None if all units of the range are needed.
+        """
+        for begin in range(0, count, _ENTRIES_PER_STEP):
+            step = min(_ENTRIES_PER_STEP, count - begin)
+            wanted = b"\1" * step if needed is None else needed[begin:][:step]
+            marks = self._marks(first + begin, step)
+            if list(compress(marks, wanted)).count(_PRESENT) != wanted.count(1):
+                return False
+        return True
+
+    def has_any(self, first: int, last: int) -> bool:
+        """Return whether the map has an entry for one of the units ``first`` to ``last``."""
+        return _PRESENT in self._marks(first, last + 1 - first)
+
+    def close(self) -> None:
+        """Close the map."""
+        os.close(self.fd)
+
+    def _marks(self, first: int, count: int) -> tuple[int, ...]:
+        """Return the marks of adjacent entries; fewer if the map was cut."""
+        raw = os.pread(self.fd, count * _ENTRY.size, first * _ENTRY.size)
+        entries = len(raw) // _ENTRY.size
+        return struct.unpack(f"<{2 * entries}I", raw[: entries * _ENTRY.size])[1::2]
