@@ -1,12 +1,11 @@
 """The data file of the cache for one version of an object, with the units that were fetched.
 
 The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map
-(`qedfuse.remote.checksummap`).  A
-process uses a unit only after it has fetched the unit itself, or has compared it with the checksum.
-When bytes of the unit have left the page cache, the process compares the unit before it uses the
-unit again (`qedfuse.remote.localdata`).  So the cache needs no order of writes, no datasync and no
-journal: a unit that a crash, a full disk, a failed write or another program has damaged differs
-from its checksum, and is fetched again.
+(`qedfuse.remote.checksummap`).  A process uses a unit only after it has fetched the unit itself, or
+has compared it with the checksum.  When bytes of the unit have left the page cache, the process
+compares the unit before it uses the unit again (`qedfuse.remote.localdata`).  So the cache
+needs no order of writes, no datasync and no journal: a unit that a crash, a full disk, a failed
+write or another program has damaged differs from its checksum, and is fetched again.
 
 If several processes use an entry, no process may read bytes from the disk into the page cache
 before it has compared them, because another process may read them there (`qedfuse.remote.sharing`

@@ -221,7 +221,7 @@ def test_panic_of_obstore(options: RemoteOptions, monkeypatch: pytest.MonkeyPatc
     """A panic inside obstore is an error of the file, with one line."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    monkeypatch.setattr("qedfuse.remote.storesettings.check_value", lambda *_: None)
+    monkeypatch.setattr("qedfuse.remote.storeidentity.check_value", lambda *_: None)
     monkeypatch.setattr("qedfuse.remote.storevariables.check_value", lambda *_: None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a\nb")
