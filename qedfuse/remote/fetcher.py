@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from qedfuse.errors import HostError, RemoteError
-from qedfuse.remote.bufferpool import BufferPool
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
+from qedfuse.remote.flightloader import FlightLoader
 from qedfuse.remote.object import closed_error
-from qedfuse.remote.outagelog import OutageLog
 from qedfuse.remote.readahead import ReadAhead
 from qedfuse.remote.recentfailures import RecentFailures
-from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of, units_of
+from qedfuse.remote.unitfile import units_of
 from qedfuse.remote.unitstore import UnitStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.errors import HostError
     from qedfuse.remote.object import RemoteObject
     from qedfuse.remote.unitfile import UnitFile
 
@@ -54,10 +51,6 @@ class Fetcher:
     Attributes:
         ready: See `UnitStore.ready`.
         zeros: See `UnitStore.zeros`.
-        fetched_bytes: Number of bytes of the object that the server has sent.
-        requests: Number of requests that the server has answered with a range.  A request that is
-            repeated for the rest of its units counts once.
-        awaited_requests: Number of these requests for which a reader waited.
     """
 
     def __init__(
@@ -76,18 +69,15 @@ class Fetcher:
         """
         self._source = source
         self._name = source.address.shown
-        self._size = source.version.size
-        self._units = units_of(self._size)
+        self._units = units_of(source.version.size)
         self._store = UnitStore(self._units, cache, evict)
         self.ready = self._store.ready
         self.zeros = self._store.zeros
-        self.fetched_bytes = 0
-        self.requests = self.awaited_requests = 0
-        self._outages = OutageLog(self._name, "what is not in the cache cannot be read")
         self._failures = RecentFailures()
-        self._buffers = BufferPool()
+        self._loader = FlightLoader(source, self._store, self._finish)
         self._threads = FetchThreads(
-            *(self._name, self._look_up, self._fetch, self._finish, self._buffers.clear)
+            *(self._name, self._look_up, self._loader.fetch, self._finish),
+            self._loader.clear_buffers,
         )
         self._lock = self._threads.lock
         # The lock protects the following attributes.
@@ -123,6 +113,21 @@ class Fetcher:
         """
         with self._lock:
             return self._begin(first, last, is_wanted=False)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Number of bytes of the object that the server has sent."""
+        return self._loader.fetched_bytes
+
+    @property
+    def requests(self) -> int:
+        """See `FlightLoader.requests`."""
+        return self._loader.requests
+
+    @property
+    def awaited_requests(self) -> int:
+        """See `FlightLoader.awaited_requests`."""
+        return self._loader.awaited_requests
 
     @property
     def is_closed(self) -> bool:
@@ -192,7 +197,7 @@ class Fetcher:
             flights = set(self._flights.values())
             self._flights.clear()
             self._wanted.clear()
-        self._source.close()
+        self._loader.close()
         for flight in flights:
             flight.end(closed_error(self._name))
         self._store.close()
@@ -228,8 +233,8 @@ class Fetcher:
                 flight.blocks[unit] = held
                 flight.end()
             elif flight is None:
-                flight = self._new_flight(unit, last)
-                flight.continues = is_long and len(found) % _MAX_REQUEST_FLIGHTS > 0
+                continues = is_long and len(found) % _MAX_REQUEST_FLIGHTS > 0
+                flight = self._new_flight(unit, last, continues=continues)
                 if is_wanted:
                     self._want(flight)
                     self._threads.add_lookup(flight)
@@ -244,14 +249,15 @@ class Fetcher:
 
     def _want(self, flight: Flight) -> None:
         """Record that a reader waits for a flight."""
-        flight.is_wanted = True
+        flight.want()
         self._wanted.add(flight)
 
-    def _new_flight(self, first: int, last: int) -> Flight:
+    def _new_flight(self, first: int, last: int, *, continues: bool) -> Flight:
         """Return a new flight of the unit ``first`` and the units after it that need a flight.
 
         The flight ends before the first unit that needs none, at ``last``, or at its maximum
         length.  A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
+        For ``continues`` see `Flight`.
         """
         end = first + 1
         while (
@@ -262,12 +268,12 @@ class Fetcher:
             and self._store.held(end) is None
         ):
             end += 1
-        flight = self._make_flight(first, end - 1)
+        flight = self._make_flight(first, end - 1, continues=continues)
         self._flights.update(dict.fromkeys(range(first, end), flight))
         self._held_back.difference_update(range(first, end))
         return flight
 
-    def _make_flight(self, first: int, last: int) -> Flight:
+    def _make_flight(self, first: int, last: int, *, continues: bool = False) -> Flight:
         """Return a flight of the units ``first`` to ``last``.
 
         The flight is brief if a recent fetch of one of the units has failed (`RecentFailures`).
@@ -276,6 +282,7 @@ class Fetcher:
         return Flight(
             *(first, last, self._name, source.max_seconds, source.max_brief_seconds),
             self._threads.ensure_thread,
+            continues=continues,
             is_brief=self._failures.has_any(first, last),
         )
 
@@ -297,116 +304,10 @@ class Fetcher:
 
     def _look_up(self, flight: Flight) -> None:
         """Look up the units of a flight in the cache; queue the flight if a unit is missing."""
-        if self._missing(flight):
+        if self._loader.missing(flight):
             self._threads.add_fetch(flight)
         else:
             self._finish(flight)
-
-    def _missing(self, flight: Flight) -> list[int]:
-        """Return the units of a flight that must be fetched.
-
-        These units are neither ready, nor in the blocks of the flight, nor intact in the cache.
-        Units that are intact in the cache are added to the blocks.
-        """
-        units = range(flight.first, flight.last + 1)
-        missing = [unit for unit in units if not self.ready[unit] and unit not in flight.blocks]
-        if not missing or not self._store.has_any(missing[0], missing[-1]):
-            return missing
-        for unit in missing.copy():
-            content = self._store.load(unit)
-            if content is not None:
-                flight.blocks[unit] = content
-                missing.remove(unit)
-        return missing
-
-    def _fetch(self, flights: deque[Flight]) -> None:
-        """Fetch the units of adjacent flights that are still missing.
-
-        Each flight is ended, and removed from ``flights``.
-        """
-        try:
-            while flights:
-                parts = self._next_parts(flights)
-                if parts:
-                    self._fetch_parts(flights, parts)
-                else:
-                    self._finish(flights.popleft())
-        except HostError as error:
-            while flights:
-                self._finish(flights.popleft(), error)
-
-    def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
-        """Return the units that the next request must fetch: a range for each of its flights.
-
-        The request takes flights from the first one on, as long as their missing units are
-        adjacent.  Returns an empty list if the first flight needs no request.
-        """
-        parts: list[range] = []
-        for flight in flights:
-            missing = self._missing(flight)
-            if not missing or (parts and missing[0] != parts[-1].stop):
-                break
-            parts.append(range(missing[0], missing[-1] + 1))
-        return parts
-
-    def _fetch_parts(self, flights: deque[Flight], parts: list[range]) -> None:
-        """Fetch adjacent units with one request: a part for each of the first flights.
-
-        A flight ends, and is removed from ``flights``, when its part has been stored, or is held in
-        memory because the cache has refused it.
-
-        Raises:
-            RemoteError: The server does not give the units.
-        """
-        start = parts[0].start * UNIT_BYTES
-        lengths = [
-            min(part.stop * UNIT_BYTES, self._size) - part.start * UNIT_BYTES for part in parts
-        ]
-        sent = time.monotonic()
-        arriving = deque(parts)
-        is_awaited = False
-
-        def deliver(content: Buffer) -> None:
-            nonlocal is_awaited
-            self._outages.answered(sent)
-            flight = flights[0]
-            with self._lock:
-                self.fetched_bytes += len(memoryview(content))
-                self.requests += len(arriving) == len(parts)
-                self.awaited_requests += flight.is_wanted and not is_awaited
-                is_awaited = is_awaited or flight.is_wanted
-            self._keep(flight, arriving.popleft(), content)
-            self._finish(flights.popleft())
-
-        try:
-            self._source.get_parts(
-                *(start, lengths, deliver),
-                allocate=self._buffers.take,
-                is_brief=flights[0].is_brief,
-            )
-        except RemoteError as error:
-            if not self._threads.is_closed:
-                self._outages.failed(error)
-            raise
-
-    def _keep(self, flight: Flight, units: range, content: Buffer) -> None:
-        """Store units that were fetched for a flight, and add them to the blocks of the flight.
-
-        Units that cannot be stored are held in memory.
-        """
-        blocks = dict(blocks_of(units.start, content))
-        new = {
-            unit: block
-            for unit, block in blocks.items()
-            if not self.ready[unit] and unit not in flight.blocks
-        }
-        flight.blocks.update(blocks)
-        # Usually all fetched units are new, and are written with one call.
-        pieces = {units.start: content} if len(new) == len(blocks) else new
-        for first, piece in pieces.items():
-            if not self._store.store(first, piece):
-                for unit, block in blocks_of(first, piece):
-                    self._store.hold(unit, block)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
         """Remove a flight from the table of flights, and end it, with an error if one is given.

@@ -47,6 +47,7 @@ class Flight:
         max_brief_seconds: float,
         ensure_thread: Callable[[], object] = lambda: None,
         *,
+        continues: bool = False,
         is_brief: bool = False,
     ) -> None:
         """Describe a fetch that has not begun.
@@ -59,13 +60,14 @@ class Flight:
             max_brief_seconds: The same limit for a brief flight (`is_brief`).
             ensure_thread: Called every `_POLL_SECONDS` while a reader waits; see
                 `FetchThreads.ensure_thread`.
+            continues: See the attribute.
             is_brief: Whether the flight is brief from the beginning; see the attribute.
         """
         self.first = first
         self.last = last
         self.blocks: dict[int, Buffer] = {}
         self.is_wanted = False
-        self.continues = False
+        self.continues = continues
         self.is_brief = is_brief
         self._name = name
         self._max_seconds = max_seconds
@@ -75,6 +77,10 @@ class Flight:
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
+
+    def want(self) -> None:
+        """Record that a reader waits for the flight (`is_wanted`)."""
+        self.is_wanted = True
 
     def is_next_of(self, flight: Flight) -> bool:
         """Return whether one request may fetch ``flight`` and then this flight."""

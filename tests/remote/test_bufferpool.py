@@ -47,7 +47,7 @@ def test_threads_that_are_idle_keep_no_content(tmp_path: Path) -> None:
         for unit in range(0, 40, 4):
             assert read(file, unit * UNIT_BYTES, 4 * UNIT_BYTES)
         wait_until(lambda: not fetcher._flights)
-        buffers = fetcher._buffers
+        buffers = fetcher._loader._buffers
         count = len(buffers._buffers)
         assert count
 

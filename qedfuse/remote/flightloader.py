@@ -1,0 +1,175 @@
+"""Getting the units of flights: from the cache, or from the server with long requests."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from qedfuse.errors import HostError, RemoteError
+from qedfuse.remote.bufferpool import BufferPool
+from qedfuse.remote.outagelog import OutageLog
+from qedfuse.remote.unitfile import UNIT_BYTES, blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from qedfuse.hostio.hostfile import Buffer
+    from qedfuse.remote.flight import Flight
+    from qedfuse.remote.object import RemoteObject
+    from qedfuse.remote.unitstore import UnitStore
+
+
+class FlightLoader:
+    """Gets the units of flights of one version of an object, and stores them in the cache.
+
+    Threads may use a loader concurrently, each for other flights.
+
+    Attributes:
+        fetched_bytes: Number of bytes of the object that the server has sent.
+        requests: Number of requests that the server has answered with a range.  A request that is
+            repeated for the rest of its units counts once.
+        awaited_requests: Number of these requests for which a reader waited.
+    """
+
+    def __init__(
+        self,
+        source: RemoteObject,
+        store: UnitStore,
+        finish: Callable[[Flight, HostError | None], None],
+    ) -> None:
+        """Prepare to get units; no request is sent yet.
+
+        Args:
+            source: The object, which the loader closes.
+            store: Where fetched units are stored; the caller closes it.
+            finish: Ends a flight that has its units, or ends it with an error.
+        """
+        self._source = source
+        self._size = source.version.size
+        self._store = store
+        self._ready = store.ready
+        self._finish = finish
+        self._is_closed = False
+        self._outages = OutageLog(source.address.shown, "what is not in the cache cannot be read")
+        self._buffers = BufferPool()
+        self._counting = threading.Lock()
+        # The lock protects the following attributes.
+        self.fetched_bytes = 0
+        self.requests = self.awaited_requests = 0
+
+    def clear_buffers(self) -> None:
+        """Free the memory that is kept for the next requests."""
+        self._buffers.clear()
+
+    def close(self) -> None:
+        """Close the object; see `RemoteObject.close`.  A request that fails now is no outage."""
+        self._is_closed = True
+        self._source.close()
+
+    def missing(self, flight: Flight) -> list[int]:
+        """Return the units of a flight that must be fetched.
+
+        These units are neither ready, nor in the blocks of the flight, nor intact in the cache.
+        Units that are intact in the cache are added to the blocks.
+        """
+        units = range(flight.first, flight.last + 1)
+        missing = [unit for unit in units if not self._ready[unit] and unit not in flight.blocks]
+        if not missing or not self._store.has_any(missing[0], missing[-1]):
+            return missing
+        for unit in missing.copy():
+            content = self._store.load(unit)
+            if content is not None:
+                flight.blocks[unit] = content
+                missing.remove(unit)
+        return missing
+
+    def fetch(self, flights: deque[Flight]) -> None:
+        """Fetch the units of adjacent flights that are still missing.
+
+        Each flight is ended (``finish``), and removed from ``flights``.
+        """
+        try:
+            while flights:
+                parts = self._next_parts(flights)
+                if parts:
+                    self._fetch_parts(flights, parts)
+                else:
+                    self._finish(flights.popleft(), None)
+        except HostError as error:
+            while flights:
+                self._finish(flights.popleft(), error)
+
+    def _next_parts(self, flights: Iterable[Flight]) -> list[range]:
+        """Return the units that the next request must fetch: a range for each of its flights.
+
+        The request takes flights from the first one on, as long as their missing units are
+        adjacent.  Returns an empty list if the first flight needs no request.
+        """
+        parts: list[range] = []
+        for flight in flights:
+            missing = self.missing(flight)
+            if not missing or (parts and missing[0] != parts[-1].stop):
+                break
+            parts.append(range(missing[0], missing[-1] + 1))
+        return parts
+
+    def _fetch_parts(self, flights: deque[Flight], parts: list[range]) -> None:
+        """Fetch adjacent units with one request: a part for each of the first flights.
+
+        A flight ends, and is removed from ``flights``, when its part has been stored, or is held in
+        memory because the cache has refused it.
+
+        Raises:
+            RemoteError: The server does not give the units.
+        """
+        start = parts[0].start * UNIT_BYTES
+        lengths = [
+            min(part.stop * UNIT_BYTES, self._size) - part.start * UNIT_BYTES for part in parts
+        ]
+        sent = time.monotonic()
+        arriving = deque(parts)
+        is_awaited = False
+
+        def deliver(content: Buffer) -> None:
+            nonlocal is_awaited
+            self._outages.answered(sent)
+            flight = flights[0]
+            with self._counting:
+                self.fetched_bytes += len(memoryview(content))
+                self.requests += len(arriving) == len(parts)
+                self.awaited_requests += flight.is_wanted and not is_awaited
+                is_awaited = is_awaited or flight.is_wanted
+            self._keep(flight, arriving.popleft(), content)
+            self._finish(flights.popleft(), None)
+
+        try:
+            self._source.get_parts(
+                *(start, lengths, deliver),
+                allocate=self._buffers.take,
+                is_brief=flights[0].is_brief,
+            )
+        except RemoteError as error:
+            if not self._is_closed:
+                self._outages.failed(error)
+            raise
+
+    def _keep(self, flight: Flight, units: range, content: Buffer) -> None:
+        """Store units that were fetched for a flight, and add them to the blocks of the flight.
+
+        Units that cannot be stored are held in memory.
+        """
+        blocks = dict(blocks_of(units.start, content))
+        new = {
+            unit: block
+            for unit, block in blocks.items()
+            if not self._ready[unit] and unit not in flight.blocks
+        }
+        flight.blocks.update(blocks)
+        # Usually all fetched units are new, and are written with one call.
+        pieces = {units.start: content} if len(new) == len(blocks) else new
+        for first, piece in pieces.items():
+            if not self._store.store(first, piece):
+                for unit, block in blocks_of(first, piece):
+                    self._store.hold(unit, block)
