@@ -22,43 +22,34 @@ it exits.
 from __future__ import annotations
 
 import logging
-import os
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import pyfuse3
 import trio
 
 from qedfuse.disk.lookup.foreignopening import start_maps
-from qedfuse.errors import HostError, QedError, UsageError
+from qedfuse.errors import HostError, QedError
 from qedfuse.mount.fuse.attributes import file_mode
-from qedfuse.mount.fuse.exporteddisk import ExportedDisk, ExportedDisks
-from qedfuse.mount.fuse.launderer import Launderer
-from qedfuse.mount.images.coveredimage import refuse_image_as_mountpoint
-from qedfuse.mount.images.naming import Source, find_sources, shown_source
-from qedfuse.mount.images.overlays import open_source
-from qedfuse.mount.images.roles import find_read_only
+from qedfuse.mount.helpers import forked_launderer, forked_unmounter
+from qedfuse.mount.images.naming import shown_source
+from qedfuse.mount.preparation import check_mount, open_disks
 from qedfuse.mount.process.announcement import Announcement
 from qedfuse.mount.process.memorypressure import protect_from_memory_pressure
 from qedfuse.mount.process.openfiles import explained_limit, raise_open_file_limit
 from qedfuse.mount.process.signals import SignalDispatcher, ignore_signals
-from qedfuse.mount.process.unmounter import DirectUnmounter, HelperUnmounter
+from qedfuse.mount.process.unmounter import DirectUnmounter
 from qedfuse.mount.serving import Server
-from qedfuse.mount.system.mountpoint import check_mountpoint
-from qedfuse.mount.system.mountpointlock import mountpoint_lock_name
-from qedfuse.mount.system.privileges import check_privileges
 from qedfuse.remote.address import is_url
 from qedfuse.text import printable
 from qedfuse.util.backgroundtasks import background_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
-    from qedfuse.disk.disk import Disk
-    from qedfuse.disk.window import DiskWindow
+    from qedfuse.mount.fuse.exporteddisk import ExportedDisks
+    from qedfuse.mount.fuse.launderer import Launderer
     from qedfuse.mount.options import MountOptions
     from qedfuse.mount.process.unmounter import Unmounter
     from qedfuse.mount.sandbox.sandbox import Sandbox
@@ -119,7 +110,13 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
-    with _forked_launderer(request) as launderer, _forked_unmounter(request) as unmounter:
+    # A read-only mount needs no launderer, because the kernel has no dirty pages of the mount.
+    is_laundered = not request.fake and not request.options.read_only
+    for_sandbox = not request.fake and request.options.sandbox != "off"
+    with (
+        forked_launderer(is_needed=is_laundered) as launderer,
+        forked_unmounter(request.mountpoint, request.log, for_sandbox=for_sandbox) as unmounter,
+    ):
         session = _Session(request, ready, protection_failure, launderer, unmounter)
         try:
             trio.run(session.run)
@@ -136,42 +133,6 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
             session.finish(None if reason is None else str(reason) or type(reason).__name__, code)
             ignore_signals()
     return 0 if failure is None else failure.exit_code
-
-
-def _forked_launderer(request: MountRequest) -> AbstractContextManager[Launderer | None]:
-    """Fork the launderer; the block gets None if no launderer is needed or the fork fails.
-
-    A read-only mount needs no launderer, because the kernel has no dirty pages of the mount.  If
-    the fork fails, the reason is logged.
-    """
-    if request.fake or request.options.read_only:
-        return nullcontext()
-    try:
-        return Launderer()
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        _log.warning(
-            "cannot start the launderer (a helper process), so lseek(2) reports holes as data in "
-            "disks that are open for writing: %s",
-            reason,
-        )
-        return nullcontext()
-
-
-def _forked_unmounter(
-    request: MountRequest,
-) -> AbstractContextManager[Unmounter | None]:
-    """Fork the unmounter if a sandbox is wanted; there can be no sandbox without the unmounter.
-
-    The block gets the forked unmounter, or None if the fork has failed.  If no sandbox is wanted or
-    the mount is a fake, the block gets a `DirectUnmounter`.
-    """
-    if request.fake or request.options.sandbox == "off":
-        return nullcontext(DirectUnmounter(request.mountpoint))
-    try:
-        return HelperUnmounter(request.mountpoint, request.log)
-    except OSError:
-        return nullcontext()
 
 
 class _Session:
@@ -251,28 +212,12 @@ class _Session:
             from qedfuse.mount.process.memorylimit import limit_memory  # noqa: PLC0415  rarely needed
 
             limit_memory(options.memory_bytes)
-        if not options.nonempty:
-            refuse_image_as_mountpoint(request.mountpoint, request.sources)
-        sources = find_sources(request.sources)
-        if options.overlay is not None and len(sources) != 1:
-            msg = f"option overlay: found {len(sources)} images, expected one"
-            raise UsageError(msg)
-        if options.partition is not None and len(sources) != 1:
-            msg = f"option partition: found {len(sources)} images, expected one"
-            raise UsageError(msg)
-        lock_name = mountpoint_lock_name(request.mountpoint)
-        is_directory = check_mountpoint(request.mountpoint, len(sources))
-        if options.partitions and not is_directory:
-            msg = (
-                f"{printable(request.mountpoint)}: option partitions: found a file as mountpoint, "
-                "expected a directory; partition=NUMBER shows one partition"
-            )
-            raise UsageError(msg)
-        if not request.fake:
-            check_privileges(for_others=options.allow_other or options.allow_root)
+        mount = check_mount(*(request.sources, request.mountpoint, options), is_fake=request.fake)
         async with AsyncExitStack() as stack:
-            with explained_limit(len(sources)):
-                disks = await self._open(stack, sources, is_directory=is_directory)
+            with explained_limit(len(mount.sources)):
+                disks = await open_disks(
+                    *(stack, mount.sources, options), is_directory=mount.is_directory
+                )
             if request.fake:
                 return
             # Other users can read the mount table, and the query of a URL may be a secret.
@@ -282,16 +227,16 @@ class _Session:
                 *(request.mountpoint, shown, request.option_strings, request.pidfile),
                 self._ready,
             )
-            sandbox = self._prepare_sandbox(disks, listener, is_directory=is_directory)
+            sandbox = self._prepare_sandbox(disks, listener, is_directory=mount.is_directory)
             unmounter = self._unmounter
             server = Server(
                 *(disks, options, request.mountpoint, self._launderer),
                 *(unmounter or DirectUnmounter(request.mountpoint), sandbox),
                 metrics=None if listener is None else listener.socket,
-                is_directory=is_directory,
+                is_directory=mount.is_directory,
             )
             self._failure = await server.run(
-                *(shown[0], lock_name, signals, announcement, self._protection_failure)
+                *(shown[0], mount.lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
                 # The end of the block closes the disks one after the other, and each disk limits
@@ -354,35 +299,6 @@ class _Session:
             socket_directory=None if listener is None else listener.directory,
         )
         return Sandbox(options.sandbox, needs)
-
-    async def _open(
-        self, stack: AsyncExitStack, sources: list[Source], *, is_directory: bool
-    ) -> ExportedDisks:
-        """Open one disk for each source; the caller closes the disks by closing ``stack``.
-
-        Raises:
-            QedError: An image cannot be opened; ``stack`` has the disks of earlier sources.
-        """
-        options = self._request.options
-        disks = []
-        first_inode = pyfuse3.ROOT_INODE + 1 if is_directory else pyfuse3.ROOT_INODE
-        read_only = find_read_only(sources, options)
-        for inode, source in enumerate(sources, first_inode):
-            disk_options = options.for_read_only_disk() if source in read_only else options
-            disk = await stack.enter_async_context(open_source(source.path, disk_options))
-            content: Disk | DiskWindow = disk
-            name = source.name
-            if options.partition is not None:
-                # Imported late, because only few mounts need the parsers of partition tables.
-                from qedfuse.mount.images.partitionwindows import (  # noqa: PLC0415  late
-                    open_window,
-                    partition_name,
-                )
-
-                content = await open_window(disk, options.partition)
-                name = partition_name(source.name, options.partition)
-            disks.append(ExportedDisk(content, name, inode, read_only=source in read_only))
-        return ExportedDisks(disks, with_partitions=options.partitions)
 
 
 async def _stop_compacting_after(disks: ExportedDisks, seconds: float) -> None:
