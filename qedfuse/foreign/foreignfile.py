@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ForeignError, HostError
 from qedfuse.foreign.directreads import DirectReads
-from qedfuse.foreign.runmap import UNKNOWN, Piece, without_zeros
+from qedfuse.foreign.runmap import UNKNOWN, Part, without_zeros
 from qedfuse.hostio.readonlyfile import ReadOnlyFile
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class ForeignFile(ReadOnlyFile):
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:
         """Read ``length`` bytes at an offset; fewer only where the disk ends."""
-        if self._local.pieces(offset, length) is not None:
+        if self._local.parts(offset, length) is not None:
             return await super().pread(offset, length)
         with self._explained():
             return await self._disk.pread(offset, length)
@@ -96,34 +96,34 @@ class ForeignFile(ReadOnlyFile):
     async def pread_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; return how many bytes were read; see `ReadableFile`."""
         length = max(0, min(len(view), self.size() - offset))
-        for piece, part in without_zeros(self._pieces(offset, length), offset, view):
-            if piece.file == UNKNOWN:
+        for part, into in without_zeros(self._parts(offset, length), offset, view):
+            if part.file == UNKNOWN:
                 with self._explained():
-                    await self._disk.pread_into(piece.start, part)
+                    await self._disk.pread_into(part.start, into)
             else:
-                count = await self._local.file_of(piece).pread_into(piece.offset, part)
-                self._local.require_whole(piece, count)
+                count = await self._local.file_of(part).pread_into(part.offset, into)
+                self._local.require_whole(part, count)
         return length
 
     def read_blocking(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from an offset; see `ReadableFile.read_blocking`."""
         length = max(0, min(len(view), self.size() - offset))
-        for piece, part in without_zeros(self._pieces(offset, length), offset, view):
-            if piece.file == UNKNOWN:
+        for part, into in without_zeros(self._parts(offset, length), offset, view):
+            if part.file == UNKNOWN:
                 with self._explained():
-                    self._disk.read_blocking(piece.start, part)
+                    self._disk.read_blocking(part.start, into)
             else:
-                count = self._local.file_of(piece).read_blocking(piece.offset, part)
-                self._local.require_whole(piece, count)
+                count = self._local.file_of(part).read_blocking(part.offset, into)
+                self._local.require_whole(part, count)
         return length
 
     def start_map(self) -> None:
         """Start the program that makes the map of the disk; see `LocalReads.start_map`."""
         self._local.start_map()
 
-    def _pieces(self, offset: int, length: int) -> list[Piece]:
+    def _parts(self, offset: int, length: int) -> list[Part]:
         """Return the parts of a range: each lies in one file, is zeros, or needs qemu-nbd."""
-        return self._local.pieces(offset, length) or [Piece(UNKNOWN, 0, offset, length)]
+        return self._local.parts(offset, length) or [Part(UNKNOWN, 0, offset, length)]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without blocking; return whether that succeeded."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qedfuse.foreign.graph import Graph
-    from qedfuse.foreign.runmap import Piece
+    from qedfuse.foreign.runmap import Part
     from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.util.deferredclose import DeferredClose
 
@@ -99,7 +99,7 @@ class LocalReads:
         runs = StoredRuns(self._map.cells, self._map.capacity, sources)
         return sources[0]._replace(runs=runs)
 
-    def pieces(self, offset: int, length: int) -> list[Piece] | None:
+    def parts(self, offset: int, length: int) -> list[Part] | None:
         """Return the parts of a range; None if all are `UNKNOWN`, or if there is no map.
 
         If all are `UNKNOWN`, counts the lookup; after `LOOKUPS_BEFORE_MAP` such lookups, begins to
@@ -107,25 +107,25 @@ class LocalReads:
         """
         if self._map is None:
             return None
-        found = list(self._map.pieces(offset, length))
-        if all(piece.file == UNKNOWN for piece in found):
+        found = list(self._map.parts(offset, length))
+        if all(part.file == UNKNOWN for part in found):
             if self._lookups_before_map:
                 self._count_lookup()
             return None
         return found
 
-    def file_of(self, piece: Piece) -> PosixFile:
-        """Return the file that has the bytes of ``piece``, which must not be unknown or zeros."""
-        return self._files[piece.file]
+    def file_of(self, part: Part) -> PosixFile:
+        """Return the file that has the bytes of ``part``, which must not be unknown or zeros."""
+        return self._files[part.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; return False if that would block or fails."""
-        found = self.pieces(offset, len(view))
-        if found is None or any(piece.file == UNKNOWN for piece in found):
+        found = self.parts(offset, len(view))
+        if found is None or any(part.file == UNKNOWN for part in found):
             return False
         return all(
-            self._files[piece.file].try_read(piece.offset, part)
-            for piece, part in without_zeros(found, offset, view)
+            self._files[part.file].try_read(part.offset, into)
+            for part, into in without_zeros(found, offset, view)
         )
 
     def try_start(
@@ -140,7 +140,7 @@ class LocalReads:
         Returns whether the read was started: see `ReadableFile.try_start_read`.  Returns None if
         all parts of the range are `UNKNOWN`, or if there is no map: QEMU must read the whole range.
         """
-        found = self.pieces(offset, len(view))
+        found = self.parts(offset, len(view))
         if found is None:
             return None
         if len(found) > 1 or found[0].file < 0:
@@ -148,16 +148,16 @@ class LocalReads:
         file = self._files[found[0].file]
         return file.try_start_read(found[0].offset, view, take_answer, ended)
 
-    def require_whole(self, piece: Piece, count: int) -> None:
+    def require_whole(self, part: Part, count: int) -> None:
         """Raise if a read of a part has returned fewer bytes than the part has.
 
         Raises:
             HostError: A file has become shorter while it was open.
         """
-        if count < piece.length:
+        if count < part.length:
             msg = (
-                f"{self.file_of(piece).name}: data at {piece.offset}: found {count} bytes, "
-                f"expected {piece.length}"
+                f"{self.file_of(part).name}: data at {part.offset}: found {count} bytes, "
+                f"expected {part.length}"
             )
             raise HostError(msg)
 

@@ -36,7 +36,7 @@ _UNKNOWN_TARGET: Final = 0
 _ZEROS_TARGET: Final = 1
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """A part of a range of the disk: it lies in one file, is zeros, or only QEMU can read it.
 
     Attributes:
@@ -61,7 +61,7 @@ class RunMap:
     extension reads the same numbers (``_readfiles.c``).
 
     One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
-    at all: a run is written first, then the count, then the end, and `pieces` reads them in the
+    at all: a run is written first, then the count, then the end, and `parts` reads them in the
     reverse order.  The mount's extension holds the GIL during a search, so the cells do not change
     during it.
 
@@ -122,7 +122,7 @@ class RunMap:
             return target
         return target + (start - self.cells[_FIRST_START + index] << _FILE_BITS)
 
-    def pieces(self, start: int, length: int) -> Iterator[Piece]:
+    def parts(self, start: int, length: int) -> Iterator[Part]:
         """Yield the parts of a range of the disk, in order; `UNKNOWN` where the map has no run."""
         cells = self.cells
         # `add` changes the end after the count, so the end is read before the count.  In the other
@@ -134,30 +134,30 @@ class RunMap:
             stop = min(end, map_end if is_last else cells[_FIRST_START + index + 1])
             target = self._continued(index, start)
             if target <= _ZEROS_TARGET:
-                yield Piece((UNKNOWN, ZEROS)[target], 0, start, stop - start)
+                yield Part((UNKNOWN, ZEROS)[target], 0, start, stop - start)
             else:
                 file = (target & (1 << _FILE_BITS) - 1) - _FILE_BIAS
-                yield Piece(file, target >> _FILE_BITS, start, stop - start)
+                yield Part(file, target >> _FILE_BITS, start, stop - start)
             start, index = stop, index + 1
         if start < end:
-            yield Piece(UNKNOWN, 0, start, end - start)
+            yield Part(UNKNOWN, 0, start, end - start)
 
 
 def without_zeros(
-    pieces: Iterable[Piece], offset: int, view: memoryview
-) -> Iterator[tuple[Piece, memoryview]]:
-    """Fill a view with zeros where the disk has zeros; yield the other pieces.
+    parts: Iterable[Part], offset: int, view: memoryview
+) -> Iterator[tuple[Part, memoryview]]:
+    """Fill a view with zeros where the disk has zeros; yield the other parts.
 
-    Each piece is yielded with the part of the view into which its bytes must be read.
+    Each part is yielded with the part of the view into which its bytes must be read.
 
     Args:
-        pieces: The parts of the range of the disk that the view is for.
+        parts: The parts of the range of the disk that the view is for.
         offset: The disk offset at which this range begins.
         view: The view.
     """
-    for piece in pieces:
-        part = view[piece.start - offset :][: piece.length]
-        if piece.file == ZEROS:
-            part[:] = bytes(piece.length)
+    for part in parts:
+        into = view[part.start - offset :][: part.length]
+        if part.file == ZEROS:
+            into[:] = bytes(part.length)
         else:
-            yield piece, part
+            yield part, into

@@ -10,7 +10,7 @@ import pytest
 
 from qedfuse.errors import ForeignError
 from qedfuse.foreign.mapping import fill_map
-from qedfuse.foreign.runmap import UNKNOWN, ZEROS, Piece, RunMap
+from qedfuse.foreign.runmap import UNKNOWN, ZEROS, Part, RunMap
 
 
 def line(start: int, length: object, **more: object) -> dict[str, object]:
@@ -29,14 +29,14 @@ def line(start: int, length: object, **more: object) -> dict[str, object]:
 
 def filled(
     text: str, *files: tuple[int, int] | None, capacity: int = 100
-) -> tuple[list[Piece], str]:
-    """Return the map that an output makes, as pieces up to its end, and the error or nothing."""
+) -> tuple[list[Part], str]:
+    """Return the map that an output makes, as parts up to its end, and the error or nothing."""
     run_map, error = RunMap(capacity), ""
     try:
         fill_map(run_map, io.BytesIO(text.encode()), files)
     except ForeignError as failed:
         error = str(failed)
-    return list(run_map.pieces(0, run_map.end)), error
+    return list(run_map.parts(0, run_map.end)), error
 
 
 def printed(*ranges: dict[str, object]) -> str:
@@ -61,9 +61,9 @@ def test_random_runs() -> None:
             start = chance.randrange(len(bytes_at))
             length = chance.randrange(1, len(bytes_at) - start + 20)
             found = [
-                (piece.file, piece.offset + at if piece.file >= 0 else 0)
-                for piece in run_map.pieces(start, length)
-                for at in range(piece.length)
+                (part.file, part.offset + at if part.file >= 0 else 0)
+                for part in run_map.parts(start, length)
+                for at in range(part.length)
             ]
             past_end = max(0, start + length - len(bytes_at))
             assert found == bytes_at[start : start + length] + [(UNKNOWN, 0)] * past_end
@@ -74,15 +74,15 @@ def test_adjacent_runs_are_one() -> None:
     run_map = RunMap(2)
     assert run_map.add(10, 3, 100)
     assert run_map.add(5, 3, 110)
-    assert list(run_map.pieces(0, 15)) == [Piece(3, 100, 0, 15)]
+    assert list(run_map.parts(0, 15)) == [Part(3, 100, 0, 15)]
     assert run_map.add(5, 4, 115)
     assert run_map.add(1, 4, 120)
     assert not run_map.add(5, 4, 0)
     assert run_map.end == 21
-    assert list(run_map.pieces(12, 20)) == [
-        Piece(3, 112, 12, 3),
-        Piece(4, 115, 15, 6),
-        Piece(UNKNOWN, 0, 21, 11),
+    assert list(run_map.parts(12, 20)) == [
+        Part(3, 112, 12, 3),
+        Part(4, 115, 15, 6),
+        Part(UNKNOWN, 0, 21, 11),
     ]
 
 
@@ -108,14 +108,14 @@ def test_concurrent_add() -> None:
                 self.run_map.add(10, 7, 500)
             return found
 
-    whole = [Piece(3, 100, 0, 10), Piece(7, 500, 10, 10)]
-    missing = [Piece(3, 100, 0, 10), Piece(UNKNOWN, 0, 10, 10)]
+    whole = [Part(3, 100, 0, 10), Part(7, 500, 10, 10)]
+    missing = [Part(3, 100, 0, 10), Part(UNKNOWN, 0, 10, 10)]
     seen = []
     for reads in range(1, 9):
         run_map = RunMap(8)
         assert run_map.add(10, 3, 100)
         run_map.cells = AddsBetweenReads(run_map, reads)  # type: ignore[assignment]
-        found = list(run_map.pieces(0, 20))
+        found = list(run_map.parts(0, 20))
         assert found in (whole, missing)
         seen.append(run_map.end == 20)
     assert any(seen)  # runs were added
@@ -137,13 +137,13 @@ def test_output() -> None:
     for chunked in (text, text.rstrip("\n") + "\n"):
         assert filled(chunked, (0, 2000), (4, 15), None) == (
             [
-                Piece(0, 1000, 0, 100),
-                Piece(ZEROS, 0, 100, 50),
-                Piece(UNKNOWN, 0, 150, 20),
-                Piece(4, 5, 170, 10),
-                Piece(UNKNOWN, 0, 180, 10),
-                Piece(0, 1990, 190, 10),
-                Piece(UNKNOWN, 0, 200, 20),
+                Part(0, 1000, 0, 100),
+                Part(ZEROS, 0, 100, 50),
+                Part(UNKNOWN, 0, 150, 20),
+                Part(4, 5, 170, 10),
+                Part(UNKNOWN, 0, 180, 10),
+                Part(0, 1990, 190, 10),
+                Part(UNKNOWN, 0, 200, 20),
             ],
             "",
         )
@@ -153,7 +153,7 @@ def test_long_output() -> None:
     """An output of many chunks is read whole; a map that is full ends the reading."""
     ranges = [line(at * 512, 512, offset=(5000 - at) * 512) for at in range(5000)]
     found, error = filled(printed(*ranges), (0, 1 << 30), capacity=5000)
-    assert found == [Piece(0, (5000 - at) * 512, at * 512, 512) for at in range(5000)]
+    assert found == [Part(0, (5000 - at) * 512, at * 512, 512) for at in range(5000)]
     assert not error
     found, error = filled(printed(*ranges), (0, 1 << 30), capacity=7)
     assert (len(found), error) == (7, "")
@@ -178,7 +178,7 @@ def test_long_output() -> None:
 def test_wrong_output(second: dict[str, object], message: str) -> None:
     """Output of another form ends the map there, with one line about it."""
     found, error = filled(printed(line(0, 100), second), (0, 1 << 60))
-    assert found == [Piece(0, 0, 0, 100)]
+    assert found == [Part(0, 0, 0, 100)]
     assert message in error
     assert error.isprintable()
 
@@ -197,4 +197,4 @@ def test_no_objects(text: str) -> None:
 def test_offsets_before_and_far_past_the_file() -> None:
     """Offsets outside of the file are left to QEMU."""
     text = printed(line(0, 10, offset=-1), line(10, 10, offset=1 << 70), line(20, 10, depth=-1))
-    assert filled(text, (0, 1000)) == ([Piece(UNKNOWN, 0, 0, 30)], "")
+    assert filled(text, (0, 1000)) == ([Part(UNKNOWN, 0, 0, 30)], "")

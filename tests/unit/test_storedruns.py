@@ -118,7 +118,7 @@ def test_full_map(session: Session, stored: Stored) -> None:
 
 
 def test_random_runs(session: Session, stored: Stored) -> None:
-    """The extension and `RunMap.pieces` agree about every read."""
+    """The extension and `RunMap.parts` agree about every read."""
     chance = random.Random(2)
     while stored.run_map.end < DISK_BYTES:
         length = min(chance.choice((512, 1024, 8192)), DISK_BYTES - stored.run_map.end)
@@ -129,12 +129,12 @@ def test_random_runs(session: Session, stored: Stored) -> None:
     for _ in range(500):
         length = chance.choice((1, 512, 600, 5000))
         start = chance.randrange(DISK_BYTES - length)
-        pieces = list(stored.run_map.pieces(start, length))
+        parts = list(stored.run_map.parts(start, length))
         expected = None
         crosses_slices = start >> BITS >> SLICE_BITS != (start + length - 1) >> BITS >> SLICE_BITS
-        if len(pieces) == 1 and pieces[0].file >= 0 and not crosses_slices:
-            content = stored.contents[pieces[0].file]
-            expected = content[pieces[0].offset :][:length]
+        if len(parts) == 1 and parts[0].file >= 0 and not crosses_slices:
+            content = stored.contents[parts[0].file]
+            expected = content[parts[0].offset :][:length]
             answered += 1
         assert session.read(start, length) == expected
     assert 100 < answered < 400

@@ -23,15 +23,15 @@ def check(data: bytes) -> None:
     except ForeignError as error:
         assert_line(error)
     sizes = {file[0]: file[1] for file in _FILES if file is not None}
-    pieces = list(run_map.pieces(0, run_map.end))
-    assert len(pieces) <= _CAPACITY
-    assert sum(piece.length for piece in pieces) == run_map.end
-    for piece, following in itertools.pairwise(pieces):
-        assert piece.start + piece.length == following.start
-    for piece in pieces:
-        assert piece.length > 0
-        if piece.file not in (UNKNOWN, ZEROS):
-            assert 0 <= piece.offset < piece.offset + piece.length <= sizes[piece.file]
+    parts = list(run_map.parts(0, run_map.end))
+    assert len(parts) <= _CAPACITY
+    assert sum(part.length for part in parts) == run_map.end
+    for part, following in itertools.pairwise(parts):
+        assert part.start + part.length == following.start
+    for part in parts:
+        assert part.length > 0
+        if part.file not in (UNKNOWN, ZEROS):
+            assert 0 <= part.offset < part.offset + part.length <= sizes[part.file]
 
 
 def seeds() -> list[bytes]:
