@@ -248,7 +248,7 @@ class Disk(GuestChanges):
         await self._components.shrinking.empty(progress)
 
     async def set_backing(
-        self, name: bytes, *, raw: bool, versions: BaseVersions | None = None
+        self, name: bytes, *, backing_is_raw: bool, versions: BaseVersions | None = None
     ) -> None:
         """Store the name of another base in the image, durably; an empty name removes the base.
 
@@ -257,7 +257,8 @@ class Disk(GuestChanges):
 
         Args:
             name: The name as `backing_name` in `qedfuse.disk.creation.newheader` returns it.
-            raw: Whether the header must say that the base is raw; ignored if ``name`` is empty.
+            backing_is_raw: Whether the header must say that the base is raw; ignored if ``name``
+                is empty.
             versions: The versions of the new bases, which are remembered.  If None, the next open
                 for writing remembers the versions that it finds.
 
@@ -267,7 +268,8 @@ class Disk(GuestChanges):
         """
         await self._first_write_guard.prepare_write()
         await change_backing_name(
-            self._file, self._header_store, self._writeback, self._flusher, name, raw=raw
+            *(self._file, self._header_store, self._writeback, self._flusher, name),
+            backing_is_raw=backing_is_raw,
         )
         replace_versions(self._file, os.fsdecode(name), versions)
 

@@ -49,7 +49,7 @@ async def test_every_crash_state_has_the_old_or_the_new_name(seed: int) -> None:
         raw = chance.random() < 0.5
         file = RecordingFile(image)
         async with opened(file, [b"base"] if name_in(image)[0] else []) as disk:
-            await disk.set_backing(new, raw=raw)
+            await disk.set_backing(new, backing_is_raw=raw)
         allowed = {name_in(image), (new, raw and bool(new))}
         for count, content in file.prefixes():
             assert name_in(content) in allowed, count

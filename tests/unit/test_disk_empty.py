@@ -91,7 +91,7 @@ async def test_what_cannot_be_emptied() -> None:
         with pytest.raises(ReadOnlyError):
             await disk.write_zero_clusters(0, CLUSTER)
         with pytest.raises(ReadOnlyError):
-            await disk.set_backing(b"base", raw=True)
+            await disk.set_backing(b"base", backing_is_raw=True)
     assert file.content == image
 
 

@@ -21,9 +21,9 @@ SIZE = 64 * CLUSTER
 CHANGES: dict[str, Callable[[Disk], Awaitable[object]]] = {
     "size": lambda disk: disk.grow(SIZE + CLUSTER),
     "smaller size": lambda disk: disk.shrink(SIZE - CLUSTER, force=True),
-    "short name": lambda disk: disk.set_backing(b"another", raw=True),
-    "long name": lambda disk: disk.set_backing(b"n" * 700, raw=False),
-    "no name": lambda disk: disk.set_backing(b"", raw=False),
+    "short name": lambda disk: disk.set_backing(b"another", backing_is_raw=True),
+    "long name": lambda disk: disk.set_backing(b"n" * 700, backing_is_raw=False),
+    "no name": lambda disk: disk.set_backing(b"", backing_is_raw=False),
     "NEED_CHECK": lambda disk: disk.write(9 * CLUSTER, b"x"),
 }
 

@@ -47,12 +47,12 @@ async def change_backing_name(
     flusher: Flusher,
     name: bytes,
     *,
-    raw: bool,
+    backing_is_raw: bool,
 ) -> None:
     """Store another backing file name in the image, durably; an empty name removes the base.
 
-    The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``raw`` the header
-    forbids probing the format of the base; ``raw`` is ignored if the name is empty.
+    The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``backing_is_raw``
+    the header forbids probing the format of the base.  It is ignored if the name is empty.
 
     Raises:
         HostError: A system call failed.  In most cases the image still names the old base.  But if
@@ -71,7 +71,7 @@ async def change_backing_name(
         await file.pwrite(offset, name)
         await writeback.barrier()
     wanted_features = int(Feature.BACKING_FILE) if name else 0
-    if name and raw:
+    if name and backing_is_raw:
         wanted_features |= int(Feature.BACKING_FORMAT_NO_PROBE)
 
     def edit(header: Header) -> Header:

@@ -102,7 +102,7 @@ async def rebase(
         if backing is not None:
             refuse_backing_loop(path, backing, options.backing.working_directory)
         async with open_writable(path, options, with_bases=False) as disk:
-            await disk.set_backing(name, raw=backing_format == "raw")
+            await disk.set_backing(name, backing_is_raw=backing_format == "raw")
         return RebaseResult(backing, backing_format if backing else None)
     async with (
         open_writable(path, options) as disk,
@@ -116,7 +116,7 @@ async def rebase(
         await copy.run(progress)
         driver = driver_of(chain.layers[1].file) if chain.has_base else None
         raw = chain.has_base and driver is None and isinstance(chain.layers[1], RawLayer)
-        await disk.set_backing(name, raw=raw, versions=versions)
+        await disk.set_backing(name, backing_is_raw=raw, versions=versions)
         if progress is not None:
             progress(disk.size, disk.size)
     found = driver or ("raw" if raw else "qed")
