@@ -10,7 +10,11 @@ import pytest
 
 import qedfuse
 from qedfuse.cli.qedfuse import main as program
-from qedfuse.cli.qedfuse.arguments import Arguments, parse_arguments
+from qedfuse.cli.qedfuse.arguments import (
+    Arguments,
+    parse_arguments,
+    parse_mount_helper_arguments,
+)
 from qedfuse.cli.qedfuse.main import main
 from qedfuse.cli.qedfuse.usage import USAGE
 from qedfuse.errors import UsageError
@@ -79,8 +83,8 @@ def test_short_options() -> None:
 
 def test_the_helper_of_mount_has_its_own_meanings() -> None:
     """As mount.qedfuse, -f means fake, -s means sloppy, and what mount(8) passes is accepted."""
-    assert parse_arguments(
-        ["a", "mnt", "-sfnvrw", "-N", "ns", "-t", "fuse.qedfuse", "-o", "x"], helper=True
+    assert parse_mount_helper_arguments(
+        ["a", "mnt", "-sfnvrw", "-N", "ns", "-t", "fuse.qedfuse", "-o", "x"]
     ) == Arguments(["a", "mnt"], ["ro", "rw", "x"], fake=True, sloppy=True)
 
 

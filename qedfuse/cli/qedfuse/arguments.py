@@ -23,7 +23,7 @@ _FLAGS: Final[Mapping[str, tuple[tuple[str, bool | str], ...]]] = {
     "--version": (("action", "version"),),
 }
 """The attributes of `Arguments` that each flag sets, with their values."""
-_HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
+_MOUNT_HELPER_FLAGS: Final[Mapping[str, tuple[str, bool]]] = {
     "-f": ("fake", True),
     "-s": ("sloppy", True),
 }
@@ -92,29 +92,50 @@ class StatsArguments(NamedTuple):
     watch: bool = False
 
 
-def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
+def parse_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line of a mount; options can stand before, between and after operands.
 
-    The values of ``-o`` are not parsed, and the operands are not counted.
+    The values of ``-o`` are not parsed, and the operands are not counted.  ``-f`` means foreground.
+    ``-s`` is ignored, because programs that use libfuse accept it.
 
     Args:
         words: The words after the command's name.
-        helper: Whether mount(8) runs the command.  If True, ``-f`` means fake and ``-s`` means
-            sloppy.  If False, ``-f`` means foreground, and ``-s`` is ignored.
 
     Raises:
         UsageError: An option is unknown, lacks its value or must not have one, or an operand is
             empty.
     """
+    return _parse(words, "o:fdsrVh", {})
+
+
+def parse_mount_helper_arguments(words: Sequence[str]) -> Arguments:
+    """Parse the command line with which mount(8) runs ``mount.qedfuse``; see `parse_arguments`.
+
+    ``-f`` means fake, and ``-s`` means sloppy.  ``-n``, ``-v``, ``-N`` and ``-t``, which mount(8)
+    passes, are ignored, because qedfuse does not need them.
+
+    Args:
+        words: The words after the command's name.
+
+    Raises:
+        UsageError: See `parse_arguments`.
+    """
+    return _parse(words, "o:fdsrwnvVhN:t:", _MOUNT_HELPER_FLAGS)
+
+
+def _parse(
+    words: Sequence[str], short_options: str, own_flags: Mapping[str, tuple[str, bool]]
+) -> Arguments:
+    """Parse the command line of a mount, in which ``own_flags`` precede the flags of `_FLAGS`."""
     given, paths = _getopt(
         words,
-        "o:fdsrwnvVhN:t:" if helper else "o:fdsrVh",
+        short_options,
         ["foreground", "debug", "read-only", "pidfile=", "help", "version", "options="],
     )
     arguments = Arguments(paths)
     for name, value in given:
-        if helper and name in _HELPER_FLAGS:
-            setattr(arguments, *_HELPER_FLAGS[name])
+        if name in own_flags:
+            setattr(arguments, *own_flags[name])
         elif name in _FLAGS:
             for setting in _FLAGS[name]:
                 setattr(arguments, *setting)
@@ -124,8 +145,6 @@ def parse_arguments(words: Sequence[str], *, helper: bool = False) -> Arguments:
             arguments.options.append(value)
         elif name == "--pidfile":
             arguments.pidfile = value
-        # Other flags are ignored: -s, which programs that use libfuse accept, and -n, -v, -N and
-        # -t, which mount(8) passes to a helper and qedfuse does not need.
     return arguments
 
 

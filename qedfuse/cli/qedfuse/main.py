@@ -12,6 +12,7 @@ from qedfuse.cli.dispositions import sigint_raises
 from qedfuse.cli.qedfuse.arguments import (
     Arguments,
     parse_arguments,
+    parse_mount_helper_arguments,
     parse_stats_arguments,
     parse_umount_arguments,
 )
@@ -25,7 +26,7 @@ from qedfuse.text import printable, without_queries
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-_HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
+_MOUNT_HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
 """The names of the links by which mount(8) runs this command."""
 
 
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: An exception that is not a `QedError` was raised, and ``-d`` was given.
     """
     program, *words = sys.argv if argv is None else ["qedfuse", *argv]
-    helper = os.path.basename(program) in _HELPER_NAMES  # noqa: PTH119
-    is_subcommand = bool(words) and words[0] in _COMMANDS and not helper
+    is_mount_helper = os.path.basename(program) in _MOUNT_HELPER_NAMES  # noqa: PTH119
+    is_subcommand = bool(words) and words[0] in _COMMANDS and not is_mount_helper
     debug = False
     if argv is None:
         open_streams()
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sigint_raises()
         if is_subcommand:
             return _COMMANDS[words[0]](words[1:])
-        arguments = parse_arguments(words, helper=helper)
+        parse = parse_mount_helper_arguments if is_mount_helper else parse_arguments
+        arguments = parse(words)
         debug = arguments.debug
         return _ACTIONS[arguments.action](arguments)
     except QedError as error:

@@ -14,7 +14,11 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
-from qedfuse.cli.qedfuse.arguments import parse_arguments, parse_umount_arguments
+from qedfuse.cli.qedfuse.arguments import (
+    parse_arguments,
+    parse_mount_helper_arguments,
+    parse_umount_arguments,
+)
 from qedfuse.cli.qedimg import main as program
 from qedfuse.errors import UsageError
 from qedfuse.mount.optionparser import parse_options
@@ -68,7 +72,7 @@ def _parse_mount(words: Sequence[str]) -> None:
 
 
 def _parse_helper(words: Sequence[str]) -> None:
-    arguments = parse_arguments(words, helper=True)
+    arguments = parse_mount_helper_arguments(words)
     parse_options(arguments.options, sloppy=arguments.sloppy)
 
 
