@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{printable(arguments.image)}: {result.copied_bytes} bytes of data and "
         f"{result.zero_bytes} bytes of zeros were written into {result.base}"
     )
-    if result.size > result.size_before:
-        text += f"; the base's disk had {result.size_before} bytes and has {result.size}"
+    if result.size_after > result.size_before:
+        text += f"; the base's disk had {result.size_before} bytes and has {result.size_after}"
     if result.free_clusters:
         text += f"; {result.free_clusters} clusters in the base are free (see: qedimg compact)"
     if result.between:

@@ -59,7 +59,7 @@ class CommitResult:
         copied_bytes: Bytes of the disk that were written into the base as data.
         zero_bytes: Bytes of the base's disk that were made zeros.
         size_before: Size of the base's disk before the commit.
-        size: Size of the base's disk after the commit.
+        size_after: Size of the base's disk after the commit.
         bytes_before: Length of the overlay's file before the commit.
         bytes_after: Length of the overlay's file after the commit.
         free_clusters: Number of free clusters that the commit has left in the file of a QED
@@ -73,7 +73,7 @@ class CommitResult:
     copied_bytes: int
     zero_bytes: int
     size_before: int
-    size: int
+    size_after: int
     bytes_before: int
     bytes_after: int
     free_clusters: int
