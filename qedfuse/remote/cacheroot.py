@@ -127,7 +127,7 @@ def _is_cache(path: str) -> bool:
 
 def _is_cache_file(entry: os.DirEntry[str]) -> bool:
     """Return whether a directory entry has the name and the type of an entry of a cache's root."""
-    if entry.name == _TAG_NAME:  # with any content, because a crash may have cut the file
+    if entry.name == _TAG_NAME:  # with any content, because a crash may have truncated the file
         return entry.is_file(follow_symlinks=False)
     return bool(OBJECT_NAME.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False)
 

@@ -76,7 +76,7 @@ class ChecksumMap:
         os.close(self.fd)
 
     def _marks(self, first: int, count: int) -> tuple[int, ...]:
-        """Return the marks of adjacent entries; fewer if the map was cut."""
+        """Return the marks of adjacent entries; fewer if the map was truncated."""
         raw = os.pread(self.fd, count * _ENTRY.size, first * _ENTRY.size)
         entries = len(raw) // _ENTRY.size
         return struct.unpack(f"<{2 * entries}I", raw[: entries * _ENTRY.size])[1::2]

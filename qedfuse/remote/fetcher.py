@@ -183,7 +183,7 @@ class Fetcher:
         self._store.forget(first, last)
 
     def discard_cache(self) -> None:
-        """Stop using the entry of the cache, because its data file was cut."""
+        """Stop using the entry of the cache, because its data file was truncated."""
         self._store.discard()
 
     def close(self) -> None:

@@ -98,8 +98,8 @@ async def _wait(file: RemoteFile, first: int, last: int, flights: list[Flight]) 
             return _length(file, first, last)
         if not fetcher.has_cache:
             msg = (
-                f"{file.name}: found the file of the cache cut by another program, expected it "
-                "whole (the next opening makes a new file)"
+                f"{file.name}: found the file of the cache truncated by another program, "
+                "expected it whole (the next opening makes a new file)"
             )
             raise CacheError(msg)
         if not was_evicting and not fetcher.is_evicting:

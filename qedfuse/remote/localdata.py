@@ -17,9 +17,9 @@ remedy:
 - The kernel returns zeros for a hole of the file without reading from the disk, and a failed write
   can leave a hole.  So a block of zeros counts as a miss, unless the block is known to be zeros in
   the object (`ZeroBlocks`).
-- Another program may have cut the file.  A later write makes it longer again, with a hole, but
-  never as long as it was (`qedfuse.remote.sharing`).  So the length shows that the file was cut.
-  It is checked before and after the read.
+- Another program may have truncated the file.  A later write makes it longer again, with a hole,
+  but never as long as it was (`qedfuse.remote.sharing`).  So the length shows that the file was
+  truncated.  It is checked before and after the read.
 
 By these rules a miss in one process brings no unchecked bytes into the page cache, where another
 process that uses the same entry could read them.
@@ -113,7 +113,7 @@ class LocalData:
         The result has the bare descriptor, and the address of the mapping, which are valid until
         `close`.  That suffices: the extension reads only during requests to a disk, and a disk
         closes its files after its last request.  The fetcher closes only its own descriptor when it
-        finds that the file was cut.
+        finds that the file was truncated.
 
         Args:
             ready: Which units may be read; see `UnitStore.ready`.
@@ -136,8 +136,8 @@ class LocalData:
         ``zeros`` has the blocks of the object that are known to be zeros.
 
         Returns False if a byte is not in the page cache or may be in a hole, if the file system
-        does not support such reads, or if the file was cut or closed; the caller cannot distinguish
-        these cases.  The content of ``view`` is undefined then.
+        does not support such reads, or if the file was truncated or closed; the caller cannot
+        distinguish these cases.  The content of ``view`` is undefined then.
         """
         if not self.is_readable:
             return False
@@ -167,7 +167,7 @@ class LocalData:
         )
 
     def is_whole(self) -> bool:
-        """Return False if the file was cut, even if writes have made it longer again since then.
+        """Return False if the file was truncated, even if writes have made it longer again.
 
         Returns True if this object is closed or not `is_readable`, and False if the host refuses.
         """

@@ -216,8 +216,8 @@ class RemoteFile(ReadOnlyFile):
     def _read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache; return whether that succeeded.
 
-        If the read of ready units fails, the units are made not ready.  If the data file was cut,
-        the cache is not used any more.
+        If the read of ready units fails, the units are made not ready.  If the data file was
+        truncated, the cache is not used any more.
         """
         first, last = offset // UNIT_BYTES, (offset + len(view) - 1) // UNIT_BYTES
         local = self._local

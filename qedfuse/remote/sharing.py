@@ -4,9 +4,9 @@ An *opener* is an open `UnitFile`.  The data file is longer than the object by o
 opener uses the entry, and by two bytes while several may use it.  So one lseek(2) shows whether
 there are other openers.
 
-Another program may cut the file, which then has neither of the two lengths.  No write reaches the
-added bytes, so no write gives a cut file one of these lengths again.  Only `join` can do so, if the
-other program cuts the file while `join` sets the length.
+Another program may truncate the file, which then has neither of the two lengths.  No write reaches
+the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can do
+so, if the other program truncates the file while `join` sets the length.
 
 Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock,
 and so knows that it is not alone.  The lock belongs to the open file description
@@ -31,7 +31,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, l
 
 
 def has_length(length: int, size: int) -> bool:
-    """Return whether a data file of ``length`` bytes, for an object of ``size`` bytes, is uncut."""
+    """Return whether a data file has a valid length, for an object of ``size`` bytes."""
     return length - size in {ALONE_BYTES, SHARED_BYTES}
 
 
@@ -45,8 +45,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
         size: The size of the object in bytes.
 
     Raises:
-        OSError: The file was cut (EBADMSG), another opener holds the lock (EWOULDBLOCK), or the
-            host refused.
+        OSError: The file was truncated (EBADMSG), another opener holds the lock (EWOULDBLOCK), or
+            the host refused.
     """
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:

@@ -143,8 +143,8 @@ class UnitFile:
         """Store the content of adjacent units, beginning with the unit ``first``.
 
         Raises:
-            OSError: A system call failed, the files were closed (EBADF), or the data file was cut
-                (EBADMSG).
+            OSError: A system call failed, the files were closed (EBADF), or the data file was
+                truncated (EBADMSG).
         """
         if not self._use.enter():
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

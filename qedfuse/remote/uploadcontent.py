@@ -132,7 +132,7 @@ class ContentParts:
             block = bytearray(min(self.part_bytes, self._size - start))
             count = self._content.read_blocking(start, memoryview(block))
             if count < len(block):
-                msg = f"found {start + count} bytes, expected {self._size}: the file was cut"
+                msg = f"found {start + count} bytes, expected {self._size}: the file was truncated"
                 raise RemoteError(msg)
             self.digests.append(hashlib.md5(block, usedforsecurity=False).digest())
             yield block

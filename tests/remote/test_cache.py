@@ -219,7 +219,7 @@ def test_units_that_were_exchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["blocking", "async", "try"])
 @pytest.mark.parametrize("writer", ["none", "self", "other"])
 def test_data_cut_while_it_is_in_use(writer: str, way: str, tmp_path: Path) -> None:
-    """Ready units read right after the file was cut, also if writes made it long again."""
+    """Ready units read right after the file was truncated, also if writes made it long again."""
     with serving(CONTENT) as server, opened(server.url, tmp_path) as file:
         assert read(file, 0, 4 * UNIT_BYTES) == CONTENT[: 4 * UNIT_BYTES]
         entry = entry_of(tmp_path)

@@ -251,14 +251,16 @@ async def test_cache_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.expect_log("the cache was damaged; going on without it")
 async def test_cache_that_is_cut_meanwhile(tmp_path: Path) -> None:
-    """If another program cuts the file of the cache, the error does not speak of space."""
+    """If another program truncates the file of the cache, the error does not speak of space."""
 
     def cut(_done: int, _total: int) -> None:
         for data in (tmp_path / "cache").rglob("data"):
             os.truncate(data, 0)
 
     with serving(some_bytes(80)) as server:
-        with pytest.raises(CacheError, match="found the file of the cache cut by another program"):
+        with pytest.raises(
+            CacheError, match="found the file of the cache truncated by another program"
+        ):
             await warm(server.url, options(tmp_path / "cache"), progress=cut)
         assert (await warm(server.url, options(tmp_path / "cache")))[0].is_complete
 
