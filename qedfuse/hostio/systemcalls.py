@@ -85,9 +85,9 @@ def size_and_blocks(fd: int) -> tuple[int, int]:
     tick of the kernel's clock, so most writes leave the times of the file unchanged.  But since
     Linux 6.13, the first write after the times were read sets the exact time, and from then on no
     file on the machine gets an older time.  So if each flush read the times of an image, the write
-    after each flush would change them, and the next fdatasync(2) would have to write the inode.  In
-    the same way the writes to files in a file system on the exported disk would change the times of
-    these files, which the next fsync(2) there would have to commit.
+    after each flush would change them, and the next fdatasync(2) would have to write the inode.  A
+    file in a file system on the exported disk would also get a new time with the write after each
+    flush, and the next fsync(2) there would have to commit this time.
 
     Raises:
         OSError: A system call failed.

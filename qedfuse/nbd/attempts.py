@@ -38,7 +38,7 @@ class Attempts:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
             outages: Gets the error with which the read fails, with two exceptions: the file was
-                closed, or the server has answered the read with an error.
+                closed, or the server has answered the read with an error other than ESHUTDOWN.
             is_brief: Whether the read fails after the shorter of `Deadlines.attempt_seconds` and
                 `Deadlines.total_seconds`.
         """
@@ -62,8 +62,9 @@ class Attempts:
 
         Raises:
             RemoteError: No further attempt is made: the file was closed, the server refuses the
-                export or has answered the read with an error, the server has violated the protocol
-                `_MAX_PROTOCOL_ERRORS` times, or the next attempt would begin after `end`.
+                export or has answered the read with an error other than ESHUTDOWN, the server has
+                violated the protocol `_MAX_PROTOCOL_ERRORS` times, or the next attempt would begin
+                after `end`.
         """
         self._count += 1
         if is_closed:

@@ -51,7 +51,8 @@ class Uploaded:
 
     Attributes:
         size: Length of the object in bytes.
-        version: The version of the object; empty if the store keeps no versions.
+        version: The version of the object; empty if the store keeps no versions, or did not report
+            the version.
     """
 
     size: int

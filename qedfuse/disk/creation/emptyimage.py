@@ -1,4 +1,4 @@
-"""An empty QED image in memory: an overlay above a raw disk, which is then opened as a chain."""
+"""An empty QED image in memory, which makes a raw disk the base of a chain."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ below are met, which is usual:
   clusters, or the data covers the clusters completely.  Or the write goes to one cluster only, and
   the cluster's code in `FlattenedBacking`, which says where the base stores the data, is in memory
   and not `MIXED`.
-- If new clusters must be filled around the data, their content fits in the buffer.
+- If new clusters must be filled around the data, their content fits in the fast path's buffer.
 - Reading the base, growing the file and writing the data would not block.
 
 If a condition is not met, the slow path must carry out the write.

@@ -181,8 +181,8 @@ def _prefixing_errors(image: HostFile) -> Iterator[None]:
 def _extend_chain(base: HostFile, image: str, seen: set[FileIdentity]) -> None:
     """Add the identity of a base to ``seen``; refuse a chain that is a loop or too long.
 
-    ``seen`` has the identities of the image and of the bases above.  ``image`` is the name of the
-    image that names the base, for messages.
+    ``seen`` has the identities of the image at the top and of the bases above this one.  ``image``
+    is the name of the image that names this base, for messages.
 
     Raises:
         BackingError: The chain is a loop, or has more than `MAX_CHAIN_DEPTH` bases.

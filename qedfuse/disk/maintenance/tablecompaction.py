@@ -105,7 +105,7 @@ class TableCompaction:
             if slot is None or slot + self._table_size > target:
                 await self._pack(max_moves, counter, within_bound=within_bound)
                 if max_moves is not None:
-                    # `_pack` has used up moves, and the data that gave way may lie past the
+                    # `_pack` may have used up moves, and the data that gave way may lie past the
                     # target.  So the target rises until the moves that are left suffice for the
                     # clusters past the target.
                     target = max(target, self._data.target(max_moves - counter.moved_clusters))

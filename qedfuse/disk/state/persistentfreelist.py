@@ -138,7 +138,7 @@ class PersistentFreeList:
 
         Nothing is written if no list is wanted, if the list in the file is still valid, or if the
         state of the image does not allow a list (`_at_rest`).  If tables have changed, a new list
-        is necessary; `_free_runs` describes when there is none.  If writing fails, a warning is
+        is written, unless `_free_runs` returns None.  If the list cannot be written, a warning is
         logged; the image is sound without a list, and the next open scans.
 
         Raises:

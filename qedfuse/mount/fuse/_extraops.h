@@ -62,12 +62,13 @@ PyObject *permit_polling(PyObject *module, PyObject *args);
 /* Lets bursts end where they would have to poll (_burst.c). */
 PyObject *forbid_polling(PyObject *module, PyObject *unused);
 
-/* Returns how many seconds the last burst has polled in vain, each time once (_burst.c). */
+/* Returns how many seconds the last poll took, if no request has come since it began.  Otherwise,
+ * and at a further call before the next poll, returns 0 (_burst.c). */
 PyObject *take_polled_seconds(PyObject *module, PyObject *unused);
 
 /* Minimum and maximum length of a read that is answered with the pages of a file.  A copy of a
- * shorter reply costs less.  A longer reply might not fit into a pipe, whose size the kernel limits
- * to 1 MiB for most processes. */
+ * shorter reply costs less.  A reply of 1 MiB that begins within a page would not fit into a pipe,
+ * whose size the kernel limits to 1 MiB for most processes. */
 #define MIN_SPLICE_BYTES (1 << 15)
 #define MAX_SPLICE_BYTES (1 << 19)
 
@@ -100,8 +101,8 @@ enum pages { PAGES_MISSING, PAGES_CACHED, PAGES_UNKNOWN };
  * no such page, but splice(2) makes the kernel read it again (_pagecache.c). */
 enum pages cached_pages(int fd, uint64_t offset, size_t size);
 
-/* Returns whether no page of a range waits to be written to the disk, or is being written
- * (_pagecache.c). */
+/* Returns whether all pages of a range are clean: none waits to be written to the disk, and none
+ * is being written.  Returns 0 also if the kernel does not say (_pagecache.c). */
 int are_clean(int fd, uint64_t offset, size_t size);
 
 /* Returns whether cached_pages() can have a result other than PAGES_UNKNOWN: false once the kernel has
@@ -204,7 +205,7 @@ struct checked_units {
     Py_buffer zero_blocks;  /* for each unit the blocks known to be all zeros; may lack the last units */
     unsigned int unit_bits; /* binary logarithm of the number of bytes in a unit */
     uint64_t content_bytes; /* offset at which the readable part of the file ends */
-    off_t file_bytes;       /* length of the file while one process uses it */
+    off_t file_bytes;       /* length while one process uses the file; 1 more while several do */
     char *address;          /* address of a mapping of the file, for mincore(2) */
     off_t seen_bytes;       /* length of the file when it was looked at last */
     PyObject *forget;       /* called with the first and the last unit of a read that failed */
@@ -220,9 +221,10 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns whether the file that has the units has the same valid length as at the last call, or as in
- * fill_units().  The caller has read from the file before this call, and may use the bytes only if the result
- * is true, because another length can mean that the file was cut (_checkedunits.c). */
+/* Returns whether the length of the file that has the units is valid, and is the same as at the
+ * last call, or at the first call the same as in fill_units().  The caller has read from the file
+ * before this call, and may use the bytes only if the result is true, because another length can
+ * mean that the file was cut (_checkedunits.c). */
 int keeps_length(struct checked_units *units, int fd);
 
 /* Returns whether a read of a range may be tried: only if the page cache has the whole range.  Then the
@@ -237,8 +239,9 @@ int may_try_units(const struct checked_units *units, int fd, uint64_t offset, si
 enum attempt splice_units(fuse_req_t request, struct checked_units *units, int fd, off_t offset,
                           size_t size);
 
-/* Returns whether the extension may read a range: only if its units are ready, and if the read need not
- * make the Python function fetch units ahead of it (_checkedunits.c). */
+/* Returns whether the extension may read a range.  It may not if a unit of the range is not ready,
+ * or if units must be fetched ahead for a sequential reader: the Python function for reads fetches
+ * units (_checkedunits.c). */
 int may_read_units(const struct checked_units *units, uint64_t offset, size_t size);
 
 /* Returns whether a range whose content is `data` may have a hole (_checkedunits.c). */
@@ -373,7 +376,8 @@ struct interned_name {
 /* Sets the variables of `count` names.  Returns 0, or -1 with an exception (_extraops.c). */
 int intern_names(const struct interned_name *names, size_t count);
 
-/* Gives a function the name of a function of libfuse, so that callers find it instead. */
+/* Gives a function of this module the name of a function of libfuse, so that callers call the
+ * function of this module. */
 #define INTERPOSES(name) __asm__(name) __attribute__((visibility("default")))
 
 /* Returns libfuse's own function of a name that this module defines too; NULL if not found

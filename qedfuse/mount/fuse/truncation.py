@@ -139,10 +139,10 @@ class Truncation:
             await exported.disk.discard(start, exported.disk.size - start)
         finally:
             # The pages are dropped after a failure as well, because a part of the range may be
-            # zeroed, and programs must see the content that the disk has now.  After a failure
-            # the reply is an error, after which the kernel drops no pages of its own accord.  If
-            # the kernel cannot drop the pages before this reply, it writes the dirty pages back
-            # after the reply, and drops all pages after that.
+            # zeroed, and programs must see the content that the disk has now.  If the kernel
+            # cannot drop the pages before the reply, the notification of `Laundering` goes on in
+            # the helper process.  After a reply with an error the kernel then writes the dirty
+            # pages back, and drops all pages.
             dropped = await self._try_drop_pages(exported)
         return dropped
 

@@ -41,8 +41,8 @@ class NewBase(NamedTuple):
 def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
     """Refuse a backing file that is the image itself, or whose chain contains the image.
 
-    `chain_paths` follows the chain by the names in the headers.  The function does not test whether
-    the files of the chain can be used as backing files.
+    `chain_paths` follows the chain by the names in the headers.  Whether the files of the chain can
+    be used as backing files is not tested here.
 
     Args:
         image: The file that will name the backing file; this file need not exist.
