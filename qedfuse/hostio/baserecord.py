@@ -4,7 +4,7 @@ The record is an extended attribute of the image.  If the file system of the ima
 it, a hidden file in the directory of the image holds the record.  The file also holds the inode
 number of the image.  If the number differs from that of the present image, the record belongs to an
 earlier image of the same name, and is ignored.  On a file system that keeps no inode numbers (FAT)
-the number is 0, and only the content of the record can show this.
+the number is 0, and only the content of the record can show that it belongs to another image.
 
 Another file could have the name of the hidden file.  So a file with this name is replaced or
 removed only if its magic and its checksum show that it is a record.

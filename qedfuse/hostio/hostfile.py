@@ -87,9 +87,9 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  A read is started only after
-        `try_read` has looked for the same data in memory in vain.  If `try_read` would not
-        look there now, the read is started without that step.
+        The thread answers by a C function, without the event loop.  If `try_read` looks for data in
+        memory now, the read is started only if `try_read` has just missed the same data there.
+        While `try_read` does not look there (`read_policy`), the read is started without that step.
 
         Args:
             offset: File offset.

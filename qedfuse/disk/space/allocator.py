@@ -291,7 +291,7 @@ class Allocator:
         self.tail_is_free = False
 
     def note_tail_remains(self) -> None:
-        """Note that the free tail still has to be cut off, because the host has refused."""
+        """Note that the free tail still has to be cut off, because the cut has failed."""
         self.tail_is_free = True
 
     def note_tail_cut(self, length: int) -> None:

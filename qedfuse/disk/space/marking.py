@@ -53,9 +53,9 @@ class Marking:
         # How many references have been dropped since `begin` whose cluster had already lost another
         # reference since `begin`.
         self._dropped_twice = 0
-        # The value of `_dropped_twice` at the last `restart`.  The walk does not find these
-        # references any more.  References that are dropped later are counted by `mark` or
-        # `record_drop`.
+        # The value of `_dropped_twice` at the last `restart`.  The walk through the tables after
+        # that `restart` does not find these references any more.  References that are dropped
+        # later are counted by `mark` or `record_drop`.
         self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""Number of scattered clusters at which they are put into the map, all together.
+"""When `Quarantine.retire_many` has collected this number of clusters, it adds them to the map.
 
 Fewer clusters wait, at most until a write-back cycle begins; their numbers take up to 2 MiB.
 """

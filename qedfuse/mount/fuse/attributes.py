@@ -51,7 +51,7 @@ def _mask(options: MountOptions) -> int:
 
 
 def file_mode(options: MountOptions) -> int:
-    """Return the permissions of a disk; a read-only mount gives none to write."""
+    """Return the permissions of a disk, which in a read-only mount do not include writing."""
     write_bits = 0 if options.read_only else 0o222
     return (0o444 | write_bits) & ~_mask(options)
 

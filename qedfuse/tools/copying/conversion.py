@@ -216,8 +216,8 @@ class Conversion:
             )
         write_behind: WriteBehindMode = "wait" if self._durable else "if fast"
         if self._spec.format not in {"raw", "qed"}:
-            # For a foreign format qemu-img reads the whole raw file next.  So write-behind, which
-            # would drop the raw file from the page cache, is off.
+            # For a foreign format the target is a temporary raw file, which qemu-img reads next.
+            # So write-behind, which would drop this file from the page cache, is off.
             write_behind = "off"
         copy = DiskCopy(
             self._source,

@@ -44,8 +44,9 @@ async def describe_partitions(
         options: How to open the file.
 
     Raises:
-        UsageError: The format is ``auto``, and a URL or a block device has an image of a foreign
-            format, or the disk is encrypted by LUKS.  Or the URL is not valid.
+        UsageError: The URL is not valid.  Or the format is ``auto``, and the disk is encrypted by
+            LUKS.  Or the format is ``auto``, and a URL or a block device has an image of a foreign
+            format.
         QedError: The file or a base cannot be opened, locked or read.
     """
     async with open_source(path, image_format, options) as source:

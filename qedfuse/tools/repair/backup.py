@@ -63,7 +63,7 @@ class Backup:
         """Close the backup, and remove it unless it is complete; do nothing if no file exists.
 
         Raises nothing, because an error from here would replace an error of the block.  If the host
-        refuses to remove an incomplete backup, the file stays, and `undo` refuses it.
+        refuses to remove an incomplete backup, the file stays, and an undo refuses it.
         """
         if self._file is not None:
             # The close may write buffered bytes.  An error of this write is ignored, because a
