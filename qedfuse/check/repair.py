@@ -77,8 +77,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     If no table has an error, only NEED_CHECK and the free list may change: if NEED_CHECK is set or
     the list has an error, NEED_CHECK is cleared and the list is dropped.  If the tables still have
-    an error after the repair, NEED_CHECK stays set.  This function makes no
-    backup.  For a backup, the caller must first call `plan_repair` with ``save``.
+    an error after the repair, NEED_CHECK stays set.  This function makes no backup.  For a backup,
+    the caller must first call `plan_repair` with ``save``.
 
     Args:
         file: The image.
@@ -86,7 +86,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set, unless the last step has failed, which clears it.
+            changed, NEED_CHECK is still set, unless the last step, which clears it, has failed.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
             memory.  Normally the check before the first write raises this error, and nothing has
             been changed.  After the first write it is raised if there are too many invalid L1

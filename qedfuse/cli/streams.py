@@ -51,9 +51,9 @@ def open_streams() -> None:
 
 @contextmanager
 def writing_stdout() -> Iterator[None]:
-    """Translate the error of a write to ``sys.stdout`` in the block.
+    """Turn the error of a write to ``sys.stdout``, except BrokenPipeError, into a HostError.
 
-    The block should do nothing else that can raise OSError.
+    The block should do nothing but write, because every OSError in it counts as such an error.
 
     Raises:
         BrokenPipeError: The reader of stdout has gone.  The caller must drop the unwritten text

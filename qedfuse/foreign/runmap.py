@@ -66,7 +66,8 @@ class RunMap:
     during it.
 
     Attributes:
-        cells: The numbers; see `qedfuse.hostio.pagesource.StoredRuns`.
+        cells: The count, the end, all starts and all targets; see
+            `qedfuse.hostio.pagesource.StoredRuns`.
         capacity: Maximum number of runs.
     """
 

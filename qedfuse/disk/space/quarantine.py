@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qedfuse.disk.space.freemap import FreeMap
 
 _MAX_SCATTERED_CLUSTERS: Final = 1 << 18
-"""When `Quarantine.retire_many` has collected this number of clusters, it adds them to the map.
+"""Number of collected clusters at which `Quarantine.retire_many` puts them into the map, together.
 
 Fewer clusters wait, at most until a write-back cycle begins; their numbers take up to 2 MiB.
 """

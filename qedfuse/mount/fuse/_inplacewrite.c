@@ -69,7 +69,8 @@ struct in_place_writes *make_writes(PyObject *source)
     return writes;
 }
 
-/* Returns whether an attribute is an object; also returns 0, with an exception, if there is no attribute. */
+/* Returns whether an attribute is the object `expected`; also returns 0, with an exception, if
+ * there is no attribute. */
 static int attribute_is(PyObject *object, PyObject *name, PyObject *expected)
 {
     PyObject *value = PyObject_GetAttr(object, name);

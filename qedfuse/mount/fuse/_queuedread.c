@@ -226,8 +226,9 @@ static void submit(void)
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
     /* ring_submit() does no work (_ring.c), so reads that have ended by now found their data in the page
-     * cache.  Their ends have made the eventfd readable.  If work has made it readable too, the work has
-     * set the flag before, and the caller looks at the flag next. */
+     * cache.  Their ends have made the eventfd readable, so it is emptied.  Work that has also made
+     * it readable is not forgotten: before, it has set the flag of ring_has_work(), which the
+     * caller tests next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)

@@ -109,8 +109,8 @@ class PartitionFiles:
     async def drop_stale_pages(self, exported: ExportedDisk) -> bool:
         """Make the kernel drop the pages of a file if they may differ from the disk.
 
-        The caller must have counted a handle of the file, so that no other file with the same
-        bytes can be written to during the call.
+        The caller, which handles an open, must have counted a handle of the file, so that no other
+        file with the same bytes can be written to during the call.
 
         Returns:
             True if the kernel has no page that differs.  False if the kernel may have such a page;

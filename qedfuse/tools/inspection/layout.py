@@ -2,7 +2,7 @@
 
 The file and the disk are each divided into cells of nearly equal length, and the clusters of each
 cell are counted.  All L2 tables are read, slice by slice, and numpy counts the entries of a slice
-in a few operations.  So a full disk of 1 TiB with 16.7 million entries takes about a second.
+in a few operations.  So a full disk of 1 TiB with 16.8 million entries takes about a second.
 """
 
 from __future__ import annotations
