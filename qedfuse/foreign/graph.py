@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
     Opener: TypeAlias = Callable[[bytes, "PosixFile"], "PosixFile"]
-    """Opens a file that an image names; the arguments are the name and the file of the image.
-    Raises BackingError to refuse the file."""
+    """Opens a file that an image names; the arguments are this name and the open file of the image.
+    Raises BackingError to refuse the named file."""
 
     Options: TypeAlias = dict[str, object]
     """Options of a block node of QEMU, as for its option ``--blockdev``."""

@@ -220,8 +220,10 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over.  Zeros may always be reported as data.  The data
-                # is recorded, so that the next search has the same result.
+                # The time of the search is over.  Zeros may always be reported as data.  So a
+                # search for zeros records the whole export as data, and a search for data records
+                # the rest of this extent of zeros as data.  Then the next search has the same
+                # result.
                 if is_zero:
                     self._extents.set_all_data()
                     return None

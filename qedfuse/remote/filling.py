@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from qedfuse.remote.remotefile import RemoteFile
 
 MAX_RUN_UNITS: Final = 4
-"""Maximum number of adjacent units in a run that a caller of `fill` makes: 1 MiB."""
+"""Maximum number of adjacent units in a run that a caller of `fill` makes.  Four units of 256 KiB
+are 1 MiB."""
 _EVICTION_PAUSE_SECONDS: Final = 0.2
 """Pause between two attempts to store a run while entries of the cache are being removed."""
 
@@ -41,8 +42,8 @@ async def fill(
         file: The file.
         runs: The first and the last unit of each run.
         max_requests: Maximum number of runs that are queued or being fetched at a time.
-        verify: Whether to compare each unit that the cache already has with its checksum, and fetch
-            the unit again if it is damaged.  If false, readers compare these units when they need
+        verify: Whether to verify the checksum of each unit that the cache already has, and fetch
+            the unit again if it is damaged.  If false, readers verify these units when they need
             them.
         wait_turn: Called and awaited before each run, for example to wait while readers need the
             server.  The call must be a checkpoint of trio.

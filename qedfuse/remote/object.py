@@ -64,9 +64,10 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # Three attempts can add their own full time.  The attempt that has brought the part before
-        # may stall at this part, before the time for this part begins.  The last attempt may begin
-        # at the very end of the time.  If the server refuses its credentials, one more follows.
+        # Three attempts can add their full time to the total time for a part.  The attempt that has
+        # brought the previous part may stall at this part, before the total time begins.  The last
+        # attempt may begin at the very end of the total time.  If the server refuses the
+        # credentials of the last attempt, one more attempt follows.
         spare_seconds = 3 * deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds

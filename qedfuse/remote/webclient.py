@@ -86,7 +86,7 @@ class WebClient:
 
     @property
     def store_id(self) -> str:
-        """Empty, because the URL names the server."""
+        """Empty, because the URL of the object names the server; see `Client.store_id`."""
         return ""
 
     def head(self) -> Version:

@@ -21,11 +21,11 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as ``512``, ``64K``, ``1.5G`` or ``64KiB`` means.
 
     The text is a number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
-    follow.  Case does not matter.  As in QEMU, a result with a suffix is rounded to the nearest
-    byte, and a fraction of a byte without a suffix (``1.5``) is refused.
+    follow.  Case does not matter.  As in QEMU, a fraction of a byte is rounded to the nearest byte
+    if there is a binary suffix, and refused without one (``1.5``).
 
     Raises:
-        UsageError: The text has another form, or means a fraction of bytes.
+        UsageError: The text has another form, or means a fraction of a byte without such a suffix.
     """
     match = _PATTERN.fullmatch(text.strip())
     unit = match and match["unit"]

@@ -122,8 +122,9 @@ class NeedCheck:
         # the last cluster in use.  If a crash loses the cut and keeps the cleared bit, the
         # clusters past the last one in use are only leaked.
         await self._length.truncate_tail()
-        # During the cut tables may have changed, or damage may have been found.  So `only_if`
-        # checks both again.  No other task runs between this check and the start of the write.
+        # While the file was cut, tables may have changed, or damage may have been found.  So
+        # `only_if` checks both again.  No other task runs between this check and the start of the
+        # write.
         cleared = await self._header_store.change(
             lambda header: header.with_need_check(value=False),
             only_if=lambda: (

@@ -251,7 +251,7 @@ class MetadataWriteback:
                 mine.done.set()
                 return
             self._running = mine
-            # The cycle is finished even if this task is cancelled.  Other callers wait for the
+            # The cycle runs to its end even if this task is cancelled.  Other callers wait for the
             # cycle, and a cycle that stopped half-way would leave slices pinned.
             with trio.CancelScope(shield=True):
                 try:

@@ -63,8 +63,8 @@ class FastMap:
 
     Attributes:
         size: Bytes of the disk.
-        reached: Guest offset in bytes up to which the caller has written the extents: the offset
-            includes a text of `lines` only when the caller asks for the next text.
+        reached: Guest offset in bytes up to which the caller has written the extents.  After a text
+            of `lines` the offset increases only when the caller asks for the next text.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:

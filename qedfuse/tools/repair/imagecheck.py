@@ -121,7 +121,8 @@ async def repair(
 
     After a repair the clusters of cleared entries are leaked, and hold all that is left of the
     lost data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls
-    keep them as long as the first backup exists (``.before-repair`` without a number).
+    with ``all`` keep them as long as the first backup exists (``.before-repair`` without a number).
+    A call with ``leaks`` reclaims them.
 
     Args:
         path: The image; no other program may have the image open.
