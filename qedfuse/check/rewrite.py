@@ -179,10 +179,10 @@ class Rewriter:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
         After `clear_entries`, and after a `fill` or an `overwrite` that writes entries missing from
-        a table in use, the caller must call this method before `extend`.  Without the call a crash
-        could leave a longer file with the old entries.  An entry that was invalid because it
-        pointed past the end of the file may be valid in the longer file.  After `new_table` no call
-        is needed, because no entry points to a new table yet.
+        a table in use, the caller must call this method before it makes the file longer.  Without
+        the call a crash could leave a longer file with the old entries.  An entry that was invalid
+        because it pointed past the end of the file may be valid in the longer file.  After
+        `new_table` no call is needed, because no entry points to a new table yet.
         """
         if self._has_pending:
             await self._file.datasync()

@@ -55,8 +55,8 @@ class UnitFile:
     Two processes that fetch the same unit write the same bytes, so writes need no lock.  Each
     process holds a shared flock(2) on the data file, so that no other process removes the entry.
 
-    Threads may use the object concurrently.  After a call of `close`, the files are closed when all
-    running calls have returned.
+    Threads may call the methods concurrently.  After a call of `close`, the files are closed when
+    all running calls have returned.
 
     Attributes:
         path: The directory of the entry.

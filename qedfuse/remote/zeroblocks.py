@@ -26,7 +26,7 @@ _ZEROS: Final = bytes(BLOCK_BYTES)
 class ZeroBlocks:
     """Which blocks of an object are known to be all zeros.
 
-    Threads may use the object concurrently.
+    Threads may call the methods concurrently.
 
     Attributes:
         masks: For each unit, a 64-bit number with one bit for each block.  The bit is set if the

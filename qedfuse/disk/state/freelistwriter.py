@@ -68,11 +68,12 @@ class DescriptorEraser:
 async def refuse_occupied_descriptor(file: HostFile, header: Header) -> None:
     """Raise if a new descriptor would overwrite the backing file name or unknown data.
 
-    Unknown data are bytes that are not all zeros and do not begin as a descriptor does.  If the
-    header's bit says that the image has a list, the bytes in the sector are not examined.
+    A descriptor fills one sector.  Unknown data are bytes in this sector that are not all zeros and
+    do not begin as a descriptor does.  If the header's bit says that the image has a list, the
+    bytes in the sector are not examined.
 
     Raises:
-        UsageError: The backing file name or unknown bytes lie in the sector.
+        UsageError: The backing file name or unknown data lie in the sector.
         HostError: The host cannot read the file.
     """
     where = f"bytes {DESCRIPTOR_OFFSET} to {DESCRIPTOR_END - 1} of the header's cluster"

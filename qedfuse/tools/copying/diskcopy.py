@@ -73,8 +73,9 @@ class DiskCopy:
                 are written.  None if the target has no backing disk.
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
                 data; 0 writes all zeros as data.  A run consists of whole blocks (`block_size` of
-                the target), and may be shorter at an end of a chunk.  With 0 the chunks cover the
-                whole disk; with other values, zeros outside the chunks are never written as data.
+                the target).  The minimum does not apply to a run at an end of a chunk.  With 0 the
+                chunks cover the whole disk; with other values, zeros outside the chunks are never
+                written as data.
                 With a base all values except 0 mean the same: each cluster of zeros that differs
                 from the base becomes a zero cluster.
             write_behind: When the data of a parallel target is written back to the host's disk.

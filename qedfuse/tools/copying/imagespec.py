@@ -33,7 +33,7 @@ class ImageSpec:
 
     For an existing target only ``format`` and ``sparse_size`` are used, and ``backing`` must be
     None.  For a pipe ``format`` must be ``raw``, and ``backing`` must be None.  A pipe gets every
-    byte, so ``sparse_size`` decides only which zeros count as data in the result.
+    byte, so ``sparse_size`` decides only which zeros count as data in `ConvertResult.data_bytes`.
 
     Attributes:
         format: ``raw``, ``qed``, or another format that qemu-img makes.
