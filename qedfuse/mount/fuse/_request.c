@@ -35,8 +35,8 @@ unsigned long current_session(void)
  * Normally the event loop answers a request.  But it can pass the capsule of a deferred read
  * (request_capsule()) to a thread without the GIL, which reads the data (hostio/_iothreads.c).
  * If the thread has read all bytes, the thread answers.  Otherwise the thread does not use the
- * Request, and the event loop must answer.  The thread and the event loop both know the result of the
- * read, and so which of the two answers.  Hence only one of them at a time uses `request`.
+ * Request, and the event loop must answer.  Both know the result of the read, so both know which of
+ * them answers.  Hence they never use `request` concurrently.
  */
 typedef struct {
     PyObject_HEAD
