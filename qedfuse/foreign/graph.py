@@ -58,11 +58,10 @@ class Limits:
 
 
 @dataclass(slots=True)
-class Graph:
-    """The open files of a chain, and the options by which QEMU reads the chain.
+class _OpenedFiles:
+    """The open files of a chain.
 
     Attributes:
-        options: The options of the block node of the image.
         files: The files that QEMU gets as descriptors, the image itself first.  A VMDK image that
             names extents is among them, but QEMU opens it by its path.
         extents: The extents of VMDK images, which QEMU opens by their names.
@@ -72,12 +71,27 @@ class Graph:
         read: For each image its file, its format, and the links that were read from its header.
     """
 
-    options: Options = field(default_factory=dict)
     files: list[PosixFile] = field(default_factory=list)
     extents: list[PosixFile] = field(default_factory=list)
     data_files: list[PosixFile | None] = field(default_factory=list)
     opened: list[PosixFile] = field(default_factory=list)
     read: list[tuple[PosixFile, str, Links]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close the files that were opened for the graph."""
+        for file in self.opened:
+            file.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class Graph(_OpenedFiles):
+    """The open files of a chain, and the options by which QEMU reads the chain.
+
+    Attributes:
+        options: The options of the block node of the image.
+    """
+
+    options: Options
 
     def refuse_changes(self) -> None:
         """Refuse the chain if an image names other files than when the graph was made.
@@ -102,11 +116,6 @@ class Graph:
         for extent in self.extents:
             refuse_hidden_descriptor(_signature(extent), extent.name)
 
-    def close(self) -> None:
-        """Close the files that were opened for the graph."""
-        for file in self.opened:
-            file.close()
-
 
 def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
     """Open all files that an image and its bases name; the caller must close the graph.
@@ -125,16 +134,23 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
         ImageError: The header of a QED image is not valid.
         HostError: A file cannot be read.
     """
-    graph = Graph()
+    opened = _OpenedFiles()
     try:
-        graph.options = _add_image(graph, file, driver, limits)
+        options = _add_image(opened, file, driver, limits)
     except BaseException:
-        graph.close()
+        opened.close()
         raise
-    return graph
+    return Graph(
+        options=options,
+        files=opened.files,
+        extents=opened.extents,
+        data_files=opened.data_files,
+        opened=opened.opened,
+        read=opened.read,
+    )
 
 
-def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Options:
+def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits) -> Options:
     """Add an image and all files that it names to a graph.
 
     Returns the options of the image's block node.
@@ -176,7 +192,7 @@ def _add_image(graph: Graph, file: PosixFile, driver: str, limits: Limits) -> Op
     return options
 
 
-def _inherited_path(graph: Graph) -> str:
+def _inherited_path(graph: _OpenedFiles) -> str:
     """Return the path by which QEMU opens the last of ``graph.files``, an inherited descriptor."""
     return f"/proc/self/fd/{FIRST_FILE_DESCRIPTOR + len(graph.files) - 1}"
 
@@ -198,7 +214,12 @@ def _file_options(path: str, limits: Limits) -> Options:
 
 
 def _open(
-    graph: Graph, name: bytes, image: PosixFile, limits: Limits, *, taken: Iterable[PosixFile]
+    graph: _OpenedFiles,
+    name: bytes,
+    image: PosixFile,
+    limits: Limits,
+    *,
+    taken: Iterable[PosixFile],
 ) -> PosixFile:
     """Open a file that an image names; `Graph.close` closes the file.
 
@@ -214,7 +235,7 @@ def _open(
     return file
 
 
-def _open_counted(graph: Graph, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
+def _open_counted(graph: _OpenedFiles, name: bytes, image: PosixFile, limits: Limits) -> PosixFile:
     """Open a base or a data file like `_open`; refuse a chain of more than `_MAX_FILES` files.
 
     Raises:
