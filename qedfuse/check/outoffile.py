@@ -109,8 +109,8 @@ class OutOfFileEntries:
         for index, table in in_place:
             async for first, values in read_table(self._file, table, length):
                 lost = self._record_lost(index, first, values)
-                await self._write_changed(
-                    table, first, values, np.where(lost, cleared_value, values)
+                await self._rewriter.clear_entries(
+                    table + first * ENTRY_BYTES, values, np.where(lost, cleared_value, values)
                 )
         avoided += await self._clear_l1_entries(l1_entries)
         self._rewriter.set_avoided(np.unique(np.concatenate(avoided)))
@@ -151,20 +151,5 @@ class OutOfFileEntries:
         async for first, values in read_table(self._file, l1_table, self._geometry.table_bytes):
             fixed = changes.applied(first, values)
             poisoned.append(values[(fixed != values) & (fixed == POISON_ENTRY)])
-            await self._write_changed(l1_table, first, values, fixed)
+            await self._rewriter.clear_entries(l1_table + first * ENTRY_BYTES, values, fixed)
         return poisoned
-
-    async def _write_changed(self, table: int, first: int, old: Values, new: Values) -> None:
-        """Write the entries of a slice from the first to the last one that changes.
-
-        Args:
-            table: The file offset of the table.
-            first: Index, in the table, of the first entry of the slice.
-            old: The entries in the file.
-            new: The new entries.
-        """
-        where = np.flatnonzero(old != new)
-        if len(where):
-            begin, end = int(where[0]), int(where[-1]) + 1
-            offset = table + (first + begin) * ENTRY_BYTES
-            await self._rewriter.clear_entries(offset, new[begin:end])

@@ -150,9 +150,8 @@ class Rewriter:
             old: The entries in the file.
             new: The new entries.
         """
-        where = np.flatnonzero(old != new)
-        if len(where):
-            begin, end = int(where[0]), int(where[-1]) + 1
+        begin, end = _changed_range(old, new)
+        if begin < end:
             await self.overwrite(
                 offset + begin * ENTRY_BYTES, _bytes(old[begin:end]), _bytes(new[begin:end])
             )
@@ -166,14 +165,21 @@ class Rewriter:
         self._has_pending = True
         await self._file.pwrite(offset, new)
 
-    async def clear_entries(self, offset: int, new: Values) -> None:
-        """Write entries at a file offset: some are cleared, the others are those in the file.
+    async def clear_entries(self, offset: int, old: Values, new: Values) -> None:
+        """Write the new entries, from the first to the last one that differs from its old entry.
 
-        `sync_pending` makes the entries durable.  No earlier write needs to be durable first,
-        because a cleared entry points to no cluster.
+        Entries that differ are cleared.  `sync_pending` makes them durable.  No earlier write needs
+        to be durable first, because a cleared entry points to no cluster.
+
+        Args:
+            offset: The file offset of the first entry.
+            old: The entries in the file.
+            new: The new entries.
         """
-        self._has_pending = True
-        await self._file.pwrite(offset, _bytes(new))
+        begin, end = _changed_range(old, new)
+        if begin < end:
+            self._has_pending = True
+            await self._file.pwrite(offset + begin * ENTRY_BYTES, _bytes(new[begin:end]))
 
     async def sync_pending(self) -> None:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
@@ -284,7 +290,7 @@ class DryRunRewriter(Rewriter):
         """Count the bytes of the entries; entries with the value 0 would not be written."""
         self.written += count * ENTRY_BYTES if value else 0
 
-    async def clear_entries(self, _offset: int, _new: Values) -> None:
+    async def clear_entries(self, _offset: int, _old: Values, _new: Values) -> None:
         """Do nothing, because `overwrite` counts and saves these entries later.
 
         In a dry run the entries keep their values in the file.  So the later steps of the repair
@@ -308,6 +314,15 @@ class DryRunRewriter(Rewriter):
             start = min(end, await self._file.next_hole(data) or end)
             total += start - data
         return total
+
+
+def _changed_range(old: Values, new: Values) -> tuple[int, int]:
+    """Return the indices from the first entry that differs to the end of the last one.
+
+    If no entry differs, the range is empty.
+    """
+    where = np.flatnonzero(old != new)
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
 
 
 def _bytes(values: Values) -> bytes:
