@@ -125,6 +125,62 @@ def test_rebase(tmp_path: Path) -> None:
     assert qemu.compare(path, expected)
 
 
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_create_over(tmp_path: Path, image_format: str) -> None:
+    """A new image over a base in each format has the size and the bytes that QEMU gives it."""
+    base, expected = draw_disk(tmp_path, image_format)
+    path, stated, other = (tmp_path / name for name in ("new.qed", "stated.qed", "qemu.qed"))
+    output = run("create", "-b", base, path)
+    assert f"over {base} ({image_format})" in output
+    run("create", "-b", base.name, "-F", image_format, stated)
+    qemu.create(other, backing=base, backing_format=image_format)
+    assert (
+        json.loads(run("info", "--output", "json", path))["virtual-size"]
+        == (qemu.info(other)["virtual-size"])
+    )
+    for overlay in (path, stated):
+        run("compare", *ALLOWED, overlay, expected)
+        assert qemu.compare(overlay, expected)
+    assert_same_disk(path, expected, *ALLOWED)
+    code, _, complaint = qedimg("compare", path, expected)
+    assert (code, "foreign=qemu" in complaint) == (2, True)
+    assert servers(tmp_path) == []
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_convert_over(tmp_path: Path, image_format: str) -> None:
+    """A copy over a base in another format has only the difference, and reads as its source."""
+    base, source = draw_disk(tmp_path, image_format)
+    with source.open("r+b") as file:
+        file.seek(3 << 20)
+        file.write(b"x" * 1000)
+    path = tmp_path / "copy.qed"
+    run("convert", "--compare", "-B", base, "-F", image_format, source, path)
+    assert_same_disk(path, source, *ALLOWED)
+    assert qemu.compare(path, source)
+    empty = qemu.create(tmp_path / "empty.qed", DISK_BYTES)
+    assert path.stat().st_size <= empty.stat().st_size + (2 << 20)
+    words = ("measure", "-B", base, "-F", image_format, "--output", "json", source)
+    assert json.loads(run(*words))["required"] == path.stat().st_size
+    assert servers(tmp_path) == []
+
+
+def test_create_over_chain_outside(tmp_path: Path) -> None:
+    """The base of a new image may lie anywhere, but its own bases only where the user allows."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    below = draw_bottom(tmp_path / "a" / "below.qcow2", "qcow2", random.Random(1))
+    base = qemu.create(
+        tmp_path / "b" / "base.qcow2", image_format="qcow2", backing=below, backing_format="qcow2"
+    )
+    path = tmp_path / "new.qed"
+    code, _, complaint = qedimg("create", "-b", base, path)
+    assert (code, "backing_dir=" in complaint) == (17, True)
+    assert not path.exists()
+    run("create", "-b", base, "--backing-dir", below.parent, path)
+    assert qemu.info(path)["virtual-size"] == DISK_BYTES
+
+
 def test_info_of_chain(tmp_path: Path) -> None:
     """The description of a chain names the format of each image, as far as qedfuse opens it."""
     draw_bottom(tmp_path / "base.vmdk", "vmdk", random.Random(1))

@@ -483,7 +483,9 @@ MISTAKES: Final = {
 }
 IN_BASE: Final = {
     "missing": ("-B gone a.raw x", "x: backing file gone: cannot open"),
-    "foreign": ("-B foreign a.raw x", "foreign: format: found qcow2, expected a QED image, or -F"),
+    "foreign": ("-B foreign a.raw x", "x: backing file foreign: qemu-nbd: Unsupported qcow2"),
+    "other-foreign": ("-B foreign -F vdi a.raw x", "found a qcow2 image, expected the format vdi"),
+    "qed-as-foreign": ("-B base.qed -F vdi a.raw x", "found a QED image, expected the format vdi"),
     "foreign-as-qed": ("-B foreign -F qed a.raw x", "found qcow2, expected a QED image\n"),
     "no-format": ("-B b.raw a.raw x", "b.raw: found no QED magic, expected a QED image, or -F raw"),
 }

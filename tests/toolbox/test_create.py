@@ -81,7 +81,7 @@ USAGE: Final = {
     "key": ("-o compat=1 IMAGE 1M", "option -o: found compat=1, expected KEY=VALUE"),
     "no-value": ("-o cluster_size IMAGE 1M", "option -o: found cluster_size, expected KEY"),
     "twice": ("-o cluster_size=4K --cluster-size 8K IMAGE 1M", "cluster_size: found two values"),
-    "format": ("-o backing_file=base.qed,backing_fmt=qcow2 IMAGE 1M", "expected raw or qed"),
+    "format": ("-o backing_file=base.qed,backing_fmt=ext4 IMAGE 1M", "expected raw or qed"),
     "protocol": ("-u -F raw -b nbd:host:1 IMAGE 1M", "backing file nbd:host:1: expected a plain"),
     "directory": ("gone/IMAGE 1M", "cannot create: found no directory gone"),
 }
@@ -224,18 +224,35 @@ def test_a_full_host_leaves_nothing_behind(
     assert path.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize(("image_format", "shown"), [("qcow2", "qcow2"), ("vdi", "VDI")])
-def test_base_in_another_format(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, shown: str
+@pytest.mark.parametrize(
+    ("image_format", "stated", "found"),
+    [
+        ("qcow2", "vmdk", "a qcow2 image, expected the format vmdk"),
+        ("vdi", "qcow2", "a VDI image, expected the format qcow2"),
+        ("qed", "qcow2", "a QED image, expected the format qcow2"),
+        ("raw", "vpc", "no magic of an image, expected the format vpc"),
+        ("qcow2", "qed", "no QED magic, expected a QED image"),
+    ],
+)
+def test_base_in_another_format_than_stated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, stated: str, found: str
 ) -> None:
-    """No advice leads to an overlay that shows the bytes of such an image by mistake."""
+    """A base whose first bytes have another format than -F is refused, and no image is made."""
     base = qemu.create(tmp_path / "base", 1 << 20, image_format=image_format)
     image = tmp_path / "vm.qed"
-    assert main(["create", "-b", str(base), str(image)]) == 17
-    expected = (
-        f"{image}: backing file {base}: found a {shown} image, expected a QED image (qedfuse -o "
-        "overlay=FILE makes an overlay over other formats; -F raw shows the bytes of the image "
-        "unchanged)"
-    )
+    assert main(["create", "-b", str(base), "-F", stated, str(image)]) == 17
+    assert f"{image}: backing file {base}: found {found}" in capsys.readouterr().err
+    assert not image.exists()
+
+
+def test_base_without_qemu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without qemu-nbd a base in another format is refused with a line that says so."""
+    base = qemu.create(tmp_path / "base", 1 << 20, image_format="qcow2")
+    image = tmp_path / "vm.qed"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["create", "-b", str(base), str(image)]) == 25
+    expected = f"{image}: backing file {base}: found no program qemu-nbd"
     assert expected in capsys.readouterr().err
     assert not image.exists()

@@ -55,20 +55,7 @@ def add_share(parser: argparse.ArgumentParser) -> None:
 
 def add_backing(parser: argparse.ArgumentParser) -> None:
     """Declare the options about backing files, and those of `add_remote`."""
-    parser.add_argument(
-        "--backing",
-        choices=("confined", "any", "none"),
-        default="confined",
-        help="use backing files only from the directory of the image that names them "
-        "(confined, the default), from anywhere (any), or not at all (none)",
-    )
-    parser.add_argument(
-        "--backing-dir",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="allow backing files from DIR too (may be repeated)",
-    )
+    add_backing_places(parser)
     parser.add_argument(
         "--backing-format",
         choices=BACKING_FORMATS,
@@ -98,6 +85,24 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         help="accept a backing file that has changed since the image was made over it",
     )
     add_remote(parser)
+
+
+def add_backing_places(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about where backing files may lie."""
+    parser.add_argument(
+        "--backing",
+        choices=("confined", "any", "none"),
+        default="confined",
+        help="use backing files only from the directory of the image that names them "
+        "(confined, the default), from anywhere (any), or not at all (none)",
+    )
+    parser.add_argument(
+        "--backing-dir",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="allow backing files from DIR too (may be repeated)",
+    )
 
 
 def add_remote(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from qedfuse.cli.qedimg.running import run_async
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, require_local, shown_name
 from qedfuse.text import printable
+from qedfuse.tools.common.newbacking import is_foreign_base
 from qedfuse.tools.editing.create import create, preallocate
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ Create an empty image.  With -b the image is an overlay: ranges of its disk that
 written are read from the base.  The name of the base is stored unchanged; a relative name
 is resolved from the directory of the image.  SIZE defaults to the size of the base.
 
-The base may be a URL.  QEMU opens https:// and http:// itself, but no object store."""
+The base may be a URL.  QEMU opens https:// and http:// itself, but no object store.
+
+The base may be in another format, such as qcow2.  Then qemu-nbd must be installed, and the
+commands that read the image need --foreign qemu, unless they name the base themselves."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not open the base, which then need not exist; requires -F and SIZE",
     )
+    common.add_backing_places(parser)
     common.add_remote(parser)
     add_geometry(parser, "size")
     parser.add_argument(
@@ -80,9 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
             "because a full image reads nothing from a base"
         )
         raise UsageError(msg)
-    url_base = None
-    if arguments.base is not None and is_url(arguments.base) and not arguments.unsafe:
-        url_base = run_async(_examine_url, arguments)
+    examined = None
+    if arguments.base and not arguments.unsafe:
+        if is_url(arguments.base):
+            examined = run_async(_examine_url, arguments)
+        elif is_foreign_base(arguments.image, arguments.base, arguments.base_format):
+            examined = run_async(_examine_foreign, arguments)
     made = create(
         arguments.image,
         arguments.size,
@@ -93,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         unsafe=arguments.unsafe,
         overwrite=arguments.force,
         fill=partial(_fill, arguments) if full else None,
-        url_base=url_base,
+        examined=examined,
     )
     warn_unless_qemu_opens(made.path, made.cluster_size, made.table_size)
     over_base = ""
@@ -113,6 +121,14 @@ async def _examine_url(arguments: argparse.Namespace) -> NewBase:
 
     remote = common.remote_options(arguments)
     return await examine_url(arguments.image, arguments.base, arguments.base_format, remote)
+
+
+async def _examine_foreign(arguments: argparse.Namespace) -> NewBase:
+    """Return the size, the format and the version of a base that QEMU reads."""
+    from qedfuse.tools.common.newbacking import examine_foreign  # noqa: PLC0415  imported late: --help must not load it
+
+    options = common.open_options(arguments)
+    return await examine_foreign(arguments.image, arguments.base, options)
 
 
 def _fill(arguments: argparse.Namespace, path: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, ENTRY_BYTES
+from qedfuse.ondisk.formats import BACKING_FORMATS
 from qedfuse.text import printable
 from qedfuse.util.sizes import parse_size
 
@@ -63,8 +64,10 @@ def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None
     parser.add_argument(
         "-F",
         "--base-format",
-        choices=("raw", "qed"),
-        help="format of BASE; without -F, BASE must be QED",
+        choices=BACKING_FORMATS,
+        metavar="FORMAT",
+        help="format of BASE: raw, qed, or one that QEMU reads, such as qcow2; without -F, BASE "
+        "must not be raw",
     )
 
 
@@ -144,8 +147,9 @@ def take_options(arguments: argparse.Namespace, base_flag: str, *more: str) -> N
             found, keys = printable(item), ", ".join(names)
             msg = f"option -o: found {found}, expected KEY=VALUE with one of these keys: {keys}"
             raise UsageError(msg)
-        if key == "backing_fmt" and value not in ("raw", "qed"):
-            msg = f"option backing_fmt: found {printable(value)}, expected raw or qed"
+        if key == "backing_fmt" and value not in BACKING_FORMATS:
+            expected = " or ".join(BACKING_FORMATS)
+            msg = f"option backing_fmt: found {printable(value)}, expected {expected}"
             raise UsageError(msg)
         if not value:
             msg = f"option {key}: found no value, expected {key}=VALUE"

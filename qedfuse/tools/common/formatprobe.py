@@ -57,19 +57,26 @@ def foreign_driver_of(path: str) -> str | None:
     A file that is encrypted by LUKS counts as raw.  The result is also None if ``path`` is a URL,
     or if ``path`` does not lead to a regular file that can be read.
     """
-    if is_url(path):
-        return None
+    start = None if is_url(path) else first_bytes(path)
+    found = None if start is None else foreign_format(start)
+    return None if found is None else DRIVERS[found]
+
+
+def first_bytes(path: str) -> bytes | None:
+    """Return the first `SIGNATURE_BYTES` of a local file, or all bytes of a shorter file.
+
+    The result is None if ``path`` does not lead to a regular file that can be read.
+    """
     try:
         fd = open_regular(path, os.O_RDONLY)
     except QedError:
         return None
     try:
-        found = foreign_format(os.pread(fd, SIGNATURE_BYTES, 0))
+        return os.pread(fd, SIGNATURE_BYTES, 0)
     except OSError:
         return None
     finally:
         os.close(fd)
-    return None if found is None else DRIVERS[found]
 
 
 async def probe_any(

@@ -1,7 +1,7 @@
 """Checks of a backing file before its name is written into an image.
 
-This module loads trio and numpy only for a backing file that is a URL, because loading them takes
-longer than creating an image.
+This module loads trio and numpy only for a backing file that is a URL, or that QEMU reads, because
+loading them takes longer than creating an image.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qedfuse.disk.lookup.backingpath import backing_path, chain_paths
 from qedfuse.disk.lookup.baseversion import BaseVersions, version_of_status, versions_of
-from qedfuse.errors import BackingError, HostError, NotQedError, QedError
+from qedfuse.errors import (
+    BackingError,
+    BackingRefusedError,
+    ForeignError,
+    HostError,
+    NotQedError,
+    QedError,
+)
 from qedfuse.hostio.regular import open_regular
 from qedfuse.ondisk.constants import HEADER_BYTES
-from qedfuse.ondisk.formats import SIGNATURE_BYTES, foreign_format, is_qed
+from qedfuse.ondisk.formats import DRIVERS, SIGNATURE_BYTES, foreign_format, is_qed
 from qedfuse.ondisk.header import parse_header
 from qedfuse.remote.address import is_url, shown_name
 from qedfuse.text import printable
+from qedfuse.tools.common.formatprobe import first_bytes
 
 if TYPE_CHECKING:
+    from qedfuse.disk.options import BackingFormat, OpenOptions
     from qedfuse.remote.options import RemoteOptions
-    from qedfuse.tools.common.formatprobe import ImageFormat
 
 
 class NewBase(NamedTuple):
@@ -29,12 +37,12 @@ class NewBase(NamedTuple):
 
     Attributes:
         size: Size in bytes of the disk that the backing file holds.
-        format: Format of the backing file.
+        format: Format of the backing file, as QEMU calls it.
         versions: The version of the backing file, which the new image remembers.
     """
 
     size: int
-    format: ImageFormat
+    format: str
     versions: BaseVersions
 
 
@@ -64,7 +72,7 @@ def refuse_backing_loop(image: str, backing: str, directory: str = "") -> None:
             raise BackingError(msg)
 
 
-def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBase:
+def examine_base(image: str, backing: str, wanted: BackingFormat | None) -> NewBase:
     """Return the size, the format and the version of the backing file of a new image.
 
     The backing file is not locked, so another program may be using it.
@@ -73,7 +81,7 @@ def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBas
         image: Path of the new image.
         backing: Name of the backing file, see `backing_path`.
         wanted: The format that the user has named; None if the user has named none.  Only ``raw``
-            accepts a file that is not QED.
+            accepts a file that is not QED; see `examine_foreign` for other formats.
 
     Raises:
         BackingError: The backing file is missing, cannot be read, is in a format that ``wanted``
@@ -99,8 +107,98 @@ def examine_base(image: str, backing: str, wanted: ImageFormat | None) -> NewBas
         raise BackingError(msg) from error
 
 
+def is_foreign_base(image: str, backing: str, wanted: BackingFormat | None) -> bool:
+    """Return whether QEMU reads the backing file of a new image.
+
+    Args:
+        image: Path of the new image.
+        backing: Name of the backing file, see `backing_path`; not a URL.
+        wanted: The format that the user has named; None if the user has named none.
+
+    Raises:
+        BackingError: The user has named a format that only QEMU reads, and the first bytes of the
+            file do not have this format.
+    """
+    path = backing_path(image, backing)
+    return foreign_base_driver(path, wanted, f"{printable(image)}: backing file ") is not None
+
+
+def foreign_base_driver(path: str, wanted: BackingFormat | None, about: str = "") -> str | None:
+    """Return the format of a new backing file if only QEMU reads it, as QEMU calls it; else None.
+
+    An image does not record which of these formats its backing file has.  Later the first bytes
+    alone decide, so a file whose first bytes do not have the format ``wanted`` is refused even if
+    QEMU could read the file, as a fixed VHD.
+
+    Args:
+        path: The path or URL of the backing file.
+        wanted: The format that the user has named; None if the user has named none.
+        about: The beginning of the message.
+
+    Raises:
+        BackingError: ``wanted`` is a format that only QEMU reads, and the file can be read and does
+            not have it.
+    """
+    if wanted in ("raw", "qed") or is_url(path):
+        return None
+    start = first_bytes(path)
+    found = None if start is None else foreign_format(start)
+    driver = None if found is None else DRIVERS[found]
+    if wanted is not None and start is not None and driver != wanted:
+        kind = (
+            f"a {found} image"
+            if found
+            else "a QED image"
+            if is_qed(start)
+            else "no magic of an image"
+        )
+        msg = f"{about}{printable(path)}: found {kind}, expected the format {wanted}"
+        raise BackingError(msg)
+    return driver
+
+
+async def examine_foreign(image: str, backing: str, options: OpenOptions) -> NewBase:
+    """Return the size, the format and the version of a backing file that QEMU reads.
+
+    Args:
+        image: Path of the new image.
+        backing: Name of the backing file, see `backing_path`.
+        options: Which files the backing file itself may name.  The backing file may lie in any
+            directory, because the user names it.
+
+    Raises:
+        BackingError: The backing file cannot be used, or `refuse_backing_loop` refuses it.
+        ForeignError: QEMU is not installed or fails, or the backing file is refused.
+        QedError: A file cannot be opened or locked.
+    """
+    # Imported late, because this module must not load trio.
+    from qedfuse.disk.lookup.foreignopening import foreign_disk  # noqa: PLC0415  late, see above
+    from qedfuse.hostio.imagefile import open_image_file  # noqa: PLC0415  late, see above
+
+    refuse_backing_loop(image, backing)
+    path = backing_path(image, backing)
+    about = f"{printable(image)}: backing file"
+    if options.backing.mode == "none":
+        msg = f"{about} {printable(path)}: refused by backing=none"
+        raise BackingRefusedError(msg)
+    driver = foreign_base_driver(path, None, f"{about} ")
+    if driver is None:
+        msg = f"{about} {printable(path)}: found another format than before"
+        raise BackingError(msg)
+    try:
+        with open_image_file(path, options.read_lock) as file:
+            async with foreign_disk(file, driver, options) as disk:
+                return NewBase(disk.size(), driver, versions_of([disk]))
+    except ForeignError as error:
+        msg = f"{about} {error}"
+        raise ForeignError(msg, error.errno) from error
+    except QedError as error:
+        msg = f"{about} {error}"
+        raise BackingError(msg) from error
+
+
 async def examine_url(
-    image: str, url: str, wanted: ImageFormat | None, remote: RemoteOptions
+    image: str, url: str, wanted: BackingFormat | None, remote: RemoteOptions
 ) -> NewBase:
     """Return the size, the format and the version of a backing file that is a URL.
 
@@ -132,7 +230,7 @@ async def examine_url(
 
 
 def _examined(
-    start: bytes, size: int, versions: BaseVersions, shown: str, wanted: ImageFormat | None
+    start: bytes, size: int, versions: BaseVersions, shown: str, wanted: BackingFormat | None
 ) -> NewBase:
     """Return the size, the format and the version of a backing file.
 
@@ -154,12 +252,10 @@ def _examined(
         header.check_fits(size, shown)
         return NewBase(header.image_size, "qed", versions)
     found = foreign_format(start)
-    if found is not None and wanted is None:
-        # With -F raw, the overlay would show the bytes of the foreign image unchanged.  The user
-        # hardly wants this, so the message names the other way first.
+    if found is not None and wanted in (None, DRIVERS[found]):
         msg = (
-            f"{shown}: found a {found} image, expected a QED image (qedfuse -o overlay=FILE makes "
-            "an overlay over other formats; -F raw shows the bytes of the image unchanged)"
+            f"{shown}: found a {found} image, expected a QED image or a local file (-F raw shows "
+            "the bytes of the image unchanged)"
         )
         raise NotQedError(msg)
     expected = "a QED image" if wanted else "a QED image, or -F raw for any other content"

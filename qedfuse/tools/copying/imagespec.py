@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.disk.creation.newheader import backing_name, new_header
 from qedfuse.disk.lookup.backingpath import backing_path
-from qedfuse.errors import BackingError, CacheError, QedError, RemoteError
+from qedfuse.disk.lookup.foreignopening import driver_of
+from qedfuse.errors import BackingError, CacheError, ForeignError, QedError, RemoteError
 from qedfuse.ondisk.constants import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE
 from qedfuse.remote.address import require_storable, shown_name
 from qedfuse.text import printable
 from qedfuse.tools.common.formatprobe import probe_any
+from qedfuse.tools.common.newbacking import foreign_base_driver
 from qedfuse.tools.source.source import open_source
 from qedfuse.tools.target.qedtarget import NewQedTarget
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from qedfuse.disk.options import OpenOptions
-    from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.disk.options import BackingFormat, OpenOptions
+    from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.source.source import Source
 
 DEFAULT_SPARSE_SIZE: Final = 4096
@@ -41,7 +43,7 @@ class ImageSpec:
         table_size: Clusters in a table of a QED image.
         backing: Name of the backing file of a new QED image, see `backing_path`; None for no
             backing file.  Only clusters that differ from the backing file are written.
-        backing_format: Format of the backing file; None accepts only QED.
+        backing_format: Format of the backing file; None accepts any but raw.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.  In a QED image only whole clusters of zeros make a run.
         foreign_options: Arguments for ``-o`` of qemu-img; ignored for ``raw`` and ``qed``.
@@ -51,7 +53,7 @@ class ImageSpec:
     cluster_size: int = DEFAULT_CLUSTER_SIZE
     table_size: int = DEFAULT_TABLE_SIZE
     backing: str | None = None
-    backing_format: ImageFormat | None = None
+    backing_format: BackingFormat | None = None
     sparse_size: int = DEFAULT_SPARSE_SIZE
     foreign_options: tuple[str, ...] = ()
 
@@ -78,7 +80,10 @@ def qed_target(
         spec.cluster_size,
         spec.table_size,
         spec.backing,
-        backing_is_raw=base is not None and base.format == "raw",
+        # A disk that QEMU serves is a raw source, but its file is not raw.
+        backing_is_raw=base is not None
+        and base.format == "raw"
+        and driver_of(base.layer_files()[0]) is None,
     )
     return NewQedTarget(fd, header, backing_name(spec.backing), name)
 
@@ -95,8 +100,9 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
 
     Raises:
         BackingError: The backing file cannot be opened or locked, is not a regular file, or is
-            not of the format that ``spec`` names.  If ``spec`` names no format, a backing file
-            that is not QED is refused.
+            not of the format that ``spec`` names.  If ``spec`` names no format, a raw backing file
+            is refused.
+        ForeignError: QEMU reads the backing file, and is not installed or fails.
         RemoteError: The server of the backing file, or of a base of the backing file, cannot be
             reached, or does not serve the file.
         CacheError: The directory of the cache cannot be used.
@@ -107,10 +113,12 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
         expected = "a QED image"
         if spec.backing_format is None:
             expected += ", or -F raw for any other content"
-        found: ImageFormat = "raw"
-        if spec.backing_format != "raw":
+        found: FormatChoice = "raw"
+        if foreign_base_driver(path, spec.backing_format) is not None:
+            found = "auto"
+        elif spec.backing_format != "raw":
             found = await probe_any(path, options.remote, expected)
-        if found != (spec.backing_format or "qed"):
+        if found not in ("auto", spec.backing_format or "qed"):
             msg = f"{shown_name(path)}: found no QED magic, expected {expected}"
             raise BackingError(msg)
         async with AsyncExitStack() as stack:
@@ -121,6 +129,9 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
             opened = stack.pop_all()
     except (RemoteError, CacheError) as error:
         raise error.prefixed(about + " ") from error
+    except ForeignError as error:
+        msg = f"{about} {error}"
+        raise ForeignError(msg, error.errno) from error
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error

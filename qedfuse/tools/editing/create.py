@@ -20,7 +20,7 @@ from qedfuse.tools.common.newbacking import examine_base
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qedfuse.tools.common.formatprobe import ImageFormat
+    from qedfuse.disk.options import BackingFormat
     from qedfuse.tools.common.newbacking import NewBase
     from qedfuse.util.backgroundtasks import Progress
 
@@ -57,11 +57,11 @@ def create(
     cluster_size: int = DEFAULT_CLUSTER_SIZE,
     table_size: int = DEFAULT_TABLE_SIZE,
     backing: str | None = None,
-    backing_format: ImageFormat | None = None,
+    backing_format: BackingFormat | None = None,
     unsafe: bool = False,
     overwrite: bool = False,
     fill: Callable[[str], object] | None = None,
-    url_base: NewBase | None = None,
+    examined: NewBase | None = None,
 ) -> CreateResult:
     """Create an image.
 
@@ -76,14 +76,16 @@ def create(
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
-            is allowed only with ``unsafe`` or ``url_base``.
-        backing_format: Format of the backing file; None accepts only QED.  With ``unsafe`` None
-            is refused if a backing file is named.
+            or a file in a format that only QEMU reads is allowed only with ``unsafe`` or
+            ``examined``.
+        backing_format: Format of the backing file; None accepts any but raw.  With ``unsafe``
+            None is refused if a backing file is named.
         unsafe: Do not open the backing file.  The backing file need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
         fill: Called with the temporary path of the image, before the image gets its name.  If
             ``fill`` raises an error, no image is created.
-        url_base: The result of `examine_url` if the backing file is a URL, else None.
+        examined: The result of `examine_url` if the backing file is a URL, and of
+            `examine_foreign` if only QEMU reads the backing file; else None.
 
     Raises:
         UsageError: A size, the geometry or the backing file name is invalid.  Or a size or format
@@ -102,13 +104,13 @@ def create(
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     require_storable(backing or "")
-    found = url_base
+    found, found_format = examined, str(backing_format) if backing_format else None
     if backing is not None and not unsafe and found is None:
         require_local(backing)
         found = examine_base(path, backing, backing_format)
     if found is not None:
-        size, backing_format = found.size if size is None else size, found.format
-    elif backing is not None and backing_format is None:
+        size, found_format = found.size if size is None else size, found.format
+    elif backing is not None and found_format is None:
         msg = (
             f"{printable(path)}: backing file {shown_name(backing)}: found no format, expected "
             "-F raw or -F qed"
@@ -119,11 +121,11 @@ def create(
         msg = f"{printable(path)}: size: found none, expected a size{other}"
         raise UsageError(msg)
     header = new_header(
-        size, cluster_size, table_size, backing, backing_is_raw=backing_format == "raw"
+        size, cluster_size, table_size, backing, backing_is_raw=found_format == "raw"
     )
     versions = None if found is None else found.versions
     make_image(path, header, backing, overwrite=overwrite, fill=fill, versions=versions)
-    return CreateResult(path, header.image_size, cluster_size, table_size, backing, backing_format)
+    return CreateResult(path, header.image_size, cluster_size, table_size, backing, found_format)
 
 
 async def preallocate(path: str, progress: Progress | None = None) -> None:
