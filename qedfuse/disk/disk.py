@@ -76,8 +76,8 @@ class Disk(GuestChanges):
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
                 where the list's descriptor must be.
-            HostError: The host refused at the start or at the close, or something written before
-                the close could not be made durable (D7).
+            HostError: A system call failed at the start or at the close, or something written
+                before the close could not be made durable (D7).
 
         After any error the files are closed.
         """

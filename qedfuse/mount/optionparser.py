@@ -66,7 +66,7 @@ _DROPPED_WITH_VALUE: Final = frozenset(
 )
 """Options with a value that are dropped.  For ``fsname`` and ``subtype``, qedfuse passes its own
 values to the kernel.  The C extension passes its own ``max_read`` (``_maxread.c``); without the
-extension FUSE INIT limits reads and writes to the same length."""
+extension, reads and writes have one common limit, which FUSE INIT sets."""
 
 
 def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> MountOptions:

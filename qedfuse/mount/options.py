@@ -203,7 +203,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; return them, read-only also if ``force_share`` is set.
+    """Check the options against each other; return them, with ``force_share`` as read-only.
 
     Args:
         options: The options.

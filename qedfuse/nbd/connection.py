@@ -49,7 +49,8 @@ class Connection:
         """Use a connection after its handshake.
 
         Args:
-            wire: Sends and receives the bytes of the connection; this object closes its socket.
+            wire: Sends and receives the bytes of the connection.  `Connection` closes the wire's
+                socket.
             export: The export, as the handshake has returned it.
             idle_seconds: If a reply is expected and no byte comes for this time, the connection is
                 given up.

@@ -65,8 +65,8 @@ async def create_image(
         ImageError: ``overwrite`` is True, and the existing file is not a regular file.
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
-        HostError: A system call failed.  If the new file had its final name already, for example
-            because only making the name durable failed, the file keeps that name.  Otherwise an
+        HostError: A system call failed.  If the new file had its final name before the failure, for
+            example if only making the name durable failed, the file keeps that name.  Otherwise an
             existing file is unchanged, and no new file is left behind; but a file system without
             hard links may keep an empty file (`NewFile`).
     """
@@ -109,9 +109,9 @@ def make_image(
         ImageInUseError: ``overwrite`` is True, and another process has the old file open as an
             image, or has created another file of that name during the call.
         HostError: A system call failed, or the file system is full.  If the new file had its final
-            name already, for example because only making the name durable failed, the file keeps
-            that name.  Otherwise an existing file is unchanged, and no new file is left behind; but
-            a file system without hard links may keep an empty file (`NewFile`).
+            name before the failure, for example if only making the name durable failed, the file
+            keeps that name.  Otherwise an existing file is unchanged, and no new file is left
+            behind; but a file system without hard links may keep an empty file (`NewFile`).
     """
     record = NewRecord(backing or "", versions)
     with ExitStack() as stack:

@@ -31,7 +31,7 @@ _OVERHEAD_BYTES: Final = 256
 """Bytes of memory that the Python objects of a slice take besides its entries."""
 
 SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
-"""Slices by `TableCache.key`.  `FlattenedBacking` also keeps its codes here, as slices."""
+"""Slices by `TableCache.key`.  `FlattenedBacking` also keeps its merged tables here."""
 
 
 def make_store(budget: int) -> SliceStore:

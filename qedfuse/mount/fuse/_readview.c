@@ -13,7 +13,7 @@
 
 #include "_readview.h"
 
-/* The layout of codes (disk/lookup/flattenedbacking.py). */
+/* The layout of the codes that locate data in backing files (disk/lookup/flattenedbacking.py). */
 #define DEPTH_MASK ((uint64_t)4095)
 #define DEPTH_BIAS 2
 

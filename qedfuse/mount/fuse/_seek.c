@@ -23,9 +23,9 @@
 /* The largest entry that does not locate data: that of a zero cluster. */
 #define ZERO_ENTRY 1
 
-/* Gets the entries of the slice of a table that begins at a file offset, and releases those that `slice`
- * had before.  Returns whether that was possible: not if the slice is not in memory or has an invalid entry;
- * an exception may be set then.  The caller must release `slice` in both cases. */
+/* Sets `slice` to the entries of the slice that begins at a file offset, and releases the entries
+ * that `slice` had before.  Returns 1.  If the slice is not in memory or has an invalid entry,
+ * returns 0, and an exception may be set.  The caller must release `slice` in both cases. */
 static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
 {
     PyObject *key = Py_BuildValue("(OK)", view->cache_key, (unsigned long long)offset);
@@ -86,7 +86,7 @@ static int search(ReadView *view, uint64_t start, uint64_t limit, int for_data, 
             break;
         }
         if (table == 0) {
-            /* An entry of the L1 table is the offset of a table if it locates anything. */
+            /* Skips to the next L1 entry that is not 0; such an entry is the offset of a table. */
             at = first_entry(l1.buf, l1_index & slice_mask, slice_mask + 1, 1);
             cluster = ((l1_index & ~slice_mask) + at) << view->table_bits;
             continue;

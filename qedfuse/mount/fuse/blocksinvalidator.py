@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
 
 MIN_INTERVAL_SECONDS: Final = 0.1
-"""If a flush ends less than this time after a check, the check for this flush is deferred.  `run`
-makes the deferred check at most this time after the flush; du(1) may show a wrong size until then.
+"""If a flush ends less than this time after a check of ``st_blocks``, the check for this flush is
+deferred.  `run` makes the deferred check at most this time after the flush; du(1) may show a wrong
+size until then.
 """
 
 

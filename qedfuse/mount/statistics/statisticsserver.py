@@ -1,4 +1,4 @@
-"""Sending the statistics of a mount to ``qedfuse stats``, through the socket beside its record."""
+"""Sending a mount's statistics to ``qedfuse stats``, through a socket beside the mount record."""
 
 from __future__ import annotations
 
