@@ -203,7 +203,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def validated(options: MountOptions, *, explicit_rw: bool) -> MountOptions:
-    """Check the options against each other; return them, with ``force_share`` as read-only.
+    """Check the options against each other, and return them; ``force_share`` sets ``read_only``.
 
     Args:
         options: The options.

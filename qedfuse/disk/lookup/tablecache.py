@@ -31,7 +31,7 @@ _OVERHEAD_BYTES: Final = 256
 """Bytes of memory that the Python objects of a slice take besides its entries."""
 
 SliceStore: TypeAlias = LRU["tuple[int, int]", Slice]
-"""Slices by `TableCache.key`.  `FlattenedBacking` also keeps its merged tables here."""
+"""Slices by `TableCache.key`.  `FlattenedBacking` keeps its merged tables here too, as slices."""
 
 
 def make_store(budget: int) -> SliceStore:

@@ -7,8 +7,8 @@
  *
  * A burst ends with the first request that is passed on to pyfuse3, because pyfuse3 then has a
  * coroutine to run, and can keep only one.  A burst also ends after MAX_REQUESTS, because no other
- * task of the event loop runs during a burst.  The scheduler lets other tasks
- * run after a number of requests, and counts those of the bursts as well (take_burst_count()).
+ * task of the event loop runs during a burst.  The scheduler lets other tasks run after a number of
+ * requests, and counts those of the bursts as well (take_burst_count()).
  *
  * If the kernel has no request, the burst polls for the next one, as far as the scheduler permits it
  * (permit_polling()).  A program with one request in flight sends the next request a few microseconds

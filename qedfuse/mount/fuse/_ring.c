@@ -58,8 +58,8 @@ static struct {
     struct io_uring_sqe *submissions;
     size_t submissions_bytes;
     struct io_uring_cqe *completions;
-    /* Counters: the kernel takes entries at the head of the first queue, and this program at that
-     * of the second. */
+    /* Counters: the kernel takes entries at the head of the submission queue, and this program at
+     * the head of the completion queue. */
     unsigned int *submission_tail, *completion_head, *completion_tail;
     unsigned int *flags; /* IORING_SQ_TASKRUN */
     unsigned int submission_mask, completion_mask;

@@ -45,9 +45,9 @@ class DataRequests:
 
         Args:
             operations: The handlers of the requests of the mount.
-            reply_from_file: Takes a descriptor and a file offset.  Answers the read that is being
-                handled with the bytes there, and returns True.  Returns False, and has not
-                answered, if that would wait or is not possible.
+            reply_from_file: Takes a descriptor and a file offset.  Answers with the bytes there the
+                read that is being handled, and returns True.  Returns False, and has not answered,
+                if that would wait or is not possible.
             defer_read: Returns an object that answers the read which is being handled.
             nursery: Runs the tasks of `answer_slowly`.
         """
