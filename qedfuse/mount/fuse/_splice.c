@@ -2,9 +2,9 @@
  * Replies with the pages of a file, which the kernel takes from its page cache (splice(2)).  So the
  * data is copied once instead of twice.
  *
- * The pages of a file with checked units (CheckedUnits in hostio/pagesource.py) are put into a pipe of
- * this module first, and the length of the file is checked (keeps_length()) before libfuse passes the
- * pages of the pipe on.
+ * A file that caches a remote file (CheckedUnits in hostio/pagesource.py) may be cut at any time.
+ * So its pages are put into a pipe of this module first, and the length of the file is checked
+ * (keeps_length()) before libfuse passes the pages of the pipe on.
  *
  * Everything happens in the thread of the event loop, with the GIL held.  The functions that other
  * files call are described in _extraops.h.
