@@ -121,8 +121,8 @@ class NewFile:
             ImageInUseError: A file other than ``old`` has the final name now, and the user has
                 agreed to replace a file.  The caller has not locked that file, so it may be in
                 use.
-            HostError: A system call failed.  If it refused only to remove the temporary name, or to
-                make the final name durable, the file has its final name nevertheless.
+            HostError: A system call failed.  If only removing the temporary name failed,
+                or making the final name durable, the file has its final name nevertheless.
         """
         try:
             # The file is opened first, because its new mode may forbid the owner to open it.
