@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import ObjectChangedError, RemoteError
 from qedfuse.nbd.failures import BrokenError, ProtocolError, RefusedError, ReplyError
+from qedfuse.remote.outagelog import closed_error
 
 if TYPE_CHECKING:
     from qedfuse.remote.options import Deadlines
@@ -68,9 +69,7 @@ class Attempts:
         """
         self._count += 1
         if is_closed:
-            failure = RemoteError(f"{self._name}: found the file closed, expected it open")
-            failure.is_logged = True  # the reader has gone, or has closed the file
-            raise failure from error
+            raise closed_error(self._name) from error
         if isinstance(error, RefusedError):
             # The export existed when it was opened, so the reader gets ESTALE and not ENOENT.
             is_gone = error.errno == errno.ENOENT

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.remote.fetchthreads import FetchThreads
 from qedfuse.remote.flight import Flight
 from qedfuse.remote.flightloader import FlightLoader
-from qedfuse.remote.object import closed_error
+from qedfuse.remote.outagelog import closed_error
 from qedfuse.remote.readahead import ReadAhead
 from qedfuse.remote.recentfailures import RecentFailures
 from qedfuse.remote.unitfile import units_of

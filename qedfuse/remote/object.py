@@ -21,6 +21,7 @@ from qedfuse.remote.client import (
     UnreachableError,
     UnusableError,
 )
+from qedfuse.remote.outagelog import closed_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -292,13 +293,6 @@ def retry(
                 raise RemoteError(msg) from error
         number += 1
         pause = min(_MAX_PAUSE_SECONDS, 2 * pause)
-
-
-def closed_error(name: str) -> RemoteError:
-    """Return the error for a read of the file ``name`` after the file was closed."""
-    error = RemoteError(f"{name}: found the file closed, expected it open")
-    error.is_logged = True  # the file was closed on purpose
-    return error
 
 
 def _renewal_failure(renew: Callable[[], object]) -> str:

@@ -82,3 +82,10 @@ class OutageLog:
             self._kind, self._is_logged, self._awaits_end = None, False, False
         if must_log:
             _log.warning("%s: answers again", self._name)
+
+
+def closed_error(name: str) -> RemoteError:
+    """Return the error for a read of the file ``name`` after the file was closed."""
+    error = RemoteError(f"{name}: found the file closed, expected it open")
+    error.is_logged = True  # the file was closed on purpose
+    return error
