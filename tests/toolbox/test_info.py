@@ -164,7 +164,7 @@ def test_a_base_that_cannot_be_read(
     base.write_bytes(build_image(MIB))
     path.write_bytes(build_image(MIB, backing=b"base.qed"))
 
-    def failing(_fd: int, _path: str, _form: str) -> None:
+    def failing(_fd: int, _path: str, _form: str, _allowed: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(chaininfo, "describe_open", failing)

@@ -216,6 +216,9 @@ def test_a_copy_over_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         allowed = ("--backing-url", server.url)
         alone = run("info", "thin.qed", capsys=capsys)
         assert "found a URL, which must be allowed" in alone
+        other = run("info", "--backing-url", "https://example.org/", "thin.qed", capsys=capsys)
+        assert "must be allowed" in other
+        assert "must be allowed" not in run("info", *allowed, "thin.qed", capsys=capsys)
         chain = run("info", "--backing-chain", *allowed, "thin.qed", capsys=capsys)
         assert chain.count("\nfile format: qed") == 2
         assert "must be allowed" not in chain

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         images = [run_async(_describe_any, arguments, image_format)]
     else:
         lock = LockMode.to_read(share=arguments.force_share)
-        images = [describe(arguments.image, image_format, lock=lock)]
+        images = [describe(arguments.image, image_format, lock=lock, allowed=arguments.backing_url)]
     described = [(image, _details(arguments, image)) for image in images]
     partitions = run_async(_partitions, arguments, image_format) if arguments.partitions else None
     if arguments.output == "json":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,14 @@ from qedfuse.remote.address import is_url
 from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
 from qedfuse.tools.inspection.info import ImageInfo, describe, describe_open
-from qedfuse.tools.inspection.problems import URL_NOTE
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.hostio.hostfile import HostFile
+    from qedfuse.remote.address import Address
     from qedfuse.tools.common.formatprobe import FormatChoice
 
 
@@ -51,9 +52,9 @@ async def describe_any(
             async with foreign_disk(image, driver, options) as disk:
                 return _describe_foreign(disk, driver)
     if not is_url(path):
-        return describe(path, image_format, lock=options.read_lock)
+        return describe(path, image_format, lock=options.read_lock, allowed=options.remote.allowed)
     async with open_image(path, None, options.remote) as file:
-        return await _describe_file(file, path, image_format)
+        return await _describe_file(file, path, image_format, options.remote.allowed)
 
 
 async def describe_chain(
@@ -86,19 +87,8 @@ async def describe_chain(
     async with open_image(path, options.read_lock, options.remote) as file:
         header = await read_header(file)
         with closing_layers(await open_bases(path, file, header, options, make_store(0))) as bases:
-            chain = [top, *[await _describe_base(base) for base in bases]]
-    return [_without_note_about_url(image) for image in chain]
-
-
-def _without_note_about_url(image: ImageInfo) -> ImageInfo:
-    """Return a description without the note that the URL of its backing file must be allowed.
-
-    The options of the caller do allow the URL, because the backing file has been opened.
-    """
-    if image.qed is None:
-        return image
-    problems = tuple(item for item in image.qed.problems if item.code != URL_NOTE)
-    return replace(image, qed=replace(image.qed, problems=problems))
+            allowed = options.remote.allowed
+            return [top, *[await _describe_base(base, allowed) for base in bases]]
 
 
 def _describe_foreign(disk: HostFile, driver: str) -> ImageInfo:
@@ -107,8 +97,8 @@ def _describe_foreign(disk: HostFile, driver: str) -> ImageInfo:
     return ImageInfo(disk.path, driver, disk.size(), found.st_size, allocated_bytes(found))
 
 
-async def _describe_base(base: Layer) -> ImageInfo:
-    """Return the description of a base that is open.
+async def _describe_base(base: Layer, allowed: Sequence[Address]) -> ImageInfo:
+    """Return the description of an open base; ``allowed`` is as for `describe`.
 
     Raises:
         HostError: The base cannot be read.
@@ -117,11 +107,13 @@ async def _describe_base(base: Layer) -> ImageInfo:
     if driver is not None:
         return _describe_foreign(base.file, driver)
     image_format: FormatChoice = "raw" if isinstance(base, RawLayer) else "qed"
-    return await _describe_file(base.file, base.file.path, image_format)
+    return await _describe_file(base.file, base.file.path, image_format, allowed)
 
 
-async def _describe_file(file: HostFile, path: str, image_format: FormatChoice) -> ImageInfo:
-    """Return the description of an open file.
+async def _describe_file(
+    file: HostFile, path: str, image_format: FormatChoice, allowed: Sequence[Address]
+) -> ImageInfo:
+    """Return the description of an open file; ``allowed`` is as for `describe`.
 
     Raises:
         NotQedError: As `describe_any`.
@@ -129,8 +121,8 @@ async def _describe_file(file: HostFile, path: str, image_format: FormatChoice) 
     """
     try:
         if file.fileno() >= 0:
-            return describe_open(DescriptorReader(file.fileno()), path, image_format)
-        call = partial(describe_open, FileReader(file), path, image_format)
+            return describe_open(DescriptorReader(file.fileno()), path, image_format, allowed)
+        call = partial(describe_open, FileReader(file), path, image_format, allowed)
         return await run_in_thread(call)
     except OSError as error:
         raise HostError.from_os(error, file.name, "read") from error

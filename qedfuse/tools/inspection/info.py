@@ -30,6 +30,9 @@ from qedfuse.tools.inspection.problems import (
 from qedfuse.tools.inspection.rawheader import RawHeader, read_raw
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qedfuse.remote.address import Address
     from qedfuse.tools.common.formatprobe import FormatChoice
     from qedfuse.tools.inspection.imagereader import ImageReader
 
@@ -131,7 +134,11 @@ class ImageInfo:
 
 
 def describe(
-    path: str, image_format: FormatChoice = "auto", *, lock: LockMode | None = LockMode.READ
+    path: str,
+    image_format: FormatChoice = "auto",
+    *,
+    lock: LockMode | None = LockMode.READ,
+    allowed: Sequence[Address] = (),
 ) -> ImageInfo:
     """Return the description of a file, even of an image that cannot be mounted.
 
@@ -142,6 +149,7 @@ def describe(
         path: The file.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
         lock: The mode in which to lock the file; None to take no lock.
+        allowed: The prefixes of URLs that the user has allowed for backing files.
 
     Raises:
         UsageError: The file is a URL, which `qedfuse.tools.inspection.chaininfo` can describe.
@@ -153,18 +161,24 @@ def describe(
     require_local(path)
     with locked_descriptor(path, lock) as fd:
         try:
-            return describe_open(DescriptorReader(fd), path, image_format)
+            return describe_open(DescriptorReader(fd), path, image_format, allowed)
         except OSError as error:
             raise HostError.from_os(error, shown_name(path), "read") from error
 
 
-def describe_open(image: ImageReader, path: str, image_format: FormatChoice = "auto") -> ImageInfo:
+def describe_open(
+    image: ImageReader,
+    path: str,
+    image_format: FormatChoice = "auto",
+    allowed: Sequence[Address] = (),
+) -> ImageInfo:
     """Return the description of a file that the caller has opened, and locked if necessary.
 
     Args:
         image: The file.
         path: Path or URL by which the file was opened.
         image_format: Format of the file; ``auto`` detects the format from the first bytes.
+        allowed: The prefixes of URLs that the user has allowed for backing files.
 
     Raises:
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
@@ -188,7 +202,7 @@ def describe_open(image: ImageReader, path: str, image_format: FormatChoice = "a
     problems = (
         *header_problems(raw, file_size, name),
         *l1_problems(l1, file_size, name),
-        *backing_problems(raw, backing, name),
+        *backing_problems(raw, backing, name, allowed),
     )
     known = backing if isinstance(backing, BackingName) else None
     info = QedInfo(raw, known, problems, l1.used if l1.complete else None)

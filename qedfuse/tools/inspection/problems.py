@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.headernotes import header_notes
 from qedfuse.errors import NotQedError, UsageError
-from qedfuse.remote.address import is_url, parse_address, shown_name
+from qedfuse.remote.address import is_below, is_url, parse_address, shown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from qedfuse.errors import QedError
+    from qedfuse.remote.address import Address
     from qedfuse.tools.inspection.l1summary import L1Summary
     from qedfuse.tools.inspection.nameresolution import BackingName
     from qedfuse.tools.inspection.rawheader import RawHeader
 
 L1_DAMAGE: Final = frozenset({"l1-wild", "table-overlap"})
 """Codes of the problems with L1 entries; an image with one of them is not `QedInfo.sound`."""
-
-URL_NOTE: Final = "backing-url"
-"""`Problem.code` of the note that the backing file is a URL, which the user must allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,10 @@ def l1_problems(summary: L1Summary, file_size: int, name: str) -> Iterator[Probl
 
 
 def backing_problems(
-    raw: RawHeader, backing: BackingName | str | None, name: str
+    raw: RawHeader,
+    backing: BackingName | str | None,
+    name: str,
+    allowed: Sequence[Address] = (),
 ) -> Iterator[Problem]:
     """Yield the problems of a backing file name; yield nothing if ``backing`` is None.
 
@@ -97,6 +98,7 @@ def backing_problems(
             None if the image names no backing file, or if the header does not say where the
             name is.
         name: Name of the image in messages.
+        allowed: The prefixes of the URLs that the user has allowed; such a URL is no problem.
     """
     if backing is None:
         return
@@ -110,12 +112,7 @@ def backing_problems(
         yield Problem("backing-name-cut-short", msg, fatal=True)
     shown = shown_name(backing.name)
     if is_url(backing.name):
-        try:
-            parse_address(backing.name)
-            msg = f"{name}: backing file {shown}: found a URL, which must be allowed (backing_url)"
-            yield Problem(URL_NOTE, msg, fatal=False)
-        except UsageError as error:
-            yield Problem("backing-scheme", f"{name}: backing file {error}", fatal=True)
+        yield from _url_problems(backing.name, name, allowed)
     elif backing.scheme is not None:
         msg = f"{name}: backing file {shown}: found a protocol, expected a plain path"
         yield Problem("backing-scheme", msg, fatal=True)
@@ -128,3 +125,16 @@ def backing_problems(
     if "\0" in backing.name:
         msg = f"{name}: backing file name: found a NUL byte in {shown}"
         yield Problem("backing-nul", msg, fatal=True)
+
+
+def _url_problems(url: str, name: str, allowed: Sequence[Address]) -> Iterator[Problem]:
+    """Yield the problem of a URL as a backing file, if there is one; see `backing_problems`."""
+    try:
+        address = parse_address(url)
+    except UsageError as error:
+        yield Problem("backing-scheme", f"{name}: backing file {error}", fatal=True)
+        return
+    if not any(is_below(address, prefix) for prefix in allowed):
+        shown = shown_name(url)
+        msg = f"{name}: backing file {shown}: found a URL, which must be allowed (backing_url)"
+        yield Problem("backing-url", msg, fatal=False)
