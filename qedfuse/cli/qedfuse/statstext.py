@@ -13,25 +13,36 @@ if TYPE_CHECKING:
 
 def mount_text(document: Mapping[str, Any]) -> str:
     """Return the lines of text that show the statistics in a mount's document."""
+    # Documents are not trusted, so any field can have any text.  Here alone texts are escaped.
+    document = {key: _escaped(value) for key, value in document.items()}
     resident = document["resident_bytes"]
     memory = NONE if resident is None else byte_count(resident)
     process = f"process {document['pid']}, up {document['uptime_seconds']:.0f} s, memory {memory}"
-    lines = [f"{printable(document['mountpoint'])}: {process}"]
+    lines = [f"{document['mountpoint']}: {process}"]
     if (sandbox := document.get("sandbox")) is not None:  # earlier versions send none
         missing = f"; without {', '.join(sandbox['missing'])}" if sandbox["missing"] else ""
         parts = f": {', '.join(sandbox['in_force'])}" if sandbox["in_force"] else ""
         lines.append(f"  sandbox {sandbox['mode']}{parts}{missing}")
     for disk in document["disks"]:
         lines += _disk_lines(disk, document)
-    # Documents are not trusted, so any field can have any text.  Therefore whole lines are escaped;
-    # this does not change a line that is printable already.
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _escaped(value: Any) -> Any:  # noqa: ANN401  any JSON value
+    """Return a value of JSON with each text in it, keys included, as `printable` text."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    return value
 
 
 def _disk_lines(disk: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines about a disk of the mount that ``document`` describes."""
     yield (
-        f"  {printable(disk['name'])}: {disk['image']}, {byte_count(disk['size_bytes'])}, "
+        f"  {disk['name']}: {disk['image']}, {byte_count(disk['size_bytes'])}, "
         f"{'writable' if disk['writable'] else 'read-only'}, open handles: {disk['open_handles']}"
         f"{', NEED_CHECK' if disk['need_check'] else ''}"
     )
