@@ -26,6 +26,7 @@ from qedfuse.errors import HostError, QedError
 from qedfuse.mount.system.mounttable import find_mount
 from qedfuse.mount.system.unmount import BusyError, sync_mount
 from qedfuse.text import printable
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +45,9 @@ mount."""
 _FORCED_SYNC_SECONDS: Final = 10.0
 """Maximum time for which a forced unmount waits until all data is durable.  If a write-back cycle
 is running at the end of this time, the unmount also waits for the end of the cycle."""
-_FAILURES: Final = (OSError, QedError, RuntimeError)
+_FAILURES: Final = (OSError, QedError)
 """Exceptions that are logged, and after which the shutdown goes on.  For example, no descriptor
-is left for reading the mount table (OSError), or no thread can be started (RuntimeError)."""
+is left for reading the mount table (OSError), or no thread can be started (HostError)."""
 
 
 class Shutdown:
@@ -118,7 +119,7 @@ class Shutdown:
                 if self._is_mounted():
                     # `unmount` runs in a thread, because it blocks while the kernel sends dirty
                     # pages to this server.
-                    await trio.to_thread.run_sync(self._unmounter.unmount, abandon_on_cancel=True)
+                    await run_in_thread(self._unmounter.unmount, abandon_on_cancel=True)
                     break
                 # Another process has detached the mount, or another mount covers it, so there is
                 # nothing to unmount here.
@@ -153,7 +154,7 @@ class Shutdown:
         shown = printable(self._mountpoint)
         await trio.sleep(_RETRY_SECONDS)
         try:
-            mounts = await trio.to_thread.run_sync(
+            mounts = await run_in_thread(
                 self._unmounter.describe_visible_mounts, self._device, abandon_on_cancel=True
             )
         except _FAILURES as error:
@@ -193,7 +194,7 @@ class Shutdown:
 
         with logged_failures():
             if self._is_mounted():
-                await trio.to_thread.run_sync(sync_mount, self._mountpoint, abandon_on_cancel=True)
+                await run_in_thread(sync_mount, self._mountpoint, abandon_on_cancel=True)
         for exported in self._disks:
             with logged_failures():
                 # `sync_mount` starts the writeback, but can return before the writeback has ended.
@@ -231,7 +232,7 @@ class Shutdown:
             _log.error("%s: what the kernel has not sent yet is lost", msg)
         try:
             if self._is_mounted():
-                await trio.to_thread.run_sync(
+                await run_in_thread(
                     lambda: self._unmounter.unmount(lazy=True), abandon_on_cancel=True
                 )
         except _FAILURES as error:

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -142,6 +143,33 @@ async def test_durable_after_a_failed_attempt(
         await disk.write(0, pattern(CLUSTER, 1))
         lack = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)) for _ in range(2)]
         await end_while_in_use(monkeypatch, disk, before=lack)
+        assert file.counts["datasync"] == 1
+
+
+@pytest.mark.expect_log("cannot start a thread")
+@pytest.mark.expect_log("SIGTERM: still in use")
+@pytest.mark.parametrize("refusal", [RuntimeError("can't start new thread"), MemoryError()])
+async def test_in_use_without_threads(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,  # noqa: ARG001  pytest-trio uses the clock
+    refusal: Exception,
+) -> None:
+    """A mount that is in use is flushed also if no thread could be started to unmount it."""
+    refused, start = [refusal, refusal], threading.Thread.start
+
+    def refuse_first(thread: threading.Thread) -> None:
+        if refused:
+            raise refused.pop()
+        start(thread)
+
+    cache = trio._core._thread_cache
+    file = MemoryFile(build_image(8 * CLUSTER, {0: b"x"}))
+    async with opened(file) as disk:
+        await disk.write(0, pattern(CLUSTER, 1))
+        monkeypatch.setattr(cache, "THREAD_CACHE", cache.ThreadCache())
+        monkeypatch.setattr(threading.Thread, "start", refuse_first)
+        await end_while_in_use(monkeypatch, disk)
+        assert not refused
         assert file.counts["datasync"] == 1
 
 

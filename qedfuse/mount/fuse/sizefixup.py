@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from qedfuse.errors import HostError
 from qedfuse.mount.system.unmount import sync_mount
+from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from qedfuse.mount.fuse.exporteddisk import ExportedDisk
@@ -81,10 +83,10 @@ class SizeFixup:
                 try:
                     # The system calls are made in a thread, because they wait for replies of
                     # this server.
-                    await trio.to_thread.run_sync(
+                    await run_in_thread(
                         self._correct, path, st_dev, exported.fixup_size, abandon_on_cancel=True
                     )
-                except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+                except (OSError, HostError) as error:  # HostError: no thread can be started
                     _log.debug("%s: cannot correct the size: %s", exported.disk.name, error)
                 # After a cancellation, the next line is not reached, and the thread may still
                 # truncate the file.  So ``fixup_size`` must keep its value.  If it were -1,
