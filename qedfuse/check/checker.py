@@ -102,7 +102,8 @@ class _Checker:
         """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
 
         Invalid L1 entries, entries past the end of the disk, and tables that overlap an earlier
-        table (`_report_overlaps`) are reported.  Such a table is neither marked nor read.
+        table (`_report_overlaps`) are reported.  A table that overlaps an earlier one is neither
+        marked nor read.
         """
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits

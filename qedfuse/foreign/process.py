@@ -71,7 +71,7 @@ class QemuNbd:
         self._closing = threading.Lock()
         """Held during `close`."""
         self._lock = threading.Lock()
-        """Held while a descriptor is used or closed, never while a thread waits."""
+        """Held while a descriptor of a file is used or closed, and never during a wait."""
         self._is_closed = False
         self._names = [file.name for file in graph.files]
         program = find_program(_PROGRAM, name)

@@ -147,7 +147,7 @@ def _choose_replies(name: str) -> Generator[Step, bytes, tuple[bool, int | None]
             return True, None
         if kind == messages.REP_ACK and not data:
             return True, context
-        if kind != messages.REP_META_CONTEXT or len(data) < 4:  # noqa: PLR2004  the number
+        if kind != messages.REP_META_CONTEXT or len(data) < 4:  # noqa: PLR2004  identifier
             raise ProtocolError(_unexpected("SET_META_CONTEXT", kind))
         if data[4:] != messages.ALLOCATION or context is not None:
             msg = "found another metadata context than the one that was asked for"

@@ -83,7 +83,8 @@ class NbdFile(ReadOnlyFile):
         Raises:
             RemoteError: The server cannot be reached, answers with an error, or does not serve the
                 same export any more; or the file was closed.
-            QedError: An error of the function that connects; see `qedfuse.nbd.opening.open_nbd`.
+            QedError: An error of the ``connect`` function that was given to
+                `qedfuse.nbd.opening.open_nbd`.
         """
         length = max(0, min(len(view), self._size - offset))
         if not length:

@@ -34,17 +34,17 @@ A step needs memory in proportion to its units, and a large object has millions 
 
 
 class UnitStore:
-    """Keeps the units of one object.
+    """Keeps the units of one remote object.
 
-    Threads may use the object concurrently.
+    Threads may use the store concurrently.
 
     Attributes:
         ready: For each unit a byte, which is not 0 if the unit may be read from the page cache; see
             `CheckedUnits.ready`.  A unit becomes ready when it has been fetched and stored, or
             compared with its checksum.  A unit becomes not ready when a read does not find one of
             its bytes in the page cache, when the unit is written, and when the cache is discarded.
-            The fetcher also makes a marker not ready: a unit whose read must start the next fetch
-            ahead.  The attribute always refers to the same bytearray.
+            The fetcher also makes some units not ready whose read must start the next fetch ahead
+            (markers).  The attribute always refers to the same bytearray.
         zeros: The blocks that are known to be zeros.
     """
 
@@ -129,7 +129,7 @@ class UnitStore:
         return self._set_ready(first, count, cache, forgotten)
 
     def is_stored(self, first: int, last: int) -> bool:
-        """Return whether the map of the cache has all units ``first`` to ``last``."""
+        """Return whether all units ``first`` to ``last`` are stored in the cache."""
         cache = self._cache
         try:
             return cache is not None and cache.has_units(b"\1" * (last + 1 - first), first)
@@ -137,7 +137,7 @@ class UnitStore:
             return False
 
     def has_any(self, first: int, last: int) -> bool:
-        """Return whether the map of the cache has one of the units ``first`` to ``last``."""
+        """Return whether one of the units ``first`` to ``last`` is stored in the cache."""
         cache = self._cache
         try:
             return cache is not None and cache.has_any(first, last)
@@ -148,7 +148,7 @@ class UnitStore:
         """Record that the cache has all units that readers need; return whether it was recorded.
 
         ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  If
-        there is a cache and nothing was recorded, the reason is logged.
+        nothing was recorded, the reason is logged, unless the store is closed or has no cache.
         """
         cache = self._cache
         if cache is None:
@@ -171,7 +171,7 @@ class UnitStore:
     def store_held(self, first: int, last: int) -> bool:
         """Store those of the units ``first`` to ``last`` that are held in memory.
 
-        Returns whether the map of the cache then has all units ``first`` to ``last``.
+        Returns whether all units ``first`` to ``last`` are then stored in the cache.
         """
         for unit in range(first, last + 1):
             block = self.held(unit)
@@ -182,8 +182,8 @@ class UnitStore:
     def forget(self, first: int, last: int) -> None:
         """Make adjacent units not ready, because one of their bytes was not in the page cache.
 
-        Meanwhile the kernel may have read the bytes from the disk into the page cache, without a
-        comparison with the checksum.
+        By the next read, the kernel may have read the missing bytes from the disk into the page
+        cache, and nothing has compared these bytes with the checksum.
         """
         with self._lock:
             self._forgotten += 1
@@ -210,7 +210,10 @@ class UnitStore:
                 self._held.popitem(last=False)
 
     def discard(self) -> None:
-        """Stop using the entry of the cache, whose data file has become shorter; log a warning."""
+        """Stop using the entry of the cache; log a warning, unless the store is closed.
+
+        The caller has found that another program has truncated the data file of the entry.
+        """
         with self._lock:
             cache, self._cache = self._cache, None
             for first in range(0, len(self.ready), _MAX_CLEARED_UNITS):
@@ -245,7 +248,10 @@ class UnitStore:
             return is_used
 
     def _record_refusal(self, cache: UnitFile, reason: str) -> None:
-        """Log why units cannot be stored, if this is the first refusal since the last success."""
+        """Log why units cannot be stored, at the first refusal since the last success.
+
+        Nothing is logged after `close`.
+        """
         with self._lock:
             is_first = not self._cannot_store and not self._is_closed
             self._cannot_store = True

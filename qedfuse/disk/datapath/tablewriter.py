@@ -70,7 +70,7 @@ class TableWriter:
     async def ensure_table(self, l1_index: int) -> int:
         """Return the file offset of the L2 table of an L1 entry; create the table if it is missing.
 
-        The caller must not be in an epoch (`Epochs`): see `SpaceManager.allocate`.
+        The caller must have left its epoch (`Epochs.leave`): see `SpaceManager.allocate`.
 
         Raises:
             CorruptImageError: The L1 entry is bad.

@@ -6,10 +6,10 @@ many L2 tables as the size of the disk requires, and one cluster for each cluste
 
 It is not enough that data leaves as many free clusters as the missing tables need, because a table
 needs neighbouring clusters.  A guest could leave only single free clusters.  Then a new table goes
-to the end of the file.  If a crash loses the table, and the guest fills the clusters of the
-lost table with data, the next table goes to the end again, and so on.  Therefore data must leave
-enough *table slots* (runs of free clusters as long as a table: `FreeMap`) for all missing tables
-(proof in docs/space.md):
+to the end of the file.  If a crash loses the table, the guest can fill the clusters of the lost
+table with data, and the next table goes to the end again.  Each crash could make the file grow,
+even past its bound.  Therefore data must leave enough *table slots* (runs of free clusters as long
+as a table: `FreeMap`) for all missing tables (proof in docs/space.md):
 
     slots in free runs + slots between the end and the bound >= tables still missing
 
@@ -110,8 +110,8 @@ class Allocator:
         self._missing_tables = missing_tables
         self._record_change = marking.record_change
         self.end = end
-        # The maximum of `end` and `_written_end` is the highest value of `end` since the file was
-        # opened or last cut.  Clusters past this maximum read as zeros, because nothing has been
+        # The highest value that `end` had before it was lowered, since the file was opened or last
+        # cut.  Clusters past both `end` and this value read as zeros, because nothing has been
         # written to them.
         self._written_end = end
         self.anchor = header.l1_end >> self._bits
@@ -147,9 +147,9 @@ class Allocator:
             cluster = self.free.take_outside_slots()
             if cluster is not None:
                 return cluster, 1
-        # Past `end`, a slot begins only at a cluster n for which n + alignment is a multiple of
-        # the length of a table (`_slots_past`).  So the cluster at `end` costs a slot only if `end`
-        # itself is such an n.
+        # From `end` on, a slot begins only at a cluster n for which n + `FreeMap.alignment` is a
+        # multiple of the length of a table (`_slots_past`).  So the cluster at `end` costs a slot
+        # only if `end` itself is such an n.
         if end < bound and (spare > 0 or (end + self.free.alignment) % self.free.table_clusters):
             return end, min(limit, bound - end)
         # Data may use the clusters between the last slot and the bound, because they are too

@@ -105,7 +105,7 @@ class DirectReclaim:
     async def wait_for_free_clusters(self) -> bool:
         """Wait until the scan, the punching or the quarantine may have made clusters free.
 
-        The caller must not be in an epoch (`Epochs`).  This method may wait until all requests of
+        The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
         the epoch have ended, so the caller would wait for itself.
 
         Returns:

@@ -137,7 +137,7 @@ class Quarantine:
     async def wait_drained(self) -> None:
         """Wait until no request is left that may use a cluster of the present batches.
 
-        The caller must not be in an epoch: see `Epochs.wait`.
+        The caller must have left its epoch: see `Epochs.wait`.
         """
         if self._batches:
             await self._epochs.wait(self._batches[-1].epoch)

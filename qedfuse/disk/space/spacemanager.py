@@ -75,7 +75,7 @@ class SpaceManager:
     async def allocate(self, clusters: int) -> Run:
         """Hand out a run of 1 to ``clusters`` clusters; the caller must call again for the rest.
 
-        The caller must not be in an epoch (`Epochs`).  This method may wait until all requests of
+        The caller must have left its epoch (`Epochs`).  This method may wait until all requests of
         the epoch have ended, so the caller would wait for itself.
 
         Raises:
@@ -93,7 +93,7 @@ class SpaceManager:
     async def allocate_table(self) -> Run:
         """Hand out the clusters of a new table: within the bound if possible, else at the end.
 
-        The caller must not be in an epoch (`Epochs`): see `allocate`.
+        The caller must have left its epoch (`Epochs`): see `allocate`.
 
         Raises:
             NoSpaceError: The file cannot grow any more.

@@ -1,5 +1,5 @@
 /*
- * Bursts: requests that the kernel has are taken without going back to pyfuse3's loop.
+ * Bursts: several requests are taken from the kernel without going back to pyfuse3's loop.
  *
  * Between two requests pyfuse3's loop takes and releases a lock, and polls for the next request.
  * That costs as much as a short request itself.  So an operation that has answered its request
@@ -62,7 +62,7 @@
 #endif
 
 static struct fuse_session *session; /* NULL while there is no session */
-static struct fuse_buf buffer;       /* without memory, libfuse allocates it with the first request */
+static struct fuse_buf buffer;       /* if it has no memory, libfuse allocates some */
 static int in_burst;
 static int answered;        /* whether the last request was answered, queued or deferred */
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */

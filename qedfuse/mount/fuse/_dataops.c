@@ -15,8 +15,8 @@
  * in hostio/_iothreads.c can use this Request without the GIL.
  *
  * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a Python
- * function raises, pyfuse3's operation gets the request.  The handler that pyfuse3 calls then meets
- * the same error and reports it.  But if the function has deferred a read, or has answered it with
+ * function raises, pyfuse3's operation gets the request, and calls its own handler.  That handler
+ * meets the same error and reports it.  But if the function has deferred a read, or has answered it with
  * reply_from_file(), before it raises, pyfuse3 does not get the read.
  *
  * The functions that other files call are described in _extraops.h.
@@ -48,7 +48,7 @@ static PyObject *try_fsync;
  * reply_from_file() has answered or defer_read() has deferred the read. */
 static fuse_req_t read_request;
 static size_t read_size; /* in bytes */
-static int was_deferred; /* whether defer_read() has deferred the read; if so, Python counts it */
+static int was_deferred; /* whether defer_read() has deferred the read, which Python then counts */
 
 /* --- deferred reads ------------------------------------------------------------------ */
 
@@ -90,8 +90,8 @@ PyObject *reply_from_file(PyObject *module, PyObject *args)
     Py_RETURN_TRUE;
 }
 
-/* Called by libfuse at the start of a session: limits reads, reserves memory for requests, and lets
- * libfuse splice replies if the kernel can. */
+/* Called by libfuse at the start of a session: limits the length of reads, reserves memory for
+ * requests, and lets libfuse splice replies if the kernel can. */
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     pyfuse3_init(data, connection);

@@ -72,7 +72,7 @@ def create(
     Args:
         path: Path of the image.
         size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
-            file's disk; None is refused with ``unsafe``, and without a backing file.
+            file's disk; None is refused if there is no backing file, and also with ``unsafe``.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
         backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
