@@ -1,10 +1,10 @@
 /*
  * Answers reads without the Python code of the fast path (disk/datapath/fastpath.py).  A read is
  * answered here only if its range is one run of data in one file of a chain, and the slices (parts)
- * of the tables that locate the run are in memory.  Data in the host's page cache is answered with
- * immediately; for other data the read waits in a queue of the kernel (_queuedread.c).  A read that
- * is answered immediately calls only one Python function: the one that looks up a slice in the table
- * cache.
+ * of the tables that locate the run are in memory.  A read of data in the host's page cache is
+ * answered immediately; a read of other data waits in a queue of the kernel (_queuedread.c).  A
+ * read that is answered immediately calls only one Python function: the one that looks up a slice
+ * in the table cache.
  *
  * The range is found (_readview.c) and the read is answered in one step, with the GIL held.  A read that
  * waits enters an epoch in the same step, as Disk.try_start_read does.

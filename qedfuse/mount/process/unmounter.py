@@ -206,7 +206,7 @@ class DirectUnmounter:
     """An `Unmounter` that works in this process, which must not be in a sandbox."""
 
     def __init__(self, mountpoint: str) -> None:
-        """Unmount ``mountpoint``, which is absolute and free of symbolic links."""
+        """Prepare to unmount ``mountpoint``, which is absolute and free of symbolic links."""
         self._mountpoint = mountpoint
 
     def connect_system_log(self) -> None:

@@ -45,7 +45,8 @@ _RESOLVER_FILES: Final = (
     *("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf", "/run/connman"),
 )
 """What getaddrinfo(3) reads.  If /etc/resolv.conf is a link, it leads to a file in one of the
-directories.  That file is replaced when the network changes, so the whole directory may be read."""
+directories below /run.  That file is replaced when the network changes, so the whole directory may
+be read."""
 _CERTIFICATES: Final = (
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates"),
     *("/usr/local/share/ca-certificates", "/usr/share/ssl", "/etc/crypto-policies"),
