@@ -70,7 +70,7 @@ static void release_all(struct list jobs)
 }
 
 /* Return the pool of an object; NULL with an exception in a process that was forked after the
- * object was made, because the threads exist only in the other process. */
+ * object was made, because the threads exist only in the process that made the object. */
 static struct pool *pool_of(PyObject *self)
 {
     IoThreads *object = (IoThreads *)self;

@@ -75,7 +75,7 @@ class Epochs:
     async def wait(self, epoch: Epoch) -> None:
         """Wait until `is_drained` is true for ``epoch``.
 
-        The caller must have left its epoch (`leave`); otherwise it could wait for itself (deadlock).
+        The caller must have left its epoch (`leave`); otherwise it could wait for itself.
         """
         if self.is_drained(epoch):
             return

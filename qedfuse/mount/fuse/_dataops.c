@@ -16,8 +16,8 @@
  *
  * libfuse calls the operations from within pyfuse3's event loop, with the GIL held.  If a Python
  * function raises, pyfuse3's operation gets the request, and calls its own handler.  That handler
- * meets the same error and reports it.  But if the function has deferred a read, or has answered it with
- * reply_from_file(), before it raises, pyfuse3 does not get the read.
+ * meets the same error and reports it.  But if the function has deferred a read, or has answered it
+ * with reply_from_file(), before it raises, pyfuse3 does not get the read.
  *
  * The functions that other files call are described in _extraops.h.
  */
