@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _RETRY_BYTES: Final = 64 << 20
-"""After an eviction that has freed too little, reservations are refused without another eviction
-until the refused reservations have this number of bytes in total."""
+"""If an eviction has freed too little, the next one starts only when reservations of this number
+of bytes in total were refused."""
 _MAX_WAIT_SECONDS: Final = 2.0
 """Reservations wait for the end of an eviction, but only until this time after its start.  The
 removal of large entries can take long, and a reader waits until its units are stored or refused."""
@@ -39,8 +39,8 @@ class CacheSpace:
         self._free = 0  # bytes that may be reserved
         self._storing = 0  # bytes that are reserved, and perhaps not in the file yet
         self._taken = 0  # bytes that the running eviction has perhaps not counted as used
-        # How many bytes were refused since the last eviction.  A reservation that succeeds sets the
-        # number to `_RETRY_BYTES`, so the next reservation without space starts an eviction.
+        # The bytes that were refused since the last eviction.  After a reservation that succeeds,
+        # the number is `_RETRY_BYTES`, so the next reservation without space starts an eviction.
         self._refused = _RETRY_BYTES
         self._is_evicting = False
         self._wait_end = 0.0  # until when (time.monotonic) reservations wait

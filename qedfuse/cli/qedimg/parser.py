@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _OPERAND_MARK: Final = "\ufdd0"
 """The mark in front of an operand that begins with a dash.  It is a noncharacter of Unicode."""
 _NEGATIVE: Final = re.compile(r"-\d")
-"""The beginning of a size such as ``-1G``; no option begins with a digit."""
+"""The beginning of a size such as ``-1G``; no option has a digit after the dash."""
 
 
 class Parser(argparse.ArgumentParser):

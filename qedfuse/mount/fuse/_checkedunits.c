@@ -69,8 +69,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* A read that reaches the end of a unit goes to the Python function if a unit ahead is missing, because
-     * that function fetches the units that a sequential reader needs soon. */
+    /* If a read reaches the end of a unit, and a unit ahead is missing, the Python code carries out the
+     * read.  That code fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;

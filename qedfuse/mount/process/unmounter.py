@@ -10,8 +10,8 @@ The unmounter also connects to the log daemon for the server, after a restart of
 sandbox allowed the server to connect, the server could connect to every Unix socket of the host,
 because neither Landlock nor seccomp can permit single paths of sockets.
 
-Each request has a process of its own, so that a forced unmount need not wait for an ordinary one.
-The ordinary unmount may wait until the server has answered the kernel's requests.
+Each request has a process of its own.  An ordinary unmount may wait until the server has answered
+the kernel's requests, and the request to detach the mount must not wait for that.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class HelperUnmounter(HelperProcess):
     def _ask(self, request: bytes) -> tuple[str | None, list[int]]:
         """Send a request and wait for its reply; return the text and the descriptors of the reply.
 
-        The text is None if the reply has none (see `_answer`).
+        The text is None if the reply contains no text (see `_answer`).
 
         Raises:
             QedError: The reply is an error.
