@@ -4,7 +4,7 @@
     ├── UsageError                EINVAL    1  invalid arguments, or arguments that conflict
     ├── ReadOnlyError             EROFS     1  the disk is read-only and cannot be changed
     ├── HostError                 (host's)  2  the host's file system or kernel refused
-    │   ├── NoSpaceError          ENOSPC    2  no space: past the end of the disk, or on the host
+    │   ├── NoSpaceError          ENOSPC    2  the host is full, or a PastEndError
     │   │   └── PastEndError      ENOSPC    2  a write begins at or past the end of the disk
     │   ├── CacheError            (host's)  2  the cache for remote files cannot be used
     │   ├── RemoteError           EIO      22  a server cannot be reached, or does not serve a file
@@ -135,8 +135,8 @@ class RemoteError(HostError):
     """A server cannot be reached, refuses a request, or does not serve a file as needed.
 
     Attributes:
-        is_logged: Whether a request that fails with this error can leave it out of the log, in most
-            cases because the log has the cause already.
+        is_logged: Whether a request that fails with this error need not log it.  In most cases the
+            log has the cause already.
     """
 
     exit_code = 22
@@ -214,7 +214,7 @@ class CorruptImageError(ImageError):
 class NeedsCheckError(ImageError):
     """The image must be checked first, and was not.
 
-    Either the caller gave no inspector, or the image is too large to be checked.
+    Either the caller has not allowed a check, or the image is too large to be checked.
     """
 
     errno = errnos.EIO

@@ -79,10 +79,10 @@ class Components:
             lacks_base=header.has_backing and not bases,
         )
 
-        # Write-back, which the quarantine observes; and the guard before the first write
+        # Write-back
         #
-        # A `FreeMap` divides the clusters of the file into blocks.  The maps of the quarantine and
-        # of the marking are made like this empty map.  It has the table size and the anchor of the
+        # A `FreeMap` divides the clusters of the file into blocks.  `Quarantine` and `Marking` make
+        # their maps like the empty `map_template`.  It has the table size and the anchor of the
         # allocator's map (`Allocator.anchor`), and these two decide where the blocks begin.  So the
         # blocks of all maps begin at the same clusters.
         anchor = header.l1_end >> header.geometry.cluster_bits

@@ -72,7 +72,7 @@ class _Table(NamedTuple):
 
 
 async def read_gpt(read: ReadDisk, size: int) -> PartitionTable | None:
-    """Return the GUID partition table of a disk of ``size`` bytes; None if there is none.
+    """Return the GUID partition table of a disk of ``size`` bytes; None if there is no usable one.
 
     As in Linux, a GPT counts only if the first sector is a boot record with a protective entry.  If
     this entry is missing, a program that knows only DOS tables may have replaced the GPT by a DOS

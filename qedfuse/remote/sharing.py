@@ -5,8 +5,8 @@ opener uses the entry, and by two bytes while several may use it.  So one lseek(
 there are other openers.
 
 Another program may truncate the file, which then has neither of the two lengths.  No write reaches
-the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can do
-so, if the other program truncates the file while `join` sets the length.
+the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can
+give it one, if the other program truncates the file while `join` sets the length.
 
 Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock,
 and so knows that it is not alone.  The lock belongs to the open file description
@@ -45,8 +45,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
         size: The size of the object in bytes.
 
     Raises:
-        OSError: The file was truncated (EBADMSG), another opener holds the lock (EWOULDBLOCK), or
-            the host refused.
+        OSError: The file was truncated (EBADMSG), another opener holds the lock of ``lock_fd``
+            (EWOULDBLOCK), or the host refused.
     """
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:

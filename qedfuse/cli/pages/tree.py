@@ -1,4 +1,4 @@
-"""The generated files, and their paths below ``docs/share/``."""
+"""The man pages and the files for shells: their texts, and their paths below ``docs/share/``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def files() -> dict[str, str]:
-    """Return the text of each generated file, by its path below ``docs/share/``."""
+    """Return the text of each file, by its path below ``docs/share/``."""
     generated = {"man/man1/qedimg.1": man.qedimg_page(), "man/man8/qedfuse.8": man.qedfuse_page()}
     for program in (programs.qedimg(), programs.qedfuse()):
         generated |= {
@@ -23,7 +23,7 @@ def files() -> dict[str, str]:
 
 
 def write(directory: Path) -> None:
-    """Write all generated files below a directory; create directories, and replace files."""
+    """Write all files below a directory; create directories, and replace files."""
     for name, text in files().items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

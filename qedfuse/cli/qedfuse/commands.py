@@ -76,8 +76,8 @@ def mount(arguments: Arguments) -> int:
         stderr.
         """
         # Without this variable OpenBLAS, which numpy loads, starts a thread per core as soon as it
-        # is loaded.  A value that the user has set is replaced, because `run_session` must be
-        # called before there is a second thread.  The variable takes precedence over
+        # is loaded.  But `run_session` must be called before there is a second thread, so 1 also
+        # replaces a value that the user has set.  The variable takes precedence over
         # OMP_NUM_THREADS and GOTO_NUM_THREADS.  Other libraries that numpy can load in place of
         # OpenBLAS (MKL, BLIS) start no thread before the first long calculation.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"

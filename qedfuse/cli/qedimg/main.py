@@ -268,7 +268,7 @@ def _report_failure(name: str, error: BaseException) -> int:
         code = _exit_code(name, error)
         if error.errno == errno.ENOENT and is_removed():
             return _fail(f"{error} ({REMOVED})", code)
-        # Look the module up instead of importing it, because an import may have failed.
+        # Do not import the module here, because its import may be what has failed.
         log = sys.modules.get(f"{_PACKAGE}.log")
         logged = log is not None and log.was_logged(error)
         return code if logged else _fail(str(error), code)
@@ -307,7 +307,7 @@ def _exit_code(name: str, error: BaseException) -> int:
     `_MIN_OWN_CODE` and the subcommand lists it.  In all other cases the subcommand's code for
     a failure is returned.
     """
-    # Look the module up instead of importing it, because an import may have failed.
+    # Do not import the module here, because its import may be what has failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)
     wanted = error.exit_code if isinstance(error, QedError) else _FAILED

@@ -81,9 +81,9 @@ class Allocator:
         unpunched: Free clusters that may take up space on the host, because they were in
             use after the opening, or were skipped when `end` rose.  `Reclaim` punches them
             without asking the host whether they are holes already.
-        maybe_holes: Free clusters that the scan found, without those that it assumes to be
-            holes of the host's file (`adopt_block`, `finish_scan`).  Many of the clusters in this
-            map are holes, too, so `Reclaim` asks the host before it punches them.
+        maybe_holes: Free clusters that the scan found, and does not assume to be holes of the
+            host's file (`adopt_block`, `finish_scan`).  They can be holes nevertheless, so
+            `Reclaim` asks the host before it punches them.
         tail_is_free: Whether free clusters at the end of the file wait to be cut off.
         handed_out: How many clusters have been handed out so far, for data and for tables.
         scan_complete: Whether the scan has ended with a result.  Until then few free

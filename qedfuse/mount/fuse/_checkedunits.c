@@ -69,7 +69,7 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* If a read reaches the end of a unit, and a unit ahead is missing, the Python code carries out the
+    /* If a read reaches the end of a unit, and a unit ahead is missing, Python code carries out the
      * read.  That code fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
@@ -78,7 +78,7 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 }
 
 /* Returns whether a length is one of the two that the file has if it was not cut.  The file has one byte
- * more while several processes use it (remote/sharing.py). */
+ * more while several processes use its entry in the cache (remote/sharing.py). */
 static int is_uncut(const struct checked_units *units, off_t length)
 {
     return length == units->file_bytes || length == units->file_bytes + 1;

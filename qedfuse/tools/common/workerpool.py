@@ -67,11 +67,11 @@ class WorkerPool(Generic[T]):
         self._last: Ticket | None = None
 
     async def run(self, items: Iterator[T]) -> None:
-        """Call the workers with all items; if a worker raises an exception, raise the exception.
+        """Call one of the workers with each item.
 
         After an exception in one thread, or a cancellation, each thread finishes the item that
-        it has taken and takes no further item.  If several threads raise, their exceptions are
-        raised as a group.
+        it has taken and takes no further item.  The exception of a worker is raised; if several
+        workers raise, their exceptions are raised as a group.
         """
         for first in items:
             # This block runs at most once, because the threads take all items after the first one.
