@@ -103,8 +103,8 @@ def _add(run_map: RunMap, found: dict[str, Any], files: Sequence[tuple[int, int]
     if found["data"] is not True or found.get("compressed") or offset is None or file is None:
         return run_map.add(length, UNKNOWN)
     number, size = file
-    # The part past the end of the file reads as zeros.  Leave this part to QEMU, because a program
-    # that ignores the locks could still make the file longer.
+    # The part past the end of the file reads as zeros now.  Leave this part to QEMU, because
+    # another program could make the file longer, in spite of the locks on the file.
     present = min(length, max(0, size - offset))
     if offset < 0 or not present:
         return run_map.add(length, UNKNOWN)

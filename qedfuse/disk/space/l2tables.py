@@ -29,8 +29,8 @@ async def holding_data(
     """Return for each table whether it holds data; if not, it is a hole of the host's file.
 
     ``tables`` are the file offsets of tables that do not overlap, in ascending order.  The host is
-    queried at most once for each table that holds data, once for each gap between tables that
-    holds data, and once more at the end.  Tables that are holes cost no queries.
+    queried at most once for each table that holds data, once for each gap with data between two
+    tables, and once at the end.  Tables that are holes cost no queries.
 
     Raises:
         HostError: A system call failed.

@@ -112,7 +112,7 @@ class MetadataWriteback:
             self.wake()
 
     def wake(self) -> None:
-        """Let `wait_for_activity` return although nothing was changed."""
+        """Let `wait_for_activity` return, even if nothing was changed."""
         self._is_active = True
         self._activity.set()
 
@@ -189,8 +189,8 @@ class MetadataWriteback:
     def _try_cycle(self) -> bool:
         """Run a cycle without waiting; return False if it cannot be completed.
 
-        After False the changes that were not written are dirty again, and the next cycle makes the
-        others durable.
+        After False the changes that were not written are dirty again.  The next cycle makes durable
+        what this cycle has written.
 
         Raises:
             HostError: A datasync failed.

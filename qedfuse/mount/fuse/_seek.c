@@ -6,8 +6,8 @@
  * no L2 table, and the whole range of the entry is a hole.
  *
  * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table is not
- * in memory or has an invalid entry, if too many slices must be searched, or if Python must decide first
- * (may_seek in set_handler()).
+ * in memory or has an invalid entry, if too many slices must be searched, or if may_seek (set_handler())
+ * does not permit the search.
  */
 
 #include "_readview.h"
@@ -40,8 +40,8 @@ static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
     return is_there;
 }
 
-/* Returns the index of the first entry from `first` on, below `end`, that locates data, or that does not if
- * `for_data` is 0.  Returns `end` if there is none. */
+/* Returns the index of the first entry that locates data; if `for_data` is 0, of the first that locates
+ * none.  Only the entries from `first` up to `end`, exclusive, count; returns `end` if none matches. */
 static uint64_t first_entry(const uint64_t *entries, uint64_t first, uint64_t end, int for_data)
 {
     uint64_t at = first, count;

@@ -115,7 +115,8 @@ def format_of(
         expected: The end of the message, as for `probe_format`.
 
     Raises:
-        UsageError: The bytes are those of an image of a foreign format, or encrypted by LUKS.
+        UsageError: The bytes are those of an image of a foreign format, or of a file that is
+            encrypted by LUKS.
     """
     signature = bytes(content[:SIGNATURE_BYTES])
     if is_qed(signature):

@@ -262,7 +262,7 @@ async def _run(
     ended = trio.Event()
     outcome: Uploaded | Exception | None = None
     outages: list[RemoteError] = []
-    is_cancelled = True  # from outside; False when the nursery has ended without an error
+    is_cancelled = True  # until the nursery has ended without a cancellation from outside
 
     def work() -> Uploaded | None:
         try:

@@ -46,7 +46,7 @@ class ParallelTarget(ABC):
         block_size: Bytes in a block; each block of a chunk is stored as data, as zeros, or not
             at all.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  Where a block is longer than this length, each chunk is one block instead.
+            length.  If a block is longer, the length does not apply: each chunk is one block.
         descriptor: The open file; negative if nothing is written, as in a measurement.
         name: Name of the file in messages.
     """
@@ -93,7 +93,7 @@ class SequentialTarget(ABC):
     Attributes:
         block_size: Bytes in a block; each block of a chunk is stored as data or as zeros.
         max_chunk_bytes: Maximum length of a chunk in bytes; no chunk crosses a multiple of this
-            length.  Where a block is longer than this length, each chunk is one block instead.
+            length.  If a block is longer, the length does not apply: each chunk is one block.
     """
 
     block_size: int
