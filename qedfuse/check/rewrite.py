@@ -184,11 +184,11 @@ class Rewriter:
     async def sync_pending(self) -> None:
         """Make durable what `clear_entries`, `fill` and `overwrite` have written.
 
-        After `clear_entries`, and after a `fill` or an `overwrite` that writes entries missing from
-        a table in use, the caller must call this method before it makes the file longer.  Without
-        the call a crash could leave a longer file with the old entries.  An entry that was invalid
-        because it pointed past the end of the file may be valid in the longer file.  After
-        `new_table` no call is needed, because no entry points to a new table yet.
+        After `clear_entries`, and after a `fill` or an `overwrite` of entries of a table that the
+        end of the file cuts short, the caller must call this method before it makes the file
+        longer.  Otherwise a crash could leave a longer file with the old entries.  An entry that
+        was invalid because it pointed past the end of the file may be valid in the longer file.
+        After `new_table` no call is needed, because no entry points to a new table yet.
         """
         if self._has_pending:
             await self._file.datasync()

@@ -1,6 +1,6 @@
 """Compaction: the highest clusters in use move to the lowest free ones, and the file is cut.
 
-The *target* is the cluster at which the file ends once no free cluster is left in the file.
+The *target* is the cluster at which the file would end if no free cluster were left in the file.
 There are as many clusters in use past the target as free ones before the target.  So every
 data cluster past the target can move to a free one before the target.  Tables move first,
 because a table needs adjacent free clusters.

@@ -9,10 +9,11 @@
 #include "_extraops.h"
 
 /*
- * What locates the data of one disk.  A slice is a part of an L2 table of the top image, with an entry
- * for each of some clusters.  For each slice FlattenedBacking (disk/lookup/flattenedbacking.py) makes an
- * array of codes, which say for each cluster where a backing file holds it.  The table cache keeps such
- * an array as it keeps a slice.  The key of the array is the pair of `codes_key` and the slice's number.
+ * What locates the data of one disk.  A slice is a part of an L2 table of the top image, with an
+ * entry for each of some clusters.  For each slice FlattenedBacking
+ * (disk/lookup/flattenedbacking.py) makes an array of codes, which say for each cluster where a
+ * backing file holds it.  The table cache keeps such an array as it keeps a slice.  The key of the
+ * array is the pair of `codes_key` and the slice's number.
  */
 typedef struct {
     PyObject_HEAD
@@ -27,8 +28,8 @@ typedef struct {
     uint64_t file_count;
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
-    uint64_t window_start;     /* guest offset of the window: the part of the disk that the file shows */
-    long long window_bytes;    /* length of the window, which is within the disk; -1: the whole disk */
+    uint64_t window_start;     /* guest offset of the window, the part of the disk that is shown */
+    long long window_bytes;    /* length of the window, within the disk; -1: the whole disk */
     struct in_place_writes *writes; /* NULL if Python must carry out all writes */
     PyObject *cache_key;     /* first part of the keys of slices of the top image's tables; NULL if the
                               * tables must not be searched here */
@@ -38,8 +39,9 @@ typedef struct {
 /* Returns an attribute as a number; -1 with an exception if that fails. */
 long long number_attribute(PyObject *object, PyObject *name);
 
-/* Returns a new reference to the view of the disk of a handle, if a range lies within the disk, or within
- * the window.  Otherwise returns NULL; an exception may be set then.  `handle` may be an inode number. */
+/* Returns a new reference to the view of the disk of a handle, if a range lies within the disk, or
+ * within the window.  Otherwise returns NULL; an exception may be set then.  `handle` may be an
+ * inode number. */
 ReadView *view_with(uint64_t handle, off_t start, size_t size);
 
 /* Returns the size in bytes of the disk, or of the window; -1 with an exception if that fails. */

@@ -5,9 +5,9 @@
  * a search looks at the entries, from the one of the first cluster on.  Where an L1 entry is 0, there is
  * no L2 table, and the whole range of the entry is a hole.
  *
- * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table is not
- * in memory or has an invalid entry, if too many slices must be searched, or if may_seek (set_handler())
- * does not permit the search.
+ * The search is left to Python (fallocate.py) if the disk has a base, if a slice (part) of a table
+ * is not in memory or has an invalid entry, if too many slices must be searched, or if may_seek
+ * (set_handler()) does not permit the search.
  */
 
 #include "_readview.h"
@@ -40,8 +40,9 @@ static int get_slice_at(ReadView *view, uint64_t offset, Py_buffer *slice)
     return is_there;
 }
 
-/* Returns the index of the first entry that locates data; if `for_data` is 0, of the first that locates
- * none.  Only the entries from `first` up to `end`, exclusive, count; returns `end` if none matches. */
+/* Returns the index of the first entry that locates data; if `for_data` is 0, of the first that
+ * locates none.  Only the entries from `first` up to `end`, exclusive, count; returns `end` if none
+ * matches. */
 static uint64_t first_entry(const uint64_t *entries, uint64_t first, uint64_t end, int for_data)
 {
     uint64_t at = first, count;

@@ -52,7 +52,7 @@ class BlocksInvalidator:
     def flushed(self) -> None:
         """Note that a flush has ended; check now, or later in `run` if the last check was recent.
 
-        Does nothing if the kernel has cached the ``st_blocks`` of none of the files.
+        Does nothing if the kernel caches no ``st_blocks`` of these files.
         """
         if all(exported.cached_blocks < 0 for exported in self._files()):
             return
