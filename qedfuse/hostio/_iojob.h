@@ -24,11 +24,11 @@ struct job {
     size_t part_count;
     PyObject *tag;         /* what the submitter has given to recognise the call */
     PyObject *capsule;     /* holds the answer; NULL without one */
-    struct answer *answer; /* NULL without one */
+    struct answer *answer; /* the thread calls it with the result; NULL without one */
     int64_t result;        /* the system call's result, or -errno */
     int64_t nanoseconds;   /* duration of the system call */
-    int is_collected;      /* under the mutex: the collector no longer needs the job */
-    int is_answered;       /* under the mutex: no answer is running or will run */
+    int is_collected;      /* under the pool's mutex: the event loop no longer needs the job */
+    int is_answered;       /* under the pool's mutex: no answer is running or will run */
     Py_ssize_t buffer_count;
     Py_buffer buffers[];
 };

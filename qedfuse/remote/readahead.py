@@ -8,7 +8,7 @@ from typing import Final
 _MIN_WINDOW_UNITS: Final = 1
 _MAX_SHORT_WINDOW_UNITS: Final = 32
 """Maximum window (`_Stream.window`) of a reader, until the reader has read more units than this in
-sequence: 8 MiB."""
+sequence.  The units have 8 MiB together."""
 _MAX_STREAMS: Final = 8
 """Maximum number of sequential readers that are distinguished."""
 _MAX_GAP_UNITS: Final = 4
@@ -45,10 +45,10 @@ class _Stream:
 class ReadAhead:
     """Recognises sequential readers by the units that they read.
 
-    A read is sequential if it begins near the unit where an earlier read has ended.  Most reads of
-    ready units are not recorded, because the mount's extension answers them from the page cache.
-    So a read is also sequential if it needs the marker, which is one of the units that were fetched
-    ahead, or if it begins directly after the last of these units.
+    A read is sequential if it begins near the unit where an earlier read has ended.  But most reads
+    of a unit are not recorded once the unit is *ready*: the mount's extension answers them from the
+    page cache.  So a read is also sequential if it needs the marker, which is one of the units that
+    were fetched ahead, or if it begins directly after the last of these units.
     """
 
     def __init__(self) -> None:
@@ -81,9 +81,7 @@ class ReadAhead:
         return stream.window
 
     def set_marker(self, first: int, last: int) -> int:
-        """Record that the units ``first`` to ``last`` are fetched ahead of a reader.
-
-        This is the reader of the last read that `record_read` has recorded.
+        """Record that the units ``first`` to ``last`` are fetched ahead of the last recorded reader.
 
         Returns the marker: a unit between ``first`` and ``last``, usually half a window before
         ``last``.  The caller must not let the marker become ready until a reader needs it.  As long

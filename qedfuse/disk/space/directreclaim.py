@@ -1,7 +1,8 @@
 """Freeing clusters on behalf of a request that needs some: "direct reclaim" in Linux.
 
-`Reclaim` frees clusters at the end of each flush.  A request that needs clusters earlier waits
-for a write-back of the tables, and then calls `Reclaim.run` itself:
+Clusters that have lost their reference are in quarantine, until `Reclaim` frees them at the end of
+a flush.  A request that needs clusters earlier waits for a write-back of the tables, and then calls
+`Reclaim.run` itself:
 
 - before the file grows, if enough clusters are in quarantine to be worth the write-back;
 - before the file would exceed its bound, if any clusters are in quarantine.
