@@ -52,8 +52,8 @@ async def read_l1_table(
     Args:
         file: The image.
         classifier: Finds the invalid entries.
-        report: Called for each possible error in each slice of the L1 table that is not a hole,
-            even if no entry has the error.  The arguments are the error, the index of the first
+        report: Called several times for each slice of the L1 table that is not a hole: once for
+            each possible error.  The arguments are the error, the index of the first
             entry of the slice, the entries of the slice, and a mask of the entries that have the
             error.
         keep_short: Whether an entry is valid if it points to a table that the end of the file

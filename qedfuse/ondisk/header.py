@@ -47,8 +47,8 @@ class Header:
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  0 is valid, as in QEMU: the first cluster
-            still belongs to the header, but a backing name is refused.
+        header_size: Clusters reserved for the header.  0 is valid, as in QEMU; the header then
+            takes up one cluster, and a backing name is refused.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
         autoclear_features: Autoclear feature bits; unknown ones must be cleared before the

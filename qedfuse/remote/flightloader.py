@@ -1,4 +1,4 @@
-"""Getting the units of flights: from the cache, or from the server with long requests."""
+"""Getting the units of flights (`Flight`): from the cache, or from the server by long requests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FlightLoader:
         self._buffers.clear()
 
     def close(self) -> None:
-        """Close the object; see `RemoteObject.close`.  A request that fails now is no outage."""
+        """Close the object (`RemoteObject.close`); requests that fail now do not count as outages."""
         self._is_closed = True
         self._source.close()
 

@@ -81,7 +81,9 @@ class ReadAhead:
         return stream.window
 
     def set_marker(self, first: int, last: int) -> int:
-        """Record that the units ``first`` to ``last`` are fetched ahead of the last recorded reader.
+        """Record that the units ``first`` to ``last`` are fetched ahead of the latest reader.
+
+        The latest reader is that of the last recorded read.
 
         Returns the marker: a unit between ``first`` and ``last``, usually half a window before
         ``last``.  The caller must not let the marker become ready until a reader needs it.  As long

@@ -78,8 +78,8 @@ class UploadCheck:
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
-            is_stoppable: Whether to raise StoppedError when ``stopped`` is set, also if it is set
-                during the comparison.
+            is_stoppable: Whether to raise StoppedError if ``stopped`` is set before the comparison
+                or during it.
 
         Raises:
             DifferentError: The object differs.

@@ -1,6 +1,7 @@
-"""The pools of connections of a client for web servers, direct or through proxies.
+"""The connection pools of a client for web servers.
 
-The usual variables of the environment (``https_proxy``, ``no_proxy``) configure the proxies.
+The connections are direct or lead through proxies.  The usual variables of the environment
+(``https_proxy``, ``no_proxy``) configure the proxies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of the command lines of qedimg, from its parsers, and of qedfuse, from its help."""
+"""Models of two command lines: qedimg's is made from its parsers, and qedfuse's from its help."""
 
 from __future__ import annotations
 

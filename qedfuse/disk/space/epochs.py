@@ -21,8 +21,8 @@ class Epoch:
 
     Attributes:
         closed: Whether the epoch has ended, so that no further request enters it.
-        drained: Set when the requests of this epoch, and of the epochs before it, have ended;
-            None until a task waits for their end.
+        drained: The event that the requests of this epoch, and of the epochs before it, have
+            ended; None until a task waits for the event.
         requests: How many requests of this epoch have not ended yet.
     """
 

@@ -55,7 +55,7 @@ class PersistentFreeList:
     """Ensures that at any moment the list in the file is invalid or right.
 
     Attributes:
-        wanted: Whether a clean close writes a list if it can; final when `open` has returned.
+        wanted: Whether a clean close writes a list if it can; constant after the end of `open`.
     """
 
     def __init__(

@@ -168,7 +168,8 @@ class Sandbox:
         """Put the sandbox into force in all threads, and set ``in_force``.
 
         Args:
-            files: Descriptors of further files and directories, and the rights that stay on each.
+            files: Descriptors of files and directories for which the rules need an addition, with
+                the rights that stay on each.
 
         Raises:
             HostError: The mode is ``strict``, and the kernel refused something.

@@ -68,7 +68,7 @@ class _Families:
 
 
 def exposition(documents: Iterable[Mapping[str, Any]]) -> str:
-    """Return the metrics of mounts, each given as a document of statistics."""
+    """Return the metrics of mounts; ``documents`` has one document of statistics for each mount."""
     families = _Families()
     for document in documents:
         mount = {"mountpoint": printable(document["mountpoint"])}

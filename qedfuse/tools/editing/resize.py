@@ -64,8 +64,9 @@ async def resize(
             address.  Or the disk would become smaller without ``shrink``, or would lose data past
             its new end without ``force``; a bad table entry there counts as data.
         CorruptImageError: A check found damage.  Or the disk would grow, and a table entry for the
-            added range is bad or, without ``force``, refers to data.  Or the disk would shrink with
-            ``force``, and a table entry for the removed range is bad.
+            added range is bad.  Or the disk would grow without ``force``, and such an entry refers
+            to data.  Or the disk would shrink with ``force``, and a table entry for the removed
+            range is bad.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     async with open_writable(path, options) as disk:
