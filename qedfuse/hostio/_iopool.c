@@ -3,7 +3,7 @@
  *
  * A thread of the pool never touches a Python object: it makes the system call, appends the call to
  * the list of finished calls, and makes an eventfd readable.  The event loop (the collector) then
- * takes all calls from the list.  The eventfd is made readable once for each such collection.
+ * takes all calls from the list.  The eventfd is made readable only once before each collection.
  *
  * The fields of a struct job belong to the submitter until it is queued, then to the
  * thread that makes the call, and then to the collector.  Only a read with an answer (_iothreads.c)

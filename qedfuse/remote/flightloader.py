@@ -64,7 +64,7 @@ class FlightLoader:
         self._buffers.clear()
 
     def close(self) -> None:
-        """Close the object (`RemoteObject.close`); requests that fail now do not count as outages."""
+        """Close the object (`RemoteObject.close`); a request that fails later counts as no outage."""
         self._is_closed = True
         self._source.close()
 
@@ -86,8 +86,7 @@ class FlightLoader:
         return missing
 
     def fetch(self, flights: deque[Flight]) -> None:
-        """Fetch the units of adjacent flights that are still missing.
-
+        """Fetch the missing units of adjacent flights.
         Each flight is ended (``finish``), and removed from ``flights``.
         """
         try:

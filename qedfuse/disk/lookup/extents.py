@@ -31,8 +31,8 @@ class Extent(NamedTuple):
         length: Length in bytes.
         file_offset: File offset of the data; 0 for the other kinds.
         depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base
-            and so on; 0 for an unallocated extent.  For zeros that no layer stores,
-            `Chain.extents` may give the depth of the last base.
+            and so on; 0 for an unallocated extent.  For zeros that the image itself does not
+            store, `Chain.extents` may give the depth of the last base, whatever layer stores them.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 

@@ -1,8 +1,8 @@
 """The unmounter: a helper process that unmounts for a server in a sandbox.
 
 A process under Landlock can neither mount nor unmount.  fusermount3 unmounts for ordinary users,
-but gets no privilege from a process that has no_new_privs set, as in the sandbox.  So a server in a
-sandbox asks the unmounter, which was forked before the server entered the sandbox.  The unmounter
+but the sandbox also sets no_new_privs, which takes the privilege of fusermount3 away.  So a server
+in a sandbox asks the unmounter, which was forked before the server entered it.  The unmounter
 unmounts only what is mounted on one path.  It knows this path from the beginning, and no message
 changes the path.
 

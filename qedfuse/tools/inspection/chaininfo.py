@@ -74,8 +74,8 @@ async def describe_chain(
         NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
             URL of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
-        BackingError: A base is missing, refused or of another format, or the chain is a loop
-            or too long.
+        BackingError: A base is missing or refused, or has a format that is not allowed, or the
+            chain is a loop or too long.
         QedError: The image or a base cannot be opened, locked or read.
     """
     options = options or OpenOptions()
