@@ -214,7 +214,7 @@ class CorruptImageError(ImageError):
 class NeedsCheckError(ImageError):
     """The image must be checked first, and was not.
 
-    Either the caller has not allowed a check, or the image is too large to be checked.
+    Either the caller has provided no check (`open_disk`), or the image is too large to be checked.
     """
 
     errno = errnos.EIO

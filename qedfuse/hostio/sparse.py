@@ -18,6 +18,7 @@ the file is a block device."""
 
 def seek(fd: int, offset: int, whence: int) -> int | None:
     """Return the lowest offset, at or past ``offset``, of data or of a hole (lseek(2)).
+
     Returns None if the offset is at or past the end of the file, or if data is searched for and
     none follows.  The end of the file counts as a hole.  If the kernel refuses the call, because
     the file is a block device or the file system does not record holes, the whole file

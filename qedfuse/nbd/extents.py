@@ -72,6 +72,7 @@ class ExtentMap:
 
 class SmallSteps:
     """Measures the time that a search spends on replies that cover few bytes each, for a limit.
+
     Without a limit, a server that reports extents of one byte could prolong a search almost without
     end.  A search asks for ascending offsets.  So a request for a lower offset than the last one,
     or for offset 0, begins a new search.

@@ -1,4 +1,5 @@
 """The threads that fetch units of remote files, and the queues of their work.
+
 The number of trio's threads is limited.  The threads of this module are separate from trio's, so a
 slow server does not delay reads of local files.  There are at most 20 threads, of which at most 16
 fetch at a time.  The others only look up units in the cache, so cached units can be read even while
@@ -41,6 +42,7 @@ _Step: TypeAlias = "tuple[Callable[[], None], deque[Flight], int, int]"
 
 class FetchThreads:
     """Runs the steps of flights (`Flight`): cache lookups, fetches for readers, and prefetches.
+
     Threads and tasks may use the object concurrently.
 
     Attributes:

@@ -64,7 +64,7 @@ class FlightLoader:
         self._buffers.clear()
 
     def close(self) -> None:
-        """Close the object (`RemoteObject.close`); a request that fails later counts as no outage."""
+        """Close the object (`RemoteObject.close`); do not log later failures as outages."""
         self._is_closed = True
         self._source.close()
 
@@ -87,6 +87,7 @@ class FlightLoader:
 
     def fetch(self, flights: deque[Flight]) -> None:
         """Fetch the missing units of adjacent flights.
+
         Each flight is ended (``finish``), and removed from ``flights``.
         """
         try:

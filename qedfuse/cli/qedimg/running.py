@@ -110,9 +110,10 @@ The innermost one handles signals.
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print an exception that no code can catch, such as one in a destructor, or drop it.
+    """Print an exception that no code can catch, unless it is a KeyboardInterrupt.
 
-    A KeyboardInterrupt is dropped: `Interruption.has_signal` records its signal.
+    For example, a destructor has raised the exception.  A KeyboardInterrupt needs no message,
+    because `Interruption.has_signal` records its signal.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
@@ -123,7 +124,7 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     """Handle signals in the block: the first signal cancels the function that `run_async` runs.
 
     If `run_async` is not active, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
-    default ends a process, is ignored until `qedfuse.cli.qedimg.progress.progress` handles it.
+    default ends a process, is ignored unless `qedfuse.cli.qedimg.progress.progress` handles it.
 
     Yields the block's `Interruption`, whose `has_signal` says whether a signal has arrived.
 

@@ -87,10 +87,10 @@ class Chain:
         return joined(result)
 
     async def stored(self, start: int, length: int) -> list[Extent]:
-        """Return the extents of a range that a layer stores, or that lie past the end of a base.
+        """Return how a range is stored; leave out the parts that no layer has allocated.
 
-        A part of the range that no layer has allocated is left out.  There is one exception: a part
-        past the end of a base reads as zeros, and is included as an extent of kind zero.
+        There is one exception: a part past the end of a base is included, of kind zero, if no layer
+        above that base has allocated it.
 
         Raises:
             HostError: The host cannot read a table.

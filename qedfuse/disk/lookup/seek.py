@@ -118,6 +118,7 @@ async def _slice_end(layer: QedLayer, start: int) -> int:
 
 async def _past_data(chain: Chain, start: int) -> int:
     """Return the guest offset at which the image's own data at ``start`` ends.
+
     Only one slice of L2 entries is searched, so data may go on at the returned offset.  Bad L2
     entries count as data.  Returns ``start`` if the image itself has no data there, or is raw.
 

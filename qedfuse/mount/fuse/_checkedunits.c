@@ -162,8 +162,8 @@ int may_have_holes(const struct checked_units *units, const char *data, uint64_t
 {
     size_t at = 0, length;
 
-    /* The kernel answers a read of a hole with zeros.  So a block of zeros may be a hole, unless the
-     * block is known to be all zeros. */
+    /* The kernel answers a read of a hole with zeros.  So a block of zeros may be a hole, unless
+     * the content of the block is known to be zeros. */
     for (; at < size; at += length) {
         length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
         if (length > size - at)

@@ -2,7 +2,7 @@
 
 A process under Landlock can neither mount nor unmount.  fusermount3 unmounts for ordinary users,
 but the sandbox also sets no_new_privs, which takes the privilege of fusermount3 away.  So a server
-in a sandbox asks the unmounter, which was forked before the server entered it.  The unmounter
+in a sandbox asks the unmounter, which was forked before the sandbox was entered.  The unmounter
 unmounts only what is mounted on one path.  It knows this path from the beginning, and no message
 changes the path.
 

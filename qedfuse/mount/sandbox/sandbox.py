@@ -168,8 +168,8 @@ class Sandbox:
         """Put the sandbox into force in all threads, and set ``in_force``.
 
         Args:
-            files: Descriptors of files and directories for which the rules need an addition, with
-                the rights that stay on each.
+            files: Descriptors of files and directories to add to the rules, each with the rights
+                that stay.
 
         Raises:
             HostError: The mode is ``strict``, and the kernel refused something.
