@@ -66,7 +66,7 @@ class WritePath:
         epochs: Epochs,
         zero_fill: ZeroFill,
     ) -> None:
-        """Write to ``layer``, the top of ``chain``."""
+        """Prepare to write to ``layer``, the top of ``chain``."""
         self._zero_fill = zero_fill
         self._chain = chain
         self._epochs = epochs

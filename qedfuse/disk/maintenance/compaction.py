@@ -71,7 +71,7 @@ class Compaction:
         flusher: Flusher,
         reclaim: Reclaim,
     ) -> None:
-        """Compact the file of ``layer``; ``tables`` and ``data`` choose what moves."""
+        """Prepare to compact the file of ``layer``; ``tables`` and ``data`` choose what moves."""
         self._layer = layer
         self._allocator = allocator
         self._tables = tables

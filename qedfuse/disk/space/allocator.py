@@ -97,7 +97,7 @@ class Allocator:
         missing_tables: Callable[[], int],
         marking: Marking,
     ) -> None:
-        """Allocate in a file, all of whose clusters count as in use at first.
+        """Prepare to allocate in a file; at first all of its clusters count as in use.
 
         Args:
             header: The header of the image.

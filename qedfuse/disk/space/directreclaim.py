@@ -46,7 +46,7 @@ class DirectReclaim:
         flusher: Flusher,
         scan: Scan,
     ) -> None:
-        """Free clusters that are in ``quarantine``, or that ``scan`` finds."""
+        """Prepare to free clusters that are in ``quarantine``, or that ``scan`` finds."""
         self._allocator = allocator
         self._bits = allocator.cluster_bits
         self._quarantine = quarantine

@@ -28,7 +28,7 @@ typedef struct {
     uint64_t file_count;
     unsigned int cluster_bits; /* binary logarithm of the cluster size in bytes */
     unsigned int slice_bits;   /* binary logarithm of the number of entries in a slice */
-    uint64_t window_start;     /* guest offset of the window, the part of the disk that is shown */
+    uint64_t window_start;     /* guest offset of the window, the part of the disk that reads see */
     long long window_bytes;    /* length of the window, within the disk; -1: the whole disk */
     struct in_place_writes *writes; /* NULL if Python must carry out all writes */
     PyObject *cache_key;     /* first part of the keys of slices of the top image's tables; NULL if the

@@ -74,7 +74,7 @@ async def describe_chain(
         NotQedError: ``image_format`` is ``qed`` and the file has no QED magic, or the file is a
             URL of an image in another format than QED and raw.
         ForeignError: The file is of a format that QEMU reads, and QEMU fails or is missing.
-        BackingError: A base is missing or refused, or has a format that is not allowed, or the
+        BackingError: A base is missing or refused, or has a format that the policy forbids, or the
             chain is a loop or too long.
         QedError: The image or a base cannot be opened, locked or read.
     """

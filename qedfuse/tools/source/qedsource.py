@@ -23,7 +23,7 @@ class QedSource:
     format: ImageFormat = "qed"
 
     def __init__(self, disk: Disk, path: str) -> None:
-        """Read an open disk.  The caller must close the disk later."""
+        """Prepare to read an open disk; the caller must close the disk later."""
         self._disk = disk
         self._reader = ChainRunReader(list(disk.chain.layers))
         self.path = path

@@ -102,7 +102,7 @@ class RawSource:
     format: ImageFormat = "raw"
 
     def __init__(self, file: ReadableFile, size: int, *, is_device: bool = False) -> None:
-        """Make a reader of an open file of ``size`` bytes; the caller must close the file later."""
+        """Prepare to read an open file of ``size`` bytes; the caller must close the file later."""
         self._file = file
         self.path = file.path
         self.name = file.name
