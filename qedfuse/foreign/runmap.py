@@ -58,7 +58,7 @@ class RunMap:
     A run has a start, which is a disk offset, and a target.  The target is 0 if only QEMU can read
     the run, and 1 for zeros.  Otherwise it is ``256 * offset + number + 2``, where ``offset`` is
     the file offset of the run's first byte, and ``number`` is the number of the file.  The mount's
-    extension reads the same numbers (``_readfiles.c``).
+    extension decodes these targets as well (``_readfiles.c``).
 
     One thread adds runs while others search.  A concurrent search finds a new run as a whole or not
     at all: a run is written first, then the count, then the end, and `parts` reads them in the
@@ -91,8 +91,8 @@ class RunMap:
     def add(self, length: int, file: int, offset: int = 0) -> bool:
         """Add a range that follows the last run; return False if the map is full.
 
-        A range whose target continues that of the last run makes this run longer, also if the map
-        is full.  Any other range becomes a new run, for which the map must have space.
+        A range whose target continues that of the last run makes this run longer, even in a full
+        map.  Any other range becomes a new run, for which the map must have space.
 
         Args:
             length: Length of the range in bytes.

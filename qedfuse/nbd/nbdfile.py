@@ -183,7 +183,7 @@ class NbdFile(ReadOnlyFile):
     def _attempts(self, offset: int, length: int) -> Attempts:
         """Return the attempts of a read.
 
-        The attempts are brief (`Attempts`) if a read of one of the same units has just failed.
+        The attempts are brief (`Attempts`) if another read of one of its units has just failed.
         """
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)
@@ -221,10 +221,10 @@ class NbdFile(ReadOnlyFile):
             elif found.is_zero is is_zero:
                 return offset
             elif time.monotonic() > end:
-                # The time of the search is over.  Zeros may always be reported as data.  So a
-                # search for zeros records the whole export as data, and a search for data records
-                # the rest of this extent of zeros as data.  Then the next search has the same
-                # result.
+                # The time of the search is over, so it reports zeros as data, which is always
+                # allowed.  So that the next search has the same result, a search for zeros records
+                # the whole export as data, and a search for data records the rest of this extent
+                # of zeros as data.
                 if is_zero:
                     self._extents.set_all_data()
                     return None

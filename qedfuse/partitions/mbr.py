@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SECTOR_BYTES: Final = 512
 """Length in bytes of a boot record, and of the sectors in which a DOS table counts."""
 PROTECTIVE_TYPE: Final = 0xEE
-"""Type of the entry that protects a GPT: programs that know only DOS tables see a full disk."""
+"""Type of the entry that protects a GPT: it covers the disk, so that programs that know only DOS
+tables find no free space."""
 _EXTENDED_TYPES: Final = (0x05, 0x0F, 0x85)
 _MAX_EMPTY_RECORDS: Final = 100
 """Maximum number of consecutive records without a partition, as in Linux."""
@@ -180,7 +181,7 @@ async def _logical(
 
     Each extended boot record has an entry for one logical partition, whose ``start`` is relative to
     this record, and an entry for the next record, whose ``start`` is relative to the beginning of
-    the extended partition.  An error in the chain is added to ``problems``.
+    the extended partition.  An error in the chain is added to ``problems``, and ends the iteration.
     """
     sector = extended.start
     seen: set[int] = set()

@@ -3,7 +3,7 @@
  * zlib itself computes it with tables, and takes six times as long.  The method is that of "Fast
  * CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009), with the
  * constants for reflected bits.  Four accumulators of 128 bits are folded over the data, 64 bytes in
- * each step.  The four are then folded into one, and a Barrett reduction makes 32 bits of this one.
+ * each step.  The four are then folded into one, and a Barrett reduction turns it into 32 bits.
  *
  * The module cannot be imported on processors without this multiplication, or if neither gcc nor
  * clang has compiled it; its importer then uses zlib.
@@ -42,7 +42,7 @@ __attribute__((target("pclmul,sse4.1"))) static inline __m128i fold(
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* Return the state after `length` more bytes, a multiple of 16 that is at least FOLD_BYTES. */
+/* Return the state after `length` more bytes; `length` is a multiple of 16, at least FOLD_BYTES. */
 __attribute__((target("pclmul,sse4.1"))) static uint32_t by_folding(
     uint32_t state, const uint8_t *bytes, size_t length)
 {

@@ -1,8 +1,8 @@
 """The interface of clients of object stores and web servers: ask for a version, read a range.
 
 Each call blocks the calling thread.  A client does not repeat a request that failed:
-`qedfuse.remote.object` repeats the failed call.  Only `settled_version` sends further requests,
-because a successful answer may not identify a version yet.
+`qedfuse.remote.object` repeats the failed call.  `settled_version` repeats a successful query if
+its answer does not identify a version yet.
 """
 
 from __future__ import annotations
@@ -169,9 +169,9 @@ class Client(Protocol):
 
 
 def settled_version(query: Callable[[], tuple[Version, float | None]]) -> Version:
-    """Return the present version of an object, as soon as its validator identifies the version.
+    """Return the present version of an object; wait until its validator identifies the version.
 
-    A version without a validator is returned immediately.
+    A version with an entity tag, or without a validator, is returned after the first query.
 
     The time of the last change has a resolution of one second.  So if an object without a strong
     entity tag has just changed, it could change again within the same second, and the time would

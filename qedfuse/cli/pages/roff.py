@@ -13,7 +13,7 @@ _WRAPPER: Final = TextWrapper(width=76, break_long_words=False, break_on_hyphens
 _ESCAPED: Final = str.maketrans(
     {
         "\\": r"\e",
-        "-": r"\-",  # an ASCII hyphen, which can be copied into a shell
+        "-": r"\-",  # prints the ASCII character; roff may print a bare "-" as a Unicode hyphen
         "'": r"\(aq",
         "`": r"\(ga",
         "^": r"\(ha",

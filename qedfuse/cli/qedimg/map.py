@@ -221,7 +221,7 @@ async def _list_rest(arguments: argparse.Namespace, listed: _Listed, on_progress
 
 
 def _bad_tables(image: str, found: str) -> CorruptImageError:
-    """Return the error for bad table entries, of which ``found`` says how many there are."""
+    """Return the error for bad table entries; ``found`` is their number with a noun."""
     return CorruptImageError(
         f"{shown_name(image)}: tables: found {found}, expected offsets inside the file "
         "(see: qedimg check)"

@@ -260,9 +260,9 @@ class FreeMap:
         return found
 
     def tail_start(self, end: int, max_used: int) -> int:
-        """Return where the longest range begins that ends before ``end`` and has few used clusters.
+        """Return the start of the longest range directly below ``end`` with few used clusters.
 
-        A used cluster is one that is not free.  The range has at most ``max_used`` of them.
+        The range has at most ``max_used`` used clusters, which are clusters that are not free.
         Returns 0 if the range can begin at the first cluster of the file.
         """
         position, left = end + self.alignment, max_used

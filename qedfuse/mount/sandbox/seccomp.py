@@ -156,7 +156,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
 
 def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     """Yield the rules for making and connecting sockets, as `_rules` does."""
-    # The unmounter receives one socket of a pair with each request.
+    # For each request to its helper, the unmounter, the server makes a pair of such sockets.
     yield (
         "socketpair",
         _ALLOW,

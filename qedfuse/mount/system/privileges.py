@@ -18,8 +18,8 @@ _SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/s
 def find_fusermount() -> str | None:
     """Return the path of fusermount3, which mounts for ordinary users; None if it is missing.
 
-    The directories in PATH are searched first, and then the directories of the system.  mount(8)
-    starts qedfuse with another PATH, which may lack the directory of fusermount3.
+    The directories in PATH are searched first, and then the directories of the system, because
+    mount(8) sets a PATH of its own, which may lack the directory of fusermount3.
     """
     return shutil.which("fusermount3") or shutil.which("fusermount3", path=_SYSTEM_PATH)
 
