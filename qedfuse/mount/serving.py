@@ -158,8 +158,8 @@ class Server:
 
         Returns:
             None if no data was lost.  An error if a forced unmount may have lost data, or if a
-            write was lost that covers only a part of a cluster, because the other part could not
-            be read.  With or without an error, the caller must close the disks to make the last
+            write to a part of a cluster was lost because the rest of the cluster could not be
+            read.  With or without an error, the caller must close the disks to make the last
             changes durable.
 
         Raises:
@@ -212,7 +212,8 @@ class Server:
     ) -> QedError | None:
         """Announce the mount ``entry``, and answer requests until the mount is gone.
 
-        The other arguments, the result and the errors are those of `run`.
+        ``connection`` is the descriptor of the connection to the kernel.  The other arguments, the
+        result and the errors are those of `run`.
         """
         options, operations = self._options, self._operations
         announcement.write_record(entry.device)

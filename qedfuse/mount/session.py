@@ -74,8 +74,8 @@ class MountRequest:
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written when the
             mount exists, shortly before the disks can be used; None to write no such file.
-        fake: Whether only to check the arguments, and to open and close the disks.  A fake mount
-            mounts nothing, and does not check the privileges of the user.
+        fake: Whether to mount nothing.  A fake mount checks the arguments, and opens and closes the
+            disks.  It does not check the privileges of the user.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
             stored in the mount record, so that a remount can compare its options with them.
         log: Where messages go once the disks can be used; None for stderr.

@@ -167,7 +167,7 @@ class LocalData:
         )
 
     def is_whole(self) -> bool:
-        """Return False if the file was truncated, even if writes have made it longer again.
+        """Return whether the file was never truncated; later writes do not make it whole again.
 
         Returns True if this object is closed or not `is_readable`, and False if the host refuses.
         """

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 try:
     from qedfuse.remote._crc32 import crc32
-except ImportError:  # not built, or another processor
+except ImportError:  # not built, or the processor lacks the instruction
     from zlib import crc32
 
 UNIT_BYTES: Final = 1 << 18

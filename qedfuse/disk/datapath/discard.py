@@ -99,7 +99,7 @@ class Discard:
             await self._write_path.zero_range(last, end)
 
     async def drop(self, start: int, end: int, progress: Progress | None = None) -> None:
-        """Deallocate whole clusters, and leave unallocated and zero clusters unchanged.
+        """Deallocate the data clusters of a range; leave unallocated and zero clusters unchanged.
 
         Unlike `discard`, this method also works past the end of the disk.
 

@@ -159,7 +159,7 @@ class _Reader:
     async def _read_chain(self, descriptor: Descriptor) -> tuple[list[int], list[Runs]]:
         """Read the list clusters; return the file offset of each, and the runs of each.
 
-        Each list cluster must lie behind the previous one, so the chain cannot be a loop.
+        The offsets of the list clusters must ascend, so the chain cannot be a loop.
 
         Raises:
             BadListError: A list cluster is invalid, or the list does not have as many runs as

@@ -113,7 +113,7 @@ class DataRequests:
             await self._drained.wait()
 
     def take_read(self) -> Request:
-        """Take the read that is being handled from pyfuse3; return the object that answers it."""
+        """Keep pyfuse3 from getting the present read; return the object that answers the read."""
         pending = self._defer_read()
         self._deferred += 1
         return pending
@@ -131,7 +131,7 @@ class DataRequests:
             self.answer_slowly(pending, read.handle, read.offset, read.size)
 
     def answer_slowly(self, pending: Request, handle: int, offset: int, size: int) -> None:
-        """Let a task answer a read that neither its thread nor the kernel's queue has answered."""
+        """Let a task answer a read that has failed in a thread, or in the io_uring of the mount."""
         self._nursery.start_soon(self._answer, pending, handle, offset, size)
 
     async def _answer(self, pending: Request, handle: int, offset: int, size: int) -> None:

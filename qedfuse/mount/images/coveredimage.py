@@ -28,7 +28,7 @@ def refuse_image_as_mountpoint(mountpoint: str, sources: Sequence[str]) -> None:
         sources: The paths and URLs of the sources, as the user gave them, but absolute.
 
     Raises:
-        MountpointError: The mountpoint is an image.
+        MountpointError: The mountpoint is an image, and not one of the sources.
         HostError: /proc is not mounted.
     """
     found = _image_format(mountpoint)

@@ -1,7 +1,8 @@
-"""Serving short connections beside the requests of a mount, so that no client can stop the mount.
+"""Serving short connections beside the requests of a mount.
 
 Each connection is served by a task of its own for a limited time.  While the maximum number of
-connections is being served, new connections are closed without an answer.
+connections is being served, new connections are closed without an answer.  So no client can stop
+the mount.
 """
 
 from __future__ import annotations

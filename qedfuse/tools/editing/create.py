@@ -1,7 +1,7 @@
 """Creating a new empty image, which gets its name when it is complete.
 
-Only `preallocate` is asynchronous.  `create` is not, because it does not block for long without
-``fill``, and loading trio would slow down a script that creates many images.
+Only `preallocate` is asynchronous.  `create` is not, because it normally does not block for long,
+and loading trio would slow down a script that creates many images.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ class FreeListInfo:
     Attributes:
         present: Whether the feature bit of the list is set; QEMU refuses an image with this
             bit.
-        valid: Whether there is a list that could be read and is valid.
+        valid: Whether there is a valid list.
         runs: Number of runs of free clusters in the list.
         clusters: Number of free clusters in the list.
         bytes: Total length in bytes of the free clusters in the list.
         list_clusters: Number of clusters that store the list itself.  The list is stored in free
             clusters, so these clusters are in the list, and are counted in ``clusters``.
-        problem: Why the list is invalid or could not be read, in one line; empty if the list is
-            valid or there is no list.
+        problem: Why the list is invalid, in one line; empty if the list is valid or there is no
+            list.
     """
 
     present: bool
