@@ -129,7 +129,7 @@ def system_log(path: str = _SYSLOG) -> logging.Handler:
     except OSError:  # for example, /dev/log is a link into a directory that is missing
         return logging.NullHandler()
     handler = SystemLogHandler(handle, name)
-    # The system log gets tracebacks, although stderr does not get them without debugging.
+    # The system log always gets tracebacks; stderr gets them only with ``-d``.
     handler.setFormatter(_TracebackFormatter("%(message)s"))
     return handler
 

@@ -1,9 +1,9 @@
 """Calling a function that may block in the kernel, with a time limit.
 
-A system call that waits for the server of a FUSE mount cannot always be interrupted, not even by
-SIGKILL.  A call in a worker thread could keep the process from ending, because a process ends only
-when all its threads have ended.  Therefore the function is called in a child process.  When the
-time is over, the caller continues without waiting for the end of the child.
+Even SIGKILL may fail to interrupt a system call that waits for the server of a FUSE mount.  Such a
+call in a worker thread could keep the process from ending, because a process ends only when all its
+threads have ended.  Therefore the function is called in a child process.  When the time is over,
+the caller continues without waiting for the end of the child.
 """
 
 from __future__ import annotations

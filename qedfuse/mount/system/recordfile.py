@@ -142,7 +142,7 @@ class MountRecordFile:
         Nothing is removed or added if no record was written.  An error of the host is ignored.
 
         Args:
-            failure: What failed; None if nothing failed, which removes the record.
+            failure: What failed; None if nothing failed, to remove the record.
             exit_code: The exit code of the server, recorded with the failure.
         """
         try:

@@ -35,8 +35,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
     Raises:
         BusyError: The mount is in use, and ``lazy`` is False.
-        PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount, as
-            does root without CAP_SYS_ADMIN.
+        PrivilegeError: fusermount3 is missing, or the caller lacks the privilege to unmount.  For
+            root this privilege is CAP_SYS_ADMIN.
         FuseError: The mount cannot be unmounted for another reason, for example because nothing
             is mounted on the path, because fusermount3 finds no mount of the caller on the path, or
             because the host cannot start fusermount3.
