@@ -81,7 +81,7 @@ class GuestReads:
         """Whether `try_read` looks for the data of the image's file in the host's page cache.
 
         False after several reads in a row whose data was not in the page cache, until threads or
-        the kernel's queue find the data of some reads there (`ReadPolicy`).  Always False if the
+        io_uring have found the data of some reads there (`ReadPolicy`).  Always False if the
         host's file system does not support a read from the page cache only.  Always True if the
         image's file has no `ReadPolicy`, for example because the file is on a server.
         """

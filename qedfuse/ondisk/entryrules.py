@@ -59,7 +59,7 @@ class EntryRules:
     """The rules for the entries of one level of tables.
 
     Attributes:
-        limits: The limits that plain numbers can express.
+        limits: The limits that the header, the L1 table and the length of the file set.
         tables: File offsets of the L2 tables that targets must not overlap, ascending.
         allow_cut_short: Whether a target that begins inside the file is allowed to end past the end
             of the file.
@@ -83,7 +83,7 @@ class EntryRules:
     def invalid_mask(self, values: Values) -> Mask | None:
         """Return for each entry whether it is invalid; None if no entry is invalid.
 
-        Markers, such as 0 for an unallocated cluster, are not invalid.
+        Markers, such as 0 for an unallocated cluster, count as valid.
         """
         used = values > self.limits.largest_marker
         offsets = values[used]

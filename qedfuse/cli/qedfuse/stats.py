@@ -112,8 +112,8 @@ def _live(console: Console) -> Iterator[Live]:
     from rich.live import Live  # noqa: PLC0415  slow to load
 
     # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
-    # in a process with several threads.  With `redirect_stderr` rich prints messages above the
-    # display, which is needed only if both are on the terminal.
+    # in a process with several threads.  With `redirect_stderr` rich prints the text for stderr
+    # above the display.  This is needed only if stderr is a terminal like stdout.
     live = Live(
         console=console,
         auto_refresh=False,

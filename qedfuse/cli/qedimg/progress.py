@@ -33,9 +33,9 @@ class Meter:
     """Shows how much of the work is done.
 
     The first call of `report` can come late, because some images are checked or scanned for free
-    space before the work begins.  Therefore a thread shows the bar when the delay has passed, even
-    if `report` has not been called.  Without a delay there is no thread, and the caller can show
-    the bar with `show`.
+    space before the work begins.  Therefore a thread shows the bar after a delay, even if `report`
+    has not been called.  If the delay is 0, there is no thread, and the caller can show the bar
+    with `show`.
     """
 
     def __init__(

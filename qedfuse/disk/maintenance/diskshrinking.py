@@ -65,7 +65,7 @@ class DiskShrinking:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Shrink ``layer``, the top of ``chain``; ``disk_size`` is its size."""
+        """Shrink the disk of ``layer``, the top of ``chain``; ``disk_size`` changes its size."""
         self._chain = chain
         self._layer = layer
         self._disk_size = disk_size

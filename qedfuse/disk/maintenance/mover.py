@@ -240,7 +240,7 @@ class Mover:
                 at += len(content)
 
     def _refuse_short_file(self, end: int) -> None:
-        """Raise if the file has fewer than ``end`` bytes, because another program has cut it.
+        """Raise if another program has cut the file to fewer than ``end`` bytes.
 
         Raises:
             HostError: The file is shorter.

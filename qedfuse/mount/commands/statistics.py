@@ -155,7 +155,7 @@ def _ask_server(mountpoint: str, entry: MountEntry) -> _Answer:
 
 
 def mountpoints_to_ask(path: str | None) -> Sequence[str]:
-    """Return ``path`` alone, or all mountpoints that this user may ask if ``path`` is None.
+    """Return ``path`` alone; if it is None, return the result of `find_mountpoints`.
 
     Raises:
         MountpointError: ``path`` is None, and there is no mount that this user may ask.

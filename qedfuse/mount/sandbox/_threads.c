@@ -165,7 +165,7 @@ static int send_signal(DIR *tasks, pid_t thread, int signal_number)
         return 0;
     failed = errno;
     atomic_store(&item->state, ENDED);
-    return failed == ESRCH ? 0 : failed; /* the thread may have ended */
+    return failed == ESRCH ? 0 : failed; /* ESRCH: the thread has ended */
 }
 
 /* Send the signal to all other threads, and list the threads again until a list has no new thread.

@@ -85,5 +85,5 @@ def removing_needs_override(directory: int) -> bool:
 
 
 def capability_names(capabilities: int) -> list[str]:
-    """Return the names of those capabilities in a set that this module knows."""
+    """Return the names of the capabilities in a set; leave out those that are not in `_NAMES`."""
     return [name for number, name in _NAMES.items() if capabilities >> number & 1]

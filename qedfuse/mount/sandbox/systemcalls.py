@@ -76,6 +76,6 @@ KILL: Final = ("kill", "pidfd_send_signal")
 """Calls that end qemu-nbd."""
 
 CHMOD: Final = ("chmod", "fchmodat", "fchmodat2")
-"""Calls that set the permissions of a file by its name.  The server of a mount that can be written
-to sets the permissions that a file of the mount already has, because the kernel takes over the size
-of the file from the reply (`SizeFixup`)."""
+"""Calls that set the permissions of a file by its name.  The server of a writable mount calls them
+for a file of the mount, with the permissions that the file already has.  From the reply the kernel
+takes over the size of the file (`SizeFixup`)."""
