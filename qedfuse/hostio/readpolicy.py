@@ -1,11 +1,11 @@
 """Which reads the event loop tries itself, and which go to a thread without a try.
 
-The event loop can read what is in the host's page cache (``RWF_NOWAIT``): an *inline* read.  If it
-misses the cache, the kernel starts to fetch the data, and then the read fails.  Such a miss takes
-the event loop longer than a read that finds everything, and gains nothing.  Therefore, after some
-misses in a row, the event loop tries no reads.  Each read then goes directly to a thread, or to a
-queue of the kernel (``_queuedread.c``).  After the thread or the queue has found the data of some
-reads in a row in the page cache, the event loop tries reads again.
+In an *inline* read the event loop reads only what is in the host's page cache (``RWF_NOWAIT``).  If
+it misses the cache, the kernel starts to fetch the data, and then the read fails.  Such a miss
+takes the event loop longer than a read that finds everything, and gains nothing.  Therefore, after
+some misses in a row, the event loop tries no reads.  Each read then goes directly to a thread, or
+to a queue of the kernel (``_queuedread.c``).  After the thread or the queue has found the data of
+some reads in a row in the page cache, the event loop tries reads again.
 
 A sequential reader mostly finds what the kernel has read ahead, so its reads stay inline.
 """

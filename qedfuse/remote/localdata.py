@@ -30,8 +30,8 @@ cachestat(2) to mincore(2).  A page in the page cache can be *invalid*: the kern
 from the disk, or has failed to write it.  cachestat(2) counts such a page, but mincore(2) does not.
 A read with ``RWF_NOWAIT`` does not return the page, but splice(2) would read it from the disk.  So
 the extension calls mincore(2) before splice(2).  It omits this call for a unit whose pages cannot
-become invalid any more: a mincore(2) has found all of them valid, none of them had still to be
-written to the disk, and no other process has the entry open.
+become invalid any more: an earlier mincore(2) has found all of them valid, none of them was then
+waiting to be written to the disk, and no other process has the entry open.
 
 Bytes that were not compared can still be returned in these cases:
 

@@ -255,8 +255,8 @@ class UnitFile:
     def _may_cache(self, unit: int, checksum: int) -> bool:
         """Return False if a unit is damaged, and therefore must not enter the page cache.
 
-        Returns True without a comparison if there is no other opener, if the page cache already has
-        the unit, or if the file system does not support reads around the page cache.
+        Returns True without a comparison if no other `UnitFile` has the entry open, if the page
+        cache has the unit already, or if the file system does not support reads around the cache.
         """
         length, offset = self.length(unit), unit * UNIT_BYTES
         is_shared = os.lseek(self.data_fd, 0, os.SEEK_END) != self.size + ALONE_BYTES

@@ -24,7 +24,7 @@ class Interval:
 
     def __init__(self, seconds: float, disk: Mapping[str, Any]) -> None:
         """Describe an interval; the arguments are the attributes."""
-        self.seconds = max(seconds, 1e-9)  # never 0, because the rates are divided by it
+        self.seconds = max(seconds, 1e-9)  # never 0, because counters are divided by it
         self.disk = disk
 
     def rate(self, operation: str, counter: str = "requests") -> float:

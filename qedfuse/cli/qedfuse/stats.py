@@ -113,7 +113,7 @@ def _live(console: Console) -> Iterator[Live]:
 
     # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
     # in a process with several threads.  With `redirect_stderr` rich prints the text for stderr
-    # above the display.  This is needed only if stderr is a terminal like stdout.
+    # above the display.  This is needed only if stderr is a terminal.
     live = Live(
         console=console,
         auto_refresh=False,

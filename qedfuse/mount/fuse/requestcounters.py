@@ -1,9 +1,9 @@
 """Counters of the requests to one disk: how many, how many bytes, how many failed, how long.
 
 The extension and the Python code count in the same array.  `DataRequests` counts the deferred reads
-that a native thread answers.  The extension (``_counters.c``) counts all other requests that are
-answered before pyfuse3 gets them.  `Operations` and `FallocateLseek` count the rest.  So no request
-is counted twice, and without the extension the counters have the same meaning.
+that a native thread answers.  The extension (``_counters.c``) counts all other reads, writes and
+flushes that are answered before pyfuse3 gets them.  `Operations` and `FallocateLseek` count the
+rest.  So no request is counted twice, and without the extension the counters have the same meaning.
 
 The time of a request is the time from its receipt until its answer.  The extension times only one
 in 16 of the requests that it counts and that are answered in one step.  The time of that request
