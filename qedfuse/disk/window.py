@@ -105,7 +105,7 @@ class DiskWindow:
         return await self.disk.read(self.start + start, length) if length else b""
 
     async def write(self, start: int, data: Buffer) -> int:
-        """Write bytes; return how many were written, less than all only if the window ends earlier.
+        """Write bytes; return how many were written: all, unless the window ends earlier.
 
         Raises:
             PastEndError: The window ends at or before ``start``, and ``data`` is not empty.

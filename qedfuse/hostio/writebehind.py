@@ -24,8 +24,8 @@ _MIN_BYTES_PER_SECOND: Final = 1 << 29
 """Minimum number of bytes sent for each second that was spent in sync_file_range(2).
 
 The call only starts the writing, and takes long only if the disk's request queue is full.  So if
-fewer bytes are sent per second, the disk is slow.  If a `WriteBehind` must not wait for the disk,
-it then leaves the rest of the work to the kernel.
+fewer bytes are sent per second, the disk is slow.  A `WriteBehind` that must not wait for the disk
+then leaves the rest of the work to the kernel.
 """
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}

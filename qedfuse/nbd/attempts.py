@@ -38,8 +38,8 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: The log that gets the error with which the read fails.  It does not get the
-                error of a closed file, and errors in replies to the read, except ESHUTDOWN.
+            outages: Gets the error with which the read fails.  Left out are the error of a closed
+                file, and the errors of the server in a reply, except ESHUTDOWN.
             is_brief: Whether the read fails after the shorter of `Deadlines.attempt_seconds` and
                 `Deadlines.total_seconds`.
         """
@@ -64,8 +64,8 @@ class Attempts:
         Raises:
             RemoteError: No further attempt is made: the file was closed, the server refuses the
                 export or has answered the read with an error other than ESHUTDOWN, the server has
-                violated the protocol `_MAX_PROTOCOL_ERRORS` times, or less time than a pause is
-                left until `end`.
+                violated the protocol `_MAX_PROTOCOL_ERRORS` times, or the time until `end` is too
+                short for a pause.
         """
         self._count += 1
         if is_closed:

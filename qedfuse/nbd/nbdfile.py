@@ -183,7 +183,7 @@ class NbdFile(ReadOnlyFile):
     def _attempts(self, offset: int, length: int) -> Attempts:
         """Return the attempts of a read.
 
-        The attempts are brief (`Attempts`) if another read of one of its units has just failed.
+        The attempts are brief (`Attempts`) if another read in one of its units has just failed.
         """
         is_brief = self._failures.has_any(*_units(offset, length))
         return Attempts(self.name, self._deadlines, self._outages, is_brief=is_brief)

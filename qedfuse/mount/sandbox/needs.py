@@ -24,8 +24,8 @@ class ServerNeeds:
         mountpoint: The mountpoint, absolute and free of symbolic links.
         is_directory: Whether the mountpoint is a directory.
         modes: The modes that the process may pass to chmod(2); empty if it never calls chmod(2).
-            To correct the size that the kernel has cached, the process sets the mode that a disk's
-            file already has (`SizeFixup`).
+            The process sets the mode that a disk's file already has, because the reply to chmod(2)
+            corrects the size that the kernel has cached (`SizeFixup`).
         writable: Whether the mount can be written to.
         uses_servers: Whether a file of a chain is on a web server, object store or NBD server.
         addresses: The addresses of the sources that are URLs, and the prefixes of the URLs that

@@ -156,7 +156,7 @@ def _rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
 
 def _socket_rules(needs: CallNeeds) -> Iterator[tuple[str, int, list[Any]]]:
     """Yield the rules for making and connecting sockets, as `_rules` does."""
-    # For each request to its helper, the unmounter, the server makes a pair of such sockets.
+    # For each request to the unmounter, a helper process, the server makes a pair of sockets.
     yield (
         "socketpair",
         _ALLOW,
