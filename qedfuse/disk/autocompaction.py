@@ -79,8 +79,8 @@ class AutoCompaction:
         """
         components, options = self._components, self._components.options
         if components.quarantine.count and not components.scan.finished.is_set():
-            # The scan costs no extra time, because the close runs the scan anyway if there are
-            # clusters in quarantine.
+            # Clusters in quarantine have lost their reference, and are not free yet.  If there are
+            # any, the close runs the scan anyway, so here the scan costs no extra time.
             await components.scan.run()
         if components.allocator.scan_complete and not components.layer.damaged:
             self._has_run_within_limits = True

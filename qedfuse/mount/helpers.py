@@ -40,10 +40,10 @@ def forked_launderer(*, is_needed: bool) -> AbstractContextManager[Launderer | N
 def forked_unmounter(
     mountpoint: str, log: logging.Handler | None, *, for_sandbox: bool
 ) -> AbstractContextManager[Unmounter | None]:
-    """Fork the unmounter for a sandbox; there can be no sandbox without the unmounter.
+    """Fork the unmounter if a sandbox is wanted; otherwise use a `DirectUnmounter`.
 
-    The block gets the forked unmounter, or None if the fork has failed.  Without ``for_sandbox``
-    the block gets a `DirectUnmounter`.
+    The block gets the unmounter.  It gets None if the fork has failed; then there can be no
+    sandbox.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.

@@ -30,7 +30,8 @@ class Flight:
         first: The first unit.
         last: The last unit.
         blocks: The content of each unit that was read from the cache or fetched.  When the flight
-            has ended without an error, only units that are ready can be missing.
+            has ended without an error, a unit can be missing only if it may be read from the page
+            cache (`UnitStore.ready`).
         is_wanted: Whether a reader waits, or has waited, for the flight.
         continues: Whether one request may fetch the flight together with the flight of the units
             before it.

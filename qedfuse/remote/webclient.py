@@ -1,7 +1,7 @@
 """A client for web servers that uses urllib3: reads ranges of one version of the object at a URL.
 
-A redirection is followed only to the host of the URL itself and to prefixes that the user allows,
-so a server cannot make its clients send requests to other machines.
+A redirection is followed only to the scheme and host of the URL itself, and to prefixes that the
+user allows.  So a server cannot make its clients send requests to other machines.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class WebClient:
         """Make a request and follow redirections; yield the response, whose body is not read yet.
 
         At the end of the caller's ``with`` block, the connection is kept if at most
-        `_MAX_DRAINED_BYTES` of the body are left, and closed if more are left.
+        `_MAX_DRAINED_BYTES` of the body are left, and closed if more or an unknown number are left.
         """
         end = time.monotonic() + self._options.attempt_seconds
         remembered = target = self._target

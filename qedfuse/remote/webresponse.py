@@ -135,8 +135,8 @@ def _read_into(body: TimedResponse, view: memoryview) -> None:
     """Fill ``view`` from the body of a response.
 
     Raises:
-        TruncatedError: The body ends before the view is full.
-        OSError: The connection failed in another way.
+        TruncatedError: The body ends, or the connection breaks off, before the view is full.
+        OSError: The connection failed in another way, such as by a timeout.
     """
     done = 0
     while done < len(view):
@@ -151,8 +151,8 @@ def _read_some(body: TimedResponse, view: memoryview, expected: int) -> int:
 
     Raises:
         TruncatedError: The response breaks off.  The message names ``expected``, the number of
-            bytes that the response should have.
-        OSError: The connection failed in another way.
+            bytes that the caller waits for.
+        OSError: The connection failed in another way, such as by a timeout.
     """
     try:
         return body.readinto(view)

@@ -100,8 +100,9 @@ class Ruleset:
         Rights that the kernel's version does not know are left out.
 
         Raises:
-            OSError: The kernel refused; ``fd`` is a file, and ``rights`` has a right that only a
-                directory can have; or ``rights`` has no right that the kernel's version knows.
+            OSError: The kernel refused, for example because ``rights`` has no right that its
+                version knows, or because ``fd`` is a file and ``rights`` has a right of
+                directories.
         """
         rule = struct.pack("=Qi", rights & self._handled, fd)
         check_result(

@@ -28,7 +28,7 @@ class _Recorder(logging.Handler):
         self.errors: list[QedError] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep copies of the errors that are arguments of a record, without tracebacks."""
+        """Keep a copy, without traceback, of each error that is an argument of a record."""
         shown = record.args if isinstance(record.args, tuple) else ()
         self.errors.extend(error.again() for error in shown if isinstance(error, QedError))
 
@@ -45,8 +45,8 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_is_shown)
     logging.basicConfig(format="qedimg: %(message)s", level=level, handlers=[handler])
-    # If stderr cannot be written to, `logging` drops messages and prints no traceback.  The exit
-    # code still reports whether the command has failed.
+    # This setting makes `logging` drop messages that it cannot write to stderr; by default it
+    # would print a traceback.  The exit code reports whether the command has failed.
     logging.raiseExceptions = False
     _recorder.errors.clear()
     _recorder.addFilter(_is_shown)

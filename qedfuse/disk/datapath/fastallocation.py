@@ -12,11 +12,12 @@ below are met, which is usual:
 - The allocator finds one run for all the clusters.
 - At least one cluster of the file is free, or `DirectReclaim.should_reclaim` returns False.
   Otherwise the slow path reclaims clusters before the file grows.
-- Either the write needs no data of the base: the image has no base, the clusters are zero
-  clusters, or the data covers the clusters completely.  Or the write goes to one cluster only, and
-  the cluster's code in `FlattenedBacking`, which says where the base stores the data, is in memory
-  and not `MIXED`.
-- If new clusters must be filled around the data, their content fits in the fast path's buffer.
+- The write needs no data of the base: the image has no base, the clusters are zero clusters, or
+  the data covers the clusters completely.  Or the write goes to one cluster only, the code in
+  `FlattenedBacking` that says where a base stores this cluster is in memory, and the cluster is in
+  one piece (not `MIXED`).
+- If the new clusters must be written as a whole, to fill them around the data, they fit in the
+  fast path's buffer.
 - Reading the base, growing the file and writing the data would not block.
 
 If a condition is not met, the slow path must carry out the write.
@@ -105,9 +106,9 @@ class FastAllocation:
         # Read the base, and find out whether the write would block, before the allocation.
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.  `_fill` may still fail, because it may have to write more bytes than
-        # were checked: it writes all of the run if the run was written before.  Whether it was is
-        # known only after the allocation.
+        # write all of it.  `_fill` may still fail: if the run was written
+        # before, `_fill` writes all of it, which can be more bytes than were checked.  Whether the
+        # run was written before is known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )

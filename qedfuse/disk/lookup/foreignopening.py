@@ -97,10 +97,10 @@ def driver_of(file: ReadableFile) -> str | None:
 
 
 def start_maps(layers: Iterable[Layer]) -> None:
-    """Start the programs of QEMU that map the layers which QEMU serves.
+    """Start the programs of QEMU that find out where layers that QEMU serves have their data.
 
-    Without this call each program starts after some reads of its layer.  The call blocks for some
-    milliseconds for each layer that QEMU serves.
+    Without this call the program for a layer starts after some reads of that layer.  The
+    call blocks for some milliseconds for each layer that QEMU serves.
     """
     for layer in layers:
         start: Callable[[], None] | None = getattr(layer.file, "start_map", None)

@@ -13,8 +13,8 @@ attribute and a base is on a server, the record is a file beside the image.  A l
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
 The record has a checksum that includes the name of the base.  So the record is ignored if a
-program has changed that name since.  The record of a local base is kept short, because many file
-systems store a short attribute in the inode, without a block of its own.
+program has changed that name since the record was made.  The record of a local base is kept short,
+because many file systems store a short attribute in the inode, without a block of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Answers read, write and fsync requests in one step, if they need not wait.
 
-With the extension, `DataRequests` gets a request first, and calls `disk_of`, `write` or `fsync` of
-`FastRequests`.  `Operations` gets the requests that `DataRequests` has not answered, and calls
-`read` or `write`.
+With the C extension (`extraops`), `DataRequests` gets a request first, and calls `disk_of`, `write`
+or `fsync` of `FastRequests`.  `Operations` gets the requests that `DataRequests` has not answered,
+and calls `read` or `write`.
 If the attempt of `DataRequests` has raised an error, the attempt of `Operations` meets the same
 error, and `Operations` reports the error to the kernel.  Without the extension, `Operations` gets
 every request.

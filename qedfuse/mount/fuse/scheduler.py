@@ -14,7 +14,7 @@ more microseconds, if the last waits were so short that such polling would have 
 (`AdaptivePoll`).  If the kernel still has no request, the event loop sleeps, so an idle server uses
 no processor time.
 
-After a request the extension itself polls for the next one (`_burst.c`), because a program with
+After a request the C extension itself polls for the next one (`_burst.c`), because a program with
 one request in flight sends the next request before the event loop calls the scheduler again.  The
 scheduler permits this polling only while polling pays off, and only after all other tasks have run.
 Polling is permitted for `EXTENSION_POLL_SECONDS`; after this time the other tasks run again.
@@ -90,7 +90,7 @@ only until this number of requests in a row has been taken.  After that, all oth
 as the kernel has no request."""
 
 EXTENSION_POLL_SECONDS: Final = 5e-3
-"""Time from a run of the other tasks in which the extension may poll.  A run of the other tasks
+"""For how long after a run of the other tasks the extension may poll.  A run of the other tasks
 takes about 100 µs, a write of 1 MiB about 400 µs."""
 
 DEFAULT_POLL_SECONDS: Final = 100e-6

@@ -32,7 +32,7 @@ def raise_open_file_limit() -> None:
 def explained_limit(images: int) -> Iterator[None]:
     """Check the limit on open files before the block, and explain an EMFILE in the block.
 
-    All other exceptions of the block are passed on unchanged.
+    Only a `QedError` that was caused by EMFILE is explained; any other exception passes unchanged.
 
     Args:
         images: The number of images that the block opens, not counting their backing files.

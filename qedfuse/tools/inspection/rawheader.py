@@ -63,7 +63,8 @@ class RawHeader:
     Attributes:
         fields: The fields that lie wholly in the file, in order.
         problems: An error for each invalid field, with a message of one line; empty if the
-            header is valid.  If the geometry is invalid, other errors may be missing.
+            header is valid.  If the geometry (the sizes of clusters and tables) is invalid, other
+            errors may be missing.
         header: The fields as a header, even if some are invalid.  None if the file ends within
             the header, or the geometry is invalid; in both cases the tables cannot be found.
         values: The values of ``fields`` by name.

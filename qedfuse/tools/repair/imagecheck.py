@@ -115,9 +115,9 @@ async def repair(
     """Check an image, and then repair its tables or reclaim its leaked clusters.
 
     Leaked clusters are reclaimed only if the image has no errors, because an invalid entry may
-    have been meant to point to one of these clusters.  Errors of the persistent free list are
-    errors of the image.  To reclaim leaked clusters, the highest clusters in use are moved into
-    the space of the leaked ones, and the file is truncated.
+    have been meant to point to one of these clusters.  Errors of the persistent free list
+    count as errors of the image.  To reclaim leaked clusters, the highest clusters in use are
+    moved into the space of the leaked ones, and the file is truncated.
 
     After a repair the clusters of cleared entries are leaked, and hold all that is left of the
     lost data.  So a call with ``all`` that repairs errors keeps all leaked clusters.  Later calls

@@ -71,8 +71,8 @@ async def _restore(file: HostFile, backup: BackupReader) -> int:
     if not bytes_before <= file.size() <= bytes_after:
         expected = f"{bytes_before} to {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
-    # The file has a length between these two only if a repair was interrupted, and then NEED_CHECK
-    # is set.
+    # A file that is longer than before the repair, but shorter than after it, is left by a repair
+    # that was interrupted.  Then NEED_CHECK is set.
     if not header.need_check and file.size() not in (bytes_before, bytes_after):
         expected = f"{bytes_before} or {bytes_after} bytes"
         raise CorruptImageError(_changed_message(file, "file size", f"{file.size()}", expected))
@@ -104,7 +104,8 @@ async def _verify(file: HostFile, saved: SavedRange) -> None:
     """Refuse a range if an entry in it has neither its old nor its new value.
 
     The old value is the one before the repair, and the new value the one after the repair.
-    The descriptor of a free list is compared in pieces that are as long as an entry.
+    The on-disk descriptor of a free list, which has no entries, is compared in pieces as long as
+    an entry.
 
     `_POISON_BYTES`, which an interrupted repair can leave in an L1 entry, is accepted as well.
     Of the header (the range at offset 0), only the fields that a repair does not change are

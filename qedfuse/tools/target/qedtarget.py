@@ -84,9 +84,9 @@ class NewQedTarget(ParallelTarget):
         # Each chunk must lie within the range of one slice of an L2 table, because
         # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster has only
         # one entry.  A longer chunk crosses no multiple of `max_chunk_bytes`.  The range of a slice
-        # is at least as long, because a slice is a whole table, or covers at least 8192 clusters of
-        # 4 KiB (32 MiB).  Both lengths are powers of two.  So the end of the range is a multiple of
-        # `max_chunk_bytes`, and a longer chunk does not cross that end.
+        # is at least `max_chunk_bytes` long, because a slice is a whole table, or covers at least
+        # 8192 clusters of 4 KiB (32 MiB).  Both lengths are powers of two.  So the end of the range
+        # is a multiple of `max_chunk_bytes`, and a longer chunk does not cross that end.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
