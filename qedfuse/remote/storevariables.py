@@ -1,7 +1,7 @@
 """The variables that configure an object store, and the checks before obstore reads them.
 
-obstore panics at a value that no header or URL can have, and treats a variable with an empty value
-as set.
+obstore, the library for object stores, panics at a value that no header or URL can have, and treats
+a variable with an empty value as set.
 """
 
 from __future__ import annotations

@@ -141,10 +141,10 @@ class Portal(Generic[T]):
             del future  # breaks a cycle: future -> error -> traceback -> this frame
 
     def raise_failure(self) -> None:
-        """Raise an error if the event loop has failed; do nothing if it has not failed.
+        """Raise an error if the event loop has failed and `close` has not raised its error yet.
 
         Raises:
-            PortalClosedError: The event loop has failed, and `close` has not raised the error yet.
+            PortalClosedError: The event loop has failed, and `close` has not raised its error yet.
         """
         if self._failure is not None:
             raise _closed() from self._failure
@@ -179,8 +179,8 @@ class Portal(Generic[T]):
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        If leaving the context manager fails, `close` raises the error, even if `close` is called
-        later.  If `close` has not been called when leaving begins, the error is logged as well.
+        If leaving the context manager fails, the first call of `close` raises the error, even a
+        call after that.  If no call was made before leaving begins, the error is logged as well.
         A finalizer, which Python can run in the portal's own thread, may call this method, but must
         not call `close`.
         """

@@ -281,8 +281,9 @@ def _print_kept(arguments: argparse.Namespace, result: CheckResult) -> None:
 def _print_summary(arguments: argparse.Namespace, result: CheckResult) -> None:
     """Print the state of the image after the check, repair or undo, and its numbers."""
     after, total = result.after, result.total_clusters
-    # This number is printed as a part of the disk's clusters.  So, unlike "allocated-clusters" in
-    # the JSON, it leaves out L2 entries with an invalid offset or past the end of the disk.
+    # This number is printed as a fraction of all clusters of the disk.  So, unlike
+    # "allocated-clusters" in the JSON, it leaves out L2 entries with an invalid offset or past the
+    # end of the disk.
     used = after.allocated_clusters - after.past_end_clusters
     notes = sum(count for code, count in after.counts.items() if not code.severity)
     listed = after.listed_clusters

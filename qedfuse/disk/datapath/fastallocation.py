@@ -14,8 +14,8 @@ below are met, which is usual:
   Otherwise the slow path reclaims clusters before the file grows.
 - The write needs no data of the base: the image has no base, the clusters are zero clusters, or
   the data covers the clusters completely.  Or the write goes to one cluster only, the code in
-  `FlattenedBacking` that says where a base stores this cluster is in memory, and the cluster is in
-  one piece (not `MIXED`).
+  `FlattenedBacking` that says where a base stores this cluster is in memory, and the code is not
+  `MIXED` (the layers must be searched).
 - If the new clusters must be written as a whole, to fill them around the data, they fit in the
   fast path's buffer.
 - Reading the base, growing the file and writing the data would not block.
@@ -106,9 +106,9 @@ class FastAllocation:
         # Read the base, and find out whether the write would block, before the allocation.
         # If one of these steps failed after the allocation, the run would have to be released.
         # A released run no longer counts as never written, so its next owner would have to
-        # write all of it.  `_fill` may still fail: if the run was written
-        # before, `_fill` writes all of it, which can be more bytes than were checked.  Whether the
-        # run was written before is known only after the allocation.
+        # write all of it.  `_fill` may still fail: if the run was written before, `_fill` writes
+        # all of it, which can be more bytes than were checked.  Whether the run was written before
+        # is known only after the allocation.
         base_bytes = (
             self._read_base(slice_.entries[index], run_start, length) if len(data) < length else 0
         )

@@ -120,8 +120,8 @@ def reply_from_file(fd: int, offset: int) -> bool:
     - The kernel or libfuse cannot pass the bytes on.
 
     Raises:
-        RuntimeError: The extension is not loaded; the extension is not calling the method ``read``
-            that `serve` has set; or the read of this call was already answered or taken.
+        RuntimeError: The extension is not loaded, or the read was already answered or taken.  Or
+            no read is being handled: `DataRequests.read`, called by the extension, is not running.
     """
     return _loaded().reply_from_file(fd, offset)  # type: ignore[no-any-return]
 

@@ -41,7 +41,7 @@ class WarmedFile:
 
     Attributes:
         url: The normalised URL, without a secret query.
-        cached_bytes: Number of bytes that a mount can need.  The call has found all of them in the
+        cached_bytes: Number of bytes that a mount can need.  `warm` has found all of them in the
             cache, or fetched them.
         fetched_bytes: Number of bytes that were fetched from the server.
         is_complete: Whether the cache has recorded that it has all needed units, so that the file

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class CommitSource(Protocol):
     """A disk whose stored ranges a commit writes into a base.
 
-    The disk is examined in batches of the same number of clusters.  The last batch may be smaller.
+    The disk is examined in batches of equal length.  Only the last batch may be shorter.
     """
 
     @property
