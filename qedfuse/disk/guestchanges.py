@@ -136,8 +136,8 @@ class GuestChanges(GuestReads):
         The last cluster of the disk counts as such a cluster if the range covers all its bytes
         up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
         zeros are written over them.  With either value, unallocated clusters that lie wholly in
-        the range become zero clusters where the base has data.  Of clusters that lie only partly
-        in the range, the part in the range is zeroed by a write if it may hold data.
+        the range become zero clusters where the base has data.  If a cluster lies only partly
+        in the range, zeros are written over that part, unless it holds no data.
 
         Raises:
             BackingError: The disk was opened without its base.

@@ -95,8 +95,8 @@ def collect_statistics(components: Components) -> DiskStatistics:
     loads = sum(map(_table_loads, chain.layers))
     return DiskStatistics(
         tables=components.store.statistics(),
-        # If the scan waits for a slice that a request is loading, the scan counts the slice too.
-        # But the cache counts this load once.  So the difference can be too small, even negative.
+        # `scan.loaded_slices` includes slices that a request was loading while the scan waited for
+        # them.  So the difference can be too small, even negative.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,
         dirty_table_bytes=components.layer.tables.dirty_bytes,

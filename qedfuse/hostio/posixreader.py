@@ -28,7 +28,7 @@ not support the flag."""
 _MAX_WAITING_CALLS: Final = 28
 """Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
 the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32 of
-the threads.  `MAX_THREADS` in `qedfuse.hostio.nativecalls` is their number for all files."""
+the `MAX_THREADS` native threads that all files share (`qedfuse.hostio.nativecalls`)."""
 
 
 class PosixReader:
@@ -72,7 +72,7 @@ class PosixReader:
 
     @property
     def page_source(self) -> PageSource:
-        """The descriptor and the read policy; the extension may read the whole file."""
+        """The descriptor and the read policy; the mount's C extension may read the whole file."""
         return PageSource(self.read_policy, self.fd, flags=self._flags)
 
     async def pread(self, offset: int, length: int) -> bytes | bytearray:

@@ -85,7 +85,8 @@ class Fetcher:
         self._wanted: set[Flight] = set()  # flights that a reader has demanded
         self._last_wanted = -math.inf  # time.monotonic() when a flight in `_wanted` has last ended
         self._readers = ReadAhead()
-        self._markers: set[int] = set()  # the markers of `ReadAhead` that are being fetched
+        # A marker is a unit whose read starts the next fetch ahead (`ReadAhead.set_marker`).
+        self._markers: set[int] = set()  # markers that are being fetched
         self._held_back: set[int] = set()  # markers that were fetched, and made not ready
 
     def demand(self, first: int, last: int) -> list[Flight]:

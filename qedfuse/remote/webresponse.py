@@ -1,4 +1,4 @@
-"""Reading the responses of web servers: range, version, body, and errors of requests.
+"""Reading the responses of web servers: range, version and body; errors of failed requests.
 
 Servers are not trusted: a response whose headers and body contradict each other is an error.
 """

@@ -179,8 +179,8 @@ class Portal(Generic[T]):
     def ask_to_close(self) -> None:
         """Start to close the portal, and return without waiting until it is closed.
 
-        If leaving the context manager fails, the first call of `close` raises the error, even a
-        call after that.  If no call was made before leaving begins, the error is logged as well.
+        If leaving the context manager fails, the first call of `close` raises the error, even if it
+        comes afterwards.  If that call comes after leaving has begun, the error is logged as well.
         A finalizer, which Python can run in the portal's own thread, may call this method, but must
         not call `close`.
         """

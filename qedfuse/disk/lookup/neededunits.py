@@ -53,9 +53,9 @@ class NeededUnits:
     def runs(self, max_units: int) -> Iterator[tuple[int, int]]:
         """Yield the first and last unit of each run of adjacent needed units, ascending.
 
-        The file is divided into blocks of ``max_units`` units, and a run lies within one block.  A
-        caching proxy between this machine and the server may store such blocks.  The proxy then
-        fetches each block only once.
+        The file is divided into blocks of ``max_units`` units, and no run crosses the end of a
+        block.  So a caching proxy that stores the file in blocks of this size fetches each block
+        only once.
         """
         first = self._needed.find(1)
         while first >= 0:

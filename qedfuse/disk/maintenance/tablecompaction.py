@@ -67,10 +67,10 @@ class TableCompaction:
     async def move(
         self, pass_moves: int, max_moves: int | None, counter: MoveCounter, *, within_bound: bool
     ) -> int:
-        """Move the tables that end past the target to slots before the target; return the target.
+        """Move the tables that end past the target to free slots before the target.
 
-        The target is the cluster at which the file should end after this pass: see
-        `qedfuse.disk.maintenance.compaction`.
+        The target is the cluster at which the file should end after this pass of the compaction
+        (`qedfuse.disk.maintenance.compaction`).  A slot is a run of clusters as long as a table.
 
         Args:
             pass_moves: How many clusters this pass may move.  The target is chosen such that at

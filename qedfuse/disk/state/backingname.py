@@ -52,7 +52,7 @@ async def change_backing_name(
     """Store another backing file name in the image, durably; an empty name removes the base.
 
     The caller must have awaited `FirstWriteGuard.prepare_write`.  With ``backing_is_raw``
-    the header forbids probing the format of the base.  It is ignored if the name is empty.
+    the header forbids probing the format of the base; the argument is ignored if the name is empty.
 
     Raises:
         HostError: A system call failed.  In most cases the image still names the old base.  But if

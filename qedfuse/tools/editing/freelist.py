@@ -20,8 +20,8 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 
     No list is written if the image has no free cluster, or if the list would be too long.  Without
     a list, programs that do not support free lists can still open the image.  Once an image has a
-    list, a writable mount with default options tries to keep the list up to date: if the mount has
-    changed the tables, it tries to write a new list when it closes the image.
+    list, a writable mount with default options keeps the list up to date: if the mount has changed
+    the tables, it tries to write a new list when it closes the image.
 
     Args:
         path: The image.
