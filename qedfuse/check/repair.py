@@ -23,8 +23,7 @@ What is done for each kind of damage, and why:
   file as if it were valid.
 - Data past the end of the disk is never copied.  The tables can describe far more data than the
   disk has, so a crafted image of a small disk could make the copies fill the host's file system.
-  If the cluster of an L2 entry past the end, or the table of an L1 entry past the end, would have
-  to be copied, the entry is cleared instead.
+  So an entry past the end is cleared if its cluster or its table would have to be copied.
 
 Ranges of the disk whose data is lost or possibly wrong are reported.  Leaked clusters stay leaked.
 The persistent free list is dropped whenever the repair changes the image, even if only NEED_CHECK
@@ -72,7 +71,7 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
     After a crash at any time the image can be repaired again, because of the order of the writes.
     NEED_CHECK is set first and cleared last.  Entries that point past the end of the file are
     cleared, or made harmless, before the file grows (`qedfuse.check.outoffile`).  Copies are
-    durable before the entries that point to them.  If the interrupted repair had already made the
+    durable before the entries that point to them.  If a crash comes after the repair has made the
     file longer, the next repair does not report the data that the end of the file had cut short.
 
     If no table has an error, only NEED_CHECK and the free list may change: if NEED_CHECK is set or

@@ -77,8 +77,8 @@ class NewFile:
         Raises:
             UsageError: A file of the final name exists, ``old`` is None, and the user has not
                 agreed to replace a file.
-            ImageInUseError: A file of the final name exists, ``old`` is None, and the user
-                has agreed to replace a file: another process has just created the file.
+            ImageInUseError: A file of the final name exists and ``old`` is None, although the user
+                has agreed to replace a file.  So another process has just created the file.
             HostError: A system call failed.
         """
         if self._old is None and os.path.lexists(self._final):

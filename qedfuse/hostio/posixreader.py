@@ -28,7 +28,7 @@ not support the flag."""
 _MAX_WAITING_CALLS: Final = 28
 """Maximum number of reads, datasyncs and searches for holes of one file that wait in threads.  With
 the 4 changes that `InodeLock` permits, a file on a disk that does not answer occupies at most 32 of
-the `MAX_THREADS` native threads that all files share (`qedfuse.hostio.nativecalls`)."""
+the threads that all files share (`MAX_THREADS` in `qedfuse.hostio.nativecalls`)."""
 
 
 class PosixReader:

@@ -25,8 +25,7 @@ class Residency:
     """A mapping of a file, through which mincore(2) reports what the page cache has of the file.
 
     The mapped memory is never read.  A read with ``RWF_NOWAIT`` could not replace mincore(2),
-    because such a read makes the kernel fetch missing pages from the disk, and returns zeros for a
-    hole.
+    because such a read makes the kernel fetch missing pages from the disk, and succeeds in a hole.
 
     Attributes:
         address: Address at which the file is mapped; 0 after `close`.

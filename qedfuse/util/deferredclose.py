@@ -1,7 +1,7 @@
 """Closing files that threads may still use: the last user closes them.
 
-If a thread closed a descriptor that another thread uses, the number of the descriptor could already
-belong to another file when the other thread makes its system call.
+If a thread closed a descriptor that another thread is about to use, the number of the descriptor
+could belong to another file before that use.
 """
 
 from __future__ import annotations

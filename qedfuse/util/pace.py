@@ -12,8 +12,8 @@ MAX_STEPS: Final = 32
 to the page cache: 20 to 100 microseconds."""
 
 _MAX_SECONDS: Final = 0.003
-"""Time since the last checkpoint after which the next step makes a checkpoint, even if `MAX_STEPS`
-has not been reached: on a busy host a single step can take milliseconds."""
+"""If this time has passed since the last checkpoint, the next step makes one, even if `MAX_STEPS`
+has not been reached.  On a busy host a single step can take milliseconds."""
 
 
 class Pace:

@@ -15,7 +15,7 @@ _OUTAGES: Final = "qedfuse.remote.outagelog"
 def _is_shown(record: logging.LogRecord) -> bool:
     """Return False for a message about the outage of a server, and True for any other.
 
-    If the outage makes the command fail, `main` prints the error.
+    Messages about outages are omitted, because `main` prints an outage that makes the command fail.
     """
     return record.name != _OUTAGES
 

@@ -141,8 +141,8 @@ class TableWriter:
         index = geometry.l2_index(start)
         end = index + (run.length >> geometry.cluster_bits)
         offset = run.offset
-        # Load all slices before the first entry changes: if a slice cannot be loaded, the caller
-        # frees the run, so no entry may refer to the run then.
+        # The caller frees the run if a slice cannot be loaded.  So all slices are loaded before the
+        # first entry refers to the run.
         step = tables.slice_entries
         slices = []
         with Pins() as pins:

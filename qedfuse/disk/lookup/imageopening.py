@@ -63,9 +63,9 @@ async def open_url(
         url: The URL.
         remote: How to read the URL.
         wanted: Size and validator of the version that the caller needs; None if any version will
-            do.  If the server has another version, the needed one is read from the cache,
-            if the cache has all that readers need of it (`open_remote`).  Ignored for an NBD
-            export.
+            do.  If the server has another version, the needed one is read from the cache if
+            all that readers need of it is there (`open_remote`).  Otherwise the server's version
+            is opened.  Ignored for an NBD export.
 
     Raises:
         UsageError: The URL is not valid, or the options do not permit it.

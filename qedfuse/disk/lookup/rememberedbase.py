@@ -195,8 +195,7 @@ class NewRecord:
 
     If the record is an attribute, it is stored before the image gets its final name, so that the
     image never has that name without the record.  If the record is a file beside the image, it is
-    made after the image has got its final name: the file's name is derived from the image's name,
-    and the file is made only if the open image has that name.
+    made after the image has got its final name, from which the name of the record file is derived.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:

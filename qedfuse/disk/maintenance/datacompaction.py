@@ -99,8 +99,8 @@ class DataCompaction:
                 ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
                 been found for each used cluster from ``first`` on.  With True no table should lie
-                at or past ``first``: no L2 entry refers to the clusters of a table, so the reading
-                would not find the expected number of entries, and would go on to the last table.
+                at or past ``first``: no L2 entry refers to the clusters of a table, so the search
+                for such an entry would go on to the last table.
 
         Raises:
             CorruptImageError: A table entry does not point to the start of a cluster, or a

@@ -110,8 +110,8 @@ def _split_flags(lists: Iterable[str]) -> tuple[set[str], list[str]]:
     """Split options into mount flags and others; drop ``remount`` and `_KERNEL_FUSE_OPTIONS`.
 
     Returns:
-        The mount flags that the options set, and those of `_ALWAYS_SET`; and the other options.
-        A later option overrides an earlier one.
+        First the mount flags that the options set and those of `_ALWAYS_SET`; then the other
+        options.  A later option overrides an earlier one.
     """
     flags: set[str] = set(_ALWAYS_SET)
     others: list[str] = []

@@ -3,9 +3,8 @@
 With the C extension (`extraops`), `DataRequests` gets a request first, and calls `disk_of`, `write`
 or `fsync` of `FastRequests`.  `Operations` gets the requests that `DataRequests` has not answered,
 and calls `read` or `write`.
-If the attempt of `DataRequests` has raised an error, the attempt of `Operations` meets the same
-error, and `Operations` reports the error to the kernel.  Without the extension, `Operations` gets
-every request.
+`DataRequests` reports no error to the kernel: `Operations` meets the same error, and reports it.
+Without the extension, `Operations` gets every request.
 """
 
 from __future__ import annotations

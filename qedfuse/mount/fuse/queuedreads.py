@@ -4,9 +4,9 @@ A short read whose data is not in the host's page cache waits in this queue, if 
 range are in memory (``_queuedread.c``).  There are two ways to notice that reads have ended:
 `Scheduler` looks for ended reads while it polls, and a task of this module waits for a descriptor.
 
-If the kernel is older than Linux 6.1, does not permit io_uring, or the extension is missing, there
-is no queue, and threads make these reads.  The user can also choose threads
-(`HOST_CALLS_VARIABLE`).
+There is no queue if the kernel is older than Linux 6.1 or does not permit io_uring, if the C
+extension is missing, or if the user chooses threads (`HOST_CALLS_VARIABLE`).  Then threads make
+these reads.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ async def convert(
 ) -> ConvertResult:
     """Copy a disk into a new file, an existing file, image or device, or a pipe.
 
-    A new file gets its name when the copy is complete.  Until then no file has the name, or
-    the old file still has the name.  On a file system without hard links an empty file may have
+    A new file gets its name when the copy is complete.  Until then the name is
+    free, or belongs to the old file.  On a file system without hard links an empty file may have
     the name for a moment (`NewFile`).
 
     Args:

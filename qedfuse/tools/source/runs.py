@@ -115,8 +115,8 @@ class QedRunReader:
         """Return the runs that one read of an L2 table describes.
 
         Entries in a hole of the file are 0, so they become an `UNALLOCATED` run.  Nothing is read
-        if the first entry lies in a hole that is long enough: it reaches past the last entry, or
-        is at least `_MAX_TABLE_READ_BYTES` long from the first entry on.  Entries past the end of
+        if the first entry lies in a hole that reaches past the last entry, or goes on for at least
+        `_MAX_TABLE_READ_BYTES`.  Entries past the end of
         the file count as 0, too: another program may truncate the file between the search for the
         hole and the read.
 
