@@ -96,7 +96,7 @@ class PosixReader:
                 done = self._read_cached(offset, view)
                 if done == len(view):
                     return done
-                # `_read_cached` disables inline reads if the file system does not support them.
+                # `_read_cached` clears `is_inline` if the file system does not support RWF_NOWAIT.
                 is_inline = self.read_policy.is_inline
             self._missed_offset = -1
         calls = host_calls()

@@ -4,8 +4,8 @@
 await, that is, atomically with respect to other tasks.  It can do so if all the conditions
 below are met, which is usual:
 
-- The L2 table exists, the slice with the entries is in memory, and host space for the slice's
-  write-back is reserved.
+- The L2 table exists, the slice (part of the table) with the entries is in memory, and host space
+  for the slice's write-back is reserved.
 - NEED_CHECK is set.
 - No task holds the range lock of the clusters (`WritePath.allocation_lock`), and none waits for it.
 - The dirty slices fit in their budget (`TableWriter.is_within_budget`).

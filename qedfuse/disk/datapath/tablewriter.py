@@ -1,6 +1,7 @@
 """Changing tables: creating missing L2 tables, and letting L2 entries point to new clusters.
 
-Host space for the write-back of a slice is reserved before an entry of the slice changes.
+Host space for the write-back of a slice (part of a table) is reserved before an entry of the slice
+changes.
 Entries change only in memory; `MetadataWriteback` writes the changes to the file.
 
 D4 is a rule in docs/durability.md.

@@ -6,8 +6,8 @@ image is created, converted or rebased.  If the image has no record, one is stor
 opened for writing.  The record is an extended attribute.  If the file system has no place for the
 attribute and a base is on a server, the record is a file beside the image.  A later open compares:
 
-- Each base on a server, at any depth of the chain, must have the size and the validator that were
-  remembered.
+- Each base on a server, at any depth of the chain, must have the size and the validator (ETag or
+  time of modification) that were remembered.
 - The first base, if it is a local file, should have the same size and time of modification.  A
   difference is only logged, because other programs change the time of a base that keeps its
   content.  An open for writing then remembers the new time, so that each change is logged once.

@@ -102,7 +102,7 @@ class Reclaim:
         Args:
             offset: File offset of the run.
             length: Length of the run in bytes.
-            dropped_by: File offset of the slice that held the references.
+            dropped_by: File offset of the slice (part of a table) that held the references.
         """
         first, count = offset >> self._bits, length >> self._bits
         self._quarantine.retire(first, count)

@@ -12,9 +12,9 @@ A long name crosses sectors.  First the name is written where neither the old na
 header lies, and is made durable while the header still points to the old name.  Then the
 header is written, which points to the new name.  There are three adjacent slots for names,
 and each can hold the longest name.  An old name can touch at most two slots, so one slot is
-always unused.  The slots end where the descriptor of a free list begins: at the last sector of the
-first 4 KiB of the file.  No cluster is smaller than 4 KiB, so the first cluster has space for the
-header, the slots and the descriptor.
+always unused.  The slots end before the sector with the descriptor of a free list: the last sector
+of the first 4 KiB of the file.  No cluster is smaller than 4 KiB, so the first cluster has space
+for the header, the slots and the descriptor.
 """
 
 from __future__ import annotations

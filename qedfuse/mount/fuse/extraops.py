@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     MaySeek = Callable[[int, int], bool]
     """Called with the user and the inode of an lseek request; returns whether the extension may
     answer the request.  The extension searches only the tables of the disk.  So the result must be
-    False while the kernel may have cached data that it has not sent."""
+    False while the kernel may hold written data that it has not sent to the server yet."""
 
     SlowAnswer = Callable[[Request, int, int, int], object]
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
@@ -76,8 +76,8 @@ def serve(
     - ``handler`` gets fallocate and lseek.  But if ``may_seek`` permits it, the extension itself
       answers an lseek whose tables are in memory.
     - ``data_requests`` gets the reads, writes and fsyncs that the extension does not answer itself.
-    - pyfuse3 gets those that ``data_requests`` does not answer, or all of them if ``data_requests``
-      is None.
+    - pyfuse3 gets the reads, writes and fsyncs that ``data_requests`` does not answer, or all of
+      them if ``data_requests`` is None.
 
     The extension counts in ``counters`` the requests that it or ``data_requests`` answers, except
     the reads that `defer_read` has taken.

@@ -40,9 +40,9 @@ async def convert(
 ) -> ConvertResult:
     """Copy a disk into a new file, an existing file, image or device, or a pipe.
 
-    A new file gets its name when the copy is complete.  Until then the name is
-    free, or belongs to the old file.  On a file system without hard links an empty file may have
-    the name for a moment (`NewFile`).
+    A new file gets its name when the copy is complete.  Until then the name is free, or
+    belongs to the old file.  On a file system without hard links an empty file may have the name
+    for a moment (`NewFile`).
 
     Args:
         source_path: An image, a raw file or device, a URL, or a pipe (``-``: standard input).

@@ -116,9 +116,8 @@ class QedRunReader:
 
         Entries in a hole of the file are 0, so they become an `UNALLOCATED` run.  Nothing is read
         if the first entry lies in a hole that reaches past the last entry, or goes on for at least
-        `_MAX_TABLE_READ_BYTES`.  Entries past the end of
-        the file count as 0, too: another program may truncate the file between the search for the
-        hole and the read.
+        `_MAX_TABLE_READ_BYTES`.  Entries past the end of the file count as 0, too: another program
+        may truncate the file between the search for the hole and the read.
 
         Args:
             table_offset: File offset of the table.
