@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def connect(connection: HTTPConnection, host: str) -> socket.socket:
-    """Connect to ``host`` within the timeout of a connection of urllib3; return the socket.
+    """Connect to ``host`` within the timeout of ``connection``; return the socket.
 
     Raises:
         NameResolutionError: The lookup of the host found no address.

@@ -208,8 +208,8 @@ class Fetcher:
     ) -> list[Flight]:
         """Return flights of the units ``first`` to ``last``, without the units that are ready.
 
-        Missing flights are started.  A unit that is held in memory gets a flight that has already
-        ended.  The caller holds the lock.
+        Units without a flight get a new one, which is started.  A unit that is held in memory gets
+        a flight that has already ended.  The caller holds the lock.
 
         Args:
             first: The first unit.

@@ -57,7 +57,7 @@ def uses_colors(*, is_terminal: bool) -> bool:
 
 
 def summary(layout: Layout) -> str:
-    """Return one line about the fragmentation of an image, and its free clusters."""
+    """Return one line about the fragmentation, free clusters and bad entries of an image."""
     data = layout.data_clusters
     mean = format_size(data * layout.cluster_size // layout.runs) if layout.runs else "0 B"
     text = f"{data} clusters of data in {layout.runs} runs, on average {mean}"

@@ -152,7 +152,7 @@ def _explain(mountpoint: str, printed: str) -> QedError:
             these two printed nothing.
     """
     error_class: type[QedError] = FuseError
-    words = printed.replace(mountpoint, "")  # because a path may contain the same words
+    words = printed.replace(mountpoint, "")  # because a path may contain the words below
     # The first letters are left out, because they may be capital or small.
     if "ermission denied" in words or "not permitted" in words or "only allowed if" in words:
         error_class = PrivilegeError

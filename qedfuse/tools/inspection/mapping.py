@@ -132,8 +132,8 @@ async def map_image(
         start: Guest offset in bytes where the range begins.  The list is empty if the offset
             is at or past the end of the disk.
         length: Length of the range in bytes; None for all up to the end of the disk.  The
-            range is cut off at the end of the disk.  Entries are cut off at both ends of the
-            range.
+            range is cut off at the end of the disk.  An entry that crosses an end of the range is
+            cut off there.
 
     Raises:
         QedError: The chain cannot be opened, see `open_map`, or a file cannot be read.
