@@ -42,8 +42,7 @@ def forked_unmounter(
 ) -> AbstractContextManager[Unmounter | None]:
     """Fork the unmounter if a sandbox is wanted; otherwise use a `DirectUnmounter`.
 
-    The block gets the unmounter.  It gets None if the fork has failed; then there can be no
-    sandbox.
+    The block gets the unmounter, or None if the fork has failed; then there can be no sandbox.
 
     Args:
         mountpoint: The mountpoint; absolute and free of symbolic links.

@@ -63,7 +63,7 @@ def content_range(response: BaseHTTPResponse) -> tuple[range | None, int] | None
 
 
 def version_of(response: BaseHTTPResponse, size: int) -> Version:
-    """Return the version, of an object of ``size`` bytes, that a response's headers describe."""
+    """Return the version of an object: ``size``, and the tag and time in a response's headers."""
     etag = response.headers.get("ETag", "")
     # A weak tag can be equal for contents that differ.
     if etag.startswith("W/") or not _ENTITY_TAG.fullmatch(etag):
