@@ -85,8 +85,8 @@ async def repair_image(file: HostFile, header: Header) -> RepairReport:
 
     Raises:
         HostError: The host refused an access, or the file would become too long.  If a table was
-            changed, NEED_CHECK is still set.  Only if the last step failed, which clears
-            NEED_CHECK, may it be cleared.
+            changed, NEED_CHECK is still set.  If the last step failed, which clears the bit,
+            the bit can have either value.
         NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
             memory.  Normally the check before the first write raises this error, and nothing has
             been changed.  After the first write it is raised if there are too many invalid L1

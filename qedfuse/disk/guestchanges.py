@@ -137,7 +137,7 @@ class GuestChanges(GuestReads):
         up to the end of the disk.  If the option is False, allocated clusters stay allocated, and
         zeros are written over them.  With either value, unallocated clusters that lie wholly in
         the range become zero clusters where the base has data.  If a cluster lies only partly
-        in the range, zeros are written over that part, unless it holds no data.
+        in the range and may hold data, zeros are written over the part in the range.
 
         Raises:
             BackingError: The disk was opened without its base.

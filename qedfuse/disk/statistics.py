@@ -63,7 +63,8 @@ class DiskStatistics:
         bound_bytes: The file length in bytes that suffices if each cluster of the disk is
             allocated.
         cluster_bytes: Length of a cluster in bytes.
-        allocated_clusters: How many clusters have been handed out, for data and for tables.
+        allocated_clusters: How many clusters have been handed out since the disk was opened, for
+            data and for tables.
         free_clusters: How many clusters before the last one in use are free; None before the
             scan for free clusters has succeeded.
         quarantined_clusters: How many clusters have lost their reference and are not free yet.

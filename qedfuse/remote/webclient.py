@@ -1,8 +1,8 @@
 """A client for web servers that uses urllib3: reads ranges of one version of the object at a URL.
 
 A redirection is followed only to the scheme and host of the URL itself, and to prefixes that the
-user allows.  So a server cannot make its clients send requests to machines that
-the user has not chosen.
+user allows.  So a server cannot make its clients send requests to machines that the user has
+not chosen.
 """
 
 from __future__ import annotations

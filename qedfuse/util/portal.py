@@ -180,7 +180,7 @@ class Portal(Generic[T]):
         """Start to close the portal, and return without waiting until it is closed.
 
         If leaving the context manager fails, the first call of `close` raises the error, even if it
-        comes afterwards.  If that call comes after leaving has begun, the error is logged as well.
+        comes afterwards.  If `close` was not called before leaving began, the error is also logged.
         A finalizer, which Python can run in the portal's own thread, may call this method, but must
         not call `close`.
         """

@@ -2,9 +2,8 @@
 
 With the C extension (`extraops`), `DataRequests` gets a request first, and calls `disk_of`, `write`
 or `fsync` of `FastRequests`.  `Operations` gets the requests that `DataRequests` has not answered,
-and calls `read` or `write`.
-`DataRequests` reports no error to the kernel: `Operations` meets the same error, and reports it.
-Without the extension, `Operations` gets every request.
+and calls `read` or `write`.  An error in the first attempt is not reported: `Operations` meets the
+same error, and reports it to the kernel.  Without the extension, `Operations` gets every request.
 """
 
 from __future__ import annotations
