@@ -100,8 +100,8 @@ class Lifecycle:
 
         Raises:
             HostError: A system call failed, or something written before could not be made
-                durable (D7).  The files are closed nevertheless.  If the close has not cleared
-                NEED_CHECK before the error, the bit stays as it was.
+                durable (D7).  The files are closed nevertheless.  If the error comes before
+                NEED_CHECK is cleared, the bit stays as it was.
         """
         if self._closed:
             return

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 BROKEN_PIPE: Final = 141
 """The exit code that a shell shows for a program that was killed by SIGPIPE (128 + 13)."""
 _FAILED: Final = 1
-"""The exit code if stdout cannot be written to; a caller of `finish_output` can choose another.
+"""The exit code if stdout cannot be written to for another reason than a closed pipe.
 
-If the reader has closed the pipe, the exit code is `BROKEN_PIPE`.
+A caller of `finish_output` can choose another exit code.
 """
 
 

@@ -1,10 +1,10 @@
 """A lock without fairness: a task that has released the lock can take it before the waiters.
 
-trio's lock is fair: a task that releases the lock hands it over to the next waiter.  With that
-lock each request to a mount would cost a switch of tasks, because a task of pyfuse3 holds a lock
-while it reads a request from the kernel.  With the lock of this module the same task takes the
-next request, as long as the task answers requests without waiting.  When the task has to wait for
-something else, a waiter takes the lock.
+The tasks of pyfuse3 read requests from the kernel under a lock.  trio's lock is fair: a task that
+releases the lock hands it over to the next waiter.  With that lock another task would read the next
+request, so each request would cost a switch of tasks.  With the lock of this module the same task
+takes the next request, as long as the task answers requests without waiting.  When the task has to
+wait for something else, a waiter takes the lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Blocking reads for the description of an image, by a descriptor or through a `ReadableFile`."""
+"""Blocking reads of an image, by a descriptor or through a `ReadableFile`, for its description."""
 
 from __future__ import annotations
 

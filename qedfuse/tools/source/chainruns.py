@@ -179,7 +179,7 @@ def _overlaid(
         depths: Depth of the layer that stores each run of ``above``.
         below: Runs of the lower layer, from the beginning of the first unallocated run of
             ``above``.  They end where the last unallocated run of ``above`` ends, or earlier if
-            the lower layer or a layer above it ends earlier.
+            the lower layer or a layer above it ends earlier, or if ``below_is_partial``.
         depth: Depth of the lower layer.
         below_is_partial: Whether the last runs of ``below`` are missing, because one call of a
             reader returns a limited number of runs.  The result then ends where ``below`` ends.

@@ -1,6 +1,6 @@
 """Walking through the extents of a disk in batches, optionally together with another disk.
 
-Each batch describes how the disk stores a range, and how the other disk stores the same range.
+Each batch describes how the disk, and the other disk if there is one, store a range.
 """
 
 from __future__ import annotations
