@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -24,23 +23,6 @@ MISSING: Final = why_no_server("nbdkit") or ", ".join(missing_programs("openssl"
 DEADLINES: Final = Deadlines(20, 20, 40)
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a certificate for ``localhost``, as nbdkit names its files."""
-    directory = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3"),
-            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
-            *("-keyout", directory / "server-key.pem", "-out", directory / "server-cert.pem"),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    (directory / "ca-cert.pem").write_bytes((directory / "server-cert.pem").read_bytes())
-    return directory
 
 
 @pytest.fixture

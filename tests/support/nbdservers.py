@@ -1,4 +1,4 @@
-"""Real NBD servers of the tests: nbdkit and qemu-nbd, each on a socket in a directory."""
+"""Real NBD servers of the tests: nbdkit and qemu-nbd, on a Unix socket or a port of loopback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from tests.support.servers import missing_programs, running, wait_for
+from tests.support.servers import free_ports, missing_programs, running, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,15 +32,43 @@ def serving_nbd(directory: Path, *command: str | Path) -> Iterator[Callable[[], 
     """
     path = directory / "socket"
     path.unlink(missing_ok=True)
-    program, *arguments = [str(word) for word in command]
-    place = ["-f", "-U", str(path)] if program == "nbdkit" else ["--persistent", "-k", str(path)]
+    place: list[str | Path] = ["-U", path] if command[0] == "nbdkit" else ["-k", path]
+    connect = partial(connect_unix, path)
+    with _serving(directory, connect, *command[:1], *place, *command[1:]):
+        yield connect
+
+
+@contextmanager
+def serving_nbd_tcp(directory: Path, *command: str | Path) -> Iterator[int]:
+    """Run a server for the block; yield its port of 127.0.0.1.
+
+    Args:
+        directory: An existing directory for the log.
+        command: The command without the options for the address; nbdkit or qemu-nbd.
+    """
+    (port,) = free_ports(1)
+    address = "-i" if command[0] == "nbdkit" else "-b"
+    place = [address, "127.0.0.1", "-p", str(port)]
+    connect = partial(socket.create_connection, ("127.0.0.1", port), _START_SECONDS)
+    with _serving(directory, connect, *command[:1], *place, *command[1:]):
+        yield port
+
+
+@contextmanager
+def _serving(
+    directory: Path,
+    connect: Callable[[], socket.socket],
+    program: str | Path,
+    *arguments: str | Path,
+) -> Iterator[None]:
+    """Run a server for the block, in the foreground and for several clients."""
+    stay = "-f" if program == "nbdkit" else "--persistent"
     with (
         (directory / "nbd.log").open("wb") as log,
-        running([program, *place, *arguments], log, dict(os.environ)),
+        running([str(word) for word in (program, stay, *arguments)], log, dict(os.environ)),
     ):
-        connect = partial(connect_unix, path)
         wait_for(partial(_answers, connect), _START_SECONDS, directory)
-        yield connect
+        yield
 
 
 def connect_unix(path: Path) -> socket.socket:
