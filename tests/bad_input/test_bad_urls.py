@@ -7,6 +7,7 @@ code, mounts nothing, changes no local file, and ends soon.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -18,9 +19,10 @@ import pytest
 
 from tests.support import programs, qemu
 from tests.support.disks import build_image
-from tests.support.mounted import front, is_mounted
+from tests.support.mounted import COMMAND, front, is_mounted
 from tests.support.nginx import make_certificate
 from tests.support.programs import environment
+from tests.support.users import USER_ID, as_user, user_directory
 from tests.support.webserver import WebServer, serving
 
 if TYPE_CHECKING:
@@ -440,6 +442,55 @@ def test_cache_directory_that_cannot_be_made(place: Place) -> None:
     """A directory for the cache that the host does not make is refused."""
     place.options["cache-dir"] = "/proc/cache"
     refused(place, 2)
+
+
+def make_read_only(path: Path) -> None:
+    """Make a directory of the tests' ordinary user, in which the user cannot write."""
+    path.mkdir(mode=0o500)
+    os.chown(path, USER_ID, USER_ID)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root writes to each directory; needs another user")
+def test_cache_directory_that_cannot_be_written(place: Place) -> None:
+    """With such a directory of one's own, the object is read without a cache; one line says so."""
+    with user_directory() as home:
+        cache, mnt, variables = home / "given", home / "mnt", dict(place.variables)
+        make_read_only(cache)
+        place.server.content = bytes(build_image(MIB, {3: b"three", 200: b"two hundred"}))
+        disk = bytearray(MIB)
+        disk[3 * 4096 : 3 * 4096 + 5] = b"three"
+        disk[200 * 4096 : 200 * 4096 + 11] = b"two hundred"
+        line = (
+            f"qedfuse: {cache}/object-.../version-...: cache entry: Permission denied; "
+            "going on without a cache"
+        )
+        assert line.replace(f"qedfuse: {home}", "`/srv") + "`" in TABLE
+        options = f"ro,cache_dir={cache}"
+        done = as_user(*COMMAND, "-o", options, place.url, mnt, variables=variables)
+        try:
+            assert done.returncode == 0, done
+            found = re.sub(r"(object|version)-[0-9a-f]+", r"\1-...", done.stderr)
+            assert found == f"{line}\n"
+            digest = as_user("sha256sum", mnt / "disk.raw").stdout.split()[0]
+            assert digest == hashlib.sha256(disk).hexdigest()
+        finally:
+            done = as_user(*COMMAND, "umount", mnt)
+        assert done.returncode == 0, done
+        assert list(cache.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root writes to each directory; needs another user")
+def test_cache_directory_with_other_files_that_cannot_be_written(place: Place) -> None:
+    """If the cache's subdirectory cannot be made in such a directory, the directory is refused."""
+    with user_directory() as home:
+        cache = home / "given"
+        make_read_only(cache)
+        (cache / "other").touch()
+        done = as_user(*COMMAND, "-o", f"ro,cache_dir={cache}", place.url, home / "mnt")
+        line = line_of(done, 2)
+        assert line == f"{cache}/qedfuse: cache directory: Permission denied"
+        assert f"`{line.replace(str(home), '/srv')}` | 2 |" in TABLE
+        assert not is_mounted(home / "mnt")
 
 
 # --- after the opening ------------------------------------------------------------------

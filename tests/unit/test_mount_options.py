@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -16,8 +18,7 @@ from qedfuse.mount.optionsyntax import PATH_OPTIONS, escape_value, split_options
 from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.options import Deadlines, RemoteOptions
 
-if TYPE_CHECKING:
-    from pathlib import Path
+BAD_INPUT: Final = Path(__file__).parents[2] / "docs" / "bad-input.md"
 
 
 def test_no_options_give_the_defaults() -> None:
@@ -202,6 +203,18 @@ def test_a_refusal_names_the_option(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options([text])
     assert str(caught.value) == message
+
+
+def test_the_documented_refusals_name_all_schemes() -> None:
+    """Each message of docs/bad-input.md about the scheme of a URL has the list that is printed."""
+    with pytest.raises(UsageError) as caught:
+        parse_options(["backing_url=images"])
+    text = BAD_INPUT.read_text("utf-8")
+    assert f"`{caught.value}`" in text
+    schemes = str(caught.value).partition("expected ")[2]
+    stated = re.findall(r"URL scheme: found [^,`]*, expected ([^`(]*[^`( ])", text)
+    assert len(stated) == 3
+    assert set(stated) == {schemes}
 
 
 def test_a_wrong_size_names_the_option() -> None:
