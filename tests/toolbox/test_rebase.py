@@ -274,6 +274,28 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["rebase", "-b", "base.raw", "-F", "raw", str(top)]) == 16
 
 
+@pytest.mark.parametrize("unsafe", [[], ["-u"]], ids=["safe", "unsafe"])
+def test_a_base_whose_format_cannot_be_recorded_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unsafe: list[str]
+) -> None:
+    """A fixed VHD with -F vpc is refused, because the image would later read it as raw."""
+    top = qemu.create(tmp_path / "top.qed", 1 << 20)
+    base, growing = tmp_path / "fixed.vhd", tmp_path / "growing.vhd"
+    for path, subformat in ((base, "fixed"), (growing, "dynamic")):
+        qemu.run(
+            "qemu-img", "create", "-q", "-f", "vpc", "-o", f"subformat={subformat}", path, "1M"
+        )
+    image = top.read_bytes()
+    words = ["rebase", "-q", *unsafe, "-F", "vpc"]
+    assert main([*words, "-b", base.name, str(top)]) == 17
+    assert capsys.readouterr().err == (
+        f"qedimg: {top}: backing file {base}: found no magic of an image, expected the format vpc\n"
+    )
+    assert top.read_bytes() == image
+    assert main([*words, "-b", growing.name, str(top)]) == 0
+    assert qemu.info(top)["backing-filename"] == growing.name
+
+
 def test_bases_outside_the_directory_need_permission(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

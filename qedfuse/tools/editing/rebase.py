@@ -27,7 +27,7 @@ from qedfuse.hostio.imagefile import open_image_file
 from qedfuse.ondisk.constants import Feature
 from qedfuse.remote.address import require_local, require_storable, shown_name
 from qedfuse.text import printable
-from qedfuse.tools.common.newbacking import refuse_backing_loop
+from qedfuse.tools.common.newbacking import foreign_base_driver, refuse_backing_loop
 from qedfuse.tools.common.writabledisk import open_writable
 from qedfuse.tools.editing.rebasecopy import RebaseCopy
 
@@ -74,7 +74,8 @@ async def rebase(
         backing_format: Format of the new backing file.  None accepts QED and the formats that only
             QEMU reads.  If ``unsafe`` is set and ``backing`` names a file, the format is required.
         unsafe: Change only the name and the format.  No data is compared or copied.  Of the
-            backing files only the headers are read, to detect a loop; the files need not exist.
+            backing files only the headers are read, to detect a loop and a wrong format; the files
+            need not exist.
         options: How to open the image; ``writable`` is always set.  The new backing file may
             lie in any directory, because the user names it.  None for the defaults.
         progress: Called with the guest offset that the copy has reached, and the size of the
@@ -101,6 +102,7 @@ async def rebase(
             raise UsageError(_no_format(path, backing))
         if backing is not None:
             refuse_backing_loop(path, backing, options.backing.working_directory)
+            _refuse_other_format(path, backing, backing_format, options)
         async with open_writable(path, options, with_bases=False) as disk:
             await disk.set_backing(name, backing_is_raw=backing_format == "raw")
         return RebaseResult(backing, backing_format if backing else None)
@@ -146,6 +148,7 @@ async def _new_chain(
     if backing is None:
         yield Chain([top])
         return
+    _refuse_other_format(disk.path, backing, backing_format, options)
     features = int(Feature.BACKING_FILE)
     if backing_format == "raw":
         features |= int(Feature.BACKING_FORMAT_NO_PROBE)
@@ -188,6 +191,22 @@ async def _new_chain(
             )
             raise BackingError(msg)
         yield Chain([top, *bases])
+
+
+def _refuse_other_format(
+    path: str, backing: str, backing_format: BackingFormat | None, options: OpenOptions
+) -> None:
+    """Refuse a new base whose first bytes do not have the stated format that only QEMU reads.
+
+    The image cannot record this format, so a base without such first bytes, as a fixed VHD, would
+    later be read as raw.  A base that is missing or cannot be read is not refused here.
+
+    Raises:
+        BackingError: ``backing_format`` is a format that only QEMU reads, and the base can be read
+            and does not have it.
+    """
+    base = backing_path(path, backing, options.backing.working_directory)
+    foreign_base_driver(base, backing_format, f"{printable(path)}: backing file ")
 
 
 def _no_format(path: str, backing: str) -> str:
