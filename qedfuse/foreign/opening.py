@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qedfuse.errors import ForeignError
+from qedfuse.errors import ForeignError, HostError, ImageInUseError
 from qedfuse.foreign.foreignfile import READ_SECONDS, ForeignFile
 from qedfuse.foreign.graph import open_graph
 from qedfuse.foreign.localreads import LocalReads
 from qedfuse.foreign.process import READY_SECONDS, QemuNbd
+from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.nbd.opening import open_nbd
 from qedfuse.remote.options import Deadlines
 from qedfuse.util.deferredclose import DeferredClose
@@ -75,7 +77,11 @@ class ForeignOpening:
             HostError: A system call failed, or qemu-nbd failed while the connection for reads
                 was made.
         """
-        self._server.wait_ready()
+        try:
+            self._server.wait_ready()
+        except ImageInUseError:
+            self._name_holder()
+            raise
         self._graph.refuse_changes()
         deadlines = Deadlines(READY_SECONDS, READ_SECONDS, READ_SECONDS)
         disk = open_nbd(self._connect, "", self._image.name, deadlines)
@@ -102,6 +108,24 @@ class ForeignOpening:
             return
         self._server.close()
         self._open_files.close()
+
+    def _name_holder(self) -> None:
+        """Lock the files of the chain, to get an error that names the file and the process.
+
+        QEMU's own message names neither.  Returns if all files can be locked now, or if `abandon`
+        has closed them.
+
+        Raises:
+            ImageInUseError: Another program holds a lock that excludes reading.
+        """
+        if not self._open_files.enter():
+            return
+        try:
+            for file in (*self._graph.files, *self._graph.extents):
+                with suppress(HostError):  # QEMU's message stays
+                    lock_image(file.fd, LockMode.READ, file.name)
+        finally:
+            self._open_files.leave()
 
     def _close_files(self) -> None:
         """Close the image and the files that it names."""

@@ -28,6 +28,7 @@ from qedfuse.errors import ForeignError, HostError, ImageInUseError
 from qedfuse.foreign import opening, process, sandbox
 from qedfuse.foreign.foreignfile import ForeignFile
 from qedfuse.foreign.graph import Limits, open_graph
+from qedfuse.hostio.locking import LockMode, lock_image
 from qedfuse.hostio.posixfile import PosixFile
 from qedfuse.util import landlock
 from tests.support import qemu
@@ -187,17 +188,43 @@ def test_program_fails(
 
 
 def test_in_use(image: Path) -> None:
-    """An image that another program has locked for writing is in use; so is one of its bases."""
+    """An image that another program has locked for writing is in use; so is one of its bases.
+
+    The message names the locked file and the process.
+    """
     above = qemu.create(
         image.parent / "above.qcow2", image_format="qcow2", backing=image, backing_format="qcow2"
     )
-    with qemu.hold(image, image_format="qcow2"):
+    with qemu.hold(image, image_format="qcow2") as held:
+        expected = (
+            f'{image}: in use: Failed to get shared "write" lock, held by qemu-io (pid {held.pid})'
+        )
         for path in (image, above):
-            with pytest.raises(ImageInUseError, match="in use"):
+            with pytest.raises(ImageInUseError) as caught:
                 qedfuse.open(path)
-            assert command("-r", path, image.parent).returncode == 16
+            assert str(caught.value) == expected
+            done = command("-r", path, image.parent)
+            assert (done.returncode, done.stderr) == (16, f"qedfuse: {expected}\n")
     with qedfuse.open(above) as disk:
         assert disk.read(1) == b"\x07"
+
+
+def test_in_use_by_a_program_that_has_ended(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the lock is gone when its holder is looked for, QEMU's own message is shown."""
+    with qemu.hold(image, image_format="qcow2") as held:
+        file = PosixFile.open(str(image))
+        opened = opening.ForeignOpening(file, "qcow2", Limits(lambda _name, it: it))
+
+        def lock_later(fd: int, mode: LockMode, name: str) -> None:
+            held.command("close")
+            lock_image(fd, mode, name)
+
+        monkeypatch.setattr(opening, "lock_image", lock_later)
+        with pytest.raises(
+            ImageInUseError, match=r'in use: qemu-nbd: Failed to get shared "write"'
+        ):
+            opened.finish()
+        opened.abandon()
 
 
 def test_locked_while_open(image: Path) -> None:
