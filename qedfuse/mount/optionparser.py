@@ -258,6 +258,7 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "remote_cache_size": ("remote_cache_bytes", parse_remote_cache),
     "remote_timeout": ("remote_seconds", parse_seconds),
     "remote_attempt_timeout": ("remote_attempt_seconds", parse_seconds),
+    "remote_connect_timeout": ("remote_connect_seconds", parse_seconds),
     "credentials": ("credentials_file", parse_local_path),
     "memory_limit": ("memory_bytes", parse_bytes),
 }

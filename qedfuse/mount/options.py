@@ -72,6 +72,8 @@ class MountOptions:
             cases a part of the file system stays free.
         remote_seconds: Maximum time in seconds in which attempts of one request to a server begin;
             the last attempt may end later.
+        remote_connect_seconds: Maximum time in seconds to connect to a server; a value above
+            ``remote_attempt_seconds`` is reduced to ``remote_attempt_seconds``.
         remote_attempt_seconds: Maximum time in seconds of one attempt; a value above
             ``remote_seconds`` is reduced to ``remote_seconds``.
         allow_http: Whether URLs with ``http://`` may name other machines than this one.
@@ -123,6 +125,7 @@ class MountOptions:
     remote_cache_directory: str | None = None
     remote_cache_bytes: int | None = None
     remote_seconds: float = Deadlines().total_seconds
+    remote_connect_seconds: float = Deadlines().connect_seconds
     remote_attempt_seconds: float = Deadlines().attempt_seconds
     allow_http: bool = False
     allow_unpinned: bool = False
@@ -141,7 +144,9 @@ class MountOptions:
         return RemoteOptions(
             cache_directory=self.remote_cache_directory,
             cache_bytes=self.remote_cache_bytes,
-            deadlines=Deadlines.limited(self.remote_attempt_seconds, self.remote_seconds),
+            deadlines=Deadlines.limited(
+                self.remote_connect_seconds, self.remote_attempt_seconds, self.remote_seconds
+            ),
             allow_http=self.allow_http,
             allow_unpinned=self.allow_unpinned,
             allowed=self.backing_urls,

@@ -30,13 +30,13 @@ class Deadlines:
     total_seconds: float = 60.0
 
     @classmethod
-    def limited(cls, attempt_seconds: float, total_seconds: float) -> Self:
-        """Return deadlines with the default time to connect.
+    def limited(cls, connect_seconds: float, attempt_seconds: float, total_seconds: float) -> Self:
+        """Return deadlines that are consistent, by reducing those that are too long.
 
         An attempt gets at most ``total_seconds``, and connecting at most the time of an attempt.
         """
         attempt_seconds = min(attempt_seconds, total_seconds)
-        return cls(min(cls().connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
+        return cls(min(connect_seconds, attempt_seconds), attempt_seconds, total_seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def options(
     return OpenOptions(
         writable=writable,
         backing=BackingPolicy(base_changed=accept),
-        remote=RemoteOptions(allowed=allowed, deadlines=Deadlines.limited(10.0, seconds)),
+        remote=RemoteOptions(allowed=allowed, deadlines=Deadlines.limited(5.0, 10.0, seconds)),
     )
 
 

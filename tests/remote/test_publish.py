@@ -456,7 +456,7 @@ async def test_an_outage_during_an_upload(store: Swift, image: Path, *, returns:
 
     handler = Handler()
     logging.getLogger("qedfuse.remote.uploadwatch").addHandler(handler)
-    options = OpenOptions(remote=RemoteOptions(deadlines=Deadlines.limited(0.3, 1)))
+    options = OpenOptions(remote=RemoteOptions(deadlines=Deadlines.limited(5.0, 0.3, 1)))
     call = partial(publish, str(image), f"s3://golden/{key}", options=options)
     try:
         if returns:

@@ -11,6 +11,7 @@ import pytest
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, print_line, table
+from qedfuse.remote.options import Deadlines
 
 if TYPE_CHECKING:
     from qedfuse.disk.options import OpenOptions
@@ -75,6 +76,24 @@ def test_options_reach_the_library() -> None:
     assert found.backing.mode == "any"
     assert found.backing.directories == ("/a", "/b")
     assert found.backing.format == "raw"
+
+
+@pytest.mark.parametrize(
+    ("words", "deadlines"),
+    [
+        ((), Deadlines(5, 10, 60)),
+        (("--remote-connect-timeout", "2"), Deadlines(2, 10, 60)),
+        (("--remote-connect-timeout", "30"), Deadlines(10, 10, 60)),
+        (
+            ("--remote-connect-timeout", "30", "--remote-attempt-timeout", "25"),
+            Deadlines(25, 25, 60),
+        ),
+        (("--remote-timeout", "3"), Deadlines(3, 3, 3)),
+    ],
+)
+def test_deadlines_reach_the_library(words: tuple[str, ...], deadlines: Deadlines) -> None:
+    """Each time for servers reaches the library; one that exceeds the next longer is reduced."""
+    assert options(*words).remote.deadlines == deadlines
 
 
 def test_share_is_ignored_for_writing() -> None:

@@ -119,6 +119,7 @@ def test_listed_mount_options_are_accepted() -> None:
         "credentials": "x",
         "remote_attempt_timeout": "5",
         "remote_cache_size": "1G",
+        "remote_connect_timeout": "5",
         "remote_timeout": "5",
     }
     for word, choices in programs.mount_option_values().items():

@@ -475,6 +475,7 @@ def test_an_unpinned_file_needs_an_option(capsys: pytest.CaptureFixture[str]) ->
         (("--backing-url", "images", "x.qed"), 1, "found no scheme"),
         (("--remote-timeout", "0", "x.qed"), 1, "expected seconds, more than 0"),
         (("--remote-timeout", "nan", "x.qed"), 1, "expected seconds, more than 0"),
+        (("--remote-connect-timeout", "-1", "x.qed"), 1, "expected seconds, more than 0"),
         (("--credentials", "missing", "https://host/x"), 1, "cannot open"),
         (("--credentials", "open", "https://host/x"), 1, "expected none for the group"),
     ],

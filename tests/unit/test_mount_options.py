@@ -73,7 +73,14 @@ def test_options_for_servers() -> None:
     )
     assert options.base_changed
     assert parse_options([]).remote == RemoteOptions()
-    assert parse_options(["remote_timeout=2"]).remote.deadlines == Deadlines(2, 2, 2)
+    for text, deadlines in (
+        ("remote_timeout=2", Deadlines(2, 2, 2)),
+        ("remote_connect_timeout=0.5", Deadlines(0.5, 10, 60)),
+        ("remote_connect_timeout=8", Deadlines(8, 10, 60)),
+        ("remote_connect_timeout=30", Deadlines(10, 10, 60)),
+        ("remote_connect_timeout=30,remote_attempt_timeout=20", Deadlines(20, 20, 60)),
+    ):
+        assert parse_options([text]).remote.deadlines == deadlines
 
 
 def test_credentials_are_read_and_never_shown(tmp_path: Path) -> None:
@@ -215,6 +222,25 @@ def test_the_documented_refusals_name_all_schemes() -> None:
     stated = re.findall(r"URL scheme: found [^,`]*, expected (one of [^`(]*[^`( ])", text)
     assert len(stated) == 3
     assert set(stated) == {schemes}
+
+
+@pytest.mark.parametrize(
+    "name", ["remote_timeout", "remote_attempt_timeout", "remote_connect_timeout"]
+)
+@pytest.mark.parametrize("value", ["0", "-1", "x", "3601", "1e3", "nan"])
+def test_a_wrong_time_of_servers_is_refused(name: str, value: str) -> None:
+    """A time that is not positive, too long or no number is refused, as the documentation says."""
+    expected = f"option {name}: found {value}, expected seconds, more than 0, up to 3600"
+    with pytest.raises(UsageError) as caught:
+        parse_options([f"{name}={value}"])
+    assert str(caught.value) == expected
+
+
+def test_the_documented_time_of_servers_is_refused() -> None:
+    """docs/bad-input.md has the message about a time for servers."""
+    with pytest.raises(UsageError) as caught:
+        parse_options(["remote_connect_timeout=0"])
+    assert f"`{caught.value}` | 1 |" in BAD_INPUT.read_text("utf-8")
 
 
 def test_a_wrong_size_names_the_option() -> None:

@@ -64,6 +64,7 @@ Options of -o; the default and then other values are in parentheses:
                          reader waits for a server (off)
   remote_timeout=SECONDS  how long a failed request to a server is repeated (60)
   remote_attempt_timeout=SECONDS  how long one attempt of a request may take (10)
+  remote_connect_timeout=SECONDS  how long connecting to a server may take (5)
   credentials=FILE       read variables, such as AWS_ACCESS_KEY_ID, from lines NAME=VALUE;
                          only the owner of FILE may have access to it (the environment)
   allow_http             allow http:// to other machines

@@ -133,6 +133,13 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
         help="how long one attempt of a request may take (10)",
     )
     parser.add_argument(
+        "--remote-connect-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=5.0,
+        help="how long connecting to a server may take (5)",
+    )
+    parser.add_argument(
         "--allow-http", action="store_true", help="allow http:// to other machines, without TLS"
     )
     parser.add_argument(
@@ -150,7 +157,8 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
 
 
 _MAX_SECONDS: Final = 86400.0
-"""Maximum of ``--remote-timeout`` and of ``--remote-attempt-timeout``."""
+"""Maximum of the options ``--remote-timeout``, ``--remote-attempt-timeout`` and
+``--remote-connect-timeout``."""
 
 
 def _cache_size(text: str) -> int:
@@ -255,6 +263,7 @@ def remote_options(arguments: argparse.Namespace) -> RemoteOptions:
         cache_directory=getattr(arguments, "cache_dir", None),
         cache_bytes=getattr(arguments, "remote_cache_size", None),
         deadlines=Deadlines.limited(
+            getattr(arguments, "remote_connect_timeout", usual.connect_seconds),
             getattr(arguments, "remote_attempt_timeout", usual.attempt_seconds),
             getattr(arguments, "remote_timeout", usual.total_seconds),
         ),
