@@ -123,7 +123,7 @@ def test_two_users_have_machines_of_their_own(golden: Golden, tmp_path: Path) ->
     """Two users mount overlays over one object, each changes the file system in its own.
 
     Root reads by the store's own protocol and has a loop device, the other user by https.
-    Both file systems are clean, and QEMU reads the same disks.
+    Both file systems are clean, and QEMU reads both disks as their mounts show them.
     """
     mine = tmp_path / "mine.qed"
     with (
@@ -154,6 +154,11 @@ def test_two_users_have_machines_of_their_own(golden: Golden, tmp_path: Path) ->
         user("debugfs", "-w", "-R", f"write {home}/new release", disk)
         user("e2fsck", "-fn", disk)
         user(*COMMAND, "umount", mnt)
+        # A second mount, because the kernel had cached what was written through the first.
+        user(*COMMAND, "-o", f"overlay={theirs}", golden.https, mnt)
+        user("cp", disk, home / "seen.raw")
+        user(*COMMAND, "umount", mnt)
+        seen = (home / "seen.raw").read_bytes()
         shutil.copy(theirs, tmp_path / "theirs.qed")
         assert (home / "cache/qedfuse").stat().st_uid == USER_ID
     contents = {}
@@ -164,6 +169,7 @@ def test_two_users_have_machines_of_their_own(golden: Golden, tmp_path: Path) ->
         assert run("debugfs", "-R", "cat release", raw) == text
         run("e2fsck", "-fn", raw)
         qedimg("check", overlay)
+    assert seen == contents["theirs"]
     with mounted(golden.url, tmp_path / "mnt", "-o", f"overlay={mine}") as directory:
         assert (directory / "golden.raw").read_bytes() == contents["mine"]
     with mounted(golden.url, tmp_path / "mnt", "-r") as directory:
