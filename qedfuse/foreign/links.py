@@ -1,6 +1,6 @@
 """The other files that an image in a format of QEMU names, read from its header.
 
-QEMU gets the backing files and data files as open descriptors, and looks up no name of these files.
+QEMU gets the backing files and data files as open descriptors, and does not look up their names.
 So even if QEMU read a header differently from this module, QEMU would read only files that the
 policy for backing files allows.  The exceptions are VMDK images that name extents: QEMU opens these
 images by their paths and the extents by their names, within the sandbox.  `qedfuse.foreign.vmdk`
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _START_BYTES: Final = 4096
-"""Number of bytes that are read at the start of a file; they include all header fields used here,
-but not the extensions of qcow2."""
+"""Number of bytes that are read at the start of a file.  They include all header fields used here.
+The extensions of qcow2 are read separately, because they can lie further back."""
 
 _QCOW2_EXTENSIONS_AT: Final = 72
 """Offset of the header extensions in version 2 of qcow2."""
@@ -69,7 +69,7 @@ class Links:
 
 
 def read_links(fd: int, driver: str, name: str) -> Links:
-    """Return the names of other files that an image has in its header or its descriptor.
+    """Return the names of other files that an image's header, or the text of a VMDK, contains.
 
     Args:
         fd: The open file.

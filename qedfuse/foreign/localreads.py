@@ -44,11 +44,11 @@ class LocalReads:
     """The map of a disk, made in the background, and the files to which it refers.
 
     The map is valid as long as no program changes the files.  So this process locks all of
-    `Graph.files` before it makes the map.  These locks are held until the files are closed, even if
-    qemu-nbd ends earlier, and with it the locks of qemu-nbd.  The extents of a VMDK image are not
-    locked; the lock on the image's own file, which names the extents, keeps out programs that open
-    the image.  If a lock is refused, the map stays empty.  If the file system has no locks, the map
-    is made without them.
+    `Graph.files` before it makes the map, and holds the locks until the files are closed.  The
+    locks of qemu-nbd do not suffice, because qemu-nbd may end earlier.  The extents of a VMDK image
+    are not locked; the lock on the image's own file, which names the extents, keeps out programs
+    that open the image.  If a lock is refused, the map stays empty.  If the file system has no
+    locks, the map is made without them.
 
     There is no map at all if locking is off, if the number of files with data is 0 or more than
     `MAX_FILES`, or if the host has no memory for a map.
@@ -64,8 +64,8 @@ class LocalReads:
             name: The name of the image in messages.
             open_files: Closes the files.  The thread that makes the map keeps them open until it
                 ends.
-            is_locked: Whether the files may be locked, which keeps other programs from changing
-                them; if not, no map is made.
+            is_locked: Whether to lock the files, so that no other program changes them.  If False,
+                no map is made.
         """
         self._graph = graph
         self._open_files = open_files
@@ -89,7 +89,7 @@ class LocalReads:
 
     @property
     def page_source(self) -> PageSource | None:
-        """What the mount's extension needs to read the ranges that have a file in the map.
+        """What the mount's extension needs to read the ranges for which the map names a file.
 
         None if there is no map.
         """
@@ -119,7 +119,10 @@ class LocalReads:
         return self._files[part.file]
 
     def try_read(self, offset: int, view: memoryview) -> bool:
-        """Fill ``view`` from the page cache; return False if that would block or fails."""
+        """Fill ``view`` from the page cache; return False if that would block or fails.
+
+        Also returns False if the map does not have the whole range.
+        """
         found = self.parts(offset, len(view))
         if found is None or any(part.file == UNKNOWN for part in found):
             return False

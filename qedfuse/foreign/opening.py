@@ -33,8 +33,8 @@ class ForeignOpening:
         `QemuNbd`.
 
         Args:
-            image: The file of the image.  If the constructor fails, it closes this file.  After a
-                success `abandon` closes it, or `ForeignFile.close`.
+            image: The file of the image.  If the constructor fails, it closes this file.
+                Otherwise `abandon` or `ForeignFile.close` closes it.
             driver: The format of the image as QEMU calls it.
             limits: Which files the images of the chain may name.
 

@@ -2,7 +2,8 @@
  * The pool of threads, as the threads that hold the GIL use it (_iopool.c).
  *
  * No function here touches a Python object, or waits for a call.  The jobs that a function returns belong
- * to the caller.
+ * to the caller.  *garbage gets jobs that no thread needs any more, and that need the GIL for their
+ * release.
  */
 
 #ifndef QEDFUSE_IOPOOL_H
@@ -16,10 +17,10 @@ struct pool;
  * `idle_seconds`.  Returns the pool, or NULL with errno. */
 struct pool *pool_new(int max_threads, double idle_seconds);
 
-/* Queues a job.  Wakes or creates a thread, unless a coming thread will take the job or max_threads
- * threads are busy.  Returns 0; the job then belongs to the pool.  If there is no thread to take the
- * job and none can be created, does not queue the job, and returns an errno.  In both cases the caller
- * must release the jobs in *garbage. */
+/* Queues a job and returns 0; the job then belongs to the pool.  If no thread is about to look at
+ * the queue, wakes a sleeping thread, or creates one if there are fewer than max_threads.  If the
+ * pool has no thread and cannot create one, returns an errno, and does not queue the job.  In both
+ * cases the caller must release the jobs in *garbage. */
 int pool_queue(struct pool *pool, struct job *job, struct list *garbage);
 
 /* Returns the eventfd, which becomes readable when finished jobs can be taken. */
@@ -45,10 +46,10 @@ void pool_put_back(struct pool *pool, struct list jobs);
  * answered, and become garbage after that. */
 struct list pool_set_collected(struct pool *pool, struct list jobs);
 
-/* Leaves the pool to its threads, the last of which frees it, or frees it if there are none.  Calls
- * that no thread has begun are never made.  Calls and answers in progress end some time later, and
- * what their jobs hold is never released, because no thread of the pool may touch Python's objects.
- * Returns the other jobs, which the caller must release. */
+/* Closes the pool.  The last of its threads frees its memory; without threads this function does.
+ * Calls that no thread has begun are never made.  Calls and answers in progress end somewhat later,
+ * and what their jobs hold is never released, because no thread of the pool may touch Python's
+ * objects.  Returns all jobs that are not in progress; the caller must release them. */
 struct list pool_close(struct pool *pool);
 
 #endif

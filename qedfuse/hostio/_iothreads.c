@@ -12,8 +12,8 @@
  *         void (*call)(struct answer *self, const void *data, long long result);
  *     };
  *
- * The owner of the capsule embeds this struct in a larger one.  The thread first puts the
- * finished read on the list, and then calls answer->call, without the GIL and with a stack of
+ * The owner of the capsule embeds this struct in a larger one.  The thread first puts the read on
+ * the list of finished calls, and then calls answer->call, without the GIL and with a stack of
  * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
  * is the buffer of the read, and `result` the number of bytes in it, or a negative errno.  The
  * capsule and the buffer stay valid until answer->call has returned, and the read counts as
@@ -48,7 +48,7 @@ static void count_fork(void)
 typedef struct {
     PyObject_HEAD
     struct pool *pool;
-    unsigned long forks; /* when the object was made */
+    unsigned long forks; /* value of the global variable `forks` when the object was made */
 } IoThreads;
 
 /* Release what a job holds, and free it.  This may run any Python code. */

@@ -45,7 +45,7 @@ class HostCalls(Protocol):
 
     @property
     def retries_reads(self) -> bool:
-        """Whether a call costs so much that a read should first be retried in the page cache."""
+        """Whether a read that misses the page cache is retried before a call (`NowaitRetry`)."""
 
     @property
     def can_start_reads(self) -> bool:
@@ -146,8 +146,8 @@ def host_calls() -> HostCalls:
         calls = make_host_calls(os.environ.get(HOST_CALLS_VARIABLE))
         _calls.set(calls)
         # Threads of trio make some calls, such as searches for holes, even if there are native
-        # threads.  Calls on one file whose disk does not answer can occupy 32 threads.  So two
-        # such files would occupy all of the 40 threads that trio allows by default.
+        # threads.  `PosixFile` lets the calls on one file occupy up to 32 threads.  So two files
+        # whose disks do not answer would occupy all 40 threads that trio allows by default.
         limiter = trio.to_thread.current_default_thread_limiter()
         limiter.total_tokens = max(limiter.total_tokens, MAX_THREADS)
         return calls

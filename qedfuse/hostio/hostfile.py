@@ -87,9 +87,9 @@ class ReadableFile(Protocol):
     ) -> bool:
         """Start a read in a thread that then answers a request; return whether it was started.
 
-        The thread answers by a C function, without the event loop.  If `try_read` looks for data in
-        memory now, the read is started only if `try_read` has just missed the same data there.
-        While `try_read` does not look there (`read_policy`), the read is started without that step.
+        The thread answers by a C function, without the event loop.  While `read_policy` lets
+        `try_read` look for data in the page cache, the caller must have called `try_read` for the
+        same range just before; otherwise no read is started.
 
         Args:
             offset: File offset.

@@ -30,7 +30,8 @@ That is several times the time of the copy to the page cache.  `AdaptivePoll` de
 many slow writes the next one goes to a thread."""
 _FAST_DATASYNC_SECONDS: Final = 1e-3
 """A datasync counts as fast if it takes at most this time.  In a thread it may take twice this
-time, because its time includes the round trip.  `AdaptivePoll` decides as for writes."""
+time, because its time includes the round trip.  `AdaptivePoll` decides after how many slow or fast
+datasyncs the next one goes to a thread or is made inline."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
 kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""
@@ -120,5 +121,5 @@ class InlinePolicy:
         return self._load
 
     def record_datasync(self, seconds: float, *, is_inline: bool) -> None:
-        """Record how long a datasync took; in a thread, the round trip to the thread included."""
+        """Record how long a datasync took; for a thread, ``seconds`` includes the round trip."""
         self._datasyncs.record(seconds, slept=not is_inline)

@@ -75,8 +75,8 @@ class LockMode(enum.Enum):
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
-    """Read the file as a raw base.  The locks are those of READ, although QEMU itself locks only
-    byte 100 of a raw base, which excludes no writer."""
+    """Read the file as a raw base.  The locks are those of READ.  QEMU itself locks only byte 100
+    of a raw base, and so excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:

@@ -106,7 +106,7 @@ class NativeCalls:
         answer: object,
         ended: Callable[[int, int], object],
     ) -> None:
-        """Start a read in a thread, which then calls ``answer``, a C function; see `HostCalls`."""
+        """Start a read in a thread, which then calls the function in ``answer`` (`HostCalls`)."""
         self._threads.submit_read(fd, offset, view, ended, answer)
 
     def start_export_read(

@@ -95,10 +95,10 @@ def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
         needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
 
     Raises:
-        HostError: Nothing was recorded, because the host refused (`NoSpaceError`, `CacheError`).
-        CacheError: Nothing was recorded: the entry lacks one of the units, has damaged metadata, or
-            was removed from the cache, possibly replaced by another entry of the same name; or the
-            record would be too long.
+        HostError: The host is full (`NoSpaceError`).  Nothing was recorded.
+        CacheError: The host refused, or the record would be too long.  Or the entry lacks one of
+            the units, has damaged metadata, or was removed from the cache (and possibly replaced by
+            another entry of the same name).  Nothing was recorded.
     """
     shown = printable(entry.path)
     try:
@@ -163,7 +163,7 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 
 
 def _parsed_time(modified: object) -> float | None:
-    """Return the time of the last change in the file ``about.json``; see `Version.modified`.
+    """Return the time of the object's last change, from ``about.json``; see `Version.modified`.
 
     For an object with an entity tag, the name of the entry does not depend on the time, so the
     check of the name does not find a wrong time.  Therefore this function accepts only null and

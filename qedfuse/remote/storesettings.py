@@ -1,7 +1,8 @@
 """A bucket or container of an object store, configured by variables.
 
-obstore itself reads the environment, but this module accepts an endpoint without TLS only if the
-user has allowed it, and `qedfuse.remote.storeidentity` changes how requests are signed.
+obstore itself reads the environment.  This module adds the variables of the credentials file, and
+refuses an endpoint without TLS that the user has not allowed.  `qedfuse.remote.storeidentity`
+changes how requests are signed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _UNKNOWN_TO_OBSTORE: Final = (
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_EC2_METADATA_DISABLED",
 )
-"""Variables that obstore does not know."""
+"""Variables that are not passed to obstore, because obstore does not know them."""
 _HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",

@@ -40,7 +40,7 @@ class DiskGrowth:
         discard: Discard,
         writeback: MetadataWriteback,
     ) -> None:
-        """Grow ``layer``, the top of ``chain``; ``disk_size`` is its size."""
+        """Prepare to grow ``layer``, the top of ``chain``; ``disk_size`` changes its size."""
         self._chain = chain
         self._layer = layer
         self._disk_size = disk_size

@@ -74,8 +74,8 @@ class FileLength:
                 return
             if self.has_odd_tail:
                 # Cut the odd tail off first, so that the new cluster reads as zeros.  No
-                # datasync is needed between the cut and the growth, because both precede the
-                # first datasync of the cycle that writes an entry for the new cluster.  So if
+                # datasync is needed between the cut and the growth.  An entry for the new cluster
+                # is written only after a later datasync, which makes both durable.  So if
                 # a crash loses only the cut, no entry refers to the cluster with the tail.
                 await self._file.truncate(self.end)
                 self.has_odd_tail = False

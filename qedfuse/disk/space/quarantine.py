@@ -8,9 +8,9 @@ And a request that looked up the cluster before the reference was dropped may st
 writing the cluster.
 
 Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
-that have lost their reference up to that moment: they become a batch, with the epoch (`Epochs`)
-that ends at that moment.  The batch stays in quarantine until the tables that dropped its
-clusters are durable, and until all requests of that epoch and of earlier epochs have ended.
+that have lost their reference up to that moment: they become a batch.  The current epoch of
+requests (`Epochs`) ends, and a new one begins.  The batch stays in quarantine until the tables that
+dropped its clusters are durable, and all requests of the ended epoch and earlier ones have ended.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Quarantine:
     """
 
     def __init__(self, epochs: Epochs, empty: FreeMap) -> None:
-        """Hold no cluster yet; all maps here get the block borders of ``empty``, an empty map."""
+        """Hold no cluster yet; ``empty`` is the empty map from which all maps here are made."""
         self._epochs = epochs
         self._unsealed = empty.empty_like()
         # Unsealed clusters that are not in `_unsealed` yet: see `retire_many`.

@@ -111,7 +111,7 @@ class SpaceManager:
         """Hand out the clusters of a table at the end of the file, even past its bound.
 
         Does not wait for clusters to become free.  One caller, `allocate_table`, has already waited
-        in vain.  The other caller, a compaction, frees the old clusters of the table that it moves.
+        in vain.  The other caller, a compaction, soon moves the table away from the end again.
 
         Raises:
             NoSpaceError: The file cannot grow any more.

@@ -3,7 +3,7 @@
 The process forks before there is an event loop or a second thread, because neither survives a
 fork.  The child mounts, serves and prints errors, and reports through a pipe when the disk can be
 used.  The parent waits for the report.  If the child ends before the report, the parent exits with
-the child's exit code, or with 32 if this code is 0 or the child was killed.
+the child's exit code.  If this code is 0, or a signal killed the child, the parent exits with 32.
 
 If the command fails or is interrupted, the user expects that nothing is mounted.  So the parent
 forwards signals to the child, and the child undoes the mount if the parent has ended.
@@ -94,7 +94,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; forward the first one that arrives in the block to the child.
+    """Unblock signals; in the ``with`` block forward the first one that arrives to the child.
 
     In the parent the first signal raises KeyboardInterrupt, and further signals have their default
     action.  The child has a session of its own, so the terminal sends signals to the parent only,

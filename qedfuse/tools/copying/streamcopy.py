@@ -42,7 +42,7 @@ async def copy_stream(
 
     Raises:
         UsageError: ``any_content`` is False, and the first bytes are those of an image or of
-            content that is encrypted by LUKS.  Or the stream is longer than the target can be.
+            content that is encrypted by LUKS; or the stream is longer than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """
