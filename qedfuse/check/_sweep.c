@@ -21,7 +21,7 @@
 
 #define READ_BYTES 65536u /* maximum for one read of an L2 table */
 #define PREFETCH_ENTRIES 24 /* how many entries ahead the owner bitmap is prefetched */
-#define MAX_CLUSTERS (UINT64_C(1) << 28) /* maximum of the file; the owner bitmap takes 32 MiB */
+#define MAX_CLUSTERS (UINT64_C(1) << 28) /* in a file; the owner bitmap then takes 32 MiB */
 #define MAX_TABLES_BYTES (UINT64_C(1) << 30) /* total length of all L2 tables, holes included */
 
 struct image {

@@ -62,8 +62,9 @@ def launch_command(
 ) -> list[str]:
     """Return the command that starts ``program`` with the right to read only the given files.
 
-    The kernel kills the program when the thread that has started the command ends.  If the kernel
-    has no Landlock, the program can read all files of the user.
+    The program can also read and run programs and libraries (`_SYSTEM_PATHS`).  The kernel kills
+    the program when the thread that has started the command ends.  If the kernel has no Landlock,
+    the program can read all files of the user.
 
     Args:
         program: The program's absolute path and its arguments.

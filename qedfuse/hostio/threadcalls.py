@@ -75,10 +75,10 @@ class ThreadCalls:
 
 
 async def _in_thread(function: Callable[[*Args], T], *args: *Args) -> T:
-    """Call a function in a thread; return its result, or raise its OSError.
+    """Call a function in a thread; return its result.
 
     Raises:
-        OSError: The host cannot start a thread (EAGAIN).
+        OSError: The function has raised it, or the host cannot start a thread (EAGAIN).
     """
     try:
         return await run_in_thread(function, *args)

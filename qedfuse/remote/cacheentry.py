@@ -1,8 +1,8 @@
 """The files of one entry of the cache: how they are made and removed.
 
 An entry is the directory DIRECTORY/object-HASH/version-HASH.  While an entry is being made or
-removed, its name is new-RANDOM.  The cache removes only directories with such names, and in
-an entry only the files that it makes itself.  No symbolic link is followed.
+removed, its name is new-RANDOM.  The cache removes only directories with names of these three
+forms, and in an entry only the files that it makes itself.  No symbolic link is followed.
 """
 
 from __future__ import annotations

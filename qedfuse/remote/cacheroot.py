@@ -107,9 +107,9 @@ def _require_private(path: str, status: os.stat_result) -> None:
 
 
 def _is_cache(path: str) -> bool:
-    """Return whether a directory is marked as a cache of qedfuse, or could be an unmarked one.
+    """Return whether a directory is marked as a cache of qedfuse, or may become one.
 
-    It could be one if it is empty, or has only files and directories of a cache.
+    An unmarked directory may become one if it has nothing but files and directories of a cache.
 
     Raises:
         OSError: A system call failed.

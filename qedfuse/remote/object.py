@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object: 16 TiB, the maximum size of a file on ext4.  In memory each unit takes
-one byte (64 MiB for the largest object), and up to eight bytes more if the unit has blocks of zeros
-(`ZeroBlocks`).  On disk each unit takes eight bytes in the map of the cache (`UnitFile`)."""
+"""Maximum size of an object: 16 TiB, the maximum size of a file on ext4.  In memory each unit of
+256 KiB takes one byte (64 MiB for the largest object), and up to eight bytes more if the unit has
+blocks of zeros (`ZeroBlocks`).  On disk a unit takes eight bytes in the map of the cache
+(`UnitFile`)."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
@@ -236,8 +237,9 @@ def retry(
 ) -> T:
     """Repeat an attempt until it succeeds; return its result.
 
-    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated,
-    except for the first attempt whose credentials the server refuses.
+    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated.
+    There is one exception: the first time that the server refuses the credentials, the attempt is
+    always repeated, after the credentials were read again.
 
     Args:
         address: The address of the object.
@@ -248,8 +250,8 @@ def retry(
             end of this time at the latest, but one with renewed credentials may follow.
         closed: The event that ends the repetition.  Even if the event is set, ``attempt`` is called
             once more after a refusal of the credentials.  So ``attempt`` must check the event too.
-        unreachable_seconds: The same limit for attempts that cannot connect.  With a shorter time,
-            a wrong name of a server is reported sooner.
+        unreachable_seconds: A further limit for attempts that cannot connect.  If it is less than
+            ``total_seconds``, a wrong name of a server is reported sooner.
 
     Raises:
         ObjectChangedError: The server has another version of the object.

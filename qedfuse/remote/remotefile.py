@@ -1,7 +1,7 @@
 """One version of an object as a file of a chain: a `HostFile` that cannot be changed.
 
-Units that are ready are read from the page cache, like a local file.  Other units are first fetched
-from the cache's disk or from the server.
+The object is divided into units of `UNIT_BYTES`.  Units that are ready (`UnitStore.ready`) are read
+from the page cache, like a local file.  Other units are first fetched from the disk or the server.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RemoteFile(ReadOnlyFile):
 
         Args:
             source: The object.
-            fetcher: Fetches from ``source``; the file closes the fetcher.
-            local: The data file of the fetcher's cache, which the file closes; None for no cache.
+            fetcher: Fetches from ``source``; `close` closes the fetcher.
+            local: The data file of the fetcher's cache, which `close` closes; None for no cache.
         """
         super().__init__(source.address.shown)
         self.path = source.address.url

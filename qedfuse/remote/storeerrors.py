@@ -1,9 +1,9 @@
 """The errors of obstore as exceptions of `qedfuse.remote.client`, each with its reason in one line.
 
-obstore's own texts contain the URL of the request, which may have a secret (a signature of Azure),
-and the response of the server.  So a message has only the status, the code and the sentence of a
-response, the cause of a failed connection, or the end of the text, with each URL in it cut before
-its secrets.
+obstore's own texts contain the whole response of the server and the URL of the request.  The URL
+may have a secret (a signature of Azure).  So a message has one of three reasons: the status of a
+response with its code and its first sentence; the cause of a failed connection; or the last part of
+obstore's text, without the secrets of URLs.
 """
 
 from __future__ import annotations

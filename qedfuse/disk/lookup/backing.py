@@ -215,10 +215,10 @@ async def open_base(
         options: The policy, and how to read a URL.
         trusted: A path or URL that is allowed in any directory and on any server, unless the mode
             is ``none``; None if there is no such path or URL.
-        images: The images above the backing file; see `verify_bases`.  If the server has another
-            version of a file than the images remember, and the cache has all of the remembered
-            version, the file is read from the cache.  If the policy accepts other versions, the
-            remembered version is ignored.
+        images: The images above the backing file; see `verify_bases`.  They may remember a version
+            of a file on a server.  If the cache has all of this version, the file is read from the
+            cache, even if the server has another version.  If the policy accepts other versions,
+            the remembered version is ignored.
 
     Raises:
         BackingError: The file is missing, is not a regular file, or cannot be opened.  Or the path

@@ -29,7 +29,7 @@ class Slice:
     Attributes:
         offset: File offset of the slice's first entry.
         level: `L1` or `L2`.
-        entries: The entries; only `TableCache.set`, `fill` and `put` change them.
+        entries: The entries; only the methods `set`, `fill` and `put` of `TableCache` change them.
         bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
         pins: How many write-backs and `Pins` keep this slice in memory.
         changed_first: Index of the first dirty entry.

@@ -43,7 +43,7 @@ int64_t monotonic_time(void)
 
 static struct disk_counters *counters_of(fuse_ino_t inode)
 {
-    fuse_ino_t index = inode - first_inode; /* too large for an inode before the first one */
+    fuse_ino_t index = inode - first_inode; /* wraps to a large number if inode < first_inode */
 
     return index < (fuse_ino_t)disk_count ? &disks[index] : NULL;
 }

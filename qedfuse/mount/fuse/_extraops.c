@@ -146,9 +146,9 @@ static struct fuse_lowlevel_ops *complete_table(const void *original, size_t *si
     return copy;
 }
 
-/* Returns the arguments with which to make a session with the table `copy`: `given` or `changed`,
- * which is empty before, and which the caller frees.  `changed` limits the length of reads.
- * libfuse refuses this limit unless init repeats it, as the init of _dataops.c does. */
+/* Returns the arguments with which to make a session with the table `copy`: `given`, or the
+ * limited_arguments() if the table has the init of _dataops.c.  libfuse refuses a limit of the
+ * length of reads unless init repeats it, as that init does. */
 static struct fuse_args *arguments_for(const struct fuse_lowlevel_ops *copy, void *given,
                                        struct fuse_args *changed)
 {

@@ -80,8 +80,9 @@ int may_splice(size_t size);
 int splice_reply(fuse_req_t request, int fd, off_t offset, size_t size);
 
 /* Returns arguments for fuse_session_new() with which the kernel sends no read longer than
- * MAX_SPLICE_BYTES: `changed`, which was empty and which the caller frees, or `given`, if it has the limit
- * already or there is no memory.  The table of operations must have the init of _dataops.c (_maxread.c). */
+ * MAX_SPLICE_BYTES.  Usually fills `changed`, which must be empty and which the caller frees.  If
+ * `given` has the limit already, or if memory is lacking, returns `given`.  The table of operations
+ * must have the init of _dataops.c (_maxread.c). */
 struct fuse_args *limited_arguments(struct fuse_args *given, struct fuse_args *changed);
 
 /* Sets the limit for libfuse, if the arguments of the session have it (_maxread.c). */
@@ -221,10 +222,10 @@ void clear_units(struct checked_units *units);
 /* Returns whether a file has checked units; if not, all of it may be read (_checkedunits.c). */
 int has_units(const struct checked_units *units);
 
-/* Returns whether the length of the file that has the units is valid, and is the same as at the
- * last call, or at the first call the same as in fill_units().  The caller has read from the file
- * before this call, and may use the bytes only if the result is true, because another length can
- * mean that the file was cut (_checkedunits.c). */
+/* Returns whether the length of the file that has the units is valid and has not changed since the
+ * last call (at the first call: since fill_units()).  The caller has read from the file before this
+ * call, and may use the bytes only if the result is true, because another length can mean that the
+ * file was cut (_checkedunits.c). */
 int keeps_length(struct checked_units *units, int fd);
 
 /* Returns whether a read of a range may be tried: only if the page cache has the whole range.  Then the

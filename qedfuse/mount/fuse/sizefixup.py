@@ -122,8 +122,8 @@ class SizeFixup:
                 # Without the write-back cache, fstat(2) returns the server's size, but the kernel
                 # does not always cache this size while other requests are in progress.  The kernel
                 # always caches the size in the reply to chmod(2), which sets the permissions that
-                # the file already has.  A truncation would also correct the cached size, but only
-                # at its end: until then the kernel ignores the size in all other replies.
+                # the file already has.  A truncation would also correct the cached size, but the
+                # kernel ignores the size in all other replies until the truncation has ended.
                 os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))  # noqa: PTH101
                 return
             # The truncation makes the kernel drop dirty pages past the end.  Without an attempt

@@ -72,9 +72,8 @@ def classify(
         return differs & ~zero, differs & zero
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
-            # A short run becomes data, unless the run touches an end of the chunk.  Such a run may
-            # continue in the neighbouring chunk, and the whole run may be long enough, so the run
-            # stays zeros.
+            # A short run inside the chunk becomes data.  A run at an end of the chunk stays zeros,
+            # because it may continue in the neighbouring chunk, and may be long enough in all.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False

@@ -36,11 +36,11 @@ class BackingName:
             by the name.  For an absolute name, and for a name with a protocol, ``file:`` or a NUL
             byte, the name itself.
         resolved: Absolute path of the backing file without ``.`` and ``..``; if ``escapes`` is
-            False, also without symbolic links.  If the image is a URL, the same as ``path``.  The
-            name itself in two more cases:
+            False, also without symbolic links.  There are three exceptions:
 
-            - The name has a protocol or a NUL byte.
-            - The name begins with ``file:``, and the working directory has been removed.
+            - The image is a URL: the same as ``path``.
+            - The name has a protocol or a NUL byte: the name itself.
+            - The name begins with ``file:``, and there is no working directory: the name itself.
         is_raw: Whether the image states that the backing file is raw.
         absolute: Whether the name, without ``file:``, is an absolute path.
         scheme: The protocol before a colon, as in ``nbd:`` or ``json:``; None for a path,

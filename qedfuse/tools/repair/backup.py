@@ -153,9 +153,9 @@ class Backup:
 
 
 def copy_owner_and_mode(fd: int, image: os.stat_result) -> None:
-    """Give a new file the image's owner and group, as far as permitted, and the image's mode.
+    """Give a new file the image's owner, group, and permissions to read and write.
 
-    Only the read and write permissions of the mode are copied.  If the group cannot be set, the
+    The owner and the group are set as far as permitted.  If the group cannot be set, the
     permissions of the group are left out, because they would apply to another group.
 
     Raises:

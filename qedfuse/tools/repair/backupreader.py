@@ -37,9 +37,9 @@ class BackupReader:
     def __init__(self, path: str) -> None:
         """Open a backup and examine all of it; the caller must call `close`.
 
-        In a valid backup the first range is the header.  All other ranges consist of whole entries,
-        lie between the header and the end that the image had before the repair, and do not overlap.
-        Only a range that reaches up to that end of the image may end within an entry.
+        In a valid backup the first range is the header.  All other ranges lie between the header
+        and the end that the image had before the repair, and do not overlap.  They consist of whole
+        entries, except that a range up to that end of the image may end within an entry.
 
         Raises:
             UsageError: The file is not a backup, or is damaged or not complete.
