@@ -121,7 +121,7 @@ class QemuNbd:
         return client
 
     def connect_negotiated(self) -> socket.socket:
-        """Return a new connection on which the negotiation has ended; the call blocks.
+        """Return a new connection, after the negotiation of NBD; the call blocks.
 
         On this connection the program sends replies of NBD's simple kind.
 
@@ -225,7 +225,7 @@ class QemuNbd:
         return line
 
     def _failure(self) -> ForeignError | ImageInUseError:
-        """Return the error for a program with which a connection cannot be negotiated."""
+        """Return the error to raise after a failed negotiation with the program."""
         self._wait(_END_SECONDS[0])
         reason = self.end_reason()
         if _LOCK_MESSAGE in reason:

@@ -28,8 +28,8 @@ _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
 """Throttling is assumed if two slow writes follow each other within this time.  The assumption ends
 with the next fast write, or when this time has passed since the last slow write.
 
-A write is slow if the kernel pauses its writer.  A throttled writer is paused again and again, for
-at most 200 ms each time, so slow writes with a longer gap are not taken for throttling."""
+The kernel pauses a throttled writer again and again, for at most 200 ms each time, so slow writes
+with a longer gap are not taken for throttling."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:

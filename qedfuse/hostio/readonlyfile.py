@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ServerReads(NamedTuple):
-    """Counters of the fetches from the server of a file.
+    """Counters of what was fetched from a file's server.
 
     Attributes:
         requests: Number of requests that the server has answered with data.

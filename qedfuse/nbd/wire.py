@@ -85,7 +85,8 @@ class PlainWire:
 class TlsWire:
     """A connection with TLS.
 
-    The caller must call `try_handshake` until the handshake has ended, before it sends or receives.
+    Before the first `send` or `receive_into`, the caller must call `try_handshake` until it returns
+    True.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:

@@ -35,7 +35,7 @@ call."""
 class _TimedSocket(io.RawIOBase):
     """The reading end of a socket.
 
-    The timeout that the socket has at the beginning limits all reads together.
+    The timeout that the socket has when this object is made limits all reads together.
     """
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
@@ -88,7 +88,7 @@ class _TimedSocket(io.RawIOBase):
 
 
 class TimedResponse(http.client.HTTPResponse):
-    """A response with one time limit for all reads: the timeout of the socket at the beginning."""
+    """A response with one time limit for all reads; see `_TimedSocket`."""
 
     def __init__(self, sock: socket.socket, *args: object, **options: object) -> None:
         """Prepare to read a response from ``sock``; see the base class."""

@@ -22,7 +22,7 @@ _MAX_PARTS_EVERYWHERE: Final = 1_000
 `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _DRAIN_SECONDS: Final = 3.0
-"""How long running parts may go on before a failed upload is aborted."""
+"""How long parts that are being sent get to arrive before a failed upload is aborted."""
 
 
 class Content(Protocol):
@@ -99,9 +99,9 @@ class ContentParts:
     def read(self) -> Iterator[bytearray]:
         """Yield the content in parts, as `_read_parts` does; wait before passing on an exception.
 
-        After an exception, obstore aborts the running parts, and removes the parts that the store
-        has.  Without the wait, a running part could arrive after the removal, and stay in the
-        store.
+        After an exception, obstore stops sending, and removes the parts that the store has.
+        Without the wait, a part that was being sent could arrive after the removal, and stay in
+        the store.
         """
         try:
             yield from self._read_parts()
@@ -111,13 +111,13 @@ class ContentParts:
             raise
 
     def _drain(self) -> None:
-        """Give running parts some time to end.  No part begins during this time."""
+        """Give the parts that are being sent some time to arrive; meanwhile no part is begun."""
         time.sleep(_DRAIN_SECONDS)
 
     def _read_parts(self) -> Iterator[bytearray]:
         """Yield the content in parts; record the checksum of each part.
 
-        The store makes the object only after this function has ended.  So ``before_end`` is called
+        When this function ends, the store makes the object.  So ``before_end`` is called here,
         after the last part.
 
         Raises:

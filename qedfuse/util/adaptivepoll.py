@@ -25,7 +25,7 @@ class AdaptivePoll:
     """
 
     def __init__(self, seconds: float, *, start_enabled: bool = False) -> None:
-        """Start with polling enabled or, without ``start_enabled``, disabled.
+        """Start with polling enabled only if ``start_enabled`` is True.
 
         Args:
             seconds: Maximum time to poll for one event; 0 to never poll.

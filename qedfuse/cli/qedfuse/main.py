@@ -33,8 +33,8 @@ _MOUNT_HELPER_NAMES: Final = ("mount.qedfuse", "mount.fuse.qedfuse")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    Without ``argv`` the arguments are those of this process, and the standard streams and the
-    SIGINT handler of this process are set up.
+    If ``argv`` is None, the function takes the arguments of this process, and sets up its standard
+    streams and its SIGINT handler.
 
     Raises:
         Exception: An exception that is not a `QedError` was raised, and ``-d`` was given.

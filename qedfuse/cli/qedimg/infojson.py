@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
     """Return the description of an image as values for JSON.
 
-    The keys that qemu-img prints too are in the same order as in qemu-img's output.
+    The keys that qemu-img prints keep the order that they have there.
     ``details`` is None if the tables and the free list were not read.
     """
     value: dict[str, Any] = {"children": [{"name": "file", "info": _host_file(image)}]}

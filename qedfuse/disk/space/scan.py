@@ -6,9 +6,9 @@ clusters that a crash has leaked.  Requests change the tables during the walk;
 `Marking` describes why the result is correct nevertheless.
 
 If the image has a valid free list, the scan is postponed until a table is about to change.
-The scan then decides which of the listed clusters are free.  Valid checksums do not prove
-that the list is true: a cluster to which an entry refers must not be handed out, cut off or
-punched, even if an untrusted image lists it as free.
+The scan then decides which of the listed clusters are free.  A list counts as valid if its
+checksums match, but an untrusted image can have matching checksums and list a cluster to which an
+entry refers.  Such a cluster must not be handed out, cut off or punched.
 """
 
 from __future__ import annotations
@@ -250,7 +250,10 @@ class Scan:
             log.debug("%s: free clusters: %d", self._layer.file.name, free)
 
     async def _adopt_free(self) -> None:
-        """Give the allocator the clusters without an owner that did not change during the scan."""
+        """Give the allocator the clusters without an owner whose state has not changed meanwhile.
+
+        `Marking.changed` has the clusters whose state has changed since the scan began.
+        """
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end_at_begin:

@@ -23,8 +23,8 @@ _OTHER_MOUNTS_REPORT_SECONDS: Final = 1.0
 """Time after which the reason of a long wait is reported, if the file system is mounted elsewhere
 as well.  If the caller's time limit is not longer than this, nothing is reported."""
 _REPORT_SECONDS: Final = 10.0
-"""Time after which the reason of a long wait is reported in all other cases.  If the caller's
-time limit is not longer than this, nothing is reported."""
+"""Time after which the reason of a long wait is reported if no other mount of the file system is
+visible.  If the caller's time limit is not longer than this, nothing is reported then."""
 
 
 def open_server(record: MountRecord) -> int | None:

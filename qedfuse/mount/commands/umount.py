@@ -206,7 +206,7 @@ def _raise_recorded_failure(shown: str, entry: MountEntry, path: Path) -> None:
 
     Raises:
         UnmountFailedError: There is a record, or the record cannot be read.  A process that ends
-            without a failure removes its own record, so this process has failed or was killed.
+            without a failure removes its own record, so a record means a failure or a kill.
     """
     with _host_errors_explained(
         f"{shown}: unmounted, but the process that served the mount may have failed"

@@ -1,5 +1,5 @@
 /*
- * A queue of reads that the kernel makes without a thread (io_uring).
+ * A queue of reads that the kernel makes while no thread of this process waits for them (io_uring).
  *
  * The submission queue and the completion queue are memory that is shared with the kernel.  An
  * entry of the first describes a read of a file, and an entry of the second reports its end.  Each

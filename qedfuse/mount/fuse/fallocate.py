@@ -43,8 +43,8 @@ _ZERO_RANGE: Final = 0x10
 class FallocateLseek:
     """Answers fallocate and lseek requests, each in a task of its own.
 
-    If `may_seek` permits it, the extension itself answers an lseek whose tables are in memory
-    (`_seek.c`).
+    If `may_seek` permits it, and the tables that an lseek needs are in memory, the extension itself
+    answers the lseek (`_seek.c`).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class FallocateLseek:
         """Carry out a request and answer it; an exception becomes the errno of the answer.
 
         If the task is cancelled, the request is answered with EINTR when the object ``request``
-        is freed.  The arguments are those of `__call__`, from ``uid`` on in ``values``.
+        is freed.  ``values`` has the arguments of `__call__` from ``uid`` on.
         """
         uid, inode, mode, start, length = values
         if self._operations.debug:

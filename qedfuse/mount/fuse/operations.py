@@ -165,7 +165,7 @@ class Operations(MetadataOperations):
 
     @answered
     async def read_slowly(self, fh: int, off: int, size: int) -> bytes:
-        """Return what `read` does, on the slow path, which may wait.
+        """Do the work of `read` on the slow path, which may wait.
 
         Raises:
             FUSEError: The disk could not be read.

@@ -189,9 +189,10 @@ def answered(
 
 
 def _inode_of(args: Sequence[object]) -> int:
-    """Return the inode number in the first argument of a handler: an inode number or a file handle.
+    """Return the inode number of a request, from the first argument of its handler.
 
-    If the first argument is of another type, the result is the inode number of the root.
+    This argument is an inode number or a file handle.  If it is of another type, the result is the
+    inode number of the root.
     """
     first = args[0] if args else None
     return first & ~HANDLE_FLAGS if isinstance(first, int) else pyfuse3.ROOT_INODE

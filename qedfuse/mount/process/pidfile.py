@@ -127,7 +127,7 @@ class PidFile:
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
-                # There is no file to overwrite, so the first error is raised.
+                # There is no file to overwrite, so the error of the replacement is raised.
                 raise error from None
 
     @staticmethod

@@ -49,8 +49,8 @@ class MountRecord:
             with the pid counts as the server.
         mountpoint: The mountpoint.
         sources: The images.
-        failure: What failed during the mount or at its end; None while the server is running, or
-            if the server was killed.
+        failure: What failed, written when the server ends; None before that, or if the server was
+            killed.
         exit_code: The exit code of the server; 0 if ``failure`` is None.
         options: All mount options, each as for ``-o``, with absolute paths; empty in a record of
             an earlier version of qedfuse.
@@ -99,7 +99,7 @@ def has_ended(record: MountRecord) -> bool:
 
 
 def format_record(record: MountRecord) -> bytes:
-    """Return the text of a record, which `read_record` reads."""
+    """Return a record as the text that `read_record` reads."""
     return json.dumps(asdict(record)).encode()
 
 

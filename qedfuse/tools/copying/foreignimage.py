@@ -71,9 +71,9 @@ async def foreign_image(
         # would read the beginning of "a:b" as a protocol, and a path that begins with "-" as an
         # option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
-        # The image already has the last component of its final path, because some formats store
-        # the name of the file in the file.  The image lies in a directory of its own, so that
-        # `_try_options` can count the files that qemu-img makes.
+        # The image is made under its final file name, because some formats store this name in the
+        # image.  The image lies in a directory of its own, so that `_try_options` can count the
+        # files that qemu-img makes.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
         with _host_errors(path, "cannot make a temporary directory"):
             os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
@@ -151,7 +151,8 @@ async def _try_options(
 def _qemu_sparse_size(sparse_size: int) -> int:
     """Return a size for ``-S`` that qemu-img accepts: rounded up to sectors, at most 16 MiB.
 
-    For qemu-img a run of zeros consists of whole sectors, so rounding up changes nothing.
+    For qemu-img a run of zeros consists of whole sectors, so the same runs are long enough for the
+    rounded size.
     """
     whole = -(-sparse_size // _SPARSE_UNIT_BYTES) * _SPARSE_UNIT_BYTES
     return min(whole, _MAX_SPARSE_BYTES)

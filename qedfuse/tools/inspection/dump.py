@@ -70,7 +70,7 @@ class EntryRange:
     """Adjacent entries of a table whose values are contiguous offsets, or are all equal.
 
     Attributes:
-        index: Index of the first entry in the table.
+        index: Index in the table of the range's first entry.
         count: Number of entries.
         value: Value of the first entry.
         step: Difference in bytes between the values of two adjacent entries; 0 if all values

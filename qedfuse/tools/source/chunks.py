@@ -2,8 +2,8 @@
 
 Two kinds of ranges need not be read: a range that is zeros on each disk according to the extents,
 and a range that two disks store as the same bytes of the same file.  Such a range is in no chunk,
-except in two cases: a short range between two others stays in their chunk, because a second chunk
-would cost more; and the caller can ask for all ranges (``include_all``).
+except in two cases.  A short one between ranges that must be read is put into one chunk with them,
+because a second chunk would cost more.  And the caller can ask for all ranges (``include_all``).
 """
 
 from __future__ import annotations
