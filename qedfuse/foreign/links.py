@@ -69,7 +69,7 @@ class Links:
 
 
 def read_links(fd: int, driver: str, name: str) -> Links:
-    """Return the names of other files that an image's header, or the text of a VMDK, contains.
+    """Return the names of other files in an image's header, or in the text descriptor of a VMDK.
 
     Args:
         fd: The open file.

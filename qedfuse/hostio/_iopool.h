@@ -2,8 +2,8 @@
  * The pool of threads, as the threads that hold the GIL use it (_iopool.c).
  *
  * No function here touches a Python object, or waits for a call.  The jobs that a function returns belong
- * to the caller.  *garbage gets jobs that no thread needs any more, and that need the GIL for their
- * release.
+ * to the caller.  *garbage gets the jobs whose answer has ended after they were collected.  Their
+ * release needs the GIL.
  */
 
 #ifndef QEDFUSE_IOPOOL_H

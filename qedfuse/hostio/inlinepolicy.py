@@ -30,8 +30,8 @@ That is several times the time of the copy to the page cache.  `AdaptivePoll` de
 many slow writes the next one goes to a thread."""
 _FAST_DATASYNC_SECONDS: Final = 1e-3
 """A datasync counts as fast if it takes at most this time.  In a thread it may take twice this
-time, because its time includes the round trip.  `AdaptivePoll` decides after how many slow or fast
-datasyncs the next one goes to a thread or is made inline."""
+time, because its time includes the round trip.  `AdaptivePoll` decides from the last datasyncs
+whether the next one is expected to be fast."""
 _THROTTLED_SECONDS: Final = 8e-3
 """A write of at most `ALWAYS_SHORT_WRITE_BYTES` counts as slow if it takes longer than this.  The
 kernel may have throttled such a write: the shortest pause of a throttled writer is 10 ms."""

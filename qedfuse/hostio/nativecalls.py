@@ -87,7 +87,7 @@ class NativeCalls:
             self.deliver()
 
     def deliver(self) -> None:
-        """For each finished call, resume its task, or call the function given in its place."""
+        """For each finished call, resume its task, or call the function in its `Tag`."""
         for tag, result, nanoseconds in self._threads.collect_finished():
             if isinstance(tag, trio.lowlevel.Task):
                 self.resuming += 1

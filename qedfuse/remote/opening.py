@@ -54,8 +54,8 @@ def open_remote(
     Raises:
         RemoteError: The object is missing or cannot be read.
         CacheError: The directory that ``options`` name cannot be used.
-        HostError: The data file of the cache cannot be opened for reads of the page cache
-            (`LocalData`), for example because the host has no free descriptor.
+        HostError: `LocalData` cannot use the data file of the cache, for example because the host
+            has no free descriptor.
         UsageError: The address leads to another machine without TLS, and the options do not allow
             that.
     """

@@ -22,7 +22,7 @@ _MAX_PARTS_EVERYWHERE: Final = 1_000
 `_MAX_PARTS`."""
 _MAX_PARTS: Final = 10_000
 _DRAIN_SECONDS: Final = 3.0
-"""How long parts that are being sent get to arrive before a failed upload is aborted."""
+"""How long a failed upload waits for the parts that are being sent, before it is aborted."""
 
 
 class Content(Protocol):

@@ -8,9 +8,9 @@ And a request that looked up the cluster before the reference was dropped may st
 writing the cluster.
 
 Clusters wait in batches.  When a write-back cycle begins, the quarantine *seals* all clusters
-that have lost their reference up to that moment: they become a batch.  The current epoch of
+that have lost their reference up to that moment: they become a batch.  At that moment an epoch of
 requests (`Epochs`) ends, and a new one begins.  The batch stays in quarantine until the tables that
-dropped its clusters are durable, and all requests of the ended epoch and earlier ones have ended.
+dropped its clusters are durable, and until all requests of that epoch and earlier ones have ended.
 """
 
 from __future__ import annotations

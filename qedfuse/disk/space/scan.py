@@ -149,9 +149,9 @@ class Scan:
     async def before_table_change(self) -> None:
         """Start the scan if it is postponed; wait for its end if it is short.
 
-        A long scan continues in the background.  Until it ends, few free clusters are known, or
-        none, so the file grows, within its bound.  Does nothing without a free list, or if the scan
-        has ended already.
+        A long scan continues in the background.  Until it ends, few or no free clusters are known,
+        so the file grows (within its bound) for new clusters.  Does nothing without a free list, or
+        if the scan has ended already.
         """
         if self._listed.count and not self.finished.is_set():
             self._due.set()

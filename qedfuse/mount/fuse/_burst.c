@@ -68,7 +68,7 @@ static int answered;        /* whether the last request was answered, queued or 
 static unsigned long taken; /* requests taken in bursts since the last call of take_burst_count() */
 
 static int64_t poll_nanoseconds;   /* maximum time to poll for one request */
-static int64_t polling_ends;       /* time after which polling is not permitted; 0 if it is not permitted */
+static int64_t polling_ends;       /* when the permission to poll ends; 0 without permission */
 static PyObject *has_finished;     /* called while polling; polling ends if the result is not False */
 static int64_t polled_nanoseconds; /* duration of the last poll, if no request has come since it began */
 

@@ -48,9 +48,9 @@ void reserve_request_memory(size_t max_write);
 /* Takes no more requests, and frees the memory (_burst.c). */
 void end_bursts(void);
 
-/* Takes the requests that the kernel has or, while polling is permitted, will soon have, up to a limit.
- * The caller must hold the GIL, and must have answered or queued the request that is being handled, or
- * have made its Request (_burst.c). */
+/* Takes further requests from the kernel, up to a limit: those that wait now and, while polling is
+ * permitted, those that arrive soon.  The caller must hold the GIL.  It must have answered or
+ * queued the request that is being handled, or have made its Request (_burst.c). */
 void take_more(void);
 
 /* Returns how many requests were taken in bursts since the last call (_burst.c). */
@@ -278,9 +278,9 @@ struct read_file *make_files(PyObject *sources);
 /* Frees an array of files, which may be NULL (_readfiles.c). */
 void free_files(struct read_file *files, uint64_t count);
 
-/* Finds the file that has a range of another file as one run.  Returns the file that has the bytes,
- * which is `file` itself if it has no runs, and changes `offset` to the offset there.  Returns NULL if
- * the range is not known to be one run of one file (_readfiles.c). */
+/* Returns the file that stores a range of `file` as one run, and changes `offset` to the offset in
+ * the result.  If `file` has no runs (struct stored_runs), the result is `file` itself.  Returns
+ * NULL if the range is not known to be one run of one file (_readfiles.c). */
 struct read_file *storing_file(struct read_file *file, uint64_t *offset, size_t size);
 
 /* Where the bytes of a read are. */

@@ -274,7 +274,7 @@ class Operations(MetadataOperations):
             self._report_lost_writes(fh)
 
     def _report_lost_writes(self, fh: int) -> None:
-        """Raise an error if writes were lost for which write(2) has reported success.
+        """Raise an error if writes were lost after write(2) had reported success.
 
         The loss of writes past the end is reported only once, by the next flush or fsync of a
         handle that may write.  The failure of a disk is reported every time, to all handles.

@@ -94,7 +94,7 @@ def run_in_background(serve: Callable[[Callable[[], None]], int]) -> int:
 
 @contextmanager
 def _forwarded_signals(child: int, mask: Iterable[int]) -> Iterator[None]:
-    """Unblock signals; in the ``with`` block forward the first one that arrives to the child.
+    """Unblock signals; forward to the child the first one that arrives in the ``with`` block.
 
     In the parent the first signal raises KeyboardInterrupt, and further signals have their default
     action.  The child has a session of its own, so the terminal sends signals to the parent only,

@@ -73,7 +73,7 @@ def classify(
     if min_zero_bytes > block_size:
         for first, last in mask_ranges(zero):
             # A short run inside the chunk becomes data.  A run at an end of the chunk stays zeros,
-            # because it may continue in the neighbouring chunk, and may be long enough in all.
+            # because it may continue in the neighbouring chunk, and the whole run may be long.
             at_an_end = first == 0 or last == len(zero)
             if not at_an_end and (last - first) * block_size < min_zero_bytes:
                 zero[first:last] = False
