@@ -6,7 +6,7 @@ Shrinking has three steps, each durable before the next one begins:
    deallocated.
 2. The size changes.
 3. The tables past the new end are removed.  A table stays if it has a bad entry or still refers to
-   data.  Such data can only lie past the old end.
+   data.  Step 1 leaves data only past the old end, where a program may have left entries.
 
 After a crash before step 2 the disk has its old size, and the range to be cut off may read
 as zeros where it held data.  The user has asked to lose that data, and the image is sound.
@@ -65,7 +65,7 @@ class DiskShrinking:
         needcheck: NeedCheck,
         reclaim: Reclaim,
     ) -> None:
-        """Shrink the disk of ``layer``, the top of ``chain``; ``disk_size`` changes its size."""
+        """Prepare to shrink the disk of ``layer``, the top of ``chain``."""
         self._chain = chain
         self._layer = layer
         self._disk_size = disk_size

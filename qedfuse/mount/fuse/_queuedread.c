@@ -36,8 +36,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() in which the kernel does all work (_ring.c) that there can be: each read
- * has at most one piece of work at a time, and a call does at least 20 pieces (before Linux 6.13 all). */
+/* Number of calls of ring_run() that are enough to complete all reads of a full ring whose data has arrived:
+ * one call completes at least 20 reads (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a submission that took too long. */
@@ -220,15 +220,16 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* A submission that was slow only because other programs have used the processor causes no pause:
-     * native threads would need even more of the processor's time. */
+    /* During a pause native threads make the reads, with more of the processor's time.  So a submission
+     * causes no pause if it was slow only because other programs used the processor: if the kernel
+     * has not made this thread wait.  If `slow_nanoseconds` is 0, every submission causes a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
-    /* ring_submit() does no work (_ring.c), so reads that have ended by now found their data in the page
-     * cache.  Their ends have made the eventfd readable, so it is emptied.  Work that has also made
-     * it readable is not forgotten: before, it has set the flag of ring_has_work(), which the
-     * caller tests next. */
+    /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that have ended
+     * by now found their data in the page cache.  Their ends have made the eventfd readable, so it is
+     * emptied.  If another read is ready to be completed, it has made the eventfd readable too; but it set
+     * the flag of ring_has_work() first, and the caller tests this flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)
@@ -239,16 +240,16 @@ void end_queued_reads(void)
 {
     int idle;
 
-    if (!reads || is_ending) /* no function that is called here may run this one again */
+    if (!reads || is_ending) /* an answer can lead to another call of this function, which does nothing */
         return;
     is_ending = 1;
     if (ring_unsubmitted())
         submit();
-    /* One ring_run() need not do all work, and the flag that ring_has_work() reads may be set without any
-     * work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run() in a row have
-     * had no effect.  By then all work that had come before these calls is done.  Work that comes later
-     * sets the flag, and then makes the eventfd readable.  If ring_run() empties the eventfd after that,
-     * the loop begins to count anew, and finds the flag set. */
+    /* One ring_run() need not do all work (_ring.c), and the flag that ring_has_work() reads may be set
+     * without any work.  So the loop ends when the flag is clear, or when IDLE_RUNS calls of ring_run()
+     * in a row have had no effect.  By then all work that had come before these calls is done.  Later work
+     * sets the flag first, and then makes the eventfd readable.  ring_run() returns whether it has emptied
+     * the eventfd.  If so, the loop counts from 0 again, and finds the flag of the later work. */
     for (idle = 0; idle < IDLE_RUNS && ring_has_work(); idle++) {
         int notified = ring_run();
         if (end_reported(0) || notified)
