@@ -1,9 +1,9 @@
 """Clearing the entries that point past the end of the file, before a repair extends the file.
 
-A repair appends copies to the file.  An entry that points past the old end of the file would
-then become valid, and the guest would read a copy that belongs to another entry.  If the repair
-were interrupted after the file has grown, the next check would find the entry valid.  So the
-order is:
+A repair appends copies of tables and of data clusters to the file.  An entry that points past the
+old end of the file would then become valid, and the guest would read a copy that belongs to another
+entry.  If the repair were interrupted after the file has grown, the next check would find the entry
+valid.  So the order is:
 
 1. The entries that point past the end are overwritten.
 2. A datasync makes the overwritten entries durable.
@@ -82,7 +82,7 @@ class OutOfFileEntries:
     ) -> None:
         """Clear the entries that point past the end of the file, durably; record lost L2 entries.
 
-        The entries of tables that move, because they overlap data or an earlier table, are not
+        A table moves if it overlaps data or an earlier table.  The entries of such tables are not
         cleared.  Instead the repair will not allocate the clusters to which these entries point.
 
         Args:
@@ -93,10 +93,10 @@ class OutOfFileEntries:
                 therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
-        # If several L1 entries point to the same table, at most one keeps the table, and the others
-        # get copies.  If an L2 entry of the table points past the end of the file, data is lost in
-        # the range of each of these L1 entries.  All these losses must be recorded before the L2
-        # entry is cleared.  So the tables that move are read before any entry is cleared.
+        # If several L1 entries point to the same table, the table moves for all of them, or for all
+        # but one.  An L2 entry of the table that points past the end of the file loses data in the
+        # range of each of these L1 entries.  All these losses must be recorded before the L2 entry
+        # is cleared.  So the tables that move are read before any entry is cleared.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -138,11 +138,10 @@ class OutOfFileEntries:
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must not allocate a table at one of the returned offsets.  If an entry got a new
-        table at its own old offset, the entry would have the same value before and after the
-        repair, and the backup of the changed bytes would not contain the entry.  But until the end
-        of the repair the entry is `POISON_ENTRY`.  So to undo an interrupted repair, the backup
-        must contain the old value of the entry.
+        The caller must not allocate a table at one of the returned offsets.  Otherwise
+        an entry could get a new table at its own old offset.  The backup has only bytes that differ
+        before and after the repair, so it would lack this entry.  But an interrupted repair leaves
+        `POISON_ENTRY` in the entry, and the old value could not be restored.
         """
         poisoned: list[Values] = []
         if not l1_entries:

@@ -1,5 +1,5 @@
 /*
- * The system calls of the jobs: on files, and a read of an export of an NBD server.
+ * Does the work of a job of the thread pool: a system call on a file, or a read from an NBD server.
  *
  * The threads of the pool run this code, without the GIL and without the pool's mutex.
  */
@@ -84,7 +84,7 @@ static int receive(int fd, void *buffer, size_t length)
     return 0;
 }
 
-/* Fill the only part of a job from an export of an NBD server; return the number of bytes, or
+/* Read from an export of an NBD server into a job's only buffer; return the number of bytes, or
  * -errno.  The descriptor of the job is a connection that no other thread uses, and on which the
  * server sends simple replies.  After an error the connection must not be used again. */
 static int64_t read_export(struct job *job)

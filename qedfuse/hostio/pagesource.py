@@ -37,10 +37,9 @@ class CheckedUnits(NamedTuple):
         file_bytes: Length of the file while one process uses it.  While several processes use it,
             the file is one byte longer.  If the file has any other length after a read, the file
             was truncated, and the bytes that were read are not used.
-        address: Address at which the file is mapped, for mincore(2).  A read is tried only if the
-            page cache has the whole range.  The extension asks cachestat(2) for that.  It asks
-            mincore(2) if the kernel has no cachestat(2), or if it must also know that the pages are
-            valid.
+        address: Address at which the file is mapped.  The extension passes it to mincore(2), to
+            learn whether the page cache has the range of a read, if the kernel has no cachestat(2)
+            or if the pages must also be known to be valid.
         forget: Called with the numbers of the first and the last unit of a read that failed; makes
             all units from the first to the last not ready.
     """
@@ -89,9 +88,9 @@ class WriteTarget(NamedTuple):
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
-        is_short: Returns whether a write of the given number of bytes counts as short.  The
-            extension makes only short writes.  Writes of at most `ALWAYS_SHORT_WRITE_BYTES` are
-            always short, so the extension does not call the function for them.
+        is_short: Returns whether a write of the given number of bytes takes little enough time for
+            the extension to make it.  The extension does not call the function for writes of at
+            most `ALWAYS_SHORT_WRITE_BYTES`, and always makes them.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """

@@ -48,7 +48,7 @@ _RETRY_PAUSE_SECONDS: Final = 0.02
 _UNUSABLE: Final = (
     *(errno.ENOENT, errno.EBADMSG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO),
 )
-"""Errors of opening an entry that is missing or damaged, or a file that is not an entry."""
+"""Errors of opening an entry, if it is missing or damaged, or if its path is not a directory."""
 _RACES: Final = (errno.EWOULDBLOCK, errno.EEXIST, errno.ENOTEMPTY)
 """Errors of opening or making an entry that another process makes or removes concurrently."""
 
@@ -119,7 +119,8 @@ class CacheDirectory:
         """Open the entry ``path``; make it if it is missing, and replace it if it is damaged.
 
         Raises:
-            OSError: A system call failed, or another process makes or removes the entry.
+            OSError: A system call failed, ``parent`` is a symbolic link, ``path`` is not a
+                directory, or another process makes or removes the entry.
         """
         if os.path.islink(parent):  # noqa: PTH114  str paths
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -188,7 +189,7 @@ class CacheDirectory:
 
         Returns:
             How many bytes may be stored before the next call; 0 if the cache is still at a limit,
-            or if the host refuses.
+            if its directory cannot be used, or if a system call failed.
         """
         try:
             self._path = prepare_directory(self._given)

@@ -1,4 +1,4 @@
-"""The map of an entry of the cache: a file with the checksum of each unit that was stored."""
+"""The map of a cached object: a file with the checksum of each unit that was stored."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ChecksumMap:
         return True
 
     def has_any(self, first: int, last: int) -> bool:
-        """Return whether the map has an entry for one of the units ``first`` to ``last``."""
+        """Return whether the map has an entry for any of the units ``first`` to ``last``."""
         return _PRESENT in self._marks(first, last + 1 - first)
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def new_header(
             probe the backing file's format.  Has no effect without a backing file.
 
     Raises:
-        UsageError: A size is out of its range, or `backing_name` refuses the name.
+        UsageError: A size is not allowed, or `backing_name` refuses the name.
     """
     for field, value in (("cluster_size", cluster_size), ("table_size", table_size)):
         expected = expected_size(field, value)

@@ -67,8 +67,8 @@ class Flusher:
             ReadOnlyError: The disk has become read-only during the call.
         """
         await self._writeback.write_back()
-        # Do not change the image if nothing was written since it was opened: clusters that
-        # the scan found are reclaimed after the first change.
+        # Do not change the image if nothing was written since it was opened.  The scan for free
+        # clusters may have found some, but they are reclaimed only after the first change.
         if self._writeback.cycles and self._reclaim.pending:
             await self._reclaim.run()
         self._listener()

@@ -148,7 +148,7 @@ def _unless_gone(function: Callable[[], T], path: Path) -> T | None:
     has mounted can write to the directory.
 
     Raises:
-        HostError: A system call failed.
+        HostError: A system call failed for another reason.
     """
     try:
         return function()
