@@ -256,11 +256,11 @@ class TableRepair:
         await claim_tables(self._owners, self._classifier.tables, self._geometry)
 
     async def _repair_slice(self, l1_index: int, first: int, values: Values) -> Values:
-        """Return the new entries of one slice, after copying clusters that have another owner.
+        """Return the new entries of one slice, after making the copies to which they point.
 
         - An invalid entry gets the value `_cleared_value`.
-        - An entry inside the disk whose cluster has another owner gets a copy of the cluster.
-        - An entry past the end of the disk whose cluster has another owner becomes unallocated.
+        - If the cluster of a valid entry already has an owner (`_owners`), the entry gets a copy of
+          the cluster, or becomes unallocated if it is for offsets past the end of the disk.
 
         The ranges of the disk whose data is lost or possibly wrong are recorded.
 

@@ -34,7 +34,8 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
-        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
+        trio.Cancelled: The call runs in a worker thread of trio, and the task that waits for the
+            thread was cancelled.
     """
     parameters = nbd_parameters(address.query)
     authority = urlsplit(f"//{address.host}")

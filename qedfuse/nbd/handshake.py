@@ -51,7 +51,7 @@ class Export:
         can_multi_conn: Whether several connections to the export are allowed.
         is_structured: Whether replies are structured.
         context: The number of the metadata context ``base:allocation`` in replies; None if the
-            server does not offer the context.
+            server has not agreed to serve the context.
     """
 
     size: int
@@ -95,7 +95,8 @@ def handshake(name: str, *, use_tls: bool) -> Steps:
     Raises:
         ProtocolError: The server violates the protocol.
         BrokenError: The server is shutting down.
-        RefusedError: The server does not serve the export, or this client cannot use the export.
+        RefusedError: The server does not serve the export, or this client cannot use the server's
+            protocol, its TLS or the export.
     """
     greeting = yield Receive(18)
     if greeting[:8] != messages.INIT_MAGIC:
@@ -246,7 +247,7 @@ def _string(raw: bytes) -> bytes:
 def _refusal(feature: str, kind: int, data: bytes) -> tuple[str, int]:
     """Return the message and the error number for a refused option.
 
-    ``feature`` is what the client wanted to use by the option, for the message.
+    ``feature`` names in the message what the client has asked for.
     """
     error_code = kind - messages.REP_IS_ERROR
     message, number = _ERRORS.get(kind, (f"found error {error_code} for {{}}", errno.EIO))

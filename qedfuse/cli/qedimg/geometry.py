@@ -56,9 +56,9 @@ def add_geometry(parser: argparse.ArgumentParser, *more: str) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, flag: str, base_help: str) -> None:
-    """Declare the option ``flag`` for a base, and ``-F`` for the base's format.
+    """Declare ``flag`` or ``--base`` for a base, and ``-F`` for the base's format.
 
-    ``base_help`` is the help text of ``flag``.
+    ``base_help`` is the help text of ``--base``.
     """
     parser.add_argument(flag, "--base", metavar="BASE", help=base_help)
     parser.add_argument(

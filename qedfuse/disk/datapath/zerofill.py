@@ -8,9 +8,10 @@ the journal of a file system does, waits for 16 such flushes in each cluster of 
 appends or writes at random.  On ext4 such a flush takes about 250 µs; a flush of blocks that the
 host has already allocated takes about 120 µs.
 
-So after each flush, the rest of the first new cluster is filled with zeros.  Further new clusters
-stay holes, because zeros in them would cost time and space, and would gain little: a program that
-writes to many clusters before it flushes waits for only one commit of all their allocations.
+So when a write gets the first new clusters after a flush, the rest of these clusters is filled with
+zeros.  New clusters of later writes before the next flush stay holes, because zeros in them would
+cost time and space, and would gain little: a program that writes to many clusters before it flushes
+waits for only one commit of all their allocations.
 
 The guest's data is written first.  The zeros change no byte that a guest can read, so the guest's
 write succeeds even if the host has space for the data only.
@@ -35,7 +36,7 @@ _ZEROS: Final = memoryview(bytes(_MAX_BYTES))
 
 
 class ZeroFill:
-    """After each flush, fills the rest of the first run of new clusters with zeros."""
+    """Fills up, with zeros, the first run of new clusters that a write gets after a flush."""
 
     def __init__(self, file: HostFile, writeback: MetadataWriteback) -> None:
         """Fill clusters of ``file``, and observe the flushes of ``writeback``."""
@@ -56,8 +57,8 @@ class ZeroFill:
         - The guest writes data, and does not only allocate clusters.
         - The run has at most `_MAX_BYTES`.
 
-        Never blocks or fails.  If a write would block or fails, as on a full host, some or all of
-        the rest stays a hole.
+        Never blocks, and raises no error.  If zeros cannot be written without blocking, or if the
+        host refuses them, as when it is full, some or all of the rest stays a hole.
 
         Args:
             run: The run of new clusters.

@@ -2,11 +2,11 @@
  * Answers reads, writes and fsyncs that need not wait, without a coroutine of pyfuse3.
  *
  * For each request pyfuse3 makes a coroutine and, for a write, a copy of the data.  Most
- * requests need neither.  So this module replaces these three operations in the copy of pyfuse3's
- * table (_extraops.c).  Each replacement calls a Python function that tries to answer the request.
- * If the function does not answer the request, pyfuse3's own operation gets it.  A read whose
- * tables and data are in memory is answered without the Python function (_cachedread.c), and so is a
- * write to allocated clusters (_inplacewrite.c).
+ * requests need neither.  So this module replaces these three operations in the table of operations
+ * that libfuse gets, a copy of pyfuse3's table (_extraops.c).  Each replacement calls a Python
+ * function that tries to answer the request.  If the function does not answer the request,
+ * pyfuse3's own operation gets it.  A read whose tables and data are in memory is answered without
+ * the Python function (_cachedread.c), and so is a write to allocated clusters (_inplacewrite.c).
  *
  * The function for reads can answer in three ways.  It can return the data.  It can call
  * reply_from_file(): then the kernel takes the data from the pages of the host's file (splice(2)),

@@ -1,10 +1,10 @@
 /*
  * The files from which _cachedread.c reads, and the runs by which a file refers to other files.
  *
- * A disk that qemu-nbd serves has no descriptor of its own.  Where the image that QEMU reads, or a
- * file below it, has bytes of the disk unchanged, a run says which file and where (RunMap in
- * foreign/runmap.py).  A search holds the GIL.  If another thread is adding a run in Python at that
- * time, the search finds the new run as a whole or not at all, as RunMap describes.
+ * A disk that qemu-nbd serves has no descriptor of its own.  Where one of the files that QEMU reads
+ * has bytes of the disk, neither compressed nor encrypted, a run says in which file and where
+ * (RunMap in foreign/runmap.py).  A search holds the GIL, but may begin when a Python thread has
+ * added a run only in part.  The search then does not find this run.
  *
  * The functions that other files call are described in _extraops.h.
  */

@@ -54,7 +54,7 @@ def find_visible_mounts(device: str, original: MountEntry | None = None) -> list
       caller sees.  These are the peer group of M (`MountEntry.peer_group`), the slaves of this
       group, and all mounts to which the unmount of such a slave propagates.  The kernel does not
       unmount a bind mount in the peer group if the bind mount lies on a mount without peers.  But
-      this function leaves out such a bind mount as well, as long as M exists.
+      this function leaves out such a bind mount as well.  A call after the unmount of M lists it.
     - Mounts that are visible only to processes that the caller may not inspect.
 
     Args:
