@@ -118,7 +118,7 @@ class ForeignFile(ReadOnlyFile):
         return length
 
     def start_map(self) -> None:
-        """Start the program that makes the map of the disk; see `LocalReads.start_map`."""
+        """Begin to make the map of the disk, unless this has begun; see `LocalReads.start_map`."""
         self._local.start_map()
 
     def _parts(self, offset: int, length: int) -> list[Part]:
@@ -197,9 +197,9 @@ class ForeignFile(ReadOnlyFile):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """In the block, replace a HostError by the reason why qemu-nbd has ended, if it has ended.
+        """If qemu-nbd has ended, replace a HostError of the block by a ForeignError that says why.
 
-        The new error is a ForeignError, and only the first one is logged.  After `stop_fetching` or
+        Only the first new error is logged.  After `stop_fetching` or
         `close`, errors are not replaced.
         """
         try:

@@ -50,7 +50,8 @@ def open_nbd(
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
         QedError: An error that ``connect`` has raised.
-        trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
+        trio.Cancelled: The call runs in a worker thread of trio, and the task that waits for the
+            thread was cancelled.
     """
     size: int | None = None
     closed = threading.Event()

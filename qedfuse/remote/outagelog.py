@@ -22,7 +22,7 @@ from qedfuse.errors import ObjectChangedError, RemoteError
 _log = logging.getLogger(__name__)
 
 _MIN_SECONDS_BETWEEN: Final = 60.0
-"""Minimum time between the beginnings of two outages of one kind that are logged."""
+"""Minimum time between the beginnings of two logged outages of the same kind."""
 
 
 class OutageLog:

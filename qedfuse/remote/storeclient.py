@@ -56,9 +56,9 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the present version, and None for the time since the last change.
+        """Return the present version, and None for how long the object has been unchanged.
 
-        This time is unknown, because obstore does not give the server's time.
+        This duration is unknown, because obstore does not give the server's time.
         """
         options: GetOptions = {"head": True}
         try:
