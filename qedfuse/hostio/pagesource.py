@@ -88,9 +88,9 @@ class WriteTarget(NamedTuple):
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
-        is_short: Returns whether a write of the given number of bytes takes little enough time for
-            the extension to make it.  The extension does not call the function for writes of at
-            most `ALWAYS_SHORT_WRITE_BYTES`, and always makes them.
+        is_short: Returns whether a write of the given number of bytes is short enough for the
+            extension.  Writes of at most `ALWAYS_SHORT_WRITE_BYTES` always are, so the extension
+            does not call the function for them.
         record_write: Must be called after each write, with its length in bytes and the seconds that
             it took.
     """
