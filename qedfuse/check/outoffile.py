@@ -96,7 +96,7 @@ class OutOfFileEntries:
         # If several L1 entries point to the same table, the table moves for all of them, or for all
         # but one.  An L2 entry of the table that points past the end of the file loses data in the
         # range of each of these L1 entries.  All these losses must be recorded before the L2 entry
-        # is cleared.  So the tables that move are read before any entry is cleared.
+        # is cleared.  So the tables of L1 entries that get a moved copy are read first.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes

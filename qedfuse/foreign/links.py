@@ -1,10 +1,10 @@
-"""The other files that an image in a format of QEMU names, read from its header.
+"""The names of other files in the header of an image that has one of QEMU's formats.
 
 QEMU gets the backing files and data files as open descriptors, and does not look up their names.
 So even if QEMU read a header differently from this module, QEMU would read only files that the
-policy for backing files allows.  The exceptions are VMDK images that name extents: QEMU opens these
-images by their paths and the extents by their names, within the sandbox.  `qedfuse.foreign.vmdk`
-reads the names of the extents.
+policy for backing files allows.  The exceptions are VMDK images whose content is in other files
+(extents): QEMU opens these images by their paths, and the extents by their names, within the
+sandbox.  `qedfuse.foreign.vmdk` reads the names of the extents.
 """
 
 from __future__ import annotations

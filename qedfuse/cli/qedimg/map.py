@@ -30,9 +30,9 @@ If a table entry is invalid, the content of its range is unknown, and the exit c
 The JSON lists such a range with "present" true, "zero" false and "data" false.  A picture
 shows how many entries of IMAGE itself, without its bases, are invalid ("bad").
 
---output picture and svg draw the disk and the file of IMAGE, a QED image.  In both, data
-has the colour of its position on the disk, so a fragmented file shows a mixture of
-colours.
+--output picture and svg draw the disk and the file of IMAGE, a QED image.  Data has
+the colour of its position on the disk, in the drawing of the file too, so a fragmented
+file shows a mixture of colours.
 
 IMAGE may be a URL: https://, s3://, gs://, az://, nbd:// and others."""
 

@@ -157,6 +157,7 @@ class FastPath:
             return None
         index = cluster & self._slice_mask
         code = codes[index]
+        # A code (`data_location`) says in which file of the chain, and where, a cluster is stored.
         # The codes of contiguous clusters of one file differ by the cluster size, as entries do.
         if code <= ZEROS or (more and not self._is_run(codes, index, index + more)):
             return None
@@ -260,8 +261,9 @@ class FastPath:
     def _runs(self, entries: array[int], start: int, end: int) -> list[list[int]] | None:
         """Return the runs of a guest range within one slice; None if `FastPath` must give up.
 
-        `FastPath` must give up at an unallocated cluster if the disk was opened without its base,
-        or if the code of the flattened backing for the cluster is not in memory or is `MIXED`.
+        `FastPath` must give up at an unallocated cluster in three cases: the disk was opened
+        without its base; the code of the flattened backing for the cluster is not in memory; or
+        the code says that layers must be looked up one by one (`MIXED`).
 
         Each run is a list of its depth in the chain (-1 for zeros), its file offset and its
         length in bytes.

@@ -36,8 +36,8 @@
 /* Maximum number of queued reads of one file. */
 #define MAX_READS_OF_FILE 64
 
-/* Number of calls of ring_run() that are enough to complete all reads of a full ring whose data has arrived:
- * one call completes at least 20 reads (before Linux 6.13 all). */
+/* Number of calls of ring_run() that are enough to complete all reads of a full ring whose data has
+ * arrived: one call completes at least 20 reads (before Linux 6.13 all). */
 #define IDLE_RUNS (RING_ENTRIES / 20 + 1)
 
 /* How long no read is queued after a submission that took too long. */
@@ -220,16 +220,17 @@ static void submit(void)
     int failed = ring_submit();
     struct queued_read *read;
 
-    /* During a pause native threads make the reads, with more of the processor's time.  So a submission
-     * causes no pause if it was slow only because other programs used the processor: if the kernel
-     * has not made this thread wait.  If `slow_nanoseconds` is 0, every submission causes a pause. */
+    /* During a pause native threads make the reads, with more of the processor's time.  So a
+     * submission causes no pause if it was slow only because other programs used the processor: if
+     * the kernel has not made this thread wait.  If `slow_nanoseconds` is 0, each submission causes
+     * a pause. */
     until = monotonic_time();
     if (until - since > slow_nanoseconds && (waits() > waits_before || !slow_nanoseconds))
         paused_until = until + PAUSE_NANOSECONDS;
-    /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that have ended
-     * by now found their data in the page cache.  Their ends have made the eventfd readable, so it is
-     * emptied.  If another read is ready to be completed, it has made the eventfd readable too; but it set
-     * the flag of ring_has_work() first, and the caller tests this flag next. */
+    /* Only ring_run() completes reads for which the kernel had to wait (_ring.c).  So reads that have
+     * ended by now found their data in the page cache.  Their ends have made the eventfd readable, so
+     * it is emptied.  If another read is ready to be completed, it has made the eventfd readable too;
+     * but it set the flag of ring_has_work() first, and the caller tests this flag next. */
     if (end_reported(1))
         ring_unnotify();
     while (failed && (read = ring_take_back()) != NULL)

@@ -44,7 +44,7 @@ class ExportedDisk:
         name: The name of the file in the root directory; of no effect if the mountpoint is a file.
         inode: The inode number of the file.
         handles: The number of open handles.
-        writers: The number of open handles that may write, and of changes of size in progress.
+        writers: The number of open handles that may write, plus the uses of `changing` in progress.
         slow_writes: The number of write requests in progress on the slow path.
         cached_blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
             if the kernel has none cached.
@@ -60,8 +60,8 @@ class ExportedDisk:
             the file; -1 while `SizeFixup` does not work on the file.
         counters: Counts the requests to the file; a partition shares this object with its disk.
         is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
-            This is so after another file with the same bytes was opened for writing, and after a
-            write to this file failed.
+            This is so after another file with the same bytes was opened for writing.  If there is
+            such a file, this is also so after a write to this file failed.
     """
 
     disk: Disk | DiskWindow
@@ -118,7 +118,8 @@ class ExportedDisks:
         by_inode: The files by inode number.
         by_name: The files by file name.
         outdated: The disks whose partition tables may have changed since their partitions were
-            added, or whose partitions were never added.
+            added, or whose partitions must still be added.  Empty in a mount without files of
+            partitions.
     """
 
     def __init__(self, disks: Iterable[ExportedDisk], *, with_partitions: bool = False) -> None:
@@ -264,7 +265,7 @@ class ExportedDisks:
 
     @contextmanager
     def changing(self, exported: ExportedDisk) -> Iterator[None]:
-        """Exclude the other files with the same bytes while the block changes a file.
+        """Exclude the other files with the same bytes while the ``with`` block changes a file.
 
         The change needs no open handle of the file.
 
@@ -279,9 +280,9 @@ class ExportedDisks:
             self._writer_ended(exported)
 
     def _writer_ended(self, exported: ExportedDisk) -> None:
-        """Count a writer as ended; add a whole disk that has no writer left to `outdated`.
+        """Count a writer as ended; if it was a whole disk's last one, add the disk to `outdated`.
 
-        Nothing is added if the mount has no files of partitions.
+        No disk is added if the mount has no files of partitions.
         """
         exported.writers -= 1
         if not exported.writers and self._with_partitions and not exported.is_partition:

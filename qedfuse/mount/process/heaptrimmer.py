@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MIN_INTERVAL_SECONDS: Final = 4.0
 """Minimum time between two calls of malloc_trim, each of which takes some milliseconds.
 
-When a disk whose tables were changed has been idle for some time, it clears NEED_CHECK and is
-flushed once more.  By default that time is longer than this interval, so the last flush trims the
+A disk whose tables were changed clears NEED_CHECK, and is flushed for the last time, when it has
+been idle for longer than this interval (with the default settings).  So this last flush trims the
 heap."""
 
 # None if the C library is not GNU's.  Other C libraries keep less memory.
