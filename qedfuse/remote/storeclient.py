@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import obstore
+from obstore.exceptions import AlreadyExistsError
 
 from qedfuse.remote.client import (
     AttemptError,
@@ -20,7 +21,7 @@ from qedfuse.remote.client import (
     Version,
     settled_version,
 )
-from qedfuse.remote.storeerrors import translating
+from qedfuse.remote.storeerrors import translated, translating
 from qedfuse.remote.storesettings import make_store
 
 if TYPE_CHECKING:
@@ -127,7 +128,12 @@ class StoreClient:
         if self._address.version:
             options["version"] = self._address.version
         with translating(self._store.hint):
-            return obstore.get(self._store.handle, self._address.key, options=options)
+            try:
+                return obstore.get(self._store.handle, self._address.key, options=options)
+            except AlreadyExistsError as error:
+                # The exception of obstore for status 409, which Swift gives for an object whose
+                # parts it cannot read at the moment.
+                raise AttemptError(str(translated(error))) from error
 
 
 def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffer]:

@@ -40,6 +40,7 @@ ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
+_NO_RANGE: Final = "Received non-partial response when range requested"
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
 _NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 _SENTENCE: Final = re.compile(r"<Message>([^<\n.]{1,200})")
@@ -103,6 +104,9 @@ def translated(error: Exception, hint: str = "") -> Exception:
     ):
         if isinstance(error, kind):
             return failure
+    if _NO_RANGE in text:
+        # obstore raises NotSupportedError only for ranges that a kind of store cannot serve.
+        return UnusableError("found no range in the answer, expected one")
     match = _STATUS.search(text)
     if match is not None:
         return _for_status(int(match[1]), text, hint)

@@ -16,11 +16,12 @@ from tests.support.swift import serving_swift, why_no_swift
 from tests.support.webserver import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.support.nginx import Nginx
     from tests.support.swift import Swift
+    from tests.support.webserver import WebServer
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +66,32 @@ def store(swift: Swift, bare_environment: None, monkeypatch: pytest.MonkeyPatch)
     for name, value in swift.variables.items():
         monkeypatch.setenv(name, value)
     return swift
+
+
+@pytest.fixture(params=["http", "s3"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """Return the scheme of a URL: that of a web server, or that of an object store."""
+    return str(request.param)
+
+
+@pytest.fixture
+def url_of(
+    scheme: str,
+    bare_environment: None,  # noqa: ARG001  its effect counts
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[WebServer], str]:
+    """Return a function that gives the URL of a server's object in ``scheme``.
+
+    For ``s3`` the environment names the server as the store, with a temporary key.
+    """
+
+    def find(server: WebServer) -> str:
+        if scheme == "http":
+            return server.url
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+        return "s3://images/disk.qed"
+
+    return find

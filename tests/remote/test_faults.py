@@ -1,4 +1,4 @@
-"""Faults of a web server: right bytes, or an error for that range in bounded time."""
+"""Faults of a web server or a store: right bytes, or an error for that range in bounded time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from qedfuse.remote.opening import open_remote
 from qedfuse.remote.options import Deadlines, RemoteOptions
 from qedfuse.remote.unitfile import UNIT_BYTES
 from qedfuse.remote.webclient import WebClient
-from tests.support.remotes import DEADLINES, MAX_SECONDS, opened, read, some_bytes
+from tests.support.remotes import DEADLINES, MAX_SECONDS, PATIENT, opened, read, some_bytes
 from tests.support.webserver import Fault, serving, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from tests.support.webserver import WebServer
 
 ALL: Final[tuple[Fault, ...]] = get_args(Fault)
 CONTENT: Final = some_bytes(3.5)
 
-REPEATED: Final = {
+_REPEATED: Final = {
     *(
         "half",
         "stall",
@@ -44,15 +47,25 @@ REPEATED: Final = {
     *("status 403", "other range", "reset", "silence", "garbage", "endless", "redirect"),
     *("longer", "chunked", "chunked longer"),
 }
-"""Faults after which another attempt is made (or a redirection followed)."""
+REPEATED: Final = {"http": _REPEATED, "s3": _REPEATED | {"redirect elsewhere", "gzip"}}
+"""For each scheme, faults after which the bytes are right: another attempt is made, or a
+redirection followed."""
 CHANGED: Final = {"status 404", "status 416", "other etag", "no etag", "other size"}
 """Faults that look like another version of the object."""
-HARMLESS: Final = {"redirect", "chunked"}
-"""What is no fault in the end, however often it happens."""
+HARMLESS: Final = {"http": {"redirect", "chunked"}, "s3": {"redirect", "chunked", "gzip"}}
+"""What is no fault in the end, however often it happens.  A store keeps the encoding of an object
+as a note of its user, and serves the bytes as they were stored."""
 IN_RANGES: Final = {
     *("half", "stall", "trickle", "other range", "other etag", "no etag", "other size"),
 }
 """Faults of which the answer for the first byte shows nothing."""
+IN_BODIES: Final = {
+    *("half", "stall", "trickle", "other range", "longer", "chunked", "chunked longer"),
+    *("no range", "gzip"),
+}
+"""Faults of which the answer to a HEAD request, with which a store is opened, shows nothing."""
+ASKED_AGAIN: Final = {"status 404", "status 418"}
+"""Faults of a HEAD request after which a GET request is sent."""
 
 OUTAGE: Final = "what is not in the cache cannot be read"
 BACK: Final = "answers again"
@@ -60,28 +73,37 @@ logs_outage = pytest.mark.expect_log(OUTAGE)
 logs_end = pytest.mark.expect_log(BACK)
 
 
-def marked(fault: Fault, *marks: pytest.MarkDecorator) -> object:
-    """Return a parameter with marks."""
-    return pytest.param(fault, marks=marks)
+def cases(
+    faults: Callable[[str], Iterable[str]], *marks: pytest.MarkDecorator
+) -> pytest.MarkDecorator:
+    """Return a decorator with each scheme and each of its faults, with marks."""
+    return pytest.mark.parametrize(
+        ("scheme", "fault"),
+        [
+            pytest.param(scheme, fault, marks=marks)
+            for scheme in ("http", "s3")
+            for fault in sorted(faults(scheme))
+        ],
+    )
 
 
-@pytest.mark.parametrize("fault", sorted(REPEATED))
-def test_once_is_repeated(fault: Fault, tmp_path: Path) -> None:
+@cases(lambda scheme: REPEATED[scheme])
+def test_once_is_repeated(fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path) -> None:
     """After a fault that may pass, the attempt is repeated and the bytes are right."""
     deadlines = replace(DEADLINES, total_seconds=20.0)
-    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=deadlines) as file:
-        server.elsewhere = "/moved/disk.qed"
+    with serving(CONTENT) as server, opened(url_of(server), tmp_path, deadlines=deadlines) as file:
+        server.elsewhere = "http://127.0.0.2:1/disk.qed"
         server.faults = [fault]
         assert read(file, 0, len(CONTENT)) == CONTENT
         assert server.struck[fault] == 1
 
 
-@pytest.mark.parametrize(
-    "fault", [marked(f, logs_outage, logs_end) for f in ALL if f not in REPEATED]
-)
-def test_once_is_an_error_of_one_range(fault: Fault, tmp_path: Path) -> None:
+@cases(lambda scheme: set(ALL) - REPEATED[scheme], logs_outage, logs_end)
+def test_once_is_an_error_of_one_range(
+    fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path
+) -> None:
     """After a fault that another attempt would meet, the read fails and the next one is right."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+    with serving(CONTENT) as server, opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         server.faults = [fault]
         kind = ObjectChangedError if fault in CHANGED else RemoteError
@@ -95,14 +117,17 @@ def test_once_is_an_error_of_one_range(fault: Fault, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(
-    "fault", [marked(f, logs_outage, logs_end) for f in ALL if f not in HARMLESS]
-)
-def test_always(fault: Fault, cached: bool, tmp_path: Path) -> None:  # noqa: FBT001
+@cases(lambda scheme: set(ALL) - HARMLESS[scheme], logs_outage, logs_end)
+def test_always(
+    fault: Fault,
+    cached: bool,  # noqa: FBT001  a parameter of the test
+    url_of: Callable[[WebServer], str],
+    tmp_path: Path,
+) -> None:
     """While a fault lasts, what is cached is read, the rest fails in time; then all is read."""
     with (
         serving(CONTENT) as server,
-        opened(server.url, tmp_path if cached else None, deadlines=DEADLINES) as file,
+        opened(url_of(server), tmp_path if cached else None, deadlines=DEADLINES) as file,
     ):
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
         assert read(file, 0, UNIT_BYTES) == CONTENT[:UNIT_BYTES]
@@ -145,19 +170,23 @@ def test_a_failed_read_that_is_repeated_waits_once(
         assert read(file, 2 * UNIT_BYTES, 4096) == CONTENT[2 * UNIT_BYTES :][:4096]
 
 
-@pytest.mark.parametrize("fault", ALL)
-def test_at_opening(fault: Fault, tmp_path: Path) -> None:
+@cases(lambda scheme: set(ALL) - (IN_BODIES if scheme == "s3" else set()))
+def test_at_opening(
+    scheme: str, fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path
+) -> None:
     """A fault at opening leads to an error in bounded time, or to a file with the right bytes."""
     with serving(CONTENT) as server:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        server.heads_fail = True
         server.faults = [fault]
         message = ""
         begin = time.monotonic()
         try:
-            with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+            with opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
                 server.faults = []
-                assert fault in HARMLESS | REPEATED | IN_RANGES
-                if fault not in CHANGED:
+                passes = IN_RANGES | (ASKED_AGAIN if scheme == "s3" else set())
+                assert fault in REPEATED[scheme] | passes
+                if fault in ASKED_AGAIN or fault not in CHANGED:
                     assert read(file, 0, len(CONTENT)) == CONTENT
         except RemoteError as error:
             message = str(error)
@@ -166,14 +195,36 @@ def test_at_opening(fault: Fault, tmp_path: Path) -> None:
         assert server.struck[fault] >= 1
 
 
-@pytest.mark.parametrize("fault", [f for f in ALL if f not in HARMLESS | IN_RANGES])
-def test_always_at_opening(fault: Fault, tmp_path: Path) -> None:
+@logs_outage
+@pytest.mark.parametrize("scheme", ["s3"])
+@pytest.mark.parametrize("fault", ["other etag", "other size"])
+def test_opening_finds_another_version(
+    fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path
+) -> None:
+    """If a HEAD response describes another version, no bytes of the present one are returned."""
+    with serving(CONTENT) as server:
+        server.heads_fail, server.faults = True, [fault]
+        with opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
+            assert server.struck[fault] == 1
+            with pytest.raises(ObjectChangedError):
+                read(file, 0, 4096)
+
+
+@cases(
+    lambda scheme: (
+        set(ALL) - HARMLESS[scheme] - IN_RANGES - (IN_BODIES if scheme == "s3" else set())
+    )
+)
+def test_always_at_opening(
+    fault: Fault, url_of: Callable[[WebServer], str], tmp_path: Path
+) -> None:
     """A server with a lasting fault is not opened, or serves only errors; in bounded time."""
     with serving(CONTENT) as server:
         server.elsewhere = "http://127.0.0.2:1/disk.qed"
+        server.heads_fail = True
         server.always = fault
         begin = time.monotonic()
-        with pytest.raises(RemoteError), opened(server.url, tmp_path, deadlines=DEADLINES):
+        with pytest.raises(RemoteError), opened(url_of(server), tmp_path, deadlines=DEADLINES):
             pass
         assert time.monotonic() - begin < MAX_SECONDS
         assert server.struck[fault] >= 1
@@ -274,6 +325,47 @@ def test_remembered_redirection_that_fails_is_forgotten(tmp_path: Path) -> None:
             file.close()
 
 
+@pytest.mark.parametrize("scheme", ["s3"])
+def test_redirection_by_a_store(url_of: Callable[[WebServer], str], tmp_path: Path) -> None:
+    """A store may redirect anywhere; of the credentials, a session token reaches the target.
+
+    The signature does not.
+    """
+    with serving(CONTENT) as other, serving(b"") as server:
+        server.always, server.heads_fail = "redirect elsewhere", True
+        server.elsewhere = other.url
+        with opened(url_of(server), tmp_path, deadlines=PATIENT) as file:
+            assert read(file, 0, len(CONTENT)) == CONTENT
+        assert all("AWS4-HMAC-SHA256" in found for found in server.authorizations)
+        assert set(other.authorizations) == {""}
+        assert len(other.requests) >= 1
+        assert {found.get("x-amz-security-token") for found in other.headers} == {"token"}
+
+
+@logs_outage
+@logs_end
+@pytest.mark.parametrize("scheme", ["s3"])
+@pytest.mark.parametrize("obeys", [True, False])
+def test_redirection_by_a_store_to_another_version(
+    obeys: bool,  # noqa: FBT001  a parameter of the test
+    url_of: Callable[[WebServer], str],
+    tmp_path: Path,
+) -> None:
+    """What has another ETag at the target of a store's redirection is never returned."""
+    with (
+        serving(CONTENT[::-1]) as other,
+        serving(CONTENT) as server,
+        opened(url_of(server), tmp_path, deadlines=PATIENT) as file,
+    ):
+        other.etag, other.obeys_conditions = '"two"', obeys
+        server.always, server.elsewhere = "redirect elsewhere", other.url
+        with pytest.raises(ObjectChangedError):
+            read(file, 0, 4096)
+        assert other.authorizations == [""]
+        server.always = None
+        assert read(file, 0, len(CONTENT)) == CONTENT
+
+
 @pytest.mark.parametrize(
     "location",
     [
@@ -320,9 +412,13 @@ def test_number_of_redirections(count: int, tmp_path: Path) -> None:
 
 @logs_outage
 @pytest.mark.parametrize("obeys", [True, False])
-def test_content_replaced(obeys: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_content_replaced(
+    obeys: bool,  # noqa: FBT001  a parameter of the test
+    url_of: Callable[[WebServer], str],
+    tmp_path: Path,
+) -> None:
     """When the object is replaced, cached units go on and the rest is ESTALE each time."""
-    with serving(CONTENT) as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+    with serving(CONTENT) as server, opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
         assert read(file, 0, 100) == CONTENT[:100]
         server.obeys_conditions = obeys
         server.content, server.etag = some_bytes(3.5, seed=2), '"two"'
@@ -334,14 +430,22 @@ def test_content_replaced(obeys: bool, tmp_path: Path) -> None:  # noqa: FBT001
 
 
 @logs_outage
-@pytest.mark.parametrize("etag", ["", 'W/"weak"', '"bad tag\x7f"'])
+@pytest.mark.parametrize(
+    ("scheme", "etag"),
+    [("http", ""), ("http", 'W/"weak"'), ("http", '"bad tag\x7f"'), ("s3", ""), ("s3", 'W/"weak"')],
+)
 @pytest.mark.parametrize("obeys", [True, False])
-def test_only_a_time(obeys: bool, etag: str, tmp_path: Path) -> None:  # noqa: FBT001
+def test_only_a_time(
+    obeys: bool,  # noqa: FBT001  a parameter of the test
+    etag: str,
+    url_of: Callable[[WebServer], str],
+    tmp_path: Path,
+) -> None:
     """Without a strong tag, the time of the last change shows that the object was replaced."""
     with serving(CONTENT) as server:
         server.etag = etag
         server.obeys_conditions = obeys
-        with opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+        with opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
             assert read(file, 0, 100) == CONTENT[:100]
             server.content = some_bytes(3.5, seed=2)
             server.modified = 1_000_000_001.0
@@ -367,9 +471,9 @@ def test_no_validator(tmp_path: Path) -> None:
             assert read(file, 0, len(CONTENT)) == server.content
 
 
-def test_empty_object(tmp_path: Path) -> None:
+def test_empty_object(url_of: Callable[[WebServer], str], tmp_path: Path) -> None:
     """An object without content is a file without content."""
-    with serving(b"") as server, opened(server.url, tmp_path, deadlines=DEADLINES) as file:
+    with serving(b"") as server, opened(url_of(server), tmp_path, deadlines=DEADLINES) as file:
         assert file.size() == 0
         assert read(file, 0, 10) == b""
         assert not file.try_read(0, memoryview(bytearray(1)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qedfuse.errors import RemoteError
+from qedfuse.errors import ObjectChangedError, RemoteError
 from qedfuse.remote import deadline
 from qedfuse.remote.address import parse_address
 from qedfuse.remote.client import AttemptError, ClientOptions
@@ -32,16 +32,12 @@ LENGTHS = [PART] * 3 + [5000]
 CONTENT = some_bytes(2)[: sum(LENGTHS)]
 
 
-@pytest.fixture(params=["http", "s3"])
-def source_of(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[WebServer], RemoteObject]:
+@pytest.fixture
+def source_of(url_of: Callable[[WebServer], str]) -> Callable[[WebServer], RemoteObject]:
     """Return a function that opens the object of a server with one of the clients."""
 
     def open_it(server: WebServer) -> RemoteObject:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
-        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-        address = parse_address(server.url if request.param == "http" else "s3://images/disk.qed")
+        address = parse_address(url_of(server))
         options = ClientOptions(attempt_seconds=PATIENT.attempt_seconds)
         source = open_object(address, make_client(address, options), PATIENT)
         server.requests.clear()
@@ -72,6 +68,23 @@ def test_what_has_arrived_is_not_requested_again(
         assert b"".join(parts) == CONTENT
         assert server.struck["half"] == 1
         assert server.requests[-1] == (PART, len(CONTENT) - 1)
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_no_part_of_another_version_arrives(
+    source_of: Callable[[WebServer], RemoteObject],
+    obeys: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """After the object is replaced no part arrives, also if the server ignores the condition."""
+    with serving(CONTENT) as server:
+        source = source_of(server)
+        server.obeys_conditions = obeys
+        server.content, server.etag = CONTENT[::-1], '"two"'
+        parts: list[Buffer] = []
+        with pytest.raises(ObjectChangedError):
+            source.get_parts(0, LENGTHS, parts.append)
+        assert not parts
+        assert len(server.requests) == (0 if obeys else 1)
 
 
 def test_a_part_arrives_before_the_end_of_the_response(

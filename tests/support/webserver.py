@@ -67,6 +67,8 @@ class WebServer:
         obeys_conditions: Whether If-Match and If-Unmodified-Since are obeyed.
         faults: What goes wrong with the next requests, in order; the rest is served well.
         always: What goes wrong with every request for data; None for nothing.
+        heads_fail: Whether what goes wrong goes wrong with HEAD requests too, as far as a response
+            without a body can show it.
         struck: How often each fault has struck.
         requests: The ranges (first, last) of the requests that were served well.
         extra: Headers that replace those of the answers with data.
@@ -77,6 +79,7 @@ class WebServer:
         refusal: The status of the answer to a request without it.
         error_body: The body of each answer with a status that a test asks for.
         authorizations: The headers ``Authorization`` of all requests; "" for none.
+        headers: All headers of each request.
     """
 
     content: bytes = b""
@@ -85,6 +88,7 @@ class WebServer:
     obeys_conditions: bool = True
     faults: list[Fault] = field(default_factory=list)
     always: Fault | None = None
+    heads_fail: bool = False
     struck: Counter[str] = field(default_factory=Counter)
     requests: list[tuple[int, int]] = field(default_factory=list)
     extra: dict[str, str] = field(default_factory=dict)
@@ -95,6 +99,7 @@ class WebServer:
     refusal: int = 403
     error_body: bytes = b""
     authorizations: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     scheme: str = "http"
     port: int = 0
     elsewhere: str = ""
@@ -179,11 +184,16 @@ class _Handler(BaseHTTPRequestHandler):
             # Like a real server, without the body that says why.
             self._send(state.refusal, {"Content-Length": "0"})
             return
-        length = len(state.others.get(self.path, state.content))
+        fails = state.heads_fail and not self.path.startswith("/moved")
+        fault = state.next_fault() if fails else None
+        if self._break(fault):
+            return
+        length = len(state.others.get(self.path, state.content)) + 512 * (fault == "other size")
         headers = {"Content-Length": str(length), "Accept-Ranges": "bytes"}
-        self._send(200, headers | self._validators(state.etag))
+        etag = {"no etag": "", "other etag": '"another"'}.get(fault or "", state.etag)
+        self._send(200, headers | self._validators(etag))
 
-    def do_GET(self) -> None:  # noqa: C901, PLR0912  one branch a fault
+    def do_GET(self) -> None:
         """Answer a request for a range, with the next fault."""
         state = self.server_state
         if state.delay_seconds:
@@ -194,6 +204,12 @@ class _Handler(BaseHTTPRequestHandler):
         fault = state.next_fault()
         if self.path.startswith("/moved"):
             fault = None
+        if not self._break(fault):
+            self._serve(fault)
+
+    def _break(self, fault: Fault | None) -> bool:  # noqa: C901  one branch a fault
+        """Make a fault in place of an answer; return False if the fault is one of a range."""
+        state = self.server_state
         if fault is not None and fault.startswith("status "):
             self._send_error(int(fault.split()[1]))
         elif fault == "reset":
@@ -224,7 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
                 state.faults.insert(0, "redirect loop")
             self._send(302, {"Location": self.path, "Content-Length": "0"})
         else:
-            self._serve(fault)
+            return False
+        return True
 
     def _serve(self, fault: Fault | None) -> None:  # noqa: C901, PLR0912, PLR0915  a branch a fault
         """Send the range, wrongly if there is a fault."""
@@ -292,6 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.headers.get("Authorization", "")
         with self.server_state.lock:
             self.server_state.authorizations.append(found)
+            self.server_state.headers.append(dict(self.headers))
         return self.server_state.required not in found
 
     def _is_refused(self, etag: str) -> bool:
@@ -314,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_error(self, status: int) -> None:
         """Send an answer without data."""
-        body = self.server_state.error_body
+        body = self.server_state.error_body if self.command == "GET" else b""
         self._send(status, {"Content-Length": str(len(body))}, body)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
