@@ -8,8 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -66,6 +67,15 @@ def read(path: Path, offset: int, length: int = BLOCK) -> bytes:
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return os.pread(fd, length, offset)
+    finally:
+        os.close(fd)
+
+
+def drop(path: Path) -> None:
+    """Remove a file that no program changes from the kernel's page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
 
@@ -369,6 +379,62 @@ def test_a_complete_entry_needs_no_server(
         assert "reading it from the cache" in mount.read_line()
         assert (mount.mountpoint / "disk.raw").read_bytes() == content
     assert server.struck["status 503"] > 0
+
+
+STOPS_IN_STORE: Final = """
+import os
+import signal
+from qedfuse.remote import unitfile
+write_all = unitfile.write_all
+def stop(fd, offset, parts):
+    data = b"".join(parts)
+    if offset <= {at} < offset + len(data):
+        write_all(fd, offset, (data[: int(len(data) * {fraction})],))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    write_all(fd, offset, parts)
+unitfile.write_all = stop
+"""
+"""Stops a mount while it stores the byte ``at`` of the object in the cache.
+
+The fraction of the data that ``fraction`` states is written, and the checksums are not.
+"""
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5, 1])
+def test_a_mount_that_is_killed_while_two_fill_one_entry(
+    fraction: float, server: WebServer, content: bytes, tmp_path: Path
+) -> None:
+    """The other mount reads the right bytes before and after, and a third one all from the cache.
+
+    The mount that is killed was storing units that the other one stores as well.
+    """
+    options = ("-r", "-o", f"cache_dir={tmp_path / 'shared'}")
+    at = server.content.rindex(content[FAR : FAR + BLOCK])
+    prelude = STOPS_IN_STORE.format(at=at, fraction=fraction)
+    with front(*options, server.url, tmp_path / "mnt") as mount:
+        disk = mount.mountpoint / "disk.raw"
+        assert read(disk, 0) == content[:BLOCK]
+        with (
+            ThreadPoolExecutor(1) as pool,
+            # The sandbox would refuse the signal that the mount sends to itself.
+            front(
+                *(*options, "-o", "sandbox=off", server.url, tmp_path / "killed"), prelude=prelude
+            ) as killed,
+        ):
+            status = Path(f"/proc/{killed.process.pid}/stat")
+            reading = pool.submit(read, killed.mountpoint / "disk.raw", FAR)
+            wait_until(lambda: status.read_text().rpartition(") ")[2][0] == "T")
+            assert disk.read_bytes() == content
+            killed.signal(signal.SIGKILL)
+            with pytest.raises(OSError, match=r"."):
+                reading.result(60)
+        drop(disk)
+        assert disk.read_bytes() == content
+        sent = server.sent_bytes
+        with mounted(server.url, tmp_path / "third", *options) as directory:
+            assert (directory / "disk.raw").read_bytes() == content
+        assert server.sent_bytes - sent < 16  # the question for the version, a byte each
+    assert len(list((tmp_path / "shared").glob("object-*/version-*"))) == 1
 
 
 def test_credentials_of_others_are_refused(server: WebServer, tmp_path: Path, mnt: Path) -> None:
