@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import CacheError, HostError, RemoteError
 from qedfuse.remote.cachedirectory import CacheDirectory, CacheOptions, mark_used
 from qedfuse.remote.cacheroot import default_directory
-from qedfuse.remote.client import AttemptError, ClientOptions, RefusedError
+from qedfuse.remote.client import AttemptError, ClientOptions, RefusedError, UnusableError
 from qedfuse.remote.fetcher import Fetcher
 from qedfuse.remote.localdata import LocalData
 from qedfuse.remote.object import RemoteObject, make_client, open_object
 from qedfuse.remote.remotefile import RemoteFile
+from qedfuse.remote.unconfigured import UnconfiguredClient
 from qedfuse.text import printable
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def open_remote(
 
     The cache may have an entry with all that readers need (see `offline_entries`).  With such an
     entry, failed attempts are repeated for at most `Deadlines.connect_seconds`.  If the server then
-    cannot be reached, fails or refuses the credentials, the entry is used, and a warning is logged.
+    cannot be reached, fails or refuses the credentials, or the credentials are not valid, the entry
+    is used, and a warning is logged.
 
     Args:
         address: The address.
@@ -59,7 +62,7 @@ def open_remote(
         UsageError: The address leads to another machine without TLS, and the options do not allow
             that.
     """
-    client = make_client(address, client_options(options))
+    client = _make_client(address, client_options(options))
     directory = _open_directory(options)
     version, cache = _offline_entry(directory, address, client, wanted)
     deadlines = options.deadlines
@@ -98,6 +101,24 @@ def open_remote(
             raise HostError.from_os(error, address.shown, "open the cache") from error
     fetcher = Fetcher(source, cache, directory.evict if directory else None)
     return RemoteFile(source, fetcher, local)
+
+
+def _make_client(address: Address, options: ClientOptions) -> Client:
+    """Return a client; if its configuration is not valid, an `UnconfiguredClient`.
+
+    Raises:
+        RemoteError: The library for the scheme is not installed, or the configuration does not
+            identify the store.
+        UsageError: See `make_client`.
+    """
+    try:
+        return make_client(address, options)
+    except RemoteError as error:
+        if not isinstance(error.__cause__, UnusableError):
+            raise
+        with suppress(UnusableError):
+            return UnconfiguredClient(address, options, error)
+        raise
 
 
 def client_options(options: RemoteOptions) -> ClientOptions:
@@ -168,12 +189,17 @@ def _offline_entry(
 
     Returns:
         The version and the open entry, which the caller closes; None for both if there is none.
+
+    Raises:
+        RemoteError: There is none, and the configuration of ``client`` is not valid.
     """
     if directory is not None:
         for version, entry in directory.offline_entries(address, client.store_id):
             if wanted is None or wanted == (version.size, version.validator):
                 return version, entry
             entry.close()
+    if isinstance(client, UnconfiguredClient):
+        raise client.failure
     return None, None
 
 

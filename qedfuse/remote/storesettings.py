@@ -23,11 +23,11 @@ from qedfuse.remote.storevariables import (
     GOOGLE_VARIABLES,
     KEY_VARIABLES,
     REGION_VARIABLES,
-    STORE_VARIABLES,
     Variables,
     check_google_files,
     check_variables,
     find_endpoint,
+    find_store_id,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Store:
     Attributes:
         handle: The store as an object of obstore.
         hint: How to give credentials, for messages; empty if requests have credentials.
-        store_id: The values of `STORE_VARIABLES`: the endpoint or account that has the bucket.
+        store_id: The endpoint or account that has the bucket; see `find_store_id`.
     """
 
     handle: ObjectStore
@@ -142,6 +142,4 @@ def make_store(
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
     hint = "" if has_credentials else _HINTS[address.scheme]
-    return Store(
-        handle, hint, " ".join(variables.first(n) or "-" for n in STORE_VARIABLES[address.scheme])
-    )
+    return Store(handle, hint, find_store_id(address.scheme, variables))

@@ -119,6 +119,11 @@ class Variables:
         return (self.first((name,)) or "").lower() in {"1", "true", "yes", "on"}
 
 
+def find_store_id(scheme: str, variables: Variables) -> str:
+    """Return the values of `STORE_VARIABLES`: the endpoint or account that has a bucket."""
+    return " ".join(variables.first(names) or "-" for names in STORE_VARIABLES[scheme])
+
+
 def check_variables(scheme: str, variables: Variables) -> None:
     """Check the variables of a kind of store, and unset those in the environment that are empty.
 

@@ -107,7 +107,8 @@ def test_profile_of_amazons_tools(
     )
     assert read("s3://golden/disk", options) == CONTENT
     monkeypatch.setenv("AWS_PROFILE", "other")
-    assert "found no profile other, expected it" in failure("s3://golden/disk", options)
+    empty = replace(options, cache_directory=str(tmp_path / "empty"))
+    assert "found no profile other, expected it" in failure("s3://golden/disk", empty)
 
 
 def test_wrong_secret_is_refused(
