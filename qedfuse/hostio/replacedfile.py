@@ -1,4 +1,4 @@
-"""Opening and locking the existing file that a new file will replace, if the user has agreed."""
+"""Opening and locking an existing file before a new file replaces it, if the user permits that."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckedMount:
-    """The sources and the mountpoint of a mount that was not refused.
+    """What `check_mount` has found out about a mount that it did not refuse.
 
     Attributes:
         sources: The images that were found.
@@ -83,7 +83,7 @@ async def open_disks(
     """Open one disk for each source; the caller closes the disks by closing ``stack``.
 
     Raises:
-        QedError: An image cannot be opened; ``stack`` has the disks of earlier sources.
+        QedError: An image cannot be opened.  The disks opened before it stay open in ``stack``.
     """
     disks = []
     first_inode = pyfuse3.ROOT_INODE + 1 if is_directory else pyfuse3.ROOT_INODE

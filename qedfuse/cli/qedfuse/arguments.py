@@ -96,7 +96,7 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
     """Parse the command line of a mount; options can stand before, between and after operands.
 
     The values of ``-o`` are not parsed, and the operands are not counted.  ``-f`` means foreground.
-    ``-s`` is ignored, because programs that use libfuse accept it.
+    ``-s``, which libfuse has for a single thread, is accepted and ignored.
 
     Args:
         words: The words after the command's name.
@@ -126,7 +126,7 @@ def parse_mount_helper_arguments(words: Sequence[str]) -> Arguments:
 def _parse(
     words: Sequence[str], short_options: str, own_flags: Mapping[str, tuple[str, bool]]
 ) -> Arguments:
-    """Parse the command line of a mount, in which ``own_flags`` precede the flags of `_FLAGS`."""
+    """Parse the command line of a mount; ``own_flags`` override the flags of `_FLAGS`."""
     given, paths = _getopt(
         words,
         short_options,

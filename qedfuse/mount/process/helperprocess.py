@@ -1,8 +1,9 @@
 """A helper process of the server: forked before the mount exists, and connected by a socket.
 
-A helper is a fork that goes on with the server's code and never executes a program: when the helper
-is needed, the mount may cover the files of the interpreter.  The helper sleeps until the server
-sends a message.  It ends after the server has closed its own end of the socket, or has ended.
+A helper is a fork that goes on with the server's code and never executes a program.  So it needs no
+files of the interpreter, which the mount may cover when the helper is needed.  The helper sleeps
+until the server sends a message.  It ends after the server has closed its end of the socket, or has
+ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A hard limit on the address space of the server (RLIMIT_AS), for services.
 
-The limit is set before an image is opened.  If the process needs more memory than the limit
-permits, the kernel refuses the memory, and a request or the mount fails.  So other programs keep
-their memory.
+The limit is set before an image is opened, and protects the memory of other programs.  If the
+process needs more than the limit permits, the kernel refuses, and a request or the mount fails.
 """
 
 from __future__ import annotations

@@ -57,14 +57,14 @@ _TOKEN_VARIABLES: Final = (
     *("AZURE_FEDERATED_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
 )
 """Variables that name a file with a token.  Another program replaces the file before the token
-expires, so all files in the directory of the file may be read."""
+expires, and Landlock would not permit the new file.  So the whole directory may be read."""
 
 
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    Python's own modules are among them only as a precaution, because no module should be loaded
-    while a mount is served.
+    While a mount is served, no module should be loaded.  As a precaution, the modules of Python may
+    be read nevertheless.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

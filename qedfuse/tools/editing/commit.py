@@ -93,9 +93,8 @@ async def commit(
     Args:
         path: The overlay.
         base: A file of the chain below the overlay, into which the data of all images over it is
-            written.  The overlay then always keeps its data, because an empty overlay would show
-            the old data of images between the overlay and the file.  None for the overlay's own
-            base.
+            written.  The overlay then always keeps its data; if it were emptied, old data of an
+            image between the overlay and the file could show.  None for the overlay's own base.
         keep: Do not empty the overlay.
         options: How to open the overlay and the bases; ``writable`` and ``force_share`` are
             ignored.  None for the defaults.

@@ -55,14 +55,14 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # The close need not compact the image again.  A second compaction would move nothing, because
-    # the first one could not fill the clusters that are still free.
+    # With ``compact`` not off, closing the disk would compact the image a second time.  That would
+    # move nothing, because the first compaction could not fill the clusters that are still free.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size
-        # The bound on the length of the file protects the host against guests, and no guest can
-        # start this compaction.  So this compaction may exceed the bound for a moment.  More tables
-        # can then move, because data in their way can first move to the end of the file.
+        # An image file has a maximum length, which protects the host against guests.  No guest can
+        # start this compaction, so it may exceed the maximum for a moment.  More tables can then
+        # move, because data in their way can first move to the end of the file.
         moved = await disk.compact(progress, within_bound=False)
         if disk.damaged:
             msg = (

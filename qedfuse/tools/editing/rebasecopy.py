@@ -72,7 +72,7 @@ class RebaseCopy:
                     await self._copy_unallocated(extent, progress)
 
     async def _copy_unallocated(self, extent: Extent, progress: Progress | None) -> None:
-        """Copy the clusters that differ in an unallocated range, which reads as the bases."""
+        """Copy the clusters of an unallocated range that differ between the old and new bases."""
         at = await self._next_data_cluster(extent.start)
         while at < extent.end:
             stop = min(extent.end, at - at % self._step_bytes + self._step_bytes)
@@ -135,8 +135,8 @@ class RebaseCopy:
             return
         data, zeros = memoryview(old), bytes(size)
         # Adjacent clusters of one kind form a run.  `run_is_zero` is the kind: None for clusters
-        # that are equal, True for clusters of zeros that differ, False for other clusters that
-        # differ.  A run of clusters that differ is written by one call.
+        # that are equal in both chains.  For clusters that differ: True if the old bases have
+        # zeros, else False.  A run of clusters that differ is written by one call.
         run_start, run_is_zero = start, None
         # One more iteration, past the last cluster, ends the last run.
         for at in range(start, end + size, size):

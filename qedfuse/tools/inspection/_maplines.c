@@ -1,4 +1,5 @@
-/* Formats the extents that a slice of an L2 table describes, as qemu-img map does.
+/* Formats the extents that a slice (a range of entries) of an L2 table describes, as
+ * qemu-img map does.
  *
  * The last extent of a slice may continue in the next slice.  This pending extent is kept in
  * `pending`, and gets its line when a later call finds its end.

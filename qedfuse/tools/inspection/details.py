@@ -1,7 +1,6 @@
-"""The details of an image for which more must be read than its header and a part of the L1 table.
+"""The free list of an image, and the numbers of its tables and clusters.
 
-The details are the free list and the numbers of tables and clusters.  The tables are read slice by
-slice, so counting takes little memory.
+The tables are read slice by slice, so counting takes little memory.
 """
 
 from __future__ import annotations
@@ -80,7 +79,8 @@ async def read_details(
     Raises:
         NeedsCheckError: ``allocation`` is True, and the image has more than
             `qedfuse.check.tables.MAX_TABLES` tables.
-        QedError: The image cannot be opened, locked or read.
+        QedError: The image cannot be opened, locked or read.  If only the free list of a local
+            image cannot be read, the error is in `Details.free_list` instead.
     """
     options = options or OpenOptions()
     if info.qed is None or not info.qed.readable:

@@ -1,9 +1,9 @@
 """The map of an image without a backing file, written while its tables are read.
 
 `qedfuse.tools.inspection.mapping` needs numpy and trio, and loading them takes longer than
-reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) writes the
-lines up to the first slice that is unreadable or may hold an invalid entry.  `FastMap.reached`
-is the guest offset up to which lines were written.  If this offset is not the end of the disk, the
+reading the tables of a full image of 1 TiB.  So a small C extension (`_maplines.c`) formats the
+lines, slice by slice of each table.  It stops at a slice that is unreadable or may hold an invalid
+entry.  If `FastMap.reached`, the guest offset behind the last line, is not the end of the disk, the
 caller must continue there with `mapping`.  The extension is optional.  If it was not built, the
 caller must use `mapping` for the whole map, which gives the same output.
 """
@@ -63,8 +63,8 @@ class FastMap:
 
     Attributes:
         size: Bytes of the disk.
-        reached: Guest offset in bytes up to which the caller has written the extents.  After a text
-            of `lines` the offset increases only when the caller asks for the next text.
+        reached: Guest offset in bytes up to which the caller has written the extents.  `lines`
+            counts a text as written when the caller asks for the next one.
     """
 
     def __init__(self, fd: int, header: Header, tables: array[int], lines: Lines) -> None:

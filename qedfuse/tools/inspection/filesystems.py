@@ -1,6 +1,6 @@
 """The file system in a partition, with its label and UUID, as blkid(8) recognises them.
 
-blkid reads a file in memory that is as long as the partition.  The file has the first and the last
+blkid gets a sparse file (memfd) as long as the partition.  The file has the first and the last
 bytes of the partition, where file systems have their superblocks.  The rest of the file is a hole.
 """
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.imagereader import ImageReader
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Maximum number of bytes of an L1 table that are read, not counting slices of zeros or holes.
+"""Maximum number of bytes of an L1 table that are read; holes and slices of zeros do not count.
 
 The table of the default geometry has 256 KiB.
 """
