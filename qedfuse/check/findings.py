@@ -121,8 +121,7 @@ class CheckReport:
 
     Attributes:
         findings: Up to `MAX_FINDINGS_PER_CODE` findings of each code.
-        counts: Number of all findings of each code, without codes that have none; for leaks, the
-            number of clusters.
+        counts: Number of all findings of each code that has any; for leaks, the number of clusters.
         allocated_clusters: Number of L2 entries that refer to a data cluster in the file.
         file_clusters: Number of whole clusters in the file.
         listed_clusters: Number of clusters in the persistent free list; they do not count as

@@ -47,7 +47,7 @@ class TableRepair:
         # no bit: they are copies and new tables, and exactly one entry refers to each.
         self._owners = OwnerBitmap(header.geometry.clusters(self._size), file.name)
         # For each table its L1 index, its file offset after the repair, and the file offset at
-        # which the table is read.  A dry run makes no copies, so each table is read at its old
+        # which the table is read.  A dry run makes no copies, so it reads each table at the old
         # offset.
         self._tables: list[tuple[int, int, int]] = []
         # Old file offsets of the tables that move because they overlap data, ascending.
@@ -159,8 +159,8 @@ class TableRepair:
         end = int(tables[-1]) + geometry.table_bytes
         if entries_end < self._size:
             # Overwrite the part of the entry that is in the file.  `fill` cannot do this for two
-            # reasons: it does not write the value 0, and the dry run that makes the backup of a
-            # repair saves only old bytes that `overwrite` replaces.
+            # reasons.  It does not write the value 0.  And the backup of the old bytes, which a dry
+            # run makes before the repair, has only bytes that `overwrite` will change.
             old = bytes(await self._file.pread(entries_end, self._size - entries_end))
             new = self._cleared_value.to_bytes(ENTRY_BYTES, "little")[: len(old)]
             await self.rewriter.overwrite(entries_end, old, new)

@@ -74,9 +74,9 @@ class OpenOptions:
             cleared.
         discard: Whether discards deallocate clusters; if not, they write zeros over allocated
             clusters, which stay allocated.
-        detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``);
-            as data only if the cluster is allocated already (``on``); or without data, so that
-            an allocated cluster is deallocated (``unmap``).
+        detect_zeroes: How a write of zeros over a whole cluster is stored: as data (``off``); as
+            data if the cluster is allocated already, otherwise without data (``on``); or always
+            without data, so that an allocated cluster is deallocated (``unmap``).
         free_list: Whether a list of the free clusters is stored in the image when it is
             closed: whenever possible (``on``), never (``off``), or whenever possible if the image
             had one when it was opened (``keep``).

@@ -174,7 +174,8 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
         if len(graph.extents) >= _MAX_EXTENTS:
             msg = f"{file.name}: found more than {_MAX_EXTENTS} extents in the chain"
             raise ForeignError(msg)
-        # An image may name an extent twice, also by two spellings of its name; QEMU reads it twice.
+        # An image may name an extent twice, even by two spellings, and QEMU then reads it twice.
+        # So the extents that are open already do not count as taken.
         extent = _open(graph, name, file, limits, taken=graph.files)
         graph.extents.append(extent)
         refuse_hidden_descriptor(_signature(extent), extent.name)

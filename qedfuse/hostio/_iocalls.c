@@ -1,7 +1,7 @@
 /*
  * Does the work of a job of the thread pool: a system call on a file, or a read from an NBD server.
  *
- * The threads of the pool run this code, without the GIL and without the pool's mutex.
+ * The pool's threads run this code, without the GIL and without the pool's mutex.
  */
 
 #include "_iojob.h"

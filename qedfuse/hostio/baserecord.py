@@ -66,7 +66,7 @@ def read_record(fd: int, path: str) -> bytes | None:
 def set_attribute(fd: int, record: bytes) -> bool:
     """Store the record of an image as an attribute; return False if there is no place for it.
 
-    Before it returns False, an older record in the attribute is removed, if the host permits.
+    If there is no place, an older record in the attribute is removed, if the host permits.
 
     Raises:
         OSError: The host refused for another reason.
@@ -116,7 +116,7 @@ def write_record_file(fd: int, path: str, record: bytes) -> None:
 
 
 def remove_record(fd: int, path: str) -> None:
-    """Remove the record of an image, and that of an earlier image of the same name, if any.
+    """Remove the record of an image, and the record file of an earlier image of the same name.
 
     An error of the host is ignored: if a record stays that does not match the image, the next
     opening of the image finds the mismatch.

@@ -1,4 +1,4 @@
-"""What the mount's extension needs to read and write a file by itself.
+"""What the mount's C extension needs to read and write a file without Python code.
 
 See ``_cachedread.c`` and ``_inplacewrite.c`` in ``mount/fuse``.
 """

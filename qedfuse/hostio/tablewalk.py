@@ -69,7 +69,7 @@ class DataSlices:
         slice_bytes: int = SLICE_BYTES,
         skip: int = 0,
     ) -> None:
-        """Prepare to walk through the first ``length`` bytes of a table, except the first ``skip``.
+        """Prepare to walk through a table, from byte ``skip`` up to byte ``length``.
 
         Args:
             file: The image.

@@ -47,7 +47,7 @@ def slice_start(table_offset: int, offset: int, slice_bytes: int = SLICE_BYTES) 
 
 
 def encode(entries: array[int], first: int, last: int) -> bytes:
-    """Return the bytes of the entries from index ``first`` up to, not including, ``last``."""
+    """Return the bytes that encode ``entries[first:last]``."""
     encoded = entries[first:last]
     if _BIG_ENDIAN:
         encoded.byteswap()
@@ -57,7 +57,7 @@ def encode(entries: array[int], first: int, last: int) -> bytes:
 def runs(
     entries: array[int], first: int, last: int, cluster_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Divide the entries from index ``first`` up to, not including, ``last`` into runs.
+    """Divide ``entries[first:last]`` into runs.
 
     All entries of a run are unallocated, or all are zero clusters, or their clusters follow
     each other in the file.

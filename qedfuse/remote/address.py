@@ -175,7 +175,7 @@ def require_local(name: str) -> None:
 
 
 def require_storable(name: str, hint: str = "") -> None:
-    """Refuse a URL with a query for a web server, which an image must not store as a backing file.
+    """Refuse a URL of a web server with a query: an image must not store it as a backing file.
 
     Every user who can read the image can read the URL, and its query can be a secret.  The query
     can also expire.
@@ -212,8 +212,8 @@ def parse_prefix(text: str) -> Address:
     """Return the address of a prefix, which stands for all objects below it (`is_below`).
 
     Raises:
-        UsageError: The URL is not valid, its scheme is unknown, or the URL has a query.  Only the
-            URL of an NBD server may have a query.
+        UsageError: The URL is not valid, its scheme is unknown, or it has a query and is not the
+            URL of an NBD server.
     """
     address = _parse(text)
     if address.may_have_secret or address.version:

@@ -59,8 +59,8 @@ class CacheOptions:
 
     Attributes:
         directory: The directory of the cache, which is made if it is missing.
-        max_bytes: Maximum disk space of the cache; None for no maximum.  In both cases the cache
-            leaves 5 % of the file system free.
+        max_bytes: Maximum disk space of the cache; None for no maximum.  Even without a maximum
+            the cache leaves 5 % of the file system free.
     """
 
     directory: str

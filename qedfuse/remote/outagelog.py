@@ -87,5 +87,5 @@ class OutageLog:
 def closed_error(name: str) -> RemoteError:
     """Return the error for a read of the file ``name`` after the file was closed."""
     error = RemoteError(f"{name}: found the file closed, expected it open")
-    error.is_logged = True  # the file was closed on purpose
+    error.is_logged = True  # so that nothing logs it, because the file was closed on purpose
     return error

@@ -23,7 +23,7 @@ MAY_REMAIN: Final = "; the store may still have the object or parts of it"
 
 
 class Remains(enum.Enum):
-    """What an upload that has ended without a result has left in the store."""
+    """What an upload that has ended has left in the store."""
 
     NOTHING = enum.auto()
     """Nothing, as far as the upload knows: obstore does not report whether parts were removed."""
@@ -34,7 +34,7 @@ class Remains(enum.Enum):
 
 
 class StoredObject:
-    """The object of an upload after its content was sent, as far as the store answers."""
+    """The object of an upload that has sent its content, or has failed to send it."""
 
     def __init__(self, key: str, check: UploadCheck, *, overwrite: bool) -> None:
         """Prepare for the end of an upload.
@@ -66,8 +66,8 @@ class StoredObject:
         Raises:
             RemoteError: ``error``, or the store does not answer whether it has the content.
             UsageError: ``error``.
-            StoppedError: `stop` was called.  If the upload must not replace an object, an object
-                with the content is deleted first.
+            StoppedError: `Upload.stop` was called.  If the upload must not replace an object, an
+                object with the content is deleted first.
         """
         try:
             self._check.compare("")
@@ -115,8 +115,8 @@ class StoredObject:
         Raises:
             RemoteError: The object differs, or the store does not answer.  The message says whether
                 the object is left.
-            StoppedError: `stop` was called.  If the upload must not replace an object, `_delete`
-                is called first.
+            StoppedError: `Upload.stop` was called.  If the upload must not replace an object,
+                `_delete` is called first.
         """
         try:
             self._check.compare(etag)
@@ -162,7 +162,7 @@ class StoredObject:
             self._remains = Remains.NOTHING
 
     def _delete_equal(self, store: Store) -> None:
-        """Delete the object if it has the content of the upload; `stop` does not end this call.
+        """Delete the object if it has the upload's content; `Upload.stop` does not end this call.
 
         Without the response of the store, only a comparison shows that this upload has stored the
         object.  `remains` is UNKNOWN afterwards if the store does not answer or refuses.

@@ -128,7 +128,8 @@ def add_identity(
     """Make requests anonymous if nothing gives credentials; return False if requests are anonymous.
 
     Raises:
-        UnusableError: The file sets some variables of ``names``, and the environment sets others.
+        UnusableError: The credentials file sets some variables of ``names``, and the environment
+            sets others.
     """
     if any(variables.own.get(name) for name in names):
         # obstore would choose between the credentials in the file and those in the environment.
@@ -171,9 +172,10 @@ def _has_metadata_service(scheme: str, variables: Variables) -> bool:
 
 
 def _shared_credentials(variables: Variables) -> tuple[str, str, str]:
-    """Return key, secret and token of the profile in the credentials file of Amazon's tools.
+    """Return key, secret and token from the credentials file of Amazon's tools.
 
-    Returns empty texts if there is no complete key.
+    They are those of the profile that AWS_PROFILE names, by default of ``default``.  Returns empty
+    texts if there is no complete key.
 
     Raises:
         UnusableError: The file cannot be read, and a variable names the file or the profile; or the

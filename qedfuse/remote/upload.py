@@ -82,9 +82,8 @@ class Upload:
             options: How to connect.
             overwrite: Whether to replace an object that exists.
             progress: Called with a number of bytes and ``size``.  An upload in several parts
-                reports how many bytes obstore has taken.  If the comparison after the upload must
-                read the object, it reports how many bytes were compared.  The number then begins
-                again at the first part.
+                reports how many bytes obstore has taken.  If the object must be read to compare it
+                after the upload, the comparison counts its bytes from 0 again.
             retry_seconds: For how long a request that sends content is repeated if it fails.
         """
         self._address = address
@@ -95,8 +94,8 @@ class Upload:
         self._retry_seconds = retry_seconds
         self._steps = 0
         self._stopped = threading.Event()
-        # Another program may store an object during the upload, so the store is asked again whether
-        # there is an object when all parts were read.
+        # Another program may store an object during the upload.  So after all parts were read, the
+        # store is asked again whether there is an object.
         self._parts = ContentParts(
             *(content, size, address.shown),
             before_end=self._refuse_existing,
@@ -170,7 +169,7 @@ class Upload:
 
     @property
     def _has_sent_parts(self) -> bool:
-        """Whether parts were sent that obstore would have to remove."""
+        """Whether parts were sent that obstore must remove if the upload fails."""
         return not self._parts.is_single and bool(self._parts.digests)
 
     def _report(self, done: int, total: int) -> None:

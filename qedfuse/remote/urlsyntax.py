@@ -70,7 +70,7 @@ def parse_name(text: str, path: str) -> str:
 
 
 def _segment(text: str, segment: str) -> str:
-    """Return one segment of a path, in which only characters that need it are escaped.
+    """Return one normalised segment of a path: only characters that must be escaped are escaped.
 
     Raises:
         UsageError: The segment is ``.`` or ``..``.  Or it has an escaped slash, backslash or

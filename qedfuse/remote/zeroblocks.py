@@ -1,4 +1,4 @@
-"""Blocks of zeros: those that belong to an object, and those that may be holes of the data file.
+"""Distinguishing an object's own blocks of zeros from holes of the data file that caches it.
 
 `qedfuse.remote.unitfile` explains the units and the data file.  The kernel returns zeros for a hole
 without reading from the disk, and a failed write can leave a hole where the object has data.  So
@@ -48,7 +48,7 @@ class ZeroBlocks:
             self.masks[unit] = mask
 
     def may_have_holes(self, offset: int, view: memoryview) -> bool:
-        """Return whether a block that was read is zeros, but is not known to be all zeros.
+        """Return whether a block was read as zeros, but is not recorded as a block of zeros.
 
         Of a block that the read covers in part, only the bytes that were read are examined.
 

@@ -2,7 +2,8 @@
 
 A module that needs only durability calls `MetadataWriteback.barrier`, which takes no lock, so
 that the caller may hold any lock.  The caller of a flush must not hold a lock of `Reclaim`,
-`FileLength`, `FirstWriteGuard` or `HeaderStore`, because the flush takes these locks.
+`FileLength`, `FirstWriteGuard` or `HeaderStore`, because the flush takes these locks.  The rules
+D1, D4 and D7 are in docs/durability.md, and S3 is in docs/space.md.
 """
 
 from __future__ import annotations

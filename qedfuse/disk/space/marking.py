@@ -36,7 +36,7 @@ class Marking:
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
-        """Mark and record nothing yet.
+        """Prepare a scan; nothing is marked or recorded yet.
 
         Args:
             empty: An empty map.  All maps of this object divide the clusters into blocks as
@@ -47,11 +47,11 @@ class Marking:
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        # How many references since `restart` have led `mark` or `record_drop` to a cluster that was
+        # How many references `mark` and `record_drop` have seen since `restart` whose cluster was
         # marked already.
         self._marked_duplicates = 0
-        # How many references have been dropped since `begin` whose cluster had already lost another
-        # reference since `begin`.
+        # How many dropped references were not the first one that their cluster has lost since
+        # `begin`.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`.  The walk through the tables after
         # that `restart` does not find these references any more.  References that are dropped

@@ -41,7 +41,7 @@ class NeedCheck:
     ) -> None:
         """Clear the bit ``delay`` seconds after the last change, while `run` runs.
 
-        The first change starts ``scan`` if it was postponed.
+        If ``scan``, the scan for free clusters, was postponed, the first change starts it.
         """
         self._layer = layer
         self._header_store = header_store

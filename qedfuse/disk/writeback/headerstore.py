@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class HeaderStore:
-    """Serialises all changes of the header.
+    """Makes all changes of the header, one at a time.
 
     The header lies in one sector, and the host's disk writes a sector whole or not at all.  So a
     crash leaves the old header or the new one.

@@ -48,7 +48,7 @@ static PyObject *try_fsync;
  * reply_from_file() has answered or defer_read() has deferred the read. */
 static fuse_req_t read_request;
 static size_t read_size; /* in bytes */
-static int was_deferred; /* whether defer_read() has deferred the read, which Python then counts */
+static int was_deferred; /* whether defer_read() was called; Python then counts the read */
 
 /* --- deferred reads ------------------------------------------------------------------ */
 

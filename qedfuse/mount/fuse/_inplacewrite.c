@@ -2,9 +2,10 @@
  * Carries out writes without the Python code of the fast path (disk/datapath/fastpath.py).  A write is
  * carried out here only if the top image has allocated its range as one run, if the slice (part) of the
  * table that locates the run is in memory, if nothing must be done before the write, and if the write is
- * short (InlinePolicy in hostio/inlinepolicy.py).  Such a write changes no table.  Two Python functions are
- * called: the one that looks up a slice in the table cache, and the one that records the write; and a
- * third one before a write of more than ALWAYS_SHORT_WRITE_BYTES, which may not be short.
+ * short (InlinePolicy in hostio/inlinepolicy.py).  Such a write changes no table.  Two Python
+ * functions are called for each write: one looks up a slice in the table cache, and the other
+ * records the write.  If the write has more than ALWAYS_SHORT_WRITE_BYTES, a third function decides
+ * whether it is short.
  *
  * The objects of InPlaceWrites (disk/datapath/readtables.py) decide whether a write is carried out here,
  * by the conditions of GuestChanges.try_write and InlinePolicy.can_write_inline.  The range is found and
@@ -27,10 +28,10 @@
 struct in_place_writes {
     int fd;               /* of the top image */
     PyObject *inode;      /* InodeLock of that file */
-    PyObject *is_short;   /* called with the bytes of a write; only short writes are made */
+    PyObject *is_short;   /* returns whether a write of a number of bytes is short */
     PyObject *guard;      /* FirstWriteGuard */
     PyObject *writeback;  /* MetadataWriteback */
-    PyObject *record;     /* called with the bytes of a write, and the seconds that it took */
+    PyObject *record;     /* called with the length of a write, and its duration in seconds */
 };
 
 static PyObject *name_prepared, *name_failure, *name_contention;

@@ -1,9 +1,10 @@
 /*
- * Reads whose data is not in memory, made by the kernel's queue (_ring.c) and answered by the event
+ * Reads whose data is not in memory, made through io_uring (_ring.c) and answered by the event
  * loop, without a thread and without a task.
  *
  * _cachedread.c has found where the data is, and passes the read to queue_read().  The reads of a
- * burst are submitted together at its end, so that the disk gets all of them with one notification.
+ * burst (several requests in one turn of the event loop, _burst.c) are submitted together at its
+ * end, so that the disk gets all of them with one notification.
  * The event loop calls end_queued_reads() between two requests and while it polls, and an eventfd
  * wakes it when it sleeps.  For each read that has ended, end_queued_reads() answers the kernel.
  *

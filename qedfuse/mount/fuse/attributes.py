@@ -116,7 +116,7 @@ class Attributes:
         return entry
 
     def _common(self, inode: int, mode: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
-        """Return attributes with all fields that do not depend on the kind of the file.
+        """Return attributes without the size, the blocks and the number of links.
 
         Args:
             inode: The inode number of the file.

@@ -200,7 +200,7 @@ class ExportedDisks:
         return is_changed
 
     def shared_cells(self) -> SharedCells:
-        """Return the arrays in which the extension counts requests, those of removed files too."""
+        """Return the arrays in which the C extension counts requests, even of removed files."""
         return SharedCells(self._next_inode - len(self._cells), tuple(self._cells))
 
     @property

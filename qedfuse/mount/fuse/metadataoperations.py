@@ -100,7 +100,7 @@ class MetadataOperations(pyfuse3.Operations):
             raise FUSEError(errno.EACCES)
 
     def disk_of(self, inode: int) -> ExportedDisk:
-        """Return the disk of an inode number or of a file handle.
+        """Return the disk of an inode number, or of a file handle (an inode number with flags).
 
         Raises:
             FUSEError: EISDIR, the inode is that of the directory; ENOENT, no disk has the inode;

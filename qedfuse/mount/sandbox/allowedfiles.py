@@ -63,8 +63,8 @@ expires, and Landlock would not permit the new file.  So the whole directory may
 def system_files() -> Iterator[tuple[str, int]]:
     """Yield what every server may open: a path, and the rights on it and on all files below it.
 
-    While a mount is served, no module should be loaded.  As a precaution, the modules of Python may
-    be read nevertheless.
+    As a precaution, they include the modules of Python and qedfuse, although no module should be
+    loaded while a mount is served.
     """
     yield from _SYSTEM_FILES
     package = __file__.removesuffix("/mount/sandbox/allowedfiles.py")

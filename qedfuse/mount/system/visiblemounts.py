@@ -1,4 +1,4 @@
-"""Finding all mounts of one file system: bind mounts, and copies in other mount namespaces.
+"""Finding the mounts of one file system, even bind mounts and copies in other mount namespaces.
 
 A new mount namespace, such as that of a container or of a systemd service, begins with a copy
 of every mount.  A file system and its server end only when the last mount of the file system is

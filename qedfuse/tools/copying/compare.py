@@ -192,9 +192,9 @@ def _allocation_difference(one: list[Extent], other: list[Extent]) -> int | None
     Zeros and unallocated ranges count as the same allocation, because neither stores data.
 
     Args:
-        one: Extents of a range of the disk, without gaps.
-        other: Extents of the same range, without gaps.  The list ends earlier, or is empty, if
-            the other disk ends earlier.  Past its end a disk has no data.
+        one: Extents of a range of one disk, without gaps.
+        other: Extents of the same range of the other disk, without gaps.  The list ends earlier, or
+            is empty, if the other disk ends earlier.  Past its end a disk has no data.
     """
     ends = {extent.end: None for extent in (*one, *other)}
     extents = [iter(one), iter(other)]

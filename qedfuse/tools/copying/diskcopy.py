@@ -74,8 +74,8 @@ class DiskCopy:
             sparse_size: Minimum length in bytes of a run of zeros that is not written as
                 data; 0 writes all zeros as data.  A run consists of whole blocks (`block_size` of
                 the target).  The minimum does not apply to a run at an end of a chunk.  With 0 the
-                chunks cover the whole disk; with other values, zeros outside the chunks are never
-                written as data.
+                chunks cover the whole disk.  With other values, long ranges that are zeros
+                according to the tables are in no chunk, and are not written as data.
                 With a base all values except 0 mean the same: each cluster of zeros that differs
                 from the base becomes a zero cluster.
             write_behind: When the data of a parallel target is written back to the host's disk.
@@ -206,8 +206,8 @@ class DiskCopy:
     def _count(self, chunk: Chunk, data: Mask) -> None:
         """Add a copied chunk to `data_bytes` and the progress.
 
-        A worker thread must call this method during the turn of the chunk's ticket, because only
-        one thread at a time may change the counters.
+        A worker thread must call this method between ``wait`` and ``finish`` of the chunk's ticket,
+        because only one thread at a time may change the counters.
 
         Args:
             chunk: The chunk.

@@ -208,7 +208,7 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
 
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
-    """Refuse an open file that is not the file that was opened earlier by the same path.
+    """Check that a path has led to the same file each time that it was opened.
 
     If the overlay was replaced, the new overlay may name another base.  If the base was replaced,
     the new file may be one that the policy for bases forbids.  In both cases a commit would change

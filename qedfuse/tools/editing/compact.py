@@ -55,8 +55,8 @@ async def compact(
         CorruptImageError: The tables are damaged.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # With ``compact`` not off, closing the disk would compact the image a second time.  That would
-    # move nothing, because the first compaction could not fill the clusters that are still free.
+    # Otherwise closing the disk could compact the image a second time.  That would move nothing,
+    # because the first compaction could not fill the clusters that are still free.
     disk_options = replace(options or OpenOptions(), compact="off")
     async with open_writable(path, disk_options, with_bases=False) as disk:
         before = disk.fstat().st_size

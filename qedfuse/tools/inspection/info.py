@@ -156,7 +156,7 @@ def describe(
         NotQedError: ``image_format`` is ``auto`` and the file is of a foreign format, or
             ``image_format`` is ``qed`` and the file has no QED magic.
         ImageInUseError: Another program holds a lock that conflicts with ``lock``.
-        QedError: The file cannot be opened or read.
+        QedError: The file cannot be opened, or its beginning cannot be read.
     """
     require_local(path)
     with locked_descriptor(path, lock) as fd:
