@@ -1,4 +1,5 @@
 """The units (the pieces in which a remote file is fetched) whose fetch has recently failed.
+
 After a failed read-ahead, the kernel sends a second read, for the page that the program needs, and
 a file system on a loop device sends a third.  These reads must not each wait for the whole time
 limit.
