@@ -25,8 +25,8 @@ def open_streams() -> None:
     would overwrite the image.  Therefore /dev/null takes the place of each closed descriptor.
     In place of standard input /dev/null is opened only for writing, and in place of standard output
     only for reading.  So reading standard input and writing to standard output still fail, and
-    lost data is noticed.  In place of standard error, /dev/null drops the messages, because the
-    exit code reports a failure too.
+    lost data is noticed.  In place of standard error, /dev/null accepts the messages, and they are
+    lost; a failure is still reported by the exit code.
     """
     for descriptor in range(3):
         try:

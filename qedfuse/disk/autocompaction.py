@@ -40,8 +40,8 @@ class AutoCompaction:
         """Compact as the options say, and make the result durable.
 
         Does nothing if compaction is not due (`_is_due`).  Also does nothing if an earlier run has
-        succeeded and no table has changed since.  Otherwise each further run would move as much
-        again as the limits allow.  The caller must ensure that no request is running.
+        succeeded and no table has changed since, because each run moves clusters, as many as the
+        limits allow.  The caller must ensure that no request is running.
 
         A `QedError` ends the run, and the file may then keep free clusters.  The error is logged as
         a warning and not raised.  If the error has made the disk read-only, nothing is logged,

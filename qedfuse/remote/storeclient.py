@@ -57,9 +57,10 @@ class StoreClient:
         return settled_version(self._query)
 
     def _query(self) -> tuple[Version, None]:
-        """Return the present version, and None for how long the object has been unchanged.
+        """Return the present version and None.
 
-        This duration is unknown, because obstore does not give the server's time.
+        None stands for the time since the object changed, which is unknown, because obstore does
+        not give the server's time.
         """
         options: GetOptions = {"head": True}
         try:
@@ -74,7 +75,7 @@ class StoreClient:
         offset: int,
         lengths: Sequence[int],
         version: Version,
-        allocate: Callable[[int], Buffer] = bytearray,  # noqa: ARG002  obstore allocates itself
+        allocate: Callable[[int], Buffer] = bytearray,  # noqa: ARG002  obstore makes the buffers
     ) -> Generator[Buffer]:
         """Yield adjacent parts of a version of the object; see `Client.get`."""
         options: GetOptions = {"range": (offset, offset + sum(lengths))}
@@ -165,7 +166,7 @@ def _cut(blocks: Iterator[memoryview], lengths: Sequence[int]) -> Iterator[Buffe
 
 
 def version_of(meta: ObjectMeta) -> Version:
-    """Return the version of an object that its metadata describe."""
+    """Return the version that the metadata of an object describe."""
     etag = meta["e_tag"] or ""
     if etag.startswith("W/"):  # a weak tag can be equal for contents that differ
         etag = ""

@@ -63,7 +63,7 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
-    """Print statistics every second until an exception ends the loop; never return.
+    """Print statistics every second until an exception ends the loop.
 
     The table shows first the activity since the mounts began, and then the activity in each second.
     With ``json`` each line of output has the documents of all mounts that are shown.  The counters
@@ -146,7 +146,7 @@ def _table(
     before: Mapping[str, Mapping[str, Any]], documents: list[dict[str, Any]]
 ) -> RenderableType:
     """Return a table of ``documents``; ``before`` has the previous document of each mountpoint."""
-    from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415  slow to load, as below
+    from qedfuse.cli.qedfuse.intervals import intervals  # noqa: PLC0415  rarely needed
     from qedfuse.cli.qedfuse.statstable import render  # noqa: PLC0415  needs rich
 
     return render(

@@ -213,8 +213,8 @@ def _read_backing(image: ImageReader, raw: RawHeader, path: str) -> BackingName 
     """Read and resolve the name of the backing file.
 
     If the host cannot read the name, the result is a text that says why.  The result is None if
-    the image names no backing file, or if the header does not say where the name is: the file ends
-    within the header, or the geometry is invalid, or the offset or length of the name is invalid.
+    the image names no backing file, if the header is incomplete or its geometry is invalid, or if
+    the offset or length of the name is invalid.
     """
     header = raw.header
     refused = {getattr(error, "field", "") for error in raw.problems}
