@@ -119,5 +119,8 @@ def can_change(name: str, value: object) -> bool:
 
 def test_event_loops_share_no_variable() -> None:
     """No module or class has state that changes, except state that is safe to share."""
-    found = [name for name, value in variables() if can_change(name, value)]
+    # A variable of the list counts in any state: earlier tests of this process may have filled it.
+    found = [
+        name for name, value in variables() if name in SAFE_TO_SHARE or can_change(name, value)
+    ]
     assert sorted(found) == sorted(SAFE_TO_SHARE)
