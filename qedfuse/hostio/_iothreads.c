@@ -21,8 +21,8 @@
  * loop may be waiting for a queued call that only this thread can make.
  *
  * If a read is put on the list before the IoThreads object is freed, answer->call may be called
- * after the object was freed.  Before the owner of the capsule frees anything else that answer->call
- * uses, the owner must do one of two things: wait until pending() returns 0, while the IoThreads
+ * after the object was freed.  answer->call may use memory besides the capsule and the buffer.  Before
+ * the owner of the capsule frees such memory, it must do one of two things: wait until pending() returns 0, while the IoThreads
  * object still exists; or use a lock that keeps answer->call from running (as _request.c does).
  */
 

@@ -78,7 +78,7 @@ class Slot:
             BrokenError: No connection can be made in time, or the pool was closed.
             RefusedError: The server does not serve the export, or this client cannot use the
                 export.
-            QedError: An error of the function that connects the socket.
+            QedError: An error of ``make``.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         check_wanted(self._closed, end)
@@ -158,7 +158,7 @@ class ConnectionPool:
             BrokenError: No connection can be made in time, or the pool was closed.
             RefusedError: The server does not serve the export, or this client cannot use the
                 export.
-            QedError: An error of the function that connects the socket.
+            QedError: An error of ``make``.
         """
         while True:
             # One connection is enough for tasks.  One thread runs all tasks and receives all of
@@ -199,7 +199,7 @@ class ConnectionPool:
             BrokenError: No connection can be made in time, or the pool was closed.
             RefusedError: The server does not serve the export, or this client cannot use the
                 export.
-            QedError: An error of the function that connects the socket.
+            QedError: An error of ``make``.
             trio.Cancelled: The calling thread is one of trio, and its task was cancelled.
         """
         while True:

@@ -41,7 +41,7 @@ blocks of zeros (`ZeroBlocks`).  On disk a unit takes eight bytes in the map of 
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
-"""For how long failed attempts are repeated in a call of `get_parts` with ``is_brief``.
+"""For how long `get_parts` with ``is_brief`` repeats attempts that bring no part.
 
 The time is not 0, because a program that repeats failed reads without a pause would otherwise make
 many requests a second."""
@@ -66,10 +66,10 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # Three attempts can add their full time to the total time for a part.  The attempt that has
-        # brought the previous part may stall at this part, before the total time begins.  The last
-        # attempt may begin at the very end of the total time.  If the server refuses the
-        # credentials of the last attempt, one more attempt follows.
+        # Three attempts can add their full time to the total time for a part.  The total time
+        # begins when an attempt ends that has brought the previous part; before that, this attempt
+        # may stall.  The last attempt may begin at the very end of the total time.  If the server
+        # refuses the credentials of the last attempt, one more attempt follows.
         spare_seconds = 3 * deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds

@@ -195,7 +195,8 @@ class Upload:
     def _warn_of_restart(self) -> None:
         """Log that the store refused the credentials, if parts were sent before."""
         if self._has_sent_parts:
-            # With refused credentials obstore cannot remove the parts, and reports no failure.
+            # With refused credentials obstore cannot remove the parts that were sent, and it does
+            # not report that.
             _log.warning(
                 "%s: the store refused the credentials during the upload, which begins again; "
                 "parts of the first upload may be left in the store",

@@ -156,8 +156,8 @@ class WritePath:
     async def _fill(self, kind: Kind, run: Run, first: int, start: int, data: memoryview) -> None:
         """Write the guest's data to new clusters, and the previous content around the data.
 
-        Only the data is written if the new clusters are known to read as zeros, and the previous
-        content is zeros too; `ZeroFill` then decides whether the rest stays a hole.
+        Only the data is written if the new clusters are known to read as zeros, and no content of a
+        base was visible in them; `ZeroFill` then decides whether the rest stays a hole.
 
         Args:
             kind: The kind of the guest clusters before the write: unallocated or zero.
@@ -233,7 +233,7 @@ class WritePath:
                 self._epochs.leave(epoch)
 
     async def zero_range(self, start: int, end: int, pace: Pace | None = None) -> None:
-        """Write zeros over the parts of a guest range that are not known to read as zeros.
+        """Write zeros over those extents of a guest range that are not known to read as zeros.
 
         As for `write`, the range may reach up to the end of the last cluster of the disk.  ``pace``
         decides when other tasks run.  A caller that zeroes many ranges passes the same `Pace` for
