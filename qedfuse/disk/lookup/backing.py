@@ -330,8 +330,8 @@ async def _open_foreign_base(
     try:
         return await open_foreign(base, driver, options)
     except ForeignError as error:
-        msg = f"{image}: backing file {error}"
-        raise ForeignError(msg, error.errno) from error
+        about = f"{image}: backing file "
+        raise error.prefixed(about) from error
     except UsageError as error:
         msg = f"{image}: backing file {error}"
         raise BackingError(msg) from error

@@ -190,8 +190,7 @@ async def examine_foreign(image: str, backing: str, options: OpenOptions) -> New
             async with foreign_disk(file, driver, options) as disk:
                 return NewBase(disk.size(), driver, versions_of([disk]))
     except ForeignError as error:
-        msg = f"{about} {error}"
-        raise ForeignError(msg, error.errno) from error
+        raise error.prefixed(about + " ") from error
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error

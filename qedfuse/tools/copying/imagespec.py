@@ -127,11 +127,8 @@ async def open_new_base(image: str, spec: ImageSpec, options: OpenOptions) -> As
                 msg = f"{printable(path)}: found a block device, expected a regular file"
                 raise BackingError(msg)
             opened = stack.pop_all()
-    except (RemoteError, CacheError) as error:
+    except (RemoteError, CacheError, ForeignError) as error:
         raise error.prefixed(about + " ") from error
-    except ForeignError as error:
-        msg = f"{about} {error}"
-        raise ForeignError(msg, error.errno) from error
     except QedError as error:
         msg = f"{about} {error}"
         raise BackingError(msg) from error

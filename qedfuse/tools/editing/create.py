@@ -104,7 +104,8 @@ def create(
         msg = f"{printable(path)}: backing file: found an empty name, expected a path or no name"
         raise UsageError(msg)
     require_storable(backing or "")
-    found, found_format = examined, str(backing_format) if backing_format else None
+    found = examined
+    found_format: str | None = backing_format
     if backing is not None and not unsafe and found is None:
         require_local(backing)
         found = examine_base(path, backing, backing_format)
