@@ -20,6 +20,7 @@ from qedfuse.mount.optionsyntax import split_options
 from qedfuse.mount.optionvalues import (
     choice,
     parse_bytes,
+    parse_deadline,
     parse_id,
     parse_local_path,
     parse_metrics,
@@ -256,9 +257,9 @@ _VALUES: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
     "overlay": ("overlay", parse_local_path),
     "cache_dir": ("remote_cache_directory", parse_local_path),
     "remote_cache_size": ("remote_cache_bytes", parse_remote_cache),
-    "remote_timeout": ("remote_seconds", parse_seconds),
-    "remote_attempt_timeout": ("remote_attempt_seconds", parse_seconds),
-    "remote_connect_timeout": ("remote_connect_seconds", parse_seconds),
+    "remote_timeout": ("remote_seconds", parse_deadline),
+    "remote_attempt_timeout": ("remote_attempt_seconds", parse_deadline),
+    "remote_connect_timeout": ("remote_connect_seconds", parse_deadline),
     "credentials": ("credentials_file", parse_local_path),
     "memory_limit": ("memory_bytes", parse_bytes),
 }

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final
 from qedfuse.errors import UsageError
 from qedfuse.remote.address import is_url, parse_prefix
 from qedfuse.remote.options import MIN_CACHE_BYTES
+from qedfuse.remote.options import parse_deadline as deadline_in
 from qedfuse.text import printable
+from qedfuse.util.durations import parse_duration
 from qedfuse.util.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _MAX_ID: Final = (1 << 32) - 2
 _MAX_PARTITION: Final = 255
 """Largest number of a partition in Linux."""
 _MAX_SECONDS: Final = 3600.0
-"""Largest value of each option whose value is a number of seconds."""
+"""Largest value of each option whose value is a number of seconds, except those for servers."""
 _MAX_POLL_MICROSECONDS: Final = 10_000
 """Largest value of the option ``poll``."""
 _MIN_CACHE_BYTES: Final = 64 << 10
@@ -81,12 +83,20 @@ def parse_umask(name: str, value: str) -> int:
 
 def parse_seconds(name: str, value: str) -> float:
     """Parse a time in seconds, more than 0 and at most `_MAX_SECONDS`."""
-    well_formed = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value)
-    if not well_formed or not 0 < (seconds := float(value)) <= _MAX_SECONDS:
-        found, maximum = printable(value), int(_MAX_SECONDS)
-        msg = f"option {name}: found {found}, expected seconds, more than 0, up to {maximum}"
-        raise UsageError(msg)
-    return seconds
+    try:
+        return parse_duration(value, _MAX_SECONDS)
+    except UsageError as error:
+        msg = f"option {name}: {error}"
+        raise UsageError(msg) from error
+
+
+def parse_deadline(name: str, value: str) -> float:
+    """Parse a time limit for servers in seconds; see `qedfuse.remote.options.parse_deadline`."""
+    try:
+        return deadline_in(value)
+    except UsageError as error:
+        msg = f"option {name}: {error}"
+        raise UsageError(msg) from error
 
 
 def parse_poll(name: str, value: str) -> float:

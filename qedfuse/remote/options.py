@@ -5,11 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
+from qedfuse.util.durations import parse_duration
+
 if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 MIN_CACHE_BYTES: Final = 1 << 20
 """Minimum value of ``RemoteOptions.cache_bytes``."""
+_MAX_DEADLINE_SECONDS: Final = 86400.0
+"""Maximum of each time in `Deadlines` that a user gives."""
+
+
+def parse_deadline(text: str) -> float:
+    """Return the number of seconds in the text of an option for a time in `Deadlines`.
+
+    Raises:
+        UsageError: The text is not a number of seconds, or the number is 0 or too large.
+    """
+    return parse_duration(text, _MAX_DEADLINE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import pytest
 
 from qedfuse.cli.qedimg import arguments as common
 from qedfuse.cli.qedimg.output import print_json, print_line, table
+from qedfuse.errors import UsageError
+from qedfuse.mount.optionparser import parse_options
 from qedfuse.remote.options import Deadlines
 
 if TYPE_CHECKING:
@@ -94,6 +96,26 @@ def test_options_reach_the_library() -> None:
 def test_deadlines_reach_the_library(words: tuple[str, ...], deadlines: Deadlines) -> None:
     """Each time for servers reaches the library; one that exceeds the next longer is reduced."""
     assert options(*words).remote.deadlines == deadlines
+
+
+@pytest.mark.parametrize("text", ["86400", "86401", "0", "1e3", "nan", "0.25", ""])
+def test_mounts_and_qedimg_accept_the_same_deadlines(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A time for servers is valid in a mount exactly if it is valid in qedimg."""
+    is_valid = text in {"86400", "0.25"}
+    reason = f"found {text}, expected seconds, more than 0, up to 86400"
+    if is_valid:
+        expected = Deadlines.limited(5, 10, float(text))
+        assert options("--remote-timeout", text).remote.deadlines == expected
+        assert parse_options([f"remote_timeout={text}"]).remote.deadlines == expected
+        return
+    with pytest.raises(SystemExit):
+        options("--remote-timeout", text)
+    assert reason in capsys.readouterr().err
+    with pytest.raises(UsageError) as caught:
+        parse_options([f"remote_timeout={text}"])
+    assert text == "" or str(caught.value) == f"option remote_timeout: {reason}"
 
 
 def test_share_is_ignored_for_writing() -> None:

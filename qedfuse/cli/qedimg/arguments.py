@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qedfuse.errors import UsageError
 from qedfuse.ondisk.formats import BACKING_FORMATS
@@ -121,21 +121,21 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remote-timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=_deadline,
         default=60.0,
         help="how long a failed request to a server is repeated (60)",
     )
     parser.add_argument(
         "--remote-attempt-timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=_deadline,
         default=10.0,
         help="how long one attempt of a request may take (10)",
     )
     parser.add_argument(
         "--remote-connect-timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=_deadline,
         default=5.0,
         help="how long connecting to a server may take (5)",
     )
@@ -154,11 +154,6 @@ def add_remote(parser: argparse.ArgumentParser) -> None:
         help="read variables such as AWS_ACCESS_KEY_ID from FILE, in lines NAME=VALUE; only "
         "the owner of FILE may have access to it (default: from the environment)",
     )
-
-
-_MAX_SECONDS: Final = 86400.0
-"""Maximum of the options ``--remote-timeout``, ``--remote-attempt-timeout`` and
-``--remote-connect-timeout``."""
 
 
 def _cache_size(text: str) -> int:
@@ -190,20 +185,18 @@ def _prefix(text: str) -> Address:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _seconds(text: str) -> float:
-    """Convert a duration in seconds for argparse.
+def _deadline(text: str) -> float:
+    """Convert a time limit for servers, in seconds, for argparse.
 
     Raises:
         argparse.ArgumentTypeError: The text is not a number, or the number is out of range.
     """
+    from qedfuse.remote.options import parse_deadline  # noqa: PLC0415  imported late: --help must not load it
+
     try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= _MAX_SECONDS:
-        msg = f"found {text}, expected seconds, more than 0 and at most {_MAX_SECONDS:.0f}"
-        raise argparse.ArgumentTypeError(msg)
-    return value
+        return parse_deadline(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
