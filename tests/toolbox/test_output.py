@@ -98,7 +98,7 @@ def test_deadlines_reach_the_library(words: tuple[str, ...], deadlines: Deadline
     assert options(*words).remote.deadlines == deadlines
 
 
-@pytest.mark.parametrize("text", ["86400", "86401", "0", "1e3", "nan", "0.25", ""])
+@pytest.mark.parametrize("text", ["86400", "86401", "0", "1e3", "nan", "0.25"])
 def test_mounts_and_qedimg_accept_the_same_deadlines(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +115,7 @@ def test_mounts_and_qedimg_accept_the_same_deadlines(
     assert reason in capsys.readouterr().err
     with pytest.raises(UsageError) as caught:
         parse_options([f"remote_timeout={text}"])
-    assert text == "" or str(caught.value) == f"option remote_timeout: {reason}"
+    assert str(caught.value) == f"option remote_timeout: {reason}"
 
 
 def test_share_is_ignored_for_writing() -> None:
