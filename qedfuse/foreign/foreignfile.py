@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
+    from qedfuse.foreign.graph import Graph
     from qedfuse.foreign.localreads import LocalReads
     from qedfuse.foreign.process import QemuNbd
     from qedfuse.hostio.hostfile import FileIdentity, ReadableFile
     from qedfuse.hostio.pagesource import PageSource
-    from qedfuse.hostio.posixfile import PosixFile
     from qedfuse.util.deferredclose import DeferredClose
 
 _log = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ class ForeignFile(ReadOnlyFile):
         path: The path of the image.
         driver: The format of the image as QEMU calls it.
         image: The open file of the image.
+        graph: The files of the image and its bases.
     """
 
     def __init__(
         self,
-        image: PosixFile,
-        driver: str,
+        graph: Graph,
         disk: ReadableFile,
         server: QemuNbd,
         open_files: DeferredClose,
@@ -56,17 +56,18 @@ class ForeignFile(ReadOnlyFile):
         """Make the file; its `close` closes the objects that are passed, and ends qemu-nbd.
 
         Args:
-            image: The file of the image.
-            driver: The format of the image as QEMU calls it.
+            graph: The files of the image and its bases.
             disk: The disk as a file, whose reads go to ``server``.
             server: The process of qemu-nbd.
             open_files: Closes the image and the files that it names, which qemu-nbd reads.
             local: Reads these files directly, where they have the bytes of the disk.
         """
-        super().__init__(image.name)
-        self.path = image.path
-        self.driver = driver
-        self.image = image
+        top = graph.images[0]
+        super().__init__(top.file.name)
+        self.path = top.file.path
+        self.driver = top.driver
+        self.image = top.file
+        self.graph = graph
         self._disk = disk
         self._server = server
         self._open_files = open_files

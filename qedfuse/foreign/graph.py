@@ -36,6 +36,9 @@ of 2 GiB."""
 _RAW_DRIVERS: Final = ("raw", "file", "host_device")
 """Names of formats by which images state that their backing file is raw."""
 _DRIVERS: Final = ("raw", "qed", *DRIVERS.values())
+_OVERLAY_DRIVERS: Final = ("qed", "qcow", "qcow2", "vmdk")
+"""The formats whose images can have a base.  Unless the options say otherwise, QEMU opens the base
+that the header of such an image names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,23 @@ class Limits:
     share: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ChainImage:
+    """An image of a chain.
+
+    Attributes:
+        file: The open file of the image.
+        driver: The format of the image as QEMU calls it.
+        links: The names of other files that were read from its header.
+        options: The options of its block node, without those for its base.
+    """
+
+    file: PosixFile
+    driver: str
+    links: Links
+    options: Options
+
+
 @dataclass(slots=True)
 class _OpenedFiles:
     """The open files of a chain.
@@ -68,14 +88,14 @@ class _OpenedFiles:
         data_files: For each image, from the top one down, the file that has its data; None for a
             VMDK image whose data is in extents that it names.
         opened: The files that `close` closes: all except the image itself.
-        read: For each image its file, its format, and the links that were read from its header.
+        images: The images, from the top one down.
     """
 
     files: list[PosixFile] = field(default_factory=list)
     extents: list[PosixFile] = field(default_factory=list)
     data_files: list[PosixFile | None] = field(default_factory=list)
     opened: list[PosixFile] = field(default_factory=list)
-    read: list[tuple[PosixFile, str, Links]] = field(default_factory=list)
+    images: list[ChainImage] = field(default_factory=list)
 
     def close(self) -> None:
         """Close the files that were opened for the graph."""
@@ -106,11 +126,11 @@ class Graph(_OpenedFiles):
             ImageError: The header of a QED image is not valid any more.
             HostError: A file cannot be read.
         """
-        for image, driver, links in self.read:
-            if read_links(image.fd, driver, image.name) != links:
+        for image in self.images:
+            if read_links(image.file.fd, image.driver, image.file.name) != image.links:
                 msg = (
-                    f"{image.name}: found other names of files than when it was opened, expected "
-                    "an image that no program changes"
+                    f"{image.file.name}: found other names of files than when it was opened, "
+                    "expected an image that no program changes"
                 )
                 raise ForeignError(msg)
         for extent in self.extents:
@@ -146,7 +166,7 @@ def open_graph(file: PosixFile, driver: str, limits: Limits) -> Graph:
         extents=opened.extents,
         data_files=opened.data_files,
         opened=opened.opened,
-        read=opened.read,
+        images=opened.images,
     )
 
 
@@ -157,7 +177,6 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
     """
     graph.files.append(file)
     links = read_links(file.fd, driver, file.name)
-    graph.read.append((file, driver, links))
     if links and not limits.any_file and not landlock_version():
         named = links.backing or links.data_file or links.extents[0]
         msg = (
@@ -185,11 +204,13 @@ def _add_image(graph: _OpenedFiles, file: PosixFile, driver: str, limits: Limits
         graph.files.append(data)
         graph.data_files[-1] = data
         options["data-file"] = _file_options(_inherited_path(graph), limits)
+    if driver in _OVERLAY_DRIVERS:
+        options["backing"] = None
+    graph.images.append(ChainImage(file, driver, links, options))
     if links.backing:
         base = _open_counted(graph, links.backing, file, limits)
-        options["backing"] = _add_image(graph, base, _base_driver(base, file, links), limits)
-    elif driver in ("qed", "qcow", "qcow2", "vmdk"):
-        options["backing"] = None
+        below = _add_image(graph, base, _base_driver(base, file, links), limits)
+        return {**options, "backing": below}
     return options
 
 

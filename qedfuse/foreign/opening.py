@@ -45,7 +45,6 @@ class ForeignOpening:
             HostError: A file cannot be read, or a system call failed.
         """
         self._image = image
-        self._driver = driver
         self._is_locked = limits.lock and not limits.share
         self._lock = threading.Lock()
         """Held while it is decided who closes the files: `abandon`, or the caller of `finish`."""
@@ -88,7 +87,7 @@ class ForeignOpening:
         local = LocalReads(
             self._graph, self._image.name, self._open_files, is_locked=self._is_locked
         )
-        file = ForeignFile(self._image, self._driver, disk, self._server, self._open_files, local)
+        file = ForeignFile(self._graph, disk, self._server, self._open_files, local)
         with self._lock:
             if not self._is_abandoned:
                 self._file = file

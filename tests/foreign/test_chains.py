@@ -181,14 +181,6 @@ def test_create_over_chain_outside(tmp_path: Path) -> None:
     assert qemu.info(path)["virtual-size"] == DISK_BYTES
 
 
-def test_info_of_chain(tmp_path: Path) -> None:
-    """The description of a chain names the format of each image, as far as qedfuse opens it."""
-    draw_bottom(tmp_path / "base.vmdk", "vmdk", random.Random(1))
-    path = qemu.create(tmp_path / "top.qed", backing=tmp_path / "base.vmdk", backing_format="vmdk")
-    found = json.loads(run("info", "--backing-chain", *ALLOWED, "--output", "json", path))
-    assert [item["format"] for item in found] == ["qed", "vmdk"]
-
-
 @pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "vpc", "qcow"])
 def test_map(tmp_path: Path, image_format: str) -> None:
     """The map of an image has the ranges of data and of zeros that QEMU finds."""

@@ -26,7 +26,7 @@ MAY_IMPORT: Final = {
     "foreign": {"nbd", "remote", "hostio", "ondisk"},
     "disk": {"foreign", "nbd", "remote", "hostio", "ondisk"},
     "check": {"disk", "hostio", "ondisk"},
-    "tools": {"partitions", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
+    "tools": {"partitions", "check", "disk", "foreign", "nbd", "remote", "hostio", "ondisk"},
     "mount": {"partitions", "check", "disk", "nbd", "remote", "hostio", "ondisk"},
     "api": {"check", "disk", "nbd", "remote", "hostio", "ondisk"},
     "cli": {"partitions", "mount", "tools", "check", "disk", "nbd", "remote", "hostio", "ondisk"},

@@ -21,9 +21,9 @@ def json_value(image: ImageInfo, details: Details | None) -> dict[str, Any]:
     """
     value: dict[str, Any] = {"children": [{"name": "file", "info": _host_file(image)}]}
     qed = image.qed
-    backing = None if qed is None else qed.backing
-    if backing is not None and backing.is_raw:
-        value["backing-filename-format"] = "raw"
+    backing = image.backing
+    if image.backing_format is not None:
+        value["backing-filename-format"] = image.backing_format
     value["virtual-size"] = image.virtual_size
     value["filename"] = without_secrets(image.path)
     if qed is not None:

@@ -29,20 +29,22 @@ def as_text(image: ImageInfo, details: Details | None) -> str:
 
 
 def _lines(image: ImageInfo, details: Details | None) -> Iterator[str]:
-    """Yield the lines of the description; only the first four if the image is not QED."""
+    """Yield the lines of the description; those from the cluster size on are of QED images only.
+
+    The lines about the backing file are an exception: an image that QEMU serves has them too.
+    """
     yield f"image: {shown_name(image.path)}"
     yield f"file format: {image.format}"
     size = image.virtual_size
     yield f"virtual size: {'unknown' if size is None else _readable_and_exact(size)}"
     yield f"disk size: {format_size(image.disk_usage)}"
     qed = image.qed
+    if qed is not None and "cluster_size" in qed.header.values:
+        yield f"cluster_size: {qed.header.values['cluster_size']}"
+    if image.backing is not None:
+        yield from _backing(image.backing, image.backing_format)
     if qed is None:
         return
-    fields = qed.header.values
-    if "cluster_size" in fields:
-        yield f"cluster_size: {fields['cluster_size']}"
-    if qed.backing is not None:
-        yield from _backing(qed.backing)
     yield "Format specific information:"
     yield from (f"    {line}" for line in _qed_properties(image, qed, details))
     if qed.problems:
@@ -55,12 +57,12 @@ def _readable_and_exact(size: int) -> str:
     return f"{format_size(size)} ({size} bytes)"
 
 
-def _backing(backing: BackingName) -> Iterator[str]:
-    """Describe the backing file: its name, its path and its format."""
+def _backing(backing: BackingName, backing_format: str | None) -> Iterator[str]:
+    """Describe the backing file: its name, its path, and its format if the image states one."""
     actual = "" if backing.path == backing.name else f" (actual path: {shown_name(backing.path)})"
     yield f"backing file: {shown_name(backing.name)}{actual}"
-    if backing.is_raw:
-        yield "backing file format: raw"
+    if backing_format is not None:
+        yield f"backing file format: {backing_format}"
 
 
 def _qed_properties(image: ImageInfo, qed: QedInfo, details: Details | None) -> Iterator[str]:

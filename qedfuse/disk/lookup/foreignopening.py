@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from qedfuse.disk.lookup.layer import Layer
     from qedfuse.disk.options import BackingPolicy, OpenOptions
+    from qedfuse.foreign.foreignfile import ForeignFile
+    from qedfuse.foreign.graph import Graph
     from qedfuse.hostio.hostfile import HostFile, ReadableFile
 
 
@@ -31,7 +33,7 @@ def foreign_driver(start: bytes | bytearray) -> str | None:
     return None if found is None else DRIVERS[found]
 
 
-async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> HostFile:
+async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> ForeignFile:
     """Open an image in a format of QEMU; return the disk that QEMU serves.
 
     The caller must close the disk.
@@ -73,7 +75,7 @@ async def open_foreign(file: HostFile, driver: str, options: OpenOptions) -> Hos
 @asynccontextmanager
 async def foreign_disk(
     file: HostFile, driver: str, options: OpenOptions
-) -> AsyncIterator[HostFile]:
+) -> AsyncIterator[ForeignFile]:
     """Yield the disk of an image that the user has named; close the disk at the end of the block.
 
     See `open_foreign`.
@@ -94,6 +96,12 @@ def driver_of(file: ReadableFile) -> str | None:
     """Return the format, as QEMU calls it, of an image that QEMU serves; None for other files."""
     driver: str | None = getattr(file, "driver", None)
     return driver
+
+
+def graph_of(file: ReadableFile) -> Graph | None:
+    """Return the files of an image that QEMU serves, and of its bases; None for other files."""
+    graph: Graph | None = getattr(file, "graph", None)
+    return graph
 
 
 def start_maps(layers: Iterable[Layer]) -> None:

@@ -6,24 +6,26 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qedfuse.disk.lookup.backing import closing_layers, open_bases
-from qedfuse.disk.lookup.foreignopening import driver_of, foreign_disk
+from qedfuse.disk.lookup.foreignopening import foreign_disk, graph_of
 from qedfuse.disk.lookup.imageopening import open_image
 from qedfuse.disk.lookup.layer import RawLayer
 from qedfuse.disk.lookup.tablecache import make_store
 from qedfuse.disk.options import OpenOptions
 from qedfuse.errors import HostError
+from qedfuse.foreign.virtualsize import virtual_size
 from qedfuse.hostio.imagefile import open_image_file, read_header
 from qedfuse.hostio.regular import allocated_bytes
 from qedfuse.remote.address import is_url
 from qedfuse.tools.common.formatprobe import foreign_driver_of
 from qedfuse.tools.inspection.imagereader import DescriptorReader, FileReader
-from qedfuse.tools.inspection.info import ImageInfo, describe, describe_open
+from qedfuse.tools.inspection.info import ForeignInfo, ImageInfo, describe, describe_open
+from qedfuse.tools.inspection.nameresolution import resolve_name
 from qedfuse.util.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qedfuse.disk.lookup.layer import Layer
+    from qedfuse.foreign.graph import ChainImage
     from qedfuse.hostio.hostfile import HostFile
     from qedfuse.remote.address import Address
     from qedfuse.tools.common.formatprobe import FormatChoice
@@ -50,7 +52,7 @@ async def describe_any(
     if driver is not None:
         with open_image_file(path, options.read_lock) as image:
             async with foreign_disk(image, driver, options) as disk:
-                return _describe_foreign(disk, driver)
+                return _describe_image(disk.graph.images[0], disk.size())
     if not is_url(path):
         return describe(path, image_format, lock=options.read_lock, allowed=options.remote.allowed)
     async with open_image(path, None, options.remote) as file:
@@ -62,8 +64,8 @@ async def describe_chain(
 ) -> list[ImageInfo]:
     """Return the descriptions of an image and of all its bases, the image itself first.
 
-    For a raw file, an image that QEMU serves, and an image whose header is invalid, the list has
-    only the description of the file itself.
+    For a raw file, and an image whose header is invalid, the list has only the description of the
+    file itself.
 
     Args:
         path: The image.
@@ -79,35 +81,66 @@ async def describe_chain(
         QedError: The image or a base cannot be opened, locked or read.
     """
     options = options or OpenOptions()
+    driver = foreign_driver_of(path) if image_format == "auto" else None
+    allowed = options.remote.allowed
+    if driver is not None:
+        with open_image_file(path, options.read_lock) as image:
+            async with foreign_disk(image, driver, options) as disk:
+                return await _describe_layer(disk, "raw", allowed)
     top = await describe_any(path, image_format, options)
     if top.qed is None or not top.qed.readable:
-        # The chain is not followed: a raw file has no base, QEMU opens the bases of an image that
-        # it serves, and the base that an invalid header names must not be opened.
+        # A raw file has no base, and the base that an invalid header names must not be opened.
         return [top]
     async with open_image(path, options.read_lock, options.remote) as file:
         header = await read_header(file)
         with closing_layers(await open_bases(path, file, header, options, make_store(0))) as bases:
-            allowed = options.remote.allowed
-            return [top, *[await _describe_base(base, allowed) for base in bases]]
+            found = [top]
+            for base in bases:
+                base_format: FormatChoice = "raw" if isinstance(base, RawLayer) else "qed"
+                found += await _describe_layer(base.file, base_format, allowed)
+            return found
 
 
-def _describe_foreign(disk: HostFile, driver: str) -> ImageInfo:
-    """Return the description of an image that QEMU serves."""
-    found = disk.stat()
-    return ImageInfo(disk.path, driver, disk.size(), found.st_size, allocated_bytes(found))
+async def _describe_layer(
+    file: HostFile, image_format: FormatChoice, allowed: Sequence[Address]
+) -> list[ImageInfo]:
+    """Return the description of an open file of a chain, and of all bases that QEMU reads for it.
 
-
-async def _describe_base(base: Layer, allowed: Sequence[Address]) -> ImageInfo:
-    """Return the description of an open base; ``allowed`` is as for `describe`.
+    Args:
+        file: The file.
+        image_format: Format of the file, unless QEMU serves it.
+        allowed: As for `describe`.
 
     Raises:
-        HostError: The base cannot be read.
+        ForeignError: QEMU serves the file, and `virtual_size` fails for a base.
+        HostError: A file cannot be read.
     """
-    driver = driver_of(base.file)
-    if driver is not None:
-        return _describe_foreign(base.file, driver)
-    image_format: FormatChoice = "raw" if isinstance(base, RawLayer) else "qed"
-    return await _describe_file(base.file, base.file.path, image_format, allowed)
+    graph = graph_of(file)
+    if graph is None:
+        return [await _describe_file(file, file.path, image_format, allowed)]
+    found = [_describe_image(graph.images[0], file.size())]
+    for image in graph.images[1:]:
+        if image.driver in ("raw", "qed"):
+            own: FormatChoice = "raw" if image.driver == "raw" else "qed"
+            found.append(await _describe_file(image.file, image.file.path, own, allowed))
+        else:
+            size = await run_in_thread(virtual_size, graph, image)
+            found.append(_describe_image(image, size))
+    return found
+
+
+def _describe_image(image: ChainImage, size: int) -> ImageInfo:
+    """Return the description of an image that QEMU reads, whose disk has ``size`` bytes."""
+    found = image.file.stat()
+    links, path = image.links, image.file.path
+    stated = links.backing_driver
+    foreign = None
+    if links.backing:
+        backing = resolve_name(links.backing, path, raw_format=stated == "raw")
+        foreign = ForeignInfo(backing, stated)
+    return ImageInfo(
+        path, image.driver, size, found.st_size, allocated_bytes(found), foreign=foreign
+    )
 
 
 async def _describe_file(

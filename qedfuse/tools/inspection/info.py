@@ -112,6 +112,20 @@ class QedInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignInfo:
+    """What is described of an overlay in a format that only QEMU reads.
+
+    Attributes:
+        backing: The backing file that the header names.
+        backing_format: Format of the backing file, as the image states it; None if the image states
+            none.
+    """
+
+    backing: BackingName
+    backing_format: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ImageInfo:
     """The description of a QED image, a raw file or an image that QEMU serves; sizes in bytes.
 
@@ -123,6 +137,8 @@ class ImageInfo:
         file_size: Length of the file.
         disk_usage: Space that the file uses where it is stored.
         qed: The description of a QED image; None for all other files.
+        foreign: The backing file of an image that QEMU serves; None for all other files, and for an
+            image without a backing file.
     """
 
     path: str
@@ -131,6 +147,21 @@ class ImageInfo:
     file_size: int
     disk_usage: int
     qed: QedInfo | None = None
+    foreign: ForeignInfo | None = None
+
+    @property
+    def backing(self) -> BackingName | None:
+        """The backing file that the image names; None if there is none, or it cannot be read."""
+        if self.foreign is not None:
+            return self.foreign.backing
+        return None if self.qed is None else self.qed.backing
+
+    @property
+    def backing_format(self) -> str | None:
+        """Format of the backing file, as the image states it; None if the image states none."""
+        if self.foreign is not None:
+            return self.foreign.backing_format
+        return "raw" if self.backing is not None and self.backing.is_raw else None
 
 
 def describe(
