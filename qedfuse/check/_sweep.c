@@ -190,10 +190,18 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* The same number as in fastcheck.py, and raised together with it (util/extensions.py). */
+#define INTERFACE 1
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, .m_name = "_sweep", .m_size = -1, .m_methods = methods};
 
 PyMODINIT_FUNC PyInit__sweep(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module;
+
+    module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE))
+        Py_CLEAR(module);
+    return module;
 }

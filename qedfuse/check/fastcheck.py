@@ -8,9 +8,9 @@ Without the extension the caller runs the full check on every image, with the sa
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
 from qedfuse.check.findings import CheckReport, FindingCollector
 from qedfuse.check.headernotes import header_notes
@@ -19,6 +19,7 @@ from qedfuse.hostio.lockedfile import locked_descriptor, read_header_of
 from qedfuse.hostio.locking import LockMode
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.text import printable
+from qedfuse.util.extensions import try_import_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     Sweep = Callable[[int, int, int, int, int, int, int], tuple[int, int, int] | None]
 
 
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
+
+
+@cache
 def _load() -> Sweep | None:
-    """Return the function ``sweep`` of the extension; None if the extension cannot be loaded."""
-    try:
-        return importlib.import_module("qedfuse.check._sweep").sweep  # type: ignore[no-any-return]
-    except ImportError:
-        return None
-
-
-_sweep = _load()
+    """Return the function ``sweep`` of the extension; None if the extension cannot be used."""
+    extension = try_import_extension("qedfuse.check._sweep", _INTERFACE)
+    return None if extension is None else extension.sweep
 
 
 def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckReport] | None:
@@ -54,11 +55,12 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
     """
     # The extension reads entries in the byte order of the host.  The entries of an image are
     # little-endian, so the extension is used on little-endian hosts only.
-    if _sweep is None or sys.byteorder != "little":
+    sweep = _load() if sys.byteorder == "little" else None
+    if sweep is None:
         return None
     try:
         with locked_descriptor(path, LockMode.to_read(share=share)) as fd:
-            return _check_open(fd, printable(path), _sweep)
+            return _check_open(fd, printable(path), sweep)
     except (OSError, QedError):
         return None
 

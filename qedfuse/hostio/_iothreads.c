@@ -462,6 +462,9 @@ static PyType_Spec spec = {
     .slots = slots,
 };
 
+/* The same number as in nativecalls.py, and raised together with it (util/extensions.py). */
+#define INTERFACE 1
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "qedfuse.hostio._iothreads",
@@ -486,7 +489,8 @@ PyMODINIT_FUNC PyInit__iothreads(void)
     if (module == NULL)
         return NULL;
     type = PyType_FromSpec(&spec);
-    if (type == NULL || PyModule_AddObjectRef(module, "IoThreads", type)) {
+    if (type == NULL || PyModule_AddObjectRef(module, "IoThreads", type) ||
+        PyModule_AddIntConstant(module, "INTERFACE", INTERFACE)) {
         Py_XDECREF(type);
         Py_DECREF(module);
         return NULL;

@@ -8,7 +8,6 @@ calls.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import outcome
 import trio
 
+from qedfuse.util.extensions import try_import_extension
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
     from typing import TypeAlias
 
     from qedfuse.hostio._iothreads import IoThreads
@@ -35,17 +35,12 @@ MAX_THREADS: Final = 1024
 another file."""
 
 
-def _load() -> ModuleType | None:
-    """Load the extension; return None if it was not built or cannot be loaded."""
-    try:
-        return importlib.import_module("qedfuse.hostio._iothreads")
-    except ImportError:
-        return None
-
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
 
 # The extension is loaded together with this module, because a mount can later cover the files of
 # this program.  A server that opened such a file would wait for itself.
-_extension = _load()
+_extension = try_import_extension("qedfuse.hostio._iothreads", _INTERFACE)
 
 
 def make_io_threads() -> IoThreads[Tag] | None:

@@ -130,15 +130,23 @@ static int is_supported(void)
 
 #endif
 
+/* The same number as in unitfile.py, and raised together with it (util/extensions.py). */
+#define INTERFACE 1
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "qedfuse.remote._crc32", NULL, -1, methods, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__crc32(void)
 {
+    PyObject *module;
+
     if (!is_supported()) {
         PyErr_SetString(PyExc_ImportError, "the processor has no carry-less multiplication");
         return NULL;
     }
-    return PyModule_Create(&definition);
+    module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE))
+        Py_CLEAR(module);
+    return module;
 }

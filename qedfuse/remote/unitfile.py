@@ -21,6 +21,7 @@ import fcntl
 import mmap
 import os
 import stat
+import zlib
 from typing import TYPE_CHECKING, Final, Self
 
 from qedfuse.hostio.regular import allocated_bytes
@@ -29,17 +30,20 @@ from qedfuse.hostio.systemcalls import write_all
 from qedfuse.remote.checksummap import ChecksumMap, map_bytes
 from qedfuse.remote.sharing import ALONE_BYTES, SHARED_BYTES, has_length, join
 from qedfuse.util.deferredclose import DeferredClose
+from qedfuse.util.extensions import try_import_extension
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from qedfuse.hostio.hostfile import Buffer
 
-try:
-    from qedfuse.remote._crc32 import crc32
-except ImportError:  # not built, or the processor lacks the instruction
-    from zlib import crc32
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
+
+# None also if the processor lacks the instruction.
+_extension = try_import_extension("qedfuse.remote._crc32", _INTERFACE)
+_crc32: Final[Callable[[Buffer, int], int]] = zlib.crc32 if _extension is None else _extension.crc32
 
 UNIT_BYTES: Final = 1 << 18
 """Bytes in a unit.  If the first byte arrives after 20 ms and a connection carries 80 MiB/s, a
@@ -339,4 +343,4 @@ def _require_file(fd: int, length: int | None = None) -> None:
 
 def _checksum(unit: int, content: Buffer) -> int:
     """Return the checksum of a unit, computed from its content and its number."""
-    return crc32(content, unit & 0xFFFFFFFF)
+    return _crc32(content, unit & 0xFFFFFFFF)

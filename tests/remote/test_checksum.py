@@ -27,4 +27,4 @@ def test_same_numbers_as_zlib(start: int) -> None:
 def test_the_cache_uses_the_extension() -> None:
     """The checksum of a unit is computed by the extension where it is installed."""
     module = pytest.importorskip("qedfuse.remote._crc32")
-    assert unitfile.__dict__["crc32"] is module.crc32
+    assert unitfile._crc32 is module.crc32

@@ -8,6 +8,10 @@ tests/without_extensions.sh, there must be no extension at all.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -31,3 +35,29 @@ NATIVE_THREADS: Final = EXPECTED and os.environ.get(HOST_CALLS_VARIABLE) != "thr
 """Whether native threads make the calls on the host's files, and not threads of trio."""
 
 needs_extensions: Final = pytest.mark.skipif(not EXPECTED, reason="without extensions")
+
+_USE_OUTDATED: Final = """
+import importlib.util
+import sys
+class Outdated:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in {modules!r}:
+            return importlib.util.spec_from_file_location(name, {directory!r} + name + ".so")
+sys.meta_path.insert(0, Outdated)
+"""
+
+
+def outdated_extensions(directory: Path) -> str:
+    """Build all extensions with another interface number; return code that finds them.
+
+    The file of an extension in ``directory`` has the name of its module and ``.so``.  The
+    extensions have the number 99 and no functions.
+    """
+    built = directory / "outdated.so"
+    include = sysconfig.get_path("include")
+    source = Path(__file__).with_name("outdated.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", built, source], check=True)
+    for name in MODULES:
+        shutil.copy(built, directory / f"{name}.so")
+    return _USE_OUTDATED.format(modules=MODULES, directory=f"{directory}/")

@@ -64,14 +64,14 @@ def count_fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     if not extensions.EXPECTED:
         pytest.skip("without extensions")
-    lines, calls = fastmap._lines, list[int]()
+    lines, calls = fastmap._load(), list[int]()
     assert lines is not None, "the extension was not built"
 
     def counted(*arguments: Any) -> bytes | None:  # noqa: ANN401  passed on
         calls.append(1)
         return lines(*arguments)
 
-    monkeypatch.setattr(fastmap, "_lines", counted)
+    monkeypatch.setattr(fastmap, "_load", lambda: counted)
     return calls
 
 
@@ -79,7 +79,7 @@ def count_fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def path_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a test with the fast map, which it must use, and without it."""
     if request.param == "slow":
-        monkeypatch.setattr(fastmap, "_lines", None)
+        monkeypatch.setattr(fastmap, "_load", lambda: None)
         yield "slow"
     else:
         calls = count_fast_calls(monkeypatch)
@@ -109,7 +109,7 @@ def test_output_agrees_with_qemu(
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
     is_single_image = kind(top) == "qed" and not header_of(top.read_bytes()[:64]).has_backing
     assert bool(fast_calls) is is_single_image
-    monkeypatch.setattr(fastmap, "_lines", None)
+    monkeypatch.setattr(fastmap, "_load", lambda: None)
     for words, text in zip(asked, expected, strict=True):
         assert_same_lines(mapped(*words, capsys=capsys)[0], text)
 
@@ -312,7 +312,7 @@ def test_damage_is_mapped_as_a_disk_reads_it(
     fast_calls = count_fast_calls(monkeypatch)
     texts = [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
     assert fast_calls or has_bad_table
-    monkeypatch.setattr(fastmap, "_lines", None)
+    monkeypatch.setattr(fastmap, "_load", lambda: None)
     assert texts == [mapped(f"--output={form}", path, capsys=capsys, code=code) for form in FORMS]
     trio.run(_compare_with_disk, str(path), path.stat().st_size, found)
 

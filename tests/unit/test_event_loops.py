@@ -30,6 +30,8 @@ SAFE_TO_SHARE: Final = {
     "qedfuse.remote.connecting.RESOLVER": "has a lock",
     "qedfuse.remote.resolver.RESOLVER": "has a lock",
     "qedfuse.util.portal._watcher": "has a lock",
+    "qedfuse.check.fastcheck._load": "a cache of the standard library, of one value",
+    "qedfuse.tools.inspection.fastmap._load": "a cache of the standard library, of one value",
     "qedfuse.cli.qedimg.log._recorder": "a command runs one event loop; logging has a lock",
     "qedfuse.cli.qedimg.running._active": "signals are handled in the main thread only",
 }

@@ -282,6 +282,9 @@ static PyMethodDef module_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* The same number as in extraops.py, and raised together with it (util/extensions.py). */
+#define INTERFACE 1
+
 static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "qedfuse.mount.fuse._extraops",
@@ -292,8 +295,13 @@ static struct PyModuleDef module_definition = {
 
 PyMODINIT_FUNC PyInit__extraops(void)
 {
+    PyObject *module;
+
     if (init_requests() || init_read_views() || init_cached_reads() ||
         init_queued_reads() || init_in_place_writes())
         return NULL;
-    return PyModule_Create(&module_definition);
+    module = PyModule_Create(&module_definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE))
+        Py_CLEAR(module);
+    return module;
 }

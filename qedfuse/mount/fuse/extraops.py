@@ -11,12 +11,13 @@ pyfuse3 gets all other requests.
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 import os
 import sys
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.mount.fuse.handles import FAST_LOOKUP_MASK
+from qedfuse.util.extensions import import_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,24 +43,29 @@ if TYPE_CHECKING:
     """Called with the request of a read, its handle, its guest offset and its length in bytes."""
 
 
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
+
+
 def _load() -> tuple[ModuleType | None, str]:
-    """Load the extension with RTLD_GLOBAL, which puts its symbols before those of libfuse.
+    """Load the extension, and then put its symbols before those of libfuse, with RTLD_GLOBAL.
+
+    An extension that cannot be used must not interpose anything.  So its symbols become global only
+    after its interface number was compared.
 
     Returns:
         The extension and an empty string, or None and the reason why it is not loaded.
     """
     if "pyfuse3" in sys.modules:
         return None, "pyfuse3 was loaded first"
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
     try:
-        return importlib.import_module("qedfuse.mount.fuse._extraops"), ""
+        extension = import_extension("qedfuse.mount.fuse._extraops", _INTERFACE)
+        ctypes.CDLL(extension.__file__, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
     except ModuleNotFoundError:
         return None, "the extension was not built when qedfuse was installed"
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return None, str(error)
-    finally:
-        sys.setdlopenflags(flags)
+    return extension, ""
 
 
 _extension, _load_error = _load()

@@ -272,6 +272,9 @@ static PyMethodDef methods[] = {
     {0},
 };
 
+/* The same number as in privileges.py, and raised together with it (util/extensions.py). */
+#define INTERFACE 1
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_threads",
@@ -282,5 +285,10 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__threads(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module;
+
+    module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE))
+        Py_CLEAR(module);
+    return module;
 }

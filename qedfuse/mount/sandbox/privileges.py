@@ -9,6 +9,7 @@ import signal
 import stat
 from typing import TYPE_CHECKING, Final
 
+from qedfuse.util.extensions import try_import_extension
 from qedfuse.util.landlock import check_result
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ SIGNAL: Final = signal.SIGRTMAX - 5
 """The signal that makes a thread give up its rights.  `_iothreads.c` has the same number, because
 its threads must not block this signal."""
 
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,8 +48,10 @@ def make_undumpable() -> None:
     check_result(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
-def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
+def thread_restrictor() -> Callable[[Ruleset | None, int], None] | None:
     """Return a function that restricts all threads by a ruleset, and drops most capabilities.
+
+    Returns None if the extension, which is optional, cannot be used.
 
     The first argument of the function is the ruleset, which says what stays permitted; None for no
     ruleset.  The second argument is the set of the capabilities to keep, with bit n for capability
@@ -54,14 +60,13 @@ def thread_restrictor() -> Callable[[Ruleset | None, int], None]:
 
     The caller must call `thread_restrictor` before the mount exists, because it loads an extension,
     and no module may be loaded while the mount is served.
-
-    Raises:
-        ImportError: The extension was not built.
     """
-    from qedfuse.mount.sandbox._threads import restrict_threads  # noqa: PLC0415  optional
+    extension = try_import_extension("qedfuse.mount.sandbox._threads", _INTERFACE)
+    if extension is None:
+        return None
 
     def restrict(rules: Ruleset | None, capabilities: int) -> None:
-        restrict_threads(-1 if rules is None else rules.fd, capabilities, SIGNAL)
+        extension.restrict_threads(-1 if rules is None else rules.fd, capabilities, SIGNAL)
 
     return restrict
 

@@ -74,10 +74,8 @@ class Sandbox:
         self._needs = needs
         self._rules: Ruleset | None = None
         self._filter: CallFilter | None = None
-        self._restrict: Callable[[Ruleset | None, int], None] | None = None
-        try:
-            self._restrict = privileges.thread_restrictor()
-        except ImportError:
+        self._restrict = privileges.thread_restrictor()
+        if self._restrict is None:
             self._add_missing("Landlock", "the extension was not built")
         else:
             self._rules = self._try_make_rules()

@@ -10,11 +10,11 @@ caller must use `mapping` for the whole map, which gives the same output.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from array import array
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from qedfuse.errors import QedError
@@ -25,6 +25,7 @@ from qedfuse.ondisk.constants import ENTRY_BYTES, UNALLOCATED
 from qedfuse.ondisk.entrylimits import EntryLimits
 from qedfuse.ondisk.table import SLICE_BYTES, decode
 from qedfuse.text import printable
+from qedfuse.util.extensions import try_import_extension
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,15 +48,15 @@ name once per entry of a slice.
 """
 
 
+_INTERFACE: Final = 1
+"""The interface number of the extension."""
+
+
+@cache
 def _load() -> Lines | None:
-    """Return the function of the extension; None if the extension was not built."""
-    try:
-        return importlib.import_module("qedfuse.tools.inspection._maplines").lines  # type: ignore[no-any-return]
-    except ImportError:
-        return None
-
-
-_lines = _load()
+    """Return the function ``lines`` of the extension; None if the extension cannot be used."""
+    extension = try_import_extension("qedfuse.tools.inspection._maplines", _INTERFACE)
+    return None if extension is None else extension.lines
 
 
 class FastMap:
@@ -205,11 +206,12 @@ def open_fast_map(path: str, *, share: bool = False) -> Iterator[FastMap | None]
         found = None
         # The extension reads entries in the byte order of the host.  The entries of an image
         # are little-endian, so the extension is used on little-endian hosts only.
-        if _lines is not None and sys.byteorder == "little":
+        lines = _load() if sys.byteorder == "little" else None
+        if lines is not None:
             with suppress(OSError, QedError):
                 lock = LockMode.to_read(share=share)
                 fd = stack.enter_context(locked_descriptor(path, lock))
-                found = _examine(fd, path, _lines)
+                found = _examine(fd, path, lines)
         yield found
 
 

@@ -17,7 +17,7 @@ _MAX_NAME_BYTES: Final = 64
 
 def check(data: bytes) -> None:
     """Let the extension write the lines for the entries in an input."""
-    lines = fastmap._lines
+    lines = fastmap._load()
     if lines is None or sys.byteorder != "little":
         return
     drawn = Drawn(data)

@@ -1,3 +1,0 @@
-from qedfuse.hostio.hostfile import Buffer
-
-def crc32(data: Buffer, value: int = 0, /) -> int: ...
