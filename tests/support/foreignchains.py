@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Final
@@ -90,3 +91,72 @@ def servers(directory: Path) -> list[int]:
         except OSError:  # the process has ended
             continue
     return found
+
+
+_MIXED_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "qcow2": (
+        *("", "compat=0.10", "cluster_size=4096", "cluster_size=1M", "extended_l2=on"),
+        *("preallocation=metadata", "lazy_refcounts=on", "compression_type=zstd"),
+    ),
+    "qed": ("", "cluster_size=4096,table_size=2", "cluster_size=8192", "cluster_size=1M"),
+    "vmdk": ("", "subformat=streamOptimized", "subformat=monolithicFlat"),
+    "vdi": ("", "static=on"),
+    "vpc": ("force_size=on", "subformat=fixed,force_size=on"),
+    "vhdx": ("", "block_size=1M", "subformat=fixed"),
+}
+"""Options by which images of one format differ; formats that are missing have none."""
+
+
+def draw_mixed(directory: Path, chance: random.Random, prefix: str, depth: int, top: str) -> Path:
+    """Make ``depth`` images on top of each other, whose formats, sizes and options vary.
+
+    Returns the path of the first, which has the format ``top``.  Each image names its base by a
+    relative name, so that the directory can be copied.
+    """
+    bottom = top if depth == 1 else chance.choice((*FORMATS, "raw", "qed"))
+    path, found = (
+        _draw_layer(directory / f"{prefix}0.{bottom}", bottom, None, "raw", chance),
+        bottom,
+    )
+    for number in range(1, depth):
+        image_format = top if number == depth - 1 else chance.choice(_OVERLAYS)
+        if found == "vmdk" and number < depth - 1 and chance.random() < 0.5:
+            image_format = "vmdk"
+        name = directory / f"{prefix}{number}.{image_format}"
+        path, found = _draw_layer(name, image_format, path, found, chance), image_format
+    return path
+
+
+def _draw_layer(
+    path: Path, image_format: str, base: Path | None, base_format: str, chance: random.Random
+) -> Path:
+    """Make an image over another one or over none, with random size and content."""
+    # VHDX has whole MiB, and Parallels whole clusters.  A VMDK image has the size of its parent.
+    unit = 1 << 20 if image_format in {"vhdx", "parallels"} else 512
+    size = unit * chance.randrange(1, (6 << 20) // unit + 1)
+    options = chance.choice(_MIXED_OPTIONS.get(image_format, ("",)))
+    words: list[str | Path] = ["qemu-img", "create", "-q", "-f", image_format]
+    if base is not None:
+        if image_format == "vmdk" or "preallocation" in options:
+            options = ""
+        words += ["-b", base.name, "-F", base_format]
+    words += (["-o", options] if options else []) + [path]
+    qemu.run(*words, *([] if base is not None and image_format == "vmdk" else [str(size)]))
+    size = qemu.info(path)["virtual-size"]
+    commands = []
+    for _ in range(chance.randrange(7)):
+        unit = chance.choice((512, 4096, 65536, 300 * 512))
+        start = chance.randrange(size // unit + 1) * unit
+        length = min(size - start, unit * chance.randrange(1, 12))
+        what = chance.choice((f"-P {chance.randrange(1, 256)}", "-P 5", "-P 0", "-z", "-z -u"))
+        if length:
+            commands.append(f"write {what} {start} {length}")
+    if image_format == "qcow2" and options in {"", "cluster_size=1M"} and size >= 1 << 20:
+        commands.insert(0, f"write -c -P 9 0 {1 << 20}")
+    if options == "subformat=streamOptimized":
+        commands = ["write -P 7 0 64k"] if size >= 1 << 16 else []
+    if commands:
+        qemu.io(path, *commands, image_format=image_format)
+    if image_format == "raw" and chance.random() < 0.5:
+        os.truncate(path, max(1, size - chance.randrange(512)))
+    return path
