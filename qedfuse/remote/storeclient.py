@@ -90,7 +90,7 @@ class StoreClient:
         if len(lengths) > 1:
             yield from _cut(self._blocks(result, lengths[0]), lengths)
             return
-        with translating(self._store.hint):
+        with translating(self._store.identity):
             content = result.bytes()
         if len(content) != lengths[0]:
             msg = f"found {len(content)} bytes, expected {lengths[0]}"
@@ -102,10 +102,10 @@ class StoreClient:
 
         Each block except the last has at least ``min_bytes``.
         """
-        with translating(self._store.hint):
+        with translating(self._store.identity):
             stream = iter(result.stream(min_chunk_size=min_bytes))
         while True:
-            with translating(self._store.hint):
+            with translating(self._store.identity):
                 block = next(stream, None)
             if block is None:
                 return
@@ -113,7 +113,7 @@ class StoreClient:
 
     def _version(self, result: GetResult) -> Version:
         """Return the version of the object of a response."""
-        with translating(self._store.hint):
+        with translating(self._store.identity):
             return version_of(result.meta)
 
     def renew(self) -> None:
@@ -128,7 +128,7 @@ class StoreClient:
     def _get(self, options: GetOptions) -> GetResult:
         if self._address.version:
             options["version"] = self._address.version
-        with translating(self._store.hint):
+        with translating(self._store.identity):
             try:
                 return obstore.get(self._store.handle, self._address.key, options=options)
             except AlreadyExistsError as error:

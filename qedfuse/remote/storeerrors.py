@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +41,14 @@ ERRORS: Final = (BaseError, FileNotFoundError, ValueError)
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _STATUS: Final = re.compile(r"non-2xx status code: (\d{3})")
+_KEY_REQUEST: Final = re.compile(
+    r"Error performing token request"  # Azure, Google
+    r"|Error performing POST REDACTED in "  # Amazon's STS; the URL has the token
+    r"|Error performing [A-Z]+ \S+/latest/(?:api/token|meta-data/iam/security-credentials/\S*) in "
+    r"|Error performing GET http://169\.254\.170\.2/"
+    r"|Failed to read EKS token file"
+)
+"""The beginning of obstore's text about a request to the service that gives the key of a role."""
 _NO_RANGE: Final = "Received non-partial response when range requested"
 _CODE: Final = re.compile(r"<Code>([A-Za-z0-9]{1,80})</Code>")
 _NO_BUCKET: Final = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
@@ -62,6 +71,19 @@ _EXPIRED: Final = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 """Codes with which S3 refuses credentials, although the status is 400."""
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """How requests to a store are signed, as far as messages need to know.
+
+    Attributes:
+        hint: How to give credentials; empty if requests have credentials.
+        key_url: The URL of the service of a container that gives the key; empty if there is none.
+    """
+
+    hint: str = ""
+    key_url: str = ""
+
+
 @contextmanager
 def panics_translated() -> Iterator[None]:
     """Replace the exception of a panic inside obstore, in the ``with`` block, by UnusableError."""
@@ -76,26 +98,27 @@ def panics_translated() -> Iterator[None]:
 
 
 @contextmanager
-def translating(hint: str) -> Iterator[None]:
+def translating(identity: Identity) -> Iterator[None]:
     """Replace obstore's exceptions in the ``with`` block by those of `qedfuse.remote.client`.
 
     Args:
-        hint: See `Store.hint`.
+        identity: See `Store.identity`.
     """
     try:
         with panics_translated():
             yield
     except ERRORS as error:
-        raise translated(error, hint) from error
+        raise translated(error, identity) from error
 
 
-def translated(error: Exception, hint: str = "") -> Exception:
+def translated(error: Exception, identity: Identity | None = None) -> Exception:
     """Return the exception of `qedfuse.remote.client` for an exception of obstore.
 
     Args:
         error: An instance of one of `ERRORS`.
-        hint: How to give credentials; empty if requests have credentials.
+        identity: How requests are signed; None for a request that is not signed.
     """
+    identity = identity or Identity()
     text, _, details = str(error).partition("\n\nDebug source")
     for kind, failure in (
         (PreconditionError, ChangedError()),
@@ -108,12 +131,13 @@ def translated(error: Exception, hint: str = "") -> Exception:
         # obstore raises NotSupportedError only for ranges that a kind of store cannot serve.
         return UnusableError("found no range in the answer, expected one")
     match = _STATUS.search(text)
+    if _is_key_request(text, identity.key_url):
+        return _for_key_request(match and int(match[1]), text, details)
     if match is not None:
-        return _for_status(int(match[1]), text, hint)
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
-        return RefusedError(_last_part(text))
-    if isinstance(error, ValueError) or "Config error" in text:
-        return UnusableError(_last_part(text))
+        return _for_status(int(match[1]), text, identity.hint)
+    is_refusal = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
+    if is_refusal or isinstance(error, ValueError) or "Config error" in text:
+        return (RefusedError if is_refusal else UnusableError)(_last_part(text))
     return _for_no_answer(text, details)
 
 
@@ -121,6 +145,38 @@ def code_of(error: Exception) -> str:
     """Return the code of an S3 server for an error, such as ``NotImplemented``; empty for none."""
     match = _CODE.search(str(error).partition("\n\nDebug source")[0])
     return match[1] if match else ""
+
+
+def _is_key_request(text: str, key_url: str) -> bool:
+    """Return whether obstore's text is about a request for the key of a role.
+
+    Args:
+        text: The text.
+        key_url: See `Identity`.
+    """
+    # The body of a response follows after " - ", and is not trusted.
+    head = text.partition(" - ")[0]
+    is_of_container = key_url and f"Error performing GET {key_url} in " in head
+    return bool(is_of_container or _KEY_REQUEST.search(head))
+
+
+def _for_key_request(status: int | None, text: str, details: str) -> Exception:
+    """Return the exception for a failed request for the key of a role.
+
+    A refusal counts as a refusal of the credentials, so that an object which the cache has is read
+    nevertheless.
+
+    Args:
+        status: The HTTP status of the response; None if there was no response.
+        text: obstore's text.
+        details: obstore's debugging output.
+    """
+    failure = _for_no_answer(text, details) if status is None else _for_status(status, text, "")
+    kind = type(failure)
+    if status is not None and not isinstance(failure, AttemptError):
+        kind = RefusedError
+    reason = str(failure) or f"found HTTP status {status}"
+    return kind(f"service for credentials: {reason}")
 
 
 def _for_status(status: int, text: str, hint: str) -> Exception:

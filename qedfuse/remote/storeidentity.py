@@ -5,6 +5,8 @@ obstore itself reads the environment.  This module changes three things:
 - Credentials in a file are never combined with credentials in the environment.
 - Without credentials, requests are anonymous.  obstore would wait for an instance metadata service,
   which only machines of a cloud have.
+- An incomplete configuration of a role is refused.  obstore would ignore it, and ask the instance
+  metadata service for another role.
 - The credentials file of Amazon's command-line tool is read.
 """
 
@@ -20,9 +22,12 @@ from typing import TYPE_CHECKING, Any, Final
 from qedfuse.remote.client import UnusableError
 from qedfuse.remote.storevariables import (
     CONTAINER_VARIABLES,
+    GOOGLE_METADATA_VARIABLES,
     KEY_VARIABLES,
+    STS_ENDPOINT_VARIABLES,
     WEB_IDENTITY_VARIABLES,
     Variables,
+    check_files,
     check_value,
 )
 from qedfuse.text import printable
@@ -41,6 +46,7 @@ _CLOUD_MACHINES: Final = {
     "az": ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77"),
 }
 """For each cloud a file in `_DMI`, and the content of the file on a machine of this cloud."""
+_CONTAINER_TOKEN_VARIABLES: Final = ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",)
 _DMI: Final = "/sys/class/dmi/id"
 """The directory in which the kernel shows the identification that the firmware gives."""
 
@@ -61,14 +67,13 @@ def add_s3_identity(
         renewed: Reads the credentials file again, for each request; None keeps the first key.
 
     Raises:
-        UnusableError: Only the ID of a key or only its secret is set, or the file of Amazon's tools
-            cannot be used.
+        UnusableError: Only the ID of a key or only its secret is set, the file of Amazon's tools
+            cannot be used, or the configuration of a role is incomplete.
     """
     credential = _s3_credential(variables)
     if credential is None:
         if not variables.is_true("AWS_SKIP_SIGNATURE") and (
-            variables.first((*WEB_IDENTITY_VARIABLES, *CONTAINER_VARIABLES))
-            or (is_amazon and _has_metadata_service("s3", variables))
+            _has_role(variables) or (is_amazon and _has_metadata_service("s3", variables))
         ):
             return True
         settings["skip_signature"] = True
@@ -90,6 +95,42 @@ def add_s3_identity(
     # settings with variables of the environment.
     settings["credential_provider"] = provide
     return True
+
+
+def _has_role(variables: Variables) -> bool:
+    """Return whether variables configure a role by a web identity, or that of a container.
+
+    Raises:
+        UnusableError: A variable that obstore needs for this role is missing or not valid, or a
+            file with a token cannot be opened.
+    """
+    if variables.first(WEB_IDENTITY_VARIABLES):
+        _check_set(variables, *WEB_IDENTITY_VARIABLES, "AWS_ROLE_ARN")
+        check_files(variables, WEB_IDENTITY_VARIABLES)
+        sts = variables.first(STS_ENDPOINT_VARIABLES)
+        if sts is not None and not sts.startswith("https://"):
+            msg = f"credentials: {STS_ENDPOINT_VARIABLES[0]}: found another scheme, expected https"
+            raise UnusableError(msg)
+        return True
+    relative, full = CONTAINER_VARIABLES
+    if variables.first((relative,)):
+        return True
+    if variables.first((full,)):
+        _check_set(variables, full, *_CONTAINER_TOKEN_VARIABLES)
+        check_files(variables, _CONTAINER_TOKEN_VARIABLES)
+        return True
+    return False
+
+
+def _check_set(variables: Variables, given: str, needed: str) -> None:
+    """Check that the variable ``needed`` is set, because ``given`` is.
+
+    Raises:
+        UnusableError: The variable is not set.
+    """
+    if not variables.first((needed,)):
+        msg = f"credentials: found {given} alone, expected {given} and {needed}"
+        raise UnusableError(msg)
 
 
 def _s3_credential(variables: Variables) -> S3Credential | None:
@@ -164,6 +205,8 @@ def _has_metadata_service(scheme: str, variables: Variables) -> bool:
             return False
         if variables.first(("AWS_METADATA_ENDPOINT",)):
             return True
+    if scheme == "gs" and any(os.environ.get(name) for name in GOOGLE_METADATA_VARIABLES):
+        return True
     name, expected = _CLOUD_MACHINES[scheme]
     try:
         return Path(_DMI, name).read_text(encoding="utf-8").strip() == expected

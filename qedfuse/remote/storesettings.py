@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
+from qedfuse.remote.address import parse_prefix
 from qedfuse.remote.client import UnusableError
-from qedfuse.remote.storeerrors import panics_translated, translated
+from qedfuse.remote.storeerrors import Identity, panics_translated, translated
 from qedfuse.remote.storeidentity import add_identity, add_s3_identity
 from qedfuse.remote.storevariables import (
     AZURE_VARIABLES,
+    CONTAINER_VARIABLES,
     ENDPOINT_VARIABLES,
+    GOOGLE_FILE_VARIABLES,
     GOOGLE_VARIABLES,
     KEY_VARIABLES,
     REGION_VARIABLES,
     Variables,
-    check_google_files,
+    check_files,
     check_variables,
     find_endpoint,
     find_store_id,
@@ -49,6 +52,8 @@ _UNKNOWN_TO_OBSTORE: Final = (
     "AWS_EC2_METADATA_DISABLED",
 )
 """Variables that are not passed to obstore, because obstore does not know them."""
+_AMAZON_DOMAINS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+"""How the names of the hosts of Amazon's stores end."""
 _HINTS: Final = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
@@ -62,12 +67,12 @@ class Store:
 
     Attributes:
         handle: The store as an object of obstore.
-        hint: How to give credentials, for messages; empty if requests have credentials.
+        identity: How requests are signed, for messages.
         store_id: The endpoint or account that has the bucket; see `find_store_id`.
     """
 
     handle: ObjectStore
-    hint: str
+    identity: Identity
     store_id: str
 
 
@@ -128,13 +133,13 @@ def make_store(
                 has_credentials = add_s3_identity(
                     variables,
                     common,
-                    is_amazon=endpoint is None,
+                    is_amazon=endpoint is None or _is_of_amazon(endpoint),
                     renewed=options.renewed if read_keys_again else None,
                 )
                 handle: ObjectStore = S3Store(address.host, config=config, **common)
             elif address.scheme == "gs":
                 has_credentials = add_identity("gs", variables, GOOGLE_VARIABLES, common)
-                check_google_files(variables)
+                check_files(variables, GOOGLE_FILE_VARIABLES)
                 handle = GCSStore(address.host, config=config, **common)
             else:
                 has_credentials = add_identity("az", variables, AZURE_VARIABLES, common)
@@ -142,4 +147,10 @@ def make_store(
     except (BaseError, ValueError) as error:
         raise UnusableError(str(translated(error))) from error
     hint = "" if has_credentials else _HINTS[address.scheme]
-    return Store(handle, hint, find_store_id(address.scheme, variables))
+    key_url = variables.first((CONTAINER_VARIABLES[1],)) or ""
+    return Store(handle, Identity(hint, key_url), find_store_id(address.scheme, variables))
+
+
+def _is_of_amazon(endpoint: str) -> bool:
+    """Return whether an endpoint is one of Amazon's, such as that of a private network (VPC)."""
+    return parse_prefix(endpoint).host.endswith(_AMAZON_DOMAINS)

@@ -27,6 +27,7 @@ ENDPOINT_VARIABLES: Final = {
 """The variables that can give the endpoint of each kind of store."""
 REGION_VARIABLES: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
 WEB_IDENTITY_VARIABLES: Final = ("AWS_WEB_IDENTITY_TOKEN_FILE",)
+STS_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_STS",)
 CONTAINER_VARIABLES: Final = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -60,12 +61,14 @@ STORE_VARIABLES: Final = {
 }
 """Groups of variables that determine which store has the bucket or container; the first variable of
 each group that is set counts."""
-_FILE_VARIABLES: Final = (
+GOOGLE_FILE_VARIABLES: Final = (
     "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_SERVICE_ACCOUNT",
     "GOOGLE_SERVICE_ACCOUNT_PATH",
 )
 """Variables with the name of a file that obstore reads when it makes a store."""
+GOOGLE_METADATA_VARIABLES: Final = ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP")
+"""Environment variables that name Google's metadata server, as a host with or without a port."""
 _WITH_LINES: Final = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
 """Variables whose value may have several lines."""
 _CHECKED: Final = {
@@ -74,6 +77,7 @@ _CHECKED: Final = {
         *ENDPOINT_VARIABLES["s3"],
         *REGION_VARIABLES,
         *WEB_IDENTITY_VARIABLES,
+        *STS_ENDPOINT_VARIABLES,
         *CONTAINER_VARIABLES,
     ),
     "gs": (*GOOGLE_VARIABLES, *ENDPOINT_VARIABLES["gs"]),
@@ -158,13 +162,13 @@ def check_value(name: str, value: str) -> None:
         raise UnusableError(msg)
 
 
-def check_google_files(variables: Variables) -> None:
-    """Check that the files which variables name for Google's stores can be opened.
+def check_files(variables: Variables, names: tuple[str, ...]) -> None:
+    """Check that the files which the variables ``names`` name can be opened.
 
     Raises:
         UnusableError: A file cannot be opened.
     """
-    for name in _FILE_VARIABLES:
+    for name in names:
         path = variables.first((name,))
         if path is None:
             continue

@@ -224,10 +224,10 @@ class Upload:
                     raise self._exists() from None
                 except ERRORS as error:
                     if code_of(error) != _NOT_IMPLEMENTED:
-                        raise translated(error, store.hint) from error
-            with translating(store.hint):
+                        raise translated(error, store.identity) from error
+            with translating(store.identity):
                 return self._put_short(store, block, "overwrite")
-        with translating(store.hint):
+        with translating(store.identity):
             return obstore.put(
                 store.handle,
                 self._address.key,

@@ -53,9 +53,12 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def bare_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the variables of stores from the environment, and the files of the home directory."""
+    """Remove the variables of stores and proxies, and the files of the home directory."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT")):
+        is_of_store = name.startswith(
+            ("AWS_", "GOOGLE_", "GCE_", "AZURE_", "IDENTITY_", "SSL_CERT")
+        )
+        if is_of_store or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 

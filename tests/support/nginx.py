@@ -139,13 +139,14 @@ server {{
         yield f"https://localhost:{port}", certificate
 
 
-def make_certificate(directory: Path) -> Path:
-    """Make a certificate for localhost and its key; return the certificate's file."""
+def make_certificate(directory: Path, *names: str) -> Path:
+    """Make a certificate for localhost and further names, and its key; return the certificate."""
     certificate = directory / "certificate.pem"
+    subjects = ("DNS:localhost", "IP:127.0.0.1", *(f"DNS:{name}" for name in names))
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3"),
-            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-subj", "/CN=localhost", "-addext", f"subjectAltName={','.join(subjects)}"),
             *("-addext", "basicConstraints=critical,CA:FALSE"),
             *("-keyout", directory / "key.pem", "-out", certificate),
         ],

@@ -282,10 +282,10 @@ def _ports(addresses: Iterable[Address], variables: Iterable[tuple[str, str]]) -
     ports = set(_DEFAULT_PORTS)
     ports.update(address.port for address in addresses if address.port is not None)
     for name, value in variables:
-        is_proxy = name.lower().endswith("_proxy")
-        if "://" not in value and is_proxy:
+        is_host = name.lower().endswith("_proxy") or name.startswith("GCE_METADATA_")
+        if "://" not in value and is_host:
             value = f"http://{value}"  # noqa: PLW2901  as obstore and urllib3 read it
-        if "://" in value and (is_proxy or name.startswith(_ADDRESS_VARIABLE_PREFIXES)):
+        if "://" in value and (is_host or name.startswith(_ADDRESS_VARIABLE_PREFIXES)):
             try:
                 port = urlsplit(value).port
             except ValueError:  # no URL
