@@ -1,8 +1,8 @@
 """The check: read all tables, and find the owner of each cluster of the file.
 
-The header and the tables own the clusters in which they lie.  A data cluster is owned by the table
-entry that refers to it.  The persistent free list owns the free clusters that it lists.  A second
-owner of a cluster is an error.  A cluster without an owner is leaked.
+The header and the tables own the clusters in which they lie, a table entry owns its data cluster,
+and the free list owns the clusters that it lists.  A second owner of a cluster is an error.  A
+cluster without an owner is leaked.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ if TYPE_CHECKING:
     from qedfuse.util.backgroundtasks import Progress
 
 _MAX_PLAUSIBLE_LEAKS: Final = 16
-"""If the number of leaked clusters exceeds this constant, and also twice the number of allocated
-clusters, a note says that the header may be wrong."""
+"""More leaked clusters than this may mean that the header is wrong; see `_Checker.report`."""
 
 _MAX_RUNS_SHOWN: Final = 3
-"""Maximum number of runs of leaked clusters that the message about leaked clusters lists."""
+"""Maximum number of runs that the message about leaked clusters lists."""
 
 _RUNS_PER_STEP: Final = 1 << 12
-"""Maximum number of runs of the free list that are marked as owned before other tasks run."""
+"""Maximum number of runs of the free list that are marked before other tasks run."""
 
 _MAX_BATCHED_RUN_CLUSTERS: Final = 64
-"""Maximum length in clusters of a short run of the free list.  The clusters of many short runs are
-marked together, as one array of cluster numbers.  Each longer run is marked as a range."""
+"""Runs of the free list up to this length are marked together, longer ones one by one."""
 
 
 async def check_image(
@@ -56,12 +54,11 @@ async def check_image(
         file: The image.
         header: The header of the image.
         progress: Called before each L2 table is read, with the number of L2 tables read so far and
-            the number of L2 tables that the check reads in all.
+            the number in all.
 
     Raises:
         HostError: The host cannot read the file.
-        NeedsCheckError: The file is too large, or has too many tables, to be checked in bounded
-            memory.
+        NeedsCheckError: The image is too large to be checked in bounded memory.
     """
     checker = _Checker(file, header)
     await checker.read_l1()
@@ -72,7 +69,7 @@ async def check_image(
 
 
 class _Checker:
-    """One check of one image; `check_image` calls its steps in the necessary order."""
+    """One check of one image, in the steps of `check_image`."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
         self._file = file
@@ -81,15 +78,13 @@ class _Checker:
         size = file.size()
         self._classifier = EntryClassifier(header, size)
         self._clusters = size >> self._geometry.cluster_bits
-        # The bitmap also has a bit for a cluster that the end of the file cuts short, because an
-        # entry may point to such a cluster.
+        # An entry may point to a cluster that the end of the file cuts short, so the bitmap
+        # includes it.
         self._owners = OwnerBitmap(self._geometry.clusters(size), file.name)
-        # L1 indices and file offsets of the L2 tables that `read_l2` reads, in the order of the
-        # disk.
+        # L1 indices and file offsets of the L2 tables to read, in the order of the disk.
         self._tables = (np.empty(0, np.int64), np.empty(0, np.uint64))
         self._free_list: FreeList | None = None
-        # The number of clusters of the free list that count as owned, but are not marked in
-        # `_owners`.
+        # Clusters of the free list that count as owned, but are not marked in `_owners`.
         self._unclaimed_clusters = 0
         self._findings = FindingCollector()
         for note in header_notes(header, size, file.name):
@@ -101,9 +96,7 @@ class _Checker:
     async def read_l1(self) -> None:
         """Find the L2 tables, and mark the clusters of the header and of the tables as owned.
 
-        Invalid L1 entries, entries past the end of the disk, and tables that overlap an earlier
-        table (`_report_overlaps`) are reported.  A table that overlaps an earlier one is neither
-        marked nor read.
+        A table that overlaps an earlier one is reported, and neither marked nor read.
         """
         header, geometry = self._header, self._geometry
         bits = geometry.cluster_bits
@@ -123,8 +116,8 @@ class _Checker:
         await claim_tables(self._owners, tables, geometry)
         has_data = await holding_data(self._file, tables, geometry.table_bytes)
         indices, tables = indices[has_data], tables[has_data]
-        # The tables are read in the order of the disk.  So if two entries refer to one cluster,
-        # the entry with the lower guest offset is the owner, and the other entry is the duplicate.
+        # In the order of the disk.  So if two entries refer to one cluster, the entry with the
+        # lower guest offset is the owner, and the other entry is the duplicate.
         order = np.argsort(indices)
         self._tables = (indices[order], tables[order])
 
@@ -135,15 +128,7 @@ class _Checker:
         self._report_entries(code, "L1 entry", first, values, mask, self._geometry.table_span)
 
     def _report_overlaps(self, indices: NDArray[np.int64], tables: NDArray[np.uint64]) -> None:
-        """Report L2 tables, each of which overlaps an earlier table.
-
-        The earlier of two tables is the one at the lower file offset.  If both are at the same file
-        offset, the earlier one has the lower L1 index.
-
-        Args:
-            indices: The L1 indices of the tables.
-            tables: The file offsets of the tables.
-        """
+        """Report L2 tables, each of which overlaps a table before it in the file."""
         code, span = Code.TABLE_OVERLAP, self._geometry.table_span
         remaining = self._findings.remaining(code)
         kept = zip(indices[:remaining].tolist(), tables[:remaining].tolist(), strict=True)
@@ -152,7 +137,7 @@ class _Checker:
         self._findings.count_only(code, len(indices[remaining:]))
 
     async def read_free_list(self) -> None:
-        """Read the free list if the image has one; report the list if it is invalid."""
+        """Read the free list, if any; report it if it is invalid."""
         if self._header.has_free_list:
             try:
                 tables = self._classifier.tables
@@ -163,15 +148,13 @@ class _Checker:
     async def claim_free_list(self) -> None:
         """Mark the clusters of the free list as owned, so that they do not count as leaked.
 
-        The caller must call this after `read_l2`.  If the clusters had an owner before `read_l2`,
-        an entry that refers to one of them would be reported twice: as a duplicate, and because it
-        contradicts the free list.
+        Must follow `read_l2`.  Otherwise an entry that refers to a listed cluster would be reported
+        twice: as a duplicate, and because it contradicts the free list.
         """
         if self._free_list is None:
             return
         if self._owners.is_limited:
-            # The clusters of the free list might exceed the limit of `OwnerBitmap`, so they are
-            # counted and not marked.
+            # Marking might exceed the limit of `OwnerBitmap`, so the clusters are only counted.
             self._unclaimed_clusters = self._free_list.clusters
             return
         for start in range(0, len(self._free_list.runs), _RUNS_PER_STEP):
@@ -213,17 +196,10 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count the entries whose cluster does not directly follow the previous entry's cluster.
+        """Count entries whose cluster does not follow the previous one; return the last one's end.
 
-        In each table, the first entry with an offset does not count.
-
-        Args:
-            values: Those entries of a slice that hold an offset, valid or not; at least one.
-            next_offset: The file offset right after the cluster of the last entry with an offset
-                in the table's earlier slices; 0 if these slices hold no offset.
-
-        Returns:
-            The file offset right after the cluster of the last entry in ``values``.
+        ``values`` are the entries of a slice that hold an offset, at least one.  ``next_offset`` is
+        where the last cluster of the table's earlier slices ends, or 0.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))
@@ -238,11 +214,7 @@ class _Checker:
         refers: NDArray[np.bool_],
         start: int,
     ) -> None:
-        """Report the entries that refer to a cluster of the free list.
-
-        The mask ``refers`` marks the entries that refer to a cluster.  The other arguments are
-        those of `_report_entries`.
-        """
+        """Report the entries that refer to a cluster of the free list; see `_report_entries`."""
         if self._free_list is not None:
             clusters = values >> np.uint64(self._geometry.cluster_bits)
             mask = refers & self._free_list.contains(clusters)
@@ -252,14 +224,9 @@ class _Checker:
             )
 
     def _count_past_end(self, l1_index: int, indices: NDArray[np.intp]) -> None:
-        """Count and report the given entries that describe guest offsets past the end of the disk.
+        """Count and report the given entries for guest offsets past the end of the disk.
 
-        Nothing is reported if the whole table is past the end, because `read_l1` has reported
-        the L1 entry that points to the table.
-
-        Args:
-            l1_index: The L1 index of the table.
-            indices: The indices, in the table, of the entries that refer to a cluster.
+        If the whole table is past the end, `read_l1` has reported it, so this method only counts.
         """
         geometry = self._geometry
         bytes_inside = self._header.image_size - l1_index * geometry.table_span
@@ -283,7 +250,7 @@ class _Checker:
         size: int,
         start: int = 0,
     ) -> None:
-        """Report the entries of a slice that have an error.
+        """Report the entries of a slice for which ``mask`` is True.
 
         Args:
             code: The error.
@@ -303,15 +270,7 @@ class _Checker:
         self._findings.count_only(code, len(where[remaining:]))
 
     def _report_entry(self, code: Code, label: str, value: int, start: int, size: int) -> None:
-        """Report that the entry ``value`` has an error.
-
-        Args:
-            code: The error.
-            label: What the message calls the entry.
-            value: The entry.
-            start: Guest offset of the range that the entry describes.
-            size: Length of that range in bytes.
-        """
+        """Report an entry that describes ``size`` bytes from the guest offset ``start`` on."""
         text = (
             f"{self._file.name}: {label}: found {value}, expected {self._classifier.expected(code)}"
         )
@@ -319,9 +278,8 @@ class _Checker:
 
     def report(self) -> CheckReport:
         """Count the leaked clusters, and return the report of the whole check."""
-        # If an entry points to a cluster that the end of the file cuts short, `_owners.count`
-        # includes that cluster.  `_clusters` counts whole clusters only, so the cluster is
-        # subtracted here.
+        # `_owners.count` includes a cluster that the end of the file cuts short, if an entry points
+        # to it.  `_clusters` counts whole clusters only.
         owned = self._owners.count - (self._findings.counts[Code.L2_CUT_SHORT] > 0)
         leaked = max(0, self._clusters - owned - self._unclaimed_clusters)
         if leaked:

@@ -5,8 +5,6 @@
     async with open_disk("vm.qed", OpenOptions(writable=True)) as disk:
         await disk.write(0, b"...")
         await disk.flush()
-
-D7 is a rule in docs/durability.md.
 """
 
 from __future__ import annotations
@@ -37,9 +35,8 @@ class Disk(GuestChanges):
     """One opened image: what a guest can request, and what only the owner of the image can do.
 
     Tasks may call all methods concurrently, except where a docstring demands that no other request
-    is running.  If the disk is open read-only, or an error has made it read-only (`failure`), a
-    method that would modify the image raises `ReadOnlyError`.  There are two exceptions:
-    `try_write` returns False, and `autocompact` returns without an error.
+    is running.  On a disk that is or became read-only, methods that modify the image raise
+    `ReadOnlyError`.  But `try_write` returns False, and `autocompact` only returns.
 
     Attributes:
         path: The path of the image as the user gave it; empty if unknown.
@@ -57,10 +54,8 @@ class Disk(GuestChanges):
     ) -> None:
         """Build a disk over open files.
 
-        The caller must have locked the files if ``options`` demand locks.  If the image is open for
-        writing, and its tables must not be trusted before a check (`open_disk`), the caller must
-        have checked the image.  After this call the caller must enter `serving` before it calls
-        any other method.
+        The caller must have locked the files if ``options`` demand locks, and checked the image if
+        `open_disk` would.  The caller must enter `serving` before it calls any other method.
         """
         components = Components(file, header, bases, options, store)
         super().__init__(components)
@@ -76,8 +71,7 @@ class Disk(GuestChanges):
                 a change of one would damage the other.
             UsageError: A free list is requested (`OpenOptions.free_list`), but other data lies
                 where the list's descriptor must be.
-            HostError: A system call failed at the start or at the close, or something written
-                before the close could not be made durable (D7).
+            HostError: A system call failed, or something written could not be made durable.
 
         After any error the files are closed.
         """
@@ -92,34 +86,30 @@ class Disk(GuestChanges):
     def scan_is_short(self) -> bool:
         """Whether the scan for free clusters takes only some milliseconds, and is not postponed.
 
-        The scan is postponed if the image has a valid free list: see `Scan.postpone`.  False also
-        if the disk is open read-only, because a read-only disk has no scan.
+        False if the disk is open read-only: then there is no scan.
         """
         scan = self._components.scan
         return self._file.writable and scan.is_short and not scan.is_postponed
 
     async def ensure_scanned(self) -> None:
-        """Return when the scan for free clusters has ended, successfully or not.
+        """Run the scan for free clusters, or wait for its end, successful or not.
 
-        Runs the scan, or waits for the task that runs the scan.  Returns immediately if the scan
-        has ended before.  The caller must have opened the disk for writing.
+        The caller must have opened the disk for writing.
         """
         await self._components.scan.run()
 
     async def compact(self, progress: Progress | None = None, *, within_bound: bool = True) -> int:
         """Make the file as short as possible; return how many clusters were moved.
 
-        The caller must ensure that no other request is running.  If the image cannot be
-        compacted, for example because its free clusters are not known for certain, a warning is
-        logged, nothing is moved, and the result is 0.  If a corrupt table entry is found, an
-        error is logged, and the compaction ends early.  See `Compaction.run`.
+        The caller must ensure that no other request is running.  If the image cannot be compacted,
+        a warning is logged, and nothing is moved.  If a corrupt table entry is found, an error is
+        logged, and the compaction ends early.
 
         Args:
             progress: Called with the number of bytes that have been moved, and with the number
                 that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound
-                (`Geometry.bound`).  If so, some tables may be unable to move, and then free
-                clusters stay in the file.
+                (`Geometry.bound`).  If so, free clusters may stay in the file.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -132,13 +122,9 @@ class Disk(GuestChanges):
     async def autocompact(self) -> None:
         """Compact the image now, as the close would do, if the options demand a compaction.
 
-        A command calls this method if it reports the final length of the file while the disk is
-        still open.  The file may become longer than its bound for a moment: the bound protects
-        the host against guests, and no guest can call this method.  The caller must ensure that
-        no other request is running.
-
-        No error is raised.  An error that has made the disk read-only is not logged, because the
-        close raises it.  Any other error is logged as a warning.
+        The caller must ensure that no other request is running.  The file may become longer than
+        its bound for a moment.  No error is raised: the close raises one that has made the disk
+        read-only, and any other is logged as a warning.
         """
         await self._lifecycle.autocompaction.run(within_bound=False)
 
@@ -148,15 +134,12 @@ class Disk(GuestChanges):
         return any(layer.file.fileno() < 0 for layer in self._chain.layers)
 
     def stop_fetching(self) -> None:
-        """Make all present and later reads fail that must wait for a server; other reads go on."""
+        """Make all present and later reads fail that must wait for a server."""
         for layer in self._chain.layers:
             layer.file.stop_fetching()
 
     def stop_compacting(self) -> None:
-        """End the running compaction, if any; later compactions then move nothing.
-
-        The image stays sound.
-        """
+        """End the running compaction, if any; later ones move nothing.  The image stays sound."""
         self._components.compaction.stop()
 
     async def grow(self, size: int, *, force: bool = False) -> None:
@@ -164,8 +147,7 @@ class Disk(GuestChanges):
 
         Args:
             size: The new size in bytes, a multiple of 512.
-            force: Whether to deallocate the clusters to which table entries past the old
-                end refer, instead of raising an error.
+            force: Whether to deallocate clusters past the old end, instead of raising an error.
 
         Raises:
             UsageError: The size is smaller than the present one, is not a multiple of 512, or
@@ -191,18 +173,16 @@ class Disk(GuestChanges):
         Args:
             size: The new size in bytes, a multiple of 512.
             force: Whether to shrink even if the removed part holds data of this image.
-            progress: Called with the amount of work done so far and the total amount.  Only their
-                ratio has a meaning for the caller.
+            progress: Called with the work done and the total; only their ratio has a meaning.
 
         Raises:
-            UsageError: The size is larger than the present one, is negative or is not a multiple
-                of 512.  Or data would be lost, and ``force`` is False.
+            UsageError: The size is larger than the present one, negative or not a multiple of 512,
+                or data would be lost and ``force`` is False.
             BackingError: The disk was opened without its base.
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old
                 size, and a part of the range to be removed may read as zeros.
-            HostError: A system call failed.  Either the disk has its new size, or it has its old
-                size, and a part of the range to be removed may read as zeros.
+            HostError: A system call failed; the disk has its new size, or is as above.
         """
         self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")
@@ -215,16 +195,13 @@ class Disk(GuestChanges):
     async def write_zero_clusters(self, start: int, length: int) -> None:
         """Turn the unallocated clusters of a range into zero clusters, whatever the base holds.
 
-        `discard` would create zero clusters only where the present base has data.  ``start`` must
-        be at a cluster boundary.  So must the end of the range, unless it is at or past the end of
-        the disk.
+        ``start`` must be at a cluster boundary, and so must the end of the range, unless it is at
+        or past the end of the disk.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: An L1 entry for part of the range is bad.
-            HostError: A system call failed.
-
-        After an error some clusters may be zero clusters now.
+            HostError: A system call failed; some clusters may be zero clusters now.
         """
         geometry = self.header.geometry
         await self._first_write_guard.prepare_write()
@@ -235,8 +212,7 @@ class Disk(GuestChanges):
     async def empty(self, progress: Progress | None = None) -> None:
         """Make all clusters unallocated, durably, so that the base shows everywhere.
 
-        The caller must ensure that no other request is running.  ``progress`` is called as by
-        `shrink`.
+        The caller must ensure that no other request is running.  For ``progress`` see `shrink`.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.
@@ -252,15 +228,14 @@ class Disk(GuestChanges):
     ) -> None:
         """Store the name of another base in the image, durably; an empty name removes the base.
 
-        Everything that was written before this call becomes durable before the name does.
-        This disk still reads from its old `chain` until it is closed.
+        All earlier writes become durable before the name does.  This disk still reads from its old
+        `chain` until it is closed.
 
         Args:
             name: The name as `backing_name` in `qedfuse.disk.creation.newheader` returns it.
-            backing_is_raw: Whether the header must say that the base is raw; ignored if ``name``
-                is empty.
-            versions: The versions of the new bases, which are remembered.  If None, the next open
-                for writing remembers the versions that it finds.
+            backing_is_raw: Whether the header must say that the base is raw.
+            versions: The versions of the new bases to remember.  If None, the next open for writing
+                remembers the versions that it finds.
 
         Raises:
             ReadOnlyError: The disk is open read-only, or became so.

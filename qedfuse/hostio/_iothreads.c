@@ -1,12 +1,11 @@
 /*
  * A pool of threads that make system calls on files without Python's global lock (the GIL).
  *
- * This file is the Python class IoThreads.  A thread that holds the GIL submits calls and collects the
- * finished ones.  _iopool.c has the threads, and _iocalls.c the system calls.
+ * This file is the Python class IoThreads.  _iopool.c has the threads, and _iocalls.c the system
+ * calls.
  *
- * Answers.  A read can have an answer: a function that the thread itself calls after the read,
- * without the event loop.  The argument `answer` of submit_read is a capsule named
- * "qedfuse.answer", which points to a
+ * Answers.  A read can have an answer: a function that the thread itself calls after the read.  The
+ * argument `answer` of submit_read is a capsule named "qedfuse.answer", which points to a
  *
  *     struct answer {
  *         void (*call)(struct answer *self, const void *data, long long result);
@@ -15,15 +14,14 @@
  * The owner of the capsule embeds this struct in a larger one.  The thread first puts the read on
  * the list of finished calls, and then calls answer->call, without the GIL and with a stack of
  * 128 KiB.  So the read is on the list before anything that the answer causes can happen.  `data`
- * is the buffer of the read, and `result` the number of bytes in it, or a negative errno.  The
- * capsule and the buffer stay valid until answer->call has returned, and the read counts as
- * pending at least until then.  answer->call must not wait for the event loop, because the event
- * loop may be waiting for a queued call that only this thread can make.
+ * is the buffer of the read.  `result` is the number of bytes in it, or a negative errno.  Until
+ * answer->call has returned, the capsule and the buffer stay valid, and the read counts as pending.
+ * answer->call must not wait for the event loop: the event loop may be waiting for a queued call
+ * that only this thread can make.
  *
- * If a read is put on the list before the IoThreads object is freed, answer->call may be called
- * after the object was freed.  answer->call may use memory besides the capsule and the buffer.  Before
- * the owner of the capsule frees such memory, it must do one of two things: wait until pending() returns 0, while the IoThreads
- * object still exists; or use a lock that keeps answer->call from running (as _request.c does).
+ * answer->call may run even after the IoThreads object was freed.  If it uses memory besides the
+ * capsule and the buffer, this memory may be freed only after pending() has returned 0, or under a
+ * lock that keeps answer->call from running (as in _request.c).
  */
 
 #include "_iopool.h"
@@ -69,8 +67,7 @@ static void release_all(struct list jobs)
         release(job);
 }
 
-/* Return the pool of an object; NULL with an exception in a process that was forked after the
- * object was made, because the threads exist only in the process that made the object. */
+/* Return the pool of an object; NULL with an exception in a child process, which has no threads. */
 static struct pool *pool_of(PyObject *self)
 {
     IoThreads *object = (IoThreads *)self;
@@ -81,8 +78,7 @@ static struct pool *pool_of(PyObject *self)
     return NULL;
 }
 
-/* Make a job with space for `buffer_count` buffers, of which it holds none yet; NULL with an
- * exception if there is no memory. */
+/* Make a job with space for `buffer_count` buffers; NULL with an exception on failure. */
 static struct job *new_job(enum kind kind, Py_ssize_t buffer_count, PyObject *tag)
 {
     size_t each = sizeof(Py_buffer) + sizeof(struct iovec);

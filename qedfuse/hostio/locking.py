@@ -2,16 +2,12 @@
 
 QEMU gives each permission a number i and two bytes of the image file.  A read lock on byte
 100 + i means "this opener uses permission i".  A read lock on byte 200 + i means "this opener
-denies permission i to all others".  An opener first locks the bytes for the permissions that
-it uses and denies, and then tests whether another opener has locked a conflicting byte.  In
-the other order two openers could both test before either has locked anything, and both would
-continue.
+denies permission i to all others".  An opener first locks its bytes, and then tests whether another
+opener has locked a conflicting byte.  In the other order two openers could both test before either
+has locked anything, and both would continue.
 
-The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the process:
-
-- The locks survive when another descriptor of the same file is closed.
-- Two openers in one process exclude each other.
-- A child process keeps the locks of its parent.
+The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the process, so
+two openers in one process exclude each other, and a child process keeps the locks.
 """
 
 from __future__ import annotations
@@ -64,7 +60,7 @@ class _Permissions(NamedTuple):
 class LockMode(enum.Enum):
     """What an opener does with a file, and what other openers can do with the file meanwhile.
 
-    The numbers in parentheses are the file offsets of the bytes that an opener in the mode locks.
+    The numbers in parentheses are the offsets of the bytes to lock.
     """
 
     WRITE = "write"
@@ -75,8 +71,8 @@ class LockMode(enum.Enum):
     SHARE = "share"
     """Read the file; another opener can change the file meanwhile (100)."""
     BASE = "base"
-    """Read the file as a raw base.  The locks are those of READ.  QEMU itself locks only byte 100
-    of a raw base, and so excludes no writer."""
+    """Read the file as a raw base.  The locks are those of READ; QEMU itself locks only byte 100,
+    and so excludes no writer."""
 
     @classmethod
     def to_read(cls, *, share: bool) -> LockMode:
@@ -105,12 +101,7 @@ class LockMode(enum.Enum):
 
 
 class Holder(NamedTuple):
-    """A process that holds a lock.
-
-    Attributes:
-        pid: The process id.
-        command: The name of the command, escaped for messages.
-    """
+    """A process that holds a lock; the name of its command is escaped for messages."""
 
     pid: int
     command: str
@@ -123,15 +114,13 @@ class Holder(NamedTuple):
 def lock_image(fd: int, mode: LockMode, name: str) -> None:
     """Take the locks of ``mode`` on an open file, called ``name`` in messages.
 
-    The locks last as long as the open file description.  On a file system without byte
-    locks a warning is logged and nothing is locked.
+    The locks last as long as the open file description.  On a file system without byte locks a
+    warning is logged, and nothing is locked.  After any error no lock of ``mode`` is held.
 
     Raises:
         ImageInUseError: Another opener holds a conflicting lock; the message names the process if
             it can be identified.
         HostError: The kernel refused for another reason.
-
-    After any error no lock of ``mode`` is held.
     """
     byte = mode.taken[0]
     try:
@@ -143,8 +132,7 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
                 _refuse(fd, mode, byte, found, name)
     except OSError as error:
         if error.errno in _BUSY:
-            # Another program holds a write lock on this byte.  QEMU takes read locks only, but a
-            # file with a write lock on this byte also counts as in use.
+            # Another program, which is not QEMU, holds a write lock on this byte.
             pid = None
             with suppress(OSError):  # without a pid, the processes are searched for in /proc
                 pid = _conflict(fd, byte)
@@ -166,12 +154,8 @@ def _set(fd: int, kind: int, byte: int) -> None:
 
 
 def _conflict(fd: int, byte: int) -> int | None:
-    """Return the pid of another opener that has locked a byte; None if there is none.
-
-    The pid is -1 if the lock belongs to an open file description.
-    """
-    # Ask whether a write lock would be granted: only a write lock conflicts with the read locks of
-    # other openers.
+    """Return the pid of another opener that has locked a byte, or -1 if unknown; None if none."""
+    # Ask whether a write lock would be granted: only that conflicts with the read locks of others.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     kind, pid = answer[0], answer[4]
@@ -186,13 +170,9 @@ def _release(fd: int, mode: LockMode) -> None:
 
 
 def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn:
-    """Drop the locks of a mode, and raise an error that names the processes with conflicting locks.
+    """Drop the locks of a mode; raise ImageInUseError, which names the holders of the byte.
 
-    ``byte`` is the byte that these processes have locked.  If ``pid`` is positive, the message
-    names only this process.  Otherwise this function searches /proc for the processes.
-
-    Raises:
-        ImageInUseError: Always.
+    If ``pid`` is positive, the message names only this process.  Otherwise /proc is searched.
     """
     file = _lock_table_name(fd)  # before the release: the name is read from the locks
     _release(fd, mode)
@@ -210,10 +190,9 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 
 
 def _lock_table_name(fd: int) -> str:
-    """Return ``MAJOR:MINOR:INODE`` of a file as in the kernel's lock tables; empty if unknown.
+    """Return ``MAJOR:MINOR:INODE`` of a file, as its own locks in /proc have it; empty if unknown.
 
-    The name is read from the locks of this process on the file.  fstat(2) cannot give the name: on
-    btrfs and overlayfs the device that it returns differs from the one in the lock tables.
+    On btrfs and overlayfs the device that fstat(2) returns is another one.
     """
     own = _locks(_read(Path(f"/proc/self/fdinfo/{fd}")))
     return next((file for file, _first, _last in own), "")
@@ -222,9 +201,7 @@ def _lock_table_name(fd: int) -> str:
 def holders(file: str, byte: int) -> Iterator[Holder]:
     """Yield the processes that have locked a byte of a file; none if ``file`` is empty.
 
-    Only error messages use this function.  It is slow, because it reads the descriptors of every
-    process that this process can inspect.  ``/proc/locks`` does not suffice, because it shows a pid
-    of -1 for locks of open file descriptions.
+    Slow: reads the descriptors of every process, because ``/proc/locks`` does not have the pids.
 
     Args:
         file: The file as ``MAJOR:MINOR:INODE``, from `_lock_table_name`.
@@ -238,10 +215,7 @@ def holders(file: str, byte: int) -> Iterator[Holder]:
 
 
 def _holds(directory: Path, file: str, byte: int) -> bool:
-    """Return whether a process has locked a byte; False if its descriptors cannot be listed.
-
-    ``directory`` is the ``fdinfo`` directory of the process in /proc.
-    """
+    """Return whether a process has locked a byte, by its ``fdinfo`` directory in /proc."""
     try:
         descriptors = list(directory.iterdir())
     except OSError:  # the process has ended, or belongs to another user
@@ -262,11 +236,7 @@ def _read(path: Path) -> str:
 
 
 def _locks(table: str) -> Iterator[tuple[str, int, float]]:
-    """Yield the locks of one descriptor: ``MAJOR:MINOR:INODE``, first byte, last byte.
-
-    The last byte is infinity if the lock has no end.  ``table`` is the text of the descriptor's
-    file in ``fdinfo``.
-    """
+    """Yield the locks of a descriptor from its ``fdinfo``: ``MAJOR:MINOR:INODE``, first, last."""
     for line in table.split("\n"):
         # A line has this form: lock:   1: OFDLCK ADVISORY  READ -1 fe:00:2146329 100 100
         if line.startswith("lock:"):

@@ -1,8 +1,7 @@
 """A new file that gets its final name only when it is complete.
 
-So under this name no program finds a partial file, with one exception.  If no file is replaced and
-the file system has no hard links, an empty file has the final name for a moment.  That empty file
-stays if the rename to the final name fails.
+So no program finds a partial file under this name.  Exception: if no file is replaced and the file
+system has no hard links, an empty file has the name until the rename.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _MAX_PREFIX_BYTES: Final = 200
-"""Maximum number of bytes of the final name that the temporary name repeats.  The temporary name
-adds a few bytes, and a file name has at most 255 bytes (NAME_MAX)."""
+"""Maximum bytes of the final name that the temporary name repeats, because of NAME_MAX."""
 
 CONTENT_ATTRIBUTE_PREFIX: Final = "user.qedfuse."
-"""The beginning of the names of the extended attributes in which qedfuse records facts about the
-content of a file.  A file with other content must not get a copy of such an attribute."""
+"""The beginning of the names of extended attributes that describe the content of a file, so that a
+file with other content must not get a copy."""
 
 _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """Errors of link(2) on a file system without hard links."""
@@ -35,11 +33,10 @@ _LINK_UNSUPPORTED: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class NewFile:
     """A temporary file in the directory of the final name, for the length of a ``with`` block.
 
-    If the file has not got its final name by the end of the block, the file is removed.
+    If the file has not got its final name by the end of the block, it is removed.
 
     Attributes:
-        path: The temporary name, under which the file can be opened; the file is empty when
-            the block begins.
+        path: The temporary name; the file is empty when the block begins.
     """
 
     def __init__(
@@ -48,17 +45,15 @@ class NewFile:
         """Prepare to create ``path``; the only file that will be replaced is ``old``.
 
         Args:
-            path: The final name.  If it is a symbolic link and ``old`` is given, the target
-                of the link is replaced, as by a program that writes into the file.
+            path: The final name.  If it is a symbolic link and ``old`` is given, the target of the
+                link is replaced.
             mode: Permissions of the file if there is no ``old``; the umask is subtracted.
-            old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None
-                to replace no file.  The caller must keep the descriptor open until the end of
-                the block.  The new file gets the permissions of the old one, and, as far as the
-                host permits, its owner, group and extended attributes, except those with
-                `CONTENT_ATTRIBUTE_PREFIX`.
-            overwrite: Whether the user has agreed to replace a file.  Even then only ``old`` is
-                replaced: for any other file this argument chooses the error, `ImageInUseError` if
-                True and `UsageError` if False.
+            old: Descriptor of the file to replace, as `lock_replaced_file` returns it; None to
+                replace no file.  It must stay open until the end of the block.  The new file gets
+                the permissions of the old one and, as far as the host permits, its owner, group and
+                extended attributes.
+            overwrite: Whether the user has agreed to replace a file.  If so, the error for a file
+                other than ``old`` is `ImageInUseError`, otherwise `UsageError`.
         """
         follows = old is not None and os.path.islink(path)  # noqa: PTH114  a name, not a Path
         self._final = os.path.realpath(path) if follows else path
@@ -75,17 +70,14 @@ class NewFile:
         """Create the temporary file.
 
         Raises:
-            UsageError: A file of the final name exists, ``old`` is None, and the user has not
-                agreed to replace a file.
-            ImageInUseError: A file of the final name exists and ``old`` is None, although the user
-                has agreed to replace a file.  So another process has just created the file.
+            UsageError: A file of the final name exists, and nothing may be replaced.
+            ImageInUseError: Another process has just created a file of the final name.
             HostError: A system call failed.
         """
         if self._old is None and os.path.lexists(self._final):
             raise self._name_taken_error()
         try:
-            # If the file replaces another, it starts with mode 0600, because the other file may be
-            # private.  `commit` gives the new file the mode of the replaced file.
+            # The file to replace may be private.  `commit` sets the mode of that file.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
@@ -101,8 +93,7 @@ class NewFile:
     ) -> None:
         """Remove the temporary file if it was not committed.
 
-        Raises nothing, because an exception here would hide an error or a cancellation of the
-        block.  If the host refuses to remove the temporary file, the file stays.
+        Raises nothing, because that would hide an error or a cancellation of the block.
         """
         if self._exists:
             with suppress(OSError):
@@ -111,21 +102,17 @@ class NewFile:
     def commit(self, *, durable: bool = True) -> None:
         """Make the content durable, give the file its final name, and make the name durable.
 
-        The name is not made durable if this process has no permission to read the directory.
-        With ``durable=False`` nothing is made durable: a power failure soon after the call may lose
-        all or part of the file.
+        The name is not made durable if this process may not read the directory.  With
+        ``durable=False`` a power failure soon after the call may lose all or part of the file.
 
         Raises:
-            UsageError: A file other than ``old`` has the final name now, and the user has not
-                agreed to replace a file.
-            ImageInUseError: A file other than ``old`` has the final name now, and the user has
-                agreed to replace a file.  The caller has not locked that file, so it may be in
-                use.
-            HostError: A system call failed.  If only removing the temporary name failed,
-                or making the final name durable, the file has its final name nevertheless.
+            UsageError: A file other than ``old`` has the final name now, and nothing may be
+                replaced.
+            ImageInUseError: A file other than ``old`` has the final name now, which may be in use.
+            HostError: A system call failed.  If the last steps failed, the file has its final name.
         """
         try:
-            # The file is opened first, because its new mode may forbid the owner to open it.
+            # Opened first, because the new mode may forbid the owner to open the file.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if self._old is not None:
@@ -140,9 +127,8 @@ class NewFile:
                 self._take_name()
             self._exists = False
             if durable:
-                # A directory without read permission cannot be opened for fsync(2).  The
-                # PermissionError is ignored, because the file is complete, and the kernel will
-                # write the name to the disk later.
+                # A directory without read permission cannot be opened for fsync(2).  The kernel
+                # will write the name to the disk later.
                 with suppress(PermissionError):
                     fsync_path(os.path.dirname(self._final) or ".")  # noqa: PTH120
         except FileExistsError as error:
@@ -171,15 +157,9 @@ class NewFile:
         return UsageError(f"{self._name}: exists already (--force replaces it)")
 
     def _take_name(self) -> None:
-        """Rename the temporary file to the final name, unless a file of this name exists.
+        """Rename the temporary file to the final name, or raise FileExistsError.
 
-        On a file system without hard links, an empty file gets the final name first, and the
-        rename replaces the empty file.  If another process replaces the empty file before the
-        rename, the file of that process is lost.  If the rename fails, the empty file stays.
-
-        Raises:
-            FileExistsError: A file of the final name exists.
-            OSError: A system call failed.
+        Without hard links, a file that another process renames to this name meanwhile is lost.
         """
         try:
             os.link(self.path, self._final)
@@ -195,23 +175,17 @@ class NewFile:
 
 
 def _copy_attributes(old: int, new: int) -> None:
-    """Copy owner, mode and extended attributes of the replaced file to the new one.
+    """Copy owner, mode and extended attributes of the replaced file, as far as the host permits.
 
-    Both files are open; the new one has mode 0600.  Extended attributes include access control
-    lists; attributes with `CONTENT_ATTRIBUTE_PREFIX` are not copied.  An owner or an attribute that
-    the host refuses to return or to set is skipped (only root can change the owner).
-
-    Raises:
-        OSError: The host refused to return the owner and the mode of the old file, or to set the
-            mode.
+    The new file must have mode 0600.  Extended attributes include access control lists.
     """
     status = os.fstat(old)
     with suppress(OSError):
         os.fchown(new, -1, status.st_gid)
     with suppress(OSError):
         os.fchown(new, status.st_uid, -1)
-    # A user can set attributes ("user.") only on a file that the user may write to, so the mode and
-    # access control lists ("system.") come last.
+    # A user can set attributes ("user.") only on a file that the user may write to, so access
+    # control lists ("system.") and the mode come last.
     names: list[str] = []
     with suppress(OSError):
         names = sorted(os.listxattr(old), key=lambda name: name.startswith("system."))
@@ -223,11 +197,7 @@ def _copy_attributes(old: int, new: int) -> None:
 
 
 def _cannot_create(path: str, error: OSError) -> HostError:
-    """Return the error for a file that cannot be created.
-
-    If the directory is missing, the message names the directory.  The name of the file itself is
-    often right, so "No such file or directory" would mislead.
-    """
+    """Return the error for a file that cannot be created; it names a missing directory."""
     directory = os.path.dirname(path)  # noqa: PTH120  a name, not a Path
     if error.errno != errno.ENOENT or not directory or os.path.lexists(directory):
         return cannot_open(path, error)

@@ -40,10 +40,8 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 class PosixFile(PosixReader):
     """A `HostFile` for a regular file, implemented with system calls.
 
-    The class adds the file's attributes and changes to `PosixReader`.  The event loop itself makes
-    a short change only if no thread is changing the file (`InodeLock`) and the kernel does not
-    throttle short writes (`InlinePolicy`).  If the file system sends requests to a server
-    (`waits_for_server`), threads make all changes.
+    The event loop itself makes a short change if no thread is changing the file (`InodeLock`) and
+    the kernel does not throttle short writes (`InlinePolicy`).  Threads make all others.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool) -> None:
@@ -93,10 +91,7 @@ class PosixFile(PosixReader):
         return self._size_and_blocks()[0]
 
     def stored_blocks(self) -> int:
-        """Return the file's ``st_blocks``, in units of 512 bytes.
-
-        The file's times are not read, because reading them would slow down later changes of the
-        file; see `size_and_blocks`.
+        """Return the file's ``st_blocks``, in units of 512 bytes; see `size_and_blocks`.
 
         Raises:
             HostError: A system call failed.
@@ -128,8 +123,8 @@ class PosixFile(PosixReader):
     def try_write(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` at a file offset without blocking; return whether that succeeded.
 
-        Returns False if the write would block or fails.  After False a part of ``data`` may have
-        been written, and the caller must write all of ``data`` with `pwrite`.
+        After False a part of ``data`` may have been written, and the caller must write all of it
+        with `pwrite`.
         """
         if not self.can_write_inline(len(data)):
             return False
@@ -164,8 +159,7 @@ class PosixFile(PosixReader):
     def try_datasync(self) -> bool:
         """Make all earlier writes and the file's length durable, if that takes little time.
 
-        Returns:
-            True if all is durable.  False if nothing was done, so the caller must call `datasync`.
+        After False nothing was done, so the caller must call `datasync`.
 
         Raises:
             HostError: A system call failed.
@@ -201,8 +195,7 @@ class PosixFile(PosixReader):
     def try_grow(self, size: int) -> bool:
         """Make the file ``size`` bytes long without blocking; return whether that succeeded.
 
-        ``size`` must not be less than the file's length.  An ftruncate(2) that cuts nothing off
-        takes some microseconds, so it needs no thread.  After False the file is unchanged.
+        ``size`` must not be less than the file's length.  After False the file is unchanged.
         """
         if not self._inode.recheck_free():
             return False
@@ -220,17 +213,14 @@ class PosixFile(PosixReader):
     async def punch(self, *ranges: tuple[int, int]) -> None:
         """Give the space of ``ranges`` back to the host; each range is an offset and a length.
 
-        The ranges read as zeros afterwards.  If the file system cannot punch holes, only
-        ``can_punch`` changes: it becomes False.
+        The ranges read as zeros afterwards.  If the file system cannot punch holes, nothing is
+        done, and ``can_punch`` becomes False.
         """
         if self.can_punch:
             self.can_punch = await self._fallocate("punch", FALLOC_PUNCH_HOLE, *ranges)
 
     async def reserve(self, offset: int, length: int) -> None:
-        """Reserve space for later writes to a range inside the file.
-
-        Does nothing if the file system cannot reserve space.
-        """
+        """Reserve space for later writes to a range inside the file, if the file system can."""
         if self._can_reserve:
             self._can_reserve = await self._fallocate("reserve", FALLOC_KEEP_SIZE, (offset, length))
 
@@ -259,9 +249,7 @@ class PosixFile(PosixReader):
     async def _seek(self, offset: int, whence: int) -> int | None:
         """Return where data or a hole begins, as `seek` does; None for an offset past `MAX_OFFSET`.
 
-        While there is contention for the inode's lock, a thread of trio makes the call, because
-        some file systems take the lock in lseek(2).  If the file system asks a server, there is
-        always contention.
+        Some file systems take the inode's lock in lseek(2), so a thread calls it under contention.
         """
         if offset > MAX_OFFSET:
             return None
@@ -290,11 +278,7 @@ class PosixFile(PosixReader):
             await self._inode.in_thread(run_in_thread, set_times)
 
     async def _checked(self, action: str, call: Awaitable[T]) -> T:
-        """Await a call; return its result.
-
-        Raises:
-            HostError: A system call failed; the message says that ``action`` failed.
-        """
+        """Await a call; raise HostError, which names ``action``, if a system call fails."""
         try:
             return await call
         except OSError as error:

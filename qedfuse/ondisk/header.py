@@ -1,8 +1,6 @@
 """The header of an image: 64 bytes at the start of the file.
 
-Source: QEMU's QED specification, "Header".  `parse_header` checks the range of every field before
-anything is computed from the field.  `Header.check_fits` checks what depends on the length of the
-file.
+Source: QEMU's QED specification, "Header".
 """
 
 from __future__ import annotations
@@ -42,21 +40,20 @@ HEADER_STRUCT: Final[Any] = Struct(
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of a header; `parse_header` returns only headers whose fields are in range.
+    """The fields of a header.
 
     Attributes:
         cluster_size: Bytes in a cluster.
         table_size: Clusters in an L1 or L2 table.
-        header_size: Clusters reserved for the header.  0 is valid, as in QEMU; the header then
-            takes up one cluster, and a backing name is refused.
+        header_size: Clusters reserved for the header.  0 is valid, as in QEMU, and takes up one
+            cluster, without space for a backing name.
         features: Incompatible feature bits, all of which this program knows.
         compat_features: Compatible feature bits; unknown ones are ignored and preserved.
-        autoclear_features: Autoclear feature bits; unknown ones must be cleared before the
-            first modification of the image.
+        autoclear_features: Autoclear feature bits; unknown ones must be cleared before the first
+            modification of the image.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
-        backing_filename_offset: File offset of the backing name; without meaning if the
-            length of the name is 0.
+        backing_filename_offset: File offset of the backing name, if it has one.
         backing_filename_size: Length of the backing name in bytes.
         geometry: The cluster size, the table size, and what is computed from the two.
     """
@@ -79,7 +76,7 @@ class Header:
 
     @property
     def header_end(self) -> int:
-        """The file offset at which the header ends, in bytes; tables and data lie after it."""
+        """The file offset at which the header ends; tables and data lie after it."""
         return max(1, self.header_size) * self.cluster_size
 
     @property
@@ -94,10 +91,7 @@ class Header:
 
     @property
     def backing_is_raw(self) -> bool:
-        """Whether the backing file is raw, so its format is not probed (BACKING_FORMAT_NO_PROBE).
-
-        Without a backing file the value has no meaning.
-        """
+        """Whether the backing file is raw, so its format is not probed."""
         return bool(self.features & Feature.BACKING_FORMAT_NO_PROBE)
 
     @property
@@ -134,9 +128,7 @@ class Header:
         return replace(self, autoclear_features=self.autoclear_features & KNOWN_AUTOCLEAR)
 
     def check_fits(self, file_size: int, name: str) -> None:
-        """Check that the L1 table lies inside a file of ``file_size`` bytes.
-
-        Messages call the file ``name``.
+        """Check that the L1 table lies inside a file of ``file_size`` bytes, called ``name``.
 
         Raises:
             HeaderError: The L1 table is not wholly inside the file.
@@ -201,11 +193,10 @@ def parse_header(data: bytes, name: str) -> Header:
 
 
 def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
-    """Parse a header, and check it against the length of its file in bytes, ``file_size``.
+    """Parse a header, and check it against the length of its file in bytes.
 
     Raises:
-        ImageError: `parse_header` refuses the header, or the L1 table is not wholly inside
-            the file.
+        ImageError: The header is refused, or the L1 table is not wholly inside the file.
     """
     header = parse_header(data, name)
     header.check_fits(file_size, name)
@@ -213,11 +204,7 @@ def parse_fitting_header(data: bytes, file_size: int, name: str) -> Header:
 
 
 def _check_offsets(header: Header, name: str) -> None:
-    """Check sizes and offsets against the geometry and against each other.
-
-    Raises:
-        HeaderError: A field is out of its range.
-    """
+    """Check sizes and offsets against the geometry and against each other."""
     geometry = header.geometry
     size = header.image_size
     if size % SECTOR or size > geometry.max_image_size:

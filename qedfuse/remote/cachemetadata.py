@@ -25,18 +25,13 @@ if TYPE_CHECKING:
 _NAME: Final = "about.json"
 _NEW_NAME: Final = "about.new"
 METADATA_NAMES: Final = frozenset({_NAME, _NEW_NAME})
-"""The names of the files with metadata; ``about.new`` is renamed to ``about.json`` when it is
-complete."""
+"""The names of the files with metadata; a complete ``about.new`` is renamed to ``about.json``."""
 _MAX_BYTES: Final = 32 << 20
-"""Maximum length of ``about.json`` in bytes.  A longer file is never written, and a longer file
-that is found counts as damaged.  The record of the needed units takes up less than 2 bits for each
-unit of the object, even if the needed units have no pattern.  So the file of the largest object
-(`MAX_OBJECT_BYTES`) needs about 16 MiB."""
+"""Maximum length of ``about.json`` in bytes; the largest object needs about half of it."""
 
 _FIRST_SECOND: Final = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _END_SECOND: Final = datetime(9999, 12, 31, tzinfo=UTC).timestamp() + 86_400
-"""The first possible time of a change, and the first time that is too late, in seconds since
-1970."""
+"""The first possible time of a change, and the first that is too late, in seconds since 1970."""
 
 
 class EntryMetadata(NamedTuple):
@@ -44,8 +39,8 @@ class EntryMetadata(NamedTuple):
 
     Attributes:
         version: The version of the object.
-        needed: A byte for each unit: 1 if the entry must have the unit to be used without a server,
-            and 0 otherwise.  None if the entry must have all units.
+        needed: A byte for each unit: 1 if the entry must have it to be used without a server, and 0
+            otherwise.  None if the entry must have all units.
     """
 
     version: Version
@@ -53,13 +48,12 @@ class EntryMetadata(NamedTuple):
 
 
 def write_metadata(path: str, shown: str, version: Version) -> None:
-    """Write the metadata of a new entry, whose directory is ``path``.
+    """Write the metadata of a new entry.
 
     Args:
-        path: The directory.
+        path: The directory of the entry.
         shown: The URL of the object without secrets, for people who look into the cache.
         version: The version of the object.
-
     Raises:
         OSError: A system call failed.
     """
@@ -87,18 +81,14 @@ def read_metadata(path: str) -> EntryMetadata:
 def mark_usable_offline(entry: UnitFile, needed: bytes) -> None:
     """Record that an entry has all units that readers need, so it can be used without a server.
 
-    If the entry loses one of these units later, it cannot be used without a server until it has the
-    unit again.
-
     Args:
         entry: The entry.
         needed: A byte for each unit: 1 if readers need the unit, and 0 if they do not.
 
     Raises:
-        HostError: The host is full (`NoSpaceError`).  Nothing was recorded.
-        CacheError: The host refused, or the record would be too long.  Or the entry lacks one of
-            the units, has damaged metadata, or was removed from the cache (and possibly replaced by
-            another entry of the same name).  Nothing was recorded.
+        HostError: The host is full (`NoSpaceError`).
+        CacheError: The host refused, the record would be too long, or the entry lacks one of the
+            units, has damaged metadata, or was removed from the cache.
     """
     shown = printable(entry.path)
     try:
@@ -144,11 +134,7 @@ def name_hash(text: str) -> str:
 
 
 def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
-    """Return the metadata in the file ``about.json`` of the entry ``path``.
-
-    Raises:
-        ValueError: The metadata are damaged, or do not match the name of the entry.
-    """
+    """Return the metadata in the file ``about.json`` of the entry ``path``, or raise ValueError."""
     try:
         found = about["version"]
         version = Version(int(found["size"]), str(found["etag"]), _parsed_time(found["modified"]))
@@ -165,36 +151,22 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 def _parsed_time(modified: object) -> float | None:
     """Return the time of the object's last change, from ``about.json``; see `Version.modified`.
 
-    For an object with an entity tag, the name of the entry does not depend on the time, so the
-    check of the name does not find a wrong time.  Therefore this function accepts only null and
-    numbers, and only times that clients and `RemoteFile.stat` can convert.  For example, it refuses
-    NaN and Infinity, which Python's JSON allows.
-
-    Raises:
-        ValueError: The value is neither null nor a number of seconds in the years 1 to 9999.
-        OverflowError: The value is an integer that no float can represent.
+    The name of an entry can be right although the time is wrong.  So all but null and times of the
+    years 1 to 9999 is refused with ValueError, or with OverflowError.
     """
     if modified is None:
         return None
     if isinstance(modified, bool) or not isinstance(modified, int | float):
         raise ValueError(_NAME)  # noqa: TRY004  damaged data, not a wrong call
     seconds = float(modified)
-    # Not `datetime.fromtimestamp`, which raises various errors for times outside of this range.
+    # Not `datetime.fromtimestamp`, which raises various errors for other times.
     if not _FIRST_SECOND <= seconds < _END_SECOND:
         raise ValueError(_NAME)
     return seconds
 
 
 def _unpacked(packed: object, size: int) -> bytes:
-    """Return the units that readers need of an object of ``size`` bytes; see `EntryMetadata`.
-
-    Args:
-        packed: The text in the file ``about.json``.
-        size: The size of the object, which limits the memory.
-
-    Raises:
-        ValueError: The text is damaged.
-    """
+    """Return the units that readers need, or raise ValueError; ``size`` limits the memory."""
     units = units_of(size)
     unpacker = zlib.decompressobj()
     try:
@@ -207,12 +179,7 @@ def _unpacked(packed: object, size: int) -> bytes:
 
 
 def _read_json(directory: int) -> dict[str, Any]:
-    """Return the content of the file ``about.json`` of the entry in an open directory.
-
-    Raises:
-        OSError: A system call failed.
-        ValueError: The file is not a JSON object, or is too long.
-    """
+    """Return the content of ``about.json`` in an open directory; ValueError if it is damaged."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(_NAME, flags, dir_fd=directory)
     with open(fd, "rb") as file:  # noqa: PTH123  a descriptor
@@ -234,11 +201,7 @@ def _json_text(about: dict[str, Any]) -> bytes:
 
 
 def _write_file(directory: int, name: str, content: bytes) -> None:
-    """Write a new file, which only this user can read, in an open directory.
-
-    Raises:
-        OSError: A system call failed.
-    """
+    """Write a new file, which only this user can read, in an open directory."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, 0o600, dir_fd=directory)
     with open(fd, "wb") as file:  # noqa: PTH123  a descriptor

@@ -1,8 +1,7 @@
 """Fetching units of an object, when readers need them and ahead of sequential readers.
 
-A unit is 256 KiB of the object (`qedfuse.remote.unitfile`).  A thread looks up a unit in the cache.
-If the unit is missing, a thread fetches it, together with adjacent missing units.  Only the readers
-of the unit wait for these threads, and all of its readers wait for the same fetch.
+A unit is 256 KiB of the object.  A thread looks up a unit in the cache.  If it is missing, a thread
+fetches it, together with adjacent missing units, for all of its readers.
 """
 
 from __future__ import annotations
@@ -31,16 +30,14 @@ if TYPE_CHECKING:
 _MAX_FLIGHT_UNITS: Final = 4
 """Maximum number of units in one flight: 1 MiB."""
 _MAX_REQUEST_FLIGHTS: Final = 4
-"""Maximum number of flights in one request: 4 MiB.  Only a request ahead of a reader with a long
-window (`_MIN_LONG_WINDOW_UNITS`) has several flights."""
+"""Maximum number of flights in one request, ahead of a reader with a long window: 4 MiB."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""Minimum length of a long window.  The window is the number of units to fetch ahead of a reader
-(`ReadAhead.record_read`)."""
+"""From this number of units to fetch ahead of a reader, its window is long."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8
-"""Maximum number of units that are fetched ahead if units cannot be stored in the cache: 2 MiB, so
-that the units of several readers fit into the memory for such units (`UnitStore.hold`)."""
+"""The same if units cannot be stored in the cache: 2 MiB, so that the units of several readers fit
+into memory (`UnitStore.hold`)."""
 
 
 class Fetcher:
@@ -63,8 +60,7 @@ class Fetcher:
 
         Args:
             source: The object, which the fetcher closes.
-            cache: The entry of the cache in which units are stored, which the fetcher closes; None
-                to store no units.
+            cache: Where units are stored, which the fetcher closes; None to store no units.
             evict: Keeps the cache within its limits; see `UnitStore`.
         """
         self._source = source
@@ -93,8 +89,7 @@ class Fetcher:
         """Start fetching the units ``first`` to ``last`` that are not ready; return their flights.
 
         The caller must wait for the flights.  When they have ended without an error, each unit is
-        in the blocks of its flight, or is ready.  If the reader is sequential, the units that it
-        will need next are fetched as well.
+        in the blocks of its flight, or is ready.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -107,8 +102,7 @@ class Fetcher:
     def prefetch(self, first: int, last: int) -> list[Flight]:
         """Start fetching adjacent units that no reader waits for; return their flights.
 
-        At most 4 of these fetches run at a time.
-
+        At most 4 such fetches run at a time.
         Raises:
             RemoteError: The fetcher is closed.
         """
@@ -136,10 +130,7 @@ class Fetcher:
         return self._threads.is_closed
 
     def quiet_seconds(self) -> float:
-        """Return for how many seconds no reader has waited for a fetch.
-
-        The result is 0 if a reader waits now, and infinite if no reader has waited yet.
-        """
+        """Return the seconds since a reader last waited: 0 if one waits now, infinite if never."""
         with self._lock:
             return 0.0 if self._wanted else time.monotonic() - self._last_wanted
 
@@ -154,29 +145,25 @@ class Fetcher:
         return self._store.is_stored(first, last)
 
     def mark_usable_offline(self, needed: bytes) -> bool:
-        """Record that the cache has all units that readers need; return whether it was recorded.
+        """Record that the cache has all needed units; return whether it was recorded.
 
-        From then on, the object can be opened while no server answers.  If there is a cache and
-        nothing was recorded, the reason is logged.  ``needed`` has a byte for each unit: 1 if
-        readers need the unit, and 0 if they do not.
+        ``needed`` has a byte for each unit: 1 if readers need the unit, and 0 if they do not.  From
+        then on, the object can be opened while no server answers.
         """
         return self._store.mark_usable_offline(needed)
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is an entry of the cache, even if the cache is full at the moment."""
+        """Whether there is an entry of the cache, even if the cache is full."""
         return self._store.has_cache
 
     @property
     def is_evicting(self) -> bool:
-        """Whether entries of the cache are being removed; if so, `store_held` may succeed soon."""
+        """Whether entries of the cache are being removed; then `store_held` may succeed soon."""
         return self._store.is_evicting
 
     def store_held(self, first: int, last: int) -> bool:
-        """Store units that the cache refused after their fetch, from unit ``first`` to ``last``.
-
-        Returns whether the cache then claims to have all units ``first`` to ``last``.
-        """
+        """Store units that the cache refused before; return whether it now claims to have them."""
         return self._store.store_held(first, last)
 
     def forget(self, first: int, last: int) -> None:
@@ -190,8 +177,7 @@ class Fetcher:
     def close(self) -> None:
         """End the threads, and end all flights with an error; a second call does nothing.
 
-        The call does not wait for a thread that is fetching.  Such a thread ends after its running
-        request (`RemoteObject.close`), and sends no further request.
+        A thread that is fetching ends after its running request; this call does not wait for it.
         """
         with self._lock:
             self._threads.close()
@@ -206,16 +192,10 @@ class Fetcher:
     def _begin(
         self, first: int, last: int, *, is_wanted: bool, is_long: bool = False
     ) -> list[Flight]:
-        """Return flights of the units ``first`` to ``last``, without the units that are ready.
+        """Return flights of the units that are not ready; start those that have no flight.
 
-        Units without a flight get a new one, which is started.  A unit that is held in memory gets
-        a flight that has already ended.  The caller holds the lock.
-
-        Args:
-            first: The first unit.
-            last: The last unit.
-            is_wanted: Whether a reader waits for the flights.
-            is_long: Whether one request may fetch several of the flights.
+        A unit that is held in memory gets a flight that has already ended.  The caller holds the
+        lock.  ``is_long`` allows one request to fetch several of the flights.
 
         Raises:
             RemoteError: The fetcher is closed.
@@ -254,12 +234,7 @@ class Fetcher:
         self._wanted.add(flight)
 
     def _new_flight(self, first: int, last: int, *, continues: bool) -> Flight:
-        """Return a new flight of the unit ``first`` and the units after it that need a flight.
-
-        The flight ends before the first unit that needs none, at ``last``, or at its maximum
-        length.  A unit needs a flight if it is neither ready, nor held in memory, nor in a flight.
-        For ``continues`` see `Flight`.
-        """
+        """Return a new flight of the unit ``first`` and the units after it that need a flight."""
         end = first + 1
         while (
             end <= last
@@ -275,10 +250,7 @@ class Fetcher:
         return flight
 
     def _make_flight(self, first: int, last: int, *, continues: bool = False) -> Flight:
-        """Return a flight of the units ``first`` to ``last``.
-
-        The flight is brief if a recent fetch of one of the units has failed (`RecentFailures`).
-        """
+        """Return a flight, which is brief if a recent fetch of one of its units has failed."""
         source = self._source
         return Flight(
             *(first, last, self._name, source.max_seconds, source.max_brief_seconds),
@@ -288,7 +260,7 @@ class Fetcher:
         )
 
     def _fetch_ahead(self, first: int, last: int) -> None:
-        """If the reader of adjacent units is sequential, start fetching what it will read next."""
+        """If the reader is sequential, start fetching what it will read next."""
         max_units = _MAX_WINDOW_UNITS if self._store.can_store else _MAX_HELD_WINDOW_UNITS
         window = self._readers.record_read(first, last, max_units)
         end = min(last + window, self._units - 1)
@@ -311,10 +283,7 @@ class Fetcher:
             self._finish(flight)
 
     def _finish(self, flight: Flight, error: HostError | None = None) -> None:
-        """Remove a flight from the table of flights, and end it, with an error if one is given.
-
-        Markers that no reader waits for are made not ready; see `ReadAhead.set_marker`.
-        """
+        """End a flight; make its markers not ready if no reader waits (`ReadAhead.set_marker`)."""
         with self._lock:
             for unit in range(flight.first, flight.last + 1):
                 if self._flights.get(unit) is flight:

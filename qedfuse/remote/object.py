@@ -34,17 +34,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_OBJECT_BYTES: Final = 16 << 40
-"""Maximum size of an object: 16 TiB, the maximum size of a file on ext4.  In memory each unit of
-256 KiB takes one byte (64 MiB for the largest object), and up to eight bytes more if the unit has
-blocks of zeros (`ZeroBlocks`).  On disk a unit takes eight bytes in the map of the cache
-(`UnitFile`)."""
+"""Maximum size of an object: 16 TiB.  Each unit of 256 KiB takes up to nine bytes of memory."""
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _MAX_PAUSE_SECONDS: Final = 5.0
 _BRIEF_SECONDS: Final = 0.5
 """For how long `get_parts` with ``is_brief`` repeats attempts that bring no part.
 
-The time is not 0, because a program that repeats failed reads without a pause would otherwise make
-many requests a second."""
+Not 0: programs that repeat failed reads without a pause would make many requests a second."""
 
 
 class RemoteObject:
@@ -66,10 +62,8 @@ class RemoteObject:
         self.address = address
         self.version = version
         self._client = client
-        # Three attempts can add their full time to the total time for a part.  The total time
-        # begins when an attempt ends that has brought the previous part; before that, this attempt
-        # may stall.  The last attempt may begin at the very end of the total time.  If the server
-        # refuses the credentials of the last attempt, one more attempt follows.
+        # Three attempts can add their full time: one that stalls after the previous part, one that
+        # begins at the very end of the total time, and one with renewed credentials.
         spare_seconds = 3 * deadlines.attempt_seconds
         self.max_seconds = deadlines.total_seconds + spare_seconds
         self._total_seconds = deadlines.total_seconds
@@ -130,7 +124,7 @@ class RemoteObject:
                     raise
 
         try:
-            # The time for the attempts begins again after each attempt in which a part has arrived.
+            # The time begins again after each attempt in which a part has arrived.
             while done < len(lengths):
                 retry(
                     self.address,
@@ -147,10 +141,7 @@ class RemoteObject:
             raise ObjectChangedError(msg) from error
 
     def close(self) -> None:
-        """Begin no further attempt, and end a running one after the part that it is receiving.
-
-        If the server does not send the part, the attempt ends at its deadline.
-        """
+        """Begin no further attempt; a running one ends after its present part or its deadline."""
         self._closed.set()
 
 
@@ -160,8 +151,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
     Raises:
         RemoteError: The library for the scheme is not installed, or the credentials or the
             environment are not valid.
-        UsageError: The address leads to another machine without TLS, and the options do not allow
-            that.
+        UsageError: The address leads to another machine without TLS, and the options forbid that.
     """
     if address.scheme == "http" and not (address.is_loopback or options.allow_http):
         msg = (
@@ -179,7 +169,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 
         return StoreClient(address, options)
     except ImportError as error:
-        # An ImportError is also raised for a library that is too old to have all imported names.
+        # Also raised for a library that is too old.
         library = "urllib3>=2.2" if address.is_web else "obstore>=0.12"
         msg = f"{address.shown}: found no {library}, expected it (pip install 'qedfuse[remote]')"
         raise RemoteError(msg, errno.ENOPKG) from error
@@ -191,9 +181,7 @@ def make_client(address: Address, options: ClientOptions) -> Client:
 def open_object(
     address: Address, client: Client, deadlines: Deadlines, *, allow_unpinned: bool = False
 ) -> RemoteObject:
-    """Ask the server for the present version of an object; return the object at this version.
-
-    The call blocks the thread until the server answers or the time is over.
+    """Return an object at its present version; block the thread until the server answers.
 
     Args:
         address: The address of the object.
@@ -237,29 +225,23 @@ def retry(
 ) -> T:
     """Repeat an attempt until it succeeds; return its result.
 
-    An attempt that fails after the end of the time, or after ``closed`` was set, is not repeated.
-    There is one exception: the first time that the server refuses the credentials, the attempt is
-    always repeated, after the credentials were read again.
-
     Args:
         address: The address of the object.
-        attempt: Makes one attempt; raises the exceptions of a client.
+        attempt: Makes one attempt; raises the exceptions of a client.  It must check ``closed``,
+            because it is called once more after renewed credentials.
         renew: Called when the server refuses the credentials for the first time; see
             `Client.renew`.  The next refusal is an error.
-        total_seconds: For how long failed attempts are repeated.  The last attempt begins at the
-            end of this time at the latest, but one with renewed credentials may follow.
-        closed: The event that ends the repetition.  Even if the event is set, ``attempt`` is called
-            once more after a refusal of the credentials.  So ``attempt`` must check the event too.
-        unreachable_seconds: A further limit for attempts that cannot connect.  If it is less than
-            ``total_seconds``, a wrong name of a server is reported sooner.
+        total_seconds: The last attempt begins at the end of this time at the latest, apart from one
+            with renewed credentials.
+        closed: The event that ends the repetition.
+        unreachable_seconds: A further limit for attempts that cannot connect.
 
     Raises:
         ObjectChangedError: The server has another version of the object.
         RemoteError: No attempt succeeded.
     """
     begin = time.monotonic()
-    # None until the credentials are read again.  From then on, the reason why reading them failed,
-    # or an empty string if reading them succeeded.
+    # None before the credentials are read again; then why reading failed, or an empty string.
     renewal: str | None = None
     pause = _FIRST_PAUSE_SECONDS
     number = 1
@@ -276,8 +258,7 @@ def retry(
             msg = f"{address.shown}: {error}"
             raise RemoteError(msg) from error
         except RefusedError as error:
-            # Temporary credentials expire, and the credentials file may have been replaced since
-            # the last read.
+            # Temporary credentials expire, and the credentials file may have been replaced.
             if renewal is not None:
                 msg = f"{address.shown}: refused: {error}" + (renewal and f" ({renewal})")
                 raise RemoteError(msg, errno.EACCES) from error
@@ -288,7 +269,7 @@ def retry(
             if isinstance(error, UnreachableError):
                 seconds = min(seconds, unreachable_seconds)
             left = begin + seconds - time.monotonic()
-            # The pause is random, so that machines do not all repeat requests at the same moment.
+            # Random, so that machines do not all repeat requests at the same moment.
             wait = min(pause * random.uniform(0.5, 1), left)  # noqa: S311  no secret
             if left <= 0 or closed.wait(wait):
                 msg = f"{address.shown}: {error} (attempts: {number})"

@@ -1,18 +1,16 @@
 """The backing chain flattened: for each cluster of the top image, which base holds its data.
 
 Backing files do not change while the disk is open.  So all layers below the top image are merged
-once for each slice of the top image's L2 tables.  Later lookups in this slice take the same time
-however long the chain is.  The result is an array with one code for each cluster of the slice:
+once for each slice of its L2 tables.  Lookups then take the same time however long the chain is.
+The result is an array with one code for each cluster of the slice:
 
-    MIXED                  the cluster must be looked up layer by layer in each read: it is not
-                           one run in one layer, is bad, or may be stored in a base that has too
-                           many entries for the slice (`_MAX_ENTRIES_PER_SLICE`)
+    MIXED                  each read must look the cluster up layer by layer: it is not one run in
+                           one layer, or is bad, or a base has too many entries for the slice
     ZEROS                  the cluster reads as zeros; there is no data to read
     offset | depth + 2     the cluster is data at a file offset of the layer at ``depth``;
                            file offsets are multiples of 4096; ``depth + 2`` is below 4096
 
-The arrays are kept in the store of the table cache.  They are evicted like slices of tables,
-and made again when they are needed.
+The arrays are kept in the store of the table cache, and evicted like slices of tables.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ if TYPE_CHECKING:
 
 MIXED: Final = 0
 ZEROS: Final = ZERO
-"""The cluster reads as zeros; equal to the table entry of a zero cluster, so that such entries need
-no conversion."""
+"""Equal to the table entry of a zero cluster, so that such entries need no conversion."""
 _DEPTH_BIAS: Final = 2
 """What is added to a depth in a code, so that no code for data equals `MIXED` or `ZEROS`."""
 _DEPTH_MASK: Final = 4095
@@ -50,9 +47,8 @@ _UNDECIDED: Final = np.uint64((1 << 64) - 1)
 _MAX_ENTRIES_PER_SLICE: Final = 1 << 20
 """Maximum number of entries of a base that are read for one slice of the top image.
 
-A base with smaller clusters can have more entries for the slice.  Such a base is not read: clusters
-up to its end get the code `MIXED`, and clusters past its end `ZEROS`, unless a base above it has
-allocated them.
+A base with smaller clusters can have more.  Such a base is not read: clusters up to its end get the
+code `MIXED`.
 """
 
 
@@ -65,15 +61,11 @@ class FlattenedBacking:
     """The layers below the top image, merged slice by slice.
 
     Attributes:
-        store_key: First part of the keys of the codes in the store; the second part is the
-            number of the slice.
+        store_key: First part of the codes' keys in the store; the second is the slice's number.
     """
 
     def __init__(self, layers: Sequence[Layer], top: QedLayer, store: SliceStore) -> None:
-        """Prepare to merge the layers below ``top``, which is the first of ``layers``.
-
-        ``store`` keeps the codes.
-        """
+        """Prepare to merge the layers below ``top``; ``store`` keeps the codes."""
         self._layers = layers
         self._store = store
         self.store_key = id(self)
@@ -82,15 +74,12 @@ class FlattenedBacking:
         self._merges: SingleFlight[int] = SingleFlight()
 
     def cached(self, slice_number: int) -> array[int] | None:
-        """Return the codes for a slice of the top image; None if they are not in memory.
-
-        Slices are numbered from the beginning of the disk.
-        """
+        """Return the codes for a slice, by its number on the disk; None if they are not cached."""
         found = self._store.get((self.store_key, slice_number))
         return None if found is None else found.entries
 
     async def codes(self, slice_number: int) -> array[int]:
-        """Return the codes for a slice of the top image; make them if they are not in memory.
+        """Return the codes for a slice of the top image; make them if they are not cached.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -102,10 +91,9 @@ class FlattenedBacking:
         return found
 
     async def extents(self, start: int, end: int) -> list[Extent] | None:
-        """Return how the layers below the top image store a range.
+        """Return how the layers below the top image store a range; None if a cluster is `MIXED`.
 
-        Clusters that none of these layers has allocated are of kind zero.  Returns None if any
-        cluster of the range is `MIXED`.
+        Clusters that none of these layers has allocated are of kind zero.
 
         Raises:
             HostError: A table of a backing file cannot be read.
@@ -130,11 +118,7 @@ class FlattenedBacking:
         return result
 
     async def _merge(self, slice_number: int) -> None:
-        """Merge the layers for one slice of the top image, and put the codes into the store.
-
-        Raises:
-            HostError: A table of a backing file cannot be read.
-        """
+        """Merge the layers for one slice of the top image, and put the codes into the store."""
         size = 1 << self._bits
         starts = np.arange(self._slice_entries, dtype=np.uint64) * np.uint64(size)
         starts += np.uint64(slice_number * self._slice_entries * size)
@@ -144,15 +128,14 @@ class FlattenedBacking:
             if not is_undecided.any():
                 break
             found = await _codes_of_layer(layer, starts, size, depth)
-            # A layer reads as zeros past its end.  So the cluster in which the layer ends is
-            # `MIXED`, and all later clusters are `ZEROS`.
+            # A layer reads as zeros past its end, and the cluster with the end is `MIXED`.
             found[starts + np.uint64(size) > layer.size] = MIXED
             found[starts >= layer.size] = ZEROS
             codes = np.where(is_undecided, found, codes)
         codes[codes == _UNDECIDED] = ZEROS
         entries = array("Q")
         entries.frombytes(codes.tobytes())
-        # The slice holds codes instead of entries, and its number instead of a file offset.
+        # A slice of the store, with codes instead of entries.
         self._store.put((self.store_key, slice_number), Slice(slice_number, L2, entries, None))
 
 
@@ -163,16 +146,12 @@ async def _codes_of_layer(
 
     The code is `_UNDECIDED` where the layer has allocated nothing.  The caller must replace the
     code of each cluster that reaches past the end of the layer's disk.
-
-    Raises:
-        HostError: The host cannot read a table.
     """
     if not isinstance(layer, QedLayer):
         return starts | np.uint64(depth + _DEPTH_BIAS)
     found = await _clusters_of_image(layer, starts, size)
     is_data = _is_offset(found)
-    # A cluster that the end of the file cuts short is `MIXED`.  Then each read looks the
-    # cluster up in the layer, which reports the missing part as bad.
+    # A cluster that the end of the file cuts short is `MIXED`, so the layer reports it as bad.
     whole = found + np.uint64(size) <= layer.file.size()
     codes = np.where(whole, found | np.uint64(depth + _DEPTH_BIAS), np.uint64(MIXED))
     return np.where(is_data, codes, found)
@@ -183,11 +162,7 @@ async def _clusters_of_image(
 ) -> NDArray[np.uint64]:
     """Return how an image stores clusters of ``size`` bytes at guest offsets ``starts``.
 
-    Each value is `_UNDECIDED` (the image has not allocated the cluster), `MIXED`, `ZEROS`, or the
-    file offset of the cluster's data.
-
-    Raises:
-        HostError: The host cannot read a table.
+    Each value is `_UNDECIDED` (unallocated), `MIXED`, `ZEROS`, or the offset of the data.
     """
     own_size = layer.geometry.cluster_size
     first = int(starts[0]) // own_size
@@ -218,13 +193,9 @@ def _is_offset(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 async def _read_entries(layer: QedLayer, first: int, count: int) -> NDArray[np.uint64]:
-    """Return the L2 entries of an image for ``count`` clusters of its disk, from number ``first``.
+    """Return the L2 entries of ``count`` clusters of an image, from number ``first`` on.
 
-    Clusters whose L1 or L2 entry is bad are returned as `MIXED`.  Unallocated clusters, and
-    clusters past the end of the disk that the image describes, are returned as `_UNDECIDED`.
-
-    Raises:
-        HostError: The host cannot read a table.
+    Bad entries are `MIXED`.  Unallocated clusters, and those past the end, are `_UNDECIDED`.
     """
     found = np.full(count, _UNDECIDED)
     geometry, step = layer.geometry, layer.tables.slice_entries

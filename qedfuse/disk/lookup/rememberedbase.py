@@ -1,10 +1,8 @@
 """The versions of the bases over which an overlay was made, remembered with the overlay.
 
-An overlay has only the differences from its base, so over another base it shows a disk that never
-existed.  So a record of the versions of the bases is stored with the image (`baserecord`) when the
-image is created, converted or rebased.  If the image has no record, one is stored when the image is
-opened for writing.  The record is an extended attribute.  If the file system has no place for the
-attribute and a base is on a server, the record is a file beside the image.  A later open compares:
+Over another base, an overlay shows a disk that never existed.  So a record of the versions of the
+bases (`baserecord`) is stored with the image when it is made or, if it has none, opened for
+writing.  A later open compares:
 
 - Each base on a server, at any depth of the chain, must have the size and the validator (ETag or
   time of modification) that were remembered.
@@ -13,8 +11,7 @@ attribute and a base is on a server, the record is a file beside the image.  A l
   content.  An open for writing then remembers the new time, so that each change is logged once.
 
 The record has a checksum that includes the name of the base.  So the record is ignored if a
-program has changed that name since the record was made.  The record of a local base is kept short,
-because many file systems store a short attribute in the inode, without a block of its own.
+program has changed that name.
 """
 
 from __future__ import annotations
@@ -56,13 +53,11 @@ def verify_bases(
 ) -> None:
     """Compare the bases of each image of a chain with the versions that the image remembers.
 
-    The docstring of this module says which bases are compared.  The errors are those of
-    `verify_base`.
+    The errors are those of `verify_base`.
 
     Args:
         images: Each image that has a base, with the name that the image stores for the base.  The
-            name is empty if the base was opened by another name; then nothing is compared or stored
-            for this image.
+            name is empty if the base was opened by another name; such an image is skipped.
         bases: The bases of the first image, from its first base downwards.
         accept: Whether to accept other versions.
     """
@@ -74,10 +69,9 @@ def verify_bases(
 
 
 def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> FileVersion | None:
-    """Return the version that the images above a base on a server remember for this base.
+    """Return the version of a base on a server that the images above remember; None if none does.
 
-    If the images remember different versions, the result is the version that the uppermost of them
-    remembers.  None if no image remembers a version of this base.
+    If the images remember different versions, the uppermost one decides.
 
     Args:
         images: See `verify_bases`.
@@ -95,19 +89,17 @@ def remembered_version(images: Sequence[tuple[HostFile, str]], url: str) -> File
 def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept: bool) -> None:
     """Compare the bases of an image with the versions that the image remembers, if any.
 
-    Does nothing if the image is not a local file.  A changed size or time of modification of a
-    local base is only logged.  After the comparison, an image that is open for writing remembers
-    the present versions of its bases.  If the host refuses to store the versions, this is logged.
+    A changed size or time of modification of a local base is only logged.  An image that is open
+    for writing remembers the present versions afterwards.
 
     Args:
-        image: The image.
+        image: The image; if it is not a local file, nothing is done.
         name: The name that the image stores for its first base.
         bases: The first base and those below it.
-        accept: Whether to omit the comparison, and so to accept bases that differ.
+        accept: Whether to omit the comparison.
 
     Raises:
-        BackingError: A base is a file on a server whose version is not the remembered one, and
-            ``accept`` is False.
+        BackingError: A base is a file on a server whose version is not the remembered one.
         HostError: The attributes of a local base cannot be read.
     """
     if image.fileno() < 0:
@@ -123,17 +115,13 @@ def verify_base(image: HostFile, name: str, bases: Sequence[HostFile], *, accept
 def _compare(
     image: HostFile, bases: Sequence[HostFile], old: BaseVersions, new: BaseVersions
 ) -> None:
-    """Compare the versions of the bases of an image; log a difference of a local base.
-
-    Raises:
-        BackingError: A base is a file on a server whose version is not the remembered one.
-    """
+    """Refuse a base on a server with another version; log a difference of a local base."""
     for base in bases:
         checksum = url_checksum(base.path)
         expected, found = old.remote.get(checksum), new.remote.get(checksum)
         if expected is not None and found is not None and expected != found:
-            # Exports of NBD servers are not cached.  For other servers the expected version would
-            # have been opened if the cache had all of it: see `open_base`.
+            # For other servers than those of NBD, `open_base` would have opened the expected
+            # version if the cache had all of it.
             cache = "" if is_nbd_url(base.path) else "; no cache has all of the expected version"
             msg = (
                 f"{image.name}: backing file {base.name}: found {found}, expected {expected}, "
@@ -145,10 +133,7 @@ def _compare(
 
 
 def _warn_if_changed(image: HostFile, base: HostFile, old: FileVersion, new: FileVersion) -> None:
-    """Log a warning if a local base has another size or time of modification than remembered.
-
-    Nothing is logged if only the inode differs, as after a restore from a backup that keeps times.
-    """
+    """Log a warning if a local base has another size or time of modification than remembered."""
     old_time, _, old_inode = old.validator.partition(".")
     new_time, _, new_inode = new.validator.partition(".")
     if (old.size, old_time) != (new.size, new_time):
@@ -165,8 +150,8 @@ def replace_versions(image: HostFile, name: str, versions: BaseVersions | None) 
     Args:
         image: The image, which is open for writing.
         name: The name that the image stores for its first base.
-        versions: The versions of the bases.  None if the image has no base now, or if the versions
-            are not known: then nothing is remembered until the image is opened for writing again.
+        versions: The versions of the bases.  If None, nothing is remembered until the image is
+            opened for writing again.
     """
     if versions is None:
         remove_record(image.fileno(), image.path)
@@ -177,10 +162,8 @@ def replace_versions(image: HostFile, name: str, versions: BaseVersions | None) 
 def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
     """Remember the new version of an image's local base after a commit of the image to that base.
 
-    Does nothing if no version of a local base is remembered.
-
     Args:
-        image: The image.
+        image: The image; if it remembers no local base, nothing is done.
         name: The name that the image stores for the base.
         status: The attributes of the base after the commit.
     """
@@ -193,9 +176,9 @@ def accept_commit(image: HostFile, name: str, status: os.stat_result) -> None:
 class NewRecord:
     """Stores the versions of the bases of a new image, in two steps.
 
-    If the record is an attribute, it is stored before the image gets its final name, so that the
-    image never has that name without the record.  If the record is a file beside the image, it is
-    made after the image has got its final name, from which the name of the record file is derived.
+    An attribute is stored before the image gets its final name, so that the image never has that
+    name without the record.  A record file is made afterwards, because its name is derived from the
+    image's.
     """
 
     def __init__(self, name: str, versions: BaseVersions | None) -> None:
@@ -203,18 +186,14 @@ class NewRecord:
 
         Args:
             name: The name that the image stores for its first base.
-            versions: The versions of the bases.  None if the image has no base, or if it will
-                remember the versions that are found when it is first opened for writing.
+            versions: The versions of the bases; None to store no record.
         """
         self._name = name
         self._versions = versions
         self._is_stored = False
 
     def store(self, fd: int) -> None:
-        """Store the record as an attribute of the open image, if possible.
-
-        The caller must call this method before the image gets its final name.
-        """
+        """Store the record as an attribute, if possible, before the image gets its final name."""
         if self._versions is not None:
             with suppress(OSError):
                 self._is_stored = set_attribute(fd, self._versions.encode(self._name))
@@ -222,10 +201,7 @@ class NewRecord:
     def finish(self, path: str) -> None:
         """Store the record if `store` has not stored it; the image must have its final name now.
 
-        If the host refuses to store the record, this is logged.  If there are no versions to store,
-        a record file that an earlier image of this name has left behind is removed.  If the host
-        refuses to remove this file, nothing is logged, because a record of an earlier image is
-        ignored (`baserecord`).
+        If there are no versions to store, a record file of an earlier image is removed.
         """
         if self._is_stored:
             return
@@ -247,9 +223,7 @@ class NewRecord:
 def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) -> None:
     """Store the versions of the bases of an image, or log that the host refuses.
 
-    If the file system has no place for the attribute and a base is on a server, a file beside the
-    image is made.  If there is no place and all bases are local, nothing is remembered, and an
-    earlier record is removed.
+    If there is no place for the attribute, a file is made, but only if a base is on a server.
     """
     record = versions.encode(name)
     try:
@@ -263,10 +237,9 @@ def _store(fd: int, path: str, shown: str, name: str, versions: BaseVersions) ->
 
 
 def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
-    """Return the versions that are remembered for the bases of an image.
+    """Return the versions that are remembered for the bases of an image; None if there are none.
 
-    Returns None if there is no valid record, or if the record was made for a base of another name.
-    If the record cannot be read, this is logged, as a warning only if ``is_vital`` is set.
+    The log has a failure to read the record, as a warning only if ``is_vital`` is set.
     """
     try:
         record = read_record(image.fileno(), image.path)
@@ -281,11 +254,7 @@ def _read(image: HostFile, name: str, *, is_vital: bool) -> BaseVersions | None:
 
 
 def _log_refusal(shown: str, versions: BaseVersions, error: OSError | QedError) -> None:
-    """Log why the versions of the bases of an image cannot be remembered.
-
-    The message is a warning only if a base is on a server, because the version of a local base is
-    only a hint.
-    """
+    """Log why versions cannot be remembered; as a warning only if a base is on a server."""
     reason = str(error) if isinstance(error, QedError) else os.strerror(error.errno or errno.EIO)
     level = logging.WARNING if versions.remote else logging.DEBUG
     _log.log(level, "%s: cannot remember the version of the backing file: %s", shown, reason)

@@ -1,14 +1,11 @@
 """Finding the free clusters of a file: those to which neither a table nor the header refers.
 
 After an image was opened for writing, the scan walks once over all its L2 tables, in the
-background.  It finds the clusters that were free when the image was last closed, and the
-clusters that a crash has leaked.  Requests change the tables during the walk;
-`Marking` describes why the result is correct nevertheless.
+background, while requests change them; `Marking` describes why the result is correct nevertheless.
 
-If the image has a valid free list, the scan is postponed until a table is about to change.
-The scan then decides which of the listed clusters are free.  A list counts as valid if its
-checksums match, but an untrusted image can have matching checksums and list a cluster to which an
-entry refers.  Such a cluster must not be handed out, cut off or punched.
+If the image has a valid free list, the scan is postponed until a table is about to change.  An
+untrusted image can have a list with matching checksums that names a cluster in use.  Such a cluster
+must not be handed out, cut off or punched, so the scan decides which listed clusters are free.
 """
 
 from __future__ import annotations
@@ -42,18 +39,14 @@ log = logging.getLogger(__name__)
 
 
 _MAX_HOLE_QUERIES_CLUSTERS: Final = 1 << 18
-"""Up to this number of free clusters, `Reclaim` asks the host, run by run, which of them are holes.
+"""Up to this number of free clusters, `Reclaim` asks the host which of them are holes.
 
-For more clusters the queries would take seconds at each close.  So there are no queries if the file
-takes up no more space than its used clusters: then the scan assumes that all free clusters are
-holes.  If the file takes up more space, `Reclaim` asks the host nevertheless.
+For more clusters the queries would take seconds at each close.  So if the file takes up no more
+space than its used clusters, all free clusters are assumed to be holes.
 """
 
 _SHORT_SCAN_BYTES: Final = 8 << 20
-"""Maximum bytes of L2 tables whose scan a write may wait for.
-
-Tables of this size refer to 64 GiB of data in clusters of 64 KiB.
-"""
+"""Maximum bytes of L2 tables whose scan a write may wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +54,8 @@ class ScanStatistics:
     """How far the scan is.
 
     Attributes:
-        state: ``postponed`` until a table is about to change; ``waiting`` before the walk begins;
-            ``running`` during the walk; ``complete`` if the walk has read all tables, whether or
-            not it found damage; or ``failed`` if a table could not be read, or too many clusters
-            are in use (`OwnerBitmap`).
+        state: ``postponed``, ``waiting``, ``running``, ``complete`` (also after damage was found)
+            or ``failed`` (a table could not be read, or too many clusters are in use).
         tables: Number of L2 tables to scan.
         scanned_tables: Number of those that the walk has passed or skipped as holes.
         loaded_slices: Number of slices of tables that the walk has loaded into memory.
@@ -80,8 +71,7 @@ class Scan:
     """The one scan of an open image.
 
     Attributes:
-        finished: Set when the scan has ended.  Then the free clusters are known or, if the scan has
-            failed or the image is damaged, will not become known.
+        finished: Set when the scan has ended, successfully or not.
     """
 
     def __init__(
@@ -117,22 +107,21 @@ class Scan:
         """Postpone the scan until `before_table_change` or `run` is called.
 
         Args:
-            listed: The clusters that the free list names.  They are not used before the
-                scan has found that no entry refers to them.
-            list_clusters: The clusters among ``listed`` that hold the list itself.  All other
-                listed clusters are assumed to be holes of the host's file.
+            listed: The clusters that the free list names.
+            list_clusters: Those of them that hold the list itself.  The others are assumed to be
+                holes of the host's file.
         """
         self._listed, self._list_clusters = listed, list_clusters
         self._due = trio.Event()
 
     @property
     def is_short(self) -> bool:
-        """Whether the scan takes only some milliseconds, short enough for a write to wait."""
+        """Whether the scan is short enough for a write to wait."""
         return len(self._layer.l2_tables) * self._layer.geometry.table_bytes <= _SHORT_SCAN_BYTES
 
     @property
     def is_postponed(self) -> bool:
-        """Whether the scan was postponed, and has not become due since."""
+        """Whether the scan is postponed and not yet due."""
         return not self._due.is_set()
 
     def statistics(self) -> ScanStatistics:
@@ -149,9 +138,8 @@ class Scan:
     async def before_table_change(self) -> None:
         """Start the scan if it is postponed; wait for its end if it is short.
 
-        A long scan continues in the background.  Until it ends, few or no free clusters are known,
-        so the file grows (within its bound) for new clusters.  Does nothing without a free list, or
-        if the scan has ended already.
+        A long scan continues in the background.  Until it ends, the file grows (within its bound)
+        for new clusters.
         """
         if self._listed.count and not self.finished.is_set():
             self._due.set()
@@ -166,8 +154,7 @@ class Scan:
     async def run(self) -> None:
         """Return when the scan has ended: run it, or wait for the task that runs it.
 
-        Does nothing if the scan has ended before.  If the scan is cancelled, the next call
-        starts it again from the first table.
+        If the scan is cancelled, the next call starts it again from the first table.
         """
         self._due.set()
         async with self._lock:
@@ -175,12 +162,11 @@ class Scan:
                 await self._run()
 
     async def _run(self) -> None:
-        """Walk the tables from the first one, and publish the result; log an error of the walk."""
+        """Walk the tables, and publish the result; log an error of the walk."""
         try:
             await self._walk()
         except QedError as error:
-            # The disk works without a result of the scan: no cluster that loses its reference is
-            # used again, and the file only grows.
+            # The disk works without a result: the file only grows.
             log.warning("%s (while looking for free space)", error)
         else:
             await self._publish()
@@ -189,12 +175,7 @@ class Scan:
         self._reclaim.wake_if_pending()
 
     async def _walk(self) -> None:
-        """Mark the clusters of the header and of all tables, and those to which entries refer.
-
-        Raises:
-            HostError: The host cannot read a table.
-            NeedsCheckError: See `OwnerBitmap.claim` and `Marking.require_complete`.
-        """
+        """Mark the clusters of the header and of all tables, and those to which entries refer."""
         layer, bits = self._layer, self._allocator.cluster_bits
         header, length = layer.header, layer.geometry.table_bytes
         self._marking.restart()
@@ -202,8 +183,7 @@ class Scan:
         owners.claim_range(0, header.header_end >> bits)
         owners.claim_range(header.l1_table_offset >> bits, header.l1_end >> bits)
         await claim_tables(owners, self._tables, layer.geometry)
-        # Skip each table, and each slice of a table, that is a hole of a sparse file: all its
-        # entries are unallocated.
+        # Skip tables and slices that are holes of a sparse file: their entries are unallocated.
         with_data = await holding_data(layer.file, self._tables, length)
         remaining = self._tables[with_data].tolist()
         self._scanned_tables = len(self._tables) - len(remaining)
@@ -217,12 +197,8 @@ class Scan:
     async def _mark_slice(self, table: int, index: int) -> None:
         """Mark the clusters to which the slice with entry ``index`` of a table refers.
 
-        The slice comes from the table cache, so it has all changes in memory: a reference
-        that was dropped, but is still in the file, is not marked.
-
-        Raises:
-            HostError: The host cannot read the slice.
-            NeedsCheckError: See `OwnerBitmap.claim`.
+        The slice comes from the table cache.  So a reference that was dropped in memory, but is
+        still in the file, is not marked.
         """
         tables = self._layer.tables
         cached = tables.cached(table, index)
@@ -250,15 +226,11 @@ class Scan:
             log.debug("%s: free clusters: %d", self._layer.file.name, free)
 
     async def _adopt_free(self) -> None:
-        """Give the allocator the clusters without an owner whose state has not changed meanwhile.
-
-        `Marking.changed` has the clusters whose state has changed since the scan began.
-        """
+        """Give the allocator the clusters without an owner that have not changed meanwhile."""
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end_at_begin:
-            # No cluster was added at the end of the file since the scan began, so the free
-            # clusters past the last used one can be cut off.
+            # The file has not grown since the scan began, so its free end can be cut off.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
         alignment = allocator.free.alignment
@@ -273,9 +245,9 @@ class Scan:
             # The lowest `alignment` bits of block 0 stand for no cluster: see `FreeMap.alignment`.
             if not block:
                 inside &= -1 << alignment
-            # There must be no await from here to `adopt_block`.  Otherwise a cluster that was
-            # handed out in between would be adopted as free.  After `adopt_block` the clusters are
-            # in `Allocator.free`, from which the allocator removes each cluster that it hands out.
+            # No await from here to `adopt_block`: a cluster that was handed out in between would
+            # be adopted as free.  After `adopt_block` the clusters are in `Allocator.free`, from
+            # which the allocator removes each cluster that it hands out.
             owned, listed = marking.owners.owned(first, BLOCK_CLUSTERS), self._listed.bits(block)
             unchanged = ~marking.changed.bits(block)
             found = inside & ~owned & unchanged
@@ -296,8 +268,7 @@ class Scan:
     def _distrust(self) -> None:
         """Mark the image as damaged, and never free a cluster that it had at opening.
 
-        The content of a cluster that seems to be free may belong to a damaged entry, so a
-        repair may need it.
+        A cluster that seems to be free may belong to a damaged entry, so a repair may need it.
         """
         self._reclaim.distrust_below(self._end_at_begin)
         what = "invalid table entries"
@@ -312,11 +283,7 @@ class Scan:
         )
 
     def _is_sparse(self) -> bool:
-        """Return whether the file takes up no more space than its used clusters are long.
-
-        If the host does not return the attributes of the file, the result is False, so `Reclaim`
-        asks the host for each run.
-        """
+        """Return whether the file surely takes up no more space than its used clusters."""
         allocator = self._allocator
         used = (allocator.end >> allocator.cluster_bits) - allocator.free.count
         try:

@@ -1,8 +1,7 @@
 """Reading and validating a persistent free list (docs/format-extensions.md).
 
-An image is untrusted input, and so is its list.  The list is used only if every checksum is
-right and nothing in the list contradicts the header, the file's length or the offsets of the
-tables.  The length of the file and `MAX_RUNS` limit how much is read.
+An image is untrusted input, and so is its list.  The list is used only if every checksum is right
+and nothing in it contradicts the header, the file's length or the offsets of the tables.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class FreeList:
     """A list that was found valid.
 
     Attributes:
-        runs: One row for each run of free clusters, ascending: the index of its first cluster,
-            and how many clusters it has.
+        runs: One row for each run of free clusters, ascending: its first cluster and its length.
         list_cluster_indices: The indices of the clusters that hold the list, ascending.
         descriptor: The content of the descriptor's sector.
     """
@@ -105,16 +103,10 @@ class _Reader:
         self._clusters = self._size >> self._bits
 
     async def read(self) -> FreeList:
-        """Read the list and validate it.
-
-        Raises:
-            BadListError: The list is invalid, or NEED_CHECK is set.
-            HostError: The host cannot read the file.
-        """
+        """Read the list and validate it."""
         if self._header.need_check:
             # A list is written only while NEED_CHECK is clear.  So a program has set the bit
-            # after the list was written.  That program may have changed the tables, and clusters
-            # in the list may be in use now.
+            # later.  It may have changed the tables, so clusters in the list may be in use now.
             refuse(
                 "header field features",
                 "NEED_CHECK and the bit of the list set",
@@ -140,11 +132,7 @@ class _Reader:
         return found
 
     def _check_descriptor(self, descriptor: Descriptor) -> None:
-        """Validate the numbers in the descriptor, before they decide how much is read.
-
-        Raises:
-            BadListError: A number is out of its range.
-        """
+        """Validate the numbers in the descriptor, before they decide how much is read."""
         max_free = min(self._clusters, MAX_FREE_CLUSTERS)
         for field, found, low, high in (
             ("file_bytes", descriptor.file_bytes, self._size, self._size),
@@ -160,11 +148,6 @@ class _Reader:
         """Read the list clusters; return the file offset of each, and the runs of each.
 
         The offsets of the list clusters must ascend, so the chain cannot be a loop.
-
-        Raises:
-            BadListError: A list cluster is invalid, or the list does not have as many runs as
-                the descriptor says.
-            HostError: The host cannot read the file.
         """
         offsets: list[int] = []
         runs_by_cluster: list[Runs] = []
@@ -187,14 +170,7 @@ class _Reader:
         return offsets, runs_by_cluster
 
     def _check_offset(self, offset: int, previous_offset: int) -> None:
-        """Validate the file offset of a list cluster.
-
-        ``previous_offset`` is the offset of the previous list cluster, 0 for the first one.
-
-        Raises:
-            BadListError: The offset is not a cluster boundary, lies outside the file or inside
-                the header's clusters, or is not past ``previous_offset``.
-        """
+        """Validate the offset of a list cluster; ``previous_offset`` is 0 for the first one."""
         low = max(self._header.header_end, previous_offset + 1)
         high = self._size - self._header.cluster_size
         if self._header.geometry.in_cluster(offset) or not low <= offset <= high:
@@ -202,19 +178,11 @@ class _Reader:
             refuse("list cluster offset", offset, expected)
 
     def _check_runs(self, runs: Runs, descriptor: Descriptor) -> None:
-        """Validate that the runs ascend, do not touch, and end before the last cluster.
-
-        Also validates that their total length is right, that none is empty, and that none overlaps
-        the header or the L1 table.
-
-        Raises:
-            BadListError: One of these conditions is not met.
-        """
+        """Validate the runs: their order, positions and total length."""
         first, count = runs[:, 0], runs[:, 1]
-        # Runs that begin past the end of the file are excluded first, because the unsigned
-        # subtraction below would wrap around for them.  A run must end before the last cluster
-        # of the file.  The last cluster is in use, because free clusters at the end were cut
-        # off before the list was written.
+        # For runs that begin past the end of the file, the unsigned subtraction would wrap around,
+        # so they are excluded first.  The last cluster of the file is in use, because free clusters
+        # at the end were cut off before the list was written.
         inside = first < np.uint64(self._clusters)
         inside[inside] = count[inside] < np.uint64(self._clusters) - first[inside]
         header_clusters = self._header.header_end >> self._bits
@@ -236,25 +204,17 @@ class _Reader:
         self._refuse_overlap(runs, l1_table, "the L1 table")
 
     async def _check_tables(self, runs: Runs) -> None:
-        """Validate that no L2 table overlaps a run.
-
-        Raises:
-            BadListError: A table overlaps a run.
-        """
+        """Validate that no L2 table overlaps a run."""
         for start in range(0, len(self._tables), _TABLES_PER_STEP):
             tables = self._tables[start : start + _TABLES_PER_STEP]
             self._refuse_overlap(runs, tables, "an L2 table")
             await trio.lowlevel.checkpoint()
 
     def _refuse_overlap(self, runs: Runs, tables: Values, table_name: str) -> None:
-        """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run.
-
-        Raises:
-            BadListError: A table overlaps a run; the message calls it ``table_name``.
-        """
+        """Refuse the list if a table at one of the file offsets ``tables`` overlaps a run."""
         first = tables >> np.uint64(self._bits)
-        # `run` is, for each table, the index of the last run that begins before the table's
-        # end.  If any run overlaps the table, this run does.
+        # For each table, the last run that begins before the table's end: if any run overlaps the
+        # table, this run does.
         size = np.uint64(self._header.table_size)
         run = np.searchsorted(runs[:, 0], first + size, "left") - 1
         overlaps = (run >= 0) & (runs[run, 0] + runs[run, 1] > first)
@@ -263,10 +223,6 @@ class _Reader:
             refuse("runs", found, "no table there")
 
     def _refuse_first(self, runs: Runs, bad: NDArray[np.bool_], expected: str) -> None:
-        """Refuse the list because of the first run for which ``bad`` is True.
-
-        Raises:
-            BadListError: Always.
-        """
+        """Refuse the list because of the first run for which ``bad`` is True."""
         first, count = runs[np.argmax(bad)].tolist()
         refuse("runs", f"{count} clusters from cluster {first} on", expected)

@@ -1,10 +1,8 @@
 """Ordered write-back of the tables, so that every state after a crash is consistent.
 
-The tables are a write-back cache: requests change them in memory, and a *cycle* writes
-the changes to the file.  A cycle makes durable what was written before it began, in the
-order of docs/durability.md: data before the entry that makes the data visible, and a new L2
-table before the L1 entry that points to the table (D2).  Cycles are a group commit: all callers
-that arrive while a cycle is running share the next cycle.
+Requests change the tables in memory, and a *cycle* writes the changes to the file, in the order of
+docs/durability.md.  Cycles are a group commit: all callers that arrive while a cycle is running
+share the next cycle.
 """
 
 from __future__ import annotations
@@ -58,8 +56,7 @@ class CycleObserver(Protocol):
     def cycle_durable(self) -> None:
         """Note that the changes which the running cycle took are durable.
 
-        Not called for a cycle that failed, because the next cycle that succeeds also covers
-        the changes of the failed one.
+        Not called for a failed cycle: the next one that succeeds also covers its changes.
         """
 
 
@@ -73,8 +70,7 @@ class _Cycle:
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        # `error` is not None until the cycle has succeeded.  So if an unforeseen exception ends the
-        # cycle, all callers that wait for the cycle get an error.
+        # Cleared only after success, so that callers get an error after an unforeseen exception.
         self.error: QedError | None = HostError("flush: interrupted")
 
 
@@ -91,12 +87,10 @@ class MetadataWriteback:
         self._file = file
         self._tables = tables
         self._observer = observer
-        # `_changes` counts the changes of the file and the tables so far.  The first
-        # `_durable_changes` of them are known to be durable.
+        # The number of changes so far, and how many of them (the first ones) are durable.
         self._changes = 0
         self._durable_changes = 0
-        # `_running` is the cycle that runs now; `_waiting` is the next one, which callers can still
-        # join.
+        # The cycle that runs now, and the next one, which callers can still join.
         self._running: _Cycle | None = None
         self._waiting: _Cycle | None = None
         self._activity = trio.Event()
@@ -117,10 +111,7 @@ class MetadataWriteback:
         self._activity.set()
 
     async def wait_for_activity(self) -> None:
-        """Return when `note_write` or `wake` has been called since this method last returned.
-
-        Only one task at a time may wait.
-        """
+        """Wait for the next call of `note_write` or `wake`; only one task at a time may wait."""
         await self._activity.wait()
         self._activity = trio.Event()
         self._is_active = False
@@ -132,44 +123,31 @@ class MetadataWriteback:
 
     @property
     def has_changed_tables(self) -> bool:
-        """Whether any table was changed since the image was opened.
-
-        True also while any cycle is running, even one that writes no table.
-        """
+        """Whether any table was changed since opening; also True while a cycle is running."""
         return self._table_writes > 0 or self.dirty_tables
 
     async def barrier(self) -> None:
         """Make durable all changes of the file so far, even those without a call of `note_write`.
 
-        Takes no lock, so the caller may hold any lock, even `FileLength.lock`.
+        The caller may hold any lock.
 
         Raises:
-            HostError: A system call failed; see `write_back`.
+            HostError: See `write_back`.
         """
         self.note_write()
         await self.write_back()
 
     async def wait_running(self) -> None:
-        """Return when the cycle that is running now has succeeded or failed.
-
-        Returns immediately if no cycle is running.
-        """
+        """Return when no cycle is running, or the running one has succeeded or failed."""
         if self._running is not None:
             await self._running.done.wait()
 
     def try_write_back(self) -> bool:
         """Make everything written so far durable without waiting; return whether that succeeded.
 
-        Returns True if a cycle in the event loop suffices and succeeds, or if nothing was written
-        since the last successful cycle began.  Returns False in these cases:
-
-        - More than `_MAX_INLINE_SLICES` slices, or a part of the L1 table, must be written.
-        - A cycle is running or waiting.
-        - A datasync might take long, or the host refuses.  A datasync that fails makes the disk
-          read-only.
-        - The disk has become read-only before.
-
-        After False the caller must use `write_back`, which raises the host's error, if any.
+        After False the caller must use `write_back`, which raises the host's error, if any.  The
+        result is False if too much must be written, a cycle is running or waiting, a datasync might
+        take long, a call fails, or the disk is read-only.  A failed datasync makes it read-only.
         """
         if (
             self.failure is not None
@@ -189,15 +167,10 @@ class MetadataWriteback:
     def _try_cycle(self) -> bool:
         """Run a cycle without waiting; return False if it cannot be completed.
 
-        After False the changes that were not written are dirty again.  The next cycle makes durable
-        what this cycle has written.
-
-        Raises:
-            HostError: A datasync failed.
+        After False, what was not written is dirty again.  The next cycle makes the rest durable.
         """
-        # This method awaits nothing, so nothing changes between its steps, and the first datasync
-        # covers all that the tables refer to, although the tables are taken after it.  The writes
-        # become durable in the same order as in `_cycle`.
+        # This method awaits nothing, so nothing changes between its steps.  So the first datasync
+        # covers all that the tables refer to, although the tables are taken after it.
         if not self._file.try_datasync():
             return False
         self.cycles += 1
@@ -221,38 +194,35 @@ class MetadataWriteback:
     async def write_back(self) -> None:
         """Return when everything written before the call is durable (D1).
 
-        Returns immediately if nothing was written since the last successful cycle began.
+        All callers that wait share one cycle.
 
         Raises:
-            HostError: A system call failed.  After a failed write the changes are still dirty, and
-                the next call tries again.  After a failed datasync the state of the host's
-                page cache is unknown, so all later calls fail as well (D7).  All later calls also
-                fail after an unforeseen exception has ended a cycle.
+            HostError: A system call failed.  After a failed write the next call tries again.  After
+                a failed datasync (D7), or an unforeseen exception, all later calls fail as well.
         """
         self._check()
         if self._changes == self._durable_changes:
             return
-        # A running cycle may have begun before the caller's write, and then does not cover that
-        # write.  So wait for the cycle that begins next, and run it if no other caller will.
+        # A running cycle may have begun before the caller's write, and then does not cover it.
+        # So wait for the next cycle, and run it if no other caller will.
         mine = self._waiting
         if mine is None:
             mine = self._waiting = _Cycle()
             if self._running is not None:
                 previous = self._running
-                # Other callers may join the new cycle during this wait, and only this task
-                # will run it.  So this task must not be cancelled here.
+                # Other callers may join the new cycle meanwhile, and only this task will run it.
+                # So this task must not be cancelled here.
                 with trio.CancelScope(shield=True):
                     await previous.done.wait()
             self._waiting = None
             if self._changes == self._durable_changes and self.failure is None:
-                # The previous cycle has made everything durable, including the writes of all
-                # callers that wait for the new cycle.  So the new cycle need not run.
+                # The previous cycle has covered the writes of all who wait for the new one.
                 mine.error = None
                 mine.done.set()
                 return
             self._running = mine
-            # The cycle runs to its end even if this task is cancelled.  Other callers wait for the
-            # cycle, and a cycle that stopped half-way would leave slices pinned.
+            # Other callers wait for the cycle, and a cycle that stopped half-way would leave
+            # slices pinned.  So it runs to its end even if this task is cancelled.
             with trio.CancelScope(shield=True):
                 try:
                     await self._cycle()
@@ -260,9 +230,9 @@ class MetadataWriteback:
                 except QedError as error:
                     mine.error = error.again()
                 except BaseException as error:
-                    # The cause is KeyboardInterrupt, a lack of memory, or a bug.  The changes that
-                    # the cycle had taken may be neither in the file nor marked as dirty, so no
-                    # later cycle would write them.  Hence the disk becomes read-only.
+                    # KeyboardInterrupt, a lack of memory, or a bug.  The changes that the cycle
+                    # took may be neither in the file nor dirty, so no later cycle would write
+                    # them.  Hence the disk becomes read-only.
                     why = f"{self._file.name}: flush: ended by {type(error).__name__}"
                     self.failure = HostError(why)
                     raise
@@ -275,38 +245,30 @@ class MetadataWriteback:
             raise mine.error.again()
 
     def _check(self) -> None:
-        """Raise the error that made the disk read-only; do nothing if there was none."""
+        """Raise the error that made the disk read-only, if any."""
         if self.failure is not None:
             raise self.failure.again()
 
     async def _cycle(self) -> None:
-        """Make durable what has been written so far.
-
-        Raises:
-            QedError: A system call failed.  The changes that were not written are dirty again.
-        """
+        """Make durable what was written so far; after an error, what was not written is dirty."""
         self._check()
         self.cycles += 1
-        # There must be no await from here to `cycle_began`, because the counter, the dirty
-        # slices and what the observer notes must describe the same moment.  Otherwise a change
-        # could count as durable without having been written.
+        # No await from here to `cycle_began`: the counter, the dirty slices and what the observer
+        # notes must describe the same moment.  Otherwise a change could count as durable without
+        # having been written.
         target = self._changes
         l2, l1 = self._tables.take_dirty()
         self._observer.cycle_began()
-        # 1. Data, zeroed new tables, the file's length, and NEED_CHECK in the header: all
-        #    were written before the entries were changed, so one datasync makes them
-        #    durable before any entry that depends on them (D2, D3).
+        # 1. Data, zeroed new tables, the file's length, and NEED_CHECK in the header.  All were
+        #    written before the entries were changed, so one datasync makes them durable before
+        #    any entry that depends on them (D2, D3).
         await self._sync_or_give_back(l2 + l1)
-        # 2. L2 entries, and a datasync, which makes them durable before the L1 entries are
-        #    written.  Without this datasync a crash could leave an L1 entry that points to a
-        #    new table without some of the table's entries.  No promise of D6 would break,
-        #    because step 1 has made the zeros in the new table durable.  But a table must be
-        #    complete before it becomes visible (D2).
+        # 2. L2 entries.  The datasync makes them durable before the L1 entries are written,
+        #    because a table must be complete before it becomes visible (D2).
         if l2:
             await self._write(l2, dependents=l1)
             await self._sync_or_give_back(l1)
-        # 3. L1 entries, which make the new tables visible.  Steps 1 and 2 have made the new
-        #    tables durable, and everything to which the tables refer.
+        # 3. L1 entries, which make the new tables visible.
         if l1:
             await self._write(l1)
             await self._sync_or_give_back([])
@@ -316,12 +278,7 @@ class MetadataWriteback:
         self._observer.cycle_durable()
 
     async def _sync_or_give_back(self, writes: Sequence[WriteBack]) -> None:
-        """Run one datasync; ``writes`` are the changes that the cycle has not written yet.
-
-        Raises:
-            HostError: The datasync failed.  The disk is read-only, and ``writes`` are dirty
-                again.
-        """
+        """Run one datasync; if it fails, the disk is read-only, and ``writes`` are dirty again."""
         try:
             self._datasyncs += 1
             await self._file.datasync()
@@ -331,21 +288,16 @@ class MetadataWriteback:
             raise
 
     def _become_read_only(self, error: HostError) -> None:
-        """Make the disk read-only, because a datasync has failed with ``error``.
+        """Make the disk read-only, because a datasync has failed.
 
-        The kernel may have dropped the pages that it could not write, and the next datasync
-        would then succeed without them.  So a retry would prove nothing.
+        The kernel may have dropped the pages that it could not write.  Then the next datasync
+        would succeed without them, so a retry would prove nothing.
         """
         self.failure = error.again()
         log.error("%s: the disk is read-only from now on", error)
 
     async def _write(self, writes: list[WriteBack], dependents: Sequence[WriteBack] = ()) -> None:
-        """Write changes of slices; the caller writes ``dependents`` only after all of ``writes``.
-
-        Raises:
-            QedError: A write failed.  The changes that were not written are dirty again, and
-                so are ``dependents``.
-        """
+        """Write slices; after an error, the unwritten ones and ``dependents`` are dirty again."""
         pace = Pace()
         for index, write in enumerate(writes):
             try:

@@ -3,12 +3,7 @@
  * (disk/datapath/fastpath.py).
  *
  * A ReadView refers to the objects by which FastPath.locate finds a range of one disk.  This module
- * finds the range by the same objects in the same way, with the GIL held, so it needs no copy of a
- * table that could become stale.  Only one Python function is called: the one that looks up a slice
- * (part of a table) in the table cache.
- *
- * Reads (_cachedread.c), writes (_inplacewrite.c) and the search for data and holes (_seek.c) use the
- * views.
+ * uses the same objects, with the GIL held, so it needs no copy of a table that could become stale.
  */
 
 #include "_readview.h"
@@ -19,8 +14,8 @@
 
 static PyTypeObject *view_type;
 static PyObject *views; /* dict: inode number -> the ReadView of the disk */
-/* `handle & handle_mask` is the inode number, or no key of `views` if requests of the handle are not
- * answered here (FAST_LOOKUP_MASK in handles.py). */
+/* `handle & handle_mask` is the inode number, or a number that `views` lacks (FAST_LOOKUP_MASK in
+ * handles.py). */
 static uint64_t handle_mask;
 static PyObject *name_header, *name_image_size, *name_l1_table_offset, *name_bad, *name_entries;
 
@@ -68,10 +63,9 @@ PyObject *valid_entries(ReadView *self, PyObject *key)
     return entries;
 }
 
-/* Returns 1 if the entries from `first` to `last`, inclusive, of an array("Q") are one run: each is
- * larger by the cluster size than the entry before it, or all are 0, or all are 1.  Then `value` is
- * the entry `first`.  Otherwise returns 0; `value` has no meaning then, and an exception may be set.
- * A single entry is always a run. */
+/* Returns 1, and the entry `first` in `value`, if the entries `first` to `last` of an array("Q")
+ * are one run: all are 0, or all are 1, or each is larger by the cluster size than the one before
+ * it.  After 0 an exception may be set. */
 static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned int cluster_bits,
                     uint64_t *value)
 {
@@ -94,11 +88,11 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
     return is_run;
 }
 
-/* Returns the code of clusters that the top image has not allocated.  `first` and `last` are indices
- * in their slice, inclusive.  The codes 0 and 1 locate no data.  Every other code is the sum of three
- * numbers: the offset in a backing file at which the first cluster lies, a multiple of 4096; the depth of
- * that file; and DEPTH_BIAS.  Returns 0 if the clusters are not one run in one backing file, or if the
- * codes of the slice (see ReadView) are not in memory; an exception may be set then. */
+/* Returns the code of clusters that the top image has not allocated; `first` and `last` are indices
+ * in their slice, inclusive.  A code above 1 is the sum of the offset of the first cluster in a
+ * backing file (a multiple of 4096), the depth of that file, and DEPTH_BIAS.  Returns 0 if the
+ * clusters are not one run in one file, or if the codes of the slice are not in memory; an
+ * exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);

@@ -1,28 +1,25 @@
 /*
  * A queue of reads that the kernel makes while no thread of this process waits for them (io_uring).
  *
- * The submission queue and the completion queue are memory that is shared with the kernel.  An
- * entry of the first describes a read of a file, and an entry of the second reports its end.  Each
+ * The submission queue and the completion queue are memory that is shared with the kernel.  Each
  * entry carries a pointer, by which the caller knows the read.  The index of an entry in its queue
  * consists of the lower bits of a counter.
  *
  * If the data is not in the page cache, the kernel asks the disk for it, and returns.  When the
- * data has arrived, the kernel notes that there is *work*: copying the data and reporting the end.
- * That work is done only during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN).  So
- * no signal or interrupt disturbs that thread, and the end of such a read is reported only during
- * ring_run().  A flag in the shared memory says that there is work; and an eventfd becomes
- * readable, which wakes an event loop that sleeps.  For each piece of work the kernel takes three
- * steps: it adds the work to a list, sets the flag, and writes to the eventfd; the last two only if
- * the list was empty.  If ring_run() does the work between the first step and the second, the flag
- * is set for work that is done, and can stay set.  So a caller must not wait until the flag is clear.
+ * data has arrived, there is *work*: copying the data and reporting the end.  The work is done only
+ * during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN), so no signal or interrupt
+ * disturbs that thread.  For each piece of work the kernel takes three steps: it adds the work to a
+ * list, sets a flag in the shared memory, and writes to an eventfd, which wakes an event loop that
+ * sleeps.  It takes the last two only if the list was empty.  If ring_run() does the work between
+ * the first step and the second, the flag is set for work that is done, and can stay set.  So a
+ * caller must not wait until the flag is clear.
  *
  * All functions must be called by the thread that has called ring_open(), as the kernel demands
  * (IORING_SETUP_SINGLE_ISSUER).  The caller must not have more than RING_ENTRIES reads between
- * ring_add() and ring_next().  Then neither queue ever overflows, because the submission queue has
- * RING_ENTRIES entries, and the completion queue has twice that number.
+ * ring_add() and ring_next().  Then neither queue ever overflows.
  *
- * Linux 6.1 or newer is needed.  The kernel refuses a queue if the administrator has turned
- * io_uring off (sysctl kernel.io_uring_disabled), or if a sandbox forbids it.
+ * Linux 6.1 or newer is needed.  The kernel refuses a queue if the administrator or a sandbox
+ * forbids io_uring.
  */
 
 #include "_extraops.h"
@@ -46,7 +43,7 @@
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
-/* Limits the number of threads in which the kernel makes the reads that it cannot make without a thread
+/* Limits the number of threads of the kernel for reads that it cannot make without a thread
  * (IORING_REGISTER_IOWQ_MAX_WORKERS, Linux 5.15). */
 #define REGISTER_MAX_WORKERS 19
 
@@ -58,8 +55,8 @@ static struct {
     struct io_uring_sqe *submissions;
     size_t submissions_bytes;
     struct io_uring_cqe *completions;
-    /* Counters: the kernel takes entries at the head of the submission queue, and this program at
-     * the head of the completion queue. */
+    /* The kernel takes entries at the head of the submission queue, this program at the head of the
+     * completion queue. */
     unsigned int *submission_tail, *completion_head, *completion_tail;
     unsigned int *flags; /* IORING_SQ_TASKRUN */
     unsigned int submission_mask, completion_mask;
@@ -117,8 +114,8 @@ static int map_queues(const struct io_uring_params *made)
     return 0;
 }
 
-/* Permits only reads in the queue, and starts the queue; returns 0, or -1 with errno.  Other operations
- * are not permitted, because the filter of system calls of a sandbox does not see them. */
+/* Permits only reads, because a sandbox's filter of system calls does not see the operations, and
+ * starts the queue; returns 0, or -1 with errno. */
 static int restrict_and_enable(void)
 {
     struct io_uring_restriction only_reads = {.opcode = IORING_RESTRICTION_SQE_OP,
