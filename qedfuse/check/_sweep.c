@@ -1,16 +1,12 @@
 /* The fast check: reads all tables of an image, and confirms that they are valid, or gives up.
  *
- * A full image of 1 TiB has 16.8 million entries.  Reading all of them here takes less time than
- * loading numpy and trio for the full check.  The sweep ends without a result at the first entry
- * that may be invalid, and at the first entry that refers to clusters although it describes a range
- * past the end of the disk.  The caller then runs the full check.
+ * Reading all tables here takes less time than loading numpy and trio for the full check.  The
+ * sweep gives up at the first entry that may be invalid or refers to clusters past the end of the
+ * disk.  The caller then runs the full check.
  *
- * The caller passes the limits that qedfuse/ondisk/entrylimits.py computes: the end of the header,
- * the offset and length of the L1 table, and the length of the file.  An L1 entry refers to the
- * clusters of an L2 table, and an L2 entry to one data cluster.  The owner of a cluster is the
- * header, the table or the L2 entry that uses it.  An entry is valid if the file offset that it
- * holds is aligned, and if all clusters to which it refers lie wholly in the file and have no owner
- * yet.  The clusters of the header and of the tables get their owners before the data clusters.
+ * The owner of a cluster is the header, the table or the L2 entry that uses it.  An entry is valid
+ * if the file offset that it holds is aligned, and if all clusters to which it refers lie wholly in
+ * the file and have no owner yet.  The header and the tables get their clusters first.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -31,19 +27,16 @@ struct image {
     uint64_t table_bytes; /* length of the L1 table, and of each L2 table */
     uint64_t owned;      /* number of clusters with an owner */
     uint64_t data;       /* number of data clusters */
-    uint64_t fragments;  /* number of data clusters that do not directly follow, in the file, the
-                          * previous data cluster of their table; the first data cluster of a table
-                          * does not count */
+    uint64_t fragments;  /* number of data clusters that do not follow, in the file, the previous
+                          * one of their table; the first one of a table does not count */
     uint8_t *owners;     /* bitmap: the clusters with an owner */
 };
 
-/* SOUND: all entries are valid.  UNKNOWN: the full check is necessary.  INTERRUPTED: a signal
- * handler has raised a Python exception. */
+/* UNKNOWN: the full check is necessary.  INTERRUPTED: a signal handler has raised an exception. */
 enum verdict { SOUND, UNKNOWN, INTERRUPTED };
 
 /* Give the cluster at a file offset an owner, and return 1.  Return 0 and change nothing if the
- * cluster has an owner already or does not lie wholly in the file, or if the offset is not
- * aligned. */
+ * offset is not aligned, or the cluster has an owner or does not lie wholly in the file. */
 static inline int claim(struct image *image, uint64_t offset)
 {
     uint64_t cluster = offset >> image->cluster_bits;
@@ -57,8 +50,7 @@ static inline int claim(struct image *image, uint64_t offset)
     return 1;
 }
 
-/* Give the clusters from file offset start to end (exclusive) an owner, and return 1.  Return 0 at
- * the first cluster for which claim returns 0; the clusters before it keep their new owner. */
+/* Give the clusters from file offset start to end (exclusive) an owner; return 0 if claim does. */
 static int claim_range(struct image *image, uint64_t start, uint64_t end)
 {
     for (; start < end; start += UINT64_C(1) << image->cluster_bits)
@@ -67,8 +59,8 @@ static int claim_range(struct image *image, uint64_t start, uint64_t end)
     return 1;
 }
 
-/* Read length bytes of a table at a file offset, and return 1.  Return 0 if the file ends within
- * these bytes, if a read fails, or if a signal handler has raised a Python exception. */
+/* Read length bytes at a file offset, and return 1.  Return 0 at the end of the file, after an
+ * error, and after an exception of a signal handler. */
 static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
 {
     char *next = (char *)entries;
@@ -86,11 +78,8 @@ static int read_fully(int fd, uint64_t offset, uint64_t *entries, size_t length)
     return 1;
 }
 
-/* Give the data clusters of one L2 table an owner.  clusters_left is the number of clusters from the
- * first guest offset of the table to the disk's end, so an entry whose index is clusters_left or more
- * describes a range past the disk's end.  The result is UNKNOWN if an entry may be invalid, if an
- * entry past the disk's end refers to a cluster, or if a read fails.  It is INTERRUPTED if a signal
- * handler has raised an exception. */
+/* Give the data clusters of one L2 table an owner.  clusters_left is the number of clusters from
+ * the first guest offset of the table to the disk's end. */
 static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint64_t clusters_left)
 {
     static uint64_t entries[READ_BYTES / 8 + PREFETCH_ENTRIES];
@@ -103,9 +92,8 @@ static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint
         for (size_t slot = 0; slot < length / 8; slot++, index++) {
             uint64_t value = entries[slot];
             uint64_t ahead = entries[slot + PREFETCH_ENTRIES];
-            /* If the data is fragmented, the bitmap is accessed at random.  So the byte for a later
-             * entry is prefetched.  `ahead` may be invalid, or left over from an earlier read, but
-             * even a prefetch of an invalid address does no harm. */
+            /* If the data is fragmented, the bitmap is accessed at random, so the byte for a later
+             * entry is prefetched.  Even a prefetch of an invalid address does no harm. */
             __builtin_prefetch(image->owners + (ahead >> image->cluster_bits >> 3), 1);
             if (value <= 1) /* unallocated, or a zero cluster */
                 continue;
@@ -119,9 +107,9 @@ static enum verdict sweep_table(struct image *image, uint64_t table_offset, uint
     return PyErr_CheckSignals() ? INTERRUPTED : SOUND;
 }
 
-/* Sweep all L2 tables to which the L1 table refers.  disk_clusters is the size of the disk in
- * clusters.  The clusters of all L2 tables get their owners before any data cluster, so that an L2
- * entry that refers to a table is found. */
+/* Sweep all L2 tables; disk_clusters is the size of the disk in clusters.  The tables get their
+ * clusters before any data cluster gets an owner, so that an L2 entry that refers to a table is
+ * found. */
 static enum verdict sweep_tables(struct image *image, const uint64_t *l1, uint64_t disk_clusters)
 {
     uint64_t entries = image->table_bytes / 8, tables = 0;
@@ -158,8 +146,7 @@ static PyObject *sweep(PyObject *module, PyObject *args)
         return NULL;
     image.table_bytes = table_bytes;
     image.clusters = file_bytes >> image.cluster_bits;
-    /* An L1 table of more than 16 MiB is left to the full check, because the sweep reads the whole
-     * L1 table into memory. */
+    /* The whole L1 table is read into memory, so at most 16 MiB of it. */
     if (image.clusters > MAX_CLUSTERS || table_bytes > MAX_TABLES_BYTES / 64 ||
         l1_table >> image.cluster_bits >= image.clusters)
         Py_RETURN_NONE;

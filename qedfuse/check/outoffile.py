@@ -2,26 +2,18 @@
 
 A repair appends copies of tables and of data clusters to the file.  An entry that points past the
 old end of the file would then become valid, and the guest would read a copy that belongs to another
-entry.  If the repair were interrupted after the file has grown, the next check would find the entry
-valid.  So the order is:
+entry.  So such entries are first overwritten and made durable, and only then does the file grow.
 
-1. The entries that point past the end are overwritten.
-2. A datasync makes the overwritten entries durable.
-3. Only after the datasync does the file grow.
+Most entries get their final value first: unallocated or, for an L2 entry of an overlay, a zero
+cluster.  An L1 entry of an overlay for guest offsets inside the disk must not become unallocated,
+because the guest would then read the backing file.  At the end of the repair, it points to a new
+table of zero clusters.  The new table needs a longer file, so the entry is `POISON_ENTRY` until
+then.
 
-Most entries get their final value in step 1.  An L2 entry becomes unallocated or, in an overlay (an
-image with a backing file), a zero cluster.  An L1 entry becomes unallocated if the image has no
-backing file, or if the entry is for guest offsets past the end of the disk.  Any other L1 entry of
-an overlay must not become unallocated, because the guest would then read the backing file.  At the
-end of the repair, such an entry points to a new table of zero clusters.  The new table needs a
-longer file, so in step 1 the entry becomes `POISON_ENTRY`.
-
-A table that overlaps data, or another table before it in the file, must not be written to, because
-its bytes may be that data or part of the other table.  The repair copies the table and corrects the
-copy.  Until the L1 entry points to the copy, the original table is in use, and its entries that
-point past the end of the file cannot be cleared.  Instead the repair never allocates the clusters
-to which these entries point.  When the file has grown past those clusters, they are holes.  So the
-guest reads zeros through the original table, as through the corrected copy.
+A table that overlaps data or an earlier table must not be written to.  The repair copies the table
+and corrects the copy.  Until the L1 entry points to the copy, the original table is in use.  So the
+repair never allocates the clusters past the end to which its entries point.  When the file has
+grown past them, they are holes, and the guest reads zeros.
 """
 
 from __future__ import annotations
@@ -45,8 +37,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.entryrules import Mask, Values
 
 POISON_ENTRY: Final = 1
-"""An L1 entry that is invalid for every length of the file, because 1 is not a multiple of the
-cluster size."""
+"""An L1 entry that is invalid for every length of the file: 1 is not a multiple of a cluster."""
 
 
 class OutOfFileEntries:
@@ -63,8 +54,7 @@ class OutOfFileEntries:
 
         Args:
             file: The image.
-            classifier: Classifies the entries by the file's length before the repair, rounded up
-                to a whole cluster.
+            classifier: Classifies the entries by the file's length before the repair.
             rewriter: Writes to the image.
             lost_ranges: Records the ranges of the disk whose data is lost.
         """
@@ -82,21 +72,17 @@ class OutOfFileEntries:
     ) -> None:
         """Clear the entries that point past the end of the file, durably; record lost L2 entries.
 
-        A table moves if it overlaps data or an earlier table.  The entries of such tables are not
-        cleared.  Instead the repair will not allocate the clusters to which these entries point.
-
         Args:
             l1_entries: The new values, by index, of the L1 entries that point past the end of the
-                file.  The caller must already have recorded the ranges that are lost because of
-                these L1 entries.
-            tables: For each table its L1 index, its file offset, and whether the table moves and
-                therefore must not be written to.
+                file.  The caller must already have recorded the ranges that they lose.
+            tables: For each table its L1 index, its file offset, and whether it overlaps data or an
+                earlier table, and therefore must not be written to.
             cleared_value: The new value of cleared L2 entries.
         """
         # If several L1 entries point to the same table, the table moves for all of them, or for all
-        # but one.  An L2 entry of the table that points past the end of the file loses data in the
-        # range of each of these L1 entries.  All these losses must be recorded before the L2 entry
-        # is cleared.  So the tables of L1 entries that get a moved copy are read first.
+        # but one.  An L2 entry of it that points past the end loses data in the range of each of
+        # these L1 entries.  All these losses must be recorded before the L2 entry is cleared.  So
+        # the tables that move are read first.
         avoided: list[Values] = [np.empty(0, np.uint64)]
         in_place: list[tuple[int, int]] = []
         length = self._geometry.table_bytes
@@ -117,13 +103,7 @@ class OutOfFileEntries:
         await self._rewriter.sync_pending()
 
     def _record_lost(self, l1_index: int, first: int, values: Values) -> Mask:
-        """Record the L2 entries of a slice that point past the file's end; return a mask of them.
-
-        Args:
-            l1_index: The L1 index of the table.
-            first: Index, in the table, of the first entry of the slice.
-            values: The entries of the slice.
-        """
+        """Record the L2 entries of a slice that point past the file's end; return their mask."""
         lost = np.zeros(len(values), np.bool_)
         if len(values) and int(values.max()) >= self._classifier.file_size:
             for code, mask in self._classifier.l2_errors(values):
@@ -138,10 +118,9 @@ class OutOfFileEntries:
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must not allocate a table at one of the returned offsets.  Otherwise
-        an entry could get a new table at its own old offset.  The backup has only bytes that differ
-        before and after the repair, so it would lack this entry.  But an interrupted repair leaves
-        `POISON_ENTRY` in the entry, and the old value could not be restored.
+        The caller must not allocate a table at one of the returned offsets.  An entry could then
+        get its old value again, so the backup would lack the entry.  But an interrupted repair
+        leaves `POISON_ENTRY` in it, and the old value could not be restored.
         """
         poisoned: list[Values] = []
         if not l1_entries:

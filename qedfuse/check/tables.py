@@ -1,8 +1,7 @@
 """Which L2 tables an image has, which of them overlap, and new values for entries of a table.
 
-An L1 table can be 1 GiB long and point to 134 million L2 tables, even in a file that takes little
-space on the host because it is sparse.  So the tables are handled in arrays, and other tasks run
-between the steps.
+Even a small sparse file can have an L1 table of 1 GiB with 134 million entries.  So the tables are
+handled in arrays, and other tasks run between the steps.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 MAX_TABLES: Final = 1 << 22
-"""An image with more L2 tables cannot be checked.  An image with more invalid L1 entries cannot be
-repaired.  For comparison: an image of 64 TiB has 32768 tables with the default geometry."""
+"""Maximum number of L2 tables in an image that can be checked, and of invalid L1 entries in one
+that can be repaired."""
 
 _TABLES_PER_STEP: Final = 1 << 13
 """Maximum number of tables that are compared before other tasks run."""
@@ -52,12 +51,10 @@ async def read_l1_table(
     Args:
         file: The image.
         classifier: Finds the invalid entries.
-        report: Called several times for each slice of the L1 table that is not a hole: once for
-            each possible error.  The arguments are the error, the index of the first
-            entry of the slice, the entries of the slice, and a mask of the entries that have the
-            error.
+        report: Called for each slice of the L1 table and each possible error, with the error, the
+            index of the slice's first entry, the entries, and a mask of those that have the error.
         keep_short: Whether an entry is valid if it points to a table that the end of the file
-            cuts short.  If True, ``report`` is not called for this error.
+            cuts short.
 
     Raises:
         HostError: The host cannot read the file.
@@ -91,11 +88,7 @@ class EntryChanges:
         self._values = np.array([entries[index] for index in self._indices.tolist()], np.uint64)
 
     def applied(self, first: int, values: Values) -> Values:
-        """Return a copy of a slice in which the entries to be changed have their new values.
-
-        ``first`` is the index, in the table, of the first entry of the slice, and ``values`` are
-        the entries of the slice.
-        """
+        """Return a copy of a slice, whose first entry has the index ``first``, with the changes."""
         begin, end = np.searchsorted(self._indices, [first, first + len(values)])
         fixed = values.copy()
         fixed[self._indices[begin:end] - first] = self._values[begin:end]
@@ -103,15 +96,7 @@ class EntryChanges:
 
 
 def refuse_too_many_tables(file: HostFile, count: int) -> None:
-    """Raise an error if an image has too many L1 entries to be checked in bounded memory.
-
-    Args:
-        file: The image, for the message.
-        count: Number of L1 entries that the caller keeps in memory.
-
-    Raises:
-        NeedsCheckError: ``count`` is more than `MAX_TABLES`.
-    """
+    """Raise NeedsCheckError if ``count`` L1 entries are too many to be kept in memory."""
     if count > MAX_TABLES:
         msg = f"{file.name}: too large to check: found more than {MAX_TABLES} L1 entries in use"
         raise NeedsCheckError(msg)
@@ -120,8 +105,7 @@ def refuse_too_many_tables(file: HostFile, count: int) -> None:
 async def overlapping(tables: Values, table_bytes: int) -> Mask:
     """Return a mask of the tables that overlap an earlier valid table in ``tables``.
 
-    A table that overlaps no earlier valid table is valid: see
-    `qedfuse.ondisk.entrylimits.overlaps`.
+    A table is valid if it is not in the mask.
 
     Args:
         tables: The file offsets of tables, ascending; equal offsets are permitted.

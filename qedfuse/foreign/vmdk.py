@@ -1,8 +1,8 @@
 """The descriptor of a VMDK image: its parent, and the extents that QEMU opens under their names.
 
-If the descriptor is a file of its own, QEMU itself searches it for names of extents, and skips each
-line that it does not understand.  If QEMU understood a line that this module skips, QEMU would open
-a file that was never checked.  So such a descriptor is refused unless every line has one of the
+QEMU itself searches a descriptor that is a file of its own for names of extents, and skips each
+line that it does not understand.  If QEMU understood a line that this module skips, it would open a
+file that was never checked.  So such a descriptor is refused unless every line has one of the
 forms below, which QEMU and this module read alike.
 """
 
@@ -40,9 +40,8 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW``, or that has
-only zeros, so the disk would lack the sectors of this extent.  Therefore lines of other extents are
-refused."""
+"""The line of an extent that QEMU opens.  The disk would lack the sectors of an extent that QEMU
+leaves out, because it is not ``RW`` or has only zeros.  So all others are refused."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')
@@ -70,9 +69,7 @@ def read_descriptor(fd: int, name: str) -> Descriptor:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: A line has none of the forms that QEMU and this module read alike, or an
-            extent follows an empty line.  Or the descriptor is too long, has no extent, or has the
-            identifier of a parent without the parent's name.
+        ForeignError: The descriptor is not valid, or QEMU might read it in another way.
         OSError: The host cannot read the file.
     """
     text = _read(fd, _MAX_DESCRIPTOR_BYTES + 1, 0)
@@ -120,8 +117,7 @@ def read_embedded_parent(fd: int, start: bytes, name: str) -> bytes:
         name: Name of the file in messages.
 
     Raises:
-        ForeignError: The file has no VMDK header, or QEMU would read the file as a list of further
-            extents.  Or the descriptor has the identifier of a parent without the parent's name.
+        ForeignError: The file has no VMDK header, or has a descriptor that is refused.
         OSError: The host cannot read the file.
     """
     if not start.startswith(_IMAGE_STARTS):
@@ -151,11 +147,7 @@ def refuse_hidden_descriptor(start: bytes, name: str) -> None:
 
 
 def _parent(text: bytes, name: str) -> bytes:
-    """Return the name of the parent in a descriptor, as QEMU finds it; empty if there is none.
-
-    Raises:
-        ForeignError: The descriptor has the identifier of a parent, but no name of one.
-    """
+    """Return the name of the parent in a descriptor, as QEMU finds it; empty if there is none."""
     parent = text.partition(_PARENT)[2].partition(b'"')[0][:_MAX_NAME_BYTES]
     identifier = _PARENT_ID.search(text)
     if not parent and identifier and identifier[1].lower() != _NO_PARENT:
@@ -168,11 +160,7 @@ def _parent(text: bytes, name: str) -> bytes:
 
 
 def _read(fd: int, length: int, offset: int) -> bytes:
-    """Return ``length`` bytes of a file; fewer only where the file ends.
-
-    Raises:
-        OSError: The host cannot read the file.
-    """
+    """Return ``length`` bytes of a file; fewer only where the file ends."""
     data = b""
     while len(data) < length:
         part = os.pread(fd, length - len(data), offset + len(data))

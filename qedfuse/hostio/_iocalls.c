@@ -1,7 +1,7 @@
 /*
  * Does the work of a job of the thread pool: a system call on a file, or a read from an NBD server.
  *
- * The pool's threads run this code, without the GIL and without the pool's mutex.
+ * This code runs without the GIL and without the pool's mutex.
  */
 
 #include "_iojob.h"
@@ -33,8 +33,7 @@ static void skip(struct job *job, size_t count)
 }
 
 /* Read or write all parts of a job; return the number of bytes, or -errno.  A read ends early at
- * the end of the file.  If `stop` is set during a system call that leaves bytes to read or write, no
- * further system call is made, and the result is -ECANCELED. */
+ * the end of the file.  If `stop` is set and bytes are left, the result is -ECANCELED. */
 static int64_t transfer(struct job *job, const atomic_int *stop)
 {
     int64_t total = 0;
@@ -85,8 +84,8 @@ static int receive(int fd, void *buffer, size_t length)
 }
 
 /* Read from an export of an NBD server into a job's only buffer; return the number of bytes, or
- * -errno.  The descriptor of the job is a connection that no other thread uses, and on which the
- * server sends simple replies.  After an error the connection must not be used again. */
+ * -errno, after which the connection must not be used again.  No other thread may use it, and the
+ * server must send simple replies. */
 static int64_t read_export(struct job *job)
 {
     size_t length = job->parts->iov_len;

@@ -3,9 +3,6 @@
 The kernel holds this lock (``i_rwsem``) during each call that changes a file.  When there are too
 many dirty pages, the kernel makes a writing thread pause (it *throttles* the thread), and holds the
 lock even during the pause.
-
-The event loop makes short writes itself, unless they might wait for this lock.
-`qedfuse.hostio.inlinepolicy.InlinePolicy` decides which writes are short.
 """
 
 from __future__ import annotations
@@ -22,21 +19,16 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _MAX_CHANGING_THREADS: Final = 4
-"""Maximum number of threads that are making changes of one file.  The kernel lets only one of these
-changes run at a time, so more threads would only wait for the lock instead of serving reads."""
+"""Maximum number of threads that change one file.  The kernel runs one change at a time, so more
+threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed if two slow writes follow each other within this time.  The assumption ends
-with the next fast write, or when this time has passed since the last slow write.
-
-The kernel pauses a throttled writer again and again, for at most 200 ms each time, so slow writes
-with a longer gap are not taken for throttling."""
+"""Throttling is assumed if two slow writes follow each other within this time.  It ends with the
+next fast write, or when this time has passed.  The kernel pauses a throttled writer again and
+again, for at most 200 ms each time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
-    """Decrement a semaphore; wait first if it is 0.
-
-    If no wait is needed, no other task runs before the call returns.
-    """
+    """Decrement a semaphore; if no wait is needed, no other task runs before the return."""
     try:
         semaphore.acquire_nowait()
     except trio.WouldBlock:
@@ -46,17 +38,15 @@ async def acquire(semaphore: trio.Semaphore) -> None:
 class InodeLock:
     """Counts the reasons for which a call in the event loop might wait for one inode's lock.
 
-    The event loop changes the file inline only while ``contention`` is 0.  Otherwise a worker
-    thread makes the change, even a short write.
+    Only while ``contention`` is 0, the event loop itself changes the file.
 
-    A short write in a thread counts as contention, so a second short write would have to go to a
-    thread, too.  In this way several writers could keep each other in threads permanently.
-    Therefore, if short writes are the only contention, another short write waits for their end
-    (`wait_for_short_writes`) and can then run inline.
+    A short write in a thread counts as contention, so several writers could keep each other in
+    threads permanently.  Therefore, if short writes are the only contention, another short write
+    waits for their end (`wait_for_short_writes`) and can then run inline.
 
     Attributes:
-        contention: How many calls of `in_thread` have not ended, plus 1 while the kernel is assumed
-            to throttle short writes, plus 1 if ``has_server`` was set.
+        contention: How many calls of `in_thread` have not ended, plus 1 while throttling is
+            assumed, plus 1 if ``has_server`` was set.
         is_throttled: Whether the kernel is assumed to throttle short writes.
     """
 
@@ -64,8 +54,8 @@ class InodeLock:
         """Start without calls in threads.
 
         Args:
-            has_server: Whether calls on the file wait for a server (`waits_for_server`).  If so,
-                there is always contention, because the server may stop answering at any time.
+            has_server: Whether calls on the file wait for a server, which may stop answering at
+                any time.
         """
         self.contention = int(has_server)
         self.is_throttled = False
@@ -75,20 +65,15 @@ class InodeLock:
         self._changing_threads = trio.Semaphore(_MAX_CHANGING_THREADS)
 
     def recheck_free(self) -> bool:
-        """Return whether there is no contention now.
-
-        If the last slow write ended more than `_MAX_SLOW_WRITE_GAP_SECONDS` ago, throttling
-        is no longer assumed and does not count.
-        """
+        """Return whether there is no contention now; end throttling if its time has passed."""
         if self.is_throttled and time.perf_counter() - self._slow_at > _MAX_SLOW_WRITE_GAP_SECONDS:
             self.end_throttling()
         return not self.contention
 
     async def wait_for_short_writes(self) -> None:
-        """Wait until the short writes in threads have ended, if there is no other contention.
+        """Wait until the short writes in threads have ended, or other contention begins.
 
-        Returns immediately if there is no contention, or if there is contention of another
-        kind.  Returns before the writes have ended if contention of another kind begins.
+        Returns immediately if there is other contention already.
         """
         if 0 < self.contention == self._short_writes:
             await self._waiting.park()
@@ -101,8 +86,7 @@ class InodeLock:
     ) -> T:
         """Await ``function``, which makes a change of the file in a thread; return its result.
 
-        The error that ``function`` raises is raised here.  ``is_short_write`` says whether
-        ``function`` is a short write, for whose end `wait_for_short_writes` waits.
+        ``is_short_write`` says whether it is a write for which `wait_for_short_writes` waits.
         """
         self.contention += 1
         if is_short_write:
@@ -123,11 +107,10 @@ class InodeLock:
                     self._waiting.unpark_all()
 
     def record_slow_write(self, seconds: float) -> None:
-        """Record a slow write: a short write that took ``seconds`` and has just ended.
+        """Record a short write that took ``seconds``, which is long, and has just ended.
 
-        Throttling is assumed if the write began at most `_MAX_SLOW_WRITE_GAP_SECONDS` after
-        the end of the last slow write.  A single slow write does not suffice, because the
-        thread may have waited for a processor.
+        A single slow write is not taken for throttling, because the thread may have waited for a
+        processor.
         """
         now = time.perf_counter()
         follows = now - seconds - self._slow_at <= _MAX_SLOW_WRITE_GAP_SECONDS
@@ -138,10 +121,7 @@ class InodeLock:
             self._waiting.unpark_all()
 
     def end_throttling(self) -> None:
-        """Assume from now on that the kernel does not throttle short writes.
-
-        Does nothing if throttling is not assumed.
-        """
+        """Assume from now on that the kernel does not throttle short writes."""
         if self.is_throttled:
             self.is_throttled = False
             self.contention -= 1

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from qedfuse.remote.address import Address
 
 _MAX_ID: Final = (1 << 32) - 2
-"""Largest id of a user or a group.  The next number, 0xffffffff, is -1 for chown(2), which means
-"unchanged"."""
+"""Largest id of a user or a group.  For chown(2), the next number means "unchanged"."""
 _MAX_PARTITION: Final = 255
 """Largest number of a partition in Linux."""
 _MAX_SECONDS: Final = 3600.0
@@ -37,11 +36,7 @@ _MAX_READAHEAD_BYTES: Final = 1 << 30
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value`` unchanged if it is one of ``choices``.
-
-    Raises:
-        UsageError: The value is not one of ``choices``.
-    """
+    """Return ``value`` unchanged if it is one of ``choices``."""
     if value not in choices:
         msg = f"option {name}: found {printable(value)}, expected {' or '.join(choices)}"
         raise UsageError(msg)
@@ -49,11 +44,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _number(name: str, value: str, base: int, maximum: int, expected: str) -> int:
-    """Parse an integer without a sign, from 0 to ``maximum``; ``base`` is 8 or 10.
-
-    Raises:
-        UsageError: The value is not such an integer; the message ends with ``expected``.
-    """
+    """Parse an integer up to ``maximum``, in ``base`` 8 or 10; errors end with ``expected``."""
     digits = "[0-7]{1,12}" if base == 8 else "[0-9]{1,12}"  # noqa: PLR2004  octal
     if not re.fullmatch(digits, value) or (number := int(value, base)) > maximum:
         msg = f"option {name}: found {printable(value)}, expected {expected}"
@@ -146,11 +137,7 @@ def parse_remote_cache(name: str, value: str) -> int:
 
 
 def parse_local_path(name: str, value: str) -> str:
-    """Return ``value`` unchanged if it is a path.
-
-    Raises:
-        UsageError: The value is a URL.
-    """
+    """Return ``value`` unchanged if it is a path."""
     if is_url(value):
         hint = " (for URLs: backing_url)" if name == "backing_dir" else ""
         msg = f"option {name}: found a URL, expected a path on this machine{hint}"
@@ -159,12 +146,7 @@ def parse_local_path(name: str, value: str) -> str:
 
 
 def parse_metrics(name: str, value: str) -> ListenAddress:
-    """Parse the address at which the metrics are served.
-
-    Raises:
-        UsageError: The value is not an address that `ListenAddress.parse` accepts, for example
-            because other machines can reach the address.
-    """
+    """Parse the address at which the metrics are served, as `ListenAddress.parse` does."""
     # Imported late, because only this option needs sockets.
     from qedfuse.mount.system.listenaddress import ListenAddress  # noqa: PLC0415  late, see above
 
@@ -172,11 +154,7 @@ def parse_metrics(name: str, value: str) -> ListenAddress:
 
 
 def parse_prefix_url(name: str, value: str) -> Address:
-    """Parse a URL that is the prefix of allowed URLs of backing files.
-
-    Raises:
-        UsageError: The value is not a valid prefix.
-    """
+    """Parse a URL that is the prefix of allowed URLs of backing files."""
     try:
         return parse_prefix(value)
     except UsageError as error:

@@ -47,11 +47,7 @@ class Request:
         self._chunks_left = _SPARE_CHUNKS
 
     def count_chunk(self) -> None:
-        """Count a chunk of the reply.
-
-        Raises:
-            ProtocolError: The reply has more chunks than any server needs.
-        """
+        """Count a chunk; raise ProtocolError if the reply has more than any server needs."""
         self._chunks_left -= 1
         if self._chunks_left < 0:
             msg = "found more chunks in a reply than any server needs"
@@ -86,8 +82,7 @@ class Read(Request):
         """Record that a range was received.
 
         Raises:
-            ProtocolError: The range is empty, is not inside the range of the request, or overlaps
-                a range that was received before.
+            ProtocolError: The range is empty, outside the request, or was received before.
         """
         end = offset + length
         if length <= 0 or offset < self.offset or end > self.offset + self.length:
@@ -127,7 +122,7 @@ class BlockStatus(Request):
 
     Attributes:
         extents: (length, flags) of each extent, the first one at the beginning of the range.  The
-            last extent may end before or past the end of the range.
+            last one may end before or past the end of the range.
     """
 
     command = messages.CMD_BLOCK_STATUS

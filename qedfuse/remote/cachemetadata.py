@@ -54,6 +54,7 @@ def write_metadata(path: str, shown: str, version: Version) -> None:
         path: The directory of the entry.
         shown: The URL of the object without secrets, for people who look into the cache.
         version: The version of the object.
+
     Raises:
         OSError: A system call failed.
     """

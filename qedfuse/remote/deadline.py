@@ -1,8 +1,7 @@
 """Connections of urllib3 with one time limit for all of connecting, and one for a whole response.
 
-The timeout of a socket applies to each read separately.  With that timeout alone, a server that
-sends one byte before each timeout could block a thread without limit, in the header as well as in
-the body.
+The timeout of a socket applies to each read separately.  With that alone, a server that sends one
+byte before each timeout could block a thread without limit.
 """
 
 from __future__ import annotations
@@ -28,15 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _LONG_READ_BYTES: Final = 1 << 16
-"""From a socket without TLS, reads of at least this length fill their buffer with one system
-call."""
+"""Minimum length of a read that fills its buffer with one system call (without TLS)."""
 
 
 class _TimedSocket(io.RawIOBase):
-    """The reading end of a socket.
-
-    The timeout that the socket has when this object is made limits all reads together.
-    """
+    """The reading end of a socket, whose timeout limits all reads together."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
         self._sock = sock
@@ -64,16 +59,12 @@ class _TimedSocket(io.RawIOBase):
         return self._raw.readinto(buffer)
 
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
-        """Fill ``buffer`` with one system call; return how many bytes were read.
+        """Fill ``buffer`` with one system call; return the number of bytes.
 
-        The result is less than the length of the buffer only at the end of the stream, or when the
-        time is over.  One call for the whole buffer is faster than a call for each packet, because
-        each call must take the GIL again.
-
-        Raises:
-            TimeoutError: No byte came within ``seconds``.
+        It is less than the length only at the end of the stream, or when the time is over.  A call
+        for each packet would be slower, because each must take the GIL again.
         """
-        # SO_RCVTIMEO limits the call as a whole.  The kernel applies it only to a blocking socket.
+        # SO_RCVTIMEO limits the call as a whole, but only on a blocking socket.
         self._sock.settimeout(None)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
         try:
@@ -135,7 +126,7 @@ _POOLS: Final = {"http": _TimedHTTPPool, "https": _TimedHTTPSPool}
 
 
 def make_pool(proxy: str | None, max_connections: int) -> urllib3.PoolManager:
-    """Return a pool of connections with time limits as described at the top of this module.
+    """Return a pool of connections with the time limits of this module.
 
     Args:
         proxy: The URL of a proxy, which may have a user and a password; None for no proxy.

@@ -103,6 +103,7 @@ class Fetcher:
         """Start fetching adjacent units that no reader waits for; return their flights.
 
         At most 4 such fetches run at a time.
+
         Raises:
             RemoteError: The fetcher is closed.
         """

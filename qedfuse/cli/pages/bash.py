@@ -130,10 +130,7 @@ complete -F _PROGRAM PROGRAM
 """The functions that are the same for all programs, with PROGRAM in place of the name."""
 
 _COMPLETIONS: Final = {"file": "-f", "directory": "-d", "mount-options": "mount-options"}
-"""What the tables contain for a value without fixed words, by the kind of the value.
-
-A value of another kind is completed only if it has fixed words.
-"""
+"""What the tables contain for a value without fixed words, by the kind of the value."""
 
 
 def script(program: Program) -> str:
@@ -146,9 +143,8 @@ def _tables(program: Program) -> Iterator[str]:
     """Yield the lines of the functions that contain a program's tables.
 
     The function ``is_command`` succeeds if its argument is a subcommand.  Each other function sets
-    ``values``, a variable of the shell function that calls it.  ``mount_words`` sets it to all
-    mount options; the others look their arguments up in a table.  If the table has no entry for the
-    arguments, ``option`` fails, and the other functions make ``values`` empty.
+    the variable ``values`` of its caller, to an empty string if its table has no entry; ``option``
+    fails instead.
     """
     names = " ".join(command.name for command in program.commands if command.name)
     # The first command of qedfuse, which mounts, has no name; each command of qedimg has one.
@@ -180,7 +176,7 @@ def _tables(program: Program) -> Iterator[str]:
 def _function(
     name: str, key: str, note: str, cases: Iterable[tuple[str, str]], otherwise: str = "values=''"
 ) -> Iterator[str]:
-    """Yield a shell function that looks a key up in a table and sets ``values``.
+    """Yield a shell function that looks ``key`` up in a table and sets ``values``.
 
     Args:
         name: The end of the function's name.
@@ -217,13 +213,10 @@ def _patterns(command: Command, flags: Iterable[str]) -> str:
 
 
 def _completion(value: Value) -> str:
-    """Return the fixed words of a value; without words, the entry of its kind in `_COMPLETIONS`.
-
-    The result is empty if there are neither words nor an entry.
-    """
+    """Return the fixed words of a value, or the entry of its kind in `_COMPLETIONS`, or nothing."""
     return " ".join(value.words) if value.words else _COMPLETIONS.get(value.kind, "")
 
 
 def _quoted(text: str) -> str:
-    """Return ``text`` in single quotes for the shell; ``text`` must contain no single quote."""
+    """Return ``text``, which must contain no single quote, in single quotes for the shell."""
     return f"'{text}'"

@@ -27,13 +27,11 @@ _log = logging.getLogger("qedfuse")
 def mount(arguments: Arguments) -> int:
     """Mount; or, with ``-o remount``, change the options of a mount.  Return the exit code.
 
-    By default this function returns when the disks can be used, and a background process
-    serves the disks.  With ``arguments.foreground`` this process serves the disks, and the function
-    returns when the mount has ended.  With ``arguments.fake`` nothing is mounted: the function
-    returns when the images have been checked, opened and closed again.
+    By default a background process serves the disks, and this function returns when they can be
+    used.  With ``arguments.foreground`` it returns when the mount has ended.  With
+    ``arguments.fake`` the images are only checked, opened and closed.
 
-    If the mount fails, the process that would serve the disks logs the error, and the result is
-    the exit code of the error.
+    If the mount fails, the serving process logs the error, and the result is its exit code.
 
     Raises:
         UsageError: An argument is missing, or an option is invalid.
@@ -42,7 +40,7 @@ def mount(arguments: Arguments) -> int:
         OSError: The pipe to the background process cannot be created.
         Exception: There is a bug or a lack of descriptors, and ``-d`` was given.
     """
-    # Modules are imported in the functions, so that an action loads only what it needs.
+    # Imported in the functions, so that an action loads only what it needs.
     from qedfuse.mount.images.naming import absolute_source  # noqa: PLC0415
     from qedfuse.mount.optionparser import parse_options  # noqa: PLC0415
     from qedfuse.mount.optionsyntax import absolute_options, wants_remount  # noqa: PLC0415
@@ -72,19 +70,15 @@ def mount(arguments: Arguments) -> int:
     def serve(ready: Callable[[], None], log: logging.Handler | None = None) -> int:
         """Serve until the mount ends; call ``ready`` when the disks can be used.
 
-        Returns the exit code.  ``log`` is where messages go after the call of ``ready``; None for
-        stderr.
+        After that call, messages go to ``log``, or to stderr.
         """
-        # Without this variable OpenBLAS, which numpy loads, starts a thread per core as soon as it
-        # is loaded.  But `run_session` must be called before there is a second thread, so 1 also
-        # replaces a value that the user has set.  The variable takes precedence over
-        # OMP_NUM_THREADS and GOTO_NUM_THREADS.  Other libraries that numpy can load in place of
-        # OpenBLAS (MKL, BLIS) start no thread before the first long calculation.
+        # By default OpenBLAS, which numpy loads, starts a thread per core.  But `run_session` must
+        # be called before there is a second thread, so 1 also replaces the user's value.
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
         def session() -> int:
-            # This import loads numpy, so it must follow the assignment above.  It must also follow
-            # the fork, because a thread that a library of numpy starts would not survive the fork.
+            # This import loads numpy, so it must follow the assignment above, and the fork too: a
+            # thread that a library of numpy starts would not survive the fork.
             from qedfuse.mount.session import MountRequest, run_session  # noqa: PLC0415
 
             log_uncaught()
@@ -97,8 +91,8 @@ def mount(arguments: Arguments) -> int:
         return _guarded(session, debug=arguments.debug)
 
     def ready_in_foreground() -> None:
-        # With -d the server waits until the reader of stderr has read, so that the log contains
-        # every request.  Without -d the server must not wait, and drops messages instead.
+        # With -d the log must contain every request, so the server waits for the reader of stderr.
+        # Otherwise it drops messages instead.
         if arguments.debug:
             _log.debug("ready")
         else:
@@ -110,9 +104,8 @@ def mount(arguments: Arguments) -> int:
     from qedfuse.mount.process.daemon import run_in_background  # noqa: PLC0415
 
     def serve_in_background(ready: Callable[[], None]) -> int:
-        # The system log is opened before the mount exists, because afterwards the path of the log's
-        # socket may lead through the mount.  Until the disks can be used, messages go to stderr,
-        # where the user sees them.
+        # Opened before the mount exists, because afterwards the path of the log's socket may lead
+        # through the mount.  Until the disks can be used, the user sees messages on stderr.
         handler = system_log()
 
         def ready_in_background() -> None:
@@ -125,15 +118,7 @@ def mount(arguments: Arguments) -> int:
 
 
 def _remount(arguments: Arguments) -> int:
-    """Change the options of a mount; return 0.
-
-    The last path is the mountpoint.  Earlier paths, such as the source that mount(8) passes,
-    are ignored.
-
-    Raises:
-        UsageError: No mountpoint is given, or an option is invalid.
-        QedError: The remount failed.
-    """
+    """Change the options of the mount at the last path; return 0."""
     from qedfuse.mount.commands.remount import remount  # noqa: PLC0415
     from qedfuse.mount.system.mountpoint import resolve_mounted  # noqa: PLC0415  imported late: load only what the action needs
 
@@ -148,12 +133,7 @@ def _remount(arguments: Arguments) -> int:
 def _guarded(session: Callable[[], int], *, debug: bool) -> int:
     """Run a session and return its exit code, or `INTERRUPTED` after Ctrl-C.
 
-    A lack of descriptors is logged, and has the exit code of `HostError`.  A bug is logged and
-    becomes the exit code `BUG`.  The log entry is one line on stderr; for a bug the system log gets
-    the traceback as well.
-
-    Raises:
-        Exception: There is a bug or a lack of descriptors, and ``debug`` is set.
+    A lack of descriptors or a bug is logged, and has an exit code; with ``debug`` it is raised.
     """
     try:
         return session()
@@ -176,13 +156,12 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
 
     Args:
         mountpoint: The mount to end.
-        timeout_seconds: The time limit; None for no limit.  With 0 the function does not wait
-            for the process, but raises if the process has not ended.
+        timeout_seconds: The time limit; None for no limit, 0 not to wait for the process.
         report: Called at most once, with a line for the user, if the function waits long.
 
     Raises:
         QedError: The unmount failed; the process has failed, was killed or has no mount record; or
-            ``timeout_seconds`` have passed.
+            the time is over.
     """
     from qedfuse.mount.commands.umount import unmount_and_wait  # noqa: PLC0415  imported late: load only what the action needs
 
@@ -193,12 +172,12 @@ def umount(mountpoint: str, timeout_seconds: float | None, report: Callable[[str
 def stats(arguments: StatsArguments, report: Callable[[QedError], None]) -> int:
     """Print the statistics of one mount or of all mounts; return the exit code.
 
-    With ``--watch`` the function does not return: an error or Ctrl-C ends it.
+    With ``--watch`` only an error or Ctrl-C ends this function.
 
     Args:
         arguments: The command line.
-        report: Called with the error of each mount whose statistics cannot be read, if the
-            statistics of several mounts are printed.
+        report: Called with the error of each mount whose statistics cannot be read, if there are
+            several mounts.
 
     Raises:
         QedError: There is no mount; or the statistics of the given mount, or of the only mount,

@@ -36,10 +36,7 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
         path: The mountpoint; None for all mounts of this user, or of all users if root asks.
         output: ``human``, ``json`` or ``prometheus``.
         report: Called with the error of each mount whose statistics cannot be read, if there are
-            several mounts.
-
-    Returns:
-        0, or the exit code of the last error that was reported.
+            several mounts.  The exit code is that of the last one, or 0.
 
     Raises:
         QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
@@ -65,10 +62,6 @@ def print_statistics(path: str | None, output: str, report: Callable[[QedError],
 def watch_statistics(path: str | None, output: str, report: Callable[[QedError], None]) -> int:
     """Print statistics every second until an exception ends the loop.
 
-    The table shows first the activity since the mounts began, and then the activity in each second.
-    With ``json`` each line of output has the documents of all mounts that are shown.  The counters
-    in a document always count from the beginning of the mount.
-
     The arguments and the errors are those of `print_statistics`, but ``prometheus`` is not
     permitted.  If the last mount ends, a `QedError` is raised.
     """
@@ -81,11 +74,7 @@ def watch_statistics(path: str | None, output: str, report: Callable[[QedError],
 
 
 def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
-    """Show a table every second.
-
-    On a terminal each table replaces the previous one; elsewhere the tables are printed one below
-    the other.
-    """
+    """Show a table every second; on a terminal it replaces the previous one."""
     # rich is slow to load.
     from qedfuse.cli.qedfuse.statstable import StdoutConsole  # noqa: PLC0415
 
@@ -105,15 +94,11 @@ def _watch_table(path: str | None, report: Callable[[QedError], None]) -> None:
 
 @contextmanager
 def _live(console: Console) -> Iterator[Live]:
-    """Show a live display on stdout until the block ends; the errors are those of `writing_stdout`.
-
-    The block itself must use `writing_stdout` where it changes the display.
-    """
+    """Show a live display until the block ends; the block must change it in `writing_stdout`."""
     from rich.live import Live  # noqa: PLC0415  slow to load
 
-    # `auto_refresh` would make rich start a thread, and `read_statistics` forks, which is not safe
-    # in a process with several threads.  With `redirect_stderr` rich prints the text for stderr
-    # above the display.  This is needed only if stderr is a terminal.
+    # `auto_refresh` would start a thread, and `read_statistics` forks, which is not safe in a
+    # process with several threads.  `redirect_stderr` shows the text for stderr above the display.
     live = Live(
         console=console,
         auto_refresh=False,
@@ -121,15 +106,14 @@ def _live(console: Console) -> Iterator[Live]:
         redirect_stdout=False,
         redirect_stderr=sys.stderr.isatty(),
     )
-    # The beginning and the end of the display write too: they hide and show the cursor.
+    # The beginning and the end of the display hide and show the cursor.
     with writing_stdout():
         live.start()
     try:
         yield live
     except BaseException:
-        # The end of the display shows the cursor again.  If that fails, for example because the
-        # reader of stdout has gone, the failure is ignored, and the exception of the block is
-        # raised.  So after Ctrl-C the exit code is always that of Ctrl-C.
+        # Show the cursor again.  A failure is ignored, so that after Ctrl-C the exit code is always
+        # that of Ctrl-C.
         try:
             with writing_stdout():
                 live.stop()
@@ -163,13 +147,9 @@ def _print(text: str) -> None:
 
 
 def _formatted(format_documents: Callable[[], T]) -> T:
-    """Return the result of ``format_documents``; turn errors in documents into one exception.
+    """Return the result of ``format_documents``; NoStatisticsError for a bad document.
 
-    Documents are not trusted.  They can come from a mount of another version of qedfuse and, if
-    root asks, from a mount of another user.
-
-    Raises:
-        NoStatisticsError: A document lacks a field, or a field has an impossible value.
+    Documents are not trusted: they can come from another version or, for root, from another user.
     """
     try:
         return format_documents()
@@ -201,14 +181,9 @@ def _every_second(
 def _read_all(
     path: str | None, report: Callable[[QedError], None]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Read the statistics of one mount or of all mounts.
+    """Return the statistics of one mount or of all mounts, and the last reported error's exit code.
 
-    Returns:
-        The documents, and the exit code: 0, or that of the last error that was reported.
-
-    Raises:
-        QedError: The statistics of ``path``, or of the only mount, cannot be read, or there is no
-            mount.
+    The error of ``path``, or of the only mount, is raised; other errors are reported.
     """
     documents, code = [], 0
     found: Sequence[str] = mountpoints_to_ask(path)

@@ -40,7 +40,7 @@ _MAX_STREAMS: Final = 16
 _NATIVE_FORMATS: Final = ("raw", "qed")
 """The formats of a target for which no qemu-img is needed."""
 _CACHES: Final = ("writeback", "unsafe")
-"""The values of ``-t``.  qemu-img has further values: directsync, writethrough and none."""
+"""The values of ``-t``; qemu-img has others, too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,14 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
-    """Return the specification of the target.
-
-    Changes ``arguments``: the values of ``-o`` are merged into the other options, and the
-    geometry that no option sets gets its defaults.
-
-    Raises:
-        UsageError: An option is invalid, or options contradict each other.
-    """
+    """Return the specification of the target; merge ``-o`` and defaults into ``arguments``."""
     from qedfuse.tools.copying.imagespec import ImageSpec  # noqa: PLC0415  imported late: --help must not load it
 
     if arguments.compress:
@@ -170,8 +163,8 @@ def _image_spec(arguments: argparse.Namespace) -> ImageSpec:
     foreign = ()
     if arguments.format not in _NATIVE_FORMATS:
         foreign, arguments.options = tuple(arguments.options), []
-        # The options of a foreign format are passed to qemu-img unparsed.  Only a base is
-        # looked for in them, because `convert` refuses a base for such a target.
+        # These options are passed to qemu-img unparsed.  Only a base is looked for in them, because
+        # `convert` refuses a base for such a target.
         arguments.base = arguments.base or find_base(foreign)
     given = given_geometry_flags(arguments)
     if given and arguments.format != "qed":

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
     from trio.lowlevel import TrioToken
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that end a subcommand.
-
-A signal that is ignored when the program starts, as by nohup(1), stays ignored.
-"""
+"""The signals that end a subcommand, unless they are ignored when the program starts."""
 
 T = TypeVar("T")
 
@@ -25,8 +22,8 @@ T = TypeVar("T")
 class Interruption:
     """Turns the first signal into a cancellation or a KeyboardInterrupt.
 
-    Later signals are ignored, because a second signal would interrupt the cleanup that the
-    first signal has started, and so leave temporary files and dirty images behind.
+    Later signals are ignored, because they would interrupt the cleanup, and so leave temporary
+    files and dirty images behind.
 
     Attributes:
         has_signal: Whether a signal has arrived.
@@ -40,14 +37,7 @@ class Interruption:
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Cancel the function that `run` is running, or raise if `run` is not active.
-
-        If `run` is active and its function has not begun or has ended, only `has_signal` is set.
-        A signal after the first does nothing.
-
-        Raises:
-            KeyboardInterrupt: This is the first signal, and `run` is not active.
-        """
+        """Cancel the function that `run` is running, or raise KeyboardInterrupt without `run`."""
         if self.has_signal:
             return
         self.has_signal = True
@@ -59,13 +49,11 @@ class Interruption:
     def run(self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> T:
         """Run an asynchronous function, and return its result.
 
-        A signal that arrives after the function has returned, while trio shuts down, does not
-        change the result.  A signal that has arrived before this call cancels the function at
-        its first checkpoint.
+        A signal that has arrived before this call cancels the function at its first checkpoint.
+        One that arrives after the function has returned does not change the result.
 
         Raises:
-            KeyboardInterrupt: A signal has cancelled the function, and its cleanup is
-                complete.
+            KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.
         """
         import trio  # noqa: PLC0415  imported late: --help must not load it
 
@@ -86,34 +74,28 @@ class Interruption:
 
         token: TrioToken = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as scope:
-            # The signal handler calls `_cancel`, and may interrupt trio's own code at any
-            # point.  Of trio's functions only run_sync_soon is safe in a signal handler.
+            # The signal handler may interrupt trio's own code at any point.  Of trio's functions
+            # only run_sync_soon is safe there.
             self._cancel = lambda: token.run_sync_soon(scope.cancel)
             try:
-                # A signal that arrived before `_cancel` was set could not cancel the function,
-                # so cancel it here.
+                # A signal that arrived before `_cancel` was set could not cancel the function.
                 if self.has_signal:
                     scope.cancel()
                 return [await function(*args)]
             finally:
-                # A later signal must not use the token, which raises an error once the event
-                # loop has ended.
+                # The token raises an error once the event loop has ended.
                 self._cancel = None
         return []
 
 
 _active: list[Interruption] = []
-"""The interruptions of the active `interruptible` blocks, from the outermost to the innermost.
-
-The innermost one handles signals.
-"""
+"""The interruptions of the active `interruptible` blocks; the last one handles signals."""
 
 
 def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
     """Print an exception that no code can catch, unless it is a KeyboardInterrupt.
 
-    For example, a destructor has raised the exception.  A KeyboardInterrupt needs no message,
-    because `Interruption.has_signal` records its signal.
+    For that one no message is needed, because `Interruption.has_signal` records its signal.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
@@ -124,14 +106,11 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     """Handle signals in the block: the first signal cancels the function that `run_async` runs.
 
     If `run_async` is not active, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
-    default ends a process, is ignored unless `qedfuse.cli.qedimg.progress.progress` handles it.
-
-    Yields the block's `Interruption`, whose `has_signal` says whether a signal has arrived.
+    default ends a process, is ignored.
 
     Args:
-        ends_process: Whether the process ends after the block.  If True, signals are ignored
-            after the block, because they could only print a traceback.  If False, the
-            handlers from before the block are restored.
+        ends_process: Whether the process ends after the block.  If so, signals are ignored then,
+            because they could only print a traceback.
     """
     interruption = Interruption()
     before = {
@@ -154,11 +133,8 @@ def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
 def run_async(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """Run an asynchronous function and return its result; a signal cancels the function.
 
-    A signal cancels the function instead of raising KeyboardInterrupt in it, because an
-    exception at an arbitrary point could leave an image half changed.  A cancelled function
-    closes the image as after an error.
-
-    If no `interruptible` block is active, this call opens one.
+    An exception at an arbitrary point could leave an image half changed.  So a signal cancels the
+    function, which closes the image as after an error.
 
     Raises:
         KeyboardInterrupt: A signal has cancelled the function, and its cleanup is complete.

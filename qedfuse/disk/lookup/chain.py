@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 _MAX_FLATTENED_BYTES: Final = 1 << 22
 """Maximum length of a range that is looked up in `FlattenedBacking`.  Longer ranges are mostly
-holes.  A lookup layer by layer is faster for a hole, because it returns one extent for the
-whole hole."""
+holes, for which a lookup layer by layer is faster."""
 
 
 class Chain:
@@ -37,13 +36,9 @@ class Chain:
         *,
         lacks_base: bool = False,
     ) -> None:
-        """Show open layers as one disk.
+        """Show open layers as one disk; for the arguments see the attributes of the class.
 
-        Args:
-            layers: The image itself, then its bases.
-            flattened: The layers below the image itself, merged; None if there are none.
-            lacks_base: Whether the image has a base that was not opened.  If so, reading an
-                unallocated range raises BackingError.
+        If the base is missing, reading an unallocated range raises BackingError.
         """
         self.layers = layers
         self.flattened = flattened
@@ -58,12 +53,9 @@ class Chain:
     async def extents(self, start: int, length: int, depth: int = 0) -> list[Extent]:
         """Return how a range is stored in the layers from ``depth`` (0 or 1) downwards.
 
-        The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within
-        the disk.
-
-        A range that no layer has allocated is of kind zero.  There is one exception: with
-        ``depth`` 0 and no open base it is of kind unallocated.  A range past the end of a base is
-        of kind zero unless a layer above that base has allocated the range.
+        The extents cover the whole range, in order.  With ``depth`` 0 the range must lie within the
+        disk.  A range that no layer has allocated is of kind zero, or unallocated if there is no
+        base.  A range past the end of a base is of kind zero, unless a layer above has it.
 
         Raises:
             HostError: The host cannot read a table.
@@ -87,10 +79,9 @@ class Chain:
         return joined(result)
 
     async def stored(self, start: int, length: int) -> list[Extent]:
-        """Return how a range is stored; leave out the parts that no layer has allocated.
+        """Return how a range is stored, without the parts that no layer has allocated.
 
-        There is one exception: a part past the end of a base is included, of kind zero, if no layer
-        above that base has allocated it.
+        A part past the end of a base is included, of kind zero, unless a layer above has it.
 
         Raises:
             HostError: The host cannot read a table.
@@ -100,13 +91,7 @@ class Chain:
         return joined(result)
 
     async def _walk(self, start: int, end: int) -> list[Extent]:
-        """Return how the layers below the top image store a range, by lookups layer by layer.
-
-        A range that no layer has allocated is of kind zero.  The extents are in no order.
-
-        Raises:
-            HostError: The host cannot read a table.
-        """
+        """Return how the layers below the top image store a range, in no order, layer by layer."""
         result, missing = await self._descend(start, end, 1)
         bottom = len(self.layers) - 1
         result += [Extent(Kind.ZERO, first, last - first, depth=bottom) for first, last in missing]
@@ -115,16 +100,10 @@ class Chain:
     async def _descend(
         self, start: int, end: int, depth: int
     ) -> tuple[list[Extent], list[tuple[int, int]]]:
-        """Look up a range in the layers from ``depth`` down.
+        """Look up a range in the layers from ``depth`` down; stop where a layer has allocated it.
 
-        In each layer only the ranges are looked up that no layer above it has allocated.
-
-        Returns:
-            The extents, in no order, and the ranges that no layer has allocated, as guest
-            offsets of their start and end.
-
-        Raises:
-            HostError: The host cannot read a table.
+        Returns the extents, in no order, and the ranges (start and end) that no layer has
+        allocated.
         """
         result: list[Extent] = []
         wanted = [(start, end)]
@@ -151,7 +130,7 @@ class Chain:
         Raises:
             CorruptImageError: Part of the range is bad (`Kind.BAD`).
             BackingError: The range needs a base that was not opened.
-            HostError: The host cannot read a file, or a file became shorter while it was open.
+            HostError: The host cannot read a file, or a file has become shorter.
         """
         if not length:
             return b""
@@ -186,11 +165,7 @@ class Chain:
         return buffer
 
     def _raise_truncated(self, extent: Extent, count: int) -> None:
-        """Raise because the file ends within the data of ``extent``, after ``count`` bytes.
-
-        Raises:
-            HostError: Always.  The file has become shorter while it was open.
-        """
+        """Raise HostError: the file has become shorter; it has ``count`` bytes of the extent."""
         msg = (
             f"{self.layers[extent.depth].file.name}: data at {extent.file_offset}: found "
             f"{count} bytes, expected {extent.length}"

@@ -1,17 +1,12 @@
 """Compaction: the highest clusters in use move to the lowest free ones, and the file is cut.
 
-The *target* is the cluster at which the file would end if no free cluster were left in the file.
-There are as many clusters in use past the target as free ones before the target.  So every
-data cluster past the target can move to a free one before the target.  Tables move first,
-because a table needs adjacent free clusters.
+The *target* is the cluster at which the file would end if no free cluster were left in it.  Past
+the target there are as many clusters in use as free ones before it.  So every data cluster past the
+target can move to a free one before it.  Tables move first, because a table needs adjacent
+free clusters.
 
-A compaction can be limited to a number of moves.  If more clusters are in use past the target, the
-target is raised until at most this number is in use past the target.
-
-The file is cut by the flushes: each flush runs `Reclaim.run`, which cuts off the free clusters
-at the end of the file.  A compaction can end early, because its time is over or because it
-was stopped.  Even then the file usually becomes shorter, because the highest clusters have moved
-first.
+If the number of moves is limited, the target is raised until at most this number of clusters is in
+use past it.  The flushes cut the file (`Reclaim.run`).
 
 `qedfuse.disk.maintenance.mover` moves a cluster, and says why that is safe.
 """
@@ -38,12 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_MOVES_PER_PASS: Final = 1 << 20
-"""Maximum number of clusters in use past the target of one pass of `Compaction._shorten`.  The
-table entries that refer to them are found together, which takes up to 32 MiB of memory."""
+"""Maximum number of clusters that one pass moves.  The table entries that refer to them are found
+together, which takes up to 32 MiB of memory."""
 
 _MAX_TABLES: Final = 1 << 20
-"""Maximum number of L2 tables in an image that is compacted; with clusters and tables of the
-default sizes they cover 2 PiB."""
+"""Maximum number of L2 tables in an image that is compacted."""
 
 
 class Limits(NamedTuple):
@@ -51,8 +45,7 @@ class Limits(NamedTuple):
 
     Attributes:
         bytes: Maximum number of bytes that may be moved.
-        seconds: Maximum time that the compaction may take after its first flush.  A system call or
-            a flush that is running at the end of this time is still completed.
+        seconds: Maximum time after the first flush.  A running call is still completed.
     """
 
     bytes: int
@@ -91,18 +84,15 @@ class Compaction:
     ) -> int:
         """Move the highest clusters and cut the file; return how many clusters were moved.
 
-        The caller must ensure that no request is running.  Nothing is moved, and a warning is
-        logged, in three cases: the scan for free clusters has not succeeded, the image is damaged,
-        or the image has more than `_MAX_TABLES` tables.  If a corrupt table entry is found, the
-        compaction ends, an error is logged, and the image is marked as damaged.  Reaching a limit
-        is not an error.
+        The caller must ensure that no request is running.  If the free clusters are not known for
+        certain, or the image has more than `_MAX_TABLES` tables, a warning is logged, and nothing
+        is moved.  If a corrupt table entry is found, an error is logged, and the compaction ends.
 
         Args:
-            progress: Called with the number of bytes that have been moved, and with the
-                number that will probably be moved in all.
+            progress: Called with the number of bytes that have been moved, and with the number
+                that will probably be moved in all.
             within_bound: Whether the file must never become longer than its bound
-                (`Geometry.bound`).  If so, tables may be unable to move, and then
-                free clusters stay in the file.
+                (`Geometry.bound`).  If so, free clusters may stay in the file.
             limits: How much may be moved, and how long that may take; None for no limits.
 
         Raises:
@@ -120,8 +110,7 @@ class Compaction:
             return 0
         counter = MoveCounter(progress, self._bits)
         try:
-            # Punch nothing during the compaction: most free clusters are filled by a move
-            # or cut off with the end of the file, so punching them would be wasted work.
+            # Most free clusters are filled by a move or cut off, so punching them would be wasted.
             with self._reclaim.punching_suspended():
                 await self._flusher.flush()
                 with trio.CancelScope() as self._scope:
@@ -131,9 +120,8 @@ class Compaction:
                         self._scope.cancel()
                     await self._shorten(limits, counter, within_bound=within_bound)
         except CorruptImageError as error:
-            # `build_reverse_map` has found an entry that is not a multiple of the cluster size, or
-            # a cluster with two owners.  Such a cluster must not be moved, because only one of
-            # the two owners would point to the copy.  So the compaction ends here.
+            # An entry is invalid, or a cluster has two owners.  Such a cluster must not be moved,
+            # because only one of the two owners would point to the copy.
             log.error("%s (while compacting): the image must be repaired", error)  # noqa: TRY400
             self._layer.mark_damaged()
         finally:
@@ -141,10 +129,7 @@ class Compaction:
         return counter.moved_clusters
 
     def stop(self) -> None:
-        """End the running compaction, if any; later compactions end before they move a cluster.
-
-        Clusters that have been moved stay moved.
-        """
+        """End the running compaction, if any; later compactions end before they move a cluster."""
         self._stopped = True
         if self._scope is not None:
             self._scope.cancel()
@@ -152,11 +137,7 @@ class Compaction:
     async def _shorten(
         self, limits: Limits | None, counter: MoveCounter, *, within_bound: bool
     ) -> None:
-        """Move the highest clusters, until no cluster is free or a pass has moved none.
-
-        Each pass of the loop has a target.  At most `_MAX_MOVES_PER_PASS` clusters are in use past
-        the target, and not more than may still be moved within ``limits``.
-        """
+        """Move the highest clusters, pass by pass, until none is free or a pass has moved none."""
         max_moves = None if limits is None else limits.bytes >> self._bits
         counter.expect(self._data.count_used_from(self._data.target(max_moves)))
         while self._allocator.free.count:

@@ -1,11 +1,10 @@
 """The clusters that the scan has marked as used, and those that change during the scan.
 
 The scan reads the tables while requests change them, as a concurrent garbage collector marks
-objects while the program runs.  `Marking.record_change` and `Marking.record_drop` correspond
-to the collector's *write barrier*: they record each cluster that is handed out, put into
-quarantine or freed during the scan, and the scan's result for such a cluster is ignored.  So
-a cluster counts as found free only if no entry referred to it when the scan began, and its
-state has not changed since.
+objects while the program runs.  `Marking.record_change` and `Marking.record_drop` are the *write
+barrier*: they record each cluster whose state changes during the scan, and the scan's result for
+such a cluster is ignored.  So a cluster counts as found free only if no entry referred to it when
+the scan began, and its state has not changed since.
 """
 
 from __future__ import annotations
@@ -31,31 +30,27 @@ class Marking:
     Attributes:
         active: Whether changes are recorded: from `begin` to `end`.
         changed: The clusters whose state has changed since `begin`.
-        owners: The clusters that have been marked so far, because a table entry or the header
-            refers to them, or has referred to them since `begin`.
+        owners: The clusters that have been marked so far: those to which a table entry or the
+            header refers, or has referred since `begin`.
     """
 
     def __init__(self, empty: FreeMap, name: str) -> None:
         """Prepare a scan; nothing is marked or recorded yet.
 
         Args:
-            empty: An empty map.  All maps of this object divide the clusters into blocks as
-                ``empty`` does (see `FreeMap`).
+            empty: An empty map with the division into blocks that all maps here get.
             name: Name of the file in messages.
         """
         self._name = name
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        # How many references `mark` and `record_drop` have seen since `restart` whose cluster was
-        # marked already.
+        # References since `restart` whose cluster was marked already.
         self._marked_duplicates = 0
-        # How many dropped references were not the first one that their cluster has lost since
-        # `begin`.
+        # Dropped references that were not the first one that their cluster lost since `begin`.
         self._dropped_twice = 0
-        # The value of `_dropped_twice` at the last `restart`.  The walk through the tables after
-        # that `restart` does not find these references any more.  References that are dropped
-        # later are counted by `mark` or `record_drop`.
+        # The value of `_dropped_twice` at the last `restart`: the walk does not find these
+        # references any more.  `mark` or `record_drop` counts those that are dropped later.
         self._dropped_twice_before_walk = 0
         # The clusters that have lost a reference since `begin`.
         self._dropped = empty.empty_like()
@@ -79,7 +74,7 @@ class Marking:
         """Remove all marks, before a walk through the tables from the beginning.
 
         Clusters that lost a reference since `begin` are marked again, because the walk does not
-        find the dropped references in the tables any more.
+        find the dropped references any more.
 
         Raises:
             NeedsCheckError: See `OwnerBitmap.claim_range`.
@@ -100,8 +95,7 @@ class Marking:
         Raises:
             NeedsCheckError: See `OwnerBitmap.claim`.
         """
-        # Ignore clusters past the end that the file had when the scan began.  They were added
-        # since, and the scan looks only for clusters that were free when it began.
+        # Clusters past the end that the file had when the scan began were added since.
         clusters = clusters[clusters < self.owners.clusters]
         # A cluster that had an owner when the scan began is not handed out again before the
         # scan ends.  So a second reference to it means that two owners claim the cluster.
@@ -109,11 +103,9 @@ class Marking:
         self._marked_up_to = offset
 
     def require_complete(self) -> None:
-        """Raise if `record_drop` could not mark a cluster since `restart`.
+        """Raise NeedsCheckError if `record_drop` could not mark a cluster since `restart`.
 
-        Raises:
-            NeedsCheckError: A cluster is not marked, so a second owner of the cluster may not have
-                been found.
+        A second owner of such a cluster may not have been found.
         """
         if self._limit_error is not None:
             raise self._limit_error
@@ -133,12 +125,11 @@ class Marking:
         - If not, the scan will not find the dropped references there.  So this method marks the
           clusters.  A cluster that is marked already has two owners, and counts as a duplicate.
 
-        `restart` forgets these marks and counts.  So for the walk after a `restart` this method
-        also counts the clusters that have lost more than one reference since `begin`.
+        `restart` forgets these marks and counts.  So this method also counts the clusters that have
+        lost more than one reference since `begin`.
 
-        The caller has changed the table already and must be able to finish its change.  So if the
-        clusters exceed the limit of `OwnerBitmap.claim_range`, this method raises no error;
-        `require_complete` raises it later.
+        No error is raised, because the caller has changed the table already and must be able to
+        finish its change; `require_complete` raises it later.
         """
         if not self.active:
             return

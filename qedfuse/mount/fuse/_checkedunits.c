@@ -1,10 +1,8 @@
 /*
- * The units of a file in the cache for remote files: which units may be read from the page cache, and
- * whether the result of such a read may be used.  LocalData (remote/localdata.py) reads the file by the
- * same rules, and says why.
+ * The units of a file in the cache for remote files: which units may be read from the page cache,
+ * and whether the result of such a read may be used.  LocalData (remote/localdata.py) says why.
  *
- * Everything happens with the GIL held.  The functions that other files call are described in
- * _extraops.h.
+ * Everything happens with the GIL held.
  */
 
 #include "_extraops.h"
@@ -12,19 +10,18 @@
 #include <unistd.h>
 
 /* Maximum number of units ahead of a read that are looked at: half of _MAX_WINDOW_UNITS in
- * remote/fetcher.py, because more units are fetched ahead only when half of the window is used up. */
+ * remote/fetcher.py. */
 #define MAX_AHEAD_UNITS 32
 
 /* The smallest hole that a file can have (remote/zeroblocks.py). */
 #define BLOCK_BITS 12
 #define BLOCK_BYTES (1 << BLOCK_BITS)
 
-/* The value in `ready` of a settled unit: it may be read, and its pages are known to be valid and not waiting
- * to be written (CheckedUnits). */
+/* The value in `ready` of a settled unit, whose pages are valid and not waiting to be written. */
 #define SETTLED 2
 
-/* Of the reads that a settled unit would make faster, only one in this number tries to settle the unit.  An
- * attempt costs more than such a read, and fails until the kernel has written the pages. */
+/* Only one in this number of reads tries to settle a unit, because an attempt costs more than a
+ * read, and fails until the kernel has written the pages. */
 #define READS_PER_ATTEMPT 8
 
 int fill_units(struct checked_units *units, PyObject *source, int fd)
@@ -69,26 +66,26 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* If a read reaches the end of a unit, and a unit ahead is missing, Python code carries out the
-     * read.  That code fetches the units that a sequential reader needs soon. */
+    /* If a unit ahead is missing after the end of this unit, Python code carries out the read,
+     * because that code fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;
     return are_ready(units, last + 1, ahead);
 }
 
-/* Returns whether a length is one of the two that the file has if it was not cut.  The file has one byte
+/* Returns whether a length is one of the two that the file has if it was not cut: it has one byte
  * more while several processes use its entry in the cache (remote/sharing.py). */
 static int is_uncut(const struct checked_units *units, off_t length)
 {
     return length == units->file_bytes || length == units->file_bytes + 1;
 }
 
-/* A file that was cut never gets a valid length again, with one exception: a process that opens the entry
- * may look at the length before the cut, and set the other valid length after the cut.  So the length
- * after a read must equal the length before the read.  The length before the read is not looked up:
- * `seen_bytes`, the length after the last read, replaces it.  If the length has changed between the two
- * reads, the second read fails, and its units are compared again. */
+/* A file that was cut never gets a valid length again, with one exception: a process that opens the
+ * entry may look at the length before the cut, and set the other valid length after the cut.  So
+ * the length after a read must equal the length before it.  The length after the last read replaces
+ * the length before this read.  If the length has changed between the two reads, this read fails,
+ * and its units are compared again. */
 int keeps_length(struct checked_units *units, int fd)
 {
     off_t before = units->seen_bytes;
@@ -103,11 +100,11 @@ static int is_alone(const struct checked_units *units)
     return units->seen_bytes == units->file_bytes;
 }
 
-/* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid until a
- * process writes to the page or the page leaves the page cache.  Only a process that fetches the unit writes
- * to it.  If this process fetches the unit, the unit is not ready any more (UnitStore).  If another process
- * fetches it, is_alone() is false, and may_splice_units() does not rely on settled units.  If a page has
- * left the page cache, cached_pages() reports that. */
+/* Settles a unit, if its pages are valid and not waiting to be written.  Such a page stays valid
+ * until a process writes to it or it leaves the page cache.  Only a process that fetches the unit
+ * writes to it.  If this process fetches it, the unit is not ready any more (UnitStore).  If
+ * another process does, is_alone() is false.  If a page has left the page cache, cached_pages()
+ * reports that. */
 static void settle_unit(const struct checked_units *units, int fd, uint64_t unit)
 {
     uint64_t offset = unit << units->unit_bits, size = (uint64_t)1 << units->unit_bits;
@@ -118,8 +115,8 @@ static void settle_unit(const struct checked_units *units, int fd, uint64_t unit
         ((unsigned char *)units->ready.buf)[unit] = SETTLED;
 }
 
-/* Returns whether all pages of a range may be passed on by splice(2), which would read an invalid page from
- * the disk.  A page becomes invalid if the kernel fails to write it. */
+/* Returns whether a range may be passed on by splice(2), which would read an invalid page from the
+ * disk.  A page becomes invalid if the kernel fails to write it. */
 static int may_splice_units(const struct checked_units *units, int fd, uint64_t offset, size_t size)
 {
     static unsigned int reads;
@@ -162,8 +159,7 @@ int may_have_holes(const struct checked_units *units, const char *data, uint64_t
 {
     size_t at = 0, length;
 
-    /* The kernel answers a read of a hole with zeros.  So a block of zeros may be a hole, unless
-     * the content of the block is known to be zeros. */
+    /* A block of zeros may be a hole, unless its content is known to be zeros. */
     for (; at < size; at += length) {
         length = BLOCK_BYTES - (size_t)((offset + at) % BLOCK_BYTES);
         if (length > size - at)

@@ -1,13 +1,10 @@
 """Counters of the requests to one disk: how many, how many bytes, how many failed, how long.
 
-The extension and the Python code count in the same array.  `DataRequests` counts the deferred reads
-that a native thread answers.  The extension (``_counters.c``) counts all other reads, writes and
-flushes that are answered before pyfuse3 gets them.  `Operations` and `FallocateLseek` count the
-rest.  So no request is counted twice, and without the extension the counters have the same meaning.
+The extension and the Python code count in the same array, each request once.
 
-The time of a request is the time from its receipt until its answer.  The extension times only one
-in 16 of the requests that it counts and that are answered in one step.  The time of that request
-counts for the following 15 requests as well.
+The time of a request is the time from its receipt until its answer.  Of the requests that the
+extension answers in one step, it times only one in 16.  That time counts for the following 15
+requests as well.
 """
 
 from __future__ import annotations
@@ -27,12 +24,11 @@ WRITE: Final = 1
 FLUSH: Final = 2
 """An fsync(2) of the mounted file; a loop device sends one for each flush."""
 DISCARD: Final = 3
-"""An fallocate(2) that punches a hole or zeroes a range; a loop device sends one for each
-discard."""
+"""An fallocate(2) that discards or zeroes a range; a loop device sends one for each discard."""
 
 BUCKETS: Final = 27
 """Number of buckets of a histogram.  Bucket 0 counts the times below 1 microsecond, and bucket n
-the times from 2**(n-1) microseconds to below 2**n; the last bucket counts all longer times too."""
+the times from 2**(n-1) to below 2**n microseconds.  The last bucket has no upper limit."""
 
 # The cells of one operation; ``_counters.c`` has the same numbers.
 _REQUESTS: Final = 0
@@ -112,8 +108,7 @@ class RequestCounters:
         """Return a context manager that counts a request at the end of its block.
 
         An `Exception` that leaves the block is counted as an error.  The time of the request begins
-        with this call, before the block.  The arguments are those of `count`.  Code in the block
-        can set the attribute ``size`` of the context manager.
+        with this call.
         """
         return CountedRequest(self, operation, size)
 
@@ -147,7 +142,7 @@ class CountedRequest:
         self.size = size
 
     def __enter__(self) -> Self:
-        """Return this object; the time of the request began when the object was made."""
+        """Return this object."""
         return self
 
     def __exit__(
@@ -156,10 +151,7 @@ class CountedRequest:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        """Count the request.
-
-        A request is not counted if its task was cancelled, because its handler has not answered.
-        """
+        """Count the request, unless its task was cancelled."""
         if kind is None:
             self._counters.count(self._operation, self.size, self._start)
         elif isinstance(error, Exception):
@@ -171,8 +163,7 @@ class SharedCells(NamedTuple):
 
     Attributes:
         first_inode: The inode number of the first file; the other files have the next numbers.
-        cells: The attribute `RequestCounters.cells` for each file, in the order of the inode
-            numbers.
+        cells: `RequestCounters.cells` of each file, in the order of the inode numbers.
     """
 
     first_inode: int

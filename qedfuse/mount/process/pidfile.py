@@ -5,8 +5,7 @@ removed through the open directory.  If the serving process resolved the path la
 led through the mount, the process would wait forever for its own reply.
 
 A file is *special* if it is not a regular file (for example a pipe), or if it has no name any more.
-For a special file, the file itself is opened and not its directory.  A special file is written in
-place and is never removed.
+It is opened itself, written in place, and never removed.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ class PidFile:
     """The file that contains the pid of the process that serves the mount.
 
     Attributes:
-        path: The path of the file, absolute and free of symbolic links.  For a special file this
-            path may lead to no file.
+        path: The path of the file, absolute and free of symbolic links.
     """
 
     def __init__(self, path: str) -> None:
         """Open the directory of the file, or the file itself if it is special.
 
-        The file is not changed before `write`.  The file need not exist, but its directory must.
+        The file need not exist, but its directory must.
 
         Raises:
             HostError: The directory or the file cannot be opened, the file is a directory, or the
@@ -61,15 +59,13 @@ class PidFile:
             self._is_special = found is not None and not (
                 stat.S_ISREG(found.st_mode) and found.st_nlink
             )
-            # If this process has inherited a descriptor of the file, the program that started this
-            # process may hold a lock on the file.  So `write` overwrites the file instead of
-            # replacing it, because a new file would not be locked.
+            # The program that started this process, and left it a descriptor of the file, may hold
+            # a lock on the file.  A new file would not be locked, so `write` overwrites the file.
             self._was_open = found is not None and any(
                 os.path.samestat(found, os.fstat(number)) for number in open_descriptors()
             )
-            # A special file itself is opened, because its path may be a link in /proc, such as
-            # /dev/fd/N, and the target of such a link need not be in any directory.
-            # So `_handle` is a descriptor of the file if it is special, otherwise of its directory.
+            # The path of a special file may be a link in /proc, such as /dev/fd/N, whose target
+            # need not be in any directory.
             self._handle = os.open(
                 path if self._is_special else directory,
                 flags if self._is_special else flags | os.O_DIRECTORY,
@@ -80,9 +76,8 @@ class PidFile:
     def write(self) -> None:
         """Write the pid of this process as one line, without waiting for a reader.
 
-        A missing file is created.  A file is written in place if it is special, if it was open in
-        this process when this object was made, or if it cannot be replaced.  Any other file is
-        replaced atomically.
+        A file is written in place if it is special, if it was open in this process before, or if it
+        cannot be replaced.  Any other file is created or replaced atomically.
 
         Raises:
             HostError: The file cannot be written now, for example because a FIFO has no reader
@@ -101,14 +96,7 @@ class PidFile:
         self._is_written = True
 
     def _replace(self) -> None:
-        """Replace the file atomically; overwrite it if it cannot be replaced.
-
-        A file that was open in this process when this object was made is overwritten as well.
-
-        Raises:
-            OSError: The file cannot be written.  If the file was being overwritten, a part of it
-                may have changed.
-        """
+        """Replace the file atomically; overwrite it if it was open or cannot be replaced."""
         directory = self._handle
         if self._was_open:
             self._write_to(self._name, directory)
@@ -122,8 +110,8 @@ class PidFile:
                 os.unlink(new, dir_fd=directory)
             if error.errno not in _NOT_REPLACEABLE:
                 raise
-            # The file cannot be replaced, but perhaps overwritten.  For example, the user may
-            # write to the file but not to the directory, or the file is a mountpoint.
+            # For example, the user may write to the file but not to the directory, or the file is a
+            # mountpoint.
             try:
                 self._write_to(self._name, directory)
             except FileNotFoundError:
@@ -134,14 +122,7 @@ class PidFile:
     def _write_to(name: str, directory: int | None, flags: int = 0) -> None:
         """Overwrite or create a file with one line, the pid; a regular file ends after this line.
 
-        Args:
-            name: The path of the file, or its name in ``directory``.
-            directory: A descriptor of the directory; None if ``name`` is a path.
-            flags: Further flags for open(2).
-
-        Raises:
-            OSError: The file cannot be written.  EAGAIN: the file takes only a part of the line
-                now, or nothing.
+        Raises OSError with EAGAIN if the file does not take the whole line now.
         """
         flags |= os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
         if directory is not None:
@@ -155,11 +136,9 @@ class PidFile:
                 file.truncate(len(line))
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield descriptors of the pid file and its directory, each with a set of Landlock rights.
+        """Yield descriptors with the Landlock rights that `remove` needs; none if it does nothing.
 
-        The rights are those that `remove` needs: to read the pid file, and to remove files from its
-        directory.  The descriptor of the pid file is closed when the caller requests the next one.
-        For a special file, nothing is yielded.
+        The first one is closed when the caller requests the next one.
         """
         if self._is_special:
             return
@@ -196,11 +175,7 @@ class PidFile:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """Return the result of stat(2); None if the file, or the target of a link, is missing.
-
-    Raises:
-        OSError: The file cannot be examined.
-    """
+    """Return the result of stat(2); None if the file, or the target of a link, is missing."""
     try:
         return os.stat(path)  # noqa: PTH116  a name, not a Path
     except FileNotFoundError:

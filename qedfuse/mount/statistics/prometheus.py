@@ -1,6 +1,5 @@
 """Documents of statistics in the text format of Prometheus (version 0.0.4).
 
-Names, units and suffixes follow Prometheus' conventions: base units, and ``_total`` for counters.
 docs/stats.md lists the metrics.
 """
 
@@ -19,10 +18,7 @@ _ESCAPES: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class _Families:
-    """Metric families, in the order in which their first samples were added.
-
-    In the text, all samples of a family stay together.
-    """
+    """Metric families, in the order in which their first samples were added."""
 
     def __init__(self) -> None:
         self._families: dict[str, list[str]] = {}
@@ -30,10 +26,7 @@ class _Families:
     def add(
         self, name: str, kind: str, meaning: str, value: float | None, labels: Mapping[str, object]
     ) -> None:
-        """Add a sample that has the name of its family; do nothing if ``value`` is None.
-
-        The arguments are those of `add_to`.
-        """
+        """Add a sample that has the name of its family; do nothing if ``value`` is None."""
         if value is not None:
             self.add_to(name, kind, meaning, name, value, labels)
 
@@ -48,13 +41,7 @@ class _Families:
     ) -> None:
         """Add a sample whose name can differ from the name of its family, as in a histogram.
 
-        Args:
-            family: The name of the family.
-            kind: The type of the family, such as ``counter``.
-            meaning: The help text of the family.
-            name: The name of the sample.
-            value: The value of the sample.
-            labels: The labels of the sample, by their names.
+        ``kind`` is the type of the family, and ``meaning`` its help text.
         """
         lines = self._families.setdefault(
             family, [f"# HELP {family} {meaning}\n# TYPE {family} {kind}\n"]

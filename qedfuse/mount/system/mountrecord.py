@@ -1,7 +1,6 @@
 """Mount records, by which ``qedfuse umount`` finds the server of a mount.
 
-The server is the process that answers the kernel's requests for the mount.  Each mount has one
-record, in a file of its own:
+Each mount has one record, in a file of its own:
 
     /run/qedfuse/0:42.1234                 for root
     $XDG_RUNTIME_DIR/qedfuse/0:42.1234     for other users, if this directory can be made or opened
@@ -9,14 +8,13 @@ record, in a file of its own:
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
 The file name is the device number of the mount and the pid of the server.  The mount table shows
-the device number of every mount, even if the server of the mount has ended, or the caller may not
-access the mount.  The pid is needed as well, because the kernel can give the device number to a
-new mount while the server of the old mount is still closing its images.
+the device number of every mount, even if its server has ended.  The pid is needed as well, because
+the kernel can give the device number to a new mount while the server of the old mount is still
+closing its images.
 
-The server removes its record when all images are safely closed.  If something failed, the
-server writes the reason into the record instead.  If the server is killed, its record stays
-unchanged.  The record of a failed or killed server is removed by ``qedfuse umount``, which reports
-the failure, or by a later mount of the same user (`qedfuse.mount.system.recordfile`).
+The server removes its record when all images are safely closed.  If something failed, the server
+writes the reason into the record instead.  ``qedfuse umount``, or a later mount of the same user,
+removes what is left (`qedfuse.mount.system.recordfile`).
 """
 
 from __future__ import annotations
@@ -44,18 +42,14 @@ class MountRecord:
 
     Attributes:
         pid: The pid of the server.
-        started: When the server started, in clock ticks since boot.  The start time distinguishes
-            the server from a later process with the same pid.  0 if unknown; then every process
-            with the pid counts as the server.
+        started: When the server started, in clock ticks since boot, to distinguish it from a later
+            process with the same pid; 0 if unknown.
         mountpoint: The mountpoint.
         sources: The images.
-        failure: What failed, written when the server ends; None before that, or if the server was
-            killed.
+        failure: What failed, written when the server ends; None before that.
         exit_code: The exit code of the server; 0 if ``failure`` is None.
-        options: All mount options, each as for ``-o``, with absolute paths; empty in a record of
-            an earlier version of qedfuse.
-        mounted: When the mount was made, in nanoseconds since boot (CLOCK_BOOTTIME); 0 in a record
-            of an earlier version of qedfuse.
+        options: All mount options, each as for ``-o``, with absolute paths.
+        mounted: When the mount was made, in nanoseconds since boot (CLOCK_BOOTTIME); 0 if unknown.
     """
 
     pid: int
@@ -69,9 +63,7 @@ class MountRecord:
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot.
-
-    The result is None if /proc shows no process with the pid.
+    """Return when a process started, in clock ticks since boot; None if there is no such process.
 
     Raises:
         HostError: The start time cannot be read for another reason.
@@ -104,9 +96,7 @@ def format_record(record: MountRecord) -> bytes:
 
 
 def read_record(directory: int, name: str, user: int) -> MountRecord | None:
-    """Read the record in the file ``name`` of a directory.
-
-    The result is None unless the file is a regular file of ``user`` with a valid record.
+    """Read the record in the file ``name`` of a directory; None if ``user`` has no valid one.
 
     Raises:
         OSError: The file may have a valid record, but cannot be opened or read.
@@ -130,16 +120,10 @@ def read_record(directory: int, name: str, user: int) -> MountRecord | None:
 
 
 def _parse(text: bytes) -> MountRecord:
-    """Parse the text of a record.
-
-    The text is untrusted, because root reads the records of all users.
+    """Parse the text of a record, which is untrusted: root reads the records of all users.
 
     Raises:
-        ValueError: The text is not JSON.
-        KeyError: The field ``sources`` is missing.
-        TypeError: The text is not a JSON object, another required field is missing, a field is
-            unknown, or a field has a wrong type or an impossible value.
-        RecursionError: The text is nested too deeply.
+        ValueError, TypeError, KeyError, RecursionError: The record is not valid.
     """
     data = json.loads(text)
     # Earlier versions of qedfuse wrote no options and no time of the mount.

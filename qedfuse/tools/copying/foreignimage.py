@@ -25,10 +25,7 @@ _MAX_SPARSE_BYTES: Final = 16 << 20
 """Maximum size that ``-S`` of qemu-img accepts."""
 
 _MAX_NAME_PREFIX_BYTES: Final = 200
-"""The temporary directory's name contains at most this many bytes of the image's name.
-
-The whole name of the directory may have at most 255 bytes.
-"""
+"""Maximum bytes of the image's name in the temporary directory's name, because of NAME_MAX."""
 
 
 @asynccontextmanager
@@ -37,23 +34,21 @@ async def foreign_image(
 ) -> AsyncIterator[int]:
     """Yield the descriptor of an empty file, which the caller must fill with a raw disk.
 
-    At the end of the caller's ``with`` block, qemu-img converts the raw file into the image.  If
-    the block raises, no image is made.  The raw file is removed in any case.
+    At the end of the block, qemu-img converts the raw file into the image.  If the block raises, no
+    image is made.
 
     Args:
         path: Final name of the image.
-        temporary: Path of an existing temporary file, which is replaced by the complete image.
-            The caller must rename the image from this path to ``path``.
+        temporary: Path of an existing temporary file, which the complete image replaces.
         wanted: Format of the image, as qemu-img calls the format.
         options: Arguments for ``-o`` of qemu-img.
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
 
     Raises:
-        UsageError: qemu-img is not installed, does not make the format, or would not make
-            exactly one file with these options.
-        HostError: qemu-img cannot be run, refused the options or failed, or the host refused
-            a temporary file.
+        UsageError: qemu-img is not installed, does not make the format, or would not make exactly
+            one file with these options.
+        HostError: qemu-img refused the options or failed, or the host refused a system call.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
@@ -67,13 +62,11 @@ async def foreign_image(
             prefix=f".{prefix}.", suffix=".part", dir=directory or "."
         )
     try:
-        # `join` puts "./" before the path, unless the path is absolute.  Without "./", qemu-img
-        # would read the beginning of "a:b" as a protocol, and a path that begins with "-" as an
-        # option.
+        # Without "./", qemu-img would read the beginning of "a:b" as a protocol, and a path that
+        # begins with "-" as an option.
         raw = os.path.join(".", work_directory, "raw")  # noqa: PTH118  names, not Paths
-        # The image is made under its final file name, because some formats store this name in the
-        # image.  The image lies in a directory of its own, so that `_try_options` can count the
-        # files that qemu-img makes.
+        # Some formats store the file name in the image, so it must be the final one.  The image has
+        # a directory of its own, so that `_try_options` can count the files that qemu-img makes.
         image = os.path.join(".", work_directory, "image", name)  # noqa: PTH118
         with _host_errors(path, "cannot make a temporary directory"):
             os.mkdir(os.path.dirname(image))  # noqa: PTH102, PTH120
@@ -102,20 +95,7 @@ async def _try_options(
 ) -> None:
     """Create and remove a small image, so that a bad option fails before the copy, not after it.
 
-    Success depends on the exit status of qemu-img and on the files in the directory of ``image``.
-    The messages of qemu-img are quoted but not interpreted, because they differ between versions.
-    No trial image is made if an option names a data file.
-
-    Args:
-        program: Path of qemu-img.
-        path: Final name of the image, for messages.
-        wanted: Format of the image.
-        words: Arguments of qemu-img: ``-o`` before each option.
-        image: Path for the trial image, in an empty directory.
-
-    Raises:
-        UsageError: qemu-img cannot make the format, or makes no file or several files.
-        HostError: qemu-img cannot be run or refuses the options, or a system call failed.
+    The messages of qemu-img are not interpreted, because they differ between versions.
     """
     create = [program, "create", "-q", "-f", wanted]
     name = printable(path)
@@ -125,9 +105,7 @@ async def _try_options(
         msg = f"{name}: format: found {found}, expected one that qemu-img makes ({reason})"
         raise UsageError(msg)
     if any("data_file=" in word for word in words):
-        # The options are not tried, because the trial would overwrite the data file, which may
-        # be a file of the user.  If the copy failed afterwards, the content of that file would
-        # be lost for nothing.
+        # The trial would overwrite the data file, which may be a file of the user.
         return
     reason = await _run([*create, *words, image, str(_TRIAL_DISK_BYTES)], image)
     if reason is not None:
@@ -137,9 +115,8 @@ async def _try_options(
     with _host_errors(path, "cannot read a temporary directory"):
         made = os.listdir(directory)  # noqa: PTH208  names, not Paths
     if made != [wanted_name]:
-        # The options are refused, because only a single file can be moved to the final name.  For
-        # example, qemu-img makes several files for a VMDK of several extents, and no file with
-        # "-o help".
+        # Only a single file can be moved to the final name.  But qemu-img makes several files for a
+        # VMDK of several extents, for example.
         options = printable(" ".join(words[1::2]))
         found = f"{len(made)} files" if made else "no file"
         msg = f"{name}: -o {options}: found {found} made by qemu-img, expected one file"
@@ -149,11 +126,7 @@ async def _try_options(
 
 
 def _qemu_sparse_size(sparse_size: int) -> int:
-    """Return a size for ``-S`` that qemu-img accepts: rounded up to sectors, at most 16 MiB.
-
-    For qemu-img a run of zeros consists of whole sectors, so the same runs are long enough for the
-    rounded size.
-    """
+    """Return a size for ``-S`` that qemu-img accepts: rounded up to sectors, at most 16 MiB."""
     whole = -(-sparse_size // _SPARSE_UNIT_BYTES) * _SPARSE_UNIT_BYTES
     return min(whole, _MAX_SPARSE_BYTES)
 
@@ -168,15 +141,7 @@ def _host_errors(name: str, action: str) -> Iterator[None]:
 
 
 async def _run(command: list[str], image: str) -> str | None:
-    """Run qemu-img; return None if qemu-img succeeded, else the reason in one printable line.
-
-    Args:
-        command: Path of qemu-img, and the arguments.
-        image: Temporary path of the image; this path is removed from the reason.
-
-    Raises:
-        HostError: The host cannot run qemu-img.
-    """
+    """Run qemu-img; return None if it succeeded, else the reason in one line, without ``image``."""
     with _host_errors(command[0], "cannot run"):
         completed = await trio.run_process(
             command, capture_stdout=True, capture_stderr=True, check=False

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 _MAX_REQUESTS: Final = 8
 """Maximum number of requests that are queued or running at a time.
 
-With more requests, each would wait in the queue for longer.  A request that waits for longer than
-the time limit of a read fails.
+With more, a request could wait in the queue for longer than the time limit of a read, and fail.
 """
 
 
@@ -41,11 +40,9 @@ class WarmedFile:
 
     Attributes:
         url: The normalised URL, without a secret query.
-        cached_bytes: Number of bytes that a mount can need.  `warm` has found all of them in the
-            cache, or fetched them.
+        cached_bytes: Number of bytes that a mount can need.
         fetched_bytes: Number of bytes that were fetched from the server.
-        is_complete: Whether the cache has recorded that it has all needed units, so that the file
-            can be read without its server.
+        is_complete: Whether the file can now be read without its server.
     """
 
     url: str
@@ -59,21 +56,19 @@ async def warm(
 ) -> list[WarmedFile]:
     """Fetch into the cache all that a mount of an image can need of the image and its bases.
 
-    A mount can need the tables and the allocated clusters of a QED image, and all bytes of a raw
-    file.  Units (blocks of 256 KiB) that are intact in the cache are not fetched again, so an
-    interrupted call can be repeated.
+    These are the tables and the allocated clusters of a QED image, and all bytes of a raw file.
+    Units (blocks of 256 KiB) that are intact in the cache are not fetched again.
 
     Args:
         url: The URL of the image.
         options: How to open the image and its bases, and where the cache is; None for the defaults.
-        progress: Called with the number of needed bytes that are in the cache, and the number of
-            needed bytes of all files.
+        progress: Called with the number of needed bytes that are in the cache, and of all needed
+            bytes.
 
     Raises:
         UsageError: ``url`` is a path, the URL of an NBD server, or not valid; or the object is an
             image of a foreign format, or encrypted by LUKS.
-        CacheError: There is no cache, or the cache has not enough space.  If the limit of the cache
-            is smaller than the needed bytes, no data clusters have been fetched.
+        CacheError: There is no cache, or it has not enough space.
         RemoteError: A server cannot be reached, or does not serve a file.
         QedError: An image cannot be opened, or a base is refused.
     """
@@ -129,7 +124,7 @@ class _NeededFile:
         self._file = file
 
     def require_cache(self) -> None:
-        """Raise CacheError if the cache has no entry for the file, and so cannot store it."""
+        """Raise CacheError if the cache cannot store the file."""
         if not self._file.fetcher.has_cache:
             msg = (
                 f"{self._file.name}: found no cache to fetch it into, expected a directory of the "
@@ -138,15 +133,7 @@ class _NeededFile:
             raise CacheError(msg)
 
     async def fill(self, report: Callable[[int], object]) -> None:
-        """Fetch the needed units that are not in the cache.
-
-        Args:
-            report: Called with the length in bytes of a run of units when the run is in the cache.
-
-        Raises:
-            CacheError: The cache has not kept a unit.
-            RemoteError: The server does not give a unit.
-        """
+        """Fetch the needed units; ``report`` is called with the bytes of each run of units."""
         await fill(
             self._file,
             self.units.runs(MAX_RUN_UNITS),

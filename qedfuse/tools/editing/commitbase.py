@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qedfuse.hostio.posixfile import PosixFile
 
 COPY_CHUNK_BYTES: Final = 1 << 20
-"""Maximum number of bytes that one call reads from the source or writes to the base."""
+"""Maximum number of bytes of one read from the source or one write to the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,7 @@ class BaseFile:
 
     Attributes:
         path: Path of the file.
-        status: File attributes (stat(2)), by which the file is recognized when it is opened
-            again.
+        status: File attributes (stat(2)), to recognize the file when it is opened again.
         is_raw: Whether the base is raw.
         depth: Number of images over the base.
     """
@@ -55,7 +54,7 @@ class Base(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the base's file in messages, as printable text."""
+        """Name of the base's file, for messages."""
 
     @property
     def size(self) -> int:
@@ -78,11 +77,7 @@ class Base(Protocol):
         """Make all earlier changes durable."""
 
     async def autocompact(self) -> None:
-        """Compact the file of a QED base as far as the options allow.
-
-        The highest clusters are moved into free clusters, and the file is shortened.  Does
-        nothing to a raw base.
-        """
+        """Compact the file of a QED base as far as the options allow; skip a raw base."""
 
 
 class _QedBase:
@@ -138,7 +133,7 @@ class _RawBase:
         await self._file.punch((start, length))
         if self._file.can_punch:
             return
-        # Zeros are written, because the host's file system does not support holes.
+        # The host's file system does not support holes.
         zeros, end = bytes(min(COPY_CHUNK_BYTES, length)), start + length
         for at in range(start, end, COPY_CHUNK_BYTES):
             await self._file.pwrite(at, memoryview(zeros)[: end - at])
@@ -153,8 +148,7 @@ class _RawBase:
 async def find_base(overlay: Disk, options: OpenOptions) -> BaseFile:
     """Open the chain of an overlay, close it again, and return the file of the overlay's base.
 
-    No file is locked here.  The overlay is locked already, and a second lock of the same file
-    could conflict.  The base is locked later, when `open_base` opens the base for writing.
+    No file is locked here: a second lock of the overlay could conflict with its first one.
 
     Raises:
         UsageError: The base is a URL, or an image that QEMU serves.
@@ -185,9 +179,8 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: The options with which the overlay is opened.  They apply to the base and its bases
-            as well, except for the ``trusted`` path of the backing policy, which is meant only for
-            the overlay's own base.
+        options: The options of the overlay, except for the ``trusted`` path of the backing policy,
+            which is meant only for the overlay's own base.
 
     Raises:
         BackingError: The chain below the base cannot be used.
@@ -210,14 +203,7 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
     """Check that a path has led to the same file each time that it was opened.
 
-    If the overlay was replaced, the new overlay may name another base.  If the base was replaced,
-    the new file may be one that the policy for bases forbids.  In both cases a commit would change
-    the wrong file.
-
-    Args:
-        path: Path by which both files were opened.
-        found: Attributes of the file that was opened last.
-        expected: Attributes of the file that was opened earlier.
+    A new overlay may name another base, and a new base may be one that the policy forbids.
 
     Raises:
         ImageInUseError: The two files are not the same.

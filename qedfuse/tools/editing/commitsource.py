@@ -32,10 +32,7 @@ if TYPE_CHECKING:
 
 
 class CommitSource(Protocol):
-    """A disk whose stored ranges a commit writes into a base.
-
-    The disk is examined in batches of equal length.  Only the last batch may be shorter.
-    """
+    """A disk whose stored ranges a commit writes into a base, in batches of equal length."""
 
     @property
     def size(self) -> int:
@@ -47,7 +44,7 @@ class CommitSource(Protocol):
     async def extents(self, start: int) -> list[Extent]:
         """Return how the batch that begins at ``start`` is stored, as extents in order.
 
-        Extents of ranges that no image stores may be missing from the list.
+        Ranges that no image stores may be missing.
 
         Raises:
             CorruptImageError: A table entry is bad.
@@ -142,13 +139,13 @@ async def open_upper_images(
 ) -> AsyncIterator[tuple[UpperImages, BaseFile]]:
     """Open all images over a base read-only; yield the images and a description of the base's file.
 
-    The images are locked if ``options.lock`` is set.  The base and the images below the base are
-    opened to find the base, and closed before the caller's ``with`` block begins.
+    The images are locked if ``options.lock`` is set.  The base and the images below it are closed
+    before the caller's ``with`` block begins.
 
     Args:
         path: The image at the top of the chain.
         base: A file of the chain.  The name may be relative to the directory of the image that
-            names the file, as for qemu-img, or to the working directory of ``options``.
+            names the file, or to the working directory of ``options``.
         options: How to open the chain.
 
     Raises:
@@ -168,8 +165,8 @@ async def open_upper_images(
             found = cast("PosixFile", layers[depth - 1].file)
             is_raw = isinstance(layers[depth - 1], RawLayer)
             base_file = BaseFile(found.path, found.stat(), is_raw, depth)
-            # The base is closed, because its read lock would conflict with opening the base for
-            # writing.  The layers below the base are closed, because only the base needs them.
+            # The read lock of the base would conflict with opening it for writing, and only the
+            # base needs the layers below it.
             for layer in layers[depth - 1 :]:
                 layer.file.close()
             del layers[depth - 1 :]
@@ -177,17 +174,9 @@ async def open_upper_images(
 
 
 def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> int:
-    """Return the depth of a file in a chain, where the first image has depth 0.
+    """Return the depth of the file ``base`` in a chain, where the first image has depth 0.
 
-    Args:
-        path: The first image.
-        base: Name of the file, relative to ``directory``, or to the directory of the image that
-            names the file.
-        layers: The chain below the first image.
-        directory: The working directory; empty for that of the process.
-
-    Raises:
-        BackingError: The chain does not have the file.
+    The name may be relative to ``directory``, or to the directory of the image that names the file.
     """
     above = path
     for depth, layer in enumerate(layers, 1):
@@ -206,10 +195,7 @@ def _depth_of(path: str, base: str, layers: Sequence[Layer], directory: str) -> 
 
 
 def _is_file(path: str, expected: os.stat_result) -> bool:
-    """Return whether a path leads to the file with the attributes ``expected``.
-
-    Returns False if the path leads to no file, or cannot be examined.
-    """
+    """Return whether a path leads to the file with the attributes ``expected``."""
     try:
         return os.path.samestat(os.stat(path), expected)  # noqa: PTH116
     except OSError:

@@ -1,7 +1,7 @@
 """Creating a new empty image, which gets its name when it is complete.
 
-Only `preallocate` is asynchronous.  `create` is not, because it normally does not block for long,
-and loading trio would slow down a script that creates many images.
+`create` is not asynchronous, because loading trio would slow down a script that creates many
+images.
 """
 
 from __future__ import annotations
@@ -65,39 +65,35 @@ def create(
 ) -> CreateResult:
     """Create an image.
 
-    The image gets its name when it is complete.  Until then no file has the name, or the old
-    file still has the name.  On a file system without hard links an empty file may have the name
-    for a moment (`NewFile`).
+    The image gets its name when it is complete; see `NewFile` for an exception.
 
     Args:
         path: Path of the image.
         size: Bytes of the disk, rounded up to whole sectors.  None for the size of the backing
-            file's disk; None is refused if there is no backing file, and also with ``unsafe``.
+            file's disk, if it is opened.
         cluster_size: Bytes in a cluster.
         table_size: Clusters in a table.
-        backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL
-            or a file in a format that only QEMU reads is allowed only with ``unsafe`` or
-            ``examined``.
-        backing_format: Format of the backing file; None accepts any but raw.  With ``unsafe``
-            None is refused if a backing file is named.
-        unsafe: Do not open the backing file.  The backing file need not exist.
+        backing: Name of the backing file, see `backing_path`; None for no backing file.  A URL or a
+            foreign image is allowed only with ``unsafe`` or ``examined``.
+        backing_format: Format of the backing file; None accepts any but raw, and is refused with
+            ``unsafe``.
+        unsafe: Do not open the backing file, which need not exist.
         overwrite: Replace an existing file, unless that file is in use as an image.
-        fill: Called with the temporary path of the image, before the image gets its name.  If
-            ``fill`` raises an error, no image is created.
+        fill: Called with the temporary path of the image, before the image gets its name.  If it
+            raises an error, no image is created.
         examined: The result of `examine_url` if the backing file is a URL, and of
             `examine_foreign` if only QEMU reads the backing file; else None.
 
     Raises:
-        UsageError: A size, the geometry or the backing file name is invalid.  Or a size or format
-            is missing.  Or the path is a URL, or the file exists and ``overwrite`` is False.
-        BackingError: The backing file cannot be read, has an invalid header or is not of the
-            given format.  Or the image is among the files of the backing file's chain.
+        UsageError: An argument is invalid or missing, or the file exists and ``overwrite`` is
+            False.
+        BackingError: The backing file cannot be read, has an invalid header or is not of the given
+            format, or the image is among the files of its chain.
         ImageError: The existing file is not a regular file.
-        ImageInUseError: The old file is in use as an image.  Or ``overwrite`` is True, and another
-            file has taken the name of the image during the call.
-        HostError: A system call failed, or the file system is full.  The call leaves no new file,
-            except in two cases.  If only making the name durable has failed, the complete image
-            is left.  On a file system without hard links, an empty file may be left.
+        ImageInUseError: The old file is in use as an image, or another file has taken the name of
+            the image during the call.
+        HostError: A system call failed, or the file system is full.  No new file is left, apart
+            from the exception of `NewFile`, unless only making the name durable has failed.
     """
     require_local(path)
     if backing == "":
@@ -140,8 +136,7 @@ async def preallocate(path: str, progress: Progress | None = None) -> None:
         NoSpaceError: The host is full.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
-    # Imported late, because loading these modules takes time, and only preallocation opens a
-    # disk.
+    # Imported late, because only preallocation opens a disk.
     from qedfuse.disk.opening import open_disk  # noqa: PLC0415  late, see above
     from qedfuse.disk.options import OpenOptions  # noqa: PLC0415  late, see above
 

@@ -33,8 +33,7 @@ class _TableSlice:
     Attributes:
         entries: The entries of the slice.
         offset: File offset of the slice in bytes; 0 before the first slice.
-        slice_index: Index of the slice, counted over all tables of its level; -1 before the
-            first slice.
+        slice_index: Index of the slice over all tables of its level; -1 before the first slice.
     """
 
     def __init__(self, length: int) -> None:
@@ -44,10 +43,7 @@ class _TableSlice:
         self.slice_index = -1
 
     def take_writes(self) -> list[Write]:
-        """Return a list with the write of the slice, and clear the entries.
-
-        The list is empty if all entries are 0.
-        """
+        """Return a list with the write of the slice, if any entry is not 0; clear the entries."""
         if not self.entries.any():
             return []
         content = self.entries.byteswap() if _BIG_ENDIAN else self.entries.copy()
@@ -58,13 +54,11 @@ class _TableSlice:
 class NewQedTarget(ParallelTarget):
     """A new image.
 
-    Each L2 table is allocated before the first of its data clusters, so each table lies before
-    its data clusters in the file.  The header is written last.  Only one slice of the L1
-    table and one slice of an L2 table are in memory, whatever the geometry.
+    Each L2 table lies before its data clusters in the file.  The header is written last.  Only one
+    slice of the L1 table and one slice of an L2 table are in memory.
 
     Attributes:
-        end: Length in bytes that the file needs for the tables and clusters that have been
-            assigned so far; `finish` gives the file this length.
+        end: Length in bytes that the file needs for the tables and clusters assigned so far.
     """
 
     def __init__(self, descriptor: int, header: Header, backing: bytes, name: str) -> None:
@@ -81,12 +75,11 @@ class NewQedTarget(ParallelTarget):
         self.block_size = header.cluster_size
         self._header = header
         self._backing = backing
-        # Each chunk must lie within the range of one slice of an L2 table, because
-        # `assign_offsets` changes the entries of one slice only.  A chunk of one cluster has only
-        # one entry.  A longer chunk crosses no multiple of `max_chunk_bytes`.  The range of a slice
-        # is at least `max_chunk_bytes` long, because a slice is a whole table, or covers at least
-        # 8192 clusters of 4 KiB (32 MiB).  Both lengths are powers of two.  So the end of the range
-        # is a multiple of `max_chunk_bytes`, and a longer chunk does not cross that end.
+        # Each chunk must lie within the range of one slice of an L2 table, because `assign_offsets`
+        # changes the entries of one slice only.  A chunk of several clusters crosses no multiple of
+        # `max_chunk_bytes`.  The range of a slice is at least that long: a slice is a whole table,
+        # or covers at least 32 MiB.  Both lengths are powers of two, so no chunk crosses the end of
+        # a range.
         self.max_chunk_bytes = min(MAX_CHUNK_BYTES, header.geometry.table_span)
         self._geometry = header.geometry
         self.end = header.l1_end
@@ -97,9 +90,7 @@ class NewQedTarget(ParallelTarget):
     def assign_offsets(self, start: int, view: memoryview, data: Mask, zeros: Mask) -> list[Write]:
         """Assign offsets at the end of the file to a chunk's data clusters; return the writes.
 
-        The entries are set in the table slices in memory.  If the chunk needs another slice of a
-        table than the previous chunk, the previous slice is complete, and the result begins with
-        its write.  The write of the data, if the chunk has any, is the last.
+        The result begins with the writes of slices that are complete before this chunk.
         """
         self._check_size(start + len(view))
         if not data.any() and not zeros.any():
@@ -119,7 +110,7 @@ class NewQedTarget(ParallelTarget):
         return [*writes, Write(offset, buffers)] if buffers else writes
 
     def _check_size(self, size: int) -> None:
-        """Raise UsageError if a disk of ``size`` bytes is larger than the tables can address."""
+        """Raise UsageError if the tables cannot address a disk of ``size`` bytes."""
         maximum = self._geometry.max_image_size
         if size > maximum:
             msg = (
@@ -132,8 +123,7 @@ class NewQedTarget(ParallelTarget):
     def _select_slices(self, start: int) -> list[Write]:
         """Switch to the L1 and L2 slices for a guest offset; return the writes of the old slices.
 
-        If the L1 entry for the offset points to no L2 table yet, a table is allocated at the end of
-        the file.
+        A missing L2 table is allocated at the end of the file.
         """
         l2_slice = (start >> self._geometry.cluster_bits) // self._slice_length
         if l2_slice == self._l2.slice_index:
@@ -179,10 +169,7 @@ class NewQedTarget(ParallelTarget):
 
 
 class ExistingQedTarget(SequentialTarget):
-    """An existing image, written through its open disk as a guest would.
-
-    Ranges of zeros become discards.
-    """
+    """An existing image, written as a guest would; ranges of zeros become discards."""
 
     def __init__(self, disk: Disk) -> None:
         """Prepare to write to an open disk that is at least as large as the source."""
@@ -191,10 +178,7 @@ class ExistingQedTarget(SequentialTarget):
         self._written_end = 0  # guest offset up to which the disk is written or discarded
 
     async def write_chunk(self, start: int, view: memoryview, data: Mask) -> None:
-        """Discard the range between the previous chunk and this chunk, then write this chunk.
-
-        In the chunk the blocks of data are written, and the blocks of zeros are discarded.
-        """
+        """Discard the range since the previous chunk and the blocks of zeros; write the others."""
         await self._discard(start)
         for first, last in mask_ranges(data):
             await self._discard(start + first * self.block_size)
@@ -209,10 +193,7 @@ class ExistingQedTarget(SequentialTarget):
         await self._disk.flush()
 
     async def _discard(self, end: int) -> None:
-        """Discard the range from the end of the last write or discard up to ``end``.
-
-        A discarded range reads as zeros.  Does nothing if the range is empty.
-        """
+        """Discard the range from the end of the last write or discard up to ``end``, if any."""
         if self._written_end < end:
             await self._disk.discard(self._written_end, end - self._written_end)
             self._written_end = end
