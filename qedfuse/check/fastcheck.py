@@ -1,8 +1,7 @@
 """The fast check: confirms that an image has no errors and no leaks, or gives up.
 
-The full check (`qedfuse.check.checker`) needs numpy and trio.  Loading these two takes longer than
-reading the tables of a full image of 1 TiB.  So a small C extension (`_sweep.c`) reads the tables
-first.  If the extension gives up, the caller must run the full check.  The extension is optional.
+Loading numpy and trio for the full check (`qedfuse.check.checker`) takes longer than reading the
+tables of a full image of 1 TiB.  So a small C extension (`_sweep.c`) reads the tables first.
 Without the extension the caller runs the full check on every image, with the same results.
 """
 
@@ -45,13 +44,11 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
 
     Args:
         path: The image.
-        share: Whether to check an image that another program has open for writing.  If False,
-            the result for such an image is None.
+        share: Whether to check an image that another program has open for writing.
 
     Returns:
         The header, the file's length in bytes, and a report without errors or leaks.  None in any
-        other case, for example if the image has a free list, is too large for the fast check, or
-        cannot be read.
+        other case, for example if the image has a free list or cannot be read.
     """
     # The extension reads entries in the byte order of the host.  The entries of an image are
     # little-endian, so the extension is used on little-endian hosts only.
@@ -66,17 +63,7 @@ def fast_check(path: str, *, share: bool = False) -> tuple[Header, int, CheckRep
 
 
 def _check_open(fd: int, name: str, sweep: Sweep) -> tuple[Header, int, CheckReport] | None:
-    """Check an open image; the result is that of `fast_check`.
-
-    Args:
-        fd: A descriptor of the image.
-        name: What messages call the image.
-        sweep: The function of the extension.
-
-    Raises:
-        QedError: The header is invalid, or the file's attributes cannot be read.
-        OSError: The header cannot be read.
-    """
+    """Check an open image, called ``name`` in messages; the result is that of `fast_check`."""
     header, size = read_header_of(fd, name)
     geometry = header.geometry
     if header.has_free_list or geometry.in_cluster(size):

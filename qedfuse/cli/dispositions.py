@@ -1,10 +1,7 @@
 """The dispositions of signals while a command starts and ends (signal(7)).
 
-Ctrl-C ends the process without a traceback, and SIGTERM ends the process with one line.
-``qedfuse`` ignores SIGUSR1 and SIGUSR2, which later ask the server of a mount for statistics.
-
-This module imports only ``_signal`` and ``posix``, which are built into the interpreter.  The
-module ``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.
+Only ``_signal`` and ``posix`` are imported, which are built into the interpreter.  The module
+``signal`` would be read from a file, and Ctrl-C while it is read would print a traceback.
 """
 
 from __future__ import annotations
@@ -16,11 +13,9 @@ import posix
 def sigint_default() -> None:
     """Make Ctrl-C end the process silently instead of raising KeyboardInterrupt.
 
-    A program must call this function before it loads modules.  A program whose work is done can
-    call the function again, so that Ctrl-C raises nothing while the interpreter shuts down.  If
-    SIGINT is ignored, as in a background job of a shell script, or has a handler of the program,
-    nothing changes.  Before the first call, while the interpreter starts, Ctrl-C still prints a
-    traceback.
+    A program must call this function before it loads modules.  It can call the function again when
+    its work is done.  If SIGINT is ignored, as in a background job of a shell script, or has a
+    handler of the program, nothing changes.
     """
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
@@ -38,9 +33,8 @@ def sigint_raises() -> None:
 def report_sigterm(program: str) -> None:
     """Let SIGTERM print a line with the name of the program before it ends the process.
 
-    The line appears only while the program has no handler of its own: while modules are loaded, and
-    during short commands.  The wait status still shows that SIGTERM ended the process.  If SIGTERM
-    is ignored or has a handler already, nothing changes.
+    The line appears only while the program has no handler of its own.  If SIGTERM is ignored or has
+    a handler already, nothing changes.
     """
 
     def end(number: int, _frame: object) -> None:
@@ -59,8 +53,7 @@ def ignore_diagnostic_signals() -> None:
     """Ignore SIGUSR1 and SIGUSR2, whose default action is to end the process.
 
     The server of a mount logs statistics after these signals, but only while it serves
-    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know exactly when the server begins and
-    stops serving, so before and after that time the signals must not end the process.
+    (`qedfuse.mount.statistics.diagnostics`).  A user cannot know exactly when that is.
     """
     for number in (_signal.SIGUSR1, _signal.SIGUSR2):
         _signal.signal(number, _signal.SIG_IGN)

@@ -1,10 +1,8 @@
 """The entry points of the programs ``qedfuse`` and ``qedimg``.
 
-Before an entry point loads the program, it restores the default action of SIGINT, and makes the
-collector of reference cycles run rarely.  So while modules are loaded, Ctrl-C ends the process
-without a traceback, and the collector costs little time.  The server of a mount and a subcommand of
-``qedimg`` can run for long, so after their modules are loaded they let the collector run as often
-as by default.
+While modules are loaded, Ctrl-C ends the process without a traceback, and the collector of
+reference cycles runs rarely.  A server or a subcommand can run for long, so once it is loaded it
+lets the collector run as often as by default.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ def qedfuse_program() -> int:
     from qedfuse.cli.qedfuse.main import main  # noqa: PLC0415  only after sigint_default()
 
     code = main()
-    # Ctrl-C must not raise KeyboardInterrupt while the interpreter shuts down, because no code
-    # would catch the exception then.
+    # While the interpreter shuts down, no code would catch a KeyboardInterrupt.
     sigint_default()
     return code
 

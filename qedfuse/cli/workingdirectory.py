@@ -20,10 +20,7 @@ def is_removed() -> bool:
 
 
 def is_caused_by_removal(error: BaseException) -> bool:
-    """Return whether ``error`` is a failure of getcwd(2) in a removed directory.
-
-    An error of getcwd(2) has no file name, so for an error with a file name the result is False.
-    """
+    """Return whether ``error`` is a failure of getcwd(2) in a removed directory."""
     return (
         isinstance(error, OSError)
         and error.errno == errno.ENOENT

@@ -1,7 +1,6 @@
 """Statistics of an opened disk: counters and sizes.
 
-Everything is in memory already.  So collecting the statistics needs no call to the host, and works
-even while the host's file system does not answer.
+Everything is in memory already, so this works even while the host's file system does not answer.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ class FileStatistics:
     Attributes:
         name: The name of the file, for messages.
         is_qed: Whether the file is a QED image.
-        reads: How often requests have read data of the file, and how many bytes.  Reads of tables
-            do not count, nor do reads of a mounted disk that the kernel answers by itself.
-        table_loads: How many slices of the file's tables have been read, also by the scan; 0 for a
-            raw file.
+        reads: How often requests have read data of the file, and how many bytes.  Tables do not
+            count.
+        table_loads: How many slices of the file's tables have been read, also by the scan.
         uncached_reads: How many reads, including those of tables, have waited because the host's
-            page cache did not have the data; None if this is not counted for the file.
-        server: What was fetched from the server of the file; None if the file has no server, or if
-            the fetches are not counted.
+            page cache did not have the data; None if this is not counted.
+        server: What was fetched from the server of the file; None if there is none, or if the
+            fetches are not counted.
     """
 
     name: str
@@ -54,17 +52,13 @@ class DiskStatistics:
     Attributes:
         tables: Statistics of the table cache.
         table_loads: How many slices of tables were loaded into the table cache for requests.
-        table_cache_bytes: Maximum number of bytes of memory for the slices in the table cache;
-            `make_store` describes which slices can exceed it.
-        dirty_table_bytes: Length in bytes of all dirty slices of the image's tables
-            (`qedfuse.disk.lookup.slices`).
+        table_cache_bytes: Maximum number of bytes of the table cache; see `make_store`.
+        dirty_table_bytes: Length in bytes of all dirty slices of the image's tables.
         writeback: Counters of the write-back cycles.
         file_bytes: File offset in bytes where the last cluster in use ends.
-        bound_bytes: The file length in bytes that suffices if each cluster of the disk is
-            allocated.
+        bound_bytes: The file length in bytes that suffices for a fully allocated disk.
         cluster_bytes: Length of a cluster in bytes.
-        allocated_clusters: How many clusters have been handed out since the disk was opened, for
-            data and for tables.
+        allocated_clusters: How many clusters have been handed out, for data and for tables.
         free_clusters: How many clusters before the last one in use are free; None before the
             scan for free clusters has succeeded.
         quarantined_clusters: How many clusters have lost their reference and are not free yet.
@@ -97,7 +91,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
     return DiskStatistics(
         tables=components.store.statistics(),
         # `scan.loaded_slices` includes slices that a request was loading while the scan waited for
-        # them.  So the difference can be too small, even negative.
+        # them, so the difference can be negative.
         table_loads=max(0, loads - scan.loaded_slices),
         table_cache_bytes=components.options.cache_bytes,
         dirty_table_bytes=components.layer.tables.dirty_bytes,
@@ -115,7 +109,7 @@ def collect_statistics(components: Components) -> DiskStatistics:
 
 
 def _describe(layer: Layer, reads: FileReadStatistics) -> FileStatistics:
-    """Return the statistics of the file of a layer; ``reads`` counts the reads of the file."""
+    """Return the statistics of the file of a layer."""
     file = layer.file
     policy = file.read_policy
     server = file.server_reads if isinstance(file, ReadOnlyFile) else None
@@ -126,5 +120,5 @@ def _describe(layer: Layer, reads: FileReadStatistics) -> FileStatistics:
 
 
 def _table_loads(layer: Layer) -> int:
-    """Return how many slices of tables were read from the file of a layer; 0 for a raw file."""
+    """Return how many slices of tables were read from the file of a layer."""
     return layer.tables.loads if isinstance(layer, QedLayer) else 0

@@ -24,7 +24,7 @@ def open_image_file(
 ) -> Iterator[PosixFile]:
     """Open a regular file and lock it; close it at the end of the ``with`` block.
 
-    The block can also close the file itself, for example through a disk that owns the file.
+    The block can also close the file itself.
 
     Args:
         path: The file.

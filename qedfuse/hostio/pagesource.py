@@ -19,29 +19,22 @@ class CheckedUnits(NamedTuple):
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
     The result of a read may be used only if all of its bytes were in the page cache, and if each
-    block that reads as zeros is marked in ``zero_blocks``.  A block of zeros that is not marked may
-    be a hole in the file, and not the content of the remote file; `qedfuse.remote.localdata` says
-    why.
+    block that reads as zeros is marked in ``zero_blocks``.  Any other such block may be a hole;
+    `qedfuse.remote.localdata` says why.
 
     Attributes:
-        ready: A byte for each unit.  0: the extension must not read the unit.  1: the extension may
-            read the unit.  2: the same, and the extension has found that all pages of the unit are
-            valid (not being read, and not left by a failed write), and that none of them waits to
-            be written.  The extension keeps a view of the bytes, looks at them before each read,
-            and changes 1 to 2.
+        ready: A byte for each unit.  0: the extension must not read the unit.  1: it may.  2: it
+            may, and has found that all pages of the unit are valid (not being read, and not left by
+            a failed write) and not waiting to be written.
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
-            same number is known to be all zeros.  The numbers of the last units may be missing, and
-            then count as 0.
+            same number is known to be all zeros.  Missing numbers count as 0.
         unit_bits: Binary logarithm of the number of bytes in a unit.
         content_bytes: Offset at which the readable part of the file ends.
-        file_bytes: Length of the file while one process uses it.  While several processes use it,
-            the file is one byte longer.  If the file has any other length after a read, the file
-            was truncated, and the bytes that were read are not used.
-        address: Address at which the file is mapped.  The extension passes it to mincore(2), to
-            learn whether the page cache has the range of a read, if the kernel has no cachestat(2)
-            or if the pages must also be known to be valid.
-        forget: Called with the numbers of the first and the last unit of a read that failed; makes
-            all units from the first to the last not ready.
+        file_bytes: Length of the file while one process uses it; it is one byte longer while
+            several do.  After a read at any other length, the bytes must not be used.
+        address: Address at which the file is mapped, for mincore(2).
+        forget: Called with the first and the last unit of a read that failed; makes all units from
+            the first to the last not ready.
     """
 
     ready: bytearray
@@ -60,8 +53,8 @@ class PageSource(NamedTuple):
         policy: Decides whether a read is tried.
         fd: The descriptor.
         units: Which parts of the file may be read; None if the whole file may be read.
-        runs: Which other files store the bytes of this file, and where; None if the file that is
-            open as ``fd`` stores the bytes.  With runs, ``policy`` and ``fd`` are not used.
+        runs: Which other files store the bytes of this file; None if it stores them itself.  With
+            runs, ``policy`` and ``fd`` are not used.
         flags: Flags of preadv2(2) for the reads, from `inline_flags`.
     """
 
@@ -76,7 +69,7 @@ class Contended(Protocol):
     """An object that knows whether a change of a file would have to wait (`InodeLock`).
 
     Attributes:
-        contention: Number of reasons why a change would have to wait now; 0 if it would not wait.
+        contention: Number of reasons why a change would have to wait now.
     """
 
     contention: int
@@ -88,11 +81,9 @@ class WriteTarget(NamedTuple):
     Attributes:
         fd: The descriptor.
         inode: The lock of the file's inode.  The extension writes only while ``contention`` is 0.
-        is_short: Returns whether a write of the given number of bytes is short enough for the
-            extension.  Writes of at most `ALWAYS_SHORT_WRITE_BYTES` always are, so the extension
-            does not call the function for them.
-        record_write: Must be called after each write, with its length in bytes and the seconds that
-            it took.
+        is_short: Returns whether a write of the given number of bytes is short enough.  It is not
+            called for a write of at most `ALWAYS_SHORT_WRITE_BYTES`.
+        record_write: Must be called after each write, with its length in bytes and its seconds.
     """
 
     fd: int
@@ -107,7 +98,7 @@ class StoredRuns(NamedTuple):
     Attributes:
         cells: Numbers of 64 bits: the number of runs, the offset at which the last run ends, and
             then the two arrays of `qedfuse.foreign.runmap.RunMap`, each with room for ``capacity``
-            runs.  Runs are added in place, so the extension can keep a view of the cells.
+            runs.  Runs are added in place.
         capacity: Maximum number of runs.
         files: The files to which the runs refer, by number.
     """

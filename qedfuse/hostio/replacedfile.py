@@ -18,20 +18,17 @@ if TYPE_CHECKING:
 def lock_replaced_file(
     path: str, stack: ExitStack, *, overwrite: bool, offers_in_place: bool = False
 ) -> int | None:
-    """Open and lock the file that will be replaced; return its descriptor.
-
-    Returns None if no file is called ``path``.
+    """Open and lock the file that will be replaced; return its descriptor, or None without a file.
 
     Args:
         path: The name of the file.
         stack: Closes the descriptor at its end; the close releases the lock.
         overwrite: Whether the user has agreed to replace the file.
         offers_in_place: Whether the command can also write into an existing file with ``-n``.
-            If so, messages mention this option.
 
     Raises:
-        UsageError: The file exists, and ``overwrite`` is False.  Or the file is not a regular file,
-            and ``offers_in_place`` is True.
+        UsageError: The file exists, and ``overwrite`` is False; or it is not a regular file, and
+            ``offers_in_place`` is True.
         ImageError: The file is not a regular file, and ``offers_in_place`` is False.
         ImageInUseError: Another process has the file open as an image.
         HostError: The file cannot be opened or locked.
@@ -51,12 +48,7 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Refuse a file that is not a regular file, because such a file cannot be replaced.
-
-    Raises:
-        UsageError: The file is not a regular file.
-        HostError: The kind of the file cannot be found out.
-    """
+    """Raise UsageError if a file is not a regular file, because it cannot be replaced then."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
     except OSError as error:

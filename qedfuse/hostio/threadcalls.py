@@ -1,7 +1,6 @@
 """Calls on the host's files that may block, made by trio's worker threads.
 
-This implementation of `qedfuse.hostio.hostcalls.HostCalls` is used if the C extension of
-`qedfuse.hostio.nativecalls` was not built, or if the user has turned the extension off.
+`qedfuse.hostio.hostcalls.HostCalls` without the C extension of `qedfuse.hostio.nativecalls`.
 """
 
 from __future__ import annotations
@@ -38,19 +37,11 @@ class ThreadCalls:
         """Do nothing: trio itself resumes the tasks."""
 
     def start_read(self, *_: object) -> None:
-        """Refuse, because a thread of trio cannot answer without the event loop.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError: a thread of trio cannot answer without the event loop."""
         raise NotImplementedError
 
     def start_export_read(self, *_: object) -> None:
-        """Refuse, for the reason that `start_read` states.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError, as `start_read` does."""
         raise NotImplementedError
 
     async def read(self, fd: int, offset: int, view: memoryview) -> tuple[int, float]:
@@ -75,11 +66,7 @@ class ThreadCalls:
 
 
 async def _in_thread(function: Callable[[*Args], T], *args: *Args) -> T:
-    """Call a function in a thread; return its result.
-
-    Raises:
-        OSError: The function has raised it, or the host cannot start a thread (EAGAIN).
-    """
+    """Call a function in a thread; return its result, or raise OSError."""
     try:
         return await run_in_thread(function, *args)
     except HostError as error:

@@ -1,8 +1,7 @@
 """Writing a large file without filling the page cache (write-behind).
 
-Written ranges are sent to the host's disk while the file is still being written, so that
-the fsync(2) at the end has little left to wait for.  The pages of older ranges are dropped from
-the page cache, so that the file does not evict the memory of other programs and files.
+Written ranges are sent to the host's disk soon, so that the fsync(2) at the end has little to wait
+for.  Older pages are dropped, so that the file does not evict the memory of other programs.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ _MAX_IN_FLIGHT_BYTES: Final = 1 << 27
 """Maximum number of bytes on their way to the host's disk; enough to keep the disk busy."""
 
 _MIN_BYTES_PER_SECOND: Final = 1 << 29
-"""Minimum number of bytes sent for each second that was spent in sync_file_range(2).
+"""Minimum number of bytes sent for each second in sync_file_range(2); with fewer the disk is slow.
 
-The call only starts the writing, and takes long only if the disk's request queue is full.  So if
-fewer bytes are sent per second, the disk is slow.  A `WriteBehind` that must not wait for the disk
-then leaves the rest of the work to the kernel.
+The call only starts the writing, and takes long only if the disk's request queue is full.
 """
 
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EPERM}
@@ -44,9 +41,8 @@ class WriteBehind:
         Args:
             descriptor: The file.
             name: The file's name in messages.
-            waits: Whether to wait for the disk when more than `_MAX_IN_FLIGHT_BYTES` are on
-                their way.  False is for a file that will not be made durable: if the disk is
-                slow, all further work is left to the kernel, which buffers the data in memory.
+            waits: Whether to wait for the disk when more than `_MAX_IN_FLIGHT_BYTES` are on their
+                way.  If False and the disk is slow, all further work is left to the kernel.
         """
         self._descriptor = descriptor
         self._name = name
@@ -61,11 +57,8 @@ class WriteBehind:
     def wrote(self, offset: int, length: int) -> None:
         """Start to write a range to the disk, and drop older ranges from the page cache.
 
-        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits until the oldest
-        ranges are on the disk, and then drops the pages of these ranges.  With ``waits=False`` the
-        method does not wait, and drops only the pages that are on the disk already.  Does nothing
-        if the file does not support sync_file_range(2), or if the disk has proved too slow with
-        ``waits=False``.
+        If more than `_MAX_IN_FLIGHT_BYTES` are on their way, this method waits for the oldest
+        ranges before it drops them.  With ``waits=False`` it drops only pages that are on the disk.
 
         Args:
             offset: File offset of the range in bytes.
@@ -97,15 +90,11 @@ class WriteBehind:
         for start, count in old:
             if self._waits:
                 self._sync(start, count, SYNC_AND_WAIT)
-            # Drop the pages.  This loses no data, because the kernel keeps dirty pages.
+            # This loses no data, because the kernel keeps dirty pages.
             os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
     def _sync(self, offset: int, length: int, flags: int) -> None:
-        """Call sync_file_range(2); if it is not supported, leave all later work to the kernel.
-
-        Raises:
-            HostError: Earlier data did not reach the disk.
-        """
+        """Call sync_file_range(2); if it is not supported, leave all later work to the kernel."""
         try:
             sync_file_range(self._descriptor, offset, length, flags)
         except OSError as error:

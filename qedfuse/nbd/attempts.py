@@ -26,8 +26,8 @@ class Attempts:
     """The attempts of one read.
 
     Attributes:
-        end: The time (`time.monotonic`) after which no attempt begins, and at which waiting for a
-            connection or for replies ends.
+        end: The time (`time.monotonic`) at which all waiting ends, and after which no attempt
+            begins.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class Attempts:
         Args:
             name: The name of the file in messages.
             deadlines: The read fails after `Deadlines.total_seconds`.
-            outages: Gets the error with which the read fails.  Left out are the error of a closed
-                file, and the errors of the server in a reply, except ESHUTDOWN.
-            is_brief: Whether the read fails after the shorter of `Deadlines.attempt_seconds` and
-                `Deadlines.total_seconds`.
+            outages: Gets the error with which the read fails, unless the file was closed or the
+                server has answered with an error.
+            is_brief: Whether the read fails after `Deadlines.attempt_seconds` already.
         """
         seconds = deadlines.total_seconds
         if is_brief:
@@ -57,15 +56,10 @@ class Attempts:
     ) -> float:
         """Return how many seconds to wait after a failed attempt before the next attempt.
 
-        Args:
-            error: Why the attempt failed.
-            is_closed: Whether the file was closed.  The read of a closed file fails.
-
         Raises:
             RemoteError: No further attempt is made: the file was closed, the server refuses the
-                export or has answered the read with an error other than ESHUTDOWN, the server has
-                violated the protocol `_MAX_PROTOCOL_ERRORS` times, or the time until `end` is too
-                short for a pause.
+                export or has answered with an error other than ESHUTDOWN, the server has violated
+                the protocol `_MAX_PROTOCOL_ERRORS` times, or the time is over.
         """
         self._count += 1
         if is_closed:
@@ -85,8 +79,7 @@ class Attempts:
             msg = f"{error} (attempts: {self._count})"
             raise self._final(msg, errno.EIO) from error
         if self._count == 1:
-            # Most likely the server has closed an idle connection, so the second attempt, with a
-            # new connection, needs no pause.
+            # Most likely the server has closed an idle connection, so the next one needs no pause.
             return 0
         self._pause = min(_MAX_PAUSE_SECONDS, 2 * self._pause)
         return seconds

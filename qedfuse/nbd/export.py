@@ -34,8 +34,7 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
-        trio.Cancelled: The call runs in a worker thread of trio, and the task that waits for the
-            thread was cancelled.
+        trio.Cancelled: The call runs in a worker thread of trio, and its task was cancelled.
     """
     parameters = nbd_parameters(address.query)
     authority = urlsplit(f"//{address.host}")
@@ -52,11 +51,7 @@ def open_export(address: Address, deadlines: Deadlines) -> NbdFile:
 
 
 def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
-    """Return a socket that is connected to a port of a host, after at most ``seconds``.
-
-    Raises:
-        OSError: The host is not found, or does not accept the connection in time.
-    """
+    """Return a socket that is connected to a port of a host, after at most ``seconds``."""
     end = time.monotonic() + seconds
     sock = connect_to_any(RESOLVER.resolve(host, port, seconds), end)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -64,11 +59,7 @@ def _connect_tcp(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def _connect_unix(path: str, seconds: float) -> socket.socket:
-    """Return a socket that is connected to the Unix socket ``path``, after at most ``seconds``.
-
-    Raises:
-        OSError: No server accepts the connection at ``path`` in time.
-    """
+    """Return a socket that is connected to the Unix socket ``path``, after at most ``seconds``."""
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.settimeout(seconds)

@@ -35,29 +35,26 @@ def open_nbd(
     The call blocks until the server answers, or for as long as ``deadlines`` permits.
 
     Args:
-        connect: Function that returns a connected stream socket within a limited time.  The
-            file calls the function again, possibly in another thread, when a connection has broken,
-            and for further connections if the server allows several.  If the function raises
-            OSError, a read repeats the call until the time of the read is over.  If the function
-            raises `QedError`, the read fails with this error.
+        connect: Function that returns a connected stream socket within a limited time.  Any thread
+            may call it again, for a new or a further connection.  If it raises OSError, a read
+            repeats the call until the time of the read is over.  If it raises `QedError`, the read
+            fails with this error.
         export_name: The name of the export; empty for the default export of the server.
         shown_name: The name in messages.
         deadlines: How long to wait for the server.
-        path: The name of the file as the user or an image gives it, such as a URL; None to use
-            ``shown_name``.
+        path: The name of the file as given, such as a URL; None to use ``shown_name``.
         tls: How to use TLS; None to use none.
 
     Raises:
         RemoteError: The server cannot be reached, or does not serve the export.
         QedError: An error that ``connect`` has raised.
-        trio.Cancelled: The call runs in a worker thread of trio, and the task that waits for the
-            thread was cancelled.
+        trio.Cancelled: The call runs in a worker thread of trio, and its task was cancelled.
     """
     size: int | None = None
     closed = threading.Event()
 
     def make(end: float = math.inf) -> Connection:
-        """Make a connection; refuse an export whose size has changed.  See `make_connection`."""
+        """Make a connection; refuse an export whose size has changed."""
         seconds = deadlines.attempt_seconds
         connection = make_connection(connect, export_name, tls, seconds, closed, end)
         if size is not None and connection.export.size != size:

@@ -5,12 +5,11 @@ opener uses the entry, and by two bytes while several may use it.  So one lseek(
 there are other openers.
 
 Another program may truncate the file, which then has neither of the two lengths.  No write reaches
-the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can
-give it one, if the other program truncates the file while `join` sets the length.
+the added bytes, so no write gives a truncated file one of these lengths again.  Only `join` can,
+if the other program truncates the file while `join` sets the length.
 
-Each opener holds a read lock on the first byte of the data file.  The next opener finds this lock,
-and so knows that it is not alone.  The lock belongs to the open file description
-(``F_OFD_SETLK``), like a lock of flock(2).
+Each opener holds a read lock on the first byte of the data file, by which the next opener finds
+that it is not alone.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Final
 ALONE_BYTES: Final = 1
 """How many bytes the file is longer than the object while one opener uses the entry."""
 SHARED_BYTES: Final = 2
-"""How many bytes the file is longer than the object while several openers may use the entry."""
+"""The same while several openers may use the entry."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
@@ -40,8 +39,8 @@ def join(data_fd: int, lock_fd: int, size: int) -> None:
 
     Args:
         data_fd: The open data file.
-        lock_fd: Another open file of the entry.  The call locks this file (flock(2)), so that only
-            one opener at a time sets the length.
+        lock_fd: Another open file of the entry, locked (flock(2)) during the call, so that only one
+            opener at a time sets the length.
         size: The size of the object in bytes.
 
     Raises:

@@ -48,8 +48,7 @@ class UploadCheck:
             options: How to connect.
             part_bytes: Length in bytes of each part of the content, except the last.
             digests: The MD5 checksum of each part; the caller fills the list before `compare`.
-            progress: Called with the number of bytes that were compared, and the size, if the
-                object must be read.
+            progress: Called with the number of bytes compared, and the size, if the object is read.
             stopped: Another thread sets the event to end the comparison.
         """
         self._address = address
@@ -73,13 +72,12 @@ class UploadCheck:
     def compare(self, etag: str, *, is_stoppable: bool = True) -> str:
         """Compare the object with the content; return the entity tag of the object.
 
-        The entity tag of most stores is a checksum of the object.  If the tag is not the expected
-        checksum, the object is read.
+        The entity tag of most stores is a checksum of the object.  If it is not, the object is
+        read.
 
         Args:
             etag: The entity tag that the store has returned for the upload; empty if unknown.
-            is_stoppable: Whether to raise StoppedError if ``stopped`` is set before the comparison
-                or during it.
+            is_stoppable: Whether to raise StoppedError if ``stopped`` is set.
 
         Raises:
             DifferentError: The object differs.
@@ -106,21 +104,14 @@ class UploadCheck:
         """Return the possible entity tags of S3 for the content: stored in parts, and stored whole.
 
         The tag for an object in parts is the MD5 checksum of the checksums of its parts, with the
-        number of parts.  For content of several parts both results are this tag, because such
-        content is never stored whole.
+        number of parts.  Only content of a single part is ever stored whole.
         """
         digests = b"".join(self._digests)
         of_parts = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(self._digests)}"
         return of_parts, self._digests[0].hex() if len(self._digests) == 1 else of_parts
 
     def _compare_content(self, source: RemoteObject, *, is_stoppable: bool) -> None:
-        """Read the object and compare it with the content.
-
-        Raises:
-            DifferentError: The object differs.
-            RemoteError: The object cannot be read.
-            StoppedError: The upload was stopped.
-        """
+        """Read the object and compare it with the content."""
         for number, start in enumerate(range(0, self._size, self._part_bytes)):
             if is_stoppable and self._stopped.is_set():
                 raise StoppedError

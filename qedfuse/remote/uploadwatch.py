@@ -1,9 +1,8 @@
 """Noticing during an upload that the store does not answer any more.
 
-obstore stores a part with one call.  The call reports nothing before it ends, and may take many
-minutes on a slow line.  So a part that takes long does not show that the store has gone.  If no
-part has begun for some time, a request for the object's metadata (HEAD) shows whether the store
-still answers.
+obstore stores a part with one call, which may take many minutes on a slow line.  So if no part has
+begun for some time, a request for the object's metadata (HEAD) shows whether the store still
+answers.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ async def watch_store(
     """Raise RemoteError when a store has not answered for the total time of ``deadlines``.
 
     While the upload makes progress, no request is sent.  The beginning and the end of an outage
-    are logged.  A task that is cancelled does not wait for the answer to its last request.
+    are logged.
 
     Args:
         address: The address of the object that is stored.
@@ -81,8 +80,7 @@ async def watch_store(
 def _ask(client: Client) -> str | None:
     """Request the object's metadata; return the reason if the store does not answer, else None.
 
-    A failure that a retry may overcome, such as HTTP status 503 or 429, counts as no answer.  Any
-    other failure, such as refused credentials, counts as an answer.
+    A failure that a retry may overcome, such as HTTP status 503 or 429, counts as no answer.
     """
     try:
         client.head()

@@ -1,7 +1,7 @@
 """Closing files that threads may still use: the last user closes them.
 
-If a thread closed a descriptor that another thread is about to use, the number of the descriptor
-could belong to another file before that use.
+If a thread closed a descriptor that another thread is about to use, the descriptor could belong to
+another file before that use.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ class DeferredClose:
         self._is_closed = False
 
     def enter(self) -> bool:
-        """Count a user and return True: the files stay open until the user calls `leave`.
-
-        After a call of `close` the user is not counted, must not use the files, and gets False.
-        """
+        """Count a user, who must call `leave`; return False, and count none, after `close`."""
         with self._lock:
             if self._is_closed:
                 return False
@@ -48,10 +45,7 @@ class DeferredClose:
             self._close()
 
     def close(self) -> None:
-        """Close the files now, or when the last user leaves; a second call does nothing.
-
-        The call does not wait for the users.
-        """
+        """Close the files now, or when the last user leaves; a second call does nothing."""
         with self._lock:
             if self._is_closed:
                 return

@@ -9,8 +9,7 @@ from qedfuse.errors import UsageError
 
 _UNITS: Final = "KMGTPE"
 _UNIT_FACTOR: Final = 1024
-# Use re.ASCII, because without it the Kelvin sign would match K.  Accept a limited number of
-# digits, because for thousands of digits int() raises a ValueError.
+# Without re.ASCII the Kelvin sign would match K.  For thousands of digits int() would fail.
 _PATTERN: Final = re.compile(
     r"(?P<number>\d{1,30})(?:\.(?P<fraction>\d{0,100}))?(?:(?P<unit>[kmgtpe])i?)?b?",
     re.IGNORECASE | re.ASCII,
@@ -20,12 +19,12 @@ _PATTERN: Final = re.compile(
 def parse_size(text: str) -> int:
     """Return the number of bytes that a text such as ``512``, ``64K``, ``1.5G`` or ``64KiB`` means.
 
-    The text is a number.  A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can
-    follow.  Case does not matter.  As in QEMU, a fraction of a byte is rounded to the nearest byte
-    if there is a binary suffix, and refused without one (``1.5``).
+    A binary suffix (K, M, G, T, P or E, also with ``i``) and ``B`` can follow a number.  Case does
+    not matter.  As in QEMU, a fraction of a byte is rounded if there is a binary suffix, and
+    refused without one (``1.5``).
 
     Raises:
-        UsageError: The text has another form, or means a fraction of a byte without such a suffix.
+        UsageError: The text has another form.
     """
     match = _PATTERN.fullmatch(text.strip())
     unit = match and match["unit"]
@@ -43,10 +42,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return a size in bytes as text with a binary unit: ``64 KiB``, ``1.5 GiB``.
-
-    The number is rounded to four significant digits.
-    """
+    """Return a size in bytes as text with a unit, in four digits: ``64 KiB``, ``1.5 GiB``."""
     value = float(size)
     for unit in ("bytes", *(f"{letter}iB" for letter in _UNITS)):
         if value < _UNIT_FACTOR or unit == "EiB":

@@ -24,36 +24,23 @@ _RATES: Final = (
     *("r/s", "rMB/s", "r_await", "r_p99", "w/s", "wMB/s", "w_await", "w_p99", "f/s", "f_await"),
     *("d/s", "aqu-sz", "err/s", "%fast", "%table", "%host", "%remote"),
 )
-"""The columns of the first table; the column with the name of the disk precedes them.
-
-``await`` is the average and ``p99`` the 99th percentile of the time of a request, in milliseconds.
-"""
+"""The columns of the first table after the name of the disk; docs/stats.md explains them."""
 _STATE: Final = (
     *("file", "%bound", "free", "quarantine", "alloc/s", "dirty", "cycles/s", "scan"),
     *("state", "reads by file (%)"),
 )
-"""The columns of the second table; the column with the name of the disk precedes them.
-
-docs/stats.md explains the columns.
-"""
+"""The columns of the second table after the name of the disk."""
 
 
 class StdoutConsole(Console):
-    """The console of stdout, which raises BrokenPipeError if the reader has gone.
-
-    Names are printed unchanged, even if they look like markup or emoji of rich.
-    """
+    """The console of stdout, which raises BrokenPipeError if the reader has gone."""
 
     def __init__(self, width: int | None = None) -> None:
         """Print to stdout; without ``width`` rich determines the width of the terminal."""
         super().__init__(width=width, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Raise the error again that rich has caught; rich itself would exit with code 1.
-
-        Raises:
-            BrokenPipeError: Always.
-        """
+        """Raise BrokenPipeError, which rich has caught; rich itself would exit with code 1."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 

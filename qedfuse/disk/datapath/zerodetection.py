@@ -1,9 +1,8 @@
 """Detecting clusters of zeros in the data that a guest writes (``detect_zeroes``).
 
-The search takes about 10 µs for each MiB.  First, the clusters whose first word (8 bytes) is not 0
-are excluded; nearly all clusters that hold data are among these.  A remaining cluster holds only
-zeros if its largest word is 0.  In numpy, finding the largest word is faster than comparing all
-words with 0.
+The search takes about 10 µs for each MiB.  Nearly all clusters with data are excluded first: their
+first word (8 bytes) is not 0.  A remaining cluster holds only zeros if its largest word is 0.  In
+numpy this is faster than comparing all words with 0.
 """
 
 from __future__ import annotations

@@ -30,9 +30,8 @@ class Extent(NamedTuple):
         start: Guest offset of the first byte.
         length: Length in bytes.
         file_offset: File offset of the data; 0 for the other kinds.
-        depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base
-            and so on; 0 for an unallocated extent.  For zeros that the image itself does not
-            store, `Chain.extents` may give the depth of the last base, whatever layer stores them.
+        depth: Depth of the layer that stores the range: 0 for the image itself, 1 for its base and
+            so on.  For zeros below the image itself, it may be the depth of the last base.
         reason: For a bad extent a message about what is wrong; empty for the other kinds.
     """
 
@@ -51,7 +50,7 @@ class Extent(NamedTuple):
     def continued_by(self, other: Extent) -> bool:
         """Return whether ``other`` follows this extent on the disk and is stored in the same way.
 
-        Data must also follow in the file, and bad extents must have the same reason.
+        Data must also follow in the file.
         """
         return (
             self.kind is other.kind
@@ -63,10 +62,7 @@ class Extent(NamedTuple):
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:
-    """Return ``extents``, joining neighbours where the second continues the first.
-
-    The extents must be in the order of their guest offsets.
-    """
+    """Return ``extents``, which must be in order, with neighbours joined where possible."""
     result: list[Extent] = []
     for extent in extents:
         if result and result[-1].continued_by(extent):

@@ -1,10 +1,9 @@
 """Slices: parts of tables in memory, at most 64 KiB each.
 
-A slice is *dirty* while it has changes that no write-back has taken, or that a write-back has
-taken and could not write.  It is *pinned* while a `Pins` block or a `WriteBack` uses it.
-A slice that is neither dirty nor pinned may be evicted by `TableCache` whenever a task awaits
-something.  So a task must pin a slice before it changes the slice.  The task needs no pin if it has
-awaited nothing since it got the slice from the cache.
+A slice is *dirty* while it has changes that are not in the file and not in a running write-back.
+It is *pinned* while a `Pins` block or a `WriteBack` uses it.  If it is neither, `TableCache` may
+evict it whenever a task awaits something.  So a task must pin a slice before it changes the slice,
+unless it has awaited nothing since it got the slice from the cache.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Slice:
         bad: One byte per entry, non-zero where the entry is invalid; None if all are valid.
         pins: How many write-backs and `Pins` keep this slice in memory.
         changed_first: Index of the first dirty entry.
-        changed_end: Index past the last dirty entry; equal to ``changed_first`` if the slice
-            is clean.
+        changed_end: Index past the last dirty entry; equal to ``changed_first`` if none is dirty.
     """
 
     __slots__ = ("bad", "changed_end", "changed_first", "entries", "level", "offset", "pins")
@@ -68,19 +66,13 @@ class Pins:
     __slots__ = ("_slices",)
 
     def __init__(self, *slices: Slice) -> None:
-        """Pin ``slices`` from now on.
-
-        The caller must not have awaited anything since the cache returned the slices.
-        """
+        """Pin ``slices``; the caller must have awaited nothing since it got them."""
         self._slices = list(slices)
         for one in slices:
             one.pins += 1
 
     def add(self, added: Slice) -> None:
-        """Pin one more slice.
-
-        The caller must not have awaited anything since the cache returned the slice.
-        """
+        """Pin one more slice; the caller must have awaited nothing since it got the slice."""
         added.pins += 1
         self._slices.append(added)
 

@@ -1,6 +1,6 @@
 """Compaction of data: clusters at the end of the file move into the lowest free clusters.
 
-The moves are counted, so that a compaction can stay within its limits and report its progress.
+The moves are counted, for the limits of a compaction and for its progress.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES: Final = 1 << 26
 """Maximum number of bytes that are moved between two flushes."""
 _LIMITED_BATCH_BYTES: Final = 1 << 23
-"""Maximum number of bytes that a compaction with limits moves between two flushes.  A flush
-that has begun is completed even if the time of the compaction is over, so a flush must be
-short."""
+"""The same for a compaction with limits: a flush is completed even if the time is over, so it must
+be short."""
 
 
 class MoveCounter:
@@ -32,11 +31,7 @@ class MoveCounter:
     """
 
     def __init__(self, progress: Progress | None, cluster_bits: int) -> None:
-        """Start at 0.
-
-        ``progress`` is called with the number of bytes that have been moved, and with the
-        number that will probably be moved in all.  None to report nothing.
-        """
+        """Start at 0; ``progress`` is called with the bytes moved, and the bytes to move in all."""
         self.moved_clusters = 0
         self._progress = progress
         self._bits = cluster_bits
@@ -50,8 +45,7 @@ class MoveCounter:
         """Count ``clusters`` as moved, and report the progress."""
         self.moved_clusters += clusters
         if self._progress is not None:
-            # The number of moves can exceed the expected one, because a data cluster that
-            # gives way to a table may move twice.
+            # A data cluster that gives way to a table may move twice.
             total = max(self._expected_clusters, self.moved_clusters)
             self._progress(self.moved_clusters << self._bits, total << self._bits)
 
@@ -70,10 +64,7 @@ class DataCompaction:
         self._bits = allocator.cluster_bits
 
     def target(self, max_moves: int | None = None) -> int:
-        """Return the target: the cluster at which the file can end after the compaction.
-
-        The compaction may move at most ``max_moves`` clusters, or any number with None.
-        """
+        """Return the cluster at which the file can end after at most ``max_moves`` moves."""
         end, free = self._allocator.end >> self._bits, self._allocator.free
         target = max(end - free.count, self._allocator.anchor)
         if max_moves is None:
@@ -93,18 +84,16 @@ class DataCompaction:
         Args:
             first: The lowest cluster that moves.
             counter: Counts the moves.
-            last: If None, the data clusters from ``first`` to the end of the file move to the
-                lowest free clusters, and a cluster stays if no lower one is free.  If not None,
-                only the data clusters before the cluster ``last`` move, to free clusters at or past
-                ``last``.
+            last: If None, the data clusters move to the lowest free clusters, and a cluster stays
+                if no lower one is free.  If not None, only the data clusters before ``last`` move,
+                to free clusters at or past ``last``.
             limited: Whether to flush more often, and to stop reading tables when an L2 entry has
-                been found for each used cluster from ``first`` on.  With True no table should lie
-                at or past ``first``: no L2 entry refers to the clusters of a table, so the search
-                for such an entry would go on to the last table.
+                been found for each used cluster from ``first`` on.  No table should lie there then,
+                because no L2 entry refers to its clusters.
 
         Raises:
-            CorruptImageError: A table entry does not point to the start of a cluster, or a
-                cluster has two owners.  This call has moved no cluster.
+            CorruptImageError: A table entry does not point to the start of a cluster, or a cluster
+                has two owners.  This call has moved no cluster.
             HostError: A system call failed.  Clusters that have been moved stay moved.
             ReadOnlyError: The disk has become read-only during the call.
         """
@@ -116,9 +105,8 @@ class DataCompaction:
             self._layer, first << self._bits, end, count if limited else None
         )
         step = max(1, (_LIMITED_BATCH_BYTES if limited else _BATCH_BYTES) >> self._bits)
-        # `move_data` moves the clusters of a batch in the order in which their entries lie in the
-        # tables.  So data clusters that follow each other on the disk, with entries in one table,
-        # follow each other in the file afterwards.
+        # `move_data` moves a batch in the order of the tables.  So data clusters that follow each
+        # other on the disk follow each other in the file afterwards.
         for stop in range(len(owners.entries), 0, -step):
             entries = owners.entries[max(0, stop - step) : stop]
             await self._mover.move_data(entries, last, counter.add)

@@ -1,5 +1,5 @@
 /*
- * The ReadView of a disk: the objects by which the extension itself finds the disk's data (_readview.c).
+ * The ReadView of a disk: the objects by which the extension finds the disk's data (_readview.c).
  * All functions must be called with the GIL held.
  */
 
@@ -9,11 +9,10 @@
 #include "_extraops.h"
 
 /*
- * What locates the data of one disk.  A slice is a part of an L2 table of the top image, with an
- * entry for each of some clusters.  For each slice FlattenedBacking
- * (disk/lookup/flattenedbacking.py) makes an array of codes, which say for each cluster where a
- * backing file holds it.  The table cache keeps such an array as it keeps a slice.  The key of the
- * array is the pair of `codes_key` and the slice's number.
+ * What locates the data of one disk.  A slice is a part of an L2 table of the top image.  For each
+ * slice there is an array of codes, which say for each cluster where a backing file holds it
+ * (disk/lookup/flattenedbacking.py).  The table cache keeps such an array as it keeps a slice, with
+ * the pair of `codes_key` and the slice's number as its key.
  */
 typedef struct {
     PyObject_HEAD
@@ -39,9 +38,8 @@ typedef struct {
 /* Returns an attribute as a number; -1 with an exception if that fails. */
 long long number_attribute(PyObject *object, PyObject *name);
 
-/* Returns a new reference to the view of the disk of a handle, if a range lies within the disk, or
- * within the window.  Otherwise returns NULL; an exception may be set then.  `handle` may be an
- * inode number. */
+/* Returns a new reference to the view of the disk of a handle or an inode number, if a range lies
+ * within the disk or the window.  Otherwise returns NULL; an exception may be set then. */
 ReadView *view_with(uint64_t handle, off_t start, size_t size);
 
 /* Returns the size in bytes of the disk, or of the window; -1 with an exception if that fails. */
@@ -50,8 +48,8 @@ long long view_size(ReadView *self);
 /* Returns the file offset of the L1 table of the top image; -1 with an exception if that fails. */
 long long l1_table_offset(ReadView *self);
 
-/* Returns the entries of the slice with a key of the table cache.  Returns NULL if the slice is not in
- * memory or has an invalid entry; an exception may be set then. */
+/* Returns the entries of the slice with a key of the table cache; NULL if it is not in memory or
+ * has an invalid entry, and an exception may be set then. */
 PyObject *valid_entries(ReadView *self, PyObject *key);
 
 /* Finds a range of the disk that is one run of data in one file, within one slice of the top image.

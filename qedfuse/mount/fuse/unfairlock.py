@@ -1,10 +1,8 @@
 """A lock without fairness: a task that has released the lock can take it before the waiters.
 
-The tasks of pyfuse3 read requests from the kernel under a lock.  trio's lock is fair: a task that
-releases the lock hands it over to the next waiter.  With that lock another task would read the next
-request, so each request would cost a switch of tasks.  With the lock of this module the same task
-takes the next request, as long as the task answers requests without waiting.  When the task has to
-wait for something else, a waiter takes the lock.
+The tasks of pyfuse3 read requests from the kernel under a lock.  With trio's lock, which is handed
+over to the next waiter, each request would cost a switch of tasks.  With this lock the same task
+takes the next request, as long as it answers requests without waiting.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ class UnfairLock:
     """A lock that a task can acquire before the tasks that already wait for it ("barging").
 
     A task that acquires a free lock does not yield to other tasks.  Releasing the lock wakes the
-    task that began to wait last, because that task's memory is still in the processor's caches.
-    The lock is not handed over to the woken task.  The woken task gets the lock only if the lock
-    is still free when the task runs; otherwise the task waits again.
+    task that began to wait last, because its memory is still in the processor's caches.  The woken
+    task gets the lock only if the lock is still free when the task runs.
     """
 
     def __init__(self) -> None:
@@ -34,10 +31,7 @@ class UnfairLock:
         self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        """Release the lock and wake one waiter.
-
-        If the waiter that was woken last has not run yet, no other waiter is woken.
-        """
+        """Release the lock, and wake one waiter unless a woken one has not run yet."""
         self._held = False
         if self._waiting and not self._woken:
             self._woken = True

@@ -28,10 +28,8 @@ def partition_name(name: bytes, number: int) -> bytes:
 async def read_windows(disk: Disk, name: bytes) -> dict[bytes, DiskWindow]:
     """Return the partitions of a disk by the names of their files, in the order of their numbers.
 
-    The name of a partition's file consists of the name of the disk's file, ``.p``, and the number
-    by which Linux names the partition.  An extended partition has no file, because it only contains
-    other partitions.  Partitions whose file names would be too long are left out, and one line is
-    logged for all of them.  The problems of the table are logged in a line of their own.
+    An extended partition has no file, because it only contains other partitions.  Partitions whose
+    file names would be too long are left out, with a line in the log, as are problems of the table.
 
     Args:
         disk: The disk.
@@ -70,11 +68,7 @@ async def open_window(disk: Disk, number: int) -> DiskWindow:
 
 
 async def _windows_by_number(disk: Disk) -> dict[int, DiskWindow]:
-    """Return the partitions of a disk by their numbers; log what is wrong with the table.
-
-    Raises:
-        QedError: The disk cannot be read.
-    """
+    """Return the partitions of a disk by their numbers; log what is wrong with the table."""
 
     async def read(start: int, length: int) -> bytes:
         return bytes(await disk.read(start, length))

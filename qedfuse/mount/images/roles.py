@@ -1,13 +1,11 @@
 """Finding the images of a mount that are backing files of other images in the same mount.
 
-Such an image must not be opened for writing.  A write to a backing file would change the content
-of its overlays.  Besides, opening an overlay also opens its backing file, and fails while the
-backing file is locked for writing.
+A write to such a backing file would change the content of its overlays.  Besides, opening an
+overlay fails while its backing file is locked for writing.
 
-If the user has named a directory that contains a golden image (a backing file) and its overlays,
-the user wants to write to the overlays, so the golden image becomes read-only.  If the user has
-named the golden image itself, a writable mount is refused, because it is unknown whether the user
-wants to write to the golden image or to its overlays.
+If the user has named a directory with a backing file and its overlays, the user wants to write to
+the overlays, so the backing file becomes read-only.  If the user has named the backing file itself,
+the intention is unknown, so a writable mount is refused.
 """
 
 from __future__ import annotations
@@ -35,9 +33,8 @@ _log = logging.getLogger(__name__)
 def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Source]:
     """Return the sources that must be opened read-only: the backing files of other sources.
 
-    Each source in the result is logged.  In a mount that writes to no source, the result is empty,
-    because all sources are opened read-only in any case.  With ``backing=none`` the result is
-    empty as well, because every source that has a backing file is refused when it is opened.
+    Each source in the result is logged.  The result is empty in a read-only mount, and with
+    ``backing=none``, because every source that has a backing file is then refused at its opening.
 
     Raises:
         ImageInUseError: A backing file in the chain of a source is itself a source that the user
@@ -76,11 +73,7 @@ def find_read_only(sources: Sequence[Source], options: MountOptions) -> set[Sour
 
 
 def _by_identity(sources: Sequence[Source]) -> dict[FileIdentity | None, Source]:
-    """Return the sources by device and inode, without those that are missing or inaccessible.
-
-    Raises:
-        ImageInUseError: Two sources are the same file.
-    """
+    """Return the sources by device and inode, without those that are missing or inaccessible."""
     by_identity: dict[FileIdentity | None, Source] = {}
     for source in sources:
         identity = _identity(source.path)

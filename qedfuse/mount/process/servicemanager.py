@@ -21,11 +21,7 @@ class ServiceManager:
     """The connection to the service manager that has started this process, if there is one."""
 
     def __init__(self) -> None:
-        """Connect to the socket that the environment variable ``NOTIFY_SOCKET`` names.
-
-        If the variable is missing or invalid, if no manager listens, or if the host refuses a
-        socket, `notify` does nothing.
-        """
+        """Connect to the socket in ``NOTIFY_SOCKET``; if that fails, `notify` does nothing."""
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
         address = os.environ.get("NOTIFY_SOCKET", "")
@@ -44,8 +40,7 @@ class ServiceManager:
         """Send a line such as ``READY=1``, if there is a manager.
 
         This method never waits, because a manager that is stopped must not stop the disks.  If
-        the socket is full, or was full for an earlier line, a thread waits and then sends the
-        line.  A line that cannot be sent is dropped.
+        the socket is full, a thread waits and then sends the line.
         """
         if self._socket is None:
             return
@@ -65,8 +60,7 @@ class ServiceManager:
     def close(self) -> None:
         """Disconnect; `notify` does nothing from then on.
 
-        A thread that still waits has a descriptor of its own, and sends its line later unless the
-        process exits earlier.
+        A thread that still waits has a descriptor of its own, and may send its line later.
         """
         if self._socket is not None:
             self._socket.close()
@@ -74,11 +68,7 @@ class ServiceManager:
 
 
 def _send_after(earlier: threading.Thread | None, connection: socket.socket, state: str) -> None:
-    """Send a line and close the connection; first wait for the end of the thread ``earlier``.
-
-    ``earlier`` is None if there is no such thread.  This function may wait without a limit.  A
-    failure is ignored.
-    """
+    """Wait for the end of the thread ``earlier``; send a line, and close the connection."""
     if earlier is not None:
         earlier.join()
     with connection, contextlib.suppress(OSError):

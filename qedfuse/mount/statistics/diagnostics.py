@@ -29,9 +29,8 @@ async def log_on_signals(
 ) -> None:
     """Log a summary after each SIGUSR1 and SIGUSR2, and after SIGUSR2 also a line for each task.
 
-    The caller must make the process ignore both signals before the call.  When this task is
-    cancelled, trio restores the dispositions that the signals had before.  If these were the
-    default dispositions, the next signal would end the process.
+    The caller must make the process ignore both signals before the call.  Otherwise the next signal
+    after this task was cancelled would end the process.
     """
     with trio.open_signal_receiver(*_SIGNALS) as signals:
         task_status.started()
@@ -82,7 +81,7 @@ def describe_tasks() -> Iterator[str]:
 
 
 def _frames(coroutine: Any) -> Iterator[str]:  # noqa: ANN401  a coroutine, generator or awaitable
-    """Yield the function, file and line of each frame of a coroutine, the outermost first.
+    """Yield function, file and line of each frame, the outermost first.
 
     The source files are not read, because they may lie below the mountpoint.
     """

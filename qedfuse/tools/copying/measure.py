@@ -30,8 +30,7 @@ class Measurement:
     """Space for a disk, in bytes.
 
     Attributes:
-        required: Space for the copy: for QED the length of the file, for raw the bytes of data
-            without holes.
+        required: For QED the length of the new file, for raw the bytes of data without holes.
         fully_allocated: Space for the file after every byte of the disk has been written.
     """
 
@@ -43,9 +42,8 @@ def measure_empty(size: int, spec: ImageSpec) -> Measurement:
     """Return the space for a new disk of ``size`` bytes to which nothing has been written yet.
 
     Raises:
-        UsageError: The size or the geometry is invalid, or the name of the backing file cannot
-            be stored.  Or the format is neither ``raw`` nor ``qed``, or a backing file is named
-            for the format ``raw``.
+        UsageError: The size, the geometry or the format is invalid, or the name of the backing file
+            cannot be stored.
     """
     _check_format(spec)
     if spec.format == "raw":
@@ -67,24 +65,19 @@ async def measure(
     options: OpenOptions | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Return the space for a copy of a disk.
-
-    All data of the disk is read, because blocks of zeros in the data take no space in the copy.
+    """Return the space for a copy of a disk; read all its data, because zeros take no space.
 
     Args:
         path: An image, a raw file or a block device; or a URL.
         spec: Format (``raw`` or ``qed``) and geometry of the copy.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
-        image: Path that the copy would have; the name of its backing file is relative to the
-            directory of this path.  Empty for the working directory.
+        image: Path that the copy would have; the name of its backing file is relative to it.
         options: How to open the source and the backing file; None for the defaults.
-        progress: Called with the guest offset that the measurement has reached, and the size
-            of the disk.
+        progress: Called with the guest offset that was reached, and the size of the disk.
 
     Raises:
-        UsageError: The format of the copy is neither ``raw`` nor ``qed``, or a backing file is
-            named for the format ``raw``.  Or the geometry is invalid or too small for the disk,
-            or the name of the backing file cannot be stored.  Or `open_source` refuses the source.
+        UsageError: The format or the geometry is invalid, the name of the backing file cannot be
+            stored, or `open_source` refuses the source.
         BackingError: The backing file of the copy cannot be used.
         QedError: The source cannot be read.
     """

@@ -34,15 +34,14 @@ async def copy_stream(
         sparse_size: Minimum length in bytes of a run of zeros that is not written as data; 0
             writes all zeros as data.
         any_content: Accept a stream whatever its first bytes are.
-        progress: Called with the number of bytes copied so far as both arguments, because the
-            total is unknown.
+        progress: Called with the number of bytes copied so far, twice: the total is unknown.
 
     Returns:
         The length of the stream in bytes, and how many of the bytes were copied as data.
 
     Raises:
-        UsageError: ``any_content`` is False, and the first bytes are those of an image or of
-            content that is encrypted by LUKS; or the stream is longer than the target can be.
+        UsageError: ``any_content`` is False, and the stream begins like an image or like content
+            that is encrypted by LUKS; or the stream is longer than the target can be.
         BrokenPipeError: The target is a pipe whose reading end is closed.
         QedError: The stream cannot be read, or the target cannot be written.
     """
@@ -74,10 +73,7 @@ async def copy_stream(
 
 
 async def _fill(stream: Stream, view: memoryview) -> int:
-    """Fill a buffer from a stream; return the number of bytes read.
-
-    The number is less than the length of ``view`` only at the end of the stream.
-    """
+    """Fill a buffer from a stream; return the number of bytes, fewer only at the stream's end."""
     filled = 0
     while filled < len(view) and (count := await stream.read(view[filled:])):
         filled += count

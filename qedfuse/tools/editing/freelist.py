@@ -16,25 +16,19 @@ if TYPE_CHECKING:
 async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
     """Find the free clusters of an image, punch them out of its file, and store a list of them.
 
-    An image that has a valid list keeps this list, and nothing is punched.
-
-    No list is written if the image has no free cluster, or if the list would be too long.  Without
-    a list, programs that do not support free lists can still open the image.  Once an image has a
-    list, a writable mount with default options keeps the list up to date: if the mount has changed
-    the tables, it tries to write a new list when it closes the image.
+    An image that has a valid list keeps this list, and nothing is punched.  No list is written if
+    the image has no free cluster, or if the list would be too long.
 
     Args:
         path: The image.
-        options: How to open the image; ``writable`` and ``free_list`` are ignored.  None for
-            the defaults.
+        options: How to open the image; ``writable`` and ``free_list`` are ignored.
 
     Returns:
         The description of the list that the image has now; ``present`` is False if the image has
         no list.
 
     Raises:
-        UsageError: The sector for the descriptor of the list already holds the backing file name or
-            unknown data (`refuse_occupied_descriptor`).
+        UsageError: The sector for the descriptor of the list already holds other data.
         QedError: The image cannot be opened for writing, or a system call failed.
     """
     options = options or OpenOptions()
@@ -45,13 +39,11 @@ async def enable(path: str, options: OpenOptions | None = None) -> FreeListInfo:
 async def drop(path: str, options: OpenOptions | None = None) -> None:
     """Remove the list, if any, so that programs without support for free lists can open the image.
 
-    A check by a program without support for free lists counts the clusters that were in the list
-    as leaked.  qedfuse finds the free clusters again when it scans the tables.
+    Programs without support then count the clusters that were in the list as leaked.
 
     Args:
         path: The image.
-        options: How to open the image; ``writable`` and ``free_list`` are ignored.  None for
-            the defaults.
+        options: How to open the image; ``writable`` and ``free_list`` are ignored.
 
     Raises:
         QedError: The image cannot be opened for writing, or a system call failed.
@@ -60,10 +52,6 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
 
 
 async def _set_free_list(path: str, options: OpenOptions) -> None:
-    """Open an image for writing, and close it again.
-
-    With ``free_list="off"`` the opening removes a list; with ``"on"`` the close writes one,
-    unless the image has a valid list already.
-    """
+    """Open an image for writing, which removes a list, and close it, which writes a wanted one."""
     async with open_writable(path, options, with_bases=False):
         pass

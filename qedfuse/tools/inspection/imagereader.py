@@ -37,8 +37,7 @@ class ImageReader(Protocol):
     def data_slices(self, table_offset: int, length: int) -> Iterator[int]:
         """Yield the file offsets of those slices of a table that may hold data.
 
-        ``length`` is the length in bytes of the part of the table that is in the file.  If
-        ``length`` is not positive, nothing is yielded.
+        ``length`` is the length in bytes of the part of the table that is in the file.
 
         Raises:
             OSError: A system call failed.

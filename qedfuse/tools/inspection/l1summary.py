@@ -14,10 +14,7 @@ if TYPE_CHECKING:
     from qedfuse.tools.inspection.imagereader import ImageReader
 
 MAX_L1_BYTES: Final = 8 << 20
-"""Maximum number of bytes of an L1 table that are read; holes and slices of zeros do not count.
-
-The table of the default geometry has 256 KiB.
-"""
+"""Maximum number of bytes of an L1 table that are read; holes and slices of zeros do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,9 @@ class L1Summary:
     Attributes:
         used: Number of entries that are not 0.
         invalid: Number of used entries that are not a valid offset of an L2 table.
-        overlapping: Number of L2 tables that overlap an earlier L2 table in the file, by the
-            rule of `qedfuse.ondisk.entrylimits.overlaps`.
-        complete: Whether the L1 table was read up to its end.  If the file ends earlier: whether
-            the table was read up to the end of the file.
+        overlapping: Number of L2 tables that overlap an earlier one in the file, by the rule of
+            `qedfuse.ondisk.entrylimits.overlaps`.
+        complete: Whether the L1 table was read up to its end, or to the end of the file.
         failure: Why the host could not read a part of the L1 table; empty if no read failed.
     """
 
@@ -44,9 +40,7 @@ class L1Summary:
 def summarize_l1(image: ImageReader, header: Header) -> L1Summary:
     """Read the L1 table of an open image, at most `MAX_L1_BYTES`, and count its entries.
 
-    If the header places the L1 table past `MAX_OFFSET`, nothing is read, and the summary is
-    empty and not complete.  If the host cannot read a part of the table, only the entries
-    before that part are counted, and the summary is not complete.
+    If the host cannot read a part of the table, only the entries before that part are counted.
 
     Args:
         image: The image.

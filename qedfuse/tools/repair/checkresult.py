@@ -1,7 +1,6 @@
 """The result of checking or repairing an image.
 
-This is a separate module, so that a command can use the result without importing the modules
-that a check needs.
+A separate module, so that a command can use the result without loading the check.
 """
 
 from __future__ import annotations
@@ -25,17 +24,13 @@ class CheckResult:
         total_clusters: Number of clusters of the disk.
         bytes_before: Length of the file in bytes before the repair or undo.
         bytes_after: Length of the file in bytes after the repair or undo.
-        plan: The changes that the repair of errors has made, or would make if ``dry``; empty if
-            no errors are repaired.
+        plan: The changes that the repair of errors has made, or would make if ``dry``.
         backup: Path of the backup that the repair has made; None if no backup was made.
-        dry: Whether the repair was only planned, and nothing was changed; False for a check
-            without a plan.
-        needs_force: If ``dry``, whether `qedfuse.tools.repair.imagecheck.repair` would refuse the
-            planned repair without ``force``; else False.
-        leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that
-            this or an earlier repair lost.  If ``dry``, whether a repair would keep leaked
-            clusters for this reason.  A repair may itself leak clusters, so with ``dry`` the value
-            can be True although no cluster is leaked yet.
+        dry: Whether the repair was only planned, and nothing was changed.
+        needs_force: Whether `qedfuse.tools.repair.imagecheck.repair` would refuse the planned
+            repair without ``force``.
+        leaks_kept: Whether a repair has kept leaked clusters, because they may hold data that this
+            or an earlier repair lost; or would keep them, if ``dry``.
         undone: Number of ranges that were restored; 0 unless a repair was undone.
     """
 
@@ -79,8 +74,7 @@ class CheckResult:
     def leaks_fixed(self) -> int:
         """The leaked clusters in the first check minus those in the last check; at least 0.
 
-        The difference is not always due to reclaimed clusters: clusters that seemed leaked can
-        belong to a table that the repair has made valid.
+        Clusters that seemed leaked can belong to a table that the repair has made valid.
         """
         return max(0, self.before.leaks - self.after.leaks)
 
