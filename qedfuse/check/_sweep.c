@@ -1,8 +1,8 @@
 /* The fast check: reads all tables of an image, and confirms that they are valid, or gives up.
  *
  * Reading all tables here takes less time than loading numpy and trio for the full check.  The
- * sweep gives up at the first entry that may be invalid or refers to clusters past the end of the
- * disk.  The caller then runs the full check.
+ * sweep gives up at the first entry that may be invalid, or is in use for a range past the end of
+ * the disk.  The caller then runs the full check.
  *
  * The owner of a cluster is the header, the table or the L2 entry that uses it.  An entry is valid
  * if the file offset that it holds is aligned, and if all clusters to which it refers lie wholly in
@@ -146,7 +146,7 @@ static PyObject *sweep(PyObject *module, PyObject *args)
         return NULL;
     image.table_bytes = table_bytes;
     image.clusters = file_bytes >> image.cluster_bits;
-    /* The whole L1 table is read into memory, so at most 16 MiB of it. */
+    /* The whole L1 table is read into memory.  The full check reads one of more than 16 MiB. */
     if (image.clusters > MAX_CLUSTERS || table_bytes > MAX_TABLES_BYTES / 64 ||
         l1_table >> image.cluster_bits >= image.clusters)
         Py_RETURN_NONE;

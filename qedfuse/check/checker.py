@@ -196,10 +196,10 @@ class _Checker:
                 self._count_past_end(l1_index, first + where)
 
     def _count_fragments(self, values: NDArray[np.uint64], next_offset: int) -> int:
-        """Count entries whose cluster does not follow the previous one; return the last one's end.
+        """Count the clusters that do not follow the previous one; return the end of the last one.
 
-        ``values`` are the entries of a slice that hold an offset, at least one.  ``next_offset`` is
-        where the last cluster of the table's earlier slices ends, or 0.
+        ``values`` are the offsets of clusters, at least one.  ``next_offset`` is where the last
+        cluster of the table's earlier slices ends, or 0.
         """
         size = np.uint64(self._geometry.cluster_size)
         self._fragmented_clusters += int(np.count_nonzero(values[1:] - values[:-1] != size))
@@ -270,7 +270,7 @@ class _Checker:
         self._findings.count_only(code, len(where[remaining:]))
 
     def _report_entry(self, code: Code, label: str, value: int, start: int, size: int) -> None:
-        """Report an entry that describes ``size`` bytes from the guest offset ``start`` on."""
+        """Report an error in an entry for ``size`` bytes from the guest offset ``start`` on."""
         text = (
             f"{self._file.name}: {label}: found {value}, expected {self._classifier.expected(code)}"
         )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qedfuse.ondisk.entryrules import Mask, Values
 
 POISON_ENTRY: Final = 1
-"""An L1 entry that is invalid for every length of the file: 1 is not a multiple of a cluster."""
+"""An L1 entry that is invalid for every length of the file: 1 is not a cluster boundary."""
 
 
 class OutOfFileEntries:

@@ -182,7 +182,8 @@ class Disk(GuestChanges):
             ReadOnlyError: The disk is open read-only, or became so.
             CorruptImageError: A table entry for the removed part is bad; the disk has its old
                 size, and a part of the range to be removed may read as zeros.
-            HostError: A system call failed; the disk has its new size, or is as above.
+            HostError: A system call failed; the disk has its new size, or is as after
+                CorruptImageError.
         """
         self._components.disk_size.check(size, shrink=True)
         self._refuse_without_base("resize")

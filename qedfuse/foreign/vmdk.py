@@ -40,8 +40,8 @@ _EXTENT: Final = re.compile(
     rb'(?:FLAT[ \t]+"([^\x00-\x1f"]{1,511})"[ \t]+[0-9]{1,16}'
     rb'|(?:SPARSE|VMFS|VMFSSPARSE|SESPARSE)[ \t]+"([^\x00-\x1f"]{1,511})")[ \t]*'
 )
-"""The line of an extent that QEMU opens.  The disk would lack the sectors of an extent that QEMU
-leaves out, because it is not ``RW`` or has only zeros.  So all others are refused."""
+"""The line of an extent that QEMU opens.  QEMU leaves out an extent that is not ``RW`` or has only
+zeros, and the disk would lack its sectors.  So such lines are refused."""
 
 _PARENT: Final = b'parentFileNameHint="'
 _PARENT_ID: Final = re.compile(rb'parentCID[ \t]*=[ \t]*"?([^\s"]*)')

@@ -22,9 +22,9 @@ _MAX_CHANGING_THREADS: Final = 4
 """Maximum number of threads that change one file.  The kernel runs one change at a time, so more
 threads would only wait for the lock instead of serving reads."""
 _MAX_SLOW_WRITE_GAP_SECONDS: Final = 1.0
-"""Throttling is assumed if two slow writes follow each other within this time.  It ends with the
-next fast write, or when this time has passed.  The kernel pauses a throttled writer again and
-again, for at most 200 ms each time."""
+"""Throttling is assumed if two slow writes follow each other within this time, until a fast write
+follows or this time has passed.  The kernel pauses a throttled writer again and again, for at most
+200 ms each time."""
 
 
 async def acquire(semaphore: trio.Semaphore) -> None:
@@ -86,7 +86,7 @@ class InodeLock:
     ) -> T:
         """Await ``function``, which makes a change of the file in a thread; return its result.
 
-        ``is_short_write`` says whether it is a write for which `wait_for_short_writes` waits.
+        ``is_short_write`` says whether `wait_for_short_writes` waits for this call.
         """
         self.contention += 1
         if is_short_write:
@@ -107,7 +107,7 @@ class InodeLock:
                     self._waiting.unpark_all()
 
     def record_slow_write(self, seconds: float) -> None:
-        """Record a short write that took ``seconds``, which is long, and has just ended.
+        """Record a short write that has just ended and took long: ``seconds``.
 
         A single slow write is not taken for throttling, because the thread may have waited for a
         processor.

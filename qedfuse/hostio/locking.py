@@ -132,7 +132,7 @@ def lock_image(fd: int, mode: LockMode, name: str) -> None:
                 _refuse(fd, mode, byte, found, name)
     except OSError as error:
         if error.errno in _BUSY:
-            # Another program, which is not QEMU, holds a write lock on this byte.
+            # Another program holds a write lock on this byte; QEMU takes read locks only.
             pid = None
             with suppress(OSError):  # without a pid, the processes are searched for in /proc
                 pid = _conflict(fd, byte)
@@ -154,7 +154,7 @@ def _set(fd: int, kind: int, byte: int) -> None:
 
 
 def _conflict(fd: int, byte: int) -> int | None:
-    """Return the pid of another opener that has locked a byte, or -1 if unknown; None if none."""
+    """Return the pid of another opener that has locked a byte (-1: unknown); None without one."""
     # Ask whether a write lock would be granted: only that conflicts with the read locks of others.
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))

@@ -77,7 +77,7 @@ class NewFile:
         if self._old is None and os.path.lexists(self._final):
             raise self._name_taken_error()
         try:
-            # The file to replace may be private.  `commit` sets the mode of that file.
+            # The replaced file may be private; `commit` copies its mode.
             mode = self._mode if self._old is None else 0o600
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except OSError as error:
@@ -106,10 +106,9 @@ class NewFile:
         ``durable=False`` a power failure soon after the call may lose all or part of the file.
 
         Raises:
-            UsageError: A file other than ``old`` has the final name now, and nothing may be
-                replaced.
-            ImageInUseError: A file other than ``old`` has the final name now, which may be in use.
-            HostError: A system call failed.  If the last steps failed, the file has its final name.
+            UsageError: Another file than ``old`` has the final name, and nothing may be replaced.
+            ImageInUseError: Another file than ``old``, which may be in use, has the final name.
+            HostError: A system call failed; the file may have its final name nevertheless.
         """
         try:
             # Opened first, because the new mode may forbid the owner to open the file.

@@ -19,8 +19,8 @@ class CheckedUnits(NamedTuple):
 
     The file is divided into *units*, whose length is a power of two, and a unit into 64 blocks.
     The result of a read may be used only if all of its bytes were in the page cache, and if each
-    block that reads as zeros is marked in ``zero_blocks``.  Any other such block may be a hole;
-    `qedfuse.remote.localdata` says why.
+    block that reads as zeros is marked in ``zero_blocks``.  An unmarked block of zeros may be a
+    hole; see `qedfuse.remote.localdata`.
 
     Attributes:
         ready: A byte for each unit.  0: the extension must not read the unit.  1: it may.  2: it

@@ -1,6 +1,6 @@
 """Calls on the host's files that may block, made by trio's worker threads.
 
-`qedfuse.hostio.hostcalls.HostCalls` without the C extension of `qedfuse.hostio.nativecalls`.
+They implement `qedfuse.hostio.hostcalls.HostCalls` without the C extension.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ def _parsed(about: dict[str, Any], path: str) -> EntryMetadata:
 def _parsed_time(modified: object) -> float | None:
     """Return the time of the object's last change, from ``about.json``; see `Version.modified`.
 
-    The name of an entry can be right although the time is wrong.  So all but null and times of the
-    years 1 to 9999 is refused with ValueError, or with OverflowError.
+    The name of an entry can be right although the time is wrong.  So only null and times of the
+    years 1 to 9999 are accepted; others raise ValueError or OverflowError.
     """
     if modified is None:
         return None

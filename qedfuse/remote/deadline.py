@@ -61,8 +61,8 @@ class _TimedSocket(io.RawIOBase):
     def _read_all(self, buffer: Buffer, seconds: float) -> int:
         """Fill ``buffer`` with one system call; return the number of bytes.
 
-        It is less than the length only at the end of the stream, or when the time is over.  A call
-        for each packet would be slower, because each must take the GIL again.
+        The buffer is not full only at the end of the stream, or when the time is over.  A call for
+        each packet would be slower, because each must take the GIL again.
         """
         # SO_RCVTIMEO limits the call as a whole, but only on a blocking socket.
         self._sock.settimeout(None)

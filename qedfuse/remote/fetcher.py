@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 _MAX_FLIGHT_UNITS: Final = 4
 """Maximum number of units in one flight: 1 MiB."""
 _MAX_REQUEST_FLIGHTS: Final = 4
-"""Maximum number of flights in one request, ahead of a reader with a long window: 4 MiB."""
+"""Maximum number of flights in one request: 4 MiB."""
 _MIN_LONG_WINDOW_UNITS: Final = 64
-"""From this number of units to fetch ahead of a reader, its window is long."""
+"""Number of units to fetch ahead from which a request may have several flights."""
 _MAX_WINDOW_UNITS: Final = 64
 """Maximum number of units that are fetched ahead of a sequential reader: 16 MiB."""
 _MAX_HELD_WINDOW_UNITS: Final = 8

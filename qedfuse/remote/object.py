@@ -228,7 +228,7 @@ def retry(
     Args:
         address: The address of the object.
         attempt: Makes one attempt; raises the exceptions of a client.  It must check ``closed``,
-            because it is called once more after renewed credentials.
+            because after renewed credentials it is called in any case.
         renew: Called when the server refuses the credentials for the first time; see
             `Client.renew`.  The next refusal is an error.
         total_seconds: The last attempt begins at the end of this time at the latest, apart from one

@@ -29,7 +29,7 @@ class DeferredClose:
         self._is_closed = False
 
     def enter(self) -> bool:
-        """Count a user, who must call `leave`; return False, and count none, after `close`."""
+        """Count a user, who must call `leave`, and return True; after `close` only return False."""
         with self._lock:
             if self._is_closed:
                 return False

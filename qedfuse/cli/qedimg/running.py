@@ -37,7 +37,7 @@ class Interruption:
         self._cancel: Callable[[], None] | None = None
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        """Cancel the function that `run` is running, or raise KeyboardInterrupt without `run`."""
+        """Cancel the function that `run` runs; raise KeyboardInterrupt if `run` is not active."""
         if self.has_signal:
             return
         self.has_signal = True
@@ -105,8 +105,8 @@ def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
 def interruptible(*, ends_process: bool = False) -> Iterator[Interruption]:
     """Handle signals in the block: the first signal cancels the function that `run_async` runs.
 
-    If `run_async` is not active, the first signal raises KeyboardInterrupt.  SIGUSR1, which by
-    default ends a process, is ignored.
+    If `run_async` is not active, the first signal raises KeyboardInterrupt.  SIGUSR1, which would
+    end the process, is ignored unless the command handles it.
 
     Args:
         ends_process: Whether the process ends after the block.  If so, signals are ignored then,

@@ -110,7 +110,7 @@ class Compaction:
             return 0
         counter = MoveCounter(progress, self._bits)
         try:
-            # Most free clusters are filled by a move or cut off, so punching them would be wasted.
+            # Most free clusters are filled by a move or cut off, so they need not be punched.
             with self._reclaim.punching_suspended():
                 await self._flusher.flush()
                 with trio.CancelScope() as self._scope:

@@ -38,16 +38,16 @@ class Marking:
         """Prepare a scan; nothing is marked or recorded yet.
 
         Args:
-            empty: An empty map with the division into blocks that all maps here get.
+            empty: An empty map; all maps of this object get its division into blocks.
             name: Name of the file in messages.
         """
         self._name = name
         self.active = False
         self.changed = empty.empty_like()
         self.owners = OwnerBitmap(0, name)
-        # References since `restart` whose cluster was marked already.
+        # Number of references since `restart` whose cluster was marked already.
         self._marked_duplicates = 0
-        # Dropped references that were not the first one that their cluster lost since `begin`.
+        # Number of dropped references that were not the first that their cluster lost.
         self._dropped_twice = 0
         # The value of `_dropped_twice` at the last `restart`: the walk does not find these
         # references any more.  `mark` or `record_drop` counts those that are dropped later.
@@ -95,7 +95,7 @@ class Marking:
         Raises:
             NeedsCheckError: See `OwnerBitmap.claim`.
         """
-        # Clusters past the end that the file had when the scan began were added since.
+        # Ignore clusters that were added to the file since the scan began.
         clusters = clusters[clusters < self.owners.clusters]
         # A cluster that had an owner when the scan began is not handed out again before the
         # scan ends.  So a second reference to it means that two owners claim the cluster.

@@ -106,7 +106,7 @@ class _Reader:
         """Read the list and validate it."""
         if self._header.need_check:
             # A list is written only while NEED_CHECK is clear.  So a program has set the bit
-            # later.  It may have changed the tables, so clusters in the list may be in use now.
+            # later.  The program may have changed the tables, so listed clusters may be in use.
             refuse(
                 "header field features",
                 "NEED_CHECK and the bit of the list set",

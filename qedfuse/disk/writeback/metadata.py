@@ -87,7 +87,7 @@ class MetadataWriteback:
         self._file = file
         self._tables = tables
         self._observer = observer
-        # The number of changes so far, and how many of them (the first ones) are durable.
+        # How many changes there were, and how many of them, from the first on, are durable.
         self._changes = 0
         self._durable_changes = 0
         # The cycle that runs now, and the next one, which callers can still join.
@@ -111,7 +111,7 @@ class MetadataWriteback:
         self._activity.set()
 
     async def wait_for_activity(self) -> None:
-        """Wait for the next call of `note_write` or `wake`; only one task at a time may wait."""
+        """Wait until `note_write` or `wake` was called since the last return; for one task only."""
         await self._activity.wait()
         self._activity = trio.Event()
         self._is_active = False
@@ -193,8 +193,6 @@ class MetadataWriteback:
 
     async def write_back(self) -> None:
         """Return when everything written before the call is durable (D1).
-
-        All callers that wait share one cycle.
 
         Raises:
             HostError: A system call failed.  After a failed write the next call tries again.  After

@@ -66,8 +66,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* If a unit ahead is missing after the end of this unit, Python code carries out the read,
-     * because that code fetches the units that a sequential reader needs soon. */
+    /* If a read reaches the end of a unit while a unit ahead is missing, Python code carries out
+     * the read, and fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;

@@ -48,8 +48,8 @@ long long view_size(ReadView *self);
 /* Returns the file offset of the L1 table of the top image; -1 with an exception if that fails. */
 long long l1_table_offset(ReadView *self);
 
-/* Returns the entries of the slice with a key of the table cache; NULL if it is not in memory or
- * has an invalid entry, and an exception may be set then. */
+/* Returns the entries of the slice with a key of the table cache.  Returns NULL if the slice is not
+ * in memory or has an invalid entry; an exception may be set then. */
 PyObject *valid_entries(ReadView *self, PyObject *key);
 
 /* Finds a range of the disk that is one run of data in one file, within one slice of the top image.

@@ -10,7 +10,7 @@
  * during ring_run(), by the calling thread (IORING_SETUP_DEFER_TASKRUN), so no signal or interrupt
  * disturbs that thread.  For each piece of work the kernel takes three steps: it adds the work to a
  * list, sets a flag in the shared memory, and writes to an eventfd, which wakes an event loop that
- * sleeps.  It takes the last two only if the list was empty.  If ring_run() does the work between
+ * sleeps.  It does the last two only if the list was empty.  If ring_run() does the work between
  * the first step and the second, the flag is set for work that is done, and can stay set.  So a
  * caller must not wait until the flag is clear.
  *

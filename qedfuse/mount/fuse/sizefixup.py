@@ -1,9 +1,9 @@
 """Correcting the kernel's cached size of a disk.
 
-With the write-back cache the kernel ignores the size in most replies, and its cached size can
-become wrong after a buffered write past the end that the server refuses, and after an fallocate(2)
-that grows the disk and then fails.  The kernel takes over a size only from the reply to a
-truncation.  So the server truncates the disk's file in the mount to the size that the disk has.
+With the write-back cache the kernel takes over a size only from the reply to a truncation.  Its
+cached size is wrong after a buffered write past the end that the server refuses, and after an
+fallocate(2) that grows the disk and then fails.  So the server truncates the disk's file in the
+mount to the size that the disk has.
 
 Without the write-back cache, the cached size can be wrong after a truncation with ``truncate=zero``
 (`qedfuse.mount.fuse.truncation`).  In this mode the kernel takes over the size from the reply to

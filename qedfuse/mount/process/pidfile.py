@@ -5,7 +5,7 @@ removed through the open directory.  If the serving process resolved the path la
 led through the mount, the process would wait forever for its own reply.
 
 A file is *special* if it is not a regular file (for example a pipe), or if it has no name any more.
-It is opened itself, written in place, and never removed.
+The file itself is opened then, and not its directory.  It is written in place, and never removed.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ class PidFile:
                 file.truncate(len(line))
 
     def needed_files(self) -> Iterator[tuple[int, int]]:
-        """Yield descriptors with the Landlock rights that `remove` needs; none if it does nothing.
+        """Yield the descriptors that `remove` needs, each with its Landlock rights.
 
-        The first one is closed when the caller requests the next one.
+        The first one is closed when the caller requests the second.
         """
         if self._is_special:
             return

@@ -96,7 +96,7 @@ def format_record(record: MountRecord) -> bytes:
 
 
 def read_record(directory: int, name: str, user: int) -> MountRecord | None:
-    """Read the record in the file ``name`` of a directory; None if ``user`` has no valid one.
+    """Return the record in the file ``name``; None if it is not a valid record of ``user``.
 
     Raises:
         OSError: The file may have a valid record, but cannot be opened or read.
@@ -120,11 +120,7 @@ def read_record(directory: int, name: str, user: int) -> MountRecord | None:
 
 
 def _parse(text: bytes) -> MountRecord:
-    """Parse the text of a record, which is untrusted: root reads the records of all users.
-
-    Raises:
-        ValueError, TypeError, KeyError, RecursionError: The record is not valid.
-    """
+    """Parse the text of a record, which is untrusted: root reads the records of all users."""
     data = json.loads(text)
     # Earlier versions of qedfuse wrote no options and no time of the mount.
     lists = {"sources": data["sources"], "options": data.get("options", [])}

@@ -179,8 +179,7 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 
     Args:
         base_file: The base.
-        options: The options of the overlay, except for the ``trusted`` path of the backing policy,
-            which is meant only for the overlay's own base.
+        options: The options of the overlay; the ``trusted`` path of their policy is ignored.
 
     Raises:
         BackingError: The chain below the base cannot be used.
@@ -203,7 +202,7 @@ async def open_base(base_file: BaseFile, options: OpenOptions) -> AsyncIterator[
 def check_same(path: str, found: os.stat_result, expected: os.stat_result) -> None:
     """Check that a path has led to the same file each time that it was opened.
 
-    A new overlay may name another base, and a new base may be one that the policy forbids.
+    If the overlay or the base was replaced, a commit could change the wrong file.
 
     Raises:
         ImageInUseError: The two files are not the same.

@@ -76,12 +76,7 @@ class OverlayAlone:
         return batch_starts(self._disk.size, self._disk.header.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the image stores the batch that begins at ``start``.
-
-        Raises:
-            CorruptImageError: A table entry is bad.
-            HostError: The host cannot read a table.
-        """
+        """Return how the image stores a batch; see `CommitSource.extents`."""
         return await own_extents(self._disk, start)
 
     async def read(self, start: int, length: int) -> Buffer:
@@ -117,12 +112,7 @@ class UpperImages:
         return batch_starts(self.size, self._top.geometry.cluster_size)
 
     async def extents(self, start: int) -> list[Extent]:
-        """Return how the images together store the batch that begins at ``start``.
-
-        Raises:
-            CorruptImageError: A table entry is bad.
-            HostError: The host cannot read a table.
-        """
+        """Return how the images together store a batch; see `CommitSource.extents`."""
         length = min(self.batch_starts().step, self.size - start)
         extents = await self._chain.stored(start, length)
         refuse_bad(extents)

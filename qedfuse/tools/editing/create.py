@@ -92,8 +92,7 @@ def create(
         ImageError: The existing file is not a regular file.
         ImageInUseError: The old file is in use as an image, or another file has taken the name of
             the image during the call.
-        HostError: A system call failed, or the file system is full.  No new file is left, apart
-            from the exception of `NewFile`, unless only making the name durable has failed.
+        HostError: A system call failed, or the file system is full.
     """
     require_local(path)
     if backing == "":

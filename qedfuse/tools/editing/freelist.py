@@ -52,6 +52,6 @@ async def drop(path: str, options: OpenOptions | None = None) -> None:
 
 
 async def _set_free_list(path: str, options: OpenOptions) -> None:
-    """Open an image for writing, which removes a list, and close it, which writes a wanted one."""
+    """Open an image for writing and close it; ``free_list`` decides what becomes of its list."""
     async with open_writable(path, options, with_bases=False):
         pass
