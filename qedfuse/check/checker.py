@@ -1,6 +1,6 @@
 """The check: read all tables, and find the owner of each cluster of the file.
 
-The header and the tables own the clusters in which they lie, a table entry owns its data cluster,
+The header and the tables own the clusters in which they lie.  A table entry owns its data cluster,
 and the free list owns the clusters that it lists.  A second owner of a cluster is an error.  A
 cluster without an owner is leaked.
 """

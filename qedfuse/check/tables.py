@@ -51,8 +51,8 @@ async def read_l1_table(
     Args:
         file: The image.
         classifier: Finds the invalid entries.
-        report: Called for each slice of the L1 table and each possible error, with the error, the
-            index of the slice's first entry, the entries, and a mask of those that have the error.
+        report: Called for each slice of the L1 table and each possible error.  The arguments are
+            the error, the index of the first entry, the entries, and a mask of the bad ones.
         keep_short: Whether an entry is valid if it points to a table that the end of the file
             cuts short.
 

@@ -6,7 +6,7 @@ denies permission i to all others".  An opener first locks its bytes, and then t
 opener has locked a conflicting byte.  In the other order two openers could both test before either
 has locked anything, and both would continue.
 
-The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)) and not to the process, so
+The locks belong to the open file description (``F_OFD_SETLK``, fcntl(2)), not to the process.  So
 two openers in one process exclude each other, and a child process keeps the locks.
 """
 

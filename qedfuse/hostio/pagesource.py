@@ -24,8 +24,8 @@ class CheckedUnits(NamedTuple):
 
     Attributes:
         ready: A byte for each unit.  0: the extension must not read the unit.  1: it may.  2: it
-            may, and has found that all pages of the unit are valid (not being read, and not left by
-            a failed write) and not waiting to be written.
+            may, and all pages of the unit are valid and not waiting to be written.  (A page is not
+            valid while it is being read, and after a failed write.)
         zero_blocks: For each unit a number of 64 bits, in which a bit is set if the block of the
             same number is known to be all zeros.  Missing numbers count as 0.
         unit_bits: Binary logarithm of the number of bytes in a unit.

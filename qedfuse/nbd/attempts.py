@@ -57,9 +57,9 @@ class Attempts:
         """Return how many seconds to wait after a failed attempt before the next attempt.
 
         Raises:
-            RemoteError: No further attempt is made: the file was closed, the server refuses the
-                export or has answered with an error other than ESHUTDOWN, the server has violated
-                the protocol `_MAX_PROTOCOL_ERRORS` times, or the time is over.
+            RemoteError: No further attempt is made.  The time is over, the file was closed, or the
+                server refuses the export, has answered with an error other than ESHUTDOWN, or has
+                violated the protocol `_MAX_PROTOCOL_ERRORS` times.
         """
         self._count += 1
         if is_closed:

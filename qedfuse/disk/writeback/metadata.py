@@ -145,9 +145,8 @@ class MetadataWriteback:
     def try_write_back(self) -> bool:
         """Make everything written so far durable without waiting; return whether that succeeded.
 
-        After False the caller must use `write_back`, which raises the host's error, if any.  The
-        result is False if too much must be written, a cycle is running or waiting, a datasync might
-        take long, a call fails, or the disk is read-only.  A failed datasync makes it read-only.
+        After False the caller must use `write_back`, which raises the host's error, if any.  A
+        failed datasync makes the disk read-only.
         """
         if (
             self.failure is not None

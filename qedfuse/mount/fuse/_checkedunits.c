@@ -20,8 +20,8 @@
 /* The value in `ready` of a settled unit, whose pages are valid and not waiting to be written. */
 #define SETTLED 2
 
-/* Only one in this number of reads tries to settle a unit, because an attempt costs more than a
- * read, and fails until the kernel has written the pages. */
+/* Only one in this number of reads tries to settle a unit.  An attempt costs more than a read, and
+ * fails until the kernel has written the pages. */
 #define READS_PER_ATTEMPT 8
 
 int fill_units(struct checked_units *units, PyObject *source, int fd)
@@ -66,8 +66,8 @@ int may_read_units(const struct checked_units *units, uint64_t offset, size_t si
 
     if (offset + size > units->content_bytes || !are_ready(units, first, last))
         return 0;
-    /* If a read reaches the end of a unit while a unit ahead is missing, Python code carries out
-     * the read, and fetches the units that a sequential reader needs soon. */
+    /* At the end of a unit, if a unit ahead is missing, Python code carries out the read.  It also
+     * fetches the units that a sequential reader needs soon. */
     if ((offset + size) >> units->unit_bits == first || last + 1 >= count)
         return 1;
     ahead = count - last - 1 < MAX_AHEAD_UNITS ? count - 1 : last + MAX_AHEAD_UNITS;

@@ -89,10 +89,9 @@ static int read_run(PyObject *entries, uint64_t first, uint64_t last, unsigned i
 }
 
 /* Returns the code of clusters that the top image has not allocated; `first` and `last` are indices
- * in their slice, inclusive.  A code above 1 is the sum of the offset of the first cluster in a
- * backing file (a multiple of 4096), the depth of that file, and DEPTH_BIAS.  Returns 0 if the
- * clusters are not one run in one file, or if the codes of the slice are not in memory; an
- * exception may be set then. */
+ * in their slice, inclusive.  A code above 1 is the file offset of the first cluster (a multiple of
+ * 4096), plus the depth of the file, plus DEPTH_BIAS.  Returns 0 if the clusters are not one run in
+ * one file, or if the codes of the slice are not in memory; an exception may be set then. */
 static uint64_t backing_code(ReadView *self, PyObject *slice_number, uint64_t first, uint64_t last)
 {
     PyObject *key = PyTuple_Pack(2, self->codes_key, slice_number);

@@ -3,9 +3,9 @@
 A write to such a backing file would change the content of its overlays.  Besides, opening an
 overlay fails while its backing file is locked for writing.
 
-If the user has named a directory with a backing file and its overlays, the user wants to write to
-the overlays, so the backing file becomes read-only.  If the user has named the backing file itself,
-the intention is unknown, so a writable mount is refused.
+A user who names a directory with a backing file and its overlays wants to write to the overlays.
+So the backing file becomes read-only.  If the user has named the backing file itself, the intention
+is unknown, so a writable mount is refused.
 """
 
 from __future__ import annotations

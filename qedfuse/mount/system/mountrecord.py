@@ -8,9 +8,8 @@ Each mount has one record, in a file of its own:
     /tmp/qedfuse-UID/0:42.1234             otherwise
 
 The file name is the device number of the mount and the pid of the server.  The mount table shows
-the device number of every mount, even if its server has ended.  The pid is needed as well, because
-the kernel can give the device number to a new mount while the server of the old mount is still
-closing its images.
+the device number of every mount, even if its server has ended.  The pid is needed as well: the
+kernel can use the device number again while the server of the old mount is closing its images.
 
 The server removes its record when all images are safely closed.  If something failed, the server
 writes the reason into the record instead.  ``qedfuse umount``, or a later mount of the same user,

@@ -71,7 +71,8 @@ async def measure(
         path: An image, a raw file or a block device; or a URL.
         spec: Format (``raw`` or ``qed``) and geometry of the copy.
         source_format: Format of the source; ``auto`` detects the format from the first bytes.
-        image: Path that the copy would have, to find its backing file; empty for no path.
+        image: Path that the copy would have; the name of its backing file is relative to the
+            directory of this path.
         options: How to open the source and the backing file; None for the defaults.
         progress: Called with the guest offset that was reached, and the size of the disk.
 
