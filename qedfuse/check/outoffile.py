@@ -6,9 +6,9 @@ entry.  So such entries are first overwritten and made durable, and only then do
 
 Most entries get their final value first: unallocated or, for an L2 entry of an overlay, a zero
 cluster.  An L1 entry of an overlay for guest offsets inside the disk must not become unallocated,
-because the guest would then read the backing file.  At the end of the repair, it points to a new
-table of zero clusters.  The new table needs a longer file, so the entry is `POISON_ENTRY` until
-then.
+because the guest would then read the backing file.  At the end of the repair, such an entry points
+to a new table of zero clusters.  The new table needs a longer file, so the entry is `POISON_ENTRY`
+until then.
 
 A table that overlaps data or an earlier table must not be written to.  The repair copies the table
 and corrects the copy.  Until the L1 entry points to the copy, the original table is in use.  So the
@@ -118,9 +118,9 @@ class OutOfFileEntries:
     async def _clear_l1_entries(self, l1_entries: dict[int, int]) -> list[Values]:
         """Overwrite entries of the L1 table; return the old values of those that get POISON_ENTRY.
 
-        The caller must not allocate a table at one of the returned offsets.  An entry could then
-        get its old value again, so the backup would lack the entry.  But an interrupted repair
-        leaves `POISON_ENTRY` in it, and the old value could not be restored.
+        The caller must not allocate a table at one of the returned offsets.  Otherwise an entry
+        could get its old value again, and the backup, which has only what differs in the end, would
+        lack the entry.  So after an interruption `POISON_ENTRY` could not be undone.
         """
         poisoned: list[Values] = []
         if not l1_entries:

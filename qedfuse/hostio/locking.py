@@ -190,7 +190,7 @@ def _refuse(fd: int, mode: LockMode, byte: int, pid: int, name: str) -> NoReturn
 
 
 def _lock_table_name(fd: int) -> str:
-    """Return ``MAJOR:MINOR:INODE`` of a file, as its own locks in /proc have it; empty if unknown.
+    """Return ``MAJOR:MINOR:INODE`` of a file from this process's locks; empty if unknown.
 
     On btrfs and overlayfs the device that fstat(2) returns is another one.
     """

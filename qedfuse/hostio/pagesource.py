@@ -53,8 +53,8 @@ class PageSource(NamedTuple):
         policy: Decides whether a read is tried.
         fd: The descriptor.
         units: Which parts of the file may be read; None if the whole file may be read.
-        runs: Which other files store the bytes of this file; None if it stores them itself.  With
-            runs, ``policy`` and ``fd`` are not used.
+        runs: Which other files store the bytes of this file; None if this file does.  With runs,
+            ``policy`` and ``fd`` are not used.
         flags: Flags of preadv2(2) for the reads, from `inline_flags`.
     """
 

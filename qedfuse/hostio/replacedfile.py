@@ -48,7 +48,7 @@ def lock_replaced_file(
 
 
 def _refuse_special(path: str) -> None:
-    """Raise UsageError if a file is not a regular file, because it cannot be replaced then."""
+    """Raise UsageError if a file is not a regular file: such a file cannot be replaced."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  a name, not a Path
     except OSError as error:

@@ -53,7 +53,7 @@ class Header:
             modification of the image.
         l1_table_offset: File offset of the L1 table.
         image_size: Size of the disk in bytes.
-        backing_filename_offset: File offset of the backing name, if it has one.
+        backing_filename_offset: File offset of the backing name; meaningless without a name.
         backing_filename_size: Length of the backing name in bytes.
         geometry: The cluster size, the table size, and what is computed from the two.
     """

@@ -1,8 +1,8 @@
 """The versions of the bases over which an overlay was made, remembered with the overlay.
 
 Over another base, an overlay shows a disk that never existed.  So a record of the versions of the
-bases (`baserecord`) is stored with the image when it is made or, if it has none, opened for
-writing.  A later open compares:
+bases (`baserecord`) is stored with a new image.  An image without a record gets one when it is
+opened for writing.  A later open compares:
 
 - Each base on a server, at any depth of the chain, must have the size and the validator (ETag or
   time of modification) that were remembered.

@@ -230,7 +230,7 @@ class Scan:
         allocator, marking, bits = self._allocator, self._marking, self._allocator.cluster_bits
         last = marking.owners.clusters
         if allocator.end == self._end_at_begin:
-            # The file has not grown since the scan began, so its free end can be cut off.
+            # The file has not grown since the scan began, so free clusters at its end can be cut.
             last = max(marking.owners.end(), marking.changed.end())
             allocator.shrink(last << bits)
         alignment = allocator.free.alignment

@@ -90,7 +90,7 @@ class SizeFixup:
                 # The mount is gone, or another mount covers it.
                 return
             if status.st_size == size:
-                # With the write-back cache, fstat(2) returns the cached size, so it is right.
+                # With the write-back cache, fstat(2) returns the cached size, which is then right.
                 # Without it, fstat(2) returns the server's size, but the kernel may not have cached
                 # this size while other requests were in progress.  It always caches the size in the
                 # reply to chmod(2).  A truncation would do so, too, but until it has ended the
