@@ -1,17 +1,16 @@
 /*
  * The threads that make system calls, and what they share with the threads that hold the GIL.
  *
- * A thread of the pool never touches a Python object: it makes the system call, appends the call to
- * the list of finished calls, and makes an eventfd readable.  The event loop (the collector) then
- * takes all calls from the list.  The eventfd is made readable only once before each collection.
+ * A thread of the pool never touches a Python object.  It makes the system call, appends the call
+ * to the list of finished calls, and makes an eventfd readable, once before each collection.  The
+ * event loop (the collector) then takes all calls from the list.
  *
- * The fields of a struct job belong to the submitter until it is queued, then to the
- * thread that makes the call, and then to the collector.  Only a read with an answer (_iothreads.c)
- * has two owners at its end, the collector and the thread that answers.  When both are done with
- * it, a thread with the GIL releases it.  A thread that sleeps gets its call in a struct sleeper;
- * everything else that threads share is in struct pool.
+ * The fields of a struct job belong to the submitter until it is queued, then to the thread that
+ * makes the call, and then to the collector.  A read with an answer (_iothreads.c) belongs to the
+ * collector and to the thread that answers.  When both are done with it, a thread with the GIL
+ * releases it.
  * The pool's mutex protects struct pool, except the atomic fields.  The eventfd is read and written
- * without the mutex.  It is closed only when the pool has been closed and no thread is writing to it.
+ * without the mutex, and is closed when the pool is closed and no thread is writing to it.
  */
 
 #include "_iopool.h"
@@ -70,8 +69,8 @@ static int64_t now(void)
     return time.tv_sec * NANOSECONDS + time.tv_nsec;
 }
 
-/* Drop one reference to the pool, and free the pool with the last one.  The caller must hold the
- * mutex, which is unlocked here, and freed with the pool. */
+/* Drop a reference to the pool, and free the pool with the last one.  The caller must hold the
+ * mutex, which is unlocked here. */
 static void drop_pool(struct pool *pool)
 {
     int references = --pool->references;
@@ -83,9 +82,8 @@ static void drop_pool(struct pool *pool)
     PyMem_RawFree(pool);
 }
 
-/* Make the eventfd readable, if finished calls are on the list and no thread has made it readable
- * since the last collection.  Do nothing if the pool is closed.  The caller must hold the mutex,
- * which is unlocked during the system call. */
+/* Make the eventfd readable if calls have finished, once before each collection.  The caller must
+ * hold the mutex, which is unlocked during the system call. */
 static void notify(struct pool *pool)
 {
     uint64_t one = 1;
@@ -106,9 +104,8 @@ static void notify(struct pool *pool)
     }
 }
 
-/* Mark a finished job as answered.  If the collector is done with the job, the job becomes garbage.
- * If the pool is closed, no collector is left, and the memory of the job is lost.  The caller must
- * hold the mutex. */
+/* Mark a finished job as answered.  If it is collected, it becomes garbage; but if the pool is
+ * closed, its memory is lost.  The caller must hold the mutex. */
 static void set_answered(struct pool *pool, struct job *job)
 {
     job->is_answered = 1;
@@ -118,10 +115,9 @@ static void set_answered(struct pool *pool, struct job *job)
     }
 }
 
-/* Make the system call of a job, put the job on the list of finished calls, call its answer if it
- * has one, and notify the collector.  If the pool has been closed before the system call begins, the
- * call is not made.  If it has been closed before the call returns, the job is neither put on the
- * list nor answered.  The caller must not hold the mutex; run() returns with the mutex locked. */
+/* Make the system call of a job, put the job on the list of finished calls, answer it if it has an
+ * answer, and notify the collector.  If the pool is closed, only make the call.  The caller must
+ * not hold the mutex; run() returns with the mutex locked. */
 static void run(struct pool *pool, struct job *job)
 {
     struct answer *answer = job->answer;
@@ -138,8 +134,7 @@ static void run(struct pool *pool, struct job *job)
     append(&pool->done, job);
     atomic_fetch_add(&pool->done_count, 1);
     if (answer != NULL) {
-        /* Answer before writing to the eventfd, because the kernel waits for the answer.  If the
-         * event loop collects all finished calls during the answer, notify() writes nothing. */
+        /* Answer before writing to the eventfd, because the kernel waits for the answer. */
         pthread_mutex_unlock(&pool->mutex);
         answer->call(answer, data, (long long)result);
         pthread_mutex_lock(&pool->mutex);
@@ -152,9 +147,8 @@ static void run(struct pool *pool, struct job *job)
     pool->coming--;
 }
 
-/* Wait until hand_over() gives this thread a job, and return the job, with the mutex unlocked.
- * Return NULL, with the mutex locked, if the thread must end, because the pool is closed or because
- * the thread has got no job during the idle time.  The caller must hold the mutex. */
+/* Wait for a job from hand_over(), and return it, with the mutex unlocked.  If the thread must end,
+ * return NULL, with the mutex locked.  The caller must hold the mutex. */
 static struct job *sleep_idle(struct pool *pool)
 {
     struct sleeper self = {.below = pool->sleepers};
@@ -183,10 +177,9 @@ static struct job *sleep_idle(struct pool *pool)
     return self.job;
 }
 
-/* Give a job to the thread that fell asleep last; NULL in place of a job makes it end.  The thread
- * that fell asleep last has the warmest caches, and threads that are not needed sleep on until their
- * idle time has passed.  The caller must hold the mutex, and a thread must be asleep.  Return the
- * address that the caller must pass to wake(). */
+/* Give a job to the thread that fell asleep last, whose caches are the warmest; NULL makes the
+ * thread end.  Return the address for wake().  The caller must hold the mutex, and a thread must be
+ * asleep. */
 static atomic_int *hand_over(struct pool *pool, struct job *job)
 {
     struct sleeper *top = pool->sleepers;
@@ -197,9 +190,8 @@ static atomic_int *hand_over(struct pool *pool, struct job *job)
     return &top->is_woken;
 }
 
-/* Wake the thread that waits at an address.  That thread may have seen `is_woken` without this
- * call, and have returned from sleep_idle().  If so, another sleeper may lie at the address by
- * now, and the thread of that sleeper wakes without a reason, and goes on waiting. */
+/* Wake the thread that waits at an address.  That thread may have seen `is_woken` before.  Then the
+ * address may belong to another sleeper by now, whose thread wakes and goes on waiting. */
 static void wake(atomic_int *address)
 {
     syscall(SYS_futex, address, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
@@ -248,9 +240,8 @@ static int create_thread(struct pool *pool)
     return failed;
 }
 
-/* Remove a job from the queue, because no thread exists and none could be created.  Return whether
- * the job was in the queue.  If it was not, a thread took the job, made its call, and has ended
- * since; the job belongs to the collector.  The caller must hold the mutex. */
+/* Remove a job from the queue, and return whether it was there.  If it was not, a thread has taken
+ * the job, and the job belongs to the collector.  The caller must hold the mutex. */
 static int withdraw(struct pool *pool, struct job *job)
 {
     struct list all = take_all(&pool->queue);
@@ -299,8 +290,8 @@ int pool_queue(struct pool *pool, struct job *job, struct list *garbage)
     pool->threads--;
     pool->references--;
     pool->coming--;
-    /* If another thread runs, it takes the job when it is done with its own.  Or it has taken the
-     * job already, and may even have ended. */
+    /* If another thread runs, it takes the job.  If none runs, one may have taken the job already.
+     * */
     if (pool->threads || !withdraw(pool, job))
         failed = 0;
     pthread_mutex_unlock(&pool->mutex);

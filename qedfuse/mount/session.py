@@ -1,22 +1,17 @@
 """One mount from its beginning to its end.
 
-At the beginning, the mountpoint, the privileges and the images are checked before anything is
-mounted, so that after a failed check there is no mount to undo.  At the end, the steps have this
-order:
+What can be refused is refused before anything is mounted, so that there is no mount to undo.  At
+the end, the steps have this order:
 
-1. The server stops answering requests, because the mount is gone or was detached, or because the
-   server has failed.
-2. The connection is closed, so that programs that still wait get an error instead of waiting
-   forever.
+1. The server stops answering requests, because the mount is gone, or the server has failed.
+2. The connection is closed, so that programs that still wait get an error.
 3. The disks are closed, which flushes them, clears NEED_CHECK and releases the locks.
-4. The mount record is removed, or the failure of an earlier step is added to the record.  This
-   step is the last one, because a missing record means that all earlier steps have succeeded.
+4. The mount record is removed, or gets the failure of an earlier step.  This step is the last one,
+   because a missing record means that all earlier steps have succeeded.
 
-The meaning of a signal depends on the phase.  Before the mount is ready, a signal cancels the
-session.  While the disks are served, a signal unmounts (`qedfuse.mount.shutdown`).  While the
-disks are being closed, a signal only ends the compaction, because the compaction may take long.
-So no signal prevents a clean close.  After the disks are closed, the process ignores signals until
-it exits.
+Before the mount is ready, a signal cancels the session.  While the disks are served, a signal
+unmounts (`qedfuse.mount.shutdown`).  While the disks are being closed, it only ends the compaction,
+so that no signal prevents a clean close.  After that, the process ignores signals.
 """
 
 from __future__ import annotations
@@ -73,11 +68,10 @@ class MountRequest:
         mountpoint: The mountpoint; absolute and free of symbolic links.
         options: The options.
         pidfile: The absolute path of a file to which the pid of the server is written when the
-            mount exists, shortly before the disks can be used; None to write no such file.
-        fake: Whether to mount nothing.  A fake mount checks the arguments, and opens and closes the
-            disks.  It does not check the privileges of the user.
+            mount exists; None to write no such file.
+        fake: Whether only to check the arguments, and open and close the disks.
         option_strings: All mount options, each as for ``-o``, with absolute paths.  They are
-            stored in the mount record, so that a remount can compare its options with them.
+            stored in the mount record.
         log: Where messages go once the disks can be used; None for stderr.
     """
 
@@ -93,20 +87,18 @@ class MountRequest:
 def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
     """Mount, serve until the mount is gone, and close the disks; return the exit code.
 
-    A `QedError` is logged, and its exit code is the result.  Any other exception is raised to the
-    caller.  In both cases the error is also added to the mount record, if there is one.  After this
-    function has returned or raised, the process ignores the signals that end a mount.
+    A `QedError` is logged, and its exit code is returned.  Any other exception is raised.  Both are
+    also added to the mount record.  After the call the process ignores the signals that end a
+    mount.
 
-    The caller must not have a second thread.  The second thread would not be protected from memory
-    pressure.  And if the second thread held a lock during the fork of a helper process, the lock
-    would stay locked in the helper.
+    The caller must not have a second thread: it would not be protected from memory pressure, and a
+    lock that it holds during a fork would stay locked in the helper process.
 
     Args:
         request: The arguments of the mount.
         ready: Called when the disks can be used.  Not called for a fake mount.
     """
-    # The protection is set before trio starts threads and before the launderer is forked, because
-    # the threads and the launderer must inherit it.
+    # This comes first, because threads of trio and the launderer must inherit the protection.
     protection_failure = None if request.fake else protect_from_memory_pressure()
     failure: QedError | None = None
     bug: BaseException | None = None
@@ -128,7 +120,7 @@ def run_session(request: MountRequest, ready: Callable[[], None]) -> int:
             raise
         finally:
             reason = failure or bug
-            # 70 is the exit code for a bug.  Without a failure, `finish` ignores the code.
+            # 70 is the exit code for a bug.
             code = failure.exit_code if failure is not None else 70
             session.finish(None if reason is None else str(reason) or type(reason).__name__, code)
             ignore_signals()
@@ -151,11 +143,10 @@ class _Session:
         Args:
             request: The arguments of the mount.
             ready: Called when the disks can be used.
-            protection_failure: Why the process is not protected from memory pressure; None if
-                the process is protected, or for a fake mount.
-            launderer: The launderer, which has been forked; None if there is no launderer.
-            unmounter: The unmounter, which has been forked if a sandbox is wanted; None if the fork
-                failed.
+            protection_failure: Why the process is not protected from memory pressure; None if it
+                is, or for a fake mount.
+            launderer: The launderer; None if there is none.
+            unmounter: The unmounter; None if there is none.
         """
         self._request = request
         self._ready = ready
@@ -167,10 +158,7 @@ class _Session:
         self._failure: QedError | None = None
 
     def finish(self, failure: str | None, exit_code: int) -> None:
-        """Withdraw the announcement of the mount; see `Announcement.withdraw`.
-
-        Nothing is done if the session ended before the announcement was prepared.
-        """
+        """Withdraw the announcement of the mount, if there is one; see `Announcement.withdraw`."""
         if self._announcement is not None:
             self._announcement.withdraw(failure, exit_code)
 
@@ -201,10 +189,7 @@ class _Session:
     async def _open_and_serve(self, signals: SignalDispatcher, nursery: trio.Nursery) -> None:
         """Open the disks, serve them unless the mount is a fake, and close them in any case.
 
-        If `Server.run` returns an error, because data may be lost, `_failure` is set to this error.
-
-        Raises:
-            QedError: The mount was refused, or data could not be made durable.
+        `_failure` is set if data may be lost.
         """
         request, options = self._request, self._request.options
         raise_open_file_limit()
@@ -239,18 +224,12 @@ class _Session:
                 *(shown[0], mount.lock_name, signals, announcement, self._protection_failure)
             )
             if options.compact == "auto":
-                # The end of the block closes the disks one after the other, and each disk limits
-                # the time of its own compaction.  `_stop_compacting_after` limits the time of all
-                # compactions together.
+                # Each disk limits only the time of its own compaction.
                 nursery.start_soon(_stop_compacting_after, disks, options.compact_seconds)
         _log.info("%s: unmounted; the images are closed", printable(request.mountpoint))
 
     def _listen(self, stack: AsyncExitStack) -> Listener | None:
-        """Listen for requests of metrics, if the options demand it, until ``stack`` is closed.
-
-        Raises:
-            HostError: A system call failed.
-        """
+        """Listen for requests of metrics, if the options demand it, until ``stack`` is closed."""
         if self._request.options.metrics is None:
             return None
         from qedfuse.mount.system.listenaddress import Listener  # noqa: PLC0415  only if needed
@@ -262,14 +241,7 @@ class _Session:
     def _prepare_sandbox(
         self, disks: ExportedDisks, listener: Listener | None, *, is_directory: bool
     ) -> Sandbox | None:
-        """Return a sandbox for serving ``disks``, to be entered later.
-
-        Returns None if no sandbox is wanted or possible.
-
-        Args:
-            disks: The disks.
-            listener: Where requests of metrics arrive; None for nowhere.
-            is_directory: Whether the mountpoint is a directory.
+        """Return a sandbox for serving ``disks``, to be entered later; None for no sandbox.
 
         Raises:
             HostError: The sandbox is ``strict``, and a part of it is not available.
@@ -283,8 +255,8 @@ class _Session:
                 raise HostError(msg)
             _log.warning("%s", msg)
             return None
-        # Imported late, because only a sandbox needs these modules.  But they are imported before
-        # the mount exists, because no module may be imported while the mount is served.
+        # Imported only for a sandbox, and before the mount exists: while it is served, no module
+        # may be imported.
         from qedfuse.mount.sandbox.needs import server_needs  # noqa: PLC0415  late, see above
         from qedfuse.mount.sandbox.sandbox import Sandbox  # noqa: PLC0415  late, see above
 
@@ -302,6 +274,6 @@ class _Session:
 
 
 async def _stop_compacting_after(disks: ExportedDisks, seconds: float) -> None:
-    """Wait for ``seconds``, and then end the compaction of all disks."""
+    """End the compaction of all disks after ``seconds``."""
     await trio.sleep(seconds)
     disks.stop_compacting()

@@ -1,8 +1,8 @@
 """A connection to an NBD server with many requests in flight, shared by tasks and threads.
 
 No thread and no task belongs to the connection.  One of the readers that wait for replies is the
-*leader*: the leader receives for all readers, and wakes each reader whose reply is complete.  When
-the leader's own reply is complete, another reader becomes the leader.
+*leader*: it receives for all readers, and wakes each reader whose reply is complete.  When the
+leader's own reply is complete, another reader becomes the leader.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class Connection:
         """Use a connection after its handshake.
 
         Args:
-            wire: Sends and receives the bytes of the connection.  `Connection` closes the wire's
-                socket.
+            wire: The connection, whose socket `Connection` will close.
             export: The export, as the handshake has returned it.
-            idle_seconds: If a reply is expected and no byte comes for this time, the connection is
-                given up.
+            idle_seconds: The connection is given up if a reply is expected and no byte comes for
+                this time.
         """
         self.export = export
         self._wire = wire
@@ -79,13 +78,13 @@ class Connection:
         """Send requests, and wait in a task until all replies are complete.
 
         Args:
-            requests: The requests.  If the server has answered a request with an error,
-                `Request.failure` has the error after the call.
+            requests: The requests.  `Request.failure` is set if the server has answered a request
+                with an error.
             end: The time (`time.monotonic`) at which waiting ends.
 
         Raises:
-            BrokenError: The connection broke, or ``end`` has passed.  In both cases the connection
-                is broken for all readers.
+            BrokenError: The connection broke, or ``end`` has passed, which breaks the connection
+                for all readers.
         """
         waiter = WaitingTask()
         try:
@@ -127,11 +126,7 @@ class Connection:
         self._fail(BrokenError("closed"))
 
     def _submit(self, requests: Sequence[Request], waiter: Waiter) -> None:
-        """Send requests; ``waiter`` is the reader that waits for their replies.
-
-        Raises:
-            BrokenError: The connection broke.
-        """
+        """Send requests; ``waiter`` is the reader that waits for their replies."""
         try:
             with self._lock:
                 if self._failure is not None:
@@ -145,10 +140,7 @@ class Connection:
             raise self._fail(_broken(error)) from error
 
     def _try_lead(self, waiter: Waiter, requests: Sequence[Request]) -> bool:
-        """Make ``waiter`` the leader, and return True.
-
-        Returns False and changes nothing if there is a leader, or ``requests`` are complete.
-        """
+        """Make ``waiter`` the leader, if there is none and ``requests`` are not complete."""
         with self._lock:
             if self._leader is not None or are_done(requests):
                 return False
@@ -156,11 +148,7 @@ class Connection:
             return True
 
     async def _lead(self, requests: Sequence[Request], end: float) -> None:
-        """Receive for all readers until ``requests`` are complete.
-
-        Raises:
-            BrokenError: ``end`` has passed, or no byte has come for too long.
-        """
+        """Receive for all readers until ``requests`` are complete."""
         receptions = 0
         while not are_done(requests):
             if not self._receive():
@@ -173,7 +161,6 @@ class Connection:
         """Receive in a thread for all readers until ``requests`` are complete.
 
         Raises:
-            BrokenError: ``end`` has passed, or no byte has come for too long.
             trio.Cancelled: The thread is one of trio, and its task was cancelled.
         """
         poll = select.poll()
@@ -185,9 +172,9 @@ class Connection:
                 check_cancelled()
 
     def _receive(self) -> bool:
-        """Receive bytes, and wake readers whose requests have ended.
+        """Receive bytes, and wake readers whose requests ended; return False if no bytes came.
 
-        Returns False if no bytes came.  Returns True also after a failure, which ends all requests.
+        Returns True also after a failure, which ends all requests.
         """
         try:
             with self._lock:
@@ -216,22 +203,18 @@ class Connection:
         return True
 
     def _take_waiters(self) -> list[Waiter]:
-        """Remove and return the readers of the requests that have ended.
-
-        The caller must hold the lock.
-        """
+        """Remove and return the readers of ended requests; the caller must hold the lock."""
         done = self._replies.take_done()
         return [self._waiters.pop(request) for request in done if request in self._waiters]
 
     def _seconds_until(self, end: float) -> float:
-        """Return how many seconds are left until ``end``, the time limit of a reader.
+        """Return how many seconds are left until ``end``.
 
         Raises:
             BrokenError: ``end`` has passed.  The connection is given up.
         """
         seconds = end - time.monotonic()
         if seconds <= 0:
-            # The connection is given up, because the server may never answer the request.
             raise self._fail(BrokenError("found no reply in time"))
         return seconds
 
@@ -249,11 +232,7 @@ class Connection:
         return min(idle, self._seconds_until(end))
 
     def _fail(self, failure: BrokenError) -> BrokenError:
-        """Record that the connection broke, end all requests with ``failure``, and return it.
-
-        If the connection broke before, all requests have ended with the earlier failure, and this
-        method changes nothing.
-        """
+        """End all requests with ``failure``, and return it; do nothing after an earlier failure."""
         with self._lock:
             if self._failure is None:
                 self._failure = failure
@@ -267,7 +246,7 @@ class Connection:
         return failure
 
     def _leave(self, waiter: Waiter, requests: Sequence[Request]) -> None:
-        """End the waiting of a reader: drop the rest of its replies, and let another reader lead.
+        """End the waiting of a reader, and let another reader lead.
 
         After the call no byte is written to the buffers of the requests.
         """
@@ -285,10 +264,7 @@ class Connection:
             next_leader.wake()
 
     def _close_if_unused(self) -> None:
-        """Close the socket if the connection is broken and has no leader.
-
-        The caller must hold the lock.
-        """
+        """Close the socket if the connection is broken and has no leader; the lock must be held."""
         if self._failure is not None and self._leader is None:
             self._wire.socket.close()
 
@@ -299,11 +275,7 @@ def _broken(error: OSError) -> BrokenError:
 
 
 def _raise_broken(requests: Sequence[Request]) -> None:
-    """Raise a copy of the `BrokenError` of a request, if the connection broke before its reply.
-
-    Raises:
-        BrokenError: The connection broke.
-    """
+    """Raise a copy of the `BrokenError` of a request, if the connection broke before its reply."""
     for request in requests:
         if isinstance(request.failure, BrokenError):
             raise type(request.failure)(*request.failure.args)

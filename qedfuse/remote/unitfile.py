@@ -1,17 +1,14 @@
 """The data file of the cache for one version of an object, with the units that were fetched.
 
 The content is divided into *units* of 256 KiB, each with a checksum in a second file, the map
-(`qedfuse.remote.checksummap`).  A process uses a unit only after it has fetched the unit itself, or
-has compared it with the checksum.  When bytes of the unit have left the page cache, the process
-compares the unit before it uses the unit again (`qedfuse.remote.localdata`).  So the cache
-needs no order of writes, no datasync and no journal: a unit that a crash, a full disk, a failed
-write or another program has damaged differs from its checksum, and is fetched again.
+(`qedfuse.remote.checksummap`).  A process uses a unit only if it has fetched the unit itself, or
+has compared the bytes in the page cache with the checksum.  So the cache needs no order of writes,
+no datasync and no journal: a unit that a crash, a full disk or another program has damaged differs
+from its checksum, and is fetched again.
 
-If several processes use an entry, no process may read bytes from the disk into the page cache
-before it has compared them, because another process may read them there (`qedfuse.remote.sharing`
-and `qedfuse.remote.localdata`).  So if several processes have an entry open, a unit is first read
-with ``O_DIRECT``, around the page cache, and compared.  The module `qedfuse.remote.localdata` lists
-the cases in which unchecked bytes can be read nevertheless.
+If several processes have an entry open, a unit is first read with ``O_DIRECT``, around the page
+cache, and compared.  Otherwise another process could read unchecked bytes in the page cache.
+`qedfuse.remote.localdata` lists the cases in which this can happen nevertheless.
 """
 
 from __future__ import annotations
@@ -46,8 +43,8 @@ _extension = try_import_extension("qedfuse.remote._crc32", _INTERFACE)
 _crc32: Final[Callable[[Buffer, int], int]] = zlib.crc32 if _extension is None else _extension.crc32
 
 UNIT_BYTES: Final = 1 << 18
-"""Bytes in a unit.  If the first byte arrives after 20 ms and a connection carries 80 MiB/s, a
-request of 4 KiB takes 20 ms, and a request of 256 KiB takes 23 ms."""
+"""Bytes in a unit.  Over a connection with 20 ms latency and 80 MiB/s, a request of 4 KiB takes
+20 ms, and a request of 256 KiB takes 23 ms."""
 
 DATA_NAME: Final = "data"
 MAP_NAME: Final = "map"
@@ -58,9 +55,7 @@ class UnitFile:
 
     Two processes that fetch the same unit write the same bytes, so writes need no lock.  Each
     process holds a shared flock(2) on the data file, so that no other process removes the entry.
-
-    Threads may call the methods concurrently.  After a call of `close`, the files are closed when
-    all running calls have returned.
+    Threads may call the methods concurrently.
 
     Attributes:
         path: The directory of the entry.
@@ -89,9 +84,8 @@ class UnitFile:
         """Open the entry in the directory ``path``, for an object of ``size`` bytes.
 
         Raises:
-            OSError: The entry is missing, another process is just removing or opening the entry
-                (EWOULDBLOCK), the entry is damaged or is for an object of another size (EBADMSG),
-                or a system call failed.
+            OSError: A system call failed.  EWOULDBLOCK: another process is removing or opening the
+                entry.  EBADMSG: the entry is damaged, or is for an object of another size.
         """
         directory = open_directory(path)
         try:
@@ -166,9 +160,9 @@ class UnitFile:
         """Return whether the map has an entry for each needed unit of a range.
 
         Args:
-            needed: A byte for each unit of the range: 1 if the unit is needed, and 0 if it is not;
-                None if all units of the object are needed.
-            first: The first unit of the range, to which the first byte of ``needed`` belongs.
+            needed: A byte for each unit of the range: 1 if the unit is needed, 0 if it is not; None
+                for all units of the object.
+            first: The first unit of the range.
 
         Raises:
             OSError: A system call failed, or the files are closed (EBADF).
@@ -195,9 +189,7 @@ class UnitFile:
             self._use.leave()
 
     def is_in(self, directory: int) -> bool:
-        """Return whether an open directory has the data file of this entry.
-
-        Returns False if the files are closed.
+        """Return whether an open directory has the data file of this entry; False after `close`.
 
         Raises:
             OSError: A system call failed, or the directory has no data file.
@@ -211,9 +203,9 @@ class UnitFile:
             self._use.leave()
 
     def unlinked_bytes(self) -> int:
-        """Return the disk space in bytes of the data file if it was removed; 0 if it was not.
+        """Return the disk space in bytes of the data file if it was removed, and otherwise 0.
 
-        Also returns 0 if the files are closed, or if the host refuses.
+        Also returns 0 after `close`, or if the host refuses.
         """
         if not self._use.enter():
             return 0
@@ -230,10 +222,7 @@ class UnitFile:
         return min(UNIT_BYTES, self.size - unit * UNIT_BYTES)
 
     def close(self) -> None:
-        """Close the files when the running calls have returned, without waiting for them.
-
-        A second call does nothing.
-        """
+        """Close the files when the running calls have returned, without waiting for them."""
         self._use.close()
 
     def __enter__(self) -> Self:
@@ -257,10 +246,9 @@ class UnitFile:
             os.close(self._direct_fd)
 
     def _may_cache(self, unit: int, checksum: int) -> bool:
-        """Return False if a unit is damaged, and therefore must not enter the page cache.
+        """Return False if a unit is damaged, so that it must not enter the page cache.
 
-        Returns True without a comparison if no other `UnitFile` has the entry open, if the page
-        cache has the unit already, or if the file system does not support reads around the cache.
+        Returns True without a comparison if none is needed or possible.
         """
         length, offset = self.length(unit), unit * UNIT_BYTES
         is_shared = os.lseek(self.data_fd, 0, os.SEEK_END) != self.size + ALONE_BYTES
@@ -283,10 +271,7 @@ def units_of(size: int) -> int:
 
 
 def blocks_of(first: int, content: Buffer) -> Iterator[tuple[int, memoryview]]:
-    """Yield the number and the content of each unit in ``content``.
-
-    ``first`` is the number of the first unit.
-    """
+    """Yield the number and the content of each unit; the first unit has the number ``first``."""
     view = memoryview(content)
     for begin in range(0, len(view), UNIT_BYTES):
         yield first + begin // UNIT_BYTES, view[begin : begin + UNIT_BYTES]
@@ -327,9 +312,9 @@ def _open_direct(fd: int) -> int:
 
 
 def _require_file(fd: int, length: int | None = None) -> None:
-    """Raise OSError (EBADMSG) if ``fd`` is not a regular file of this user, or was removed.
+    """Raise OSError (EBADMSG) unless ``fd`` is a regular file of this user that was not removed.
 
-    The file must also have ``length`` bytes.  If ``length`` is None, any length is valid.
+    If ``length`` is not None, the file must also have this length.
     """
     status = os.fstat(fd)
     if (

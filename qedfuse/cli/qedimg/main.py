@@ -69,11 +69,7 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 _FAILED: Final = 1
 """The exit code for a failure that has no code of its own, as in qemu-img."""
 _MIN_OWN_CODE: Final = 12
-"""The lowest `QedError.exit_code` that qedimg uses as its own exit code.
-
-In place of a lower code qedimg uses the subcommand's code for a failure, because the lower codes
-mean something else in qemu-img.
-"""
+"""The lowest `QedError.exit_code` that qedimg uses; lower codes mean something else in qemu-img."""
 _BUG: Final = 70
 """The exit code for a bug: any exception but QedError, OSError, MemoryError, KeyboardInterrupt."""
 _INTERRUPTED: Final = 130
@@ -86,7 +82,7 @@ _PACKAGE: Final = "qedfuse.cli.qedimg"
 class Command(Protocol):
     """The module of a subcommand.
 
-    The module can also define ``EXIT_CODES``, which replaces `EXIT_CODES` of this module, and
+    The module can also define ``EXIT_CODES``, in place of `EXIT_CODES` of this module, and
     ``FAILED``, the exit code for a failure that has no code of its own (by default 1).
     """
 
@@ -106,7 +102,7 @@ def command(name: str) -> Command:
 
 
 def exit_codes(name: str) -> Mapping[int, str]:
-    """Return the meaning of each exit code of a subcommand: its own list, or `EXIT_CODES`."""
+    """Return the meaning of each exit code of a subcommand."""
     own: Mapping[int, str] | None = getattr(command(name), "EXIT_CODES", None)
     return EXIT_CODES if own is None else own
 
@@ -130,7 +126,7 @@ def make_parser(name: str) -> Parser:
 
 
 def _wrapped(text: str) -> str:
-    """Return a paragraph in lines that fit the help, without breaks inside words."""
+    """Return a paragraph in lines that fit the help."""
     return fill(text, _HELP_COLUMNS, break_on_hyphens=False)
 
 
@@ -156,13 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Without ``argv`` the function takes the arguments of this process, sets up the standard streams,
-    and leaves signals ignored when it returns, so the caller must then exit.
+    and leaves signals ignored, so the caller must then exit.
 
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
-    # Without this variable OpenBLAS, which numpy loads, starts a thread per core.  qedimg needs
-    # no function of OpenBLAS, so one thread is enough.
+    # By default OpenBLAS, which numpy loads, starts a thread per core.  qedimg does not need them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     own_process = argv is None
     if own_process:
@@ -179,9 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: Sequence[str], interruption: Interruption) -> int:
     """Run the command and return its exit code; print a line for a failure.
 
-    No line is printed if the reader of the output has closed the pipe, or if the log has shown
-    the failure.
-
     Raises:
         Exception: There is a bug, and QEDIMG_TRACEBACK is set.
     """
@@ -191,11 +183,9 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
     except BrokenPipeError:
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as caught:  # noqa: BLE001
-        # An exception that no subcommand handles is printed as one line.
         error = _first_error(caught)
-        # A module whose import is interrupted may raise another exception in place of
-        # KeyboardInterrupt.  So after a signal every exception but a QedError means
-        # "interrupted".
+        # An interrupted import may raise another exception in place of KeyboardInterrupt.  So
+        # after a signal every exception but a QedError means "interrupted".
         if isinstance(error, KeyboardInterrupt) or (
             interruption.has_signal and not isinstance(error, QedError)
         ):
@@ -204,15 +194,7 @@ def _guarded(words: Sequence[str], interruption: Interruption) -> int:
 
 
 def _run(name: str, words: Sequence[str]) -> int:
-    """Run the subcommand ``name``, or print the help or the version; return the exit code.
-
-    If ``name`` is empty, the help is printed and the exit code is 1.
-
-    Raises:
-        UsageError: There is no such subcommand, or its arguments are invalid.
-        BrokenPipeError: The reader of the output has closed the pipe.
-        QedError: The subcommand has failed.
-    """
+    """Run the subcommand ``name``, or print the help or the version; return the exit code."""
     if name == "help" and words and words[0] in COMMANDS:
         name, words = words[0], ["--help"]
     if not name or name in ("-h", "--help", "help"):
@@ -248,10 +230,7 @@ def _unknown(name: str) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return ``error`` itself, or if it is an exception group, one of the group's errors.
-
-    Of a group the first `QedError` is returned, or the first error if there is no `QedError`.
-    """
+    """Return ``error``, or of an exception group the first `QedError`, or else its first error."""
     while isinstance(error, BaseExceptionGroup):
         preferred = error.subgroup(QedError) or error
         error = preferred.exceptions[0]
@@ -261,8 +240,7 @@ def _first_error(error: BaseException) -> BaseException:
 def _report_failure(name: str, error: BaseException) -> int:
     """Print a line about a failure, unless the log has shown the error; return the exit code.
 
-    Raises:
-        Exception: ``error`` is a bug, and QEDIMG_TRACEBACK is set.
+    A bug is raised again if QEDIMG_TRACEBACK is set.
     """
     if isinstance(error, QedError):
         code = _exit_code(name, error)
@@ -283,11 +261,7 @@ def _report_failure(name: str, error: BaseException) -> int:
 
 
 def _report_os_error(error: OSError, code: int) -> int:
-    """Print a line about a failed system call; return ``code``.
-
-    An error without a file name comes from the output or from getcwd(2), or is due to a lack of
-    descriptors.
-    """
+    """Print a line about a failed system call; return ``code``."""
     if is_caused_by_removal(error):
         return _fail(REMOVED, code)
     if error.filename is None:
@@ -301,12 +275,7 @@ def _report_os_error(error: OSError, code: int) -> int:
 
 
 def _exit_code(name: str, error: BaseException) -> int:
-    """Return the exit code of a subcommand for an error.
-
-    A `QedError` has a code of its own.  That code is returned if it is at least
-    `_MIN_OWN_CODE` and the subcommand lists it.  In all other cases the subcommand's code for
-    a failure is returned.
-    """
+    """Return the error's own code if the subcommand lists it, and otherwise that for a failure."""
     # Do not import the module here, because its import may be what has failed.
     module = sys.modules.get(f"{_PACKAGE}.{name}")
     codes: Mapping[int, str] = getattr(module, "EXIT_CODES", EXIT_CODES)

@@ -1,9 +1,8 @@
 """The disks that a mount exports as files, and the handles that are open on them.
 
 A file has the bytes of a disk or of a partition.  The kernel caches the pages of each file
-separately.  So files that have bytes in common (below: files with the same bytes) exclude each
-other: while one of them is open for writing, the others cannot be open.  docs/concurrency.md argues
-why the files then never disagree.
+separately.  So files with bytes in common exclude each other: while one of them is open for
+writing, the others cannot be open (docs/concurrency.md).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _BLOCK_BYTES: Final = 512
 
 
 class FileInUseError(QedError):
-    """A file cannot be opened now, because another file with the same bytes is open."""
+    """A file cannot be opened now, because another file with bytes in common is open."""
 
     errno = errno.EBUSY
 
@@ -46,22 +45,15 @@ class ExportedDisk:
         handles: The number of open handles.
         writers: The number of open handles that may write, plus the uses of `changing` in progress.
         slow_writes: The number of write requests in progress on the slow path.
-        cached_blocks: The ``st_blocks`` (in units of 512 bytes) that the kernel may have cached; -1
-            if the kernel has none cached.
-        read_only: Whether this disk is read-only in a writable mount, because its image is a
-            backing file of another disk of the mount.  Always False in a read-only mount, where no
-            disk can be written.
-        overrun: True after a write from the kernel's cache that began before the end of the disk
-            and went past the end.  False again when a handle that may write has got the error
-            ENOSPC.
-        has_lost_data: Whether a write from the kernel's cache has failed because the rest of a
-            cluster could not be read from a server or by QEMU.
-        fixup_size: The size in bytes to which `SizeFixup` is setting the kernel's cached size of
-            the file; -1 while `SizeFixup` does not work on the file.
+        cached_blocks: The ``st_blocks`` that the kernel may have cached; -1 for none.
+        read_only: Whether the disk is read-only, as a base of another disk of a writable mount.
+        overrun: Whether a write from the kernel's cache went past the end of the disk, and no
+            writer has got the error ENOSPC since.
+        has_lost_data: Whether a write from the kernel's cache has failed because bytes that a
+            server or QEMU serves could not be read.
+        fixup_size: The size in bytes that `SizeFixup` is making the kernel cache; -1 for none.
         counters: Counts the requests to the file; a partition shares this object with its disk.
         is_stale: Whether pages that the kernel has cached of the file may differ from the disk.
-            This is so after another file with the same bytes was opened for writing.  If there is
-            such a file, this is also so after a write to this file failed.
     """
 
     disk: Disk | DiskWindow
@@ -80,7 +72,7 @@ class ExportedDisk:
 
     @property
     def is_partition(self) -> bool:
-        """Whether the file has the bytes of a partition, and not of a whole disk."""
+        """Whether the file has the bytes of a partition."""
         return isinstance(self.disk, DiskWindow)
 
     @property
@@ -91,10 +83,9 @@ class ExportedDisk:
     def visible_blocks(self, image_blocks: int) -> int:
         """Return the ``st_blocks`` of the file; ``image_blocks`` are those of the image file.
 
-        To count the clusters of a partition, the server would have to read all tables for its
-        range.  So a partition gets a share of the disk's blocks: the same share as it has of the
-        disk's bytes, but at most as many blocks as fit into the partition.  The share is rounded
-        up, because programs treat a file without blocks as one hole.
+        Counting the clusters of a partition would mean reading all tables for its range.  So a
+        partition gets a share of the disk's blocks that is proportional to its size.  The share is
+        rounded up, because programs treat a file without blocks as one hole.
         """
         if not self.is_partition:
             return image_blocks
@@ -117,16 +108,12 @@ class ExportedDisks:
     Attributes:
         by_inode: The files by inode number.
         by_name: The files by file name.
-        outdated: The disks whose partition tables may have changed since their partitions were
-            added, or whose partitions must still be added.  Empty in a mount without files of
-            partitions.
+        outdated: The disks whose partition files must be updated; empty in a mount without files
+            of partitions.
     """
 
     def __init__(self, disks: Iterable[ExportedDisk], *, with_partitions: bool = False) -> None:
-        """Export ``disks``; no disk has an open handle yet.
-
-        ``with_partitions`` says whether the caller will add the partitions (`set_partitions`).
-        """
+        """Export ``disks``, to which the caller may add the partitions (`set_partitions`)."""
         self.by_inode = {exported.inode: exported for exported in disks}
         self.by_name = {exported.name: exported for exported in self.by_inode.values()}
         # The files of each disk, by the identity of the disk.
@@ -150,7 +137,7 @@ class ExportedDisks:
 
     @property
     def first_files(self) -> list[ExportedDisk]:
-        """The first file of each disk of the mount: if the whole disk has a file, that file."""
+        """The first file of each disk of the mount: that of the whole disk, if it has one."""
         return [files[0] for files in self._by_disk.values()]
 
     def files_of(self, disk: Disk) -> Sequence[ExportedDisk]:
@@ -158,19 +145,16 @@ class ExportedDisks:
         return self._by_disk[id(disk)]
 
     def was_removed(self, inode: int) -> bool:
-        """Return whether a file that has been removed had this inode number.
-
-        ``inode`` must not be the number of the directory.
-        """
+        """Return whether a removed file had this inode number, which must not be the
+        directory's."""
         return 0 < inode < self._next_inode and inode not in self.by_inode
 
     def set_partitions(self, whole: ExportedDisk, windows: dict[bytes, DiskWindow]) -> bool:
         """Replace the files of a disk's partitions; return whether any was added or removed.
 
-        A file stays if a partition has its name, its start and its size.  Every new file gets an
-        inode number that no file has had before, because the kernel may have cached pages of an
-        earlier file with the same name.  The caller must ensure that no partition of the disk is
-        open.
+        A file stays if a partition has its name, its start and its size.  A new file gets a new
+        inode number, because the kernel may have cached pages of an earlier file with the same
+        name.  No partition of the disk may be open.
         """
         files = self._by_disk[id(whole.whole_disk)]
         present = {item.name: item for item in files if item.is_partition}
@@ -210,7 +194,7 @@ class ExportedDisks:
 
     @property
     def uses_servers(self) -> bool:
-        """Whether the chain of any disk has a file on a server, or one that qemu-nbd serves."""
+        """Whether a server or qemu-nbd serves a file of any disk's chain."""
         return any(disk.uses_server for disk in self.whole_disks)
 
     @property
@@ -222,20 +206,17 @@ class ExportedDisks:
         """Count a new handle of a file; ``writer`` says whether the handle may write.
 
         Raises:
-            FileInUseError: Another file with the same bytes is open, and a handle of the other file
-                or the new handle may write.
+            FileInUseError: Another file with bytes in common is open, and it or the new handle may
+                write.
         """
         self._exclude_others(exported, writer=writer)
         exported.handles += 1
         exported.writers += writer
 
     def _exclude_others(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Check that a handle or a change of a file is compatible with the handles of other files.
+        """Raise `FileInUseError` if open files with bytes in common forbid a handle or a change.
 
-        If ``writer`` is True, the pages of the other files with the same bytes become stale.
-
-        Raises:
-            FileInUseError: As in `handle_opened`.
+        If ``writer`` is True, the pages of these files become stale.
         """
         others = self._sharing_bytes(exported)
         for other in others:
@@ -253,8 +234,7 @@ class ExportedDisks:
     def write_failed(self, exported: ExportedDisk) -> None:
         """Mark a file as stale after a failed write, if another file has bytes in common with it.
 
-        The kernel may keep a page with bytes that the disk does not have, so the page would differ
-        from that of the other file.
+        The kernel may keep a page with bytes that the disk, and so the other file, does not have.
         """
         exported.is_stale = exported.is_stale or bool(self._sharing_bytes(exported))
 
@@ -265,12 +245,10 @@ class ExportedDisks:
 
     @contextmanager
     def changing(self, exported: ExportedDisk) -> Iterator[None]:
-        """Exclude the other files with the same bytes while the ``with`` block changes a file.
-
-        The change needs no open handle of the file.
+        """Exclude the other files with bytes in common while the ``with`` block changes a file.
 
         Raises:
-            FileInUseError: Another file with the same bytes is open.
+            FileInUseError: Another file with bytes in common is open.
         """
         self._exclude_others(exported, writer=True)
         exported.writers += 1
@@ -280,23 +258,17 @@ class ExportedDisks:
             self._writer_ended(exported)
 
     def _writer_ended(self, exported: ExportedDisk) -> None:
-        """Count a writer as ended; if it was a whole disk's last one, add the disk to `outdated`.
-
-        No disk is added if the mount has no files of partitions.
-        """
+        """Count a writer as ended; the last one of a whole disk makes its partitions outdated."""
         exported.writers -= 1
         if not exported.writers and self._with_partitions and not exported.is_partition:
             self.outdated.add(exported)
 
     def handle_closed(self, exported: ExportedDisk, *, writer: bool) -> None:
-        """Count a handle as closed.
-
-        If no handle of any disk is left, set the present event of `all_closed_event`.  Later
-        calls of that method return a new event.
+        """Count a handle as closed; the last one of all disks sets the event of `all_closed_event`.
 
         Args:
-            exported: The disk of the handle.
-            writer: Whether the handle may write, as in `handle_opened`.
+            exported: The file of the handle.
+            writer: Whether the handle may write.
         """
         exported.handles -= 1
         if writer:
@@ -306,25 +278,18 @@ class ExportedDisks:
             self._all_closed = trio.Event()
 
     def all_closed_event(self) -> trio.Event:
-        """Return an event that is set the next time that the last open handle is closed.
-
-        If no handle of any disk is open now, the event is set only after a handle has been opened
-        and all handles have been closed again.
-        """
+        """Return an event that is set the next time that the last open handle is closed."""
         return self._all_closed
 
     def stop_fetching(self) -> None:
         """Fail all present and later reads of the disks that would wait for a server.
 
-        The caller must ensure that no program needs the data of such a read any more.
+        No program may need the data of such a read any more.
         """
         for disk in self.whole_disks:
             disk.stop_fetching()
 
     def stop_compacting(self) -> None:
-        """End the compaction of all disks; clusters that have been moved stay moved.
-
-        A compaction that begins later moves no cluster.
-        """
+        """End the present and later compactions of all disks; moved clusters stay moved."""
         for disk in self.whole_disks:
             disk.stop_compacting()

@@ -1,10 +1,9 @@
 """The header and the table entries of an image, for debugging, above all of broken images.
 
 Each entry gets a verdict: it is a valid offset, it is a zero cluster, or it breaks a rule.
-Adjacent entries with the same verdict form one range if all their values are equal, or if each
-value is one cluster (in the L1 table: one L2 table) higher than the previous one.  A table is read
-slice by slice.  The ranges of a slice are yielded before the next slice is read, so no range
-crosses the end of a slice.
+Adjacent entries with the same verdict form a range if all their values are equal, or if each value
+is one cluster (in the L1 table: one L2 table) higher than the previous one.  A range does not cross
+the end of a slice of 64 KiB, because a table is read slice by slice.
 """
 
 from __future__ import annotations
@@ -58,10 +57,9 @@ VERDICTS: Final = {
 """The verdict on an invalid entry, by the code of its error."""
 
 _MAX_COMPARED_TABLES: Final = 1 << 16
-"""`Dump._tables` stops reading the L1 table after it has found more than this many L2 tables.
+"""Number of L2 tables after which `Dump._tables` stops.  A disk of 64 TiB has 32768 by default.
 
-L2 entries are compared only with these tables.  An L2 entry that points into another table may have
-the verdict ``ok``.  A disk of 64 TiB with the default geometry has 32768 L2 tables.
+An L2 entry that points into another table may have the verdict ``ok``.
 """
 
 
@@ -73,11 +71,9 @@ class EntryRange:
         index: Index in the table of the range's first entry.
         count: Number of entries.
         value: Value of the first entry.
-        step: Difference in bytes between the values of two adjacent entries; 0 if all values
-            are equal, or if there is only one entry.
+        step: Difference in bytes between adjacent values; 0 if all values are equal.
         guest_start: Guest offset in bytes where the range of the first entry begins.
-        guest_length: Bytes of the disk that the entries describe.  The range may reach past
-            the end of the disk.
+        guest_length: Bytes of the disk that the entries describe, perhaps past its end.
         verdict: ``ok``, ``zeros``, or one of the values of `VERDICTS`.
     """
 
@@ -105,9 +101,7 @@ class Dump:
         self.header = header
 
     def _parsed_header(self) -> Header:
-        """Return the header, whose geometry and offset of the L1 table are usable.
-
-        Other fields may be invalid.
+        """Return the header, of which only the geometry and the L1 table's offset must be valid.
 
         Raises:
             ImageError: The header is too damaged to find the L1 table.
@@ -192,10 +186,9 @@ class Dump:
         return table_offset
 
     async def _tables(self, header: Header) -> Values:
-        """Return the file offsets of the L2 tables to which valid L1 entries point, ascending.
+        """Return the file offsets of the L2 tables of valid L1 entries, ascending.
 
-        If there are more than `_MAX_COMPARED_TABLES`, the entries at the end of the L1 table
-        may be left out.
+        Of more than `_MAX_COMPARED_TABLES` tables, some may be left out.
         """
         rules = EntryRules(EntryLimits.for_l1(header, self._file.size()))
         found = [NO_TABLES]
@@ -217,21 +210,15 @@ def _ranges(
 ) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield the longest ranges of entries that can be combined, in ascending order.
 
-    Args:
-        values: The entries of a slice.
-        verdicts: Index in `_VERDICT_NAMES` of the verdict on each entry.
-        step: Difference in bytes between adjacent entries whose offsets are contiguous.
-        used: Mask of the entries to yield; all other entries are in no range.
-
-    Yields:
-        Index of the first entry in the slice, number of entries, value of the first entry,
-        ``step`` (0 if the values are equal), and index in `_VERDICT_NAMES` of the verdict.
+    ``step`` is the difference between contiguous offsets; ``used`` is the mask of the entries to
+    yield.  A range is: index in the slice, number of entries, first value, ``step`` or 0 for equal
+    values, index in `_VERDICT_NAMES`.
     """
     same_verdict = (verdicts[1:] == verdicts[:-1]) & used[1:] & used[:-1]
     rising = same_verdict & (values[1:] - values[:-1] == step)
     equal = same_verdict & (values[1:] == values[:-1])
-    # From each first entry two ranges are possible: up to where the values stop rising by
-    # `step`, and up to where they stop being equal.  The longer range is yielded.
+    # From each first entry two ranges are possible: of rising and of equal values.  The longer
+    # one is yielded.
     first = 0
     count = len(values)
     breaks_rising = np.append(np.flatnonzero(~rising) + 1, count)
@@ -258,13 +245,10 @@ def _ranges(
 def _entry_range(
     item: tuple[int, int, int, int, int], first: int, guest: int, span: int
 ) -> EntryRange:
-    """Convert a range that `_ranges` has yielded.
+    """Convert a range that `_ranges` has yielded of a slice.
 
-    Args:
-        item: The range within a slice.
-        first: Index in the table of the first entry of the slice.
-        guest: Guest offset where the range of the first entry of the table begins.
-        span: Bytes of the disk that one entry describes.
+    ``first`` is the index of the slice's first entry, ``guest`` the guest offset of the table, and
+    ``span`` the bytes of the disk per entry.
     """
     index, count, value, step, verdict = item
     index += first
